@@ -1,0 +1,635 @@
+"""Every number of a dense decoder, without torch: sizes, switches, parameter and FLOP counts, and transformers' config.json both ways.
+
+A family fixes the switches that its transformers class fixes (`FAMILIES`), so that whatever validates here can be written as a config.json that
+`AutoModelForCausalLM` loads. The decoder reads the fields alone and never the family's name.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gigatrain.errors import RecipeError
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0.0)]
+RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
+FamilyName = Literal[
+    "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "olmo3",
+    "smollm3", "helium", "apertus", "granite", "phi3",
+]  # fmt: skip
+
+
+class _Numbers(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+# What each kind of frequency scaling must and may be given; anything else would be read by nobody and is refused.
+_KINDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
+    "default": (frozenset(), frozenset()),
+    "linear": (frozenset({"factor"}), frozenset()),
+    "llama3": (frozenset({"factor", "original_positions", "low_freq_factor", "high_freq_factor"}), frozenset()),
+    "yarn": (
+        frozenset({"factor", "original_positions"}),
+        frozenset({"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "query_beta"}),
+    ),
+    "longrope": (frozenset({"factor", "original_positions", "short_factor", "long_factor"}), frozenset({"attention_factor"})),
+}
+
+
+class Rope(_Numbers):
+    """Rotary position embedding (arXiv:2104.09864) and the scaling of its frequencies.
+
+    Kinds: `linear` divides all frequencies by `factor`; `llama3` the slow ones (arXiv:2407.21783); `yarn` ramps between the two (arXiv:2309.00071);
+    `longrope` divides each by its own factor (arXiv:2402.13753).
+    """
+
+    theta: Positive = Field(10_000.0, description="Base of the wavelengths.")
+    kind: RopeKind = Field("default", description="How frequencies are scaled for contexts longer than those first trained on.")
+    partial: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="Share of each head's channels that is rotated (Phi).")
+    factor: Annotated[float, Field(ge=1.0)] | None = Field(None, description="By how much the context is stretched.")
+    original_positions: Count | None = Field(None, description="Context length before stretching, in tokens.")
+    low_freq_factor: Positive | None = Field(None, description="`llama3`: wavelengths above original_positions / this are stretched fully.")
+    high_freq_factor: Positive | None = Field(None, description="`llama3`: wavelengths below original_positions / this are kept.")
+    beta_fast: Positive | None = Field(None, description="`yarn`: rotations above which a channel is kept; default 32.")
+    beta_slow: Positive | None = Field(None, description="`yarn`: rotations below which a channel is stretched fully; default 1.")
+    attention_factor: Positive | None = Field(None, description="`yarn`, `longrope`: multiplies cos and sin; default: from `factor`.")
+    mscale: Positive | None = Field(None, description="`yarn`: numerator of the default attention factor.")
+    mscale_all_dim: Positive | None = Field(None, description="`yarn`: denominator of the default attention factor.")
+    truncate: bool | None = Field(None, description="`yarn`: round the ramp's ends to whole channels; default yes.")
+    short_factor: tuple[Positive, ...] | None = Field(None, description="`longrope`: per channel pair, up to original_positions tokens.")
+    long_factor: tuple[Positive, ...] | None = Field(None, description="`longrope`: per channel pair, for longer samples.")
+    query_beta: Positive | None = Field(None, description="Queries grow by 1 + this * log(1 + position // original_positions) (Llama 4, Ministral 3).")
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        required, optional = _KINDS[self.kind]
+        given = {name for name in self.model_fields_set if getattr(self, name) is not None} - {"theta", "kind", "partial"}
+        if missing := sorted(required - given):
+            raise ValueError(f"kind {self.kind!r} needs {', '.join(missing)}; give them, or leave out `kind`")
+        if extra := sorted(given - required - optional):
+            readers = sorted(k for k, (r, o) in _KINDS.items() if set(extra) <= r | o)
+            way_out = f"remove them, or choose kind {' or '.join(readers)}" if readers else "remove them"
+            raise ValueError(f"kind {self.kind!r} does not read {', '.join(extra)}; {way_out}")
+        if self.kind == "llama3" and (self.high_freq_factor or 0) <= (self.low_freq_factor or 0):
+            raise ValueError(f"high_freq_factor {self.high_freq_factor} must be above low_freq_factor {self.low_freq_factor}; raise it")
+        return self
+
+
+class _Family(NamedTuple):
+    """What a transformers model class fixes (`fixed`), what we take when nothing is said (`default`), and which further switches it has (`open`)."""
+
+    fixed: dict[str, Any] = {}
+    default: dict[str, Any] = {}
+    open: frozenset[str] = frozenset()
+    hf: dict[str, Any] = {}  # the class's own default of a config.json key that old files leave out
+
+
+_LAYER_WINDOWS = frozenset({"window", "window_layers"})
+_BIASES = frozenset({"qkv_bias", "output_bias"})  # one key, attention_bias, sets both
+_GEMMA = {"norm": "gemma", "placement": "sandwich", "activation": "geglu", "embedding_scale": "sqrt_hidden"}
+_OLMO = {"norm": "olmo", "placement": "post", "qk_norm": "full", "rope_fp32": True}
+
+FAMILIES: dict[str, _Family] = {
+    "llama": _Family(open=_BIASES | {"mlp_bias"}, default={"norm_eps": 1e-5}, hf={"rms_norm_eps": 1e-6}),
+    "mistral": _Family(open=frozenset({"window"}), default={"norm_eps": 1e-5}, hf={"rms_norm_eps": 1e-6, "sliding_window": 4096}),
+    "ministral": _Family(open=_LAYER_WINDOWS, default={"norm_eps": 1e-5}, hf={"rms_norm_eps": 1e-6, "sliding_window": 4096}),
+    "ministral3": _Family(open=frozenset({"window", "query_beta"}), default={"norm_eps": 1e-5}, hf={"head_dim": 128}),
+    "qwen2": _Family(fixed={"qkv_bias": True}, open=_LAYER_WINDOWS, default={"norm_eps": 1e-6}),
+    "qwen3": _Family(fixed={"qk_norm": "head"}, open=_LAYER_WINDOWS | _BIASES, default={"norm_eps": 1e-6}, hf={"head_dim": 128}),
+    "gemma2": _Family(
+        fixed=_GEMMA,
+        open=_LAYER_WINDOWS | _BIASES | {"attention_scale", "attention_softcap", "logit_softcap"},
+        default={"tied": True, "window_layers": (True, False)},
+        hf={"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256, "sliding_window": 4096, "head_dim": 256},
+    ),
+    "gemma3_text": _Family(
+        fixed={**_GEMMA, "qk_norm": "head"},
+        open=_LAYER_WINDOWS | _BIASES | {"attention_scale", "rope_local", "logit_softcap"},
+        default={"tied": True, "window_layers": (True, True, True, True, True, False)},
+        hf={"query_pre_attn_scalar": 256, "sliding_window": 4096, "head_dim": 256},
+    ),
+    "olmo2": _Family(fixed=_OLMO, open=_BIASES, default={"norm_eps": 1e-6}, hf={"rms_norm_eps": 1e-5}),
+    "olmo3": _Family(
+        fixed=_OLMO,
+        open=_LAYER_WINDOWS | _BIASES | {"rope_local"},
+        default={"norm_eps": 1e-6, "window_layers": (True, True, True, False)},
+        hf={"rms_norm_eps": 1e-5, "sliding_window": 4096},
+    ),
+    "smollm3": _Family(
+        open=_LAYER_WINDOWS | _BIASES | {"mlp_bias", "rope_layers"}, default={"tied": True, "rope_layers": (True, True, True, False)}
+    ),
+    "helium": _Family(fixed={"norm": "olmo", "rope_interleaved": True}, open=frozenset({"qkv_bias", "mlp_bias"}), default={"norm_eps": 1e-8}),
+    "apertus": _Family(
+        fixed={"qk_norm": "head", "activation": "xielu"}, open=_BIASES, default={"norm_eps": 1e-5}, hf={"rms_norm_eps": 1e-5}
+    ),
+    "granite": _Family(
+        open=_BIASES | {"mlp_bias", "attention_scale", "embedding_scale", "residual_scale", "logit_divisor"}, default={"norm_eps": 1e-5}
+    ),
+    "phi3": _Family(open=frozenset({"window", "partial"}), default={"norm_eps": 1e-5}, hf={"rms_norm_eps": 1e-5}),
+}  # fmt: skip
+
+# The switches, and the value each has where a family neither fixes nor opens it.
+_NEUTRAL: dict[str, Any] = {
+    "norm": "llama", "placement": "pre", "qk_norm": "none", "activation": "swiglu", "qkv_bias": False, "output_bias": False, "mlp_bias": False,
+    "window": None, "window_layers": None, "rope_layers": None, "rope_local": None, "rope_interleaved": False, "rope_fp32": False,
+    "attention_scale": None, "attention_softcap": None, "logit_softcap": None, "embedding_scale": 1.0, "residual_scale": 1.0, "logit_divisor": 1.0,
+}  # fmt: skip
+
+
+def _switch(name: str, description: str) -> Any:
+    """A field whose default is what the family fixes or prefers, else neutral."""
+
+    def default(seen: dict[str, Any]) -> Any:
+        family = FAMILIES.get(seen.get("family", ""), _Family())
+        value = family.fixed.get(name, family.default.get(name, {"tied": False, "norm_eps": 1e-6, **_NEUTRAL}[name]))
+        if name == "window_layers" and seen.get("window") is not None:
+            value = value or (True,)
+        elif name == "window_layers":
+            return None
+        return _spread(value, seen.get("layers", 0)) if name in ("window_layers", "rope_layers") else value
+
+    return Field(default_factory=default, description=description)
+
+
+def _spread(pattern: tuple[bool, ...] | None, layers: int) -> tuple[bool, ...] | None:
+    return pattern and tuple(pattern[i % len(pattern)] for i in range(layers))
+
+
+class Architecture(_Numbers):
+    """The numbers of one dense decoder; lengths in tokens, sizes in elements.
+
+    Raises `pydantic.ValidationError` for a number out of range, numbers that do not fit each other, and a switch that the family's transformers
+    class does not have.
+    """
+
+    family: FamilyName = Field(description="The transformers class whose config and weight names this is written as; fixes the switches it fixes.")
+    vocab: Count = Field(description="Rows of the embedding and of the head.")
+    hidden: Count = Field(description="Width of the residual stream.")
+    layers: Count
+    heads: Count = Field(description="Query heads.")
+    kv_heads: Count = Field(default_factory=lambda seen: seen.get("heads", 1), description="Key and value heads; divides `heads`. Default: `heads`.")
+    head_dim: Count = Field(
+        default_factory=lambda seen: max(1, seen.get("hidden", 1) // seen.get("heads", 1)), description="Channels of a head. Default: hidden / heads."
+    )
+    intermediate: Count = Field(description="Width of the feed-forward layer.")
+    tied: bool = _switch("tied", "The head is the embedding's transpose.")
+    norm_eps: Positive = _switch("norm_eps", "Added to the mean square in each RMS norm.")
+    norm: Literal["llama", "gemma", "olmo"] = _switch(
+        "norm", "Where bf16 rounds. llama: x * rstd is rounded, then times w; olmo: rounded after w; gemma: like olmo with 1 + w."
+    )
+    placement: Literal["pre", "post", "sandwich"] = _switch("placement", "Norms before each block, after it (before the residual sum), or both.")
+    qk_norm: Literal["none", "head", "full"] = _switch("qk_norm", "RMS norm of queries and keys: per head, or over all heads at once (OLMo 2).")
+    activation: Literal["swiglu", "geglu", "xielu"] = _switch("activation", "silu(gate) * up, gelu_tanh(gate) * up, or xIELU(up) (arXiv:2411.13010).")
+    qkv_bias: bool = _switch("qkv_bias", "Bias of the query, key and value projections.")
+    output_bias: bool = _switch("output_bias", "Bias of attention's output projection.")
+    mlp_bias: bool = _switch("mlp_bias", "Bias of the feed-forward projections.")
+    rope: Rope = Field(Rope(), description="Position embedding; with `rope_local`, that of the layers without a window.")
+    rope_local: Rope | None = _switch("rope_local", "Position embedding of the layers with a window, where it differs.")
+    rope_layers: tuple[bool, ...] | None = _switch("rope_layers", "Which layers have position embeddings; a shorter pattern repeats. Default: all.")
+    rope_interleaved: bool = _switch("rope_interleaved", "Rotates channels 2i and 2i + 1 (Helium) rather than i and i + head_dim / 2.")
+    rope_fp32: bool = _switch("rope_fp32", "cos and sin stay fp32 and the rotation is rounded once (OLMo 2) rather than in every product.")
+    window: Count | None = _switch("window", "Sliding attention: a token sees itself and window - 1 before it.")
+    window_layers: tuple[bool, ...] | None = _switch("window_layers", "Which layers have the window; a shorter pattern repeats. Default: all.")
+    attention_scale: Positive | None = _switch("attention_scale", "Multiplies query . key. Default: head_dim ** -0.5.")
+    attention_softcap: Positive | None = _switch("attention_softcap", "Scores s become c * tanh(s / c).")
+    logit_softcap: Positive | None = _switch("logit_softcap", "Logits l become c * tanh(l / c).")
+    embedding_scale: Positive | Literal["sqrt_hidden"] = _switch("embedding_scale", "Multiplies the embeddings; Gemma: the root of `hidden`.")
+    residual_scale: Positive = _switch("residual_scale", "Multiplies what each block adds to the residual stream (Granite).")
+    logit_divisor: Positive = _switch("logit_divisor", "Divides the logits (Granite).")
+
+    @field_validator("window_layers", "rope_layers")
+    @classmethod
+    def _repeat(cls, pattern: tuple[bool, ...] | None, info: Any) -> tuple[bool, ...] | None:
+        layers = info.data.get("layers", 0)
+        if pattern is not None and not 1 <= len(pattern) <= max(layers, 1):
+            raise ValueError(f"has {len(pattern)} entries for {layers} layers; give between 1 and {layers}")
+        return _spread(pattern, layers)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}; choose a kv_heads that divides it")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd, and rotary embedding turns pairs of channels; choose an even one")
+        if self.family in ("llama", "gemma2", "gemma3_text") and self.hidden % self.heads:
+            raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}, as {self.family} requires; change one of them")
+        if self.family == "helium" and self.heads * self.head_dim != self.hidden:
+            raise ValueError(f"heads * head_dim {self.heads * self.head_dim} is not hidden {self.hidden}, as helium requires; leave out `head_dim`")
+        if self.window_layers is not None and (self.window is None or not any(self.window_layers)):
+            raise ValueError("`window` and `window_layers` go together: give both with at least one layer true, or neither")
+        if self.rope_local is not None and self.window is None:
+            raise ValueError("`rope_local` is for the layers with a window, and there is none; give `window`, or leave `rope_local` out")
+        if self.rope_layers is not None and not any(self.rope_layers):
+            raise ValueError("`rope_layers` leaves no layer with positions; make at least one true")
+        for rope in filter(None, (self.rope, self.rope_local)):
+            rotary = int(self.head_dim * rope.partial)
+            if rotary % 2 or not rotary:
+                raise ValueError(f"rope.partial {rope.partial} of head_dim {self.head_dim} rotates {rotary} channels; choose an even number of them")
+            for name in ("short_factor", "long_factor"):
+                if (factors := getattr(rope, name)) is not None and len(factors) != rotary // 2:
+                    raise ValueError(f"rope.{name} has {len(factors)} numbers, one for each of {rotary // 2} channel pairs is needed")
+        self._expressible()
+        return self
+
+    def _expressible(self) -> None:
+        """Refuses a switch that the family's transformers class does not have: such weights could not be exported."""
+        family = FAMILIES[self.family]
+        for name, neutral in _NEUTRAL.items():
+            value, fixed = getattr(self, name), family.fixed.get(name, neutral)
+            open_here = name in family.open or (name == "window_layers" and "window" in family.open and all(value or ()))
+            if value != fixed and not open_here:
+                others = sorted(f for f, t in FAMILIES.items() if t.fixed.get(name) == value or name in t.open)
+                raise ValueError(f"{name} {value!r}: {self.family} has {fixed!r}; drop it, or choose family {' or '.join(others) or 'none: no one has it'}")
+        if _BIASES <= family.open and self.qkv_bias != self.output_bias:
+            raise ValueError(f"qkv_bias {self.qkv_bias} and output_bias {self.output_bias}: {self.family} has both or neither; set them alike")
+        for rope in filter(None, (self.rope, self.rope_local)):
+            if rope.partial != 1.0 and "partial" not in family.open:
+                raise ValueError(f"rope.partial {rope.partial}: {self.family} rotates whole heads; drop it, or choose family phi3")
+            if rope.query_beta is not None and "query_beta" not in family.open:
+                raise ValueError(f"rope.query_beta {rope.query_beta}: {self.family} has none; drop it, or choose family ministral3")
+        if self.family == "phi3" and self.rope.kind not in ("default", "longrope"):
+            raise ValueError(f"rope.kind {self.rope.kind!r}: phi3 has default and longrope only; choose one of them")
+        if self.family == "ministral3" and self.rope.query_beta is None:
+            raise ValueError("rope.query_beta is missing: ministral3 always scales queries; give it (0.1 in the released models), or choose mistral")
+        if self.family.startswith("gemma") and self.attention_scale and (n := round(self.attention_scale**-2)) ** -0.5 != self.attention_scale:
+            raise ValueError(f"attention_scale {self.attention_scale} is not n ** -0.5 for a whole n, as {self.family} requires; {n**-0.5!r} is")
+
+    @property
+    def scale(self) -> float:
+        """What multiplies query . key."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def embedding_factor(self) -> float:
+        """What multiplies the embeddings."""
+        return self.hidden**0.5 if self.embedding_scale == "sqrt_hidden" else float(self.embedding_scale)
+
+    def window_of(self, layer: int) -> int | None:
+        """The layer's window in tokens; None: it sees everything before it."""
+        return self.window if self.window_layers and self.window_layers[layer] else None
+
+    def rope_of(self, layer: int) -> Rope | None:
+        """The layer's position embedding; None: it has none."""
+        if self.rope_layers and not self.rope_layers[layer]:
+            return None
+        return self.rope_local if self.rope_local and self.window_of(layer) else self.rope
+
+    def matrix_parameters(self) -> int:
+        """Weights of the matrix products of all layers, without embedding, head, biases and norms."""
+        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+        return self.layers * (attention + self.hidden * self.intermediate * (2 if self.activation == "xielu" else 3))
+
+    def parameters(self) -> int:
+        """Trainable numbers, exactly: the sum of `numel` over the parameters of the transformers model, a tied head counted once."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        biases = self.qkv_bias * (q + 2 * kv) + self.output_bias * self.hidden + self.mlp_bias * (2 * self.intermediate + self.hidden)
+        norms = (4 if self.placement == "sandwich" else 2) * self.hidden
+        norms += {"none": 0, "head": 2 * self.head_dim, "full": q + kv}[self.qk_norm]
+        scalars = 2 if self.activation == "xielu" else 0
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
+        return embeddings + self.matrix_parameters() + self.layers * (biases + norms + scalars) + self.hidden
+
+    def flops_per_token(self, sequence: int) -> float:
+        """Forward and backward FLOPs of the matrix products, per token of a sample of `sequence` tokens that is one document.
+
+        6 per weight (2 forward, 4 backward; layers and head, not the embedding's look-up) plus, per layer, 12 * heads * head_dim * keys for
+        query . key and weights . value, where `keys` is the mean number of visible tokens: (sequence + 1) / 2, or less with a window. Recomputation
+        is not counted (PaLM, arXiv:2204.02311, appendix B, with the causal half that it leaves out).
+        """
+        if sequence < 1:
+            raise ValueError(f"sequence {sequence} must be at least 1")
+
+        def keys(window: int | None) -> float:
+            w = min(window or sequence, sequence)
+            return (w * (w + 1) / 2 + (sequence - w) * w) / sequence
+
+        attention = 12 * self.heads * self.head_dim * sum(keys(self.window_of(i)) for i in range(self.layers))
+        return 6.0 * (self.matrix_parameters() + self.vocab * self.hidden) + attention
+
+
+# ---- Named models: numbers only. The comment says where they were read and the parameter count that they must give. ----
+
+_LLAMA3_ROPE = {"kind": "llama3", "theta": 500_000.0, "original_positions": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+_NAMED: dict[str, dict[str, Any]] = {
+    # huggingface.co/meta-llama/Llama-3.1-8B config.json; 8,030,261,248 parameters
+    "llama-3.1-8b": {
+        "family": "llama", "vocab": 128256, "hidden": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "intermediate": 14336, "norm_eps": 1e-5,
+        "rope": {**_LLAMA3_ROPE, "factor": 8.0},
+    },
+    # huggingface.co/meta-llama/Llama-3.1-70B config.json; 70,553,706,496
+    "llama-3.1-70b": {
+        "family": "llama", "vocab": 128256, "hidden": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "intermediate": 28672, "norm_eps": 1e-5,
+        "rope": {**_LLAMA3_ROPE, "factor": 8.0},
+    },
+    # huggingface.co/meta-llama/Llama-3.2-1B config.json; 1,235,814,400
+    "llama-3.2-1b": {
+        "family": "llama", "vocab": 128256, "hidden": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "head_dim": 64, "intermediate": 8192,
+        "tied": True, "norm_eps": 1e-5, "rope": {**_LLAMA3_ROPE, "factor": 32.0},
+    },
+    # huggingface.co/meta-llama/Llama-3.2-3B config.json; 3,212,749,824
+    "llama-3.2-3b": {
+        "family": "llama", "vocab": 128256, "hidden": 3072, "layers": 28, "heads": 24, "kv_heads": 8, "head_dim": 128, "intermediate": 8192,
+        "tied": True, "norm_eps": 1e-5, "rope": {**_LLAMA3_ROPE, "factor": 32.0},
+    },
+    # huggingface.co/mistralai/Mistral-7B-v0.1 config.json (the defaults of transformers' MistralConfig, but norm_eps); 7,241,732,096
+    "mistral-7b-v0.1": {
+        "family": "mistral", "vocab": 32000, "hidden": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "intermediate": 14336,
+        "norm_eps": 1e-5, "window": 4096,
+    },
+    # huggingface.co/Qwen/Qwen3-0.6B config.json; 596,049,920
+    "qwen3-0.6b": {
+        "family": "qwen3", "vocab": 151936, "hidden": 1024, "layers": 28, "heads": 16, "kv_heads": 8, "head_dim": 128, "intermediate": 3072,
+        "tied": True, "norm_eps": 1e-6, "rope": {"theta": 1_000_000.0},
+    },
+    # huggingface.co/Qwen/Qwen3-8B config.json; 8,190,735,360
+    "qwen3-8b": {
+        "family": "qwen3", "vocab": 151936, "hidden": 4096, "layers": 36, "heads": 32, "kv_heads": 8, "head_dim": 128, "intermediate": 12288,
+        "norm_eps": 1e-6, "rope": {"theta": 1_000_000.0},
+    },
+    # huggingface.co/Qwen/Qwen2.5-0.5B config.json; 494,032,768
+    "qwen2.5-0.5b": {
+        "family": "qwen2", "vocab": 151936, "hidden": 896, "layers": 24, "heads": 14, "kv_heads": 2, "head_dim": 64, "intermediate": 4864,
+        "tied": True, "norm_eps": 1e-6, "rope": {"theta": 1_000_000.0},
+    },
+    # the defaults of transformers' Gemma2Config; 2,614,341,888
+    "gemma-2-2b": {
+        "family": "gemma2", "vocab": 256000, "hidden": 2304, "layers": 26, "heads": 8, "kv_heads": 4, "head_dim": 256, "intermediate": 9216,
+        "norm_eps": 1e-6, "window": 4096, "attention_softcap": 50.0, "logit_softcap": 30.0,
+    },
+    # huggingface.co/google/gemma-3-1b-pt config.json; 999,885,952
+    "gemma-3-1b": {
+        "family": "gemma3_text", "vocab": 262144, "hidden": 1152, "layers": 26, "heads": 4, "kv_heads": 1, "head_dim": 256, "intermediate": 6912,
+        "norm_eps": 1e-6, "window": 512, "rope": {"theta": 1_000_000.0}, "rope_local": {"theta": 10_000.0},
+    },
+    # huggingface.co/allenai/OLMo-2-1124-7B config.json; 7,298,617,344
+    "olmo-2-7b": {
+        "family": "olmo2", "vocab": 100352, "hidden": 4096, "layers": 32, "heads": 32, "kv_heads": 32, "intermediate": 11008, "norm_eps": 1e-6,
+        "rope": {"theta": 500_000.0},
+    },
+    # the defaults of transformers' SmolLM3Config, theta from huggingface.co/HuggingFaceTB/SmolLM3-3B; 3,075,098,624
+    "smollm3-3b": {
+        "family": "smollm3", "vocab": 128256, "hidden": 2048, "layers": 36, "heads": 16, "kv_heads": 4, "intermediate": 11008, "norm_eps": 1e-6,
+        "rope": {"theta": 5_000_000.0},
+    },
+    # huggingface.co/HuggingFaceTB/SmolLM2-135M config.json; 134,515,008
+    "smollm2-135m": {
+        "family": "llama", "vocab": 49152, "hidden": 576, "layers": 30, "heads": 9, "kv_heads": 3, "intermediate": 1536, "tied": True,
+        "norm_eps": 1e-5, "rope": {"theta": 100_000.0},
+    },
+    # the defaults of transformers' HeliumConfig = huggingface.co/kyutai/helium-1-preview-2b config.json; 2,172,643,840
+    "helium-1-preview-2b": {
+        "family": "helium", "vocab": 48000, "hidden": 2560, "layers": 24, "heads": 20, "kv_heads": 20, "head_dim": 128, "intermediate": 7040,
+        "norm_eps": 1e-8, "rope": {"theta": 100_000.0},
+    },
+    # huggingface.co/swiss-ai/Apertus-8B-2509 config.json; 8,053,338,176
+    "apertus-8b": {
+        "family": "apertus", "vocab": 131072, "hidden": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "intermediate": 21504, "norm_eps": 1e-5,
+        "rope": {**_LLAMA3_ROPE, "theta": 12_000_000.0, "factor": 8.0},
+    },
+    # huggingface.co/ibm-granite/granite-3.3-8b-instruct config.json; 8,170,864,640
+    "granite-3.3-8b": {
+        "family": "granite", "vocab": 49159, "hidden": 4096, "layers": 40, "heads": 32, "kv_heads": 8, "intermediate": 12800, "tied": True,
+        "norm_eps": 1e-5, "rope": {"theta": 10_000_000.0}, "attention_scale": 0.0078125, "embedding_scale": 12.0, "residual_scale": 0.22,
+        "logit_divisor": 16.0,
+    },
+    # the defaults of transformers' Phi3Config, window from huggingface.co/microsoft/Phi-3-mini-4k-instruct; 3,821,079,552
+    "phi-3-mini": {
+        "family": "phi3", "vocab": 32064, "hidden": 3072, "layers": 32, "heads": 32, "kv_heads": 32, "intermediate": 8192, "norm_eps": 1e-5,
+        "window": 2047,
+    },
+}  # fmt: skip
+
+
+def named() -> dict[str, dict[str, Any]]:
+    """The known models by name, each as the table a recipe could hold; a fresh copy."""
+    return json.loads(json.dumps(_NAMED))
+
+
+def resolve(name: str) -> dict[str, Any]:
+    """The table of one known model. Raises `RecipeError` naming the nearest names for an unknown one."""
+    if name in _NAMED:
+        return named()[name]
+    near = difflib.get_close_matches(name.lower(), _NAMED, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(_NAMED))}"
+    raise RecipeError(f"no architecture is called {name!r}; {hint} Or give its numbers as a table [model.architecture].")
+
+
+# ---- transformers' config.json, both ways. ----
+
+# Keys that say nothing about the mathematics of training: names, tokens, generation, initialisation, bookkeeping.
+_SILENT = frozenset(
+    "architectures dtype torch_dtype transformers_version _name_or_path auto_map model_type use_cache initializer_range max_position_embeddings "
+    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id id2label label2id problem_type task_specific_params tokenizer_class "
+    "return_dict output_attentions output_hidden_states chunk_size_feed_forward is_encoder_decoder is_decoder attn_implementation _attn_implementation "
+    "cache_implementation max_length min_length temperature top_k top_p num_beams do_sample repetition_penalty length_penalty diversity_penalty "
+    "typical_p num_return_sequences num_beam_groups encoder_no_repeat_ngram_size no_repeat_ngram_size remove_invalid_values early_stopping "
+    "pretraining_tp no_rope_layer_interval max_window_layers sliding_window_pattern _sliding_window_pattern use_sliding_window rope_theta rope_scaling "
+    "rope_parameters rope_local_base_freq partial_rotary_factor original_max_position_embeddings layer_types sliding_window is_llama_config "
+    "rope_interleaved head_dim hidden_act hidden_activation unsloth_fixed unsloth_version".split()
+)
+_DIRECT = {  # our field: transformers' key
+    "vocab": "vocab_size", "hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
+    "intermediate": "intermediate_size", "tied": "tie_word_embeddings", "norm_eps": "rms_norm_eps",
+}  # fmt: skip
+_GRANITE = {"embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier", "logit_divisor": "logits_scaling"}
+_ROPE_KEYS = {
+    "theta": "rope_theta", "kind": "rope_type", "partial": "partial_rotary_factor", "original_positions": "original_max_position_embeddings",
+    "query_beta": "llama_4_scaling_beta",
+    **{k: k for k in (
+        "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
+        "short_factor", "long_factor")},
+}  # fmt: skip
+_HAS_LAYER_TYPES = frozenset(name for name, family in FAMILIES.items() if family.open >= _LAYER_WINDOWS)
+_HAS_HEAD_DIM = frozenset({"llama", "mistral", "ministral", "ministral3", "qwen3", "gemma2", "gemma3_text", "helium"})
+_THETA = {"gemma3_text": 1_000_000.0, "olmo3": 500_000.0, "smollm3": 2_000_000.0, "helium": 100_000.0, "apertus": 12_000_000.0}  # of the classes
+_ACTIVATIONS = {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh",), "xielu": ("xielu",)}
+_CLASSES = {
+    "llama": "Llama", "mistral": "Mistral", "ministral": "Ministral", "ministral3": "Ministral3", "qwen2": "Qwen2", "qwen3": "Qwen3",
+    "gemma2": "Gemma2", "gemma3_text": "Gemma3", "olmo2": "Olmo2", "olmo3": "Olmo3", "smollm3": "SmolLM3", "helium": "Helium", "apertus": "Apertus",
+    "granite": "Granite", "phi3": "Phi3",
+}  # fmt: skip
+
+
+def from_hf_config(config: Mapping[str, Any]) -> Architecture:
+    """The numbers of a transformers config.json, of version 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
+
+    Raises `RecipeError` naming the key for an unknown model type or rope type and for any key that is set and that we do not implement.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise RecipeError(f"model_type {family!r} is not implemented; there are {', '.join(FAMILIES)}")
+    traits, read = FAMILIES[family], set(_SILENT)
+    defaults = {"tie_word_embeddings": traits.default.get("tied", False), "rms_norm_eps": traits.default.get("norm_eps", 1e-6), **traits.hf}
+
+    def get(key: str, default: Any = None) -> Any:
+        read.add(key)
+        return config.get(key, defaults.get(key, default))
+
+    numbers: dict[str, Any] = {"family": family} | {ours: value for ours, key in _DIRECT.items() if (value := get(key)) is not None}
+    if missing := [key for ours, key in _DIRECT.items() if ours not in numbers and ours != "kv_heads"]:
+        raise RecipeError(f"config.json lacks {', '.join(missing)}, without which a {family} cannot be built")
+    numbers["head_dim"] = get("head_dim") or numbers["hidden"] // numbers["heads"]
+
+    activation = traits.fixed.get("activation", "swiglu")
+    key = "hidden_activation" if family.startswith("gemma") else "hidden_act"
+    if (given := get(key) or _ACTIVATIONS[activation][0]) not in _ACTIVATIONS[activation]:
+        raise RecipeError(f"config.json: {key} {given!r} is not implemented for {family}; it must be {' or '.join(_ACTIVATIONS[activation])}")
+    if "output_bias" in traits.open:
+        numbers["qkv_bias"] = numbers["output_bias"] = bool(get("attention_bias"))
+    elif "qkv_bias" in traits.open:
+        numbers["qkv_bias"] = bool(get("attention_bias"))
+    if "mlp_bias" in traits.open:
+        numbers["mlp_bias"] = bool(get("mlp_bias"))
+    if family == "granite":
+        numbers |= {ours: float(get(key, 1.0)) for ours, key in _GRANITE.items()}
+        scale = float(get("attention_multiplier", 1.0))
+        numbers["attention_scale"] = None if scale == numbers["head_dim"] ** -0.5 else scale
+    if family.startswith("gemma"):
+        n = get("query_pre_attn_scalar")
+        numbers["attention_scale"] = None if n == numbers["head_dim"] else n**-0.5
+        numbers["logit_softcap"] = get("final_logit_softcapping")
+        if family == "gemma2":  # transformers' Gemma 3 reads the key and never applies it, so there it must be empty
+            numbers["attention_softcap"] = get("attn_logit_softcapping")
+    numbers |= _windows_from(family, config, numbers["layers"])
+    if family == "smollm3":
+        every = config.get("no_rope_layer_interval", 4)
+        turned = get("no_rope_layers") or [(i + 1) % every != 0 for i in range(numbers["layers"])]
+        numbers["rope_layers"] = [bool(x) for x in turned[: numbers["layers"]]]
+    numbers |= _ropes_from(family, config, numbers.get("window") is not None)
+    for key, value in sorted(config.items()):
+        if key not in read and value not in (None, False, 0, "", [], {}):
+            raise RecipeError(f"config.json: {key} = {value!r} is not implemented for {family}; unset it if the model does not need it")
+    if (tp := config.get("pretraining_tp", 1)) not in (0, 1, None):
+        raise RecipeError(f"config.json: pretraining_tp = {tp} is not implemented; 1 gives the same model without emulated rounding")
+    try:
+        return Architecture.model_validate_json(json.dumps(numbers))
+    except ValidationError as error:
+        details = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'model'}: {e['msg']}" for e in error.errors())
+        raise RecipeError(f"config.json describes no {family} that can be built: {details}") from error
+
+
+def _windows_from(family: str, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    traits = FAMILIES[family]
+    window = config.get("sliding_window", traits.hf.get("sliding_window"))
+    if "window" not in traits.open or window is None or (family in ("qwen2", "qwen3", "smollm3") and not config.get("use_sliding_window")):
+        return {"window": None, "window_layers": None}
+    kinds = config.get("layer_types") if family in _HAS_LAYER_TYPES else None
+    if kinds is None:
+        every = config.get("sliding_window_pattern", 6)
+        pattern = {
+            "gemma2": lambda i: i % 2 == 0,
+            "gemma3_text": lambda i: (i + 1) % every != 0,
+            "olmo3": lambda i: (i + 1) % 4 != 0,
+            "qwen2": lambda i: i >= config.get("max_window_layers", 28),
+            "qwen3": lambda i: i >= config.get("max_window_layers", 28),
+            "smollm3": lambda i: not (config.get("no_rope_layers") or [(j + 1) % 4 != 0 for j in range(layers)])[i],
+        }.get(family, lambda i: True)
+        windowed = [pattern(i) for i in range(layers)]
+    else:
+        if unknown := sorted(set(kinds) - {"sliding_attention", "full_attention"}):
+            raise RecipeError(f"config.json: layer_types {', '.join(unknown)} is not implemented; sliding_attention and full_attention are")
+        windowed = [kind == "sliding_attention" for kind in kinds[:layers]]
+    return {"window": window, "window_layers": windowed} if any(windowed) else {"window": None, "window_layers": None}
+
+
+def _ropes_from(family: str, config: Mapping[str, Any], windowed: bool) -> dict[str, Any]:
+    theta = config.get("rope_theta") or _THETA.get(family, 10_000.0)
+    given = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    if family == "apertus" and not given and not scaling:
+        scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if family not in ("gemma3_text", "olmo3"):
+        return {"rope": _rope_from(family, config, {"rope_theta": theta, **(given or scaling)})}
+    wide = _rope_from(family, config, {"rope_theta": theta, **(given.get("full_attention") or {}), **scaling})
+    base = theta if family == "olmo3" else config.get("rope_local_base_freq") or 10_000.0
+    local = _rope_from(family, config, {"rope_theta": base, **(given.get("sliding_attention") or {})})
+    return {"rope": wide, "rope_local": local if windowed and local != wide else None}
+
+
+def _rope_from(family: str, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """One `Rope` as a table, from transformers' keys."""
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if family == "phi3" and kind in ("su", "yarn"):  # what early Phi-3 files call longrope
+        kind = "longrope"
+    if kind not in _KINDS:
+        raise RecipeError(f"config.json: rope type {kind!r} is not implemented; there are {', '.join(_KINDS)}")
+    positions = config.get("max_position_embeddings", 4096 if family == "phi3" else None)
+    if "factor" not in given or given["factor"] is None:
+        original = given.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+        given = {**given, "factor": positions / original if kind in ("yarn", "longrope") and positions and original else None}
+    if kind in ("llama3", "yarn", "longrope"):  # a key beside the table wins, as in transformers
+        inner = given.get("original_max_position_embeddings") or positions
+        given = {**given, "original_max_position_embeddings": config.get("original_max_position_embeddings") or inner}
+    partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    required, optional = _KINDS[kind]
+    allowed = required | optional | {"theta", "partial"}
+    unread = {"type", "rope_type", "max_position_embeddings", "factor", "original_max_position_embeddings"} | set(_ROPE_KEYS.values()) - {
+        "llama_4_scaling_beta"
+    }
+    if family == "ministral3":
+        unread.add("llama_4_scaling_beta")
+    if strange := sorted(key for key, value in given.items() if key not in unread and value is not None):
+        raise RecipeError(f"config.json: rope parameter {', '.join(strange)} is not implemented for {family} with rope type {kind!r}")
+    table = {ours: given[key] for ours, key in _ROPE_KEYS.items() if ours in allowed and given.get(key) is not None}
+    return {**table, "kind": kind, "partial": partial or 1.0}
+
+
+def to_hf_config(
+    arch: Architecture, *, bos: int | None, eos: int | list[int] | None, pad: int | None, max_positions: int, dtype: str = "bfloat16"
+) -> dict[str, Any]:
+    """A config.json (transformers 5) from which `AutoModelForCausalLM.from_pretrained` builds this architecture.
+
+    `bos`, `eos`, `pad` are token ids; `max_positions` the longest context in tokens; `dtype` as torch names it, such as "bfloat16".
+    """
+    traits = FAMILIES[arch.family]
+    config: dict[str, Any] = {
+        "architectures": [f"{_CLASSES[arch.family]}ForCausalLM"],
+        "model_type": arch.family,
+        **{key: getattr(arch, ours) for ours, key in _DIRECT.items()},
+        "hidden_activation" if arch.family.startswith("gemma") else "hidden_act": _ACTIVATIONS[arch.activation][0],
+        "max_position_embeddings": max_positions,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+        "dtype": dtype,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+    }
+    if arch.family in _HAS_HEAD_DIM or arch.head_dim != arch.hidden // arch.heads:
+        config["head_dim"] = arch.head_dim
+    if "qkv_bias" in traits.open:
+        config["attention_bias"] = arch.qkv_bias
+    if "mlp_bias" in traits.open:
+        config["mlp_bias"] = arch.mlp_bias
+    if arch.family == "granite":
+        config |= {key: getattr(arch, ours) for ours, key in _GRANITE.items()} | {"attention_multiplier": arch.scale}
+    if arch.family.startswith("gemma"):
+        config |= {"query_pre_attn_scalar": round(arch.scale**-2), "final_logit_softcapping": arch.logit_softcap}
+        config["attn_logit_softcapping"] = arch.attention_softcap
+    if "window" in traits.open:
+        config["sliding_window"] = arch.window
+    if arch.family in ("qwen2", "qwen3", "smollm3"):
+        config["use_sliding_window"] = arch.window is not None
+    if arch.family in _HAS_LAYER_TYPES:
+        config["layer_types"] = ["sliding_attention" if arch.window_of(i) else "full_attention" for i in range(arch.layers)]
+    if arch.family == "smollm3":
+        config["no_rope_layers"] = [int(arch.rope_of(i) is not None) for i in range(arch.layers)]
+    wide = _rope_to(arch.rope)
+    if arch.family in ("gemma3_text", "olmo3"):
+        config["rope_parameters"] = {"full_attention": wide, "sliding_attention": _rope_to(arch.rope_local or arch.rope)}
+    else:
+        config["rope_parameters"] = wide
+    if arch.family == "phi3":
+        config["original_max_position_embeddings"] = arch.rope.original_positions or max_positions
+    return config
+
+
+def _rope_to(rope: Rope) -> dict[str, Any]:
+    values = {key: getattr(rope, ours) for ours, key in _ROPE_KEYS.items()}
+    if rope.partial == 1.0:
+        del values["partial_rotary_factor"]
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if value is not None}

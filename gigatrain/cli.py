@@ -1,0 +1,263 @@
+"""The commands: they read arguments, call the library and print; no logic."""
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gigatrain import __version__
+from gigatrain.errors import GigatrainError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; a user's error is one message and the exit code of its kind, never a traceback."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except GigatrainError as failure:
+        print(f"gigatrain: {failure}", file=sys.stderr)
+        sys.exit(failure.exit_code)
+    except BrokenPipeError:  # `gigatrain recipes | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from gigatrain import load
+    from gigatrain.planning.plan import plan
+
+    recipe = load.recipe(options.recipe, options.set)
+    site, why = _site(options.site)
+    chosen = plan(recipe, site)
+    folder = _run_folder(options, recipe.name)
+    from gigatrain.observe.display import Display
+
+    display = Display()
+    display.plan(chosen, why)
+    from gigatrain.loop import train  # torch, 2 s: everything that can be refused without it has been
+
+    train(chosen, folder, start="new" if options.new else "resume" if options.resume else "auto", display=display)
+
+
+def _run_folder(options: argparse.Namespace, name: str) -> Path:
+    """--run; else a new folder under runs/, or with --resume the newest of this recipe there."""
+    from gigatrain.errors import CheckpointError
+
+    if options.run_folder:
+        return Path(options.run_folder).expanduser()
+    root = Path("runs")
+    if options.resume:
+        known = sorted(path.parent for path in root.glob(f"{name}-*/run.json"))
+        if not known:
+            raise CheckpointError(f"{root.absolute()} holds no run of {name}, so there is nothing to resume; name its folder with --run")
+        return known[-1]
+    return root / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from gigatrain import load
+    from gigatrain.planning.plan import plan
+
+    site, why = _site(options.site)
+    chosen = plan(load.recipe(options.recipe, options.set), site)
+    if options.json:
+        print(json.dumps(chosen.model_dump(mode="json", by_alias=True) | {"sha256": chosen.sha256}, indent=2))
+        return
+    from gigatrain.observe.display import Display
+
+    display = Display()
+    display.plan(chosen, why)
+    display.plan_details(chosen)
+
+
+def _site(name: str | None) -> tuple[Any, str]:
+    from gigatrain import load
+
+    return (load.site(name), "--site") if name else load.local_site()
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from gigatrain import load
+
+    rows = []
+    for name, path in load.recipes().items():
+        recipe = load.recipe(path)
+        shape = load.architecture(recipe.model)
+        train = recipe.train
+        tokens = train.tokens or (train.steps or 0) * train.batch * train.sequence
+        rows.append({"name": name, "summary": recipe.summary, "family": shape.family, "parameters": shape.parameters(), "tokens": tokens})
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        print(f"{row['name']:24} {row['family']:10} {row['parameters']:>18,} parameters {row['tokens']:>20,} tokens  {row['summary']}")
+
+
+def _sites(options: argparse.Namespace) -> None:
+    from gigatrain import load
+
+    rows = [load.site(path).model_dump(mode="json") for path in load.sites().values()]
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        print(f"{row['name']:12} {row['device']:6} {row['summary']}")
+
+
+def _data_build(options: argparse.Namespace) -> None:
+    from gigatrain import load
+    from gigatrain.data import build
+    from gigatrain.observe.display import Display
+
+    recipe = load.recipe(options.recipe, options.set)
+    if options.json:
+        print(json.dumps(build.build(recipe.data, recipe.tokenizer).manifest, indent=2))
+        return
+    with Display() as display:
+        corpus = build.build(recipe.data, recipe.tokenizer, progress=display.advance)
+        for line in corpus.describe():
+            display.line(line)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from gigatrain.export import export
+    from gigatrain.observe.display import Display
+
+    step = export(Path(options.run_folder), Path(options.folder), display=Display())
+    print(f"step {step} of {options.run_folder} exported to {options.folder}")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from gigatrain.generate import generate
+
+    text = generate(
+        Path(options.folder), options.prompt, tokens=options.tokens, temperature=options.temperature, top_k=options.top_k or None, seed=options.seed
+    )
+    print(json.dumps({"prompt": options.prompt, "text": text}) if options.json else text)
+
+
+def _schema(options: argparse.Namespace) -> None:
+    from gigatrain.config import Recipe, Site
+
+    schema = (Site if options.of == "site" else Recipe).model_json_schema(by_alias=True)
+    print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema, indent=2))
+
+
+def _version(options: argparse.Namespace) -> None:
+    from importlib import metadata
+
+    found = {"gigatrain": __version__, "python": sys.version.split()[0]}
+    for name in ("torch", "triton", "transformers", "accelerate", "deepspeed"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return
+    for name, version in found.items():
+        print(f"{name:14} {version or 'not installed'}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gigatrain",
+        description="Train large language models: from a laptop to a GigaFactory, with the same recipe.",
+        epilog="First: gigatrain train quickstart    Then: gigatrain COMMAND --help, each shows what it does by example.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], help: str, text: str, into: Any = commands) -> argparse.ArgumentParser:
+        made = into.add_parser(name, help=help, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        made.set_defaults(run=run)
+        return made
+
+    def recipe_arguments(made: argparse.ArgumentParser) -> None:
+        made.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one (`gigatrain recipes`)")
+        made.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the recipe; may be repeated")
+
+    train = command("train", _train, "train a recipe", _TRAIN)
+    recipe_arguments(train)
+    train.add_argument("--run", metavar="DIR", dest="run_folder", help="the run folder (default: runs/NAME-DATE-TIME)")
+    train.add_argument("--site", metavar="SITE", help="where it runs (default: this machine; `gigatrain sites`)")
+    how = train.add_mutually_exclusive_group()
+    how.add_argument("--new", action="store_true", help="start at step 0; what DIR holds is moved to DIR.1")
+    how.add_argument("--resume", action="store_true", help="go on from DIR's newest whole checkpoint; an error if there is none")
+
+    planned = command("plan", _plan, "show what a run will do, and start nothing", _PLAN)
+    recipe_arguments(planned)
+    planned.add_argument("--site", metavar="SITE", help="where it would run (default: this machine)")
+    planned.add_argument("--json", action="store_true", help="the whole plan as JSON")
+
+    for name, run, help in (("recipes", _recipes, "list the shipped recipes"), ("sites", _sites, "list the shipped sites")):
+        made = command(name, run, help, f"{help[0].upper()}{help[1:]}, with the numbers that tell them apart.")
+        made.add_argument("--json", action="store_true", help="as JSON, for programs")
+
+    data = commands.add_parser("data", help="prepare data", description="Prepare data ahead of a run.")
+    build = command("build", _data_build, "tokenise a recipe's data ahead", _DATA, data.add_subparsers(metavar="COMMAND", required=True))
+    recipe_arguments(build)
+    build.add_argument("--json", action="store_true", help="the manifest as JSON")
+
+    exported = command("export", _export, "write a run's model for transformers", _EXPORT)
+    exported.add_argument("run_folder", metavar="RUN", help="a run folder")
+    exported.add_argument("folder", metavar="DIR", help="where the model goes")
+
+    generated = command("generate", _generate, "continue a text with a trained model", _GENERATE)
+    generated.add_argument("folder", metavar="RUN|DIR", help="a run folder or an exported model")
+    generated.add_argument("--prompt", required=True, help="the text to continue")
+    generated.add_argument("--tokens", type=int, default=100, help="at most so many new tokens (default: 100)")
+    generated.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time (default: 0.8)")
+    generated.add_argument("--top-k", type=int, default=50, help="draw among so many likeliest tokens; 0: all (default: 50)")
+    generated.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
+    generated.add_argument("--json", action="store_true", help="prompt and text as JSON")
+
+    schema = command("schema", _schema, "print the JSON Schema of recipes", _SCHEMA)
+    schema.add_argument("of", nargs="?", choices=("recipe", "site"), default="recipe", help="of what (default: recipe)")
+
+    version = command("version", _version, "show versions", "Versions of gigatrain and of what it stands on.")
+    version.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+_TRAIN = """\
+Train a recipe: tokenise its data (kept for the next run), train, validate, save, export.
+
+  gigatrain train quickstart                                  three minutes on two CPU cores
+  gigatrain train quickstart --set train.steps=40             any key of the recipe can be set
+  gigatrain train my.toml --run runs/mine                     a recipe of your own
+  gigatrain train my.toml --run runs/mine --resume            go on after a kill, a signal or a time limit
+
+SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint at the end of the step and leave.
+The run folder holds plan.json, metrics.jsonl, summary.json, checkpoints/, export/ and tensorboard/."""
+_PLAN = """\
+Resolve a recipe on a site into a plan: every number concrete, the memory it needs, the kernel of each operation. Starts nothing.
+
+  gigatrain plan quickstart
+  gigatrain plan my.toml --site one-gpu --set train.microbatch=4
+  gigatrain plan my.toml --json | jq .memory"""
+_DATA = """\
+Tokenise a recipe's data into Megatron .bin/.idx shards, in parallel; a build that is killed goes on where it was.
+A later `gigatrain train` of the same data and tokenizer finds them.
+
+  gigatrain data build quickstart
+  gigatrain data build my.toml --set data.workers=16 --json"""
+_EXPORT = """\
+Write the newest checkpoint of a run as a folder for transformers: safetensors, config.json, tokenizer.
+
+  gigatrain export runs/mine my-model
+  python -c 'import transformers; transformers.AutoModelForCausalLM.from_pretrained("my-model")'"""
+_GENERATE = """\
+Continue a text with a run's model or an exported one.
+
+  gigatrain generate runs/mine --prompt 'def main('
+  gigatrain generate my-model --prompt 'import os' --temperature 0 --tokens 40"""
+_SCHEMA = """\
+Print the JSON Schema of a recipe (or site), so that editors complete and check TOML files.
+
+  gigatrain schema > recipe.schema.json      then, in the first line of a recipe:   #:schema recipe.schema.json"""

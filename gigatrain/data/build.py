@@ -1,0 +1,652 @@
+"""Documents to token shards, once per corpus: resumable, in parallel, atomic; and the Corpus that training reads. Free of torch.
+
+A corpus is a folder, `data.folder`/<key>, named by a hash of everything that decides its tokens. Each part of a source is tokenised by one
+process into its own shards and a record; `manifest.json` comes last. A build that was killed goes on with the parts that have no record.
+
+    <key>/tokenizer/            tokenizer.json and what an export needs beside it
+          shards/0-000000.train.{bin,idx}, 0-000000.validation.{bin,idx}
+          parts/0-000000.json   record of one part: its shards' sizes and SHA-256, what was skipped
+          skipped.jsonl         the first 10,000 skipped documents by name
+          manifest.json
+"""
+
+import fcntl
+import hashlib
+import heapq
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import gigatrain
+from gigatrain import config
+from gigatrain.data import shards, sources, tokenizer
+from gigatrain.errors import DataError
+
+FORMAT = 1  # raise it when the same inputs would give other tokens
+SPLITS = ("train", "validation")
+NAMED = 10_000  # skipped documents that are named; all are counted
+XZ_BYTES = 64_000_000  # of held-out text that is compressed for comparison: xz -9 takes about a second a megabyte
+BATCH_CHARACTERS, BATCH_DOCUMENTS = 1 << 20, 512  # encoded together; an encoding costs some 100 bytes a token while it lives
+INLINE_BYTES = 4 << 20  # below this, starting processes (0.4 s) costs more than they save
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A built corpus, opened: its manifest, the sources' weights, and the streams of tokens. Nothing is read before it is asked for."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    weights: tuple[float, ...]
+    check: bool = False  # compare each shard's SHA-256 when it is first opened
+
+    @classmethod
+    def open(cls, folder: Path, weights: tuple[float, ...] | None = None, *, check: bool = False) -> "Corpus":
+        """Open a corpus folder; DataError, naming the file, if the manifest is missing or damaged or a shard has another size than it
+        says.
+        """
+        path = folder / "manifest.json"
+        if not path.is_file():
+            raise DataError(
+                f"{folder} has no manifest.json: it is no corpus, or its build did not finish; run `gigatrain data build` again"
+            )
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            checksum = manifest.pop("checksum")
+            if manifest["format"] != FORMAT:
+                raise DataError(
+                    f"{path} has format {manifest['format']}, and this version reads {FORMAT}; delete the folder and build again"
+                )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path} is damaged ({type(error).__name__}: {error}); delete it and run `gigatrain data build` again"
+            ) from error
+        if _digest(manifest) != checksum:
+            raise DataError(
+                f"{path} was changed after it was written (its checksum differs); delete it and run `gigatrain data build` again"
+            )
+        corpus = cls(folder, manifest, weights or (1.0,) * len(manifest["sources"]), check)
+        if len(corpus.weights) != len(manifest["sources"]):
+            raise DataError(f"{len(corpus.weights)} weights for the {len(manifest['sources'])} sources of {folder}")
+        for prefix, record in corpus.shards():
+            for suffix in ("bin", "idx"):
+                shards.check_size(prefix.with_name(f"{prefix.name}.{suffix}"), record[suffix]["bytes"])
+        return corpus
+
+    @property
+    def vocab(self) -> int:
+        """Highest token id + 1."""
+        return self.manifest["vocab"]
+
+    @property
+    def eos(self) -> int:
+        """The token that ends a document."""
+        return self.manifest["eos"]
+
+    @property
+    def sha256(self) -> str:
+        """What identifies the tokens and their order; independent of where the files lie and when they were written."""
+        return self.manifest["sha256"]
+
+    @property
+    def sources(self) -> list[str]:
+        """A name for each source, for messages."""
+        return [source["name"] for source in self.manifest["sources"]]
+
+    def totals(self, split: str) -> dict[str, Any]:
+        """{"documents", "tokens", "text_bytes", "xz_bytes"} of a split; the last two are None where nobody knows."""
+        return self.manifest["totals"][split]
+
+    def stream(self, source: int, split: str = "train") -> shards.Stream:
+        """The documents of one source and split, end to end."""
+        return shards.Stream(self.folder, self.manifest["sources"][source]["splits"][split]["shards"], self.vocab, self.check)
+
+    def tokenizer(self) -> tokenizer.Tokenizer:
+        """The tokenizer that made the corpus."""
+        return tokenizer.load(str(self.folder / self.manifest["tokenizer"]["file"]))
+
+    def shards(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """(prefix, record) of every shard."""
+        for source in self.manifest["sources"]:
+            for split in SPLITS:
+                for record in source["splits"][split]["shards"]:
+                    yield self.folder / record["prefix"], record
+
+    def verify(self, progress: Progress | None = None) -> None:
+        """Hash every shard again; DataError names the first whose bytes are not those that were built."""
+        found = list(self.shards())
+        for done, (prefix, record) in enumerate(found):
+            shards.verify(prefix, record)
+            if progress:
+                progress("verify", done + 1, len(found))
+
+
+def build(data: config.Data, spec: config.Tokenizer, *, progress: Progress | None = None) -> Corpus:
+    """Tokenise what `data` names and open the result; a corpus that is already there is only opened.
+
+    `progress(stage, done, total)` is called as it goes, in bytes of input. DataError if an input is missing, damaged or refused by
+    `data.bad`, if the disk is full, or if no training token is left.
+    """
+    report = progress or (lambda *_: None)
+    parts = [part for number, source in enumerate(data.sources) for part in sources.parts(number, source, data.shard_bytes)]
+    existing = tokenizer.load(spec.source) if spec.source is not None else None
+    identity = _identity(data, spec, existing, parts)
+    key = _digest(identity)[:24]
+    weights = tuple(source.weight for source in data.sources)
+    folder = Path(data.folder).expanduser().absolute() / key
+    if (folder / "manifest.json").is_file():
+        return Corpus.open(folder, weights)
+    try:
+        for below in ("shards", "parts"):
+            (folder / below).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot create {folder}: {error.strerror}; set `data.folder` to a folder that you may write") from error
+    with _locked(folder / "lock"):
+        if (folder / "manifest.json").is_file():  # another process built it while this one waited
+            return Corpus.open(folder, weights)
+        for left in (*folder.glob("*/*.tmp"), *folder.glob("*.tmp")):  # of a build that was killed; nobody else writes here under the lock
+            left.unlink(missing_ok=True)
+        shards.write_atomically(folder / "spec.json", json.dumps(identity, indent=1).encode())
+        ready = _tokenizer(data, spec, existing, parts, folder, report)
+        records = _tokenise_all(data, ready, parts, folder, report)
+        again = [part for number, source in enumerate(data.sources) for part in sources.parts(number, source, data.shard_bytes)]
+        if _identity(data, spec, existing, again) != identity:
+            raise DataError("the inputs changed while they were read; build again when nobody writes to them")
+        _finish(data, ready, parts, records, folder, key, report)
+    return Corpus.open(folder, weights)
+
+
+def _digest(value: Any) -> str:
+    """SHA-256 of canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()).hexdigest()
+
+
+def _identity(data: config.Data, spec: config.Tokenizer, existing: tokenizer.Tokenizer | None, parts: list[sources.Part]) -> dict[str, Any]:
+    """Everything that decides the tokens: not the weights, the packing, the workers or the folder."""
+    inputs = hashlib.sha256()
+    for part in parts:
+        for piece in part.pieces:
+            place = piece.path if data.sources[part.source].kind == "megatron" else ""  # these stay where they are
+            inputs.update(json.dumps([part.source, part.number, piece.name, place, piece.start, piece.stop, piece.stamp]).encode())
+    return {
+        "format": FORMAT,
+        "sources": [source.model_dump(mode="json", exclude={"weight"}) for source in data.sources],
+        "tokenizer": [existing.sha256, existing.bos, existing.eos]
+        if existing
+        else spec.model_dump(mode="json") | {"pieces": tokenizer.PIECES},
+        "bad": data.bad.model_dump(mode="json"),
+        "validation": data.validation,
+        "shard_bytes": data.shard_bytes,
+        "inputs": inputs.hexdigest(),
+    }
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file lock; a second build of the same corpus waits here and then finds it done. The kernel frees the lock of a killed
+    process.
+    """
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def held_out(key: str, share: float) -> bool:
+    """Whether a document is for validation: a keyed hash of its name, or of its text, below `share`. Copies of a text land on the same
+    side.
+    """
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8, key=b"gigatrain held-out documents").digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+@dataclass(frozen=True)
+class Usable:
+    """A document after the policies: its text, whether it was mended, or why it is left out."""
+
+    where: str
+    text: str
+    validation: bool = False
+    mended: str = ""
+    skipped: str = ""
+
+
+def documents(data: config.Data, part: sources.Part) -> Iterator[Usable]:
+    """The documents of a part after the policies that need no tokens; DataError names the one that a policy refuses."""
+    bad, source = data.bad, data.sources[part.source]
+    for raw in sources.read(source, part):
+        reason, text, mended = raw.bad, "", ""
+        if not reason:
+            assert raw.data is not None
+            try:
+                text = raw.data.decode("utf-8") if isinstance(raw.data, bytes) else raw.data
+                text.encode("utf-8")  # JSON and Python can hold half a surrogate pair
+            except UnicodeError as error:
+                if bad.undecodable == "replace":
+                    content = raw.data if isinstance(raw.data, bytes) else raw.data.encode("utf-8", "surrogatepass")
+                    text, mended = content.decode("utf-8", "replace"), "replaced"
+                else:
+                    reason = (
+                        f"undecodable: {error.reason} at {error.start}"
+                        if isinstance(error, UnicodeDecodeError | UnicodeEncodeError)
+                        else "undecodable"
+                    )
+            if not reason and not text.strip():
+                reason = "empty"
+        if reason:
+            _refuse(bad, reason, raw.where, source)
+            yield Usable(raw.where, "", skipped=reason)
+        else:
+            yield Usable(raw.where, text, held_out(text if raw.key is None else raw.key, data.validation), mended)
+
+
+def _refuse(bad: config.BadDocuments, reason: str, where: str, source: config.Source) -> None:
+    """DataError if the policy for `reason` is "refuse"."""
+    name = reason.split(":")[0]
+    key = "unparsable" if name == "corrupt" else name
+    if getattr(bad, key) == "refuse":
+        raise DataError(f"{source.path or source.kind}: document {where} is {reason}; mend it, or set `data.bad.{key}` to 'skip'")
+
+
+def _tokenizer(
+    data: config.Data,
+    spec: config.Tokenizer,
+    existing: tokenizer.Tokenizer | None,
+    parts: list[sources.Part],
+    folder: Path,
+    report: Progress,
+) -> tokenizer.Tokenizer:
+    """The tokenizer in the corpus's own folder: copied there, or trained on a sample of the training documents."""
+    place = folder / "tokenizer"
+    if (place / "done").is_file():
+        return tokenizer.load(str(place / (place / "done").read_text()))
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    try:
+        if existing is not None:
+            file = next(name for name in existing.files if name == "tokenizer.json" or len(existing.files) == 1)
+            for name in existing.files:
+                shutil.copyfile(existing.folder / name, place / name)
+        else:
+            assert spec.train is not None
+            file = "tokenizer.json"
+            texts = _sample(data, parts, spec.train.max_bytes, report)
+            if not texts:
+                raise DataError(
+                    f"no training document to train a tokenizer on, of {len(parts)} parts of {len(data.sources)} sources; {_empty_hint(data)}"
+                )
+            report("train tokenizer", 0, 1)
+            tokenizer.train(texts, spec.train.vocab, place)
+            report("train tokenizer", 1, 1)
+    except OSError as error:
+        raise shards.full_disk(error, place) from error
+    shards.write_atomically(place / "done", file.encode())
+    return tokenizer.load(str(place / file))
+
+
+def _sample(data: config.Data, parts: list[sources.Part], max_bytes: int, report: Progress) -> list[str]:
+    """At most `max_bytes` of training documents: those with the lowest hashes, so an even share of all, whatever their order.
+
+    Of a corpus above four times that, every n-th part is looked at, so that a petabyte is not read for a tokenizer.
+    """
+    parts = [part for part in parts if data.sources[part.source].kind != "megatron"]
+    total = sum(part.bytes for part in parts)
+    parts = parts[:: max(1, total // (4 * max_bytes))]
+    total, done, kept = sum(part.bytes for part in parts), 0, 0
+    heap: list[tuple[int, int, int, str]] = []  # (minus hash, order, bytes, text): the highest hash is first, and goes first
+    for part in parts:
+        for document in documents(data, part):
+            if document.skipped or document.validation:
+                continue
+            text = document.text[:max_bytes]
+            size = len(text.encode())
+            digest = hashlib.blake2b(f"{part.source}/{document.where}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            heapq.heappush(heap, (-int.from_bytes(digest, "big"), len(heap), size, text))
+            kept += size
+            while kept > max_bytes and len(heap) > 1:
+                kept -= heapq.heappop(heap)[2]
+        done += part.bytes
+        report("read", done, total)
+    return [text for *_, text in heap]
+
+
+def _tokenise_all(
+    data: config.Data, ready: tokenizer.Tokenizer, parts: list[sources.Part], folder: Path, report: Progress
+) -> list[dict[str, Any]]:
+    """The record of every part, in order; those without one are tokenised first, in parallel."""
+    records = {part.name: found for part in parts if (found := _record(folder, part)) is not None}
+    pending = [part for part in parts if part.name not in records]
+    total = sum(part.bytes for part in parts)
+    done = total - sum(part.bytes for part in pending)
+    # 2 bytes of text a token is more tokens than any text tokenizer makes of a corpus; 1 MiB for records and manifest.
+    writes = sum(part.bytes for part in pending if data.sources[part.source].kind != "megatron")
+    need, free = writes * shards.np.dtype(shards.dtype_for(ready.vocab)).itemsize // 2 + (1 << 20), shutil.disk_usage(folder).free
+    if free < need:
+        raise DataError(
+            f"{folder} has {free:,} bytes free, and the shards may need {need:,}; free some, or set `data.folder` to another disk"
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(data.workers or cores, len(pending))
+    if workers > 1 and sum(part.bytes for part in pending) > INLINE_BYTES:
+        results = _parallel(data, ready, pending, folder, workers)
+    else:
+        results = ((part, tokenise(data, ready, part, folder)) for part in pending)
+    report("tokenise", done, total)
+    for part, record in results:
+        records[part.name] = record
+        done += part.bytes
+        report("tokenise", done, total)
+    return [records[part.name] for part in parts]
+
+
+def _record(folder: Path, part: sources.Part) -> dict[str, Any] | None:
+    """The record of a part that an earlier build finished, if its shards are there."""
+    path = folder / "parts" / f"{part.name}.json"
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for split in record["splits"].values():
+        for shard in split["shards"]:
+            for suffix in ("bin", "idx"):
+                shards.check_size(folder / f"{shard['prefix']}.{suffix}", shard[suffix]["bytes"])
+    return record
+
+
+def _parallel(
+    data: config.Data, ready: tokenizer.Tokenizer, pending: list[sources.Part], folder: Path, workers: int
+) -> Iterator[tuple[sources.Part, dict[str, Any]]]:
+    """Tokenise parts in `workers` fresh processes that speak one line of JSON a part.
+
+    Fresh, as a fork of a process with threads can deadlock; and not `multiprocessing`, which pickles and would run the caller's main module
+    again.
+    """
+    queue: SimpleQueue[sources.Part] = SimpleQueue()
+    for part in pending:
+        queue.put(part)
+    environment = dict(os.environ, TOKENIZERS_PARALLELISM="false")  # one core each
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(gigatrain.__path__[0]).parent), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "gigatrain.data.build"]
+    header = json.dumps({"data": data.model_dump_json(), "tokenizer": str(ready.folder / _main_file(ready)), "folder": str(folder)})
+    processes = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(workers)
+    ]
+    stopped = threading.Event()
+
+    def serve(process: subprocess.Popen[str]) -> list[tuple[sources.Part, dict[str, Any]]]:
+        assert process.stdin is not None and process.stdout is not None
+        answers = []
+        print(header, file=process.stdin, flush=True)
+        while not stopped.is_set():
+            try:
+                part = queue.get_nowait()
+            except Empty:
+                break
+            try:
+                print(json.dumps([part.source, part.number]), file=process.stdin, flush=True)
+                line = process.stdout.readline()
+            except BrokenPipeError:
+                line = ""
+            if not line:
+                raise DataError(
+                    f"a tokenising process ended with code {process.wait()} at part {part.name} ({part.pieces[0].name} …), perhaps for want of memory; "
+                    "build again (finished parts are kept), with a lower `data.workers` or `data.shard_bytes`"
+                )
+            answer = json.loads(line)
+            if "error" in answer:
+                raise DataError(answer["error"])
+            finished.put((part, answer))
+        return answers
+
+    finished: SimpleQueue[tuple[sources.Part, dict[str, Any]]] = SimpleQueue()
+    pool = ThreadPoolExecutor(workers, "tokenise")
+    try:
+        futures = [pool.submit(serve, process) for process in processes]
+        left = len(pending)
+        while left:
+            try:
+                yield finished.get(timeout=0.2)
+                left -= 1
+            except Empty:
+                for future in as_completed(f for f in futures if f.done()):
+                    future.result()
+    finally:
+        stopped.set()
+        for process in processes:
+            process.kill()  # idle by now, unless something failed; a killed process leaves temporary files only
+            process.wait()
+        pool.shutdown()
+
+
+def _main_file(ready: tokenizer.Tokenizer) -> str:
+    return "tokenizer.json" if "tokenizer.json" in ready.files else ready.files[0]
+
+
+def _worker() -> None:
+    """What a tokenising process runs: a header on stdin, then [source, part] lines; one record line each on stdout."""
+    header = json.loads(sys.stdin.readline())
+    data, ready = config.Data.model_validate_json(header["data"]), tokenizer.load(header["tokenizer"])
+    listed: dict[int, list[sources.Part]] = {}
+    for line in sys.stdin:
+        source, number = json.loads(line)
+        try:
+            if source not in listed:
+                listed[source] = sources.parts(source, data.sources[source], data.shard_bytes)
+            answer = tokenise(data, ready, listed[source][number], Path(header["folder"]))
+        except DataError as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), flush=True)
+
+
+def tokenise(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part, folder: Path) -> dict[str, Any]:
+    """Tokenise one part into its shards and its record, which is written last."""
+    source = data.sources[part.source]
+    record = _adopt(data, ready, part) if source.kind == "megatron" else _write(data, ready, part, folder)
+    shards.write_atomically(folder / "parts" / f"{part.name}.json", json.dumps(record).encode())
+    return record
+
+
+def _adopt(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part) -> dict[str, Any]:
+    """The record of a Megatron shard that stays where it is: read once for its ids and its hash; its last documents are held out."""
+    prefix = Path(part.pieces[0].path)
+    shard = shards.Shard(prefix)
+    ends = shard.check(ready.vocab)
+    files = {}
+    for suffix, path in (("bin", shard.bin), ("idx", shard.idx)):
+        files[suffix] = {"bytes": path.stat().st_size, "sha256": shards.file_sha256(path)}
+    cut = shard.documents - round(shard.documents * data.validation)
+    splits = {}
+    for split, first, stop in (("train", 0, cut), ("validation", cut, shard.documents)):
+        start, end = shard.starts(first, first + 1)[0], shard.starts(stop, stop + 1)[0]
+        found = (
+            [{"prefix": str(prefix), "first": first, "documents": stop - first, "tokens": int(end - start), **files}] if end > start else []
+        )
+        splits[split] = {"shards": found, "text_bytes": None if found else 0}
+    bos = ready.bos is not None and ends["opens"] == ready.bos
+    return {
+        "splits": splits,
+        "starts_with_bos": bos,
+        "ends_with_eos": ends["closes"] == ready.eos,
+        "skipped": {},
+        "mended": {},
+        "named": [],
+    }
+
+
+def _write(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part, folder: Path) -> dict[str, Any]:
+    """Tokenise the documents of a part into one shard a split."""
+    bad, source = data.bad, data.sources[part.source]
+    writers = {split: shards.ShardWriter(folder / "shards" / f"{part.name}.{split}", ready.vocab) for split in SPLITS}
+    text_bytes = dict.fromkeys(SPLITS, 0)
+    skipped: Counter[str] = Counter()
+    mended: Counter[str] = Counter()
+    named: list[dict[str, str]] = []
+    heldout: list[bytes] = []
+    extra = 1 + (ready.bos is not None)
+
+    def skip(where: str, reason: str) -> None:
+        skipped[reason.split(":")[0]] += 1
+        if len(named) < NAMED:
+            named.append({"source": source.path or source.kind, "document": where, "reason": reason})
+
+    def flush(batch: list[Usable]) -> None:
+        for document, ids in zip(batch, ready.documents([document.text for document in batch]), strict=True):
+            count, text = len(ids) - extra, document.text.encode()
+            split = SPLITS[document.validation]
+            if count < bad.min_tokens and bad.short != "keep":
+                reason = f"short: {count} tokens, and the least is {bad.min_tokens}"
+                _refuse(bad, reason, document.where, source)
+                skip(document.where, reason)
+                continue
+            if count > bad.max_tokens and bad.long != "keep":
+                reason = f"long: {count} tokens, and the most is {bad.max_tokens}"
+                _refuse(bad, reason, document.where, source)
+                if bad.long == "skip":
+                    skip(document.where, reason)
+                    continue
+                ids = shards.np.concatenate([ids[: bad.max_tokens + extra - 1], ids[-1:]])
+                text = ready.decode(ids).encode()
+                mended["truncated"] += 1
+            mended.update([document.mended] if document.mended else [])
+            writers[split].add(ids)
+            text_bytes[split] += len(text)
+            if document.validation and text_bytes[split] <= XZ_BYTES:
+                heldout.append(text)
+
+    try:
+        batch: list[Usable] = []
+        characters = 0
+        for document in documents(data, part):
+            if document.skipped:
+                skip(document.where, document.skipped)
+                continue
+            batch.append(document)
+            characters += len(document.text)
+            if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+                flush(batch)
+                batch, characters = [], 0
+        flush(batch)
+        splits: dict[str, Any] = {}
+        for split, writer in writers.items():
+            shard = writer.finish()
+            found = [{"prefix": f"shards/{part.name}.{split}", **shard}] if shard else []
+            splits[split] = {"shards": found, "text_bytes": text_bytes[split]}
+        if 0 < text_bytes["validation"] <= XZ_BYTES:
+            shards.write_atomically(folder / "parts" / f"{part.name}.heldout", b"".join(heldout))
+    finally:
+        for writer in writers.values():
+            writer.abort()
+    return {
+        "splits": splits,
+        "starts_with_bos": ready.bos is not None,
+        "ends_with_eos": True,
+        "skipped": dict(sorted(skipped.items())),
+        "mended": dict(sorted(mended.items())),
+        "named": named,
+    }
+
+
+def _finish(
+    data: config.Data,
+    ready: tokenizer.Tokenizer,
+    parts: list[sources.Part],
+    records: list[dict[str, Any]],
+    folder: Path,
+    key: str,
+    report: Progress,
+) -> None:
+    """Put the parts' records together, write skipped.jsonl and, last, manifest.json."""
+    skipped: Counter[str] = Counter()
+    mended: Counter[str] = Counter()
+    found = []
+    for number, source in enumerate(data.sources):
+        mine = [record for part, record in zip(parts, records, strict=True) if part.source == number]
+        counts = {kind: sum((Counter(record[kind]) for record in mine), Counter()) for kind in ("skipped", "mended")}
+        skipped += counts["skipped"]
+        mended += counts["mended"]
+        splits = {}
+        for split in SPLITS:
+            held = [record["splits"][split] for record in mine]
+            entries = [shard for record in held for shard in record["shards"]]
+            known = all(record["text_bytes"] is not None for record in held)
+            splits[split] = {
+                "documents": sum(shard["documents"] for shard in entries),
+                "tokens": sum(shard["tokens"] for shard in entries),
+                "text_bytes": sum(record["text_bytes"] for record in held) if known else None,
+                "shards": entries,
+            }
+        found.append(
+            {
+                "name": f"{number} ({source.kind}{f' {source.path}' if source.path else ''})",
+                "starts_with_bos": all(record["starts_with_bos"] for record in mine),
+                "ends_with_eos": all(record["ends_with_eos"] for record in mine),
+                "splits": splits,
+                "skipped": dict(sorted(counts["skipped"].items())),
+                "mended": dict(sorted(counts["mended"].items())),
+            }
+        )
+    totals: dict[str, Any] = {}
+    for split in SPLITS:
+        values = [source["splits"][split] for source in found]
+        totals[split] = {name: sum(value[name] for value in values) for name in ("documents", "tokens")}
+        totals[split]["text_bytes"] = (
+            None if any(value["text_bytes"] is None for value in values) else sum(value["text_bytes"] for value in values)
+        )
+        totals[split]["xz_bytes"] = None
+    for source in found:
+        if not source["splits"]["train"]["tokens"]:
+            raise DataError(
+                f"source {source['name']} has no training token: {source['splits']['validation']['documents']:,} documents are held out and "
+                f"{sum(source['skipped'].values()):,} were skipped {source['skipped'] or ''}; {_empty_hint(data)}"
+            )
+    if totals["validation"]["text_bytes"] is not None and 0 < totals["validation"]["text_bytes"] <= XZ_BYTES:
+        report("compress held-out text", 0, 1)
+        kept = [folder / "parts" / f"{part.name}.heldout" for part in parts]
+        totals["validation"]["xz_bytes"] = len(lzma.compress(b"".join(path.read_bytes() for path in kept if path.is_file()), preset=9))
+        report("compress held-out text", 1, 1)
+    named = [row for record in records for row in record["named"]][:NAMED]
+    shards.write_atomically(folder / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in named).encode())
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "key": key,
+        "vocab": ready.vocab,
+        "eos": ready.eos,
+        "starts_with_bos": ready.bos is not None,
+        "tokenizer": {"file": f"tokenizer/{_main_file(ready)}", "sha256": ready.sha256},
+        "sources": found,
+        "totals": totals,
+        "skipped": dict(sorted(skipped.items())),
+        "mended": dict(sorted(mended.items())),
+    }
+    order = [
+        [source["starts_with_bos"], source["ends_with_eos"]]
+        + [
+            [[s["bin"]["sha256"], s["idx"]["sha256"], s.get("first", 0), s["tokens"]] for s in source["splits"][split]["shards"]]
+            for split in SPLITS
+        ]
+        for source in found
+    ]
+    manifest["sha256"] = _digest([FORMAT, ready.sha256, ready.vocab, ready.eos, order])
+    manifest["checksum"] = _digest(manifest)
+    shards.write_atomically(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    for path in (folder / "parts").glob("*.heldout"):
+        path.unlink()
+
+
+def _empty_hint(data: config.Data) -> str:
+    return f"add documents, loosen `data.bad`, or lower `data.validation` (now {data.validation})"
+
+
+if __name__ == "__main__":
+    _worker()

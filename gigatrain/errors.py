@@ -1,0 +1,43 @@
+"""Every error a user can cause: each names the value, the limit and the way out, and the CLI prints it without a traceback."""
+
+
+class GigatrainError(Exception):
+    """Base of the errors that are the user's to mend; `exit_code` is what the CLI leaves with."""
+
+    exit_code = 1
+
+
+class RecipeError(GigatrainError):
+    """The recipe or an override of it is wrong: an unknown key, a wrong type, a value out of range."""
+
+    exit_code = 2
+
+
+class SiteError(GigatrainError):
+    """The site is unknown, or lacks a fact that the run needs."""
+
+    exit_code = 3
+
+
+class PlanError(GigatrainError):
+    """Recipe and site are each right but cannot work together."""
+
+    exit_code = 4
+
+
+class DataError(GigatrainError):
+    """A corpus, a tokenizer or a shard is missing, torn or not what the manifest says."""
+
+    exit_code = 5
+
+
+class CheckpointError(GigatrainError):
+    """A checkpoint or a weights folder is missing, damaged or belongs to another run."""
+
+    exit_code = 6
+
+
+class RunError(GigatrainError):
+    """The run cannot start or go on: the folder is taken, the loss is not finite, a device is missing."""
+
+    exit_code = 7

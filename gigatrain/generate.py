@@ -1,0 +1,52 @@
+"""Text from a trained model, through transformers: what users will load the export with is what we show."""
+
+import tempfile
+from pathlib import Path
+
+from gigatrain.errors import RunError
+
+
+def generate(
+    folder: Path,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float,
+    top_k: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> str:
+    """Continue `prompt` by at most `tokens` tokens with the model in `folder`, a run or an export; temperature 0 takes the likeliest.
+
+    A run without export/ is exported from its newest checkpoint first. Raises RunError for a folder that is neither.
+    """
+    if (folder / "export" / "config.json").is_file():
+        return generate(folder / "export", prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, device=device)
+    if (folder / "run.json").is_file():
+        from gigatrain.export import export
+
+        with tempfile.TemporaryDirectory() as temporary:
+            export(folder, Path(temporary))
+            return generate(Path(temporary), prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, device=device)
+    if not (folder / "config.json").is_file():
+        raise RunError(f"{folder} is neither a run (run.json) nor an exported model (config.json)")
+
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device)
+    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    torch.manual_seed(seed)
+    with torch.inference_mode():
+        ids = model.generate(
+            **inputs,
+            max_new_tokens=tokens,
+            do_sample=temperature > 0,
+            temperature=temperature or None,
+            top_k=top_k if temperature > 0 else None,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+    return tokenizer.decode(ids[0], skip_special_tokens=True)

@@ -1,0 +1,259 @@
+"""TOML to Recipe and Site: names, dotted overrides, and errors that say which key, which value, which limit."""
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import pynvml
+from pydantic import BaseModel, ValidationError
+
+from gigatrain import architectures
+from gigatrain.architectures import Architecture
+from gigatrain.config import Model, Recipe, Section, Site
+from gigatrain.errors import GigatrainError, RecipeError, SiteError
+
+_PACKAGE = Path(__file__).parent
+
+
+def shipped(kind: str) -> Path:
+    """The folder of shipped `recipes` or `launch`: inside the package in a wheel, beside it in a checkout."""
+    inside, beside = _PACKAGE / kind, _PACKAGE.parent / kind
+    return inside if inside.is_dir() else beside
+
+
+def recipes() -> dict[str, Path]:
+    """Name -> file of every shipped recipe; `llama3-8b/pretrain.toml` is called `llama3-8b/pretrain`."""
+    root = shipped("recipes")
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.toml"))}
+
+
+def sites() -> dict[str, Path]:
+    """Name -> file of every shipped site."""
+    return {path.stem: path for path in sorted((shipped("launch") / "sites").glob("*.toml"))}
+
+
+def recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe: a path, or the name of a shipped one; `overrides` are `dotted.key=value` as given to --set.
+
+    Raises RecipeError for a missing file, bad TOML, an unknown key, a wrong type, a value out of range or a contradiction.
+    """
+    path = _find(source, recipes(), "recipe", RecipeError)
+    tree = _toml(path, RecipeError)
+    for override in overrides:
+        _override(tree, override)
+    _expand_architecture(tree)
+    result = _validate(Recipe, tree, str(path), RecipeError)
+    assert isinstance(result, Recipe)
+    return result
+
+
+def site(source: str | Path) -> Site:
+    """Read a site: a path, or the name of a shipped one."""
+    path = _find(source, sites(), "site", SiteError)
+    result = _validate(Site, _toml(path, SiteError), str(path), SiteError)
+    assert isinstance(result, Site)
+    return result
+
+
+def local_site() -> tuple[Site, str]:
+    """The site this process runs on, and why: `one-gpu` where the driver shows one, else `laptop`; with its memory, and without torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return _laptop(), f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU"
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return _laptop(), f"no NVIDIA driver: {error}"
+    try:
+        count = pynvml.nvmlDeviceGetCount()
+        if count == 0:
+            return _laptop(), "the NVIDIA driver shows no GPU"
+        device = pynvml.nvmlDeviceGetHandleByIndex(0)
+        memory = int(pynvml.nvmlDeviceGetMemoryInfo(device).total)
+        return site("one-gpu").model_copy(update={"memory_bytes": memory}), f"the driver shows {count} x {pynvml.nvmlDeviceGetName(device)}"
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _laptop() -> Site:
+    return site("laptop").model_copy(update={"memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")})
+
+
+def architecture(model: Model) -> Architecture:
+    """The numbers of the recipe's model: its own, or those in the config.json of the folder or hub name it starts `from`."""
+    if model.architecture is not None:
+        return model.architecture
+    assert model.source is not None
+    return architectures.from_hf_config(config_json(model.source))
+
+
+def positions(model: Model) -> int:
+    """Context length that the weights' own config.json declares; 0 for fresh weights."""
+    return int(config_json(model.source).get("max_position_embeddings") or 0) if model.source else 0
+
+
+def config_json(source: str) -> dict[str, Any]:
+    """config.json of a folder, or of a model on the hub (downloads that one file)."""
+    folder = Path(source).expanduser()
+    path = folder / "config.json"
+    if not folder.exists():
+        if source.startswith(("/", ".", "~")):
+            raise RecipeError(f"model.from: there is no folder {source!r}")
+        import huggingface_hub  # pulls in an HTTP client, 0.3 s
+
+        try:
+            path = Path(huggingface_hub.hf_hub_download(source, "config.json"))
+        except Exception as failure:
+            raise RecipeError(
+                f"model.from: {source!r} is no folder here, and as a hub name it cannot be had: {type(failure).__name__}. "
+                "Give the path of a folder with config.json and *.safetensors."
+            ) from None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as failure:
+        raise RecipeError(f"model.from: {path} cannot be read: {failure.strerror}") from None
+    except ValueError as failure:
+        raise RecipeError(f"model.from: {path} is not JSON: {failure}") from None
+
+
+def read_json(model: type[Section], text: str, where: str, error: type[GigatrainError]) -> Any:
+    """A frozen record back from its JSON, with the same strictness and messages as a recipe."""
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as failure:
+        raise error(_explain(model, failure, where)) from None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean "x"?` for the likeliest of `known`, else a full stop."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f'; did you mean "{close[0]}"?' if close else "."
+
+
+def _find(source: str | Path, known: Mapping[str, Path], what: str, error: type[GigatrainError]) -> Path:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    name = str(source).removesuffix(".toml")
+    if name in known:
+        return known[name]
+    if path.is_dir():
+        raise error(f"{source} is a folder; give the {what} file in it")
+    raise error(f"no {what} file and no shipped {what} is called {source!r}{nearest(name, known)} Shipped: {', '.join(known) or 'none'}.")
+
+
+def _toml(path: Path, error: type[GigatrainError]) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as failure:
+        raise error(f"{path} is not valid TOML: {failure}") from None
+    except UnicodeDecodeError as failure:
+        raise error(f"{path} is not UTF-8 text: byte {failure.start}") from None
+    except OSError as failure:
+        raise error(f"{path} cannot be read: {failure.strerror}") from None
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    """Apply one `dotted.key=value`; the value is TOML, and bare words are strings."""
+    key, equals, raw = text.partition("=")
+    keys = [part.strip() for part in key.split(".")]
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {text!r} is not of the form key=value, for instance --set optim.lr=1e-4")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    node: Any = tree
+    for depth, part in enumerate(keys[:-1]):
+        here = ".".join(keys[: depth + 1])
+        if isinstance(node, list):
+            node = _element(node, part, here)
+            continue
+        if here == "model.architecture" and isinstance(node.get(part), str):
+            node[part] = {"base": node[part]}
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise RecipeError(f"--set {text!r}: {here} is {node!r}, not a table")
+    if isinstance(node, list):
+        _element(node, keys[-1], ".".join(keys))
+        node[int(keys[-1])] = value
+    else:
+        node[keys[-1]] = value
+
+
+def _element(items: list[Any], index: str, where: str) -> Any:
+    if not index.isdigit() or int(index) >= len(items):
+        raise RecipeError(f"--set {where}: {index!r} is not an index below {len(items)}, the number of entries")
+    return items[int(index)]
+
+
+def _expand_architecture(tree: dict[str, Any]) -> None:
+    """`architecture = "name"` and `base = "name"` become numbers, so that the recipe holds nothing to look up."""
+    model = tree.get("model")
+    if not isinstance(model, dict):
+        return
+    given = model.get("architecture")
+    if isinstance(given, str):
+        model["architecture"] = architectures.resolve(given)
+    elif isinstance(given, dict) and "base" in given:
+        numbers = dict(given)
+        model["architecture"] = architectures.resolve(str(numbers.pop("base"))) | numbers
+
+
+def _validate(model: type[Section], tree: dict[str, Any], where: str, error: type[GigatrainError]) -> Section:
+    try:
+        text = json.dumps(tree, allow_nan=False)
+    except (TypeError, ValueError) as failure:
+        raise error(f"{where}: {failure}; dates, inf and nan have no place here") from None
+    return read_json(model, text, where, error)
+
+
+def _explain(model: type[BaseModel], failure: ValidationError, where: str) -> str:
+    """Every problem on a line: key, what is wrong with which value, and what would be right."""
+    lines = []
+    for problem in failure.errors(include_url=False):
+        path = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            *parents, last = problem["loc"]
+            siblings = _fields(model, parents)
+            lines.append(f"{path}: unknown key{nearest(str(last), siblings)} Known here: {', '.join(siblings)}.")
+        elif problem["type"] == "missing":
+            lines.append(f"{path}: missing{_described(model, problem['loc'])}")
+        else:
+            shown = "" if isinstance(problem["input"], dict) else f" (it is {json.dumps(problem['input'], default=str)[:80]})"
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{path or 'top level'}: {message[:1].lower()}{message[1:]}{shown}")
+    return f"{where} is refused:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _model_at(model: type[BaseModel], loc: Iterable[Any]) -> type[BaseModel] | None:
+    """The section that a path of keys leads to."""
+    current: type[BaseModel] | None = model
+    for part in loc:
+        if isinstance(part, int) or current is None:
+            continue
+        field = next((field for name, field in current.model_fields.items() if (field.alias or name) == part), None)
+        current = next(_models(field.annotation), None) if field else None
+    return current
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)
+
+
+def _fields(model: type[BaseModel], loc: Iterable[Any]) -> list[str]:
+    section = _model_at(model, loc)
+    return [field.alias or name for name, field in section.model_fields.items()] if section else []
+
+
+def _described(model: type[BaseModel], loc: tuple[Any, ...]) -> str:
+    section = _model_at(model, loc[:-1])
+    field = next((field for name, field in section.model_fields.items() if (field.alias or name) == loc[-1]), None) if section else None
+    return f"; {field.description[:1].lower()}{field.description[1:]}" if field and field.description else ""

@@ -1,0 +1,1 @@
+"""The decoder, and its weights in transformers' layout."""

@@ -1,0 +1,383 @@
+"""One decoder for every dense llama-like family: what it computes follows from the numbers of `Architecture` alone.
+
+Legend of shapes: b batch, t tokens, d hidden channels, h query heads, k key heads, r rotary channel pairs, v vocabulary. Parameter names are those of
+transformers' Llama; where a family calls them otherwise on disk, models/hf.py translates.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from gigatrain.architectures import Architecture, Rope
+from gigatrain.kernels.attention import Mask, mask
+from gigatrain.kernels.ops import REFERENCE, Ops
+
+Recompute = Literal["none", "selective", "full"]
+Kind = Literal["embed", "head", "matrix", "norm", "bias", "scalar"]
+
+# How tensor parallelism cuts each module: column = outputs, row = inputs, vocab = rows of the vocabulary. What is not listed is whole everywhere.
+LAYOUT: dict[str, Literal["column", "row", "vocab"]] = {
+    "model.embed_tokens": "vocab",
+    "self_attn.q_proj": "column",
+    "self_attn.k_proj": "column",
+    "self_attn.v_proj": "column",
+    "self_attn.o_proj": "row",
+    "mlp.gate_proj": "column",
+    "mlp.up_proj": "column",
+    "mlp.down_proj": "row",
+    "lm_head": "vocab",
+}
+
+
+def kind_of(name: str) -> Kind:
+    """What a parameter is, by its name: the optimizer groups by it. `matrix` are the layers' matrices (Muon's share)."""
+    if name.startswith("model.embed_tokens"):
+        return "embed"
+    if name.startswith("lm_head"):
+        return "head"
+    if "norm." in name:
+        return "norm"
+    if name.endswith(".bias"):
+        return "bias"
+    return "scalar" if "act_fn" in name else "matrix"
+
+
+def decays(name: str, embeddings: bool = False) -> bool:
+    """Whether weight decay applies: to matrices, and if `embeddings` to embedding and head; never to norms, biases and scalars."""
+    return kind_of(name) == "matrix" or (embeddings and kind_of(name) in ("embed", "head"))
+
+
+def frequencies(rope: Rope, head_dim: int, long: bool = False) -> tuple[Tensor, float]:
+    """`(f_r, factor)`: angular frequency of each channel pair, fp32 on the CPU, and what multiplies cos and sin.
+
+    Computed in fp32 in the order of operations of the released checkpoints' code: an ulp here is 1e-7 of an angle that grows with the position.
+    Formulas: see `Rope`. `long` selects longrope's factors for samples above `original_positions`.
+    """
+    d = int(head_dim * rope.partial)
+    period_r = rope.theta ** (torch.arange(0, d, 2, dtype=torch.int64, device="cpu").to(torch.float32) / d)
+    f_r = 1.0 / period_r
+    stretch, original = rope.factor or 1.0, rope.original_positions or 1
+    match rope.kind:
+        case "linear":
+            return f_r / stretch, 1.0
+        case "llama3":
+            low, high = cast(float, rope.low_freq_factor), cast(float, rope.high_freq_factor)
+            wave_r = 2 * math.pi / f_r
+            smooth_r = (original / wave_r - low) / (high - low)
+            between_r = (1 - smooth_r) * f_r / stretch + smooth_r * f_r
+            slow_r = torch.where(wave_r > original / low, f_r / stretch, between_r)
+            return torch.where(wave_r < original / high, f_r, slow_r), 1.0
+        case "yarn":
+
+            def channel(rotations: float) -> float:
+                return d * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+            first, last = channel(rope.beta_fast or 32.0), channel(rope.beta_slow or 1.0)
+            if rope.truncate is not False:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, d - 1)
+            last += 0.001 if first == last else 0
+            keep_r = 1 - ((torch.arange(d // 2, dtype=torch.float32, device="cpu") - first) / (last - first)).clamp(0, 1)
+            return 1.0 / (stretch * period_r) * (1 - keep_r) + f_r * keep_r, _yarn_factor(rope, stretch)
+        case "longrope":
+            factors = cast(Sequence[float], rope.long_factor if long else rope.short_factor)
+            default = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+            return 1.0 / (torch.tensor(factors, dtype=torch.float32, device="cpu") * period_r), rope.attention_factor or default
+    return f_r, 1.0
+
+
+def _yarn_factor(rope: Rope, stretch: float) -> float:
+    def grown(by: float) -> float:
+        return 0.1 * by * math.log(stretch) + 1.0 if stretch > 1 else 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    return grown(rope.mscale) / grown(rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else grown(1.0)
+
+
+class Tables:
+    """cos and sin of one microbatch for one `Rope`; frequencies are computed on first use and kept per device.
+
+    Not a buffer: `to(bfloat16)` would round frequencies, and `to_empty` would lose them.
+    """
+
+    def __init__(self, rope: Rope, arch: Architecture) -> None:
+        self.rope, self.head_dim, self.fp32 = rope, arch.head_dim, arch.rope_fp32
+        self.cache: dict[torch.device, tuple[Tensor, ...]] = {}
+
+    def __call__(self, positions_bt: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`(cos_btr, sin_btr, grow_bt)`; `grow_bt` multiplies the queries, None: nothing does."""
+        device, rope = positions_bt.device, self.rope
+        if device not in self.cache:
+            variants = (False, True) if rope.kind == "longrope" else (False,)
+            self.cache[device] = tuple(frequencies(rope, self.head_dim, long)[0].to(device) for long in variants)
+        f_r, *longer = self.cache[device]
+        if longer:  # on the device, so that host and device need not meet
+            f_r = torch.where(positions_bt.max() + 1 > cast(int, rope.original_positions), longer[0], f_r)
+        angle_btr = positions_bt[..., None].float() * f_r
+        factor = _factor(rope, self.head_dim)
+        cos, sin = angle_btr.cos(), angle_btr.sin()
+        if factor != 1.0:
+            cos, sin = cos * factor, sin * factor
+        if not (self.fp32 and dtype.itemsize < 4):
+            cos, sin = cos.to(dtype), sin.to(dtype)
+        grow = None
+        if rope.query_beta is not None:
+            grow = (1 + rope.query_beta * torch.log(1 + torch.floor(positions_bt / cast(int, rope.original_positions)))).to(dtype)
+        return cos, sin, grow
+
+
+@functools.lru_cache(maxsize=64)
+def _factor(rope: Rope, head_dim: int) -> float:
+    return frequencies(rope, head_dim)[1]
+
+
+@functools.lru_cache(maxsize=64)
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """`value` as the dtype holds it: released models multiply by a rounded constant (Gemma's root of 3072 is 55.5 in bf16)."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu").to(dtype).item()
+
+
+class Norm(nn.Module):
+    """The weight of an RMS norm; the operation itself is one of `Ops`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels))
+
+
+class Attention(nn.Module):
+    """Self-attention of one layer."""
+
+    def __init__(self, arch: Architecture, ops: Ops) -> None:
+        super().__init__()
+        self.arch, self.ops = arch, ops
+        q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+        self.q_proj = nn.Linear(arch.hidden, q, bias=arch.qkv_bias)
+        self.k_proj = nn.Linear(arch.hidden, kv, bias=arch.qkv_bias)
+        self.v_proj = nn.Linear(arch.hidden, kv, bias=arch.qkv_bias)
+        self.o_proj = nn.Linear(q, arch.hidden, bias=arch.output_bias)
+        if arch.qk_norm != "none":
+            full = arch.qk_norm == "full"
+            self.q_norm = Norm(q if full else arch.head_dim)
+            self.k_norm = Norm(kv if full else arch.head_dim)
+
+    def forward(self, x_btd: Tensor, turn: tuple[Tensor, Tensor, Tensor | None] | None, seen: Mask) -> Tensor:
+        arch, ops = self.arch, self.ops
+        q, k, v = self.q_proj(x_btd), self.k_proj(x_btd), self.v_proj(x_btd)
+        if arch.qk_norm == "full":
+            q = ops.rms_norm(q, self.q_norm.weight, arch.norm_eps, arch.norm)
+            k = ops.rms_norm(k, self.k_norm.weight, arch.norm_eps, arch.norm)
+        q, k, v = (x.unflatten(-1, (-1, arch.head_dim)) for x in (q, k, v))
+        cos, sin, grow = turn or (None, None, None)
+        if arch.qk_norm == "head":
+            q, k = ops.qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, arch.norm_eps, arch.norm, arch.rope_interleaved)
+        elif turn is not None:
+            q, k = ops.rope(q, k, cos, sin, arch.rope_interleaved)
+        if grow is not None:
+            q = q * grow[:, :, None, None]
+        return self.o_proj(ops.attention(q, k, v, seen, scale=arch.scale, softcap=arch.attention_softcap).flatten(-2))
+
+
+class XIELU(nn.Module):
+    """The two trained scalars of xIELU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha_p = nn.Parameter(torch.empty(1))
+        self.alpha_n = nn.Parameter(torch.empty(1))
+
+
+class MLP(nn.Module):
+    """The feed-forward block of one layer."""
+
+    def __init__(self, arch: Architecture, ops: Ops) -> None:
+        super().__init__()
+        self.gated = arch.activation != "xielu"
+        self.activation = getattr(ops, arch.activation)
+        if self.gated:
+            self.gate_proj = nn.Linear(arch.hidden, arch.intermediate, bias=arch.mlp_bias)
+        else:
+            self.act_fn = XIELU()
+        self.up_proj = nn.Linear(arch.hidden, arch.intermediate, bias=arch.mlp_bias)
+        self.down_proj = nn.Linear(arch.intermediate, arch.hidden, bias=arch.mlp_bias)
+
+    def forward(self, x_btd: Tensor) -> Tensor:
+        if self.gated:
+            return self.down_proj(self.activation(self.gate_proj(x_btd), self.up_proj(x_btd)))
+        return self.down_proj(self.activation(self.up_proj(x_btd), self.act_fn.alpha_p, self.act_fn.alpha_n))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each added to the residual stream.
+
+    The sum that ends a block is left to the norm that begins the next one, also across layers: `forward` takes and returns `(delta, residual)`, whose
+    scaled sum is the stream. So every sum that has a norm behind it is one `add_rms_norm`.
+    """
+
+    def __init__(self, arch: Architecture, ops: Ops) -> None:
+        super().__init__()
+        self.arch, self.ops = arch, ops
+        self.self_attn = Attention(arch, ops)
+        self.mlp = MLP(arch, ops)
+        if arch.placement != "post":
+            self.input_layernorm = Norm(arch.hidden)
+            self.post_attention_layernorm = Norm(arch.hidden)
+        if arch.placement != "pre":
+            self.attention_output_norm = Norm(arch.hidden)
+            self.mlp_output_norm = Norm(arch.hidden)
+
+    def begin(self, delta_btd: Tensor | None, residual_btd: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
+        """`(stream, input of the block)`."""
+        return begin(self.arch, self.ops, delta_btd, residual_btd, norm)
+
+    def forward(
+        self, delta_btd: Tensor | None, residual_btd: Tensor, turn: tuple[Tensor, Tensor, Tensor | None] | None, seen: Mask
+    ) -> tuple[Tensor, Tensor]:
+        arch, ops, pre, post = self.arch, self.ops, self.arch.placement != "post", self.arch.placement != "pre"
+        stream, x = self.begin(delta_btd, residual_btd, self.input_layernorm if pre else None)
+        x = self.self_attn(x, turn, seen)
+        if post:
+            x = ops.rms_norm(x, self.attention_output_norm.weight, arch.norm_eps, arch.norm)
+        stream, x = self.begin(x, stream, self.post_attention_layernorm if pre else None)
+        x = self.mlp(x)
+        if post:
+            x = ops.rms_norm(x, self.mlp_output_norm.weight, arch.norm_eps, arch.norm)
+        return x, stream
+
+
+def begin(arch: Architecture, ops: Ops, delta_btd: Tensor | None, residual_btd: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    """Adds what the last block left, and norms the sum: `(stream, normed stream)`; without a norm the stream twice."""
+    if norm is not None and delta_btd is not None:
+        return ops.add_rms_norm(delta_btd, residual_btd, norm.weight, arch.norm_eps, arch.norm, arch.residual_scale)
+    stream = residual_btd if delta_btd is None else torch.add(residual_btd, delta_btd, alpha=arch.residual_scale)
+    return stream, stream if norm is None else ops.rms_norm(stream, norm.weight, arch.norm_eps, arch.norm)
+
+
+class Stack(nn.Module):
+    """Embedding, layers and last norm."""
+
+    def __init__(self, arch: Architecture, ops: Ops) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(arch.vocab, arch.hidden)
+        self.layers = nn.ModuleList(Layer(arch, ops) for _ in range(arch.layers))
+        self.norm = Norm(arch.hidden)
+
+
+class Decoder(nn.Module):
+    """The whole model. Built on any device, `meta` included; weights are undefined until `init_weights` or models/hf.py fills them."""
+
+    def __init__(self, arch: Architecture, ops: Ops = REFERENCE, *, recompute: Recompute = "none") -> None:
+        super().__init__()
+        self.arch, self.ops, self.recompute = arch, ops, recompute
+        self.model = Stack(arch, ops)
+        self.lm_head = nn.Linear(arch.hidden, arch.vocab, bias=False)
+        if arch.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tables = {rope: Tables(rope, arch) for i in range(arch.layers) if (rope := arch.rope_of(i)) is not None}
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The layers, in order; each may be compiled in place."""
+        return self.model.layers
+
+    @torch.no_grad()
+    def init_weights(self, std: float, scale_residual: bool, seed: int) -> None:
+        """Draws every weight in place: matrices from N(0, std), norms the identity, biases 0, xIELU as in its paper.
+
+        `scale_residual` divides the std of the two matrices that write to the residual stream by sqrt(2 * layers) (GPT-2). Each tensor's numbers depend
+        on `seed`, its name and the device type only: not on rank, order or the other tensors.
+        """
+        for name, parameter in self.named_parameters():
+            match kind_of(name):
+                case "norm":
+                    parameter.fill_(0.0 if self.arch.norm == "gemma" else 1.0)
+                case "bias":
+                    parameter.zero_()
+                case "scalar":  # softplus of it is 0.8, and 0.8 - beta for the negative side
+                    parameter.fill_(math.log(math.expm1(0.8 if name.endswith("alpha_p") else 0.3)))
+                case _:
+                    writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                    spread = std / math.sqrt(2 * self.arch.layers) if scale_residual and writes else std
+                    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+                    generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+                    drawn = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+                    parameter.copy_(drawn.normal_(0.0, spread, generator=generator))
+
+    def forward(self, tokens_bt: Tensor, positions_bt: Tensor | None = None, documents_bt: Tensor | None = None) -> Tensor:
+        """hidden_btd after the last norm. `positions_bt` counts within each document ([1, t] is broadcast; None: 0, 1, ...); `documents_bt` int, each
+        token's document in its row (None: each row is one document)."""
+        arch, tokens = self.arch, tokens_bt.shape[1]
+        x_btd = self.model.embed_tokens(tokens_bt)
+        if (factor := arch.embedding_factor) != 1.0:
+            x_btd = x_btd * _rounded(factor, x_btd.dtype)
+        if positions_bt is None:
+            positions_bt = torch.arange(tokens, device=tokens_bt.device)[None]
+        turns = {rope: table(positions_bt, x_btd.dtype) for rope, table in self.tables.items()}
+        windows = {arch.window_of(i) for i in range(arch.layers)}
+        seen = {w: mask(documents_bt, w, tokens, x_btd.dtype, x_btd.device) for w in windows}
+        delta, stream = None, x_btd
+        for i, layer in enumerate(self.layers):
+            rope = arch.rope_of(i)
+            turn = None if rope is None else turns[rope]
+            delta, stream = self._layer(layer, delta, stream, turn, seen[arch.window_of(i)])
+        return begin(arch, self.ops, delta, stream, self.model.norm)[1]
+
+    def _layer(self, layer: nn.Module, delta: Tensor | None, stream: Tensor, turn: Any, seen: Mask) -> tuple[Tensor, Tensor]:
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return layer(delta, stream, turn, seen)
+        if self.recompute == "selective":
+            return checkpoint(layer, delta, stream, turn, seen, use_reentrant=False, context_fn=_keep_products)  # type: ignore[return-value]
+        # One tensor per layer is kept, so the sum is made outside.
+        if delta is not None:
+            stream = torch.add(stream, delta, alpha=self.arch.residual_scale)
+        return checkpoint(layer, None, stream, turn, seen, use_reentrant=False)  # type: ignore[return-value]
+
+    def logits(self, tokens_bt: Tensor, positions_bt: Tensor | None = None, documents_bt: Tensor | None = None) -> Tensor:
+        """logits_btv in the weights' dtype, scaled and soft-capped."""
+        logits_btv = self.lm_head(self(tokens_bt, positions_bt, documents_bt))
+        if self.arch.logit_divisor != 1.0:
+            logits_btv = logits_btv / self.arch.logit_divisor
+        cap = self.arch.logit_softcap
+        return logits_btv if cap is None else cap * torch.tanh(logits_btv / cap)
+
+    def loss(
+        self,
+        tokens_bt: Tensor,
+        labels_bt: Tensor,
+        positions_bt: Tensor | None = None,
+        documents_bt: Tensor | None = None,
+        *,
+        z_loss: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """`(loss_sum, ce_sum)` over the labels that are not -100, which are already shifted; see kernels/linear_cross_entropy.py."""
+        hidden_btd = self(tokens_bt, positions_bt, documents_bt)
+        return self.ops.linear_cross_entropy(
+            hidden_btd.flatten(0, 1),
+            self.lm_head.weight,
+            labels_bt.flatten(),
+            softcap=self.arch.logit_softcap,
+            scale=1.0 / self.arch.logit_divisor,
+            z_loss=z_loss,
+        )
+
+
+def _keep_products() -> Any:
+    """Selective recomputation: matrix products and attention are kept, everything else is computed again."""
+    aten = torch.ops.aten
+    names = (
+        "mm addmm bmm baddbmm _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
+        "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
+    )
+    kept = {getattr(aten, name).default for name in names.split() if hasattr(aten, name)}
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

@@ -1,0 +1,291 @@
+"""Weights in transformers' layout: safetensors files with transformers' names, read and written tensor by tensor.
+
+Names in memory are those of transformers' Llama. `_RENAMED` lists, per trait, what a family calls otherwise on disk; Phi-3 keeps query, key and value,
+and gate and up, as one matrix each. Nothing is ever unpickled.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gigatrain.architectures import Architecture
+from gigatrain.errors import CheckpointError
+from gigatrain.kernels import xielu
+from gigatrain.models.decoder import Decoder
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+# Names of the layers' norms on disk, where they differ: llama's second norm stands before the feed-forward block, gemma's after attention.
+_RENAMED: dict[str, dict[str, str]] = {
+    "pre": {},
+    "post": {"attention_output_norm": "post_attention_layernorm", "mlp_output_norm": "post_feedforward_layernorm"},
+    "sandwich": {
+        "post_attention_layernorm": "pre_feedforward_layernorm",
+        "attention_output_norm": "post_attention_layernorm",
+        "mlp_output_norm": "post_feedforward_layernorm",
+    },
+    "apertus": {"input_layernorm": "attention_layernorm", "post_attention_layernorm": "feedforward_layernorm"},
+}
+_FUSED: dict[str, dict[str, tuple[str, ...]]] = {
+    "phi3": {
+        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    }
+}
+_CONSTANTS = {"act_fn.beta": xielu.BETA, "act_fn.eps": xielu.EPS}  # transformers keeps xIELU's two constants with the weights
+
+
+def _sources(arch: Architecture, name: str) -> tuple[str, ...]:
+    """The names in memory of the tensors that the tensor `name` on disk is made of, stacked along dim 0."""
+    match = re.fullmatch(r"(model\.layers\.\d+\.)(.+)\.(weight|bias)", name)
+    if not match:
+        return (name,)
+    layer, module, kind = match.groups()
+    if module in (fused := _FUSED.get(arch.family, {})):
+        return tuple(f"{layer}{part}.{kind}" for part in fused[module])
+    back = {disk: memory for memory, disk in _RENAMED.get(arch.family, _RENAMED[arch.placement]).items()}
+    return (f"{layer}{back.get(module, module)}.{kind}",)
+
+
+def _names(arch: Architecture, memory: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Every name on disk, and the names in memory it is made of."""
+    forward = _RENAMED.get(arch.family, _RENAMED[arch.placement])
+    fused = {part: whole for whole, parts in _FUSED.get(arch.family, {}).items() for part in parts}
+    disk: dict[str, tuple[str, ...]] = {}
+    for name in memory:
+        if name == _HEAD and arch.tied:
+            continue
+        match = re.fullmatch(r"(model\.layers\.\d+\.)(.+)\.(weight|bias)", name)
+        if match:
+            layer, module, kind = match.groups()
+            module = fused.get(module, forward.get(module, module))
+            name = f"{layer}{module}.{kind}"
+        disk[name] = _sources(arch, name)
+    return disk
+
+
+def to_hf(state: Mapping[str, Tensor], arch: Architecture) -> dict[str, Tensor]:
+    """A state dict under transformers' names; fused matrices are copies, the rest the same tensors. A tied head is left out, as transformers does."""
+    return dict(_to_hf(state, arch))
+
+
+def _to_hf(state: Mapping[str, Tensor], arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+    for name, sources in _names(arch, state).items():
+        if missing := [s for s in sources if s not in state]:
+            raise CheckpointError(f"the state lacks {', '.join(missing)}, which {name} is made of")
+        yield name, state[sources[0]] if len(sources) == 1 else torch.cat([state[s] for s in sources])
+        if name.endswith("act_fn.alpha_n"):
+            for constant, value in _CONSTANTS.items():
+                yield name.replace("act_fn.alpha_n", constant), torch.tensor(value, dtype=state[sources[0]].dtype)
+
+
+def from_hf(state: Mapping[str, Tensor], arch: Architecture) -> dict[str, Tensor]:
+    """A state dict under the decoder's names; fused matrices become views. Adds the tied head."""
+    sizes = _fused_sizes(arch)
+    memory: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        sources = _sources(arch, name)
+        if name.endswith(tuple(_CONSTANTS)):
+            _check_constant(name, tensor)
+        elif len(sources) == 1:
+            memory[sources[0]] = tensor
+        else:
+            parts = tensor.split([sizes[_module(s)] for s in sources])
+            memory |= dict(zip(sources, parts, strict=True))
+    if arch.tied and _EMBEDDING in memory:
+        memory[_HEAD] = memory[_EMBEDDING]
+    return memory
+
+
+def _module(name: str) -> str:
+    return name.split(".")[-2]
+
+
+def _fused_sizes(arch: Architecture) -> dict[str, int]:
+    q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    return {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": arch.intermediate, "up_proj": arch.intermediate}
+
+
+def _check_constant(name: str, tensor: Tensor) -> None:
+    value = next(v for suffix, v in _CONSTANTS.items() if name.endswith(suffix))
+    if tensor.numel() != 1 or abs(tensor.item() / value - 1) > 2**-8:  # as far as bf16 can say
+        raise CheckpointError(f"{name} is {tensor.flatten().tolist()}, but only {value} is implemented")
+
+
+def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder that holds a model: an existing folder, else the hub's snapshot of that name (`revision`: commit or tag), downloaded if need be.
+
+    Raises `CheckpointError` if there is no such folder and the hub cannot give it.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    name = os.fspath(name_or_path)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise CheckpointError(f"there is no folder {name}, and it is no hub name (owner/model) either; check the path")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise CheckpointError(f"there is no folder {name}; to fetch it from the hub: pip install huggingface_hub") from error
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+    except Exception as error:  # the hub's own errors, of any transport: all mean that there is no model
+        raise CheckpointError(f"there is no folder {name}, and the hub gives no model of that name: {error}") from error
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """config.json as a dict. Raises `CheckpointError` if it is missing or not a JSON object."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; a model folder holds config.json and *.safetensors") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds {type(config).__name__} instead of a table")
+    return config
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Where each tensor is: name -> file."""
+    if (index := folder / INDEX).is_file():
+        try:
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {name: folder / Path(file).name for name, file in places.items()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index} is damaged: {error!r}; fetch or write the folder again") from error
+    if (single := folder / SINGLE).is_file():
+        with _open(single) as file:
+            return {name: single for name in file.keys()}  # noqa: SIM118 - not a dict
+    if pickles := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)):
+        raise CheckpointError(f"{folder} holds weights only as pickle ({pickles[0]}), which can run code when read; convert it to safetensors first")
+    raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing, though the index names it; fetch the folder again") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; fetch the folder again") from error
+
+
+@torch.no_grad()
+def load_weights(model: Decoder, folder: str | os.PathLike[str]) -> None:
+    """Fills the model in place from a folder in transformers' layout, one tensor in memory at a time, cast to each parameter's dtype.
+
+    Raises `CheckpointError` naming the tensors that are missing, unexpected or of another shape; nothing is written to the model before names and
+    shapes are known to fit.
+    """
+    folder, arch = Path(folder), model.arch
+    files, parameters = _files(folder), dict(model.named_parameters())
+    wanted = _names(arch, parameters)
+    found = {name for name in files if not name.endswith((*_CONSTANTS, "rotary_emb.inv_freq"))}
+    if arch.tied and _HEAD in found:
+        found.remove(_HEAD)  # some files repeat the tied head
+    if missing := sorted(set(wanted) - found):
+        raise CheckpointError(f"{folder} lacks {_some(missing)}")
+    if unexpected := sorted(found - set(wanted)):
+        raise CheckpointError(f"{folder} holds {_some(unexpected)}, for which a {arch.family} of these numbers has no place")
+    by_file: dict[Path, list[str]] = {}
+    for name, path in files.items():
+        by_file.setdefault(path, []).append(name)
+    for path, names in by_file.items():
+        with _open(path) as file:
+            for name in names:
+                try:
+                    shape = tuple(file.get_slice(name).get_shape())
+                except SafetensorError as error:
+                    raise CheckpointError(f"{path} lacks {name}, which the index places there; fetch the folder again") from error
+                if name in wanted:
+                    parts = [parameters[s] for s in wanted[name]]
+                    expected = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
+                    if shape != expected:
+                        raise CheckpointError(f"{name} is {list(shape)} in {path}, but {list(expected)} by the architecture's numbers")
+    for path, names in by_file.items():
+        with _open(path) as file:
+            for name in names:
+                if name in wanted:
+                    parts = [parameters[s] for s in wanted[name]]
+                    for part, piece in zip(parts, file.get_tensor(name).split([p.shape[0] for p in parts]), strict=True):
+                        part.copy_(piece)
+                elif name.endswith(tuple(_CONSTANTS)):
+                    _check_constant(name, file.get_tensor(name))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def save_weights(
+    model_or_state: Decoder | Mapping[str, Tensor],
+    arch: Architecture,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_bytes: float = 5e9,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Writes the weights in transformers' layout and returns the files: one, or shards of at most `max_shard_bytes` (or one tensor) and an index.
+
+    Each file is written under a temporary name, synced and renamed; the index last, so that an interrupted write never looks whole.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model_or_state.state_dict() if isinstance(model_or_state, Decoder) else model_or_state
+    shards: list[list[str]] = [[]]
+    sizes: dict[str, int] = {}
+    room = max_shard_bytes
+    for name, sources in _names(arch, state).items():
+        size = sum(state[s].numel() * state[s].element_size() for s in sources)
+        if shards[-1] and size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        sizes[name] = size
+        room -= size
+    header = {**(metadata or {}), "format": "pt"}
+    placed: dict[str, str] = {}
+    paths = []
+    for i, names in enumerate(shards):
+        path = folder / (SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors")
+        part = {s: state[s] for name in names for s in _sources(arch, name)}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _to_hf(part, arch)}
+        placed |= dict.fromkeys(tensors, path.name)
+        temporary = path.with_name(path.name + ".tmp")
+        save_file(tensors, temporary, metadata=header)
+        _commit(temporary, path)
+        paths.append(path)
+    if len(shards) > 1:
+        index = folder / INDEX
+        temporary = index.with_name(INDEX + ".tmp")
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(placed.items()))}
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / SINGLE).unlink(missing_ok=True)  # an older single file would be read instead
+        _commit(temporary, index)
+        paths.append(index)
+    else:
+        (folder / INDEX).unlink(missing_ok=True)  # and an older index instead of this file
+    return paths
+
+
+def _commit(temporary: Path, path: Path) -> None:
+    """Syncs a finished file, gives it its name and syncs the folder."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

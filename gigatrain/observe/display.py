@@ -1,0 +1,101 @@
+"""The live display of a run: one line that moves in a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gigatrain.planning.plan import Plan, gib
+
+
+class Display:
+    """Shows progress of the corpus build and of the run; lines above the bar stay."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=False, highlight=False, soft_wrap=True)
+        self.live = self.console.is_terminal
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.live,
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.shown_s = 0.0
+        self.began: dict[str, tuple[float, float]] = {}
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, markup=False)
+        if not self.live:
+            sys.stdout.flush()
+
+    def advance(self, what: str, done: float, total: float, numbers: str = "") -> None:
+        """Move the bar called `what`; without a terminal, print a line at the first, the last and every fifth second."""
+        if self.live:
+            if what not in self.tasks:
+                self.tasks[what] = self.progress.add_task(what, total=total, completed=done, numbers=numbers)
+            self.progress.update(self.tasks[what], completed=done, total=total, numbers=numbers)
+            if done >= total:
+                self.progress.stop_task(self.tasks[what])
+            return
+        now = time.monotonic()
+        begin, first = self.began.setdefault(what, (now, done))
+        if now - self.shown_s >= 5 or done >= total:
+            self.shown_s = now
+            eta = (now - begin) / (done - first) * (total - done) if done > first else None
+            self.line(f"{what} {done:.0f}/{total:.0f}  {numbers}" + (f"  ETA {eta:.0f} s" if eta else ""))
+
+    def plan(self, plan: Plan, why: str) -> None:
+        """What will happen, on a few lines."""
+        shape = plan.architecture
+        self.line(f"{plan.name}: {plan.summary}" if plan.summary else plan.name)
+        self.line(
+            f"  model    {shape.family}, {plan.parameters:,} parameters: {shape.layers} layers, hidden {shape.hidden}, "
+            f"{shape.heads}/{shape.kv_heads} heads, vocabulary {shape.vocab}"
+        )
+        self.line(
+            f"  step     {plan.batch} samples x {plan.sequence} tokens = {plan.tokens_per_step:,} tokens"
+            + (f", in {plan.accumulation} microbatches of {plan.microbatch}" if plan.accumulation > 1 else "")
+            + f"; {plan.steps:,} steps = {plan.tokens:,} tokens; {plan.optim.name}, {plan.schedule.kind}, peak lr {plan.optim.lr:g}"
+        )
+        chosen = ", ".join(f"{choice.op} {choice.kernel}" for choice in plan.kernels if choice.kernel != "reference") or "all reference"
+        self.line(f"  site     {plan.site} ({why}); {plan.precision} on {plan.device}, about {gib(plan.memory.total)}; kernels: {chosen}")
+
+    def plan_details(self, plan: Plan) -> None:
+        """Memory by part, and every kernel with the reason for it."""
+        memory = plan.memory
+        self.line(
+            f"  memory   weights {gib(memory.weights)}, gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}, "
+            f"activations about {gib(memory.activations)} (recompute: {plan.recompute})"
+        )
+        self.line(f"  compute  {plan.flops_per_token / 1e6:,.2f} MFLOP a token, {plan.flops_per_token * plan.tokens / 1e15:,.3f} PFLOP in all")
+        for choice in plan.kernels:
+            self.line(f"  kernel   {choice.op:22} {choice.kernel:10} {choice.why}")
+        self.line(f"  sha256   {plan.sha256}")
+
+    def window(self, plan: Plan, window: dict[str, Any]) -> None:
+        """One window's numbers beside the bar; validations and refused updates as lines that stay."""
+        if "val_loss" in window:
+            bits = f", {window['val_bits_per_byte']:.3f} bits per byte" if window.get("val_bits_per_byte") else ""
+            self.line(f"step {window['step']}: validation loss {window['val_loss']:.4f}{bits}")
+            return
+        loss = "not finite" if window["loss"] is None else f"{window['loss']:.3f}"
+        numbers = f"loss {loss}  {window['tokens_per_s'] or 0:,.0f} tokens/s"
+        if window["bad_steps"]:
+            numbers += f"  {window['bad_steps']} refused"
+        self.advance("train", window["step"], plan.steps, numbers)

@@ -1,0 +1,54 @@
+"""Why a run should leave its loop: a signal, or numbers that are not numbers."""
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Self
+
+from gigatrain.errors import RunError
+from gigatrain.planning.plan import Plan
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Health:
+    """`wants_out` turns true when a signal arrives; the loop then saves and leaves at the end of its step.
+
+    A second Ctrl-C leaves at once. The former signal handlers are put back on exit.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.signal: str | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    @property
+    def wants_out(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self) -> Self:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._arrived)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _arrived(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal == "SIGINT":
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+    def check_bad(self, counts: list[int], samples: Callable[[int], str]) -> None:
+        """Stop the run when too many updates in a row were refused; `samples` names the data of a step.
+
+        Raises RunError, naming the first of the steps and the data it read.
+        """
+        total, _, longest, began = counts
+        if longest >= self.plan.max_bad_steps:
+            raise RunError(
+                f"{longest} steps in a row, from step {began}, had a loss or gradient that is not finite (limit: train.max_bad_steps = "
+                f"{self.plan.max_bad_steps}; {total} in all); none of them reached the weights. "
+                f"Lower optim.lr, look at the data, or resume from a checkpoint before that step. Data of step {began}:{samples(began)}"
+            )

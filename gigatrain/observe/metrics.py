@@ -1,0 +1,192 @@
+"""Numbers of a run: kept on the device within a window, met by the host once a window, written as one JSON object a window."""
+
+import json
+import math
+import os
+import time
+from array import array
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from gigatrain.errors import RunError
+from gigatrain.planning.plan import Plan
+
+
+class Clock:
+    """Durations of steps: host time on a CPU, CUDA events, which nobody waits for within a window, on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.marks: list[Any] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew, so that what happened between two steps (validation, a save) is not part of one."""
+        self.marks = []
+        self.mark()
+
+    def mark(self) -> None:
+        """A step ended here."""
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def durations_s(self) -> list[float]:
+        """Seconds of each step since the restart; on a GPU the caller has synchronised."""
+        pairs = list(zip(self.marks, self.marks[1:], strict=False))
+        if self.cuda:
+            return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
+        return [end - begin for begin, end in pairs]
+
+
+class Metrics:
+    """Sums of a window on the device; `report` brings them to the host in one copy and writes them down."""
+
+    def __init__(self, plan: Plan, folder: Path, device: torch.device, *, step: int, show: Callable[[dict[str, Any]], None]) -> None:
+        self.plan, self.folder, self.show = plan, folder, show
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)  # nats, targets, gradient norms, updates, largest norm
+        self.tokens = self.steps = 0
+        self.clock = Clock(device)
+        self.step_s = array("d")
+        self.last: dict[str, Any] = {}
+        self.path = folder / "metrics.jsonl"
+        self._drop_after(step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.trackers = _trackers(plan, folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        for tracker in self.trackers:
+            tracker.finish()
+
+    def _drop_after(self, step: int) -> None:
+        """Forget windows that a resumed run will live through again, and a line that a kill cut short."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def add(self, loss: Tensor, grad_norm: Tensor, targets: int, tokens: int) -> None:
+        """One step's numbers; the tensors stay where they are, and a step that was refused is left out of the sums."""
+        norm = grad_norm.double()
+        numbers = torch.stack([loss.double(), torch.full_like(norm, targets), norm, torch.ones_like(norm), norm])
+        numbers = torch.where(torch.isfinite(numbers).all(), numbers, 0.0)
+        self.sums[:4] += numbers[:4]
+        self.sums[4:] = torch.maximum(self.sums[4:], numbers[4:])
+        self.tokens += tokens
+        self.steps += 1
+        self.clock.mark()
+
+    def report(self, step: int, run_tokens: int, rate: float, bad: Tensor) -> list[int]:
+        """The one synchronisation of a window: writes and shows its numbers; returns the engine's counts of refused updates."""
+        nats, targets, norms, updates, largest, *counts = torch.cat([self.sums, bad.double()]).tolist()
+        durations = self.clock.durations_s()
+        seconds = sum(durations)
+        self.step_s.extend(durations)
+        window = {
+            "step": step,
+            "loss": nats / targets if targets else None,
+            "grad_norm": norms / updates if updates else None,
+            "grad_norm_max": largest if updates else None,
+            "lr": self.plan.optim.lr * rate,
+            "tokens": run_tokens,
+            "tokens_per_s": len(durations) * self.plan.tokens_per_step / seconds if seconds else None,
+            "step_s": seconds / len(durations) if durations else None,
+            "bad_steps": int(counts[0]),
+        }
+        self.write(window)
+        self.sums.zero_()
+        self.tokens = self.steps = 0
+        self.clock.restart()
+        return [int(count) for count in counts]
+
+    def state(self) -> dict[str, Any]:
+        """The open window, so that a resumed run reports the numbers of an undisturbed one; waits for the device."""
+        return {"sums": self.sums.tolist(), "tokens": self.tokens, "steps": self.steps, "last": self.last}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Back into the window in which `state` was taken; an empty state is a new run's."""
+        if state:
+            self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+            self.tokens, self.steps, self.last = state["tokens"], state["steps"], dict(state["last"])
+
+    def write(self, window: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, the display and the trackers; a number that is not finite is written as null."""
+        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in window.items()}
+        self.last |= clean
+        self.file.write(json.dumps(clean) + "\n")
+        self.file.flush()
+        self.show(dict(window))
+        numbers = {key: value for key, value in clean.items() if key != "step" and value is not None}
+        for tracker in self.trackers:
+            tracker.log(numbers, step=int(window["step"]))
+
+
+def _trackers(plan: Plan, folder: Path) -> list[Any]:
+    """The trackers that the plan names, through accelerate's tracker interface."""
+    if not plan.report.trackers:
+        return []
+    from accelerate import tracking  # 0.3 s
+
+    flat = {"plan_sha256": plan.sha256, "name": plan.name, "site": plan.site, "parameters": plan.parameters, "steps": plan.steps}
+    found = []
+    for name in plan.report.trackers:
+        extra: dict[str, Any] = {"logging_dir": str(folder)} if name in ("tensorboard", "mlflow") else {}
+        if name == "wandb":
+            extra = {"dir": str(folder), "name": folder.name}
+        run_name = "tensorboard" if name == "tensorboard" else plan.report.project
+        try:
+            tracker = tracking.LOGGER_TYPE_TO_CLASS[name](run_name, **extra)
+            tracker.start()
+            tracker.store_init_configuration(flat)
+        except ImportError as failure:
+            raise RunError(
+                f"report.trackers names {name!r}, which is not installed ({failure.name or failure}): pip install {name}, or --set report.trackers=[]"
+            ) from None
+        except Exception as failure:  # a tracker's own errors are of many types: a missing login, a server that is down
+            raise RunError(
+                f"report.trackers: {name!r} does not start: {type(failure).__name__}: {str(failure)[:300]}; mend it, or --set report.trackers=[]"
+            ) from None
+        found.append(tracker)
+    return found
+
+
+def percentile(values: array, share: float) -> float | None:
+    """The value that `share` of the values do not exceed (nearest rank); None of nothing."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered)) - 1))]
+
+
+def versions() -> dict[str, str]:
+    """What decides numbers and speed: versions of the packages and of Python; no environment, no paths."""
+    from importlib import metadata
+    from platform import python_version
+
+    names = ("gigatrain", "torch", "triton", "transformers", "accelerate", "tokenizers", "safetensors")
+    found = {"python": python_version(), "threads": str(torch.get_num_threads()), "cores": str(os.cpu_count())}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

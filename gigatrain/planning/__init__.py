@@ -1,0 +1,1 @@
+"""What will happen, made concrete before anything is allocated: free of torch."""

@@ -1,0 +1,189 @@
+"""Recipe x Site -> Plan: every number concrete, and what cannot work refused before anything is allocated."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from gigatrain import load
+from gigatrain.architectures import Architecture
+from gigatrain.config import (
+    Checkpoint,
+    Data,
+    Init,
+    Loss,
+    Optim,
+    Recipe,
+    Report,
+    Sample,
+    Schedule,
+    Section,
+    Site,
+    Tokenizer,
+    Validation,
+)
+from gigatrain.errors import PlanError
+from gigatrain.planning import cost
+
+OPERATIONS = ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "xielu", "attention", "linear_cross_entropy")
+
+
+class Choice(Section):
+    """Which kernel computes an operation, and why that one."""
+
+    op: str
+    kernel: str
+    why: str
+
+
+class Plan(Section):
+    """What will happen. The run folder keeps it as plan.json, and its sha256 is the run's identity."""
+
+    format: Literal[1] = 1
+    name: str
+    summary: str
+    site: str
+    device: Literal["cpu", "cuda"]
+    architecture: Architecture
+    source: str | None
+    init: Init
+    tokenizer: Tokenizer
+    data: Data
+    sequence: int
+    positions: int
+    batch: int
+    microbatch: int
+    accumulation: int
+    steps: int
+    tokens_per_step: int
+    tokens: int
+    precision: Literal["bf16", "fp32"]
+    seed: int
+    recompute: Literal["none", "selective", "full"]
+    compile: bool
+    deterministic: bool
+    max_bad_steps: int
+    optim: Optim
+    schedule: Schedule
+    loss: Loss
+    validation: Validation
+    checkpoint: Checkpoint
+    report: Report
+    sample: Sample
+    export: bool
+    kernels: tuple[Choice, ...]
+    parameters: int
+    flops_per_token: float
+    memory: cost.Memory
+
+    def text(self) -> str:
+        """Canonical JSON: sorted keys, no spaces; the same plan is the same bytes on every machine."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+    def differences(self, other: "Plan") -> list[str]:
+        """`key: mine -> other's` for every value that differs, by dotted key."""
+        mine, theirs = (dict(_leaves(plan.model_dump(mode="json", by_alias=True))) for plan in (self, other))
+        absent = "nothing"
+        return [
+            f"{key}: {mine.get(key, absent)} -> {theirs.get(key, absent)}"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key, absent) != theirs.get(key, absent)
+        ]
+
+
+def plan(recipe: Recipe, site: Site) -> Plan:
+    """Make every number of the run concrete.
+
+    Raises PlanError for what cannot work: a memory need beyond the site's, a tokenizer beyond the model's vocabulary, a warm-up that
+    the run never leaves.
+    """
+    architecture = load.architecture(recipe.model)
+    train = recipe.train
+    tokens_per_step = train.batch * train.sequence
+    steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)
+    microbatch = train.microbatch or train.batch
+    muon = recipe.optim.name == "muon"
+    memory = cost.memory(
+        architecture, precision=train.precision, microbatch=microbatch, sequence=train.sequence, recompute=train.recompute, muon=muon
+    )
+    if recipe.tokenizer.train and recipe.tokenizer.train.vocab > architecture.vocab:
+        raise PlanError(
+            f"tokenizer.train.vocab {recipe.tokenizer.train.vocab} is above model.architecture.vocab {architecture.vocab}; "
+            "the model has no embedding for the rest: make them equal"
+        )
+    if recipe.schedule.warmup >= steps and recipe.schedule.warmup > 0:
+        raise PlanError(f"schedule.warmup {recipe.schedule.warmup} does not end before the run's {steps} steps; lower it below {steps}")
+    if site.memory_bytes is not None and memory.total > site.memory_bytes:
+        raise PlanError(
+            f"the run needs {gib(memory.total)} on {site.name}, which has {gib(site.memory_bytes)}: weights {gib(memory.weights)}, "
+            f"gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}, activations about {gib(memory.activations)}; "
+            'lower train.microbatch or train.sequence, or set train.recompute = "full"'
+        )
+    return Plan(
+        name=recipe.name,
+        summary=recipe.summary,
+        site=site.name,
+        device=site.device,
+        architecture=architecture,
+        source=recipe.model.source,
+        init=recipe.model.init,
+        tokenizer=recipe.tokenizer,
+        data=recipe.data,
+        sequence=train.sequence,
+        positions=max(train.sequence, load.positions(recipe.model)),
+        batch=train.batch,
+        microbatch=microbatch,
+        accumulation=math.ceil(train.batch / microbatch),
+        steps=steps,
+        tokens_per_step=tokens_per_step,
+        tokens=steps * tokens_per_step,
+        precision=train.precision,
+        seed=train.seed,
+        recompute=train.recompute,
+        compile=train.compile,
+        deterministic=train.deterministic,
+        max_bad_steps=train.max_bad_steps,
+        optim=recipe.optim,
+        schedule=recipe.schedule,
+        loss=recipe.loss,
+        validation=recipe.validation,
+        checkpoint=recipe.checkpoint,
+        report=recipe.report,
+        sample=recipe.sample,
+        export=recipe.export,
+        kernels=_kernels(recipe, architecture),
+        parameters=architecture.parameters(),
+        flops_per_token=architecture.flops_per_token(train.sequence),
+        memory=memory,
+    )
+
+
+def gib(count: int) -> str:
+    """Bytes for a reader: `12.3 GiB`."""
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _kernels(recipe: Recipe, architecture: Architecture) -> tuple[Choice, ...]:
+    if recipe.kernels == "reference":
+        return tuple(Choice(op=op, kernel="reference", why='the recipe says kernels = "reference"') for op in OPERATIONS)
+    chosen = dict.fromkeys(OPERATIONS, ("reference", "no faster kernel is shipped yet"))
+    chosen["linear_cross_entropy"] = ("reference", "x")
+    if architecture.attention_softcap is None:
+        chosen["attention"] = ("sdpa", "torch's fused attention covers this shape")
+    else:
+        chosen["attention"] = ("reference", "torch's fused attention has no soft-cap")
+    return tuple(Choice(op=op, kernel=kernel, why=why) for op, (kernel, why) in chosen.items())
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if items is None:
+        yield path, tree
+        return
+    for key, value in items:
+        yield from _leaves(value, f"{path}.{key}" if path else str(key))

@@ -1,0 +1,139 @@
+"""Tiny random transformers models of every family, from the real config classes: the oracle of the decoder's tests."""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 67,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+SLIDING = ["sliding_attention", "full_attention"]
+LONG = {"rope_type": "longrope", "rope_theta": 100.0, "factor": 2.0, "short_factor": [1.0, 1.5, 2.0], "long_factor": [1.5, 3.0, 7.0]}
+
+# name: (family, what differs from SIZES)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-tied-mha": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "num_key_value_heads": 1}),
+    "llama-llama3": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.5}}),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN}),
+    "llama-yarn-all": (
+        "Llama",
+        {"rope_parameters": YARN | {"beta_fast": 8.0, "beta_slow": 0.5, "mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False}, "hidden_size": 64},
+    ),
+    "mistral-window": ("Mistral", {"sliding_window": 5}),
+    "mistral-full": ("Mistral", {"sliding_window": None, "head_dim": 8}),
+    "ministral": ("Ministral", {"sliding_window": 5, "layer_types": SLIDING, "head_dim": 12}),
+    "ministral3": (
+        "Ministral3",
+        {
+            "head_dim": 12,
+            "rope_parameters": YARN | {"rope_type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1},
+        },
+    ),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-biases": ("Qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0}),
+    "gemma2-plain": (
+        "Gemma2",
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False},
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 5,
+            "layer_types": SLIDING,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": 5,
+            "layer_types": SLIDING,
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0}},
+        },
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
+    "helium": ("Helium", {"head_dim": 12, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
+    "apertus": ("Apertus", {"rope_parameters": LLAMA3}),
+    "apertus-biases": ("Apertus", {"attention_bias": True, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
+    "granite": (
+        "Granite",
+        {"embedding_multiplier": 6.5, "logits_scaling": 3.0, "residual_multiplier": 0.22, "attention_multiplier": 0.11, "tie_word_embeddings": True},
+    ),
+    "granite-biases": ("Granite", {"attention_multiplier": 0.3, "attention_bias": True, "mlp_bias": True}),
+    "phi3": ("Phi3", {"sliding_window": None}),
+    "phi3-window": ("Phi3", {"sliding_window": 5, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64}),
+    "phi3-short": ("Phi3", {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 32, "rope_parameters": LONG}),
+    "phi3-long": ("Phi3", {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 8, "rope_parameters": LONG}),
+}
+
+
+def build(name: str, seed: int = 0, **kwargs: Any) -> Any:
+    """A transformers model whose every parameter, norms and biases included, is away from its initial constant."""
+    family, extra = VARIANTS[name]
+    config = getattr(transformers, f"{family}Config")(**(SIZES | {k: v.copy() if isinstance(v, dict) else v for k, v in extra.items()} | kwargs))
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key or key.endswith("bias") or "alpha" in key:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
+class wide_norms:
+    """Runs transformers' explicit fp32 casts in fp64: for the duration, `torch.float32` and `.float()` mean fp64 in norms and softmax.
+
+    Rotary tables are excepted: their fp32 rounding is part of the released models, ours included.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        self.kept = (torch.float32, torch.Tensor.float)
+
+        def widen(*_: Any) -> None:
+            torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double  # type: ignore[misc,assignment]
+
+        def narrow(*_: Any) -> None:
+            torch.float32, torch.Tensor.float = self.kept  # type: ignore[misc,assignment]
+
+        for name, module in self.model.named_modules():
+            if name.endswith(("norm", "layernorm")) or type(module).__name__.endswith("Attention"):
+                self.hooks += [module.register_forward_pre_hook(widen), module.register_forward_hook(narrow)]
+        # inner norms of attention narrow too early for its softmax: widen again after them
+        for name, module in self.model.named_modules():
+            if name.endswith(("q_norm", "k_norm")):
+                self.hooks.append(module.register_forward_hook(widen))
+
+    def __exit__(self, *_: Any) -> None:
+        torch.float32, torch.Tensor.float = self.kept  # type: ignore[misc,assignment]
+        for hook in self.hooks:
+            hook.remove()

@@ -1,0 +1,101 @@
+"""A plan is concrete arithmetic, the same bytes everywhere, and refuses what cannot work."""
+
+import subprocess
+import sys
+
+import pytest
+
+from gigatrain import load
+from gigatrain.errors import PlanError
+from gigatrain.planning.plan import OPERATIONS, Plan, plan
+
+
+def made(*overrides, memory=None):
+    site = load.site("laptop").model_copy(update={"memory_bytes": memory})
+    return plan(load.recipe("quickstart", overrides), site)
+
+
+def test_accumulation_and_tokens_are_arithmetic():
+    found = made("train.batch=10", "train.microbatch=4", "train.sequence=128", "train.steps=30", "schedule.warmup=5")
+    assert (found.accumulation, found.tokens_per_step, found.tokens) == (3, 1280, 38400)
+
+
+def test_tokens_become_steps_rounded_up(tmp_path):
+    text = load.recipes()["quickstart"].read_text()
+    steps = next(line for line in text.splitlines() if line.startswith("steps = "))
+    path = tmp_path / "r.toml"
+    path.write_text(text.replace(steps, "tokens = 1_000_001"))
+    found = plan(load.recipe(path, ["train.batch=10", "train.sequence=1000", "schedule.warmup=0"]), load.site("laptop"))
+    assert found.steps == 101
+    assert found.tokens == 1_010_000
+
+
+def test_identity_is_stable_and_changes_with_any_value():
+    first = made()
+    assert first.sha256 == made().sha256
+    assert first.sha256 == load.read_json(Plan, first.text(), "x", PlanError).sha256
+    other = made("optim.lr=1e-9")
+    assert other.sha256 != first.sha256
+    assert first.differences(other) == [f"optim.lr: {first.optim.lr} -> 1e-09"]
+
+
+def test_each_operation_has_a_kernel_and_a_reason():
+    assert tuple(choice.op for choice in made().kernels) == OPERATIONS
+    assert all(choice.why for choice in made().kernels)
+    assert {choice.kernel for choice in made("kernels=reference").kernels} == {"reference"}
+
+
+def test_operations_are_those_of_the_kernels():
+    from dataclasses import fields
+
+    from gigatrain.kernels.ops import Ops, available
+
+    assert tuple(field.name for field in fields(Ops)) == OPERATIONS
+    for choice in made().kernels:
+        assert choice.kernel in available()[choice.op]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "memory", "said"),
+    [
+        (["tokenizer.train.vocab=99999"], None, "tokenizer.train.vocab 99999 is above model.architecture.vocab"),
+        (["schedule.warmup=40", "train.steps=40"], None, "schedule.warmup 40 does not end before the run's 40 steps"),
+        (["model.architecture=llama-3.1-8b"], 16 << 30, "the run needs .* which has 16.00 GiB: weights 14.96 GiB"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_its_numbers(overrides, memory, said):
+    with pytest.raises(PlanError, match=said):
+        made(*overrides, memory=memory)
+
+
+def test_exact_memory_is_that_of_the_engine():
+    import torch
+
+    from gigatrain.engines.native import Native
+    from gigatrain.models.decoder import Decoder
+
+    for precision, name in (("bf16", "muon"), ("fp32", "adamw"), ("bf16", "adamw")):
+        found = made(f"train.precision={precision}", f"optim.name={name}", "model.architecture.layers=1", "model.architecture.hidden=96")
+        model = Decoder(found.architecture)
+        model.init_weights(0.02, True, 0)
+        engine = Native(found, model)
+        size = {"weights": 0, "optimizer": 0}
+        for parameter in model.parameters():
+            size["weights"] += parameter.numel() * parameter.element_size()
+        size["optimizer"] = sum(t.numel() * 4 for n, t in engine.state()["optimizer"].items() if t.ndim) - 4 * 4
+        if precision == "bf16":
+            size["optimizer"] += sum(t.numel() * 4 for t in engine.state()["weights"].values())
+        assert found.memory.weights == size["weights"]
+        tolerance = 2 * 4 * 96 * 10 if name == "muon" else 0  # norms have AdamW's moments too, counted as matrices
+        assert abs(found.memory.optimizer - size["optimizer"]) <= tolerance
+        del engine
+        assert torch.isfinite(next(model.parameters())).all()
+
+
+def test_planning_needs_no_torch():
+    code = (
+        "import sys; from gigatrain import load; from gigatrain.planning.plan import plan; "
+        "plan(load.recipe('quickstart'), load.local_site()[0]); "
+        "bad = {'torch', 'triton', 'transformers', 'deepspeed', 'datasets', 'numpy'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
