@@ -27,7 +27,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 import gigatrain
 from gigatrain import config
@@ -35,7 +37,7 @@ from gigatrain.data import shards, sources, tokenizer
 from gigatrain.errors import DataError
 
 FORMAT = 1  # raise it when the same inputs would give other tokens
-SPLITS = ("train", "validation")
+SPLITS: tuple[Literal["train"], Literal["validation"]] = ("train", "validation")
 NAMED = 10_000  # skipped documents that are named; all are counted
 XZ_BYTES = 64_000_000  # of held-out text that is compressed for comparison: xz -9 takes about a second a megabyte
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 1 << 20, 512  # encoded together; an encoding costs some 100 bytes a token while it lives
@@ -116,7 +118,19 @@ class Corpus:
 
     def tokenizer(self) -> tokenizer.Tokenizer:
         """The tokenizer that made the corpus."""
-        return tokenizer.load(str(self.folder / self.manifest["tokenizer"]["file"]))
+        return tokenizer.load(str(self.folder / "tokenizer"))
+
+    def describe(self) -> list[str]:
+        """The corpus in a few lines, for people."""
+        lines = [f"{self.folder}", f"vocabulary {self.vocab:,}, SHA-256 {self.sha256[:16]}…"]
+        for source in self.manifest["sources"]:
+            for split in SPLITS:
+                found = source["splits"][split]
+                text = "" if found["text_bytes"] is None else f" of {found['text_bytes']:,} bytes of text"
+                lines.append(f"source {source['name']}, {split}: {found['documents']:,} documents, {found['tokens']:,} tokens{text}")
+            lines += [f"source {source['name']}, {kind}: {source[kind]}" for kind in ("skipped", "mended") if source[kind]]
+        named = self.folder / "skipped.jsonl"
+        return [*lines, f"skipped documents are named in {named}"] if self.manifest["skipped"] else lines
 
     def shards(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         """(prefix, record) of every shard."""
@@ -140,7 +154,6 @@ def build(data: config.Data, spec: config.Tokenizer, *, progress: Progress | Non
     `progress(stage, done, total)` is called as it goes, in bytes of input. DataError if an input is missing, damaged or refused by
     `data.bad`, if the disk is full, or if no training token is left.
     """
-    report = progress or (lambda *_: None)
     parts = [part for number, source in enumerate(data.sources) for part in sources.parts(number, source, data.shard_bytes)]
     existing = tokenizer.load(spec.source) if spec.source is not None else None
     identity = _identity(data, spec, existing, parts)
@@ -160,12 +173,13 @@ def build(data: config.Data, spec: config.Tokenizer, *, progress: Progress | Non
         for left in (*folder.glob("*/*.tmp"), *folder.glob("*.tmp")):  # of a build that was killed; nobody else writes here under the lock
             left.unlink(missing_ok=True)
         shards.write_atomically(folder / "spec.json", json.dumps(identity, indent=1).encode())
-        ready = _tokenizer(data, spec, existing, parts, folder, report)
-        records = _tokenise_all(data, ready, parts, folder, report)
+        job = Job(data, spec, existing, parts, folder, progress or (lambda *_: None))
+        ready = _tokenizer(job)
+        records = _tokenise_all(job, ready)
         again = [part for number, source in enumerate(data.sources) for part in sources.parts(number, source, data.shard_bytes)]
         if _identity(data, spec, existing, again) != identity:
             raise DataError("the inputs changed while they were read; build again when nobody writes to them")
-        _finish(data, ready, parts, records, folder, key, report)
+        _finish(job, ready, records, key)
     return Corpus.open(folder, weights)
 
 
@@ -254,60 +268,65 @@ def documents(data: config.Data, part: sources.Part) -> Iterator[Usable]:
 
 def _refuse(bad: config.BadDocuments, reason: str, where: str, source: config.Source) -> None:
     """DataError if the policy for `reason` is "refuse"."""
-    name = reason.split(":")[0]
+    name = reason.partition(":")[0]
     key = "unparsable" if name == "corrupt" else name
     if getattr(bad, key) == "refuse":
         raise DataError(f"{source.path or source.kind}: document {where} is {reason}; mend it, or set `data.bad.{key}` to 'skip'")
 
 
-def _tokenizer(
-    data: config.Data,
-    spec: config.Tokenizer,
-    existing: tokenizer.Tokenizer | None,
-    parts: list[sources.Part],
-    folder: Path,
-    report: Progress,
-) -> tokenizer.Tokenizer:
+@dataclass(frozen=True)
+class Job:
+    """One build: what is asked for, what there is to read, and where the corpus goes."""
+
+    data: config.Data
+    spec: config.Tokenizer
+    existing: tokenizer.Tokenizer | None
+    parts: list[sources.Part]
+    folder: Path
+    report: Progress
+
+
+def _tokenizer(job: Job) -> tokenizer.Tokenizer:
     """The tokenizer in the corpus's own folder: copied there, or trained on a sample of the training documents."""
-    place = folder / "tokenizer"
-    if (place / "done").is_file():
-        return tokenizer.load(str(place / (place / "done").read_text()))
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
+    place, temporary = job.folder / "tokenizer", job.folder / "tokenizer.tmp"
+    if place.is_dir():
+        return tokenizer.load(str(place))
+    shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed
     try:
-        if existing is not None:
-            file = next(name for name in existing.files if name == "tokenizer.json" or len(existing.files) == 1)
-            for name in existing.files:
-                shutil.copyfile(existing.folder / name, place / name)
+        temporary.mkdir()
+        if job.existing is not None:
+            tokenizer.keep(job.existing, temporary)
         else:
-            assert spec.train is not None
-            file = "tokenizer.json"
-            texts = _sample(data, parts, spec.train.max_bytes, report)
+            assert job.spec.train is not None
+            texts = _sample(job, job.spec.train.max_bytes)
             if not texts:
                 raise DataError(
-                    f"no training document to train a tokenizer on, of {len(parts)} parts of {len(data.sources)} sources; {_empty_hint(data)}"
+                    f"no training document to train a tokenizer on, in {len(job.data.sources)} sources; {_empty_hint(job.data)}"
                 )
-            report("train tokenizer", 0, 1)
-            tokenizer.train(texts, spec.train.vocab, place)
-            report("train tokenizer", 1, 1)
+            job.report("train tokenizer", 0, 1)
+            tokenizer.train(texts, job.spec.train.vocab, temporary)
+            job.report("train tokenizer", 1, 1)
+        for path in temporary.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        temporary.rename(place)
     except OSError as error:
         raise shards.full_disk(error, place) from error
-    shards.write_atomically(place / "done", file.encode())
-    return tokenizer.load(str(place / file))
+    return tokenizer.load(str(place))
 
 
-def _sample(data: config.Data, parts: list[sources.Part], max_bytes: int, report: Progress) -> list[str]:
+def _sample(job: Job, max_bytes: int) -> list[str]:
     """At most `max_bytes` of training documents: those with the lowest hashes, so an even share of all, whatever their order.
 
     Of a corpus above four times that, every n-th part is looked at, so that a petabyte is not read for a tokenizer.
     """
-    parts = [part for part in parts if data.sources[part.source].kind != "megatron"]
+    parts = [part for part in job.parts if job.data.sources[part.source].kind != "megatron"]
     total = sum(part.bytes for part in parts)
     parts = parts[:: max(1, total // (4 * max_bytes))]
     total, done, kept = sum(part.bytes for part in parts), 0, 0
     heap: list[tuple[int, int, int, str]] = []  # (minus hash, order, bytes, text): the highest hash is first, and goes first
     for part in parts:
-        for document in documents(data, part):
+        for document in documents(job.data, part):
             if document.skipped or document.validation:
                 continue
             text = document.text[:max_bytes]
@@ -318,37 +337,36 @@ def _sample(data: config.Data, parts: list[sources.Part], max_bytes: int, report
             while kept > max_bytes and len(heap) > 1:
                 kept -= heapq.heappop(heap)[2]
         done += part.bytes
-        report("read", done, total)
+        job.report("read", done, total)
     return [text for *_, text in heap]
 
 
-def _tokenise_all(
-    data: config.Data, ready: tokenizer.Tokenizer, parts: list[sources.Part], folder: Path, report: Progress
-) -> list[dict[str, Any]]:
+def _tokenise_all(job: Job, ready: tokenizer.Tokenizer) -> list[dict[str, Any]]:
     """The record of every part, in order; those without one are tokenised first, in parallel."""
-    records = {part.name: found for part in parts if (found := _record(folder, part)) is not None}
-    pending = [part for part in parts if part.name not in records]
-    total = sum(part.bytes for part in parts)
+    records = {part.name: found for part in job.parts if (found := _record(job.folder, part)) is not None}
+    pending = [part for part in job.parts if part.name not in records]
+    total = sum(part.bytes for part in job.parts)
     done = total - sum(part.bytes for part in pending)
-    # 2 bytes of text a token is more tokens than any text tokenizer makes of a corpus; 1 MiB for records and manifest.
-    writes = sum(part.bytes for part in pending if data.sources[part.source].kind != "megatron")
-    need, free = writes * shards.np.dtype(shards.dtype_for(ready.vocab)).itemsize // 2 + (1 << 20), shutil.disk_usage(folder).free
+    # At 2 bytes of text a token, which is more tokens than tokenizers make of any corpus, and 1 MiB for records and manifest.
+    writes = sum(part.bytes for part in pending if job.data.sources[part.source].kind != "megatron")
+    need = writes * np.dtype(shards.dtype_for(ready.vocab)).itemsize // 2 + (1 << 20)
+    free = shutil.disk_usage(job.folder).free
     if free < need:
         raise DataError(
-            f"{folder} has {free:,} bytes free, and the shards may need {need:,}; free some, or set `data.folder` to another disk"
+            f"{job.folder} has {free:,} bytes free, and the shards may need {need:,}; free some, or set `data.folder` to another disk"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(data.workers or cores, len(pending))
+    workers = min(job.data.workers or cores, len(pending))
     if workers > 1 and sum(part.bytes for part in pending) > INLINE_BYTES:
-        results = _parallel(data, ready, pending, folder, workers)
+        results = _parallel(job, ready, pending, workers)
     else:
-        results = ((part, tokenise(data, ready, part, folder)) for part in pending)
-    report("tokenise", done, total)
+        results = ((part, tokenise(job.data, ready, part, job.folder)) for part in pending)
+    job.report("tokenise", done, total)
     for part, record in results:
         records[part.name] = record
         done += part.bytes
-        report("tokenise", done, total)
-    return [records[part.name] for part in parts]
+        job.report("tokenise", done, total)
+    return [records[part.name] for part in job.parts]
 
 
 def _record(folder: Path, part: sources.Part) -> dict[str, Any] | None:
@@ -365,7 +383,7 @@ def _record(folder: Path, part: sources.Part) -> dict[str, Any] | None:
 
 
 def _parallel(
-    data: config.Data, ready: tokenizer.Tokenizer, pending: list[sources.Part], folder: Path, workers: int
+    job: Job, ready: tokenizer.Tokenizer, pending: list[sources.Part], workers: int
 ) -> Iterator[tuple[sources.Part, dict[str, Any]]]:
     """Tokenise parts in `workers` fresh processes that speak one line of JSON a part.
 
@@ -378,15 +396,15 @@ def _parallel(
     environment = dict(os.environ, TOKENIZERS_PARALLELISM="false")  # one core each
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(gigatrain.__path__[0]).parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "gigatrain.data.build"]
-    header = json.dumps({"data": data.model_dump_json(), "tokenizer": str(ready.folder / _main_file(ready)), "folder": str(folder)})
+    header = json.dumps({"data": job.data.model_dump_json(), "tokenizer": str(ready.folder), "folder": str(job.folder)})
     processes = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(workers)
     ]
     stopped = threading.Event()
 
-    def serve(process: subprocess.Popen[str]) -> list[tuple[sources.Part, dict[str, Any]]]:
-        assert process.stdin is not None and process.stdout is not None
-        answers = []
+    def serve(process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
         print(header, file=process.stdin, flush=True)
         while not stopped.is_set():
             try:
@@ -400,14 +418,13 @@ def _parallel(
                 line = ""
             if not line:
                 raise DataError(
-                    f"a tokenising process ended with code {process.wait()} at part {part.name} ({part.pieces[0].name} …), perhaps for want of memory; "
-                    "build again (finished parts are kept), with a lower `data.workers` or `data.shard_bytes`"
+                    f"a tokenising process ended with code {process.wait()} at part {part.name} ({part.pieces[0].name} …), "
+                    "perhaps for want of memory; build again (finished parts are kept), with a lower `data.workers` or `data.shard_bytes`"
                 )
             answer = json.loads(line)
             if "error" in answer:
                 raise DataError(answer["error"])
             finished.put((part, answer))
-        return answers
 
     finished: SimpleQueue[tuple[sources.Part, dict[str, Any]]] = SimpleQueue()
     pool = ThreadPoolExecutor(workers, "tokenise")
@@ -427,10 +444,6 @@ def _parallel(
             process.kill()  # idle by now, unless something failed; a killed process leaves temporary files only
             process.wait()
         pool.shutdown()
-
-
-def _main_file(ready: tokenizer.Tokenizer) -> str:
-    return "tokenizer.json" if "tokenizer.json" in ready.files else ready.files[0]
 
 
 def _worker() -> None:
@@ -496,13 +509,13 @@ def _write(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part, fo
     extra = 1 + (ready.bos is not None)
 
     def skip(where: str, reason: str) -> None:
-        skipped[reason.split(":")[0]] += 1
+        skipped[reason.partition(":")[0]] += 1
         if len(named) < NAMED:
             named.append({"source": source.path or source.kind, "document": where, "reason": reason})
 
     def flush(batch: list[Usable]) -> None:
         for document, ids in zip(batch, ready.documents([document.text for document in batch]), strict=True):
-            count, text = len(ids) - extra, document.text.encode()
+            count, text, stored = len(ids) - extra, document.text.encode(), ids
             split = SPLITS[document.validation]
             if count < bad.min_tokens and bad.short != "keep":
                 reason = f"short: {count} tokens, and the least is {bad.min_tokens}"
@@ -515,11 +528,11 @@ def _write(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part, fo
                 if bad.long == "skip":
                     skip(document.where, reason)
                     continue
-                ids = shards.np.concatenate([ids[: bad.max_tokens + extra - 1], ids[-1:]])
-                text = ready.decode(ids).encode()
+                stored = np.concatenate([ids[: bad.max_tokens + extra - 1], ids[-1:]])
+                text = ready.decode(stored).encode()
                 mended["truncated"] += 1
             mended.update([document.mended] if document.mended else [])
-            writers[split].add(ids)
+            writers[split].add(stored)
             text_bytes[split] += len(text)
             if document.validation and text_bytes[split] <= XZ_BYTES:
                 heldout.append(text)
@@ -538,8 +551,8 @@ def _write(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part, fo
                 batch, characters = [], 0
         flush(batch)
         splits: dict[str, Any] = {}
-        for split, writer in writers.items():
-            shard = writer.finish()
+        for split in SPLITS:
+            shard = writers[split].finish()
             found = [{"prefix": f"shards/{part.name}.{split}", **shard}] if shard else []
             splits[split] = {"shards": found, "text_bytes": text_bytes[split]}
         if 0 < text_bytes["validation"] <= XZ_BYTES:
@@ -557,21 +570,13 @@ def _write(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part, fo
     }
 
 
-def _finish(
-    data: config.Data,
-    ready: tokenizer.Tokenizer,
-    parts: list[sources.Part],
-    records: list[dict[str, Any]],
-    folder: Path,
-    key: str,
-    report: Progress,
-) -> None:
+def _finish(job: Job, ready: tokenizer.Tokenizer, records: list[dict[str, Any]], key: str) -> None:
     """Put the parts' records together, write skipped.jsonl and, last, manifest.json."""
     skipped: Counter[str] = Counter()
     mended: Counter[str] = Counter()
     found = []
-    for number, source in enumerate(data.sources):
-        mine = [record for part, record in zip(parts, records, strict=True) if part.source == number]
+    for number, source in enumerate(job.data.sources):
+        mine = [record for part, record in zip(job.parts, records, strict=True) if part.source == number]
         counts = {kind: sum((Counter(record[kind]) for record in mine), Counter()) for kind in ("skipped", "mended")}
         skipped += counts["skipped"]
         mended += counts["mended"]
@@ -606,24 +611,25 @@ def _finish(
         totals[split]["xz_bytes"] = None
     for source in found:
         if not source["splits"]["train"]["tokens"]:
+            held = source["splits"]["validation"]["documents"]
             raise DataError(
-                f"source {source['name']} has no training token: {source['splits']['validation']['documents']:,} documents are held out and "
-                f"{sum(source['skipped'].values()):,} were skipped {source['skipped'] or ''}; {_empty_hint(data)}"
+                f"source {source['name']} has no training token: {held:,} documents are held out and {sum(source['skipped'].values()):,} were skipped "
+                f"{source['skipped'] or ''}; {_empty_hint(job.data)}"
             )
     if totals["validation"]["text_bytes"] is not None and 0 < totals["validation"]["text_bytes"] <= XZ_BYTES:
-        report("compress held-out text", 0, 1)
-        kept = [folder / "parts" / f"{part.name}.heldout" for part in parts]
+        job.report("compress held-out text", 0, 1)
+        kept = [job.folder / "parts" / f"{part.name}.heldout" for part in job.parts]
         totals["validation"]["xz_bytes"] = len(lzma.compress(b"".join(path.read_bytes() for path in kept if path.is_file()), preset=9))
-        report("compress held-out text", 1, 1)
+        job.report("compress held-out text", 1, 1)
     named = [row for record in records for row in record["named"]][:NAMED]
-    shards.write_atomically(folder / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in named).encode())
+    shards.write_atomically(job.folder / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in named).encode())
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "key": key,
         "vocab": ready.vocab,
         "eos": ready.eos,
         "starts_with_bos": ready.bos is not None,
-        "tokenizer": {"file": f"tokenizer/{_main_file(ready)}", "sha256": ready.sha256},
+        "tokenizer": {"sha256": ready.sha256},
         "sources": found,
         "totals": totals,
         "skipped": dict(sorted(skipped.items())),
@@ -639,8 +645,8 @@ def _finish(
     ]
     manifest["sha256"] = _digest([FORMAT, ready.sha256, ready.vocab, ready.eos, order])
     manifest["checksum"] = _digest(manifest)
-    shards.write_atomically(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
-    for path in (folder / "parts").glob("*.heldout"):
+    shards.write_atomically(job.folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    for path in (job.folder / "parts").glob("*.heldout"):
         path.unlink()
 
 

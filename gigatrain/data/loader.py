@@ -189,8 +189,8 @@ class Batches:
         for name in ("seed", "corpus", "weights", "sequence", "packing"):
             if state.get(name) != mine[name]:
                 raise DataError(
-                    f"the saved data position is for {name} {state.get(name)!r}, and this run has {mine[name]!r}: other samples would follow; "
-                    "resume with the same data and seed, or start a new run"
+                    f"the saved data position is for {name} {state.get(name)!r}, and this run has {mine[name]!r}: "
+                    "other samples would follow; resume with the same data and seed, or start a new run"
                 )
         self.close()
         self.position = int(state["position"])

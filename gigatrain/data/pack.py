@@ -76,7 +76,7 @@ class Samples:
         return total
 
     def __getitem__(self, index: int) -> Sample:
-        sample = Sample(*(np.empty(self.sequence, np.int64) for _ in range(3)), np.empty(self.sequence, np.int32))
+        sample = Sample(*(np.empty(self.sequence, kind) for kind in (np.int64, np.int64, np.int64, np.int32)))
         self.fill(index, sample)
         return sample
 

@@ -12,6 +12,7 @@ import os
 import struct
 from bisect import bisect_right
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class ShardWriter:
             )
         data = ids.astype(self.dtype).tobytes()
         try:
-            self.file = self.file or open(self.temporary, "wb", buffering=1 << 20)
+            self.file = self.file or self.temporary.open("wb", buffering=1 << 20)
             self.file.write(data)
         except OSError as error:
             raise full_disk(error, self.prefix) from error
@@ -133,10 +134,8 @@ class ShardWriter:
     def abort(self) -> None:
         """Remove what was written; harmless after `finish`."""
         if self.file is not None:
-            try:
+            with suppress(OSError):  # a full disk refuses the last buffer; the file goes anyway
                 self.file.close()
-            except OSError:
-                pass  # a full disk refuses the last buffer; the file goes anyway
             self.temporary.unlink(missing_ok=True)
 
 
@@ -179,7 +178,7 @@ class Shard:
         if end != bin_bytes:
             raise DataError(
                 f"{self.bin} is {bin_bytes:,} bytes long, and its index needs {end:,}: "
-                f"it {'is cut off at' if bin_bytes < end else 'goes on after'} byte {min(bin_bytes, end):,}; copy it again, or build the corpus again"
+                f"it {'is cut off at' if bin_bytes < end else 'goes on after'} byte {min(bin_bytes, end):,}; copy it again, or build again"
             )
         if int(self.marks[0]) != 0 or int(self.marks[-1]) != self.sequences:
             raise DataError(f"{self.idx} has documents from sequence {self.marks[0]} to {self.marks[-1]}, and there are {self.sequences}")
@@ -205,9 +204,10 @@ class Shard:
         """Token offsets in [start, stop) at which a document starts, ascending, int64."""
         if stop <= start or not self.documents:
             return np.empty(0, np.int64)
-        found = self.starts(max(0, self.document_at(start)), self.document_at(stop - 1) + 1)
-        # Empty documents share their successor's start; document_at finds the last of those, and a boundary counts once.
-        return np.unique(found[(found >= start) & (found < stop)])
+        found = self.starts(self.document_at(start), self.document_at(stop - 1) + 1)
+        # document_at finds the last that starts there: an empty document shares its successor's start, and a boundary counts once.
+        found = found[int(found[0] < start) :]
+        return found[np.diff(found, prepend=-1) > 0] if len(found) > 1 else found
 
     def check(self, vocab: int) -> dict[str, int | bool]:
         """Read everything once: offsets without gaps, marks that rise, every id below `vocab`; DataError names file and byte.
@@ -222,8 +222,8 @@ class Shard:
             if wrong.size:
                 row = start + int(wrong[0])
                 raise DataError(
-                    f"{self.idx}: sequence {row:,} (byte {HEADER.size + 4 * self.sequences + 8 * row:,}) starts at byte {self.pointers[row]:,} of the "
-                    f".bin, and the lengths before it say {pointers[wrong[0]]:,}; the index is damaged or not contiguous, so build it again"
+                    f"{self.idx}: at byte {HEADER.size + 4 * self.sequences + 8 * row:,}, sequence {row:,} starts at "
+                    f"byte {self.pointers[row]:,}, and the lengths before it say {pointers[wrong[0]]:,}; the index is damaged or not contiguous, so build it again"
                 )
             expected += int(sizes.sum()) * self.dtype.itemsize
         for start in range(0, len(self.marks) - 1, CHUNK):
@@ -253,8 +253,8 @@ def refuse_ids(tokens: np.ndarray, vocab: int, path: Path, start: int) -> None:
     if tokens.size and (int(tokens.max()) >= vocab or int(tokens.min()) < 0):
         row = int(np.flatnonzero((tokens >= vocab) | (tokens < 0))[0])
         raise DataError(
-            f"{path}: token id {tokens[row]} at byte {(start + row) * tokens.dtype.itemsize:,} (token {start + row:,}), and the vocabulary is {vocab}; "
-            "the file is damaged or was made with another tokenizer"
+            f"{path}: token id {tokens[row]} at byte {(start + row) * tokens.dtype.itemsize:,} (token {start + row:,}), "
+            f"and the vocabulary is {vocab}; the file is damaged or was made with another tokenizer"
         )
 
 
@@ -292,7 +292,8 @@ class Stream:
         base = int(shard.starts(first, first + 1)[0])
         if base + record["tokens"] > len(shard.tokens) or shard.documents < first + record["documents"]:
             raise DataError(
-                f"{shard.bin} holds {len(shard.tokens):,} tokens, and the manifest needs {base + record['tokens']:,}; it was replaced, so build again"
+                f"{shard.bin} holds {len(shard.tokens):,} tokens, and the manifest needs {base + record['tokens']:,}; "
+                "it was replaced, so build again"
             )
         self.opened[number] = shard, base
         if len(self.opened) > OPEN_SHARDS:
@@ -352,8 +353,8 @@ def verify(prefix: Path, record: dict[str, Any]) -> None:
         found = file_sha256(path)
         if found != record[suffix]["sha256"]:
             raise DataError(
-                f"{path} has SHA-256 {found[:16]}…, and the manifest says {record[suffix]['sha256'][:16]}…: its bytes changed since it was built; "
-                "copy it again, or delete the corpus folder and build again"
+                f"{path} has SHA-256 {found[:16]}…, and the manifest says {record[suffix]['sha256'][:16]}…: "
+                "its bytes changed since it was built; copy it again, or delete the corpus folder and build again"
             )
 
 
@@ -364,5 +365,6 @@ def check_size(path: Path, expected: int) -> None:
         raise DataError(f"{path} is missing; copy it again, or delete the corpus folder and build again")
     if found != expected:
         raise DataError(
-            f"{path} is {found:,} bytes long, and the manifest says {expected:,}: cut off or replaced at byte {min(found, expected):,}; build again"
+            f"{path} is {found:,} bytes long, and the manifest says {expected:,}: cut off or replaced at byte {min(found, expected):,}; "
+            "copy it again, or delete the corpus folder and build again"
         )

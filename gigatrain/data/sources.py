@@ -173,7 +173,8 @@ def _files(source: Source) -> list[tuple[Path, str]]:
         what = "files that match the pattern"
     else:
         raise DataError(
-            f"data.sources: {source.kind} path {source.path!r} does not exist (looked at {path.absolute()}); correct `path`, or put the files there"
+            f"data.sources: {source.kind} path {source.path!r} does not exist (looked at {path.absolute()}); "
+            "correct `path`, or put the files there"
         )
     named = [(found, found.relative_to(base).as_posix()) for found in candidates]
     named = [
@@ -182,7 +183,8 @@ def _files(source: Source) -> list[tuple[Path, str]]:
     named = sorted(((found, name) for found, name in named if found.is_file()), key=lambda pair: pair[1])
     if not named:
         raise DataError(
-            f"data.sources: {source.kind} path {source.path!r} has no {what}; correct `path`{' or `pattern`' if source.kind == 'text' else ''}"
+            f"data.sources: {source.kind} path {source.path!r} has no {what}; "
+            f"correct `path`{' or `pattern`' if source.kind == 'text' else ''}"
         )
     return named
 
@@ -361,7 +363,7 @@ def _dataset(source: Source) -> Any:
     path = Path(source.path).expanduser()
     try:
         if (path / "dataset_dict.json").is_file():
-            found = datasets.load_from_disk(str(path))
+            found: Any = datasets.load_from_disk(str(path))
             if source.split not in found:
                 raise DataError(f"{path} has the splits {list(found)}, and `split` is {source.split!r}; set one of them")
             found = found[source.split]

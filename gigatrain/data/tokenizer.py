@@ -6,6 +6,7 @@ eos, and the eos of one document is the bos of the next.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +32,21 @@ class Tokenizer:
     """A tokenizer ready to encode. `bos` is None unless every document starts with a token that is not `eos`."""
 
     backend: Backend
-    folder: Path
-    files: tuple[str, ...]  # names in `folder` that an export copies
+    file: Path  # its tokenizer.json, whatever its name
     vocab: int  # highest id + 1
     bos: int | None
     eos: int
     sha256: str  # of tokenizer.json
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie."""
+        return self.file.parent
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of its files in `folder`, the vocabulary first: what an export copies."""
+        return (self.file.name, *(name for name in FILES[1:] if (self.folder / name).is_file()))
 
     @property
     def start(self) -> int:
@@ -117,8 +127,21 @@ def load(source: str) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
-    files = tuple(name for name in FILES if (folder / name).is_file()) if file.name == "tokenizer.json" else (file.name,)
-    return Tokenizer(backend, folder, files, vocab, bos, eos, hashlib.sha256(content).hexdigest())
+    return Tokenizer(backend, file, vocab, bos, eos, hashlib.sha256(content).hexdigest())
+
+
+def keep(ready: Tokenizer, folder: Path) -> Tokenizer:
+    """Copy a tokenizer's files to `folder`, under the names that transformers looks for, and load it from there."""
+    shutil.copyfile(ready.file, folder / "tokenizer.json")
+    for name in ready.files[1:]:
+        shutil.copyfile(ready.folder / name, folder / name)
+    if not (folder / "tokenizer_config.json").is_file():
+        names = {"bos_token": ready.bos, "eos_token": ready.eos}
+        settings = {key: ready.backend.id_to_token(token) for key, token in names.items() if token is not None}
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | settings, indent=2) + "\n"
+        )
+    return load(str(folder))
 
 
 def _download(name: str) -> Path:
@@ -140,7 +163,8 @@ def _download(name: str) -> Path:
     except Exception as error:  # offline, unknown, gated: the library has a type for each, and its first line says which
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise DataError(
-            f"tokenizer.from is {name!r}: no local file or folder, and the hub did not give it ({reason[0]}); check the name, or download it first"
+            f"tokenizer.from is {name!r}: no local file or folder, and the hub did not give it ({reason[0]}); "
+            "check the name, or download it first"
         ) from error
     return file
 

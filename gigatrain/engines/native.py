@@ -23,6 +23,7 @@ class Native:
         self.model, self.plan = model, plan
         self.parameters = dict(model.named_parameters())
         self.device = next(iter(self.parameters.values())).device
+        assert sum(parameter.numel() for parameter in self.parameters.values()) == plan.parameters
         self.groups = [self._group(name, names) for name, names in _groups(plan, model).items() if names]
         self.master = {name: view for group in self.groups for name, view in group.master.views.items()}
         self.grads = {name: view for group in self.groups for name, view in group.grads.views.items()}

@@ -15,7 +15,7 @@ _CHOICES: dict[str, dict[str, Callable[..., Any]]] = {
     "swiglu": {"reference": swiglu.reference},
     "geglu": {"reference": geglu.reference},
     "xielu": {"reference": xielu.reference},
-    "attention": {"reference": attention.reference, "sdpa": attention.sdpa},
+    "attention": {"reference": attention.reference, "sdpa": attention.sdpa, "blocked": attention.blocked},
     "linear_cross_entropy": {"reference": linear_cross_entropy.reference, "chunked": linear_cross_entropy.chunked},
 }
 

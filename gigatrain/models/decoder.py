@@ -278,9 +278,18 @@ class Decoder(nn.Module):
         self.arch, self.ops, self.recompute = arch, ops, recompute
         self.model = Stack(arch, ops)
         self.lm_head = nn.Linear(arch.hidden, arch.vocab, bias=False)
-        if arch.tied:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self._tie()
         self.tables = {rope: Tables(rope, arch) for i in range(arch.layers) if (rope := arch.rope_of(i)) is not None}
+
+    def _tie(self) -> None:
+        if self.arch.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """`to`, `to_empty` and the like make new parameters one module at a time, which would untie the head."""
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
 
     @property
     def layers(self) -> nn.ModuleList:

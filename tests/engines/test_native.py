@@ -1,0 +1,222 @@
+"""The engine against plain torch: gradients, updates, and what never reaches the weights."""
+
+import pytest
+import torch
+
+from gigatrain import load
+from gigatrain.data.loader import Batch, Microbatch
+from gigatrain.engines.native import Native
+from gigatrain.models.decoder import Decoder, decays
+from gigatrain.planning.plan import plan
+
+VOCAB, T = 320, 16
+
+
+def engine(tiny, *overrides):
+    chosen = plan(load.recipe(tiny, overrides), load.site("laptop"))
+    model = Decoder(chosen.architecture)
+    model.init_weights(0.2, False, seed=5)
+    return Native(chosen, model)
+
+
+def rows(count, seed=0, ignored=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCAB, (count, T), generator=generator)
+    labels = torch.randint(VOCAB, (count, T), generator=generator)
+    labels[torch.rand(count, T, generator=generator) < ignored] = -100
+    return Microbatch(tokens, labels, torch.arange(T).expand(count, T), None)
+
+
+def batch(*parts):
+    return Batch(parts, sum(int((part.labels >= 0).sum()) for part in parts), sum(part.tokens.numel() for part in parts), range(4))
+
+
+def cut(whole, *sizes):
+    """The same rows in microbatches of other sizes."""
+    parts, start = [], 0
+    for size in sizes:
+        at = slice(start, start + size)
+        parts.append(Microbatch(whole.tokens[at], whole.labels[at], whole.positions[at], None))
+        start += size
+    return parts
+
+
+def weights(found):
+    return {name: tensor.clone() for name, tensor in found.state()["weights"].items()}
+
+
+def worst(a, b):
+    return max(float((a[name] - b[name]).detach().abs().max()) for name in a)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize("sizes", [(3, 5), (1, 2, 5), (1,) * 8, (7, 1)])
+def test_microbatches_of_unequal_length_give_the_update_of_one_big_batch(tiny, sizes, optim):
+    """Rows have very different counts of targets, so that a mean of means would be wrong."""
+    whole = rows(8, ignored=0.5)
+    whole.labels[0, 1:] = -100
+    whole.labels[5:] = -100
+    whole.labels[5, 3] = 7
+    one, many = engine(tiny, f"optim.name={optim}"), engine(tiny, f"optim.name={optim}")
+    for _ in range(3 if optim == "adamw" else 1):  # Muon's iteration rounds to bf16, so its second step starts from other weights
+        loss_one, loss_many = one.forward_backward(batch(whole)), many.forward_backward(batch(*cut(whole, *sizes)))
+        torch.testing.assert_close(loss_one, loss_many, rtol=1e-6, atol=0)
+        norm_one, norm_many = one.step(1.0), many.step(1.0)
+        torch.testing.assert_close(norm_one, norm_many, rtol=1e-5, atol=0)
+    # An entry of Muon's update is at most 1.2 lr; a rounding that flips in bf16 (2^-8) moves it by a few such ulps.
+    assert worst(weights(one), weights(many)) < (2e-6 if optim == "adamw" else 4 * 1.2 * 0.02 * 2**-8)
+
+
+def test_updates_are_those_of_torch_adamw(tiny):
+    found = engine(tiny, "optim.clip=0.5", "optim.weight_decay=0.3")
+    model = Decoder(found.model.arch)
+    model.load_state_dict({name: tensor.clone() for name, tensor in found.model.state_dict().items()})
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if decays(n)], "weight_decay": 0.3},
+        {"params": [p for n, p in model.named_parameters() if not decays(n)], "weight_decay": 0.0},
+    ]
+    peer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
+    for seed in range(5):
+        part = rows(4, seed, ignored=0.2)
+        found.forward_backward(batch(part))
+        norm = found.step(1.0)
+        logits = model.logits(part.tokens)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), part.labels.flatten()).backward()
+        expected = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
+        assert norm > 0.5  # so that clipping acts
+        peer.step()
+        peer.zero_grad()
+    assert worst(weights(found), dict(model.named_parameters())) < 5e-6
+
+
+def test_weight_decay_reaches_matrices_only(tiny):
+    found = engine(tiny, "optim.weight_decay=0.5", "optim.lr=0.1")
+    before = weights(found)
+    part = rows(2)
+    part.labels.fill_(-100)  # no target: the gradient is zero, so whatever moves was decayed
+    found.forward_backward(batch(part))
+    found.step(1.0)
+    for name, tensor in weights(found).items():
+        expected = before[name] * (1 - 0.1 * 0.5) if decays(name) else before[name]
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=0)
+    assert any(decays(name) for name in before)
+    assert not all(decays(name) for name in before)
+
+
+def test_bf16_keeps_what_is_below_an_ulp_in_the_master_weights(tiny):
+    found = engine(tiny, "train.precision=bf16", "optim.lr=1e-6", "optim.weight_decay=0.0")
+    start, rounded = weights(found), {name: p.detach().clone() for name, p in found.model.named_parameters()}
+    assert all(p.dtype == torch.bfloat16 for p in found.model.parameters())
+    for seed in range(20):
+        found.forward_backward(batch(rows(2, seed)))
+        found.step(1.0)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    moved = (found.state()["weights"][name] - start[name]).abs()
+    assert moved.median() > 2e-6
+    assert (found.parameters[name] == rounded[name]).float().mean() > 0.9  # a bf16 weight alone would have lost those updates
+    torch.testing.assert_close(found.parameters[name], found.state()["weights"][name].bfloat16(), rtol=0, atol=0)
+
+
+def test_bf16_sums_gradients_of_microbatches_in_fp32(tiny):
+    """1 + 2^-9 is 1 in bf16: eight hundred microbatches would stall."""
+    found = engine(tiny, "train.precision=bf16")
+    name = "model.norm.weight"
+    found.parameters[name].grad = torch.ones_like(found.parameters[name])
+    found._sum_gradients(first=True)
+    for _ in range(800):
+        found.parameters[name].grad = torch.full_like(found.parameters[name], 2**-9)
+        found._sum_gradients(first=False)
+    assert found.grads[name].eq(1 + 800 / 512).all()
+    assert found.grads["model.embed_tokens.weight"].eq(0).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_non_finite_step_reaches_nothing_and_is_counted(tiny, precision, optim, poison):
+    found = engine(tiny, f"train.precision={precision}", f"optim.name={optim}")
+    found.forward_backward(batch(rows(2)))
+    found.step(1.0)
+    before = {group: {n: t.clone() for n, t in named.items()} for group, named in found.state().items()}
+    clean = rows(2, 1)
+    name = "model.layers.1.mlp.up_proj.weight"
+    kept = found.parameters[name].data.clone()
+    found.parameters[name].data[0, 0] = poison  # as a flipped exponent bit would
+    found.forward_backward(batch(clean))
+    found.parameters[name].data.copy_(kept)
+    norm = found.step(1.0)
+    assert not torch.isfinite(norm)
+    after = found.state()
+    for tensor_name, tensor in before["weights"].items():
+        assert torch.equal(tensor, after["weights"][tensor_name])
+    for tensor_name, tensor in before["optimizer"].items():
+        if tensor_name not in ("bad", "steps"):
+            assert torch.equal(tensor, after["optimizer"][tensor_name])
+    assert found.bad.tolist() == [1, 1, 1, 1]  # one in all, one in a row, and it was update 1
+    found.forward_backward(batch(clean))
+    found.step(1.0)
+    assert found.bad.tolist() == [1, 0, 1, 1]
+    assert all(torch.isfinite(tensor).all() for tensor in found.state()["weights"].values())
+    assert not torch.equal(before["weights"][name], found.state()["weights"][name])
+
+
+def test_the_longest_row_of_refused_steps_names_its_first(tiny):
+    found = engine(tiny)
+    for finite in (True, False, True, False, False, False, True, False, False):
+        found._count(torch.tensor(finite))
+    assert found.bad.tolist() == [6, 2, 3, 3]
+
+
+def test_z_loss_is_in_the_gradient_and_not_in_the_reported_loss(tiny):
+    plain, with_z = engine(tiny), engine(tiny, "loss.z_loss=0.1")
+    part = rows(2)
+    assert torch.equal(plain.forward_backward(batch(part)), with_z.forward_backward(batch(part)))
+    model = Decoder(plain.model.arch)
+    model.load_state_dict({name: tensor.clone() for name, tensor in plain.model.state_dict().items()})
+    logits = model.logits(part.tokens).double()
+    lse = torch.logsumexp(logits, -1)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), part.labels.flatten()) + 0.1 * lse.square().mean()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(with_z.grads[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_no_gradient(tiny, recompute):
+    plain, lean = engine(tiny), engine(tiny, f"train.recompute={recompute}")
+    for found in (plain, lean):
+        found.model.recompute = found.plan.recompute
+        found.forward_backward(batch(rows(3)))
+    assert all(torch.equal(plain.grads[name], lean.grads[name]) for name in plain.grads)
+
+
+def test_evaluation_counts_targets_and_leaves_no_gradient(tiny):
+    found = engine(tiny)
+    parts = [rows(3, 1, ignored=0.3), rows(2, 2)]
+    nats, targets = found.evaluate(parts).tolist()
+    expected = sum(
+        float(torch.nn.functional.cross_entropy(found.model.logits(p.tokens).flatten(0, 1), p.labels.flatten(), reduction="sum")) for p in parts
+    )
+    assert nats == pytest.approx(expected, rel=1e-5)
+    assert targets == sum(int((p.labels >= 0).sum()) for p in parts)
+    assert all(p.grad is None for p in found.model.parameters())
+
+
+def test_restored_state_continues_bitwise(tiny):
+    for precision, optim in (("bf16", "muon"), ("fp32", "adamw")):
+        first = engine(tiny, f"train.precision={precision}", f"optim.name={optim}")
+        for seed in range(3):
+            first.forward_backward(batch(rows(2, seed)))
+            first.step(1.0)
+        second = engine(tiny, f"train.precision={precision}", f"optim.name={optim}")
+        for group, named in first.state().items():
+            for name, tensor in second.state()[group].items():
+                tensor.copy_(named[name])
+        second.restored()
+        for seed in range(3, 6):
+            for found in (first, second):
+                found.forward_backward(batch(rows(2, seed)))
+                found.step(0.5)
+        assert all(torch.equal(first.state()["weights"][name], tensor) for name, tensor in second.state()["weights"].items())
+        assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
