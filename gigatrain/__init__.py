@@ -1,8 +1,8 @@
 """gigatrain trains large language models on Europe's AI GigaFactories, and, with the same recipe, on one GPU or a laptop.
 
-    recipe = gigatrain.load.recipe("recipes/quickstart.toml", ["train.steps=40"])
-    plan = gigatrain.plan(recipe, gigatrain.load.site("laptop"))
-    summary = gigatrain.train(plan, Path("runs/first"))
+recipe = gigatrain.load.recipe("recipes/quickstart.toml", ["train.steps=40"])
+plan = gigatrain.plan(recipe, gigatrain.load.site("laptop"))
+summary = gigatrain.train(plan, Path("runs/first"))
 """
 
 from importlib import metadata

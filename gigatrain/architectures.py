@@ -7,7 +7,8 @@ A family fixes the switches that its transformers class fixes (`FAMILIES`), so t
 import difflib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -46,22 +47,32 @@ class Rope(_Numbers):
     `longrope` divides each by its own factor (arXiv:2402.13753).
     """
 
-    theta: Positive = Field(10_000.0, description="Base of the wavelengths.")
-    kind: RopeKind = Field("default", description="How frequencies are scaled for contexts longer than those first trained on.")
-    partial: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="Share of each head's channels that is rotated (Phi).")
-    factor: Annotated[float, Field(ge=1.0)] | None = Field(None, description="By how much the context is stretched.")
-    original_positions: Count | None = Field(None, description="Context length before stretching, in tokens.")
-    low_freq_factor: Positive | None = Field(None, description="`llama3`: wavelengths above original_positions / this are stretched fully.")
-    high_freq_factor: Positive | None = Field(None, description="`llama3`: wavelengths below original_positions / this are kept.")
-    beta_fast: Positive | None = Field(None, description="`yarn`: rotations above which a channel is kept; default 32.")
-    beta_slow: Positive | None = Field(None, description="`yarn`: rotations below which a channel is stretched fully; default 1.")
-    attention_factor: Positive | None = Field(None, description="`yarn`, `longrope`: multiplies cos and sin; default: from `factor`.")
-    mscale: Positive | None = Field(None, description="`yarn`: numerator of the default attention factor.")
-    mscale_all_dim: Positive | None = Field(None, description="`yarn`: denominator of the default attention factor.")
-    truncate: bool | None = Field(None, description="`yarn`: round the ramp's ends to whole channels; default yes.")
-    short_factor: tuple[Positive, ...] | None = Field(None, description="`longrope`: per channel pair, up to original_positions tokens.")
-    long_factor: tuple[Positive, ...] | None = Field(None, description="`longrope`: per channel pair, for longer samples.")
-    query_beta: Positive | None = Field(None, description="Queries grow by 1 + this * log(1 + position // original_positions) (Llama 4, Ministral 3).")
+    theta: Positive = Field(default=10_000.0, description="Base of the wavelengths.")
+    kind: RopeKind = Field(default="default", description="How frequencies are scaled for contexts longer than those first trained on.")
+    partial: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0, description="Share of each head's channels that is rotated (Phi)."
+    )
+    factor: Annotated[float, Field(ge=1.0)] | None = Field(default=None, description="By how much the context is stretched.")
+    original_positions: Count | None = Field(default=None, description="Context length before stretching, in tokens.")
+    low_freq_factor: Positive | None = Field(
+        default=None, description="`llama3`: wavelengths above original_positions / this are stretched fully."
+    )
+    high_freq_factor: Positive | None = Field(default=None, description="`llama3`: wavelengths below original_positions / this are kept.")
+    beta_fast: Positive | None = Field(default=None, description="`yarn`: rotations above which a channel is kept; default 32.")
+    beta_slow: Positive | None = Field(default=None, description="`yarn`: rotations below which a channel is stretched fully; default 1.")
+    attention_factor: Positive | None = Field(
+        default=None, description="`yarn`, `longrope`: multiplies cos and sin; default: from `factor`."
+    )
+    mscale: Positive | None = Field(default=None, description="`yarn`: numerator of the default attention factor.")
+    mscale_all_dim: Positive | None = Field(default=None, description="`yarn`: denominator of the default attention factor.")
+    truncate: bool | None = Field(default=None, description="`yarn`: round the ramp's ends to whole channels; default yes.")
+    short_factor: tuple[Positive, ...] | None = Field(
+        default=None, description="`longrope`: per channel pair, up to original_positions tokens."
+    )
+    long_factor: tuple[Positive, ...] | None = Field(default=None, description="`longrope`: per channel pair, for longer samples.")
+    query_beta: Positive | None = Field(
+        default=None, description="Queries grow by 1 + this * log(1 + position // original_positions) (Llama 4, Ministral 3)."
+    )
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
@@ -78,13 +89,14 @@ class Rope(_Numbers):
         return self
 
 
-class _Family(NamedTuple):
+@dataclass(frozen=True)
+class _Family:
     """What a transformers model class fixes (`fixed`), what we take when nothing is said (`default`), and which further switches it has (`open`)."""
 
-    fixed: dict[str, Any] = {}
-    default: dict[str, Any] = {}
+    fixed: dict[str, Any] = field(default_factory=dict)
+    default: dict[str, Any] = field(default_factory=dict)
     open: frozenset[str] = frozenset()
-    hf: dict[str, Any] = {}  # the class's own default of a config.json key that old files leave out
+    hf: dict[str, Any] = field(default_factory=dict)  # the class's own default of a config.json key that old files leave out
 
 
 _LAYER_WINDOWS = frozenset({"window", "window_layers"})
@@ -165,14 +177,19 @@ class Architecture(_Numbers):
     class does not have.
     """
 
-    family: FamilyName = Field(description="The transformers class whose config and weight names this is written as; fixes the switches it fixes.")
+    family: FamilyName = Field(
+        description="The transformers class whose config and weight names this is written as; fixes the switches it fixes."
+    )
     vocab: Count = Field(description="Rows of the embedding and of the head.")
     hidden: Count = Field(description="Width of the residual stream.")
     layers: Count
     heads: Count = Field(description="Query heads.")
-    kv_heads: Count = Field(default_factory=lambda seen: seen.get("heads", 1), description="Key and value heads; divides `heads`. Default: `heads`.")
+    kv_heads: Count = Field(
+        default_factory=lambda seen: seen.get("heads", 1), description="Key and value heads; divides `heads`. Default: `heads`."
+    )
     head_dim: Count = Field(
-        default_factory=lambda seen: max(1, seen.get("hidden", 1) // seen.get("heads", 1)), description="Channels of a head. Default: hidden / heads."
+        default_factory=lambda seen: max(1, seen.get("hidden", 1) // seen.get("heads", 1)),
+        description="Channels of a head. Default: hidden / heads.",
     )
     intermediate: Count = Field(description="Width of the feed-forward layer.")
     tied: bool = _switch("tied", "The head is the embedding's transpose.")
@@ -180,23 +197,35 @@ class Architecture(_Numbers):
     norm: Literal["llama", "gemma", "olmo"] = _switch(
         "norm", "Where bf16 rounds. llama: x * rstd is rounded, then times w; olmo: rounded after w; gemma: like olmo with 1 + w."
     )
-    placement: Literal["pre", "post", "sandwich"] = _switch("placement", "Norms before each block, after it (before the residual sum), or both.")
-    qk_norm: Literal["none", "head", "full"] = _switch("qk_norm", "RMS norm of queries and keys: per head, or over all heads at once (OLMo 2).")
-    activation: Literal["swiglu", "geglu", "xielu"] = _switch("activation", "silu(gate) * up, gelu_tanh(gate) * up, or xIELU(up) (arXiv:2411.13010).")
+    placement: Literal["pre", "post", "sandwich"] = _switch(
+        "placement", "Norms before each block, after it (before the residual sum), or both."
+    )
+    qk_norm: Literal["none", "head", "full"] = _switch(
+        "qk_norm", "RMS norm of queries and keys: per head, or over all heads at once (OLMo 2)."
+    )
+    activation: Literal["swiglu", "geglu", "xielu"] = _switch(
+        "activation", "silu(gate) * up, gelu_tanh(gate) * up, or xIELU(up) (arXiv:2411.13010)."
+    )
     qkv_bias: bool = _switch("qkv_bias", "Bias of the query, key and value projections.")
     output_bias: bool = _switch("output_bias", "Bias of attention's output projection.")
     mlp_bias: bool = _switch("mlp_bias", "Bias of the feed-forward projections.")
-    rope: Rope = Field(Rope(), description="Position embedding; with `rope_local`, that of the layers without a window.")
+    rope: Rope = Field(default=Rope(), description="Position embedding; with `rope_local`, that of the layers without a window.")
     rope_local: Rope | None = _switch("rope_local", "Position embedding of the layers with a window, where it differs.")
-    rope_layers: tuple[bool, ...] | None = _switch("rope_layers", "Which layers have position embeddings; a shorter pattern repeats. Default: all.")
+    rope_layers: tuple[bool, ...] | None = _switch(
+        "rope_layers", "Which layers have position embeddings; a shorter pattern repeats. Default: all."
+    )
     rope_interleaved: bool = _switch("rope_interleaved", "Rotates channels 2i and 2i + 1 (Helium) rather than i and i + head_dim / 2.")
     rope_fp32: bool = _switch("rope_fp32", "cos and sin stay fp32 and the rotation is rounded once (OLMo 2) rather than in every product.")
     window: Count | None = _switch("window", "Sliding attention: a token sees itself and window - 1 before it.")
-    window_layers: tuple[bool, ...] | None = _switch("window_layers", "Which layers have the window; a shorter pattern repeats. Default: all.")
+    window_layers: tuple[bool, ...] | None = _switch(
+        "window_layers", "Which layers have the window; a shorter pattern repeats. Default: all."
+    )
     attention_scale: Positive | None = _switch("attention_scale", "Multiplies query . key. Default: head_dim ** -0.5.")
     attention_softcap: Positive | None = _switch("attention_softcap", "Scores s become c * tanh(s / c).")
     logit_softcap: Positive | None = _switch("logit_softcap", "Logits l become c * tanh(l / c).")
-    embedding_scale: Positive | Literal["sqrt_hidden"] = _switch("embedding_scale", "Multiplies the embeddings; Gemma: the root of `hidden`.")
+    embedding_scale: Positive | Literal["sqrt_hidden"] = _switch(
+        "embedding_scale", "Multiplies the embeddings; Gemma: the root of `hidden`."
+    )
     residual_scale: Positive = _switch("residual_scale", "Multiplies what each block adds to the residual stream (Granite).")
     logit_divisor: Positive = _switch("logit_divisor", "Divides the logits (Granite).")
 
@@ -217,7 +246,9 @@ class Architecture(_Numbers):
         if self.family in ("llama", "gemma2", "gemma3_text") and self.hidden % self.heads:
             raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}, as {self.family} requires; change one of them")
         if self.family == "helium" and self.heads * self.head_dim != self.hidden:
-            raise ValueError(f"heads * head_dim {self.heads * self.head_dim} is not hidden {self.hidden}, as helium requires; leave out `head_dim`")
+            raise ValueError(
+                f"heads * head_dim {self.heads * self.head_dim} is not hidden {self.hidden}, as helium requires; leave out `head_dim`"
+            )
         if self.window_layers is not None and (self.window is None or not any(self.window_layers)):
             raise ValueError("`window` and `window_layers` go together: give both with at least one layer true, or neither")
         if self.rope_local is not None and self.window is None:
@@ -227,7 +258,9 @@ class Architecture(_Numbers):
         for rope in filter(None, (self.rope, self.rope_local)):
             rotary = int(self.head_dim * rope.partial)
             if rotary % 2 or not rotary:
-                raise ValueError(f"rope.partial {rope.partial} of head_dim {self.head_dim} rotates {rotary} channels; choose an even number of them")
+                raise ValueError(
+                    f"rope.partial {rope.partial} of head_dim {self.head_dim} rotates {rotary} channels; choose an even number of them"
+                )
             for name in ("short_factor", "long_factor"):
                 if (factors := getattr(rope, name)) is not None and len(factors) != rotary // 2:
                     raise ValueError(f"rope.{name} has {len(factors)} numbers, one for each of {rotary // 2} channel pairs is needed")
@@ -242,9 +275,13 @@ class Architecture(_Numbers):
             open_here = name in family.open or (name == "window_layers" and "window" in family.open and all(value or ()))
             if value != fixed and not open_here:
                 others = sorted(f for f, t in FAMILIES.items() if t.fixed.get(name) == value or name in t.open)
-                raise ValueError(f"{name} {value!r}: {self.family} has {fixed!r}; drop it, or choose family {' or '.join(others) or 'none: no one has it'}")
-        if _BIASES <= family.open and self.qkv_bias != self.output_bias:
-            raise ValueError(f"qkv_bias {self.qkv_bias} and output_bias {self.output_bias}: {self.family} has both or neither; set them alike")
+                raise ValueError(
+                    f"{name} {value!r}: {self.family} has {fixed!r}; drop it, or choose family {' or '.join(others) or 'none: no one has it'}"
+                )
+        if family.open >= _BIASES and self.qkv_bias != self.output_bias:
+            raise ValueError(
+                f"qkv_bias {self.qkv_bias} and output_bias {self.output_bias}: {self.family} has both or neither; set them alike"
+            )
         for rope in filter(None, (self.rope, self.rope_local)):
             if rope.partial != 1.0 and "partial" not in family.open:
                 raise ValueError(f"rope.partial {rope.partial}: {self.family} rotates whole heads; drop it, or choose family phi3")
@@ -253,9 +290,17 @@ class Architecture(_Numbers):
         if self.family == "phi3" and self.rope.kind not in ("default", "longrope"):
             raise ValueError(f"rope.kind {self.rope.kind!r}: phi3 has default and longrope only; choose one of them")
         if self.family == "ministral3" and self.rope.query_beta is None:
-            raise ValueError("rope.query_beta is missing: ministral3 always scales queries; give it (0.1 in the released models), or choose mistral")
-        if self.family.startswith("gemma") and self.attention_scale and (n := round(self.attention_scale**-2)) ** -0.5 != self.attention_scale:
-            raise ValueError(f"attention_scale {self.attention_scale} is not n ** -0.5 for a whole n, as {self.family} requires; {n**-0.5!r} is")
+            raise ValueError(
+                "rope.query_beta is missing: ministral3 always scales queries; give it (0.1 in the released models), or choose mistral"
+            )
+        if (
+            self.family.startswith("gemma")
+            and self.attention_scale
+            and (n := round(self.attention_scale**-2)) ** -0.5 != self.attention_scale
+        ):
+            raise ValueError(
+                f"attention_scale {self.attention_scale} is not n ** -0.5 for a whole n, as {self.family} requires; {n**-0.5!r} is"
+            )
 
     @property
     def scale(self) -> float:
@@ -422,14 +467,83 @@ def resolve(name: str) -> dict[str, Any]:
 
 # Keys that say nothing about the mathematics of training: names, tokens, generation, initialisation, bookkeeping.
 _SILENT = frozenset(
-    "architectures dtype torch_dtype transformers_version _name_or_path auto_map model_type use_cache initializer_range max_position_embeddings "
-    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id id2label label2id problem_type task_specific_params tokenizer_class "
-    "return_dict output_attentions output_hidden_states chunk_size_feed_forward is_encoder_decoder is_decoder attn_implementation _attn_implementation "
-    "cache_implementation max_length min_length temperature top_k top_p num_beams do_sample repetition_penalty length_penalty diversity_penalty "
-    "typical_p num_return_sequences num_beam_groups encoder_no_repeat_ngram_size no_repeat_ngram_size remove_invalid_values early_stopping "
-    "pretraining_tp no_rope_layer_interval max_window_layers sliding_window_pattern _sliding_window_pattern use_sliding_window rope_theta rope_scaling "
-    "rope_parameters rope_local_base_freq partial_rotary_factor original_max_position_embeddings layer_types sliding_window is_llama_config "
-    "rope_interleaved head_dim hidden_act hidden_activation unsloth_fixed unsloth_version".split()
+    # fmt: off
+    [
+        "_attn_implementation",
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "auto_map",
+        "bos_token_id",
+        "cache_implementation",
+        "chunk_size_feed_forward",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "dtype",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "is_llama_config",
+        "label2id",
+        "length_penalty",
+        "max_length",
+        "max_position_embeddings",
+        "min_length",
+        "model_type",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict",
+        "sep_token_id",
+        "task_specific_params",
+        "temperature",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "transformers_version",
+        "typical_p",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_cache",
+    ]
+    # fmt: on
+)
+# Keys that are read elsewhere than by `get` in `from_hf_config`.
+_ELSEWHERE = frozenset(
+    # fmt: off
+    [
+        "_sliding_window_pattern",
+        "head_dim",
+        "hidden_act",
+        "hidden_activation",
+        "layer_types",
+        "max_window_layers",
+        "no_rope_layer_interval",
+        "original_max_position_embeddings",
+        "partial_rotary_factor",
+        "rope_local_base_freq",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "sliding_window_pattern",
+        "use_sliding_window",
+    ]
+    # fmt: on
 )
 _DIRECT = {  # our field: transformers' key
     "vocab": "vocab_size", "hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
@@ -445,7 +559,13 @@ _ROPE_KEYS = {
 }  # fmt: skip
 _HAS_LAYER_TYPES = frozenset(name for name, family in FAMILIES.items() if family.open >= _LAYER_WINDOWS)
 _HAS_HEAD_DIM = frozenset({"llama", "mistral", "ministral", "ministral3", "qwen3", "gemma2", "gemma3_text", "helium"})
-_THETA = {"gemma3_text": 1_000_000.0, "olmo3": 500_000.0, "smollm3": 2_000_000.0, "helium": 100_000.0, "apertus": 12_000_000.0}  # of the classes
+_THETA = {
+    "gemma3_text": 1_000_000.0,
+    "olmo3": 500_000.0,
+    "smollm3": 2_000_000.0,
+    "helium": 100_000.0,
+    "apertus": 12_000_000.0,
+}  # of the classes
 _ACTIVATIONS = {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh",), "xielu": ("xielu",)}
 _CLASSES = {
     "llama": "Llama", "mistral": "Mistral", "ministral": "Ministral", "ministral3": "Ministral3", "qwen2": "Qwen2", "qwen3": "Qwen3",
@@ -462,7 +582,7 @@ def from_hf_config(config: Mapping[str, Any]) -> Architecture:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise RecipeError(f"model_type {family!r} is not implemented; there are {', '.join(FAMILIES)}")
-    traits, read = FAMILIES[family], set(_SILENT)
+    traits, read = FAMILIES[family], set(_SILENT | _ELSEWHERE)
     defaults = {"tie_word_embeddings": traits.default.get("tied", False), "rms_norm_eps": traits.default.get("norm_eps", 1e-6), **traits.hf}
 
     def get(key: str, default: Any = None) -> Any:
@@ -477,7 +597,9 @@ def from_hf_config(config: Mapping[str, Any]) -> Architecture:
     activation = traits.fixed.get("activation", "swiglu")
     key = "hidden_activation" if family.startswith("gemma") else "hidden_act"
     if (given := get(key) or _ACTIVATIONS[activation][0]) not in _ACTIVATIONS[activation]:
-        raise RecipeError(f"config.json: {key} {given!r} is not implemented for {family}; it must be {' or '.join(_ACTIVATIONS[activation])}")
+        raise RecipeError(
+            f"config.json: {key} {given!r} is not implemented for {family}; it must be {' or '.join(_ACTIVATIONS[activation])}"
+        )
     if "output_bias" in traits.open:
         numbers["qkv_bias"] = numbers["output_bias"] = bool(get("attention_bias"))
     elif "qkv_bias" in traits.open:
@@ -541,7 +663,13 @@ def _ropes_from(family: str, config: Mapping[str, Any], windowed: bool) -> dict[
     given = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or {}
     if family == "apertus" and not given and not scaling:
-        scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        scaling = {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "original_max_position_embeddings": 8192,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        }
     if family not in ("gemma3_text", "olmo3"):
         return {"rope": _rope_from(family, config, {"rope_theta": theta, **(given or scaling)})}
     wide = _rope_from(family, config, {"rope_theta": theta, **(given.get("full_attention") or {}), **scaling})
@@ -571,7 +699,7 @@ def _rope_from(family: str, config: Mapping[str, Any], given: Mapping[str, Any])
         "llama_4_scaling_beta"
     }
     if family == "ministral3":
-        unread.add("llama_4_scaling_beta")
+        unread |= {"llama_4_scaling_beta"}
     if strange := sorted(key for key, value in given.items() if key not in unread and value is not None):
         raise RecipeError(f"config.json: rope parameter {', '.join(strange)} is not implemented for {family} with rope type {kind!r}")
     table = {ours: given[key] for ours, key in _ROPE_KEYS.items() if ours in allowed and given.get(key) is not None}

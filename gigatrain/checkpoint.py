@@ -68,7 +68,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         for tensor in tensors.values():
             flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
             for part in flat.split(_PIECE):
-                piece = part.cpu().numpy()
+                piece = part.cpu().numpy().data
                 file.write(piece)
                 digest.update(piece)
         file.flush()
@@ -149,7 +149,9 @@ class Checkpoints:
         except OSError as failure:
             shutil.rmtree(temporary, ignore_errors=True)
             name = errno.errorcode.get(failure.errno or 0, "error")
-            raise CheckpointError(f"step {step} could not be saved in {self.folder}: {name}, {failure.strerror}; earlier ones are untouched") from None
+            raise CheckpointError(
+                f"step {step} could not be saved in {self.folder}: {name}, {failure.strerror}; earlier ones are untouched"
+            ) from None
         self._prune(step)
         return final
 
@@ -217,7 +219,9 @@ class Checkpoints:
                 raise CheckpointError(f"{folder}/manifest.json is not the one that was committed")
             manifest = json.loads(text)
             if manifest["run"] != self.run or manifest["step"] != step:
-                raise CheckpointError(f"{folder} belongs to run {manifest['run']}, step {manifest['step']}; this is run {self.run}, step {step}")
+                raise CheckpointError(
+                    f"{folder} belongs to run {manifest['run']}, step {manifest['step']}; this is run {self.run}, step {step}"
+                )
             if manifest["plan_sha256"] != self.plan_sha256 and not any_plan:
                 raise CheckpointError(f"{folder} was made under another plan ({manifest['plan_sha256'][:12]}, not {self.plan_sha256[:12]})")
             for name, record in manifest["files"].items():

@@ -137,7 +137,12 @@ def _generate(options: argparse.Namespace) -> None:
     from gigatrain.generate import generate
 
     text = generate(
-        Path(options.folder), options.prompt, tokens=options.tokens, temperature=options.temperature, top_k=options.top_k or None, seed=options.seed
+        Path(options.folder),
+        options.prompt,
+        tokens=options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k or None,
+        seed=options.seed,
     )
     print(json.dumps({"prompt": options.prompt, "text": text}) if options.json else text)
 
@@ -152,7 +157,7 @@ def _schema(options: argparse.Namespace) -> None:
 def _version(options: argparse.Namespace) -> None:
     from importlib import metadata
 
-    found = {"gigatrain": __version__, "python": sys.version.split()[0]}
+    found: dict[str, str | None] = {"gigatrain": __version__, "python": sys.version.split()[0]}
     for name in ("torch", "triton", "transformers", "accelerate", "deepspeed"):
         try:
             found[name] = metadata.version(name)
@@ -173,7 +178,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], help: str, text: str, into: Any = commands) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], help: str, text: str, into: Any = commands
+    ) -> argparse.ArgumentParser:
         made = into.add_parser(name, help=help, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
         made.set_defaults(run=run)
         return made

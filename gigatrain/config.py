@@ -31,9 +31,11 @@ class Init(Section):
 class Model(Section):
     """The network: its numbers, and either fresh weights or those of a folder."""
 
-    architecture: Architecture | None = Field(None, description="A name (`gigatrain recipes` shows some), or a table of numbers; `base` starts from a name.")
+    architecture: Architecture | None = Field(
+        default=None, description="A name (`gigatrain recipes` shows some), or a table of numbers; `base` starts from a name."
+    )
     source: str | None = Field(
-        None,
+        default=None,
         alias="from",
         description="Folder or hub name whose weights (and, without `architecture`, numbers) the run starts from.",
     )
@@ -50,13 +52,13 @@ class TokenizerTraining(Section):
     """A byte-level byte-pair tokenizer, trained on the run's own training documents."""
 
     vocab: Annotated[int, Field(ge=258, le=1_000_000)] = 4096
-    max_bytes: Count = Field(1 << 28, description="It is trained on at most this many bytes, taken evenly over the documents.")
+    max_bytes: Count = Field(default=1 << 28, description="It is trained on at most this many bytes, taken evenly over the documents.")
 
 
 class Tokenizer(Section):
     """Where token ids come from: an existing tokenizer, or one trained here."""
 
-    source: str | None = Field(None, alias="from", description="Folder, tokenizer.json or hub name of a Hugging Face tokenizer.")
+    source: str | None = Field(default=None, alias="from", description="Folder, tokenizer.json or hub name of a Hugging Face tokenizer.")
     train: TokenizerTraining | None = None
 
     @model_validator(mode="after")
@@ -70,13 +72,15 @@ class Source(Section):
     """One corpus of a mixture."""
 
     kind: Literal["stdlib", "text", "jsonl", "parquet", "hub", "megatron"]
-    path: str | None = Field(None, description="File, folder or glob; `hub`: dataset name or folder; `megatron`: prefix of .bin and .idx.")
-    pattern: str = Field("**/*", description="`text` in a folder: which files.")
-    field: str = Field("text", description="`jsonl`, `parquet`, `hub`: the column that holds the text.")
-    subset: str | None = Field(None, description="`hub`: the dataset's configuration.")
-    split: str = Field("train", description="`hub`: which split.")
-    revision: str | None = Field(None, description="`hub`: commit or tag to pin.")
-    weight: Positive = Field(1.0, description="Share of the samples, relative to the other sources.")
+    path: str | None = Field(
+        default=None, description="File, folder or glob; `hub`: dataset name or folder; `megatron`: prefix of .bin and .idx."
+    )
+    pattern: str = Field(default="**/*", description="`text` in a folder: which files.")
+    field: str = Field(default="text", description="`jsonl`, `parquet`, `hub`: the column that holds the text.")
+    subset: str | None = Field(default=None, description="`hub`: the dataset's configuration.")
+    split: str = Field(default="train", description="`hub`: which split.")
+    revision: str | None = Field(default=None, description="`hub`: commit or tag to pin.")
+    weight: Positive = Field(default=1.0, description="Share of the samples, relative to the other sources.")
 
     @model_validator(mode="after")
     def has_path(self) -> Self:
@@ -88,11 +92,11 @@ class Source(Section):
 class BadDocuments(Section):
     """What happens to a document that cannot be used: skipped and counted, or refused by name."""
 
-    undecodable: Literal["skip", "refuse", "replace"] = Field("skip", description="Bytes that are not UTF-8 (`replace`: U+FFFD).")
+    undecodable: Literal["skip", "refuse", "replace"] = Field(default="skip", description="Bytes that are not UTF-8 (`replace`: U+FFFD).")
     empty: Literal["skip", "refuse"] = "skip"
-    short: Literal["keep", "skip", "refuse"] = Field("keep", description="Fewer than `min_tokens` tokens.")
-    long: Literal["keep", "skip", "truncate", "refuse"] = Field("keep", description="More than `max_tokens` tokens.")
-    unparsable: Literal["skip", "refuse"] = Field("skip", description="A JSON line or record that is not one, or lacks the field.")
+    short: Literal["keep", "skip", "refuse"] = Field(default="keep", description="Fewer than `min_tokens` tokens.")
+    long: Literal["keep", "skip", "truncate", "refuse"] = Field(default="keep", description="More than `max_tokens` tokens.")
+    unparsable: Literal["skip", "refuse"] = Field(default="skip", description="A JSON line or record that is not one, or lacks the field.")
     min_tokens: Count = 2
     max_tokens: Count = 100_000_000
 
@@ -101,38 +105,43 @@ class Data(Section):
     """What is read, how it is cut into samples, and what is held out."""
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
-    folder: str = Field("~/.cache/gigatrain/data", description="Where tokenised shards are kept; `~` is the user's home.")
+    folder: str = Field(default="~/.cache/gigatrain/data", description="Where tokenised shards are kept; `~` is the user's home.")
     validation: Annotated[float, Field(ge=0.0, le=0.5)] = Field(
-        0.005, description="Share of the documents held out, by a hash of their names (files) or of their text (records)."
+        default=0.005, description="Share of the documents held out, by a hash of their names (files) or of their text (records)."
     )
     packing: Literal["stream", "document"] = Field(
-        "stream", description="`stream`: documents end to end, cut every `sequence` tokens; `document`: one a sample, cut or padded."
+        default="stream",
+        description="`stream`: documents end to end, cut every `sequence` tokens; `document`: one a sample, cut or padded.",
     )
     bad: BadDocuments = BadDocuments()
-    workers: Annotated[int, Field(ge=0, le=256)] = Field(0, description="Processes that tokenise; 0 means one per core.")
-    shard_bytes: Count = Field(1 << 26, description="Source bytes that go into one shard.")
+    workers: Annotated[int, Field(ge=0, le=256)] = Field(default=0, description="Processes that tokenise; 0 means one per core.")
+    shard_bytes: Count = Field(default=1 << 26, description="Source bytes that go into one shard.")
 
 
 class Loss(Section):
     """What is minimised beside the cross entropy."""
 
-    z_loss: NonNegative = Field(0.0, description="Weight of log(Z)^2 (PaLM, arXiv:2204.02311, uses 1e-4).")
+    z_loss: NonNegative = Field(default=0.0, description="Weight of log(Z)^2 (PaLM, arXiv:2204.02311, uses 1e-4).")
 
 
 class Train(Section):
     """The size of a step and of the run."""
 
-    steps: Count | None = Field(None, description="Optimizer updates. Exactly one of `steps` and `tokens`.")
-    tokens: Count | None = Field(None, description="Training tokens; the plan turns them into steps, rounding up.")
+    steps: Count | None = Field(default=None, description="Optimizer updates. Exactly one of `steps` and `tokens`.")
+    tokens: Count | None = Field(default=None, description="Training tokens; the plan turns them into steps, rounding up.")
     sequence: Annotated[int, Field(ge=2)] = Field(description="Tokens of one sample.")
     batch: Count = Field(description="Samples of one step, over all ranks.")
-    microbatch: Count | None = Field(None, description="Samples that one rank computes at a time; default: all of its share.")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: bf16 weights and activations, fp32 master weights, gradient sums and losses.")
+    microbatch: Count | None = Field(default=None, description="Samples that one rank computes at a time; default: all of its share.")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="bf16: bf16 weights and activations, fp32 master weights, gradient sums and losses."
+    )
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    recompute: Literal["none", "selective", "full"] = Field("none", description="Activation checkpointing: selective keeps matrix products only.")
-    compile: bool = Field(False, description="torch.compile each layer; costs a start of tens of seconds.")
-    deterministic: bool = Field(False, description="Only deterministic algorithms: two runs are bitwise equal, also on a GPU.")
-    max_bad_steps: Count = Field(8, description="So many steps in a row with a non-finite loss or gradient stop the run.")
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none", description="Activation checkpointing: selective keeps matrix products only."
+    )
+    compile: bool = Field(default=False, description="torch.compile each layer; costs a start of tens of seconds.")
+    deterministic: bool = Field(default=False, description="Only deterministic algorithms: two runs are bitwise equal, also on a GPU.")
+    max_bad_steps: Count = Field(default=8, description="So many steps in a row with a non-finite loss or gradient stop the run.")
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
@@ -148,44 +157,44 @@ class Optim(Section):
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: Positive = Field(description="Peak learning rate of AdamW's share.")
-    muon_lr: Positive = Field(0.02, description="Peak learning rate of Muon's share, in units of the update's spectral norm.")
+    muon_lr: Positive = Field(default=0.02, description="Peak learning rate of Muon's share, in units of the update's spectral norm.")
     muon_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
-    decay_embeddings: bool = Field(False, description="Whether embeddings and the head decay too; norms and biases never do.")
-    clip: Positive | None = Field(1.0, description="Global gradient norm above which gradients are scaled down.")
+    decay_embeddings: bool = Field(default=False, description="Whether embeddings and the head decay too; norms and biases never do.")
+    clip: Positive | None = Field(default=1.0, description="Global gradient norm above which gradients are scaled down.")
 
 
 class Schedule(Section):
     """The learning rate as a function of the step alone."""
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    warmup: Annotated[int, Field(ge=0)] = Field(0, description="Steps of linear warm-up from 0.")
-    decay: Fraction = Field(0.2, description="`wsd`: share of the run, at its end, over which the rate falls linearly.")
-    floor: Fraction = Field(0.1, description="The rate at the last step, as a share of the peak.")
+    warmup: Annotated[int, Field(ge=0)] = Field(default=0, description="Steps of linear warm-up from 0.")
+    decay: Fraction = Field(default=0.2, description="`wsd`: share of the run, at its end, over which the rate falls linearly.")
+    floor: Fraction = Field(default=0.1, description="The rate at the last step, as a share of the peak.")
 
 
 class Validation(Section):
     """When the held-out documents are read."""
 
-    every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between two validations; 0: only after the last step.")
-    max_samples: Count | None = Field(None, description="At most so many samples; default: all that is held out.")
+    every: Annotated[int, Field(ge=0)] = Field(default=0, description="Steps between two validations; 0: only after the last step.")
+    max_samples: Count | None = Field(default=None, description="At most so many samples; default: all that is held out.")
 
 
 class Checkpoint(Section):
     """When the run is saved, and how many saves are kept."""
 
-    every: Count = Field(500, description="Steps between two checkpoints; the last step is always saved.")
-    keep: Count = Field(2, description="How many of the newest stay on disk.")
+    every: Count = Field(default=500, description="Steps between two checkpoints; the last step is always saved.")
+    keep: Count = Field(default=2, description="How many of the newest stay on disk.")
 
 
 class Report(Section):
     """What is shown and recorded."""
 
-    every: Count = Field(10, description="Steps of one window: host and device meet once a window, never within a step.")
+    every: Count = Field(default=10, description="Steps of one window: host and device meet once a window, never within a step.")
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
-    project: str = Field("gigatrain", description="The trackers' project name.")
+    project: str = Field(default="gigatrain", description="The trackers' project name.")
 
 
 class Sample(Section):
@@ -213,8 +222,8 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()
     sample: Sample = Sample()
-    kernels: Literal["auto", "reference"] = Field("auto", description="`reference`: plain torch for every operation.")
-    export: bool = Field(True, description="Write export/ (transformers' format) when the run ends.")
+    kernels: Literal["auto", "reference"] = Field(default="auto", description="`reference`: plain torch for every operation.")
+    export: bool = Field(default=True, description="Write export/ (transformers' format) when the run ends.")
 
 
 class Site(Section):
@@ -223,4 +232,6 @@ class Site(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
     summary: str
     device: Literal["cpu", "cuda"]
-    memory_bytes: Count | None = Field(None, description="Memory that one rank may fill; unknown: the plan shows its need and checks nothing.")
+    memory_bytes: Count | None = Field(
+        default=None, description="Memory that one rank may fill; unknown: the plan shows its need and checks nothing."
+    )

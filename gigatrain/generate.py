@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from gigatrain.errors import RunError
 
@@ -37,7 +38,7 @@ def generate(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     torch.manual_seed(seed)
     with torch.inference_mode():

@@ -118,7 +118,7 @@ def _device(plan: Plan) -> torch.device:
             "install a CUDA build of torch, or choose --site laptop"
         )
     if plan.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise RunError(f'{torch.cuda.get_device_name()} has no bf16 arithmetic; --set train.precision=fp32')
+        raise RunError(f"{torch.cuda.get_device_name()} has no bf16 arithmetic; --set train.precision=fp32")
     return torch.device("cuda", 0)
 
 
@@ -234,7 +234,7 @@ def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(weights[name].detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -258,7 +258,9 @@ def _show_sample(plan: Plan, folder: Path, display: Display) -> None:
 
 def _show_summary(summary: dict[str, Any], folder: Path, display: Display) -> None:
     line: Callable[[str], None] = display.line
-    line(f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {summary['wall_s']:.0f} s; steps ran at {summary['tokens_per_s'] or 0:,.0f} tokens/s")
+    line(
+        f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {summary['wall_s']:.0f} s; steps ran at {summary['tokens_per_s'] or 0:,.0f} tokens/s"
+    )
     if summary["bits_per_byte"]:
         xz = summary["xz_bits_per_byte"]
         line(f"held-out text: {summary['bits_per_byte']:.3f} bits per byte" + (f"; xz -9 on the same text: {xz:.3f}" if xz else ""))

@@ -94,7 +94,9 @@ def stored_plan(folder: Path) -> Plan:
         raise RunError(f"{folder}/plan.json cannot be read: {failure.strerror}") from None
     plan = load.read_json(Plan, text, f"{folder}/plan.json", RunError)
     if plan.sha256 != record["plan_sha256"]:
-        raise RunError(f"{folder}/plan.json was changed after the run began: its sha256 is {plan.sha256[:12]}, not {record['plan_sha256'][:12]}")
+        raise RunError(
+            f"{folder}/plan.json was changed after the run began: its sha256 is {plan.sha256[:12]}, not {record['plan_sha256'][:12]}"
+        )
     return plan
 
 

@@ -42,7 +42,8 @@ def imports(path, *, top=False):
     lazy = {
         id(node)
         for scope in ast.walk(tree)
-        if isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef) or (isinstance(scope, ast.If) and "TYPE_CHECKING" in ast.dump(scope.test))
+        if isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(scope, ast.If) and "TYPE_CHECKING" in ast.dump(scope.test))
         for node in ast.walk(scope)
     }
     for node in ast.walk(tree):

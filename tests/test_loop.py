@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def planned(tiny, *overrides):
     return plan(load.recipe(tiny, ["export=false", *overrides]), load.site("laptop"))
 
 
-def trained(tiny, folder, *overrides, start="auto"):
+def trained(tiny, folder, *overrides, start: Any = "auto") -> Any:
     return loop.train(planned(tiny, *overrides), folder, start=start, display=quiet())
 
 
@@ -284,7 +285,11 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(tiny, undisturbed, tmp_p
 
 def test_two_processes_cannot_share_a_run_folder(tiny, tmp_path):
     folder = tmp_path / "run"
-    with run.opened(planned(tiny), folder, "new"), pytest.raises(RunError, match="in use by another process"), run.opened(planned(tiny), folder, "auto"):
+    with (
+        run.opened(planned(tiny), folder, "new"),
+        pytest.raises(RunError, match="in use by another process"),
+        run.opened(planned(tiny), folder, "auto"),
+    ):
         pass
 
 
@@ -437,5 +442,3 @@ def test_a_run_folder_that_cannot_be_made_is_an_error(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be the run folder"):
         trained(tiny, tmp_path / "file" / "run")
-
-

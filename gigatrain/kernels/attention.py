@@ -20,7 +20,14 @@ CASES = [
     (*shape, window, documents, softcap, dtype)
     for dtype in (torch.float32, torch.bfloat16)
     for shape in ((2, 16, 4, 2, 8), (1, 33, 3, 1, 6), (2, 1, 2, 2, 4))
-    for window, documents, softcap in ((None, False, None), (5, False, None), (None, True, None), (4, True, None), (None, False, 2.0), (3, True, 5.0))
+    for window, documents, softcap in (
+        (None, False, None),
+        (5, False, None),
+        (None, True, None),
+        (4, True, None),
+        (None, False, 2.0),
+        (3, True, 5.0),
+    )
 ]
 
 

@@ -8,7 +8,6 @@ inputs); the products run in the inputs' dtype. The backward, with p = softmax(l
     dl = p - t + 2 * z_loss * lse * p        times (1 - (l / c) ** 2) if softcap        times scale        dh = dl w        dw = dl^T h
 """
 
-
 from typing import Any
 
 import torch
@@ -94,7 +93,7 @@ class _Chunked(torch.autograd.Function):
                 continue
             own_p = p.gather(1, at_label)
             if z:
-                growth = (1.0 + 2.0 * z * lse)[:, None]
+                growth = lse.mul(2.0 * z).add_(1.0)[:, None]
                 own_p = own_p * growth
                 p.mul_(growth)
             own_p = own_p - 1.0  # in fp32: in bf16, p - 1 of a sure prediction would be 0

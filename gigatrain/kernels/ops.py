@@ -8,10 +8,10 @@ from gigatrain.errors import PlanError
 from gigatrain.kernels import attention, geglu, linear_cross_entropy, qk_norm_rope, rms_norm, rope, swiglu, xielu
 
 _CHOICES: dict[str, dict[str, Callable[..., Any]]] = {
-    "rms_norm": {"reference": rms_norm.reference},
-    "add_rms_norm": {"reference": rms_norm.add_reference},
-    "rope": {"reference": rope.reference},
-    "qk_norm_rope": {"reference": qk_norm_rope.reference},
+    "rms_norm": {"reference": rms_norm.reference, "lean": rms_norm.lean},
+    "add_rms_norm": {"reference": rms_norm.add_reference, "lean": rms_norm.add_lean},
+    "rope": {"reference": rope.reference, "lean": rope.lean},
+    "qk_norm_rope": {"reference": qk_norm_rope.reference, "lean": qk_norm_rope.lean},
     "swiglu": {"reference": swiglu.reference},
     "geglu": {"reference": geglu.reference},
     "xielu": {"reference": xielu.reference},

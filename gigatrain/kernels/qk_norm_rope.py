@@ -33,4 +33,20 @@ def reference(
     return (q, k) if cos_btr is None or sin_btr is None else rope.reference(q, k, cos_btr, sin_btr, interleaved)
 
 
-qk_norm_rope = reference
+def lean(
+    q_bthd: Tensor,
+    k_btkd: Tensor,
+    qw_d: Tensor,
+    kw_d: Tensor,
+    cos_btr: Tensor | None,
+    sin_btr: Tensor | None,
+    eps: float,
+    style: Style,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As `reference`, from the lean versions of its two parts."""
+    q, k = rms_norm.lean(q_bthd, qw_d, eps, style), rms_norm.lean(k_btkd, kw_d, eps, style)
+    return (q, k) if cos_btr is None or sin_btr is None else rope.lean(q, k, cos_btr, sin_btr, interleaved)
+
+
+qk_norm_rope = lean

@@ -7,8 +7,11 @@ Legend: q_bthd, k_btkd: batch, tokens, query or key heads, channels; cos_btr, si
 for bf16) the rotation is computed in their dtype and rounded once. The backward turns by the opposite angle.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # (batch, tokens, heads, kv_heads, head_dim, rotary channels, interleaved, dtype)
 CASES = [
@@ -38,4 +41,39 @@ def reference(q_bthd: Tensor, k_btkd: Tensor, cos_btr: Tensor, sin_btr: Tensor, 
     return turn(q_bthd, cos_btr, sin_btr, interleaved), turn(k_btkd, cos_btr, sin_btr, interleaved)
 
 
-rope = reference
+def _turned(x_bthd: Tensor, cos_btr: Tensor, sin_btr: Tensor, interleaved: bool, sign: float) -> Tensor:
+    """`turn` by the angle, or by its opposite for `sign` -1, written where it belongs instead of being put together."""
+    wide = torch.promote_types(x_bthd.dtype, cos_btr.dtype)
+    r = cos_btr.shape[-1]
+    first, second = (slice(0, 2 * r, 2), slice(1, 2 * r, 2)) if interleaved else (slice(0, r), slice(r, 2 * r))
+    x = x_bthd.to(wide)
+    out = torch.empty_like(x)
+    a, b = x[..., first], x[..., second]
+    cos, sin = cos_btr.unsqueeze(2), sin_btr.unsqueeze(2)
+    torch.mul(a, cos, out=out[..., first]).addcmul_(b, sin, value=-sign)
+    torch.mul(b, cos, out=out[..., second]).addcmul_(a, sin, value=sign)
+    if 2 * r < x.shape[-1]:
+        out[..., 2 * r :] = x[..., 2 * r :]
+    return out.to(x_bthd.dtype)
+
+
+class _Lean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Any:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _turned(q, cos, sin, interleaved, 1.0), _turned(k, cos, sin, interleaved, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return _turned(dq, cos, sin, ctx.interleaved, -1.0), _turned(dk, cos, sin, ctx.interleaved, -1.0), None, None, None
+
+
+def lean(q_bthd: Tensor, k_btkd: Tensor, cos_btr: Tensor, sin_btr: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """As `reference` with the backward written out: keeps cos and sin only."""
+    return _Lean.apply(q_bthd, k_btkd, cos_btr, sin_btr, interleaved)  # type: ignore[return-value]
+
+
+rope = lean

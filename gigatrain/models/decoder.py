@@ -109,6 +109,7 @@ class Tables:
 
     def __init__(self, rope: Rope, arch: Architecture) -> None:
         self.rope, self.head_dim, self.fp32 = rope, arch.head_dim, arch.rope_fp32
+        self.factor = frequencies(rope, arch.head_dim)[1]
         self.cache: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def __call__(self, positions_bt: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -121,7 +122,7 @@ class Tables:
         if longer:  # on the device, so that host and device need not meet
             f_r = torch.where(positions_bt.max() + 1 > cast(int, rope.original_positions), longer[0], f_r)
         angle_btr = positions_bt[..., None].float() * f_r
-        factor = _factor(rope, self.head_dim)
+        factor = self.factor
         cos, sin = angle_btr.cos(), angle_btr.sin()
         if factor != 1.0:
             cos, sin = cos * factor, sin * factor
@@ -131,11 +132,6 @@ class Tables:
         if rope.query_beta is not None:
             grow = (1 + rope.query_beta * torch.log(1 + torch.floor(positions_bt / cast(int, rope.original_positions)))).to(dtype)
         return cos, sin, grow
-
-
-@functools.lru_cache(maxsize=64)
-def _factor(rope: Rope, head_dim: int) -> float:
-    return frequencies(rope, head_dim)[1]
 
 
 @functools.lru_cache(maxsize=64)
@@ -378,10 +374,10 @@ class Decoder(nn.Module):
 
 
 def _keep_products() -> Any:
-    """Selective recomputation: matrix products and attention are kept, everything else is computed again."""
+    """Selective recomputation: the products with weights and torch's fused attention are kept, everything else is computed again."""
     aten = torch.ops.aten
     names = (
-        "mm addmm bmm baddbmm _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
+        "mm addmm _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
         "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
     )
     kept = {getattr(aten, name).default for name in names.split() if hasattr(aten, name)}

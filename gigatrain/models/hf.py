@@ -22,6 +22,7 @@ from gigatrain.kernels import xielu
 from gigatrain.models.decoder import Decoder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_LAYER_TENSOR = re.compile(r"(model\.layers\.\d+\.)(.+)\.(weight|bias)")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 # Names of the layers' norms on disk, where they differ: llama's second norm stands before the feed-forward block, gemma's after attention.
@@ -46,7 +47,7 @@ _CONSTANTS = {"act_fn.beta": xielu.BETA, "act_fn.eps": xielu.EPS}  # transformer
 
 def _sources(arch: Architecture, name: str) -> tuple[str, ...]:
     """The names in memory of the tensors that the tensor `name` on disk is made of, stacked along dim 0."""
-    match = re.fullmatch(r"(model\.layers\.\d+\.)(.+)\.(weight|bias)", name)
+    match = _LAYER_TENSOR.fullmatch(name)
     if not match:
         return (name,)
     layer, module, kind = match.groups()
@@ -64,12 +65,11 @@ def _names(arch: Architecture, memory: Mapping[str, Any]) -> dict[str, tuple[str
     for name in memory:
         if name == _HEAD and arch.tied:
             continue
-        match = re.fullmatch(r"(model\.layers\.\d+\.)(.+)\.(weight|bias)", name)
-        if match:
+        written = name
+        if match := _LAYER_TENSOR.fullmatch(name):
             layer, module, kind = match.groups()
-            module = fused.get(module, forward.get(module, module))
-            name = f"{layer}{module}.{kind}"
-        disk[name] = _sources(arch, name)
+            written = f"{layer}{fused.get(module, forward.get(module, module))}.{kind}"
+        disk[written] = _sources(arch, written)
     return disk
 
 
@@ -166,9 +166,11 @@ def _files(folder: Path) -> dict[str, Path]:
             raise CheckpointError(f"{index} is damaged: {error!r}; fetch or write the folder again") from error
     if (single := folder / SINGLE).is_file():
         with _open(single) as file:
-            return {name: single for name in file.keys()}  # noqa: SIM118 - not a dict
+            return dict.fromkeys(file.keys(), single)
     if pickles := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)):
-        raise CheckpointError(f"{folder} holds weights only as pickle ({pickles[0]}), which can run code when read; convert it to safetensors first")
+        raise CheckpointError(
+            f"{folder} holds weights only as pickle ({pickles[0]}), which can run code when read; convert it to safetensors first"
+        )
     raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}")
 
 

@@ -19,7 +19,7 @@ class Display:
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.completed:,}/{task.total:,}"),
             TextColumn("{task.fields[numbers]}"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
@@ -44,7 +44,7 @@ class Display:
         if not self.live:
             sys.stdout.flush()
 
-    def advance(self, what: str, done: float, total: float, numbers: str = "") -> None:
+    def advance(self, what: str, done: int, total: int, numbers: str = "") -> None:
         """Move the bar called `what`; without a terminal, print a line at the first, the last and every fifth second."""
         if self.live:
             if what not in self.tasks:
@@ -58,7 +58,7 @@ class Display:
         if now - self.shown_s >= 5 or done >= total:
             self.shown_s = now
             eta = (now - begin) / (done - first) * (total - done) if done > first else None
-            self.line(f"{what} {done:.0f}/{total:.0f}  {numbers}" + (f"  ETA {eta:.0f} s" if eta else ""))
+            self.line(f"{what} {done:,}/{total:,}  {numbers}" + (f"  ETA {eta:.0f} s" if eta else ""))
 
     def plan(self, plan: Plan, why: str) -> None:
         """What will happen, on a few lines."""
@@ -83,7 +83,9 @@ class Display:
             f"  memory   weights {gib(memory.weights)}, gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}, "
             f"activations about {gib(memory.activations)} (recompute: {plan.recompute})"
         )
-        self.line(f"  compute  {plan.flops_per_token / 1e6:,.2f} MFLOP a token, {plan.flops_per_token * plan.tokens / 1e15:,.3f} PFLOP in all")
+        self.line(
+            f"  compute  {plan.flops_per_token / 1e6:,.2f} MFLOP a token, {plan.flops_per_token * plan.tokens / 1e15:,.3f} PFLOP in all"
+        )
         for choice in plan.kernels:
             self.line(f"  kernel   {choice.op:22} {choice.kernel:10} {choice.why}")
         self.line(f"  sha256   {plan.sha256}")

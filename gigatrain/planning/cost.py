@@ -42,7 +42,9 @@ def memory(
     layers, hidden = architecture.layers, architecture.hidden
     attention = (2 * architecture.heads + 2 * architecture.kv_heads) * architecture.head_dim
     products = attention + 2 * hidden + 2 * architecture.intermediate
-    per_layer = {"none": 8 * hidden + 2 * attention + 3 * architecture.intermediate, "selective": products + hidden, "full": hidden}[recompute]
+    per_layer = {"none": 8 * hidden + 2 * attention + 3 * architecture.intermediate, "selective": products + hidden, "full": hidden}[
+        recompute
+    ]
     working = 8 * hidden + 2 * attention + 3 * architecture.intermediate if recompute == "full" else 0
     embeddings = architecture.vocab * hidden * (1 if architecture.tied else 2)
     moments = 8 * parameters if not muon else 8 * embeddings + 4 * (parameters - embeddings)

@@ -196,7 +196,8 @@ def test_evaluation_counts_targets_and_leaves_no_gradient(tiny):
     parts = [rows(3, 1, ignored=0.3), rows(2, 2)]
     nats, targets = found.evaluate(parts).tolist()
     expected = sum(
-        float(torch.nn.functional.cross_entropy(found.model.logits(p.tokens).flatten(0, 1), p.labels.flatten(), reduction="sum")) for p in parts
+        float(torch.nn.functional.cross_entropy(found.model.logits(p.tokens).flatten(0, 1), p.labels.flatten(), reduction="sum"))
+        for p in parts
     )
     assert nats == pytest.approx(expected, rel=1e-5)
     assert targets == sum(int((p.labels >= 0).sum()) for p in parts)

@@ -1,0 +1,150 @@
+"""The commands as a user types them: what they print, what they leave, and errors on one screen without a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gigatrain import cli
+
+COMMANDS = [[], ["train"], ["plan"], ["recipes"], ["sites"], ["data"], ["data", "build"], ["export"], ["generate"], ["schema"], ["version"]]
+
+
+def ran(*arguments, cwd=None, code=0):
+    ended = subprocess.run(
+        [sys.executable, "-m", "gigatrain", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False, env=os.environ | {"COLUMNS": "140"}
+    )
+    assert ended.returncode == code, ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+    return ended.stdout if code == 0 else ended.stderr
+
+
+def printed(capsys, *arguments):
+    cli.main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    said = capsys.readouterr().err
+    assert said.startswith("gigatrain: ")
+    assert len(said.splitlines()) <= 24
+    return ended.value.code, said
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help_that_teaches(capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, "--help"])
+    assert ended.value.code == 0
+    assert len(capsys.readouterr().out) > 150
+
+
+def test_the_whole_way_as_a_user_walks_it(tiny, tmp_path, capsys):
+    """train, a look at the folder, export, generate, and transformers loads the result and agrees with our decoder."""
+    folder = tmp_path / "run"
+    out = ran("train", tiny, "--run", folder, "--set", 'sample.prompt="def f"', "--set", "sample.tokens=8", "--set", "train.steps=6")
+    assert "25,760 parameters" in out
+    assert "train 6/6" in out
+    assert " sample " in out
+    assert "bits per byte; xz -9 on the same text" in out
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 6
+    assert "step 6 of" in printed(capsys, "export", folder, tmp_path / "model")
+    asked = ("--prompt", "import os", "--tokens", "5", "--temperature", "0")
+    text = json.loads(printed(capsys, "generate", tmp_path / "model", *asked, "--json"))["text"]
+    assert text.startswith("import os")
+    assert printed(capsys, "generate", folder, *asked) == text + "\n"
+
+    import torch
+    import transformers
+
+    from gigatrain import run
+    from gigatrain.models import hf
+    from gigatrain.models.decoder import Decoder
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    ours = Decoder(run.stored_plan(folder).architecture)
+    hf.load_weights(ours, tmp_path / "model")
+    tokens = torch.arange(2, 40).view(2, 19)
+    torch.testing.assert_close(ours.logits(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    text = "def main():\n    return 'é'\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+    assert "steps: 6 -> 9" in refused(capsys, "train", tiny, "--run", folder, "--resume", "--set", "train.steps=9")[1]
+    assert "already holds a run" in ran("train", tiny, "--run", folder, code=7)
+
+
+def test_generate_works_on_a_run_that_was_killed_before_its_export(tiny, tmp_path, capsys):
+    printed(capsys, "train", tiny, "--run", tmp_path / "run", "--set", "train.steps=3", "--set", "export=false")
+    assert not (tmp_path / "run" / "export").exists()
+    assert printed(capsys, "generate", tmp_path / "run", "--prompt", "def", "--tokens", "3").startswith("def")
+
+
+def test_resume_finds_the_newest_run_of_the_recipe(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("train", tiny, "--set", "train.steps=3", "--set", "export=false")
+    assert "holds no run of tiny" in refused(capsys, *arguments, "--resume")[1]
+    printed(capsys, *arguments)
+    assert len(list((tmp_path / "runs").glob("tiny-*"))) == 1
+    assert "resumed at step 3" in printed(capsys, *arguments, "--resume")
+
+
+def test_recipes_and_sites_for_people_and_programs(capsys):
+    assert "quickstart" in printed(capsys, "recipes")
+    rows = json.loads(printed(capsys, "recipes", "--json"))
+    assert {"name", "parameters", "tokens", "family", "summary"} == set(rows[0])
+    assert "laptop" in printed(capsys, "sites")
+    assert {"cpu", "cuda"} == {row["device"] for row in json.loads(printed(capsys, "sites", "--json"))}
+
+
+def test_a_plan_for_people_and_programs(capsys):
+    out = printed(capsys, "plan", "quickstart", "--site", "laptop")
+    assert "kernel   attention" in out
+    found = json.loads(printed(capsys, "plan", "quickstart", "--site", "laptop", "--json"))
+    assert found["sha256"] in out
+    assert found["memory"]["weights"] == 2 * found["parameters"]
+
+
+def test_data_is_built_ahead_and_described(tiny, capsys):
+    manifest = json.loads(printed(capsys, "data", "build", tiny, "--json"))
+    assert manifest["totals"]["train"]["tokens"] > 10_000
+    assert f"{manifest['totals']['train']['tokens']:,}" in printed(capsys, "data", "build", tiny)
+
+
+def test_schema_and_version(capsys):
+    assert json.loads(printed(capsys, "schema"))["title"] == "Recipe"
+    assert json.loads(printed(capsys, "schema", "site"))["title"] == "Site"
+    assert set(json.loads(printed(capsys, "version", "--json"))) >= {"gigatrain", "torch", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["train", "nowhere.toml"], 2, "no recipe file and no shipped recipe is called 'nowhere.toml'"),
+        (["train", "quickstart", "--set", "train.stesp=4"], 2, 'did you mean "steps"?'),
+        (["plan", "quickstart", "--site", "jupitre"], 3, "no site file"),
+        (["plan", "quickstart", "--set", "schedule.warmup=99999"], 4, "schedule.warmup 99999"),
+        (["export", "nowhere", "x"], 7, "nowhere is not a run folder"),
+        (["generate", "nowhere", "--prompt", "x"], 7, "neither a run"),
+        (["train", "quickstart", "--run", "nowhere", "--resume"], 6, "nothing to resume; start with --new"),
+    ],
+)
+def test_errors_have_a_code_and_say_what_to_do(capsys, tmp_path, monkeypatch, arguments, code, said):
+    monkeypatch.chdir(tmp_path)
+    found = refused(capsys, *arguments)
+    assert found[0] == code
+    assert said in found[1]
+
+
+def test_a_missing_corpus_is_a_data_error(tiny, tmp_path, capsys):
+    code, said = refused(capsys, "train", tiny, "--run", tmp_path / "run", "--set", "data.sources.0.path=/nowhere/at/all")
+    assert code == 5
+    assert "/nowhere/at/all" in said
+
+
+def test_python_m_and_the_script_are_the_same(capsys):
+    assert ran("version") == printed(capsys, "version")
