@@ -466,85 +466,22 @@ def resolve(name: str) -> dict[str, Any]:
 # ---- transformers' config.json, both ways. ----
 
 # Keys that say nothing about the mathematics of training: names, tokens, generation, initialisation, bookkeeping.
-_SILENT = frozenset(
-    # fmt: off
-    [
-        "_attn_implementation",
-        "_name_or_path",
-        "architectures",
-        "attn_implementation",
-        "auto_map",
-        "bos_token_id",
-        "cache_implementation",
-        "chunk_size_feed_forward",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "dtype",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "eos_token_id",
-        "id2label",
-        "initializer_range",
-        "is_decoder",
-        "is_encoder_decoder",
-        "is_llama_config",
-        "label2id",
-        "length_penalty",
-        "max_length",
-        "max_position_embeddings",
-        "min_length",
-        "model_type",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "pretraining_tp",
-        "problem_type",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict",
-        "sep_token_id",
-        "task_specific_params",
-        "temperature",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "transformers_version",
-        "typical_p",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_cache",
-    ]
-    # fmt: on
-)
+_SILENT = frozenset([
+    "_attn_implementation", "_name_or_path", "architectures", "attn_implementation", "auto_map", "bos_token_id", "cache_implementation",
+    "chunk_size_feed_forward", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
+    "encoder_no_repeat_ngram_size", "eos_token_id", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
+    "is_llama_config", "label2id", "length_penalty", "max_length", "max_position_embeddings", "min_length", "model_type",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "pad_token_id", "pretraining_tp", "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict", "sep_token_id",
+    "task_specific_params", "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype", "transformers_version", "typical_p",
+    "unsloth_fixed", "unsloth_version", "use_cache",
+])  # fmt: skip
 # Keys that are read elsewhere than by `get` in `from_hf_config`.
-_ELSEWHERE = frozenset(
-    # fmt: off
-    [
-        "_sliding_window_pattern",
-        "head_dim",
-        "hidden_act",
-        "hidden_activation",
-        "layer_types",
-        "max_window_layers",
-        "no_rope_layer_interval",
-        "original_max_position_embeddings",
-        "partial_rotary_factor",
-        "rope_local_base_freq",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-        "sliding_window",
-        "sliding_window_pattern",
-        "use_sliding_window",
-    ]
-    # fmt: on
-)
+_ELSEWHERE = frozenset([
+    "_sliding_window_pattern", "head_dim", "hidden_act", "hidden_activation", "layer_types", "max_window_layers",
+    "no_rope_layer_interval", "original_max_position_embeddings", "partial_rotary_factor", "rope_local_base_freq", "rope_parameters",
+    "rope_scaling", "rope_theta", "sliding_window", "sliding_window_pattern", "use_sliding_window",
+])  # fmt: skip
 _DIRECT = {  # our field: transformers' key
     "vocab": "vocab_size", "hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
     "intermediate": "intermediate_size", "tied": "tie_word_embeddings", "norm_eps": "rms_norm_eps",

@@ -80,7 +80,7 @@ def train(plan: Plan, folder: Path, *, start: run.Start = "auto", display: Displ
                 rate = schedule.rate(plan.schedule, this.step, plan.steps)
                 grad_norm = engine.step(rate)
                 this.advance(batch.tokens)
-                metrics.add(loss, grad_norm, batch.targets, batch.tokens)
+                metrics.add(loss, grad_norm, batch.targets)
                 if this.step % plan.report.every == 0 or this.step == plan.steps:
                     bad = metrics.report(this.step, this.tokens, rate, engine.bad)
                     health.check_bad(bad, lambda first: _samples(plan, batches, first))

@@ -222,8 +222,8 @@ class Shard:
             if wrong.size:
                 row = start + int(wrong[0])
                 raise DataError(
-                    f"{self.idx}: at byte {HEADER.size + 4 * self.sequences + 8 * row:,}, sequence {row:,} starts at "
-                    f"byte {self.pointers[row]:,}, and the lengths before it say {pointers[wrong[0]]:,}; the index is damaged or not contiguous, so build it again"
+                    f"{self.idx}: at byte {HEADER.size + 4 * self.sequences + 8 * row:,}, sequence {row:,} starts at byte "
+                    f"{self.pointers[row]:,}, and the lengths before it say {pointers[wrong[0]]:,}; build the index again"
                 )
             expected += int(sizes.sum()) * self.dtype.itemsize
         for start in range(0, len(self.marks) - 1, CHUNK):

@@ -52,7 +52,6 @@ class Metrics:
     def __init__(self, plan: Plan, folder: Path, device: torch.device, *, step: int, show: Callable[[dict[str, Any]], None]) -> None:
         self.plan, self.folder, self.show = plan, folder, show
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)  # nats, targets, gradient norms, updates, largest norm
-        self.tokens = self.steps = 0
         self.clock = Clock(device)
         self.step_s = array("d")
         self.last: dict[str, Any] = {}
@@ -84,15 +83,13 @@ class Metrics:
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         temporary.replace(self.path)
 
-    def add(self, loss: Tensor, grad_norm: Tensor, targets: int, tokens: int) -> None:
+    def add(self, loss: Tensor, grad_norm: Tensor, targets: int) -> None:
         """One step's numbers; the tensors stay where they are, and a step that was refused is left out of the sums."""
         norm = grad_norm.double()
         numbers = torch.stack([loss.double(), torch.full_like(norm, targets), norm, torch.ones_like(norm), norm])
         numbers = torch.where(torch.isfinite(numbers).all(), numbers, 0.0)
         self.sums[:4] += numbers[:4]
         self.sums[4:] = torch.maximum(self.sums[4:], numbers[4:])
-        self.tokens += tokens
-        self.steps += 1
         self.clock.mark()
 
     def report(self, step: int, run_tokens: int, rate: float, bad: Tensor) -> list[int]:
@@ -114,19 +111,18 @@ class Metrics:
         }
         self.write(window)
         self.sums.zero_()
-        self.tokens = self.steps = 0
         self.clock.restart()
         return [int(count) for count in counts]
 
     def state(self) -> dict[str, Any]:
         """The open window, so that a resumed run reports the numbers of an undisturbed one; waits for the device."""
-        return {"sums": self.sums.tolist(), "tokens": self.tokens, "steps": self.steps, "last": self.last}
+        return {"sums": self.sums.tolist(), "last": self.last}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Back into the window in which `state` was taken; an empty state is a new run's."""
         if state:
             self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
-            self.tokens, self.steps, self.last = state["tokens"], state["steps"], dict(state["last"])
+            self.last = dict(state["last"])
 
     def write(self, window: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, the display and the trackers; a number that is not finite is written as null."""

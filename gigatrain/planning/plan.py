@@ -172,7 +172,7 @@ def _kernels(recipe: Recipe, architecture: Architecture) -> tuple[Choice, ...]:
     if recipe.kernels == "reference":
         return tuple(Choice(op=op, kernel="reference", why='the recipe says kernels = "reference"') for op in OPERATIONS)
     chosen: dict[str, tuple[str, str]] = dict.fromkeys(OPERATIONS, ("reference", "no faster kernel is shipped yet"))
-    chosen["linear_cross_entropy"] = ("reference", "x")
+    chosen["linear_cross_entropy"] = ("chunked", "never holds all logits")
     if architecture.attention_softcap is None:
         chosen["attention"] = ("sdpa", "torch's fused attention covers this shape")
     else:

@@ -12,7 +12,25 @@ from gigatrain.data import shards
 from gigatrain.data.build import Corpus, build
 
 TRAINED = config.Tokenizer(train=config.TokenizerTraining(vocab=300))
-WORDS = "def return self index value while token shard of the and to für 'naïve' == ( ): \n    \n\n 0 12 345".split(" ")
+WORDS = [
+    "def",
+    "return",
+    "self",
+    "index",
+    "value",
+    "while",
+    "token",
+    "of",
+    "the",
+    "für",
+    "'naïve'",
+    "==",
+    "(",
+    "):\n   ",
+    "\n\n",
+    "0",
+    "345",
+]
 
 
 def text(seed: int, words: int) -> str:
@@ -40,7 +58,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """40 files in several shards, a quarter held out."""
     folder = tmp_path_factory.mktemp("corpus")
     write_files(folder / "texts")
-    return build(data_of(folder, config.Source(kind="text", path=str(folder / "texts")), shard_bytes=2000), TRAINED)
+    return build(data_of(folder, config.Source(kind="text", path=str(folder / "texts")), shard_bytes=1000), TRAINED)
 
 
 @pytest.fixture

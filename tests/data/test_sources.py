@@ -118,7 +118,7 @@ def test_bad_lines_are_named(tmp_path: Path) -> None:
 
 def test_parquet_row_groups(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as parquet
+    from pyarrow import parquet
 
     table = arrow.table({"text": [*TEXTS, None], "id": list(range(51))})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
@@ -136,7 +136,7 @@ def test_parquet_row_groups(tmp_path: Path) -> None:
 
 def test_parquet_that_is_not_utf8_or_is_damaged(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as parquet
+    from pyarrow import parquet
 
     wrong = arrow.array([b"good", b"\xff\xfe", b"also good"], arrow.binary()).view(arrow.string())
     parquet.write_table(arrow.table({"text": wrong}), tmp_path / "a.parquet")

@@ -17,11 +17,11 @@ TEXTS = [text(seed, 60) for seed in range(40)] + ["def f(x):\n        return x\n
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.Tokenizer:
-    return tokenizer.train(TEXTS, 350, tmp_path_factory.mktemp("tokenizer"))
+    return tokenizer.train(TEXTS, 330, tmp_path_factory.mktemp("tokenizer"))
 
 
 def test_special_token_and_size(ours: tokenizer.Tokenizer) -> None:
-    assert (ours.vocab, ours.bos, ours.eos, ours.start) == (350, None, 0, 0)
+    assert (ours.vocab, ours.bos, ours.eos, ours.start) == (330, None, 0, 0)
     assert ours.backend.id_to_token(0) == tokenizer.END
     assert ours.files == ("tokenizer.json", "tokenizer_config.json")
 
@@ -52,15 +52,15 @@ def test_text_cannot_forge_the_end(ours: tokenizer.Tokenizer) -> None:
 
 
 def test_training_is_deterministic(ours: tokenizer.Tokenizer, tmp_path: Path) -> None:
-    again = tokenizer.train(reversed(TEXTS), 350, tmp_path / "again")
+    again = tokenizer.train(reversed(TEXTS), 330, tmp_path / "again")
     assert again.sha256 == ours.sha256
-    assert tokenizer.train(TEXTS[:-1], 350, tmp_path / "other").sha256 != ours.sha256
+    assert tokenizer.train(TEXTS[:-1], 330, tmp_path / "other").sha256 != ours.sha256
 
 
 def test_auto_tokenizer_loads_it(ours: tokenizer.Tokenizer) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(str(ours.folder), local_files_only=True)
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (0, 0, 0, 350)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (0, 0, 0, 330)
     for value in TEXTS[:5]:
         ids = ours.encode(value)
         assert theirs(value)["input_ids"] == [0, *ids]

@@ -1,0 +1,44 @@
+"""Masks: who sees whom, and what documents and windows may not leak."""
+
+import pytest
+import torch
+
+from gigatrain.kernels import attention, ops
+
+IMPLEMENTATIONS = [getattr(attention, name) for name in ops.available()["attention"]]
+
+
+def test_plain_causality_needs_no_mask() -> None:
+    assert attention.mask(None, None, 8, torch.float32, torch.device("cpu")) == attention.Mask()
+    assert attention.mask(None, 8, 8, torch.float32, torch.device("cpu")) == attention.Mask()
+
+
+def test_mask_is_causal_windowed_and_within_documents() -> None:
+    documents = torch.tensor([[0, 0, 0, 1, 1], [5, 5, 5, 5, 5]], dtype=torch.int32)
+    visible = attention.mask(documents, 2, 5, torch.float32, torch.device("cpu")).visible_btt
+    assert visible is not None
+    expected = [
+        [[j <= i and i - j < 2 and documents[b, i] == documents[b, j] for j in range(5)] for i in range(5)] for b in range(2)
+    ]  # fmt: skip
+    assert visible[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("function", IMPLEMENTATIONS)
+@pytest.mark.parametrize("window", [None, 3])
+def test_no_gradient_crosses_documents_or_windows(function, window) -> None:
+    torch.manual_seed(0)
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]], dtype=torch.int32)
+    q, k, v = (torch.randn(1, 8, 2, 4, requires_grad=True) for _ in range(3))
+    seen = attention.mask(documents, window, 8, torch.float32, torch.device("cpu"))
+    function(q, k, v, seen, scale=0.5)[:, 6].sum().backward()
+    touched = v.grad.abs().sum((0, 2, 3)) > 0
+    assert touched.tolist() == [False] * 4 + [True, True, True, False]
+
+
+@pytest.mark.parametrize("function", IMPLEMENTATIONS)
+def test_shared_heads_equal_repeated_heads(function) -> None:
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, 9, h, 8, dtype=torch.float64) for h in (6, 2, 2))
+    seen = attention.Mask()
+    repeated = function(q, k.repeat_interleave(3, 2), v.repeat_interleave(3, 2), seen, scale=0.3)
+    torch.testing.assert_close(function(q, k, v, seen, scale=0.3), repeated, rtol=1e-12, atol=1e-12)

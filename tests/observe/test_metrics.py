@@ -1,0 +1,104 @@
+"""Windows: what is summed, what is left out, and what a resume keeps."""
+
+import json
+from array import array
+
+import pytest
+import torch
+
+from gigatrain import load
+from gigatrain.observe.metrics import Clock, Metrics, percentile, versions
+from gigatrain.planning.plan import plan
+
+
+@pytest.fixture
+def opened(tiny, tmp_path):
+    chosen = plan(load.recipe(tiny), load.site("laptop"))
+    shown = []
+
+    def make(step=0):
+        return Metrics(chosen, tmp_path, torch.device("cpu"), step=step, show=shown.append)
+
+    return make, tmp_path / "metrics.jsonl"
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+BAD = torch.tensor([0, 0, 0, -1])
+
+
+def test_a_window_is_the_mean_over_targets_not_over_steps(opened):
+    make, path = opened
+    with make() as metrics:
+        metrics.add(torch.tensor(30.0), torch.tensor(2.0), targets=10)
+        metrics.add(torch.tensor(900.0), torch.tensor(6.0), targets=90)
+        metrics.report(2, 256, 0.5, BAD)
+        metrics.add(torch.tensor(5.0), torch.tensor(1.0), targets=5)
+        metrics.report(3, 384, 1.0, BAD)
+    first, second = lines(path)
+    assert (first["loss"], first["grad_norm"], first["grad_norm_max"], first["lr"]) == (9.3, 4.0, 6.0, 0.0015)
+    assert (second["loss"], second["grad_norm_max"], second["tokens"]) == (1.0, 1.0, 384)
+
+
+def test_a_refused_step_is_left_out_and_a_window_of_them_has_no_loss(opened):
+    make, path = opened
+    with make() as metrics:
+        metrics.add(torch.tensor(float("nan")), torch.tensor(float("nan")), targets=10)
+        metrics.add(torch.tensor(20.0), torch.tensor(1.0), targets=10)
+        metrics.report(2, 256, 1.0, BAD)
+        metrics.add(torch.tensor(20.0), torch.tensor(float("inf")), targets=10)
+        assert metrics.report(3, 384, 1.0, torch.tensor([2, 1, 1, 0])) == [2, 1, 1, 0]
+    first, second = lines(path)
+    assert (first["loss"], first["grad_norm"]) == (2.0, 1.0)
+    assert (second["loss"], second["grad_norm"], second["bad_steps"]) == (None, None, 2)
+
+
+def test_a_resume_forgets_later_windows_and_half_lines(opened):
+    make, path = opened
+    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"ste')
+    with make(step=4) as metrics:
+        metrics.write({"step": 5})
+    assert [line["step"] for line in lines(path)] == [2, 4, 5]
+
+
+def test_an_open_window_survives_a_resume(opened):
+    make, path = opened
+    with make() as metrics:
+        metrics.add(torch.tensor(30.1), torch.tensor(2.0), targets=10)
+        state = json.loads(json.dumps(metrics.state()))
+        metrics.add(torch.tensor(10.2), torch.tensor(3.0), targets=10)
+        metrics.report(2, 256, 1.0, BAD)
+    undisturbed = lines(path)
+    with make() as metrics:
+        metrics.load(state)
+        metrics.add(torch.tensor(10.2), torch.tensor(3.0), targets=10)
+        metrics.report(2, 256, 1.0, BAD)
+    timings = {"tokens_per_s", "step_s"}
+    assert [{k: v for k, v in line.items() if k not in timings} for line in lines(path)] == [
+        {k: v for k, v in line.items() if k not in timings} for line in undisturbed
+    ]
+    assert undisturbed[0]["loss"] == pytest.approx(2.015)
+
+
+def test_percentiles_are_values_that_occurred():
+    values = array("d", [0.4, 0.1, 0.3, 0.2])
+    assert [percentile(values, share) for share in (0.0, 0.25, 0.5, 0.99, 1.0)] == [0.1, 0.1, 0.2, 0.4, 0.4]
+    assert percentile(array("d"), 0.5) is None
+
+
+def test_the_clock_leaves_out_what_is_not_a_step():
+    clock = Clock(torch.device("cpu"))
+    clock.mark()
+    clock.mark()
+    assert len(clock.durations_s()) == 2
+    clock.restart()
+    assert clock.durations_s() == []
+
+
+def test_versions_name_packages_and_nothing_of_the_environment(monkeypatch):
+    monkeypatch.setenv("SECRET", "hidden-value")
+    found = versions()
+    assert {"python", "torch", "gigatrain"} <= set(found)
+    assert "hidden-value" not in json.dumps(found)
