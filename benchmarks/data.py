@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from gigatrain.data.build import Corpus, build
 from gigatrain.data.loader import Batches
 
 RESULTS = Path(__file__).parent / "results" / "data.csv"
-COLUMNS = ["commit", "date", "cpu", "cores", "versions", "what", "conditions", "repeats", "median", "least", "most", "unit"]
+COLUMNS = ["commit", "date", "cpu", "cores", "load", "versions", "what", "conditions", "repeats", "median", "least", "most", "unit"]
 
 
 def machine() -> dict[str, Any]:
@@ -43,6 +44,7 @@ def machine() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 2),  # with this benchmark itself, which is 1 to `cores`
         "versions": f"python {platform.python_version()} {versions}",
     }
 
@@ -93,7 +95,7 @@ def tokenising(folder: Path, ready: tokenizer.Tokenizer, copies: int, repeats: i
         return {"input_ids": theirs(batch["text"], add_special_tokens=False, return_attention_mask=False)["input_ids"]}
 
     def map_(workers: int, number: int) -> None:
-        loaded = datasets.load_from_disk(str(folder / "documents"))
+        loaded: Any = datasets.load_from_disk(str(folder / "documents"))
         loaded.map(
             mapped, batched=True, num_proc=workers, remove_columns=["text"], cache_file_name=str(folder / f"map{number}-{workers}.arrow")
         )
@@ -107,7 +109,7 @@ def tokenising(folder: Path, ready: tokenizer.Tokenizer, copies: int, repeats: i
         for _ in range(repeats):
             for name, call in (("gigatrain build", ours), ("datasets.map", map_)):
                 number += 1
-                timed[name].append(seconds(lambda call=call, number=number: call(workers, number)))
+                timed[name].append(seconds(partial(call, workers, number)))
         for name, values in timed.items():
             conditions = f"{workers} processes, {tokens:,} tokens of vocabulary {ready.vocab}"
             rows.append(row(f"tokenise, {name}", conditions, "tokens/s/core", [tokens / workers / value for value in values]))
@@ -115,18 +117,27 @@ def tokenising(folder: Path, ready: tokenizer.Tokenizer, copies: int, repeats: i
 
 
 def loading(corpus: Corpus, repeats: int) -> list[dict[str, Any]]:
-    """Microseconds and tokens per second of a batch; with reading ahead it is what a loop that computes nothing waits for."""
+    """Time of a batch when nothing else happens, and how long a loop waits for it whose device is busy for three times that."""
     rows = []
     for batch, sequence in ((8, 256), (8, 2048), (64, 4096)):
+        count = max(5, 200_000 // (batch * sequence))
+        busy = 0.0
         for prefetch in (0, 2):
             batches = Batches(corpus, sequence=sequence, packing="stream", batch=batch, seed=0, prefetch=prefetch)
             next(batches)
-            count = max(5, 200_000 // (batch * sequence))
-            values = [seconds(lambda: [next(batches) for _ in range(count)]) / count for _ in range(repeats)]  # noqa: B023
+            values = []
+            for _ in range(repeats):
+                spent = 0.0
+                for _ in range(count):
+                    time.sleep(busy)
+                    spent += seconds(batches.__next__)
+                values.append(spent / count)
             batches.close()
-            conditions = f"batch {batch}, sequence {sequence}, prefetch {prefetch}"
-            rows.append(row("load a batch", conditions, "us", [1e6 * value for value in values]))
-            rows.append(row("load tokens", conditions, "tokens/s", [batch * sequence / value for value in values]))
+            conditions = f"batch {batch}, sequence {sequence}, prefetch {prefetch}" + (f", device busy {1e3 * busy:.1f} ms" if busy else "")
+            rows.append(row("wait for a batch" if busy else "make a batch", conditions, "us", [1e6 * value for value in values]))
+            if not busy:
+                rows.append(row("make tokens", conditions, "tokens/s", [batch * sequence / value for value in values]))
+                busy = 3 * statistics.median(values)
     return rows
 
 
@@ -139,7 +150,7 @@ def main() -> None:
         data = config.Data(sources=(config.Source(kind="stdlib"),), folder=str(folder / "corpus"))
         corpus = build(data, config.Tokenizer(train=config.TokenizerTraining(vocab=4096)))
         rows = loading(corpus, 3 if options.quick else 15)
-        rows += tokenising(folder, corpus.tokenizer(), 1 if options.quick else 4, 1 if options.quick else 5)
+        rows += tokenising(folder, corpus.tokenizer(), 1 if options.quick else 2, 1 if options.quick else 3)
     if not options.quick:
         RESULTS.parent.mkdir(exist_ok=True)
         new = not RESULTS.is_file()

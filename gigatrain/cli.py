@@ -21,9 +21,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except GigatrainError as failure:
         print(f"gigatrain: {failure}", file=sys.stderr)
         sys.exit(failure.exit_code)
+    except MemoryError:
+        print("gigatrain: out of memory; lower train.microbatch or train.sequence", file=sys.stderr)
+        sys.exit(1)
     except BrokenPipeError:  # `gigatrain recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as failure:  # a full disk, a folder without permission, a file system that went away
+        if failure.strerror is None:
+            raise
+        print(f"gigatrain: {failure.strerror}{f': {failure.filename}' if failure.filename else ''}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

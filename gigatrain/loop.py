@@ -40,7 +40,7 @@ def train(plan: Plan, folder: Path, *, start: run.Start = "auto", display: Displ
     """
     display = display or Display()
     began = time.monotonic()
-    with display, run.opened(plan, folder, start) as (this, resumes), Health(plan) as health, contextlib.ExitStack() as stack:
+    with display, run.opened(plan, folder, start) as (this, resumes), contextlib.ExitStack() as stack:
         device = _device(plan)
         corpus = build.build(plan.data, plan.tokenizer, progress=display.advance)
         _fits(plan, corpus)
@@ -61,9 +61,12 @@ def train(plan: Plan, folder: Path, *, start: run.Start = "auto", display: Displ
         if resumes:
             kept = _resume(saves, engine, batches, this, display)
         before = this.elapsed_s
+        if this.step == plan.steps and (folder / "summary.json").is_file() and (not plan.export or (folder / "export").is_dir()):
+            display.line(f"{folder} is finished: nothing is left to do")
+            return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         display.advance("train", this.step, plan.steps)
 
-        with Metrics(plan, folder, device, step=this.step, show=lambda window: display.window(plan, window)) as metrics:
+        with Metrics(plan, folder, device, step=this.step, show=lambda window: display.window(plan, window)) as metrics, Health(plan) as health:
             metrics.load(kept)
 
             def save(*, final: bool = False) -> None:
@@ -206,7 +209,8 @@ def _samples(plan: Plan, batches: Batches, step: int) -> str:
 
 def _summary(plan: Plan, this: run.Run, engine: Engine, corpus: build.Corpus, metrics: Metrics) -> dict[str, Any]:
     """The numbers that a run is judged by; docs name each."""
-    last, seconds, held = metrics.last, sum(metrics.step_s), corpus.totals("validation")
+    last, held = metrics.last, corpus.totals("validation")
+    timed, seconds = metrics.timed
     return {
         "name": plan.name,
         "run": this.id,
@@ -217,7 +221,7 @@ def _summary(plan: Plan, this: run.Run, engine: Engine, corpus: build.Corpus, me
         "val_loss": last.get("val_loss"),
         "bits_per_byte": last.get("val_bits_per_byte"),
         "xz_bits_per_byte": 8 * held["xz_bytes"] / held["text_bytes"] if held["xz_bytes"] and held["text_bytes"] else None,
-        "tokens_per_s": round(len(metrics.step_s) * plan.tokens_per_step / seconds, 1) if seconds else None,
+        "tokens_per_s": round(timed * plan.tokens_per_step / seconds, 1) if seconds else None,
         "step_s_p50": percentile(metrics.step_s, 0.5),
         "step_s_p99": percentile(metrics.step_s, 0.99),
         "parameters": plan.parameters,

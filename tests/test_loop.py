@@ -442,3 +442,42 @@ def test_a_run_folder_that_cannot_be_made_is_an_error(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be the run folder"):
         trained(tiny, tmp_path / "file" / "run")
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed[0], folder)
+    before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    assert trained(tiny, folder, start="resume") == undisturbed[1]
+    assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
+
+
+def test_a_run_that_was_killed_between_its_last_save_and_its_summary_is_finished_by_resume(tiny, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed[0], folder)
+    (folder / "summary.json").unlink()
+    summary = trained(tiny, folder, start="resume")
+    for key in ("loss", "val_loss", "bits_per_byte", "tokens", "weights_sha256", "tokens_per_s"):
+        assert summary[key] == undisturbed[1][key], key
+
+
+@pytest.mark.parametrize("size", ["400k", "2400k"])
+def test_a_disk_that_fills_up_ends_in_one_message_and_whole_checkpoints(tiny, tmp_path, size, capsys):
+    import subprocess
+
+    from gigatrain import cli
+
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)], check=False).returncode:
+        pytest.skip("needs root to mount a small disk")
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["train", str(tiny), "--run", str(mount / "run"), "--set", "checkpoint.every=1", "--set", "checkpoint.keep=9"])
+        said = capsys.readouterr()
+        assert ended.value.code in (1, 6)
+        assert "MiB free" in said.err or "No space left" in said.err
+        if size == "2400k":
+            assert run.checkpoints(mount / "run").latest()[1] == []
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)

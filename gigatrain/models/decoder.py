@@ -229,19 +229,15 @@ class Layer(nn.Module):
             self.attention_output_norm = Norm(arch.hidden)
             self.mlp_output_norm = Norm(arch.hidden)
 
-    def begin(self, delta_btd: Tensor | None, residual_btd: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
-        """`(stream, input of the block)`."""
-        return begin(self.arch, self.ops, delta_btd, residual_btd, norm)
-
     def forward(
         self, delta_btd: Tensor | None, residual_btd: Tensor, turn: tuple[Tensor, Tensor, Tensor | None] | None, seen: Mask
     ) -> tuple[Tensor, Tensor]:
         arch, ops, pre, post = self.arch, self.ops, self.arch.placement != "post", self.arch.placement != "pre"
-        stream, x = self.begin(delta_btd, residual_btd, self.input_layernorm if pre else None)
+        stream, x = begin(arch, ops, delta_btd, residual_btd, self.input_layernorm if pre else None)
         x = self.self_attn(x, turn, seen)
         if post:
             x = ops.rms_norm(x, self.attention_output_norm.weight, arch.norm_eps, arch.norm)
-        stream, x = self.begin(x, stream, self.post_attention_layernorm if pre else None)
+        stream, x = begin(arch, ops, x, stream, self.post_attention_layernorm if pre else None)
         x = self.mlp(x)
         if post:
             x = ops.rms_norm(x, self.mlp_output_norm.weight, arch.norm_eps, arch.norm)

@@ -54,6 +54,7 @@ class Metrics:
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)  # nats, targets, gradient norms, updates, largest norm
         self.clock = Clock(device)
         self.step_s = array("d")
+        self.timed = (0, 0.0)  # steps and seconds, over every process of the run
         self.last: dict[str, Any] = {}
         self.path = folder / "metrics.jsonl"
         self._drop_after(step)
@@ -98,6 +99,7 @@ class Metrics:
         durations = self.clock.durations_s()
         seconds = sum(durations)
         self.step_s.extend(durations)
+        self.timed = (self.timed[0] + len(durations), self.timed[1] + seconds)
         window = {
             "step": step,
             "loss": nats / targets if targets else None,
@@ -116,13 +118,13 @@ class Metrics:
 
     def state(self) -> dict[str, Any]:
         """The open window, so that a resumed run reports the numbers of an undisturbed one; waits for the device."""
-        return {"sums": self.sums.tolist(), "last": self.last}
+        return {"sums": self.sums.tolist(), "last": self.last, "timed": list(self.timed)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Back into the window in which `state` was taken; an empty state is a new run's."""
         if state:
             self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
-            self.last = dict(state["last"])
+            self.last, self.timed = dict(state["last"]), (state["timed"][0], state["timed"][1])
 
     def write(self, window: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, the display and the trackers; a number that is not finite is written as null."""

@@ -19,7 +19,14 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 SLIDING = ["sliding_attention", "full_attention"]
 LONG = {"rope_type": "longrope", "rope_theta": 100.0, "factor": 2.0, "short_factor": [1.0, 1.5, 2.0], "long_factor": [1.5, 3.0, 7.0]}
@@ -34,7 +41,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-yarn": ("Llama", {"rope_parameters": YARN}),
     "llama-yarn-all": (
         "Llama",
-        {"rope_parameters": YARN | {"beta_fast": 8.0, "beta_slow": 0.5, "mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False}, "hidden_size": 64},
+        {
+            "rope_parameters": YARN | {"beta_fast": 8.0, "beta_slow": 0.5, "mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False},
+            "hidden_size": 64,
+        },
     ),
     "mistral-window": ("Mistral", {"sliding_window": 5}),
     "mistral-full": ("Mistral", {"sliding_window": None, "head_dim": 8}),
@@ -43,17 +53,27 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "Ministral3",
         {
             "head_dim": 12,
-            "rope_parameters": YARN | {"rope_type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1},
+            "rope_parameters": YARN
+            | {"rope_type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1},
         },
     ),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3-biases": ("Qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
-    "gemma2": ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0},
+    ),
     "gemma2-plain": (
         "Gemma2",
-        {"head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False},
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "tie_word_embeddings": False,
+        },
     ),
     "gemma3": (
         "Gemma3Text",
@@ -80,10 +100,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
     "helium": ("Helium", {"head_dim": 12, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
     "apertus": ("Apertus", {"rope_parameters": LLAMA3}),
-    "apertus-biases": ("Apertus", {"attention_bias": True, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
+    "apertus-biases": (
+        "Apertus",
+        {"attention_bias": True, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+    ),
     "granite": (
         "Granite",
-        {"embedding_multiplier": 6.5, "logits_scaling": 3.0, "residual_multiplier": 0.22, "attention_multiplier": 0.11, "tie_word_embeddings": True},
+        {
+            "embedding_multiplier": 6.5,
+            "logits_scaling": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.11,
+            "tie_word_embeddings": True,
+        },
     ),
     "granite-biases": ("Granite", {"attention_multiplier": 0.3, "attention_bias": True, "mlp_bias": True}),
     "phi3": ("Phi3", {"sliding_window": None}),
@@ -96,7 +125,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def build(name: str, seed: int = 0, **kwargs: Any) -> Any:
     """A transformers model whose every parameter, norms and biases included, is away from its initial constant."""
     family, extra = VARIANTS[name]
-    config = getattr(transformers, f"{family}Config")(**(SIZES | {k: v.copy() if isinstance(v, dict) else v for k, v in extra.items()} | kwargs))
+    config = getattr(transformers, f"{family}Config")(
+        **(SIZES | {k: v.copy() if isinstance(v, dict) else v for k, v in extra.items()} | kwargs)
+    )
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
