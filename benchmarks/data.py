@@ -1,7 +1,7 @@
 """How fast documents become tokens, and tokens batches, on this machine.
 
-    python benchmarks/data.py            some two minutes: prints a table and adds rows to benchmarks/results/data.csv
-    python benchmarks/data.py --quick    some twenty seconds, no rows
+    python benchmarks/data.py            a few minutes: prints a table and adds rows to benchmarks/results/data.csv
+    python benchmarks/data.py --quick    half a minute, no rows
 
 Tokenising is compared with `datasets.map(batched=True, num_proc=…)` over the same documents with the same tokenizer and as many processes, in turns
 A B A B, as the clock of a shared machine drifts. Both write what they made to disk. Loading is the time of `next(batches)`.

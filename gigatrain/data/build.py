@@ -167,22 +167,25 @@ def build(data: config.Data, spec: config.Tokenizer, *, progress: Progress | Non
             (folder / below).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot create {folder}: {error.strerror}; set `data.folder` to a folder that you may write") from error
-    with _locked(folder / "lock"):
-        if (folder / "manifest.json").is_file():  # another process built it while this one waited
-            return Corpus.open(folder, weights)
-        for left in (
-            *folder.glob("*/*.tmp"),
-            *folder.glob("*.json*.tmp"),
-        ):  # of a build that was killed; nobody else writes here under the lock
-            left.unlink(missing_ok=True)
-        shards.write_atomically(folder / "spec.json", json.dumps(identity, indent=1).encode())
-        job = Job(data, spec, existing, parts, folder, progress or (lambda *_: None))
-        ready = _tokenizer(job)
-        records = _tokenise_all(job, ready)
-        again = [part for number, source in enumerate(data.sources) for part in sources.parts(number, source, data.shard_bytes)]
-        if _identity(data, spec, existing, again) != identity:
-            raise DataError("the inputs changed while they were read; build again when nobody writes to them")
-        _finish(job, ready, records, key)
+    try:
+        with _locked(folder / "lock"):
+            if (folder / "manifest.json").is_file():  # another process built it while this one waited
+                return Corpus.open(folder, weights)
+            for left in (
+                *folder.glob("*/*.tmp"),
+                *folder.glob("*.json*.tmp"),
+            ):  # of a build that was killed; nobody else writes here under the lock
+                left.unlink(missing_ok=True)
+            shards.write_atomically(folder / "spec.json", json.dumps(identity, indent=1).encode())
+            job = Job(data, spec, existing, parts, folder, progress or (lambda *_: None))
+            ready = _tokenizer(job)
+            records = _tokenise_all(job, ready)
+            again = [part for number, source in enumerate(data.sources) for part in sources.parts(number, source, data.shard_bytes)]
+            if _identity(data, spec, existing, again) != identity:
+                raise DataError("the inputs changed while they were read; build again when nobody writes to them")
+            _finish(job, ready, records, key)
+    except OSError as error:
+        raise shards.full_disk(error, folder) from error
     return Corpus.open(folder, weights)
 
 
@@ -350,9 +353,9 @@ def _tokenise_all(job: Job, ready: tokenizer.Tokenizer) -> list[dict[str, Any]]:
     pending = [part for part in job.parts if part.name not in records]
     total = sum(part.bytes for part in job.parts)
     done = total - sum(part.bytes for part in pending)
-    # At 2 bytes of text a token, which is more tokens than tokenizers make of any corpus, and 1 MiB for records and manifest.
+    # At 3 bytes of text a token (English and code have some 4), and 1 MiB for records and manifest. A disk that fills later is an error too.
     writes = sum(part.bytes for part in pending if job.data.sources[part.source].kind != "megatron")
-    need = writes * np.dtype(shards.dtype_for(ready.vocab)).itemsize // 2 + (1 << 20)
+    need = writes * np.dtype(shards.dtype_for(ready.vocab)).itemsize // 3 + (1 << 20)
     free = shutil.disk_usage(job.folder).free
     if free < need:
         raise DataError(
@@ -614,9 +617,9 @@ def _finish(job: Job, ready: tokenizer.Tokenizer, records: list[dict[str, Any]],
         totals[split]["xz_bytes"] = None
     for source in found:
         if not source["splits"]["train"]["tokens"]:
-            held = source["splits"]["validation"]["documents"]
+            held, left_out = source["splits"]["validation"]["documents"], sum(source["skipped"].values())
             raise DataError(
-                f"source {source['name']} has no training token: {held:,} documents are held out and {sum(source['skipped'].values()):,} were skipped "
+                f"source {source['name']} has no training token: {held:,} documents are held out and {left_out:,} were skipped "
                 f"{source['skipped'] or ''}; {_empty_hint(job.data)}"
             )
     if totals["validation"]["text_bytes"] is not None and 0 < totals["validation"]["text_bytes"] <= XZ_BYTES:

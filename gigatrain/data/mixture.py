@@ -121,15 +121,16 @@ class Mixture:
         """Of one cycle: each slot's source, and how many earlier slots of the cycle have the same source. At most 65,536 slots, kept until
         the next.
         """
-        if self.last is None or self.last[0] != cycle:
+        last = self.last  # once, as another thread may replace it meanwhile
+        if last is None or last[0] != cycle:
             places = permute_many(np.arange(self.cycle), self.cycle, round_keys(self.seed, "slots", cycle))
             owner = np.searchsorted(self.ends, places, "right")
             earlier = np.empty_like(owner)
             for source in range(len(self.counts)):
                 mine = owner == source
                 earlier[mine] = np.arange(int(mine.sum()))
-            self.last = cycle, owner, earlier
-        return self.last[1], self.last[2]
+            self.last = last = cycle, owner, earlier
+        return last[1], last[2]
 
     def at(self, position: int) -> tuple[int, int, int]:
         """(source, epoch of that source, sample of that source) at a global position."""

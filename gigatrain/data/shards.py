@@ -11,7 +11,6 @@ import hashlib
 import os
 import struct
 from bisect import bisect_right
-from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -273,17 +272,16 @@ class Stream:
             self.token_starts.append(self.token_starts[-1] + record["tokens"])
             self.document_starts.append(self.document_starts[-1] + record["documents"])
         self.tokens, self.documents = self.token_starts[-1], self.document_starts[-1]
-        self.opened: OrderedDict[int, tuple[Shard, int]] = OrderedDict()
+        self.opened: dict[int, tuple[Shard, int]] = {}
 
     def path(self, number: int) -> Path:
         """Prefix of a shard: below the corpus folder, or where a Megatron source keeps it."""
         return self.folder / self.records[number]["prefix"]
 
     def shard(self, number: int) -> tuple[Shard, int]:
-        """A shard and the token offset in it at which this stream's share starts; opened on first use, the last 1,024 stay open."""
-        if number in self.opened:
-            self.opened.move_to_end(number)
-            return self.opened[number]
+        """A shard and the token offset in it at which this stream's share starts; opened on first use, 1,024 stay open."""
+        if (found := self.opened.get(number)) is not None:
+            return found
         record = self.records[number]
         if self.check:
             verify(self.path(number), record)
@@ -297,7 +295,7 @@ class Stream:
             )
         self.opened[number] = shard, base
         if len(self.opened) > OPEN_SHARDS:
-            self.opened.popitem(last=False)
+            self.opened.pop(next(iter(self.opened)), None)  # the one opened first; a reader that has it keeps its map
         return shard, base
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
