@@ -3,8 +3,8 @@
     python benchmarks/data.py            a few minutes: prints a table and adds rows to benchmarks/results/data.csv
     python benchmarks/data.py --quick    half a minute, no rows
 
-Tokenising is compared with `datasets.map(batched=True, num_proc=…)` over the same documents with the same tokenizer and as many processes, in turns
-A B A B, as the clock of a shared machine drifts. Both write what they made to disk. Loading is the time of `next(batches)`.
+Tokenising is compared with `datasets.map(batched=True, num_proc=…)` over the same documents, with the same tokenizer and as many
+processes, in turns A B A B, as the clock of a shared machine drifts. Both write what they made to disk. Loading is the time of `next(batches)`.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def tokenising(folder: Path, ready: tokenizer.Tokenizer, copies: int, repeats: int) -> list[dict[str, Any]]:
-    """Tokens per second and core: gigatrain's build against datasets.map, from an Arrow file to token files, on the standard library `copies` times."""
+    """Tokens per second and core, from an Arrow file to token files: build against datasets.map, on the standard library `copies` times."""
     import datasets
     import transformers
 

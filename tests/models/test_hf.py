@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,9 +55,10 @@ def test_reads_and_writes_what_transformers_does(name: str, tmp_path: Path) -> N
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert from_hf_config(hf.read_config(tmp_path / "ours")) == arch
 
-    again, notes = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
     )
+    again, notes = loaded
     assert not any(notes[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokens = torch.randint(0, arch.vocab, (2, 19), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -1,0 +1,137 @@
+"""The step benchmark: that everybody does the same mathematics, that a failure is a line and not the end, and what it refuses. No timing is asserted."""
+
+import csv
+import importlib.util
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "step.py"
+
+
+@pytest.fixture(scope="module")
+def step():
+    spec = importlib.util.spec_from_file_location("benchmarks_step", SCRIPT)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmarks_step"] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(step, capsys, *words):
+    """(exit status, the JSON it prints or None, what it says)."""
+    status = step.main(["--json", *map(str, words)])
+    out, err = capsys.readouterr()
+    return status, json.loads(out) if out else None, err
+
+
+# Rows of unequal length in two microbatches, so that a mean of means shows; rate, decay and clip so large that another schedule, another order of betas,
+# an embedding that does not decay or another clip moves the loss by far more than the tolerance.
+HARD = [
+    "data.packing=document",
+    "train.microbatch=2",
+    "optim.lr=1e-2",
+    "optim.weight_decay=5.0",
+    "optim.clip=0.3",
+    "optim.betas=[0.8, 0.95]",
+]
+
+
+def test_trainer_in_fp32_has_the_losses_of_gigatrain(step, tiny, capsys, tmp_path):
+    sets = [word for key in HARD for word in ("--set", key)]
+    sizes = ["--warmup", 2, "--rounds", 2, "--settle", 1, "--steps", 3, "--precision", "fp32"]
+    names = ["--providers", "gigatrain,trainer,trainer-bf16,torchtitan"]
+    status, found, _ = run(step, capsys, "--recipe", tiny, *sets, *sizes, *names, "--out", tmp_path / "step.csv")
+    assert status == 0
+    assert found
+    assert list(found["failed"]) == ["trainer-bf16", "torchtitan"]
+    ours, theirs = found["losses"]["gigatrain"], found["losses"]["trainer"]
+    assert len(ours) == len(theirs) == 2 + 2 * (1 + 3)
+    assert all(abs(a - b) < 1e-4 * a for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+    assert ours[-1] < ours[0] - 0.1
+
+    rows = {row["provider"]: row for row in found["rows"]}
+    assert list(rows) == ["gigatrain", "trainer"]
+    row = rows["trainer"]
+    assert row["max_loss_difference"] == max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    assert row["ratio_to_trainer"] == row["ratio_to_best_trainer"] == 1.0
+    assert math.isclose(row["mfu_pct"], 100 * row["tflops"] / row["ceiling_tflops"], rel_tol=0.1)  # of rounded numbers
+    assert row["steps"] == len(ours)
+    assert row["peak_mib"] > 0
+    with (tmp_path / "step.csv").open(newline="") as file:
+        assert [line["provider"] for line in csv.DictReader(file)] == ["gigatrain", "trainer"]
+
+
+def test_a_provider_that_fails_is_a_line_and_the_others_go_on(step, tiny, capsys, tmp_path, monkeypatch):
+    prepare = step.prepare
+
+    def broken(*words):
+        found = prepare(*words)
+        found.job["initial"] = str(tmp_path / "nowhere")  # where peers find their weights; ours are in the plan
+        return found
+
+    monkeypatch.setattr(step, "prepare", broken)
+    monkeypatch.setattr(step, "unavailable", lambda *_: None)  # litgpt fails at its import, or, where it is installed, without weights
+    out = tmp_path / "step.csv"
+    sizes = ["--data", "random", "--warmup", 1, "--rounds", 1, "--settle", 0, "--steps", 1]
+    status, found, said = run(step, capsys, "--recipe", tiny, *sizes, "--providers", "litgpt,gigatrain", "--out", out)
+    assert status == 0
+    assert found
+    assert list(found["failed"]) == ["litgpt"]
+    assert "litgpt FAILED: " in said
+    (row,) = found["rows"]
+    assert row["provider"] == "gigatrain"
+    assert row["ratio_to_trainer"] is None
+    assert abs(row["loss_first"] - math.log(320)) < 0.1  # random tokens of a vocabulary of 320
+    step.show(found)
+    assert "litgpt: " in capsys.readouterr().out
+    with pytest.raises(step.RunError, match=r"other columns \(mfu_pct\)"):
+        step.append([{key: value for key, value in row.items() if key != "mfu_pct"}], out)
+
+
+def test_what_the_peers_cannot_share_is_refused(step, tiny, capsys, tmp_path):
+    for words, message in (
+        (["--providers", "gigatrain,trianer"], "there is no provider 'trianer'; did you mean \"trainer\"?"),
+        (["--providers", "matmul"], "there is no provider 'matmul'"),
+        (["--set", "loss.z_loss=1e-4"], "loss.z_loss 0.0001 has no counterpart"),
+        (["--set", "train.microbatch=3"], "train.batch 4 is no multiple of train.microbatch 3"),
+        (["--rounds", "100"], "exceed the recipe's 12"),
+        (["--settle", "-1"], "--settle at least 0"),
+    ):
+        status, found, said = run(step, capsys, "--recipe", tiny, "--out", tmp_path / "none.csv", *words)
+        assert (status, found) == (7, None)
+        assert message in said
+    assert not (tmp_path / "none.csv").exists()
+
+
+def test_a_gate_times_rounds_and_keeps_every_loss(step, monkeypatch):
+    orders = [{"skip": 0, "steps": 2}, {"skip": 1, "steps": 2}]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(order) + "\n" for order in orders)))
+    pipe = io.StringIO()
+    gate = step.Gate(pipe, "cpu")
+    lasts = []
+    for number in range(5):
+        gate.begin()
+        lasts.append(gate.last)
+        gate.mark()
+        for half in (0.5, 1.5):  # two microbatches
+            gate.add(torch.tensor(number * half), 0.5)
+    with pytest.raises(step.Over):
+        gate.begin()
+    assert lasts == [False, True, False, False, True]
+    ready, *rounds = [json.loads(line) for line in pipe.getvalue().splitlines()]
+    assert ready["device"]
+    assert "torch" in ready["versions"]
+    assert [answer["losses"] for answer in (ready, *rounds)] == [[], [0, 1], [2, 3, 4]]
+    assert [len(answer["intervals"]) for answer in rounds] == [2, 2]  # of timed steps only
+
+
+def test_each_goes_first_in_turn(step):
+    assert [step.rotated(list("abc"), turn) for turn in range(4)] == [list("abc"), list("bca"), list("cab"), list("abc")]
