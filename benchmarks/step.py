@@ -1,13 +1,15 @@
-"""One training step against its peers: same architecture, initial weights, rows, batch and mathematics, in alternating rounds.
+r"""One training step against its peers: same architecture, initial weights, rows, batch and mathematics, in alternating rounds.
 
     python benchmarks/step.py                                    quickstart's model on this machine
     python benchmarks/step.py --quick --providers gigatrain,trainer
-    python benchmarks/step.py --data random --set model.architecture=llama-3.2-1b --set train.sequence=2048 --set train.batch=2 --set optim.lr=1e-4
+    python benchmarks/step.py --data random --steps 10 --set model.architecture=llama-3.2-1b --set train.sequence=2048 --set train.batch=2 \
+        --set optim.lr=1e-4 --providers gigatrain,trainer,trainer-bf16,trainer+compile
 
 Every provider is a process of its own with torch's default number of threads. One works at a time: a round is `--settle` steps that nobody times
 and `--steps` that are timed together, from synchronised device to synchronised device; then the next provider has its round, and the order rotates.
 So whatever drifts (clocks, heat, neighbours) hits all alike, and ratios are taken round by round. Before the first round each makes `--warmup` steps,
-compilation included, that count for nothing but the loss curves.
+compilation included, that count for nothing but the loss curves. All stay on the device meanwhile, with weights and moments: what does not fit together
+is a line that says so, and --providers chooses fewer.
 
 The recipe's optimizer becomes AdamW with decaying embeddings, which is what the peers can do, with the recipe's rates, schedule and clip. Rows are those
 of our loader in its order, but each row is one document for everybody: no mask at documents' borders. Everybody reports its loss once a round.
@@ -50,6 +52,25 @@ DEFAULT = (
     "gigatrain", "gigatrain+compile", "trainer", "trainer-bf16", "trainer+compile", "trainer-bf16+compile",
     "trainer+liger", "trainer-bf16+liger", "litgpt", "torchtitan",
 )  # fmt: skip
+
+# Heading of the printed table: column of the CSV file, and format.
+SHOWN = {
+    "provider": ("provider", ""),
+    "precision": ("precision", ""),
+    "tokens/s": ("tokens_per_s", ",.0f"),
+    "p20": ("tokens_per_s_p20", ",.0f"),
+    "p80": ("tokens_per_s_p80", ",.0f"),
+    "step ms": ("step_ms", ",.1f"),
+    "TFLOP/s": ("tflops", ".3g"),
+    "MFU %": ("mfu_pct", ".1f"),
+    "peak MiB": ("peak_mib", ",.0f"),
+    "first loss": ("loss_first", ".3f"),
+    "last loss": ("loss_last", ".3f"),
+    "max dloss": ("max_loss_difference", ".1e"),
+    "x trainer": ("ratio_to_trainer", ".2f"),
+    "x best trainer": ("ratio_to_best_trainer", ".2f"),
+    "loop %": ("loop_pct", ".2f"),
+}
 
 
 # ---- In a worker: where a training loop meets the parent, and one function per provider ----
@@ -149,7 +170,6 @@ def gigatrain(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
     from gigatrain.optim import schedule
 
     gate = Gate(pipe, plan.device)
-    plan = plan.model_copy(update={"compile": "compile" in job["options"]})
     device = loop._device(plan)
     corpus = Corpus(Path(job["corpus"]), job["manifest"], tuple(job["weights"]))
     engine = Native(plan, loop._model(plan, device))
@@ -361,7 +381,7 @@ def matmul(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
 
 def _products(device: str) -> tuple[tuple[int, int], ...]:
     """(size, products timed together): on a GPU enough for the clocks to settle under load."""
-    return ((4096, 100), (8192, 20)) if device == "cuda" else ((1024, 4), (2048, 1))
+    return ((4096, 100), (8192, 20)) if device == "cuda" else ((512, 8), (1024, 4))
 
 
 def _imported(name: str) -> Any:
@@ -420,7 +440,8 @@ def work() -> None:
     os.dup2(2, 1)  # what libraries print goes to the log
     job = json.loads(sys.stdin.readline())
     try:
-        found = load.read_json(Plan, job["plan"], "the job's plan", RunError)
+        kind = "compiled" if job["provider"] == "gigatrain" and "compile" in job["options"] else "plan"
+        found = load.read_json(Plan, job[kind], "the job's plan", RunError)
         assert isinstance(found, Plan)
         PROVIDERS[job["provider"]](job, found, pipe)
     except Over:
@@ -445,6 +466,7 @@ class Peer:
     process: subprocess.Popen[str]
     log: Path
     ready: dict[str, Any] = field(default_factory=dict)
+    warmup_s: float = 0.0
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     answers: list[dict[str, Any]] = field(default_factory=list)
@@ -510,7 +532,7 @@ def unavailable(name: str, plan: Plan) -> str | None:
     if base == "litgpt":
         if not importlib.util.find_spec("litgpt"):
             return (
-                "not installed; it pins huggingface-hub<1.4 against transformers' >=1.31, so: "
+                "not installed; it pins huggingface-hub<1.4, which transformers 5 refuses, but works with newer ones: "
                 "pip install --no-deps litgpt lightning pytorch-lightning lightning-utilities torchmetrics jsonargparse typeshed-client docstring-parser"
             )
         if arch.family != "llama" or arch.qkv_bias or arch.mlp_bias or arch.rope.kind not in ("default", "llama3"):
@@ -520,22 +542,17 @@ def unavailable(name: str, plan: Plan) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What every worker gets, on disk: plan, initial weights, rows, corpus."""
+def prepare(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan, dict[str, Any]]:
+    """Plan the run, and write initial weights and rows: the plan, and the job that every worker gets.
 
-    plan: Plan
-    job: dict[str, Any]
-    why: str
-
-
-def prepare(options: argparse.Namespace, folder: Path, steps: int) -> Prepared:
-    """Plan the run, and write weights and rows; raises a GigatrainError for a recipe that the peers cannot share."""
+    Raises a GigatrainError for a recipe that the peers cannot share.
+    """
     forced = ["optim.name=adamw", "optim.decay_embeddings=true", "report.trackers=[]", f"report.every={options.settle + options.steps}"]
     if options.precision:
         forced.append(f"train.precision={options.precision}")
-    site, why = load.local_site()
-    planned = plan(load.recipe(options.recipe, [*options.set, *forced]), site)
+    planned, compiled = (
+        plan(load.recipe(options.recipe, [*options.set, *forced, f"train.compile={word}"]), options.site) for word in ("false", "true")
+    )
     if planned.loss.z_loss:
         raise RunError(f"loss.z_loss {planned.loss.z_loss} has no counterpart in the peers; --set loss.z_loss=0.0")
     if planned.batch % planned.microbatch:
@@ -572,9 +589,10 @@ def prepare(options: argparse.Namespace, folder: Path, steps: int) -> Prepared:
         planned.architecture, max_positions=planned.positions, dtype="float32", bos=None, eos=None, pad=None
     )
     (initial / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    planned = planned.model_copy(update={"source": str(initial)})
+    planned, compiled = (found.model_copy(update={"source": str(initial)}) for found in (planned, compiled))
     job = {
         "plan": planned.text(),
+        "compiled": compiled.text(),
         "corpus": str(corpus.folder),
         "manifest": corpus.manifest,
         "weights": corpus.weights,
@@ -582,7 +600,7 @@ def prepare(options: argparse.Namespace, folder: Path, steps: int) -> Prepared:
         "rows": str(folder / "rows.safetensors"),
         "window": options.settle + options.steps,
     }
-    return Prepared(planned, job, why)
+    return planned, job
 
 
 def _random_corpus(folder: Path, plan: Plan, steps: int) -> Any:
@@ -598,12 +616,12 @@ def _random_corpus(folder: Path, plan: Plan, steps: int) -> Any:
     return Corpus(folder, {"vocab": plan.architecture.vocab, "eos": 0, "sha256": "random", "sources": [source]}, (1.0,))
 
 
-def start(name: str, prepared: Prepared, folder: Path) -> Peer:
+def start(name: str, device: str, job: dict[str, Any], folder: Path) -> Peer:
     """Start a provider's worker and hand it its job."""
     base, *options = name.split("+")
     folder.mkdir()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if prepared.plan.device == "cuda":  # Trainer would spread over every GPU that it sees
+    if device == "cuda":  # Trainer would spread over every GPU that it sees
         environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     log = folder / "log.txt"
     with log.open("w") as file:
@@ -617,7 +635,7 @@ def start(name: str, prepared: Prepared, folder: Path) -> Peer:
         )
     peer = Peer(name, process, log)
     with contextlib.suppress(BrokenPipeError):
-        peer.tell({**prepared.job, "provider": base, "options": options, "folder": str(folder)})
+        peer.tell({**job, "provider": base, "options": options, "folder": str(folder)})
     return peer
 
 
@@ -638,27 +656,27 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     peers: list[Peer] = []
     with tempfile.TemporaryDirectory(prefix="gigatrain-step-") as temporary:
         folder = Path(temporary)
-        prepared = prepare(options, folder, steps)
-        planned = prepared.plan
-        say(
-            f"{planned.architecture.family}, {planned.parameters:,} parameters; {prepared.why}; {steps} steps of {planned.tokens_per_step:,} tokens"
-        )
+        planned, job = prepare(options, folder, steps)
+        shape = f"{planned.architecture.family}, {planned.parameters:,} parameters"
+        say(f"{shape}; {options.why}; {steps} steps of {planned.tokens_per_step:,} tokens")
         failed = {name: reason for name in names if (reason := unavailable(name, planned))}
         try:
             for name in ("matmul", *(name for name in names if name not in failed)):
-                peer = start(name, prepared, folder / name)
-                peers.append(peer)
+                peers.append(start(name, planned.device, job, folder / name))
+            for peer in peers:  # they set themselves up side by side; from here on one works at a time
                 with _noted(peer, say):
                     peer.ready = peer.answer(options.timeout)
-                    warm = peer.ask(0, options.warmup, options.timeout)
-                    say(
-                        f"{name}: ready after {peer.ready['seconds']:.1f} s, {options.warmup} steps of warm-up took {warm['seconds']:.1f} s"
-                    )
+            for peer in peers:
+                if peer.error is None:
+                    with _noted(peer, say):
+                        peer.warmup_s = peer.ask(0, 1 if peer is peers[0] else options.warmup, options.timeout)["seconds"]
+                        say(f"{peer.name}: warm-up took {peer.warmup_s:.1f} s")
             for turn in range(options.rounds):
                 for peer in rotated(peers, turn):
                     if peer.error is None:
                         with _noted(peer, say):
-                            answer = peer.ask(options.settle, options.steps, options.timeout)
+                            size = (1, 3) if peer is peers[0] else (options.settle, options.steps)
+                            answer = peer.ask(*size, options.timeout)
                             peer.answers.append(answer)
                             peer.seconds.append(answer["seconds"] / options.steps)
                 speeds = (f"{peer.name} {planned.tokens_per_step / peer.seconds[-1]:,.0f}" for peer in peers[1:] if peer.error is None)
@@ -702,6 +720,7 @@ def _table(plan: Plan, peers: list[Peer], ceiling: float, options: argparse.Name
     trainers = [peer for peer in peers if peer.name.startswith("trainer")]
     best = min(trainers, key=lambda peer: float(np.median(peer.seconds)), default=None)
     ours, plain = by_name.get("gigatrain"), by_name.get("trainer")
+    arch, commit, now = plan.architecture, _commit(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     rows = []
     for peer in peers:
         low, middle, high = np.percentile([plan.tokens_per_step / seconds for seconds in peer.seconds], [20, 50, 80]).tolist()
@@ -709,8 +728,8 @@ def _table(plan: Plan, peers: list[Peer], ceiling: float, options: argparse.Name
         flops = plan.flops_per_token * middle
         clocks = [answer["clock_mhz"] for answer in peer.answers if answer["clock_mhz"]]
         row = {
-            "commit": _commit(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "commit": commit,
+            "date": now,
             "device": peer.ready["device"],
             "threads": peer.ready["versions"].pop("threads", None),
             "clock_mhz": float(np.median(clocks)) if clocks else None,
@@ -718,7 +737,7 @@ def _table(plan: Plan, peers: list[Peer], ceiling: float, options: argparse.Name
             "versions": " ".join(f"{name}={version}" for name, version in peer.ready["versions"].items()),
             "provider": peer.name,
             "precision": _precision(peer.name, plan),
-            "architecture": f"{plan.architecture.family} {plan.architecture.layers}x{plan.architecture.hidden} vocab {plan.architecture.vocab}",
+            "architecture": f"{arch.family} {arch.layers}x{arch.hidden} vocab {arch.vocab}",
             "parameters": plan.parameters,
             "batch": plan.batch,
             "microbatch": plan.microbatch,
@@ -741,7 +760,7 @@ def _table(plan: Plan, peers: list[Peer], ceiling: float, options: argparse.Name
             "ratio_to_trainer": _ratio(plain, peer),
             "ratio_to_best_trainer": _ratio(best, peer),
             "loop_pct": _loop_share(peer) if peer.name.startswith("gigatrain") else None,
-            "setup_s": round(peer.ready["seconds"], 2),
+            "warmup_s": round(peer.warmup_s, 2),
         }
         rows.append(row)
     return rows
@@ -808,42 +827,10 @@ def show(found: dict[str, Any]) -> None:
             f"matrix product {one['ceiling_tflops']:.3g} TFLOP/s"
         )
     table = Table(box=None)
-    for name in ("provider", "precision"):
-        table.add_column(name)
-    for name in (
-        "tokens/s",
-        "p20-p80",
-        "step ms",
-        "TFLOP/s",
-        "MFU %",
-        "peak MiB",
-        "loss",
-        "max dloss",
-        "x trainer",
-        "x best trainer",
-        "loop %",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
+    for heading, (_, form) in SHOWN.items():
+        table.add_column(heading, justify="right" if form else "left", no_wrap=True)
     for row in sorted(rows, key=lambda row: -row["tokens_per_s"]):
-        table.add_row(
-            row["provider"],
-            row["precision"],
-            f"{row['tokens_per_s']:,.0f}",
-            f"{row['tokens_per_s_p20']:,.0f}-{row['tokens_per_s_p80']:,.0f}",
-            f"{row['step_ms']:.1f}",
-            f"{row['tflops']:.3g}",
-            f"{row['mfu_pct']:.1f}",
-            f"{row['peak_mib']:,.0f}",
-            f"{row['loss_first']:.3f} to {row['loss_last']:.3f}",
-            number(row["max_loss_difference"], ".1e"),
-            number(row["ratio_to_trainer"], ".2f"),
-            number(row["ratio_to_best_trainer"], ".2f"),
-            number(row["loop_pct"], ".2f"),
-        )
+        table.add_row(*("-" if row[column] is None else format(row[column], form) for column, form in SHOWN.values()))
     console.print(table)
     for name, reason in found["failed"].items():
         console.print(f"{name}: {reason}", markup=False)
@@ -861,10 +848,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--data", choices=("corpus", "random"), default="corpus", help="the recipe's corpus, or random tokens (default: %(default)s)"
     )
     parser.add_argument("--providers", help=f"comma-separated; default: {','.join(DEFAULT)}")
-    parser.add_argument("--quick", action="store_true", help="3 rounds of 5 steps, and nothing that compiles")
+    parser.add_argument("--quick", action="store_true", help="3 rounds of half as many steps, and nothing that compiles")
     parser.add_argument("--rounds", type=int, help="default: 8")
-    parser.add_argument("--steps", type=int, help="timed steps of a round; default: 10")
-    parser.add_argument("--settle", type=int, default=1, help="steps before them that are not timed (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="timed steps of a round; default: 10, on a GPU 50")
+    parser.add_argument("--settle", type=int, help="steps before them that are not timed; default: 1, on a GPU 5")
     parser.add_argument("--warmup", type=int, help="steps before the first round; default: 5")
     parser.add_argument("--timeout", type=float, default=300, help="seconds that a worker may take for an answer (default: %(default)s)")
     parser.add_argument(
@@ -876,10 +863,18 @@ def main(arguments: list[str] | None = None) -> int:
     if options.worker:
         work()
         return 0
-    options.rounds = options.rounds or (3 if options.quick else 8)
-    options.steps = options.steps or (5 if options.quick else 10)
-    options.warmup = options.warmup or (2 if options.quick else 5)
-    quick = [name for name in DEFAULT if "compile" not in name and name != "litgpt"]
+    options.site, options.why = load.local_site()
+    gpu = options.site.device == "cuda"
+    sizes = {
+        "rounds": 3 if options.quick else 8,
+        "steps": (50 if gpu else 10) // (2 if options.quick else 1),
+        "settle": 5 if gpu else 1,
+        "warmup": 5,
+    }
+    for name, size in sizes.items():
+        if getattr(options, name) is None:
+            setattr(options, name, size)
+    quick = [name for name in DEFAULT if "compile" not in name and name != "litgpt"]  # litgpt compiles always
     options.providers = options.providers or ",".join(quick if options.quick else DEFAULT)
     try:
         if min(options.rounds, options.steps, options.warmup, options.settle + 1) < 1:

@@ -15,10 +15,12 @@ Tensors are safetensors, the rest is JSON: opening a checkpoint executes nothing
 so that a sharded, asynchronous writer fills the same folder under the same marker.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Mapping
@@ -43,6 +45,7 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_STEP = re.compile(r"step-(\d{8,})")
 _PIECE = 1 << 26  # bytes that leave the device at a time
 
 
@@ -158,6 +161,7 @@ class Checkpoints:
     def _clear(self, *folders: Path) -> None:
         """Make room under names that a killed save, or a checkpoint that was refused, left behind."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.folder.parent)
         for folder in folders:
             (folder / "COMMITTED").unlink(missing_ok=True)
             if folder.exists():
@@ -182,19 +186,23 @@ class Checkpoints:
             )
 
     def _prune(self, newest: int) -> None:
+        """Drop old checkpoints and what kills left behind; a folder that will not go (an export reads it) is for the next time."""
         committed = [step for step in self.steps() if step <= newest]
         for step in committed[: -self.keep]:
-            folder = self.folder / f"step-{step:08d}"
-            (folder / "COMMITTED").unlink()  # invisible first, so that a kill leaves no half of one
-            shutil.rmtree(folder)
-        for leftover in self.folder.glob(".writing-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                (self.folder / f"step-{step:08d}" / "COMMITTED").unlink()  # invisible first, so that a kill leaves no half of one
+        for folder in self.folder.iterdir():
+            match = _STEP.fullmatch(folder.name)
+            half = match and int(match[1]) <= newest and not (folder / "COMMITTED").exists()
+            if half or folder.name.startswith(".writing-"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps with a commit marker, oldest first."""
-        return sorted(int(marker.parent.name.removeprefix("step-")) for marker in self.folder.glob("step-*/COMMITTED"))
+        found = (_STEP.fullmatch(marker.parent.name) for marker in self.folder.glob("step-*/COMMITTED"))
+        return sorted(int(match[1]) for match in found if match)
 
-    def latest(self, *, any_plan: bool = False) -> tuple[Found, list[str]]:
+    def latest(self) -> tuple[Found, list[str]]:
         """The newest checkpoint that is whole, and what was wrong with each newer one.
 
         Raises CheckpointError when there is none; a damaged one is never used and never taken for a missing one.
@@ -203,7 +211,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             folder = self.folder / f"step-{step:08d}"
             try:
-                found = self._open(folder, step, any_plan=any_plan)
+                found = self._open(folder, step)
                 self._whole.add(step)
                 return found, refused
             except CheckpointError as failure:
@@ -212,7 +220,7 @@ class Checkpoints:
             raise CheckpointError("no checkpoint is whole:\n" + "\n".join(f"  {reason}" for reason in refused))
         raise CheckpointError(f"{self.folder} holds no committed checkpoint, so there is nothing to resume; start with --new")
 
-    def _open(self, folder: Path, step: int, *, any_plan: bool) -> Found:
+    def _open(self, folder: Path, step: int) -> Found:
         try:
             text = (folder / "manifest.json").read_bytes()
             if hashlib.sha256(text).hexdigest() != (folder / "COMMITTED").read_text().strip():
@@ -222,7 +230,7 @@ class Checkpoints:
                 raise CheckpointError(
                     f"{folder} belongs to run {manifest['run']}, step {manifest['step']}; this is run {self.run}, step {step}"
                 )
-            if manifest["plan_sha256"] != self.plan_sha256 and not any_plan:
+            if manifest["plan_sha256"] != self.plan_sha256:
                 raise CheckpointError(f"{folder} was made under another plan ({manifest['plan_sha256'][:12]}, not {self.plan_sha256[:12]})")
             for name, record in manifest["files"].items():
                 _check(folder / name, record)

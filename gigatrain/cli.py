@@ -55,17 +55,27 @@ def _train(options: argparse.Namespace) -> None:
 
 def _run_folder(options: argparse.Namespace, name: str) -> Path:
     """--run; else a new folder under runs/, or with --resume the newest of this recipe there."""
-    from gigatrain.errors import CheckpointError
-
     if options.run_folder:
         return Path(options.run_folder).expanduser()
-    root = Path("runs")
     if options.resume:
-        known = sorted(path.parent for path in root.glob(f"{name}-*/run.json"))
-        if not known:
-            raise CheckpointError(f"{root.absolute()} holds no run of {name}, so there is nothing to resume; name its folder with --run")
-        return known[-1]
-    return root / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        from gigatrain import run
+
+        return run.newest(Path("runs"), name)
+    return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2147483647")
+    return number
+
+
+def _temperature(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000000")
+    return number
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -156,10 +166,9 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _schema(options: argparse.Namespace) -> None:
-    from gigatrain.config import Recipe, Site
+    from gigatrain import load
 
-    schema = (Site if options.of == "site" else Recipe).model_json_schema(by_alias=True)
-    print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema, indent=2))
+    print(json.dumps(load.schema(options.of), indent=2))
 
 
 def _version(options: argparse.Namespace) -> None:
@@ -226,10 +235,10 @@ def _parser() -> argparse.ArgumentParser:
     generated = command("generate", _generate, "continue a text with a trained model", _GENERATE)
     generated.add_argument("folder", metavar="RUN|DIR", help="a run folder or an exported model")
     generated.add_argument("--prompt", required=True, help="the text to continue")
-    generated.add_argument("--tokens", type=int, default=100, help="at most so many new tokens (default: 100)")
-    generated.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time (default: 0.8)")
-    generated.add_argument("--top-k", type=int, default=50, help="draw among so many likeliest tokens; 0: all (default: 50)")
-    generated.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
+    generated.add_argument("--tokens", type=_count, default=100, help="at most so many new tokens (default: 100)")
+    generated.add_argument("--temperature", type=_temperature, default=0.8, help="0 takes the likeliest token each time (default: 0.8)")
+    generated.add_argument("--top-k", type=_count, default=50, help="draw among so many likeliest tokens; 0: all (default: 50)")
+    generated.add_argument("--seed", type=_count, default=0, help="of the drawing (default: 0)")
     generated.add_argument("--json", action="store_true", help="prompt and text as JSON")
 
     schema = command("schema", _schema, "print the JSON Schema of recipes", _SCHEMA)

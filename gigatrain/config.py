@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gigatrain.architectures import Architecture
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1 << 50)]  # steps, tokens and bytes; beyond it is a slip of the finger
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -32,7 +32,7 @@ class Model(Section):
     """The network: its numbers, and either fresh weights or those of a folder."""
 
     architecture: Architecture | None = Field(
-        default=None, description="A name (`gigatrain recipes` shows some), or a table of numbers; `base` starts from a name."
+        default=None, description="A name (`gigatrain schema` lists them), or a table of numbers; `base` starts from a name."
     )
     source: str | None = Field(
         default=None,

@@ -2,16 +2,20 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 
 from gigatrain import architectures, run
-from gigatrain.checkpoint import write_text
+from gigatrain.checkpoint import sync_folder, write_text
 from gigatrain.data.tokenizer import Tokenizer
 from gigatrain.errors import RunError
 from gigatrain.models import hf
 from gigatrain.observe.display import Display
+
+
+MARK = "gigatrain.json"  # which run, step and plan an export is of
 
 
 def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -25,28 +29,38 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def export(folder: Path, target: Path, *, display: Display | None = None) -> int:
     """Write the newest whole checkpoint of the run in `folder` to `target`, in the precision that the run computed in; returns its step.
 
-    Raises CheckpointError without a whole checkpoint, RunError when `target` holds something that is not an export.
+    `target` is whole or as it was: all is written beside it and renamed. Raises CheckpointError without a whole checkpoint, RunError when
+    `target` holds something that we did not export.
     """
     plan = run.stored_plan(folder)
     found, refused = run.checkpoints(folder).latest()
-    if target.exists() and any(target.iterdir()) and not (target / "config.json").is_file():
-        raise RunError(f"{target} is not empty and not an export; name another folder")
+    target = target.absolute()
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / MARK).is_file())):
+        raise RunError(f"{target} holds something that gigatrain did not export, and would be lost; name another folder")
     if display:
         for reason in refused:
             display.line(f"CHECKPOINT REFUSED: {reason}")
-    target.mkdir(parents=True, exist_ok=True)
-    dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
-    weights = {name: tensor.to(dtype) for name, tensor in found.tensors("weights").items()}
-    hf.save_weights(weights, plan.architecture, target, metadata={"format": "pt", "gigatrain_plan": plan.sha256, "step": str(found.step)})
-    tokens = _special_tokens(folder / "tokenizer")
-    config = architectures.to_hf_config(plan.architecture, max_positions=plan.positions, dtype=str(dtype).removeprefix("torch."), **tokens)
-    write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    if tokens:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+        written = Path(temporary) / "export"
+        written.mkdir()
+        dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+        weights = {name: tensor.to(dtype) for name, tensor in found.tensors("weights").items()}
+        hf.save_weights(weights, plan.architecture, written)
+        tokens = _special_tokens(folder / "tokenizer")
+        config = architectures.to_hf_config(
+            plan.architecture, max_positions=plan.positions, dtype=str(dtype).removeprefix("torch."), **tokens
+        )
+        write_text(written / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         ids = {f"{key}_token_id": value for key, value in tokens.items() if value is not None}
-        write_text(target / "generation_config.json", json.dumps(ids, indent=2) + "\n")
-    if (folder / "tokenizer").is_dir():
+        write_text(written / "generation_config.json", json.dumps(ids, indent=2) + "\n")
         for path in (folder / "tokenizer").iterdir():
-            shutil.copyfile(path, target / path.name)
+            shutil.copyfile(path, written / path.name)
+        write_text(written / MARK, json.dumps({"run": found.manifest["run"], "step": found.step, "plan_sha256": plan.sha256}) + "\n")
+        if target.exists():
+            target.rename(Path(temporary) / "before")
+        written.rename(target)
+        sync_folder(target.parent)
     return found.step
 
 

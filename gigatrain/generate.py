@@ -34,20 +34,23 @@ def generate(
 
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
+        ).to(device)
+    except (OSError, ValueError, SafetensorError) as failure:
+        raise RunError(f"{folder} cannot be loaded: {str(failure).splitlines()[0][:300]}") from None
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    if inputs["input_ids"].numel() == 0:
+        raise RunError("the prompt is empty, and this tokenizer has no token that begins a text; give a --prompt")
     torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature > 0 else {"do_sample": False}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.inference_mode():
-        ids = model.generate(
-            **inputs,
-            max_new_tokens=tokens,
-            do_sample=temperature > 0,
-            temperature=temperature or None,
-            top_k=top_k if temperature > 0 else None,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
+        ids = model.generate(**inputs, max_new_tokens=tokens, pad_token_id=pad, **sampling)
     return tokenizer.decode(ids[0], skip_special_tokens=True)

@@ -5,6 +5,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
 
@@ -65,6 +66,12 @@ def local_site() -> tuple[Site, str]:
     if visible is not None and visible.strip() in ("", "-1"):
         return _laptop(), f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU"
     try:
+        build = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        build = "none"
+    if build.endswith("+cpu"):
+        return _laptop(), f"torch {build} is a build without CUDA"
+    try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         return _laptop(), f"no NVIDIA driver: {error}"
@@ -72,9 +79,16 @@ def local_site() -> tuple[Site, str]:
         count = pynvml.nvmlDeviceGetCount()
         if count == 0:
             return _laptop(), "the NVIDIA driver shows no GPU"
-        device = pynvml.nvmlDeviceGetHandleByIndex(0)
-        memory = int(pynvml.nvmlDeviceGetMemoryInfo(device).total)
-        return site("one-gpu").model_copy(update={"memory_bytes": memory}), f"the driver shows {count} x {pynvml.nvmlDeviceGetName(device)}"
+        first = (visible or "0").split(",")[0].strip()
+        device = pynvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(first)
+        found, why = site("one-gpu"), f"the driver shows {count} x {pynvml.nvmlDeviceGetName(device)}"
+        try:
+            memory = int(pynvml.nvmlDeviceGetMemoryInfo(device).total)
+        except pynvml.NVMLError as error:  # MIG, and modules whose memory is the host's
+            return found, f"{why}; its memory is unknown: {error}"
+        return found.model_copy(update={"memory_bytes": memory}), why
+    except pynvml.NVMLError as error:
+        raise SiteError(f"the NVIDIA driver does not answer for CUDA_VISIBLE_DEVICES={visible!r}: {error}; or choose --site") from None
     finally:
         pynvml.nvmlShutdown()
 
@@ -93,7 +107,8 @@ def architecture(model: Model) -> Architecture:
 
 def positions(model: Model) -> int:
     """Context length that the weights' own config.json declares; 0 for fresh weights."""
-    return int(config_json(model.source).get("max_position_embeddings") or 0) if model.source else 0
+    declared = config_json(model.source).get("max_position_embeddings") if model.source else None
+    return declared if isinstance(declared, int) else 0
 
 
 def config_json(source: str) -> dict[str, Any]:
@@ -113,11 +128,14 @@ def config_json(source: str) -> dict[str, Any]:
                 "Give the path of a folder with config.json and *.safetensors."
             ) from None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__} and no object")
+        return found
     except OSError as failure:
         raise RecipeError(f"model.from: {path} cannot be read: {failure.strerror}") from None
     except ValueError as failure:
-        raise RecipeError(f"model.from: {path} is not JSON: {failure}") from None
+        raise RecipeError(f"model.from: {path} is not a JSON object: {failure}") from None
 
 
 def read_json(model: type[Section], text: str, where: str, error: type[GigatrainError]) -> Any:
@@ -126,6 +144,18 @@ def read_json(model: type[Section], text: str, where: str, error: type[Gigatrain
         return model.model_validate_json(text)
     except ValidationError as failure:
         raise error(_explain(model, failure, where)) from None
+
+
+def schema(of: str) -> dict[str, Any]:
+    """JSON Schema of a `recipe` or `site` file as `recipe` and `site` accept it: names of architectures and `base` included."""
+    found = (Site if of == "site" else Recipe).model_json_schema(by_alias=True)
+    if of != "site":
+        names = {"type": "string", "enum": sorted(architectures.named())}
+        shape = found["$defs"]["Architecture"]
+        shape["properties"]["base"] = names | {"description": "Start from this architecture's numbers."}
+        shape["anyOf"] = [{"required": shape.pop("required")}, {"required": ["base"]}]
+        found["$defs"]["Model"]["properties"]["architecture"]["anyOf"].append(names)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | found
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -153,6 +183,8 @@ def _toml(path: Path, error: type[GigatrainError]) -> dict[str, Any]:
         raise error(f"{path} is not valid TOML: {failure}") from None
     except UnicodeDecodeError as failure:
         raise error(f"{path} is not UTF-8 text: byte {failure.start}") from None
+    except (ValueError, RecursionError) as failure:  # an integer of thousands of digits, brackets thousands deep
+        raise error(f"{path}: {failure}") from None
     except OSError as failure:
         raise error(f"{path} cannot be read: {failure.strerror}") from None
 
@@ -167,6 +199,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
         value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         value = raw.strip()
+    except (ValueError, RecursionError) as failure:  # an integer of thousands of digits, brackets thousands deep
+        raise RecipeError(f"--set {text[:60]}…: {failure}") from None
     node: Any = tree
     for depth, part in enumerate(keys[:-1]):
         here = ".".join(keys[: depth + 1])
@@ -186,7 +220,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
 
 
 def _element(items: list[Any], index: str, where: str) -> Any:
-    if not index.isdigit() or int(index) >= len(items):
+    if not index.isdecimal() or int(index) >= len(items):
         raise RecipeError(f"--set {where}: {index!r} is not an index below {len(items)}, the number of entries")
     return items[int(index)]
 
@@ -207,7 +241,7 @@ def _expand_architecture(tree: dict[str, Any]) -> None:
 def _validate(model: type[Section], tree: dict[str, Any], where: str, error: type[GigatrainError]) -> Section:
     try:
         text = json.dumps(tree, allow_nan=False)
-    except (TypeError, ValueError) as failure:
+    except (TypeError, ValueError, RecursionError) as failure:
         raise error(f"{where}: {failure}; dates, inf and nan have no place here") from None
     return read_json(model, text, where, error)
 

@@ -1,7 +1,7 @@
 """The training loop. Read this first.
 
-Everything a run does, from its plan to its last checkpoint, is in `train`, in order. It knows no backend and no parallelism: engines and
-data do, behind their seams.
+`train` is one run from its plan to its summary, and `_steps` is everything that happens within it, in order. They know no backend and no
+parallelism: engines and data do, behind their seams.
 """
 
 import contextlib
@@ -10,18 +10,17 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gigatrain import export, run
+from gigatrain import engines, export, run
 from gigatrain.checkpoint import Checkpoints, fill, write_text
 from gigatrain.data import build
 from gigatrain.data.loader import Batches, Validation
 from gigatrain.engines import Engine
-from gigatrain.engines.native import Native
 from gigatrain.errors import CheckpointError, RunError
 from gigatrain.kernels import ops
 from gigatrain.models import hf
@@ -34,18 +33,47 @@ from gigatrain.planning.plan import Plan
 
 
 def train(plan: Plan, folder: Path, *, start: run.Start = "auto", display: Display | None = None) -> dict[str, Any] | None:
-    """One run, from its plan to its last checkpoint; returns its summary, or None when a signal ended it early.
+    """One run, from its plan to its export; returns its summary, or None when a signal ended it early.
 
     Raises DataError, CheckpointError and RunError; whatever it raises, committed checkpoints are whole.
     """
     display = display or Display()
     began = time.monotonic()
-    with display, run.opened(plan, folder, start) as (this, resumes), contextlib.ExitStack() as stack:
-        device = _device(plan)
-        corpus = build.build(plan.data, plan.tokenizer, progress=display.advance)
-        _fits(plan, corpus)
-        export.keep_tokenizer(corpus.tokenizer(), folder)
-        engine: Engine = Native(plan, _model(plan, device))
+    with display, run.opened(plan, folder, start) as (this, resumes):
+        corpus = _corpus(plan, this, resumes, display)
+        display.line(f"  data     {', '.join(corpus.describe()[:1])}; {plan.tokens / max(1, corpus.totals('train')['tokens']):.2f} epochs")
+        try:
+            summary = _steps(plan, folder, this, resumes, corpus, display, began)
+        except torch.OutOfMemoryError as failure:
+            raise RunError(f"out of memory: {str(failure).splitlines()[0]}; {_LESS}") from None
+        except RuntimeError as failure:
+            if "can't allocate memory" not in str(failure):
+                raise
+            raise RunError(f"out of memory: {str(failure).splitlines()[0][-200:]}; {_LESS}") from None
+        if summary is None:
+            return None
+        finished = summary["wall_s"] is not None
+        if plan.export and not (finished and (folder / "export").is_dir()):
+            export.export(folder, folder / "export", display=display)
+        if finished:
+            display.line(f"{folder} is finished: nothing is left to do")
+            return summary
+        summary["wall_s"] = round(this.elapsed_s + time.monotonic() - began, 3)
+        write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        _show_sample(plan, folder, display)
+        _show_summary(summary, folder, display)
+        return summary
+
+
+def _steps(
+    plan: Plan, folder: Path, this: run.Run, resumes: bool, corpus: build.Corpus, display: Display, began: float
+) -> dict[str, Any] | None:
+    """From the first step, or the newest checkpoint, to the last checkpoint; returns the summary, or None after a signal."""
+    device = _device(plan)
+    engine = engines.make(plan, _model(plan, device, fresh=not resumes))
+    held = _held_out(plan, corpus, device)
+    saves = Checkpoints(folder, run=this.id, plan_sha256=plan.identity, keep=plan.checkpoint.keep)
+    with contextlib.ExitStack() as stack:
         batches = Batches(
             corpus,
             sequence=plan.sequence,
@@ -56,56 +84,78 @@ def train(plan: Plan, folder: Path, *, start: run.Start = "auto", display: Displ
             device=device,
         )
         stack.callback(batches.close)
-        saves = Checkpoints(folder, run=this.id, plan_sha256=plan.sha256, keep=plan.checkpoint.keep)
-        kept: dict[str, Any] = {}
-        if resumes:
-            kept = _resume(saves, engine, batches, this, display)
-        before = this.elapsed_s
-        if this.step == plan.steps and (folder / "summary.json").is_file() and (not plan.export or (folder / "export").is_dir()):
-            display.line(f"{folder} is finished: nothing is left to do")
+        kept = _resume(saves, engine, batches, this, display) if resumes else {}
+        if this.step == plan.steps and (folder / "summary.json").is_file():
             return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        run.claim(plan, folder, this)
+        export.keep_tokenizer(corpus.tokenizer(), folder)
+        metrics = stack.enter_context(Metrics(plan, folder, device, step=this.step, show=lambda window: display.window(plan, window)))
+        metrics.load(kept)
+        health = stack.enter_context(Health(plan))
+        before = this.elapsed_s
+
+        def save(*, must: bool = False) -> None:
+            health.check_bad(engine.bad.tolist(), lambda step: _samples(plan, batches, step))  # what is saved may be resumed
+            metrics.sync()
+            this.elapsed_s = before + time.monotonic() - began
+            state = {"run": this.state(), "data": batches.state(), "metrics": metrics.state()}
+            _save(saves, this.step, plan, engine, state, display, must=must)
+
+        def validate() -> None:
+            if held is not None and _validates_at(plan, this.step) and metrics.validated < this.step:
+                found = _validate(engine, held, health)
+                if found is not None:
+                    metrics.validated = this.step
+                    metrics.write({"step": this.step} | found)
+
         display.advance("train", this.step, plan.steps)
+        if resumes:
+            validate()  # a signal may have come before it
+        else:
+            save(must=True)  # step 0: from here on, a kill at any moment leaves something to resume
+        metrics.clock.restart()
+        while this.step < plan.steps and not health.wants_out:
+            batch = next(batches)
+            loss = engine.forward_backward(batch)
+            rate = schedule.rate(plan.schedule, this.step, plan.steps)
+            grad_norm = engine.step(rate)
+            this.advance(batch.targets)
+            metrics.add(loss, grad_norm, batch.targets)
+            reports, saving = this.step % plan.report.every == 0 or this.step == plan.steps, this.step % plan.checkpoint.every == 0
+            if reports:
+                bad = metrics.report(this.step, this.tokens, rate, engine.bad)
+                health.check_bad(bad, lambda step: _samples(plan, batches, step))
+            if _validates_at(plan, this.step):
+                validate()
+                metrics.clock.restart()
+            if saving and this.step < plan.steps and not health.wants_out:
+                save()
+                metrics.clock.restart()
+        save(must=True)
+        if this.step < plan.steps:
+            display.line(f"{health.signal}: saved at step {this.step} of {plan.steps}; go on with --resume --run {folder}")
+            return None
+        this.elapsed_s = before
+        return _summary(plan, this, engine, corpus, metrics)
 
-        with Metrics(plan, folder, device, step=this.step, show=lambda window: display.window(plan, window)) as metrics, Health(plan) as health:
-            metrics.load(kept)
 
-            def save(*, final: bool = False) -> None:
-                this.elapsed_s = before + time.monotonic() - began
-                state = {"run": this.state(), "data": batches.state(), "metrics": metrics.state()}
-                _save(saves, this.step, engine, state, display, final=final)
+_LESS = 'lower train.microbatch or train.sequence, or --set train.recompute=full; "gigatrain plan" shows what the run needs'
 
-            if not resumes:
-                save()  # step 0: from here on, a kill at any moment leaves something to resume
-            metrics.clock.restart()
-            while this.step < plan.steps:
-                batch = next(batches)
-                loss = engine.forward_backward(batch)
-                rate = schedule.rate(plan.schedule, this.step, plan.steps)
-                grad_norm = engine.step(rate)
-                this.advance(batch.tokens)
-                metrics.add(loss, grad_norm, batch.targets)
-                if this.step % plan.report.every == 0 or this.step == plan.steps:
-                    bad = metrics.report(this.step, this.tokens, rate, engine.bad)
-                    health.check_bad(bad, lambda first: _samples(plan, batches, first))
-                if _validates_at(plan, this.step):
-                    metrics.write(_validate(plan, engine, corpus, this.step, device))
-                    metrics.clock.restart()
-                if (this.step % plan.checkpoint.every == 0 and this.step < plan.steps) or health.wants_out:
-                    save()
-                    metrics.clock.restart()
-                if health.wants_out and this.step < plan.steps:
-                    display.line(f"{health.signal}: saved at step {this.step} of {plan.steps}; go on with --resume --run {folder}")
-                    return None
-            save(final=True)
-            summary = _summary(plan, this, engine, corpus, metrics)
 
-        if plan.export:
-            export.export(folder, folder / "export", display=display)
-            _show_sample(plan, folder, display)
-        summary["wall_s"] = round(before + time.monotonic() - began, 3)
-        write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-        _show_summary(summary, folder, display)
-        return summary
+def _corpus(plan: Plan, this: run.Run, resumes: bool, display: Display) -> build.Corpus:
+    """The corpus that the run began with, if it is still there; else it is built. A resume then compares its hash."""
+    built = Path(plan.data.folder).expanduser().absolute() / this.corpus if this.corpus else None
+    if resumes and built is not None and (built / "manifest.json").is_file():
+        corpus = build.Corpus.open(built, tuple(source.weight for source in plan.data.sources), check=True)
+    else:
+        corpus = build.build(plan.data, plan.tokenizer, progress=display.advance)
+    this.corpus = corpus.folder.name
+    if corpus.vocab > plan.architecture.vocab:
+        raise RunError(
+            f"the tokenizer has {corpus.vocab} ids and the model embeds {plan.architecture.vocab}; "
+            f"--set model.architecture.vocab={corpus.vocab}, or use the model's own tokenizer"
+        )
+    return corpus
 
 
 def _device(plan: Plan) -> torch.device:
@@ -125,24 +175,17 @@ def _device(plan: Plan) -> torch.device:
     return torch.device("cuda", 0)
 
 
-def _model(plan: Plan, device: torch.device) -> Decoder:
-    """The decoder with fp32 weights on the device: built on meta, then drawn from the seed or read from `from`."""
+def _model(plan: Plan, device: torch.device, *, fresh: bool) -> Decoder:
+    """The decoder with fp32 weights on the device: built on meta, then drawn from the seed or read from `from`; a checkpoint overwrites both."""
     chosen = ops.choose({choice.op: choice.kernel for choice in plan.kernels})
     with torch.device("meta"):
         model = Decoder(plan.architecture, chosen, recompute=plan.recompute)
     model.to_empty(device=device)
-    model.init_weights(plan.init.std, plan.init.scale_residual, plan.seed)
-    if plan.source is not None:
+    if plan.source is None or not fresh:
+        model.init_weights(plan.init.std, plan.init.scale_residual, plan.seed)
+    else:
         hf.load_weights(model, hf.locate(plan.source))
     return model
-
-
-def _fits(plan: Plan, corpus: build.Corpus) -> None:
-    if corpus.vocab > plan.architecture.vocab:
-        raise RunError(
-            f"the tokenizer has {corpus.vocab} ids and the model embeds {plan.architecture.vocab}; "
-            f"--set model.architecture.vocab={corpus.vocab}, or use the model's own tokenizer"
-        )
 
 
 def _resume(saves: Checkpoints, engine: Engine, batches: Batches, this: run.Run, display: Display) -> dict[str, Any]:
@@ -150,45 +193,37 @@ def _resume(saves: Checkpoints, engine: Engine, batches: Batches, this: run.Run,
     found, refused = saves.latest()
     for reason in refused:
         display.line(f"CHECKPOINT REFUSED: {reason}")
-    state = found.state
-    live = {**engine.state(), "random": _random_state()}
+    state, live = found.state, {**engine.state(), "random": _random_state(batches.device)}
+    batches.load(state["data"])
     fill(found, live)
     engine.restored()
     torch.set_rng_state(live["random"]["cpu"])
     if "cuda" in live["random"]:
         torch.cuda.set_rng_state(live["random"]["cuda"])
-    batches.load(state["data"])
     this.load(state["run"])
     display.line(f"resumed at step {this.step} from {found.folder}" + (" (an older one: the newer are damaged)" if refused else ""))
     return state["metrics"]
 
 
-def _save(saves: Checkpoints, step: int, engine: Engine, state: dict[str, Any], display: Display, *, final: bool) -> None:
-    """Save; a disk that refuses does not end the training, but the first and the last save must succeed."""
+def _save(saves: Checkpoints, step: int, plan: Plan, engine: Engine, state: dict[str, Any], display: Display, *, must: bool) -> None:
+    """Save; a disk that refuses does not end the training, but the first and the last save of a process must succeed."""
     try:
-        saves.save(step, {**engine.state(), "random": _random_state()}, state)
+        saves.save(step, {**engine.state(), "random": _random_state(torch.device(plan.device))}, state)
     except CheckpointError as failure:
-        if final or step == 0:
+        if must:
             raise
         display.line(f"CHECKPOINT NOT SAVED: {failure}; training goes on, the next try is at the next interval")
 
 
-def _random_state() -> dict[str, torch.Tensor]:
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+    return states | {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else states
 
 
-def _validates_at(plan: Plan, step: int) -> bool:
+def _held_out(plan: Plan, corpus: build.Corpus, device: torch.device) -> Validation | None:
     if plan.data.validation == 0:
-        return False
-    return step == plan.steps or (plan.validation.every > 0 and step % plan.validation.every == 0)
-
-
-def _validate(plan: Plan, engine: Engine, corpus: build.Corpus, step: int, device: torch.device) -> dict[str, Any]:
-    """Loss per target on the held-out documents, and bits per byte of their text where the bytes are known."""
-    held = Validation(
+        return None
+    return Validation(
         corpus,
         sequence=plan.sequence,
         packing=plan.data.packing,
@@ -196,9 +231,26 @@ def _validate(plan: Plan, engine: Engine, corpus: build.Corpus, step: int, devic
         max_samples=plan.validation.max_samples,
         device=device,
     )
-    nats, targets = engine.evaluate(held).tolist()
+
+
+def _validates_at(plan: Plan, step: int) -> bool:
+    return step == plan.steps or (plan.validation.every > 0 and step > 0 and step % plan.validation.every == 0)
+
+
+def _validate(engine: Engine, held: Validation, health: Health) -> dict[str, Any] | None:
+    """Loss per target on the held-out documents, and bits per byte of their text where the bytes are known; None when a signal cut it short."""
+
+    def until_signal() -> Iterator[Any]:
+        for part in held:
+            if health.wants_out:
+                return
+            yield part
+
+    nats, targets = engine.evaluate(until_signal()).tolist()
+    if health.wants_out:
+        return None
     bits = nats / (0.6931471805599453 * held.text_bytes) if held.text_bytes else None
-    return {"step": step, "val_loss": nats / max(1.0, targets), "val_targets": int(targets), "val_bits_per_byte": bits}
+    return {"val_loss": nats / targets, "val_targets": int(targets), "val_bits_per_byte": bits}
 
 
 def _samples(plan: Plan, batches: Batches, step: int) -> str:
@@ -208,9 +260,8 @@ def _samples(plan: Plan, batches: Batches, step: int) -> str:
 
 
 def _summary(plan: Plan, this: run.Run, engine: Engine, corpus: build.Corpus, metrics: Metrics) -> dict[str, Any]:
-    """The numbers that a run is judged by; docs name each."""
+    """The numbers that a run is judged by; the README says what each is."""
     last, held = metrics.last, corpus.totals("validation")
-    timed, seconds = metrics.timed
     return {
         "name": plan.name,
         "run": this.id,
@@ -221,9 +272,10 @@ def _summary(plan: Plan, this: run.Run, engine: Engine, corpus: build.Corpus, me
         "val_loss": last.get("val_loss"),
         "bits_per_byte": last.get("val_bits_per_byte"),
         "xz_bits_per_byte": 8 * held["xz_bytes"] / held["text_bytes"] if held["xz_bytes"] and held["text_bytes"] else None,
-        "tokens_per_s": round(timed * plan.tokens_per_step / seconds, 1) if seconds else None,
+        "tokens_per_s": metrics.tokens_per_s(),
         "step_s_p50": percentile(metrics.step_s, 0.5),
         "step_s_p99": percentile(metrics.step_s, 0.99),
+        "wall_s": None,
         "parameters": plan.parameters,
         "bad_steps": last.get("bad_steps"),
         "resumes": this.resumes,
@@ -247,25 +299,16 @@ def _show_sample(plan: Plan, folder: Path, display: Display) -> None:
         return
     from gigatrain import generate  # transformers, 3 s
 
-    text = generate.generate(
-        folder / "export",
-        plan.sample.prompt,
-        tokens=plan.sample.tokens,
-        temperature=plan.sample.temperature,
-        top_k=plan.sample.top_k,
-        seed=plan.seed,
-        device=plan.device,
-    )
+    settings = {"tokens": plan.sample.tokens, "temperature": plan.sample.temperature, "top_k": plan.sample.top_k, "seed": plan.seed}
+    text = generate.generate(folder, plan.sample.prompt, device=plan.device, **settings)
     width = min(100, shutil.get_terminal_size().columns)
     display.line(f"{' sample ':-^{width}}\n{text}\n{'-' * width}")
 
 
 def _show_summary(summary: dict[str, Any], folder: Path, display: Display) -> None:
-    line: Callable[[str], None] = display.line
-    line(
-        f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {summary['wall_s']:.0f} s; steps ran at {summary['tokens_per_s'] or 0:,.0f} tokens/s"
-    )
+    speed = f"; steps ran at {summary['tokens_per_s']:,.0f} tokens/s" if summary["tokens_per_s"] else ""
+    display.line(f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {summary['wall_s']:.0f} s{speed}")
     if summary["bits_per_byte"]:
         xz = summary["xz_bits_per_byte"]
-        line(f"held-out text: {summary['bits_per_byte']:.3f} bits per byte" + (f"; xz -9 on the same text: {xz:.3f}" if xz else ""))
-    line(f"run folder: {folder}")
+        display.line(f"held-out text: {summary['bits_per_byte']:.3f} bits per byte" + (f"; xz -9 on the same text: {xz:.3f}" if xz else ""))
+    display.line(f"run folder: {folder}")

@@ -2,9 +2,9 @@
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
-import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gigatrain import load
-from gigatrain.checkpoint import Checkpoints, write_text
+from gigatrain.checkpoint import Checkpoints, sync_folder, write_text
 from gigatrain.errors import CheckpointError, RunError
 from gigatrain.planning.plan import Plan
 
@@ -24,6 +24,7 @@ class Run:
     """A plan happening: its identity and how far it is. `elapsed_s` counts the wall-clock of every process that carried it."""
 
     id: str
+    corpus: str | None = None  # name of the corpus's folder, once the run has one
     step: int = 0
     tokens: int = 0
     elapsed_s: float = 0.0
@@ -48,31 +49,47 @@ class Run:
 def opened(plan: Plan, folder: Path, start: Start) -> Iterator[tuple[Run, bool]]:
     """Take the run folder for this process; yields the run and whether it resumes.
 
-    `new` starts at step 0 (what the folder held is moved aside, never deleted), `resume` needs the same plan and a checkpoint, `auto`
-    starts only where the folder holds no run. Raises RunError when the folder is in use or taken, CheckpointError when there is nothing
-    to resume or the plan differs.
+    `new` starts at step 0 (a run that the folder held is moved aside, never deleted), `resume` needs a checkpoint made under a plan of the
+    same identity, `auto` starts only where the folder holds no run. Raises RunError when the folder is in use or taken, CheckpointError
+    when there is nothing to resume or the plan differs.
     """
+    folder = folder.absolute()
     if start == "resume" and not (folder / "run.json").is_file():
         raise CheckpointError(f"{folder} holds no run, so there is nothing to resume; start with --new")
-    if start == "new" and folder.exists() and any(folder.iterdir()):
+    if start == "new" and (folder / "run.json").is_file():
         with _locked(folder):
             _move_aside(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
     except OSError as failure:
         raise RunError(f"{folder} cannot be the run folder: {failure.strerror}; name another with --run") from None
     with _locked(folder):
         if start == "auto" and (folder / "run.json").is_file():
             raise RunError(f"{folder} already holds a run; go on with --resume, start over with --new, or name another folder with --run")
         if start == "resume":
-            yield _identify(plan, folder), True
+            yield _continued(plan, folder), True
         else:
-            run = Run(id=uuid.uuid4().hex)
-            created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            write_text(folder / "plan.json", plan.text() + "\n")
-            write_text(folder / "plan.sha256", plan.sha256 + "\n")
-            write_text(folder / "run.json", json.dumps({"id": run.id, "created": created, "plan_sha256": plan.sha256}) + "\n")
-            yield run, False
+            yield Run(id=uuid.uuid4().hex), False
+
+
+def claim(plan: Plan, folder: Path, this: Run) -> None:
+    """Write down whose folder this is: plan.json, its sha256 and run.json, which comes last. Until then the folder is nobody's."""
+    if this.step == 0 and not (folder / "run.json").is_file():
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    write_text(folder / "plan.json", plan.text() + "\n")
+    write_text(folder / "plan.sha256", plan.sha256 + "\n")
+    record = {
+        "id": this.id,
+        "name": plan.name,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        "plan_sha256": plan.sha256,
+        "identity": plan.identity,
+        "corpus": this.corpus,
+    }
+    if (folder / "run.json").is_file():
+        record["created"] = identity(folder)["created"]
+    write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
 
 
 def identity(folder: Path) -> dict[str, Any]:
@@ -86,16 +103,16 @@ def identity(folder: Path) -> dict[str, Any]:
 
 
 def stored_plan(folder: Path) -> Plan:
-    """plan.json of a run folder, checked against its sha256."""
+    """plan.json of a run folder, checked against the identity that run.json records."""
     record = identity(folder)
     try:
         text = (folder / "plan.json").read_text(encoding="utf-8")
     except OSError as failure:
         raise RunError(f"{folder}/plan.json cannot be read: {failure.strerror}") from None
     plan = load.read_json(Plan, text, f"{folder}/plan.json", RunError)
-    if plan.sha256 != record["plan_sha256"]:
+    if plan.identity != record["identity"]:
         raise RunError(
-            f"{folder}/plan.json was changed after the run began: its sha256 is {plan.sha256[:12]}, not {record['plan_sha256'][:12]}"
+            f"{folder}/plan.json was changed after the run began: its identity is {plan.identity[:12]}, not {record['identity'][:12]}"
         )
     return plan
 
@@ -103,35 +120,56 @@ def stored_plan(folder: Path) -> Plan:
 def checkpoints(folder: Path) -> Checkpoints:
     """The checkpoints of the run in a folder, to read."""
     record = identity(folder)
-    return Checkpoints(folder, run=record["id"], plan_sha256=record["plan_sha256"], keep=1)
+    return Checkpoints(folder, run=record["id"], plan_sha256=record["identity"], keep=1)
 
 
-def _identify(plan: Plan, folder: Path) -> Run:
-    before = stored_plan(folder)
-    if before.sha256 != plan.sha256:
+def newest(root: Path, name: str) -> Path:
+    """The run of recipe `name` under `root` that was created last; CheckpointError if there is none."""
+    known = [(identity(path.parent), path.parent) for path in root.glob("*/run.json")]
+    found = [(record["created"], str(folder)) for record, folder in known if record.get("name") == name]
+    if not found:
+        raise CheckpointError(f"{root.absolute()} holds no run of {name}, so there is nothing to resume; name its folder with --run")
+    return Path(max(found)[1])
+
+
+def _continued(plan: Plan, folder: Path) -> Run:
+    before, record = stored_plan(folder), identity(folder)
+    if before.identity != plan.identity:
         changes = before.differences(plan)
         raise CheckpointError(
             f"{folder} was started under another plan; {len(changes)} value(s) differ:\n"
             + "\n".join(f"  {change}" for change in changes[:12])
             + "\nResume with the recipe and --set it began with, or start with --new."
         )
-    return Run(id=identity(folder)["id"])
+    return Run(id=record["id"], corpus=record["corpus"])
 
 
 def _move_aside(folder: Path) -> None:
-    for number in range(1, 10_000):
-        target = folder.with_name(f"{folder.name}.{number}")
-        if not target.exists():
-            shutil.move(folder, target)
-            return
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    try:
+        folder.rename(target)
+    except OSError as failure:
+        raise RunError(f"{folder} cannot be moved to {target}: {failure.strerror}; move it yourself, or name another folder with --run") from None
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process a run folder; the lock goes with the process, however it ends."""
-    with (folder / ".lock").open("a") as file:
+    try:
+        file = (folder / ".lock").open("a")
+    except OSError as failure:
+        raise RunError(f"{folder} cannot be written: {failure.strerror}; name another folder with --run") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise RunError(f"{folder} is in use by another process; wait for it, stop it, or name another folder with --run") from None
+        except OSError as failure:
+            name = errno.errorcode.get(failure.errno or 0, "error")
+            raise RunError(
+                f"{folder}: this file system refuses locks ({name}), and two processes in one run folder would destroy it; "
+                "put the run on a file system with flock (on Lustre: mount option flock)"
+            ) from None
         yield

@@ -73,9 +73,8 @@ def test_a_provider_that_fails_is_a_line_and_the_others_go_on(step, tiny, capsys
     prepare = step.prepare
 
     def broken(*words):
-        found = prepare(*words)
-        found.job["initial"] = str(tmp_path / "nowhere")  # where peers find their weights; ours are in the plan
-        return found
+        planned, job = prepare(*words)
+        return planned, {**job, "initial": str(tmp_path / "nowhere")}  # where peers find their weights; ours are in the plan
 
     monkeypatch.setattr(step, "prepare", broken)
     monkeypatch.setattr(step, "unavailable", lambda *_: None)  # litgpt fails at its import, or, where it is installed, without weights

@@ -134,7 +134,7 @@ def test_a_checkpoint_of_another_run_or_plan_is_refused_by_name(saves):
         reopened(saves, run="r2").latest()
     with pytest.raises(CheckpointError, match="made under another plan"):
         reopened(saves, plan_sha256="q" * 64).latest()
-    assert reopened(saves, plan_sha256="q" * 64).latest(any_plan=True)[0].step == 1
+
 
 
 def test_other_tensors_shapes_or_types_are_refused_by_name(saves):

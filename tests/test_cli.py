@@ -93,6 +93,46 @@ def test_resume_finds_the_newest_run_of_the_recipe(tiny, tmp_path, monkeypatch, 
     assert "resumed at step 3" in printed(capsys, *arguments, "--resume")
 
 
+def test_resume_takes_the_run_created_last_and_of_this_recipe_only(tiny, tmp_path, monkeypatch, capsys):
+    """`--new` moved an older run to NAME.1, and another recipe's name begins alike: neither is meant."""
+    monkeypatch.chdir(tmp_path)
+    for folder, name in (("runs/z", "tiny"), ("runs/z", "tiny"), ("runs/tiny-big-x", "tiny-big")):
+        printed(capsys, "train", tiny, "--run", folder, "--new", "--set", "train.steps=2", "--set", "export=false", "--set", f"name={name}")
+    assert (tmp_path / "runs" / "z.1").is_dir()
+    said = printed(capsys, "train", tiny, "--resume", "--set", "train.steps=2", "--set", "export=false")
+    assert "runs/z/checkpoints" in said
+
+
+def test_an_export_replaces_an_export_and_nothing_else(tiny, tmp_path, capsys):
+    printed(capsys, "train", tiny, "--run", tmp_path / "run", "--set", "train.steps=2", "--set", "export=false")
+    mine = tmp_path / "llama"
+    mine.mkdir()
+    (mine / "config.json").write_text("{}")
+    assert "would be lost" in refused(capsys, "export", tmp_path / "run", mine)[1]
+    assert [path.name for path in mine.iterdir()] == ["config.json"]
+    for _ in range(2):
+        printed(capsys, "export", tmp_path / "run", tmp_path / "model")
+    assert {path.name for path in (tmp_path / "model").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json", "gigatrain.json"}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_generate_refuses_pickles_and_broken_folders(tiny, tmp_path, capsys):
+    printed(capsys, "train", tiny, "--run", tmp_path / "run", "--set", "train.steps=2")
+    model = tmp_path / "run" / "export" / "model.safetensors"
+    data = model.read_bytes()
+    for damage in ("truncated", "pickle"):
+        model.unlink()
+        if damage == "truncated":
+            model.write_bytes(data[: len(data) // 2])
+        else:
+            (model.parent / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+        assert "cannot be loaded" in refused(capsys, "generate", tmp_path / "run", "--prompt", "def")[1]
+    for arguments in (["--tokens", "-1"], ["--temperature", "nan"], ["--top-k", "-3"], ["--seed", str(1 << 70)]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["generate", str(tmp_path / "run"), "--prompt", "def", *arguments])
+        assert ended.value.code == 2
+
+
 def test_recipes_and_sites_for_people_and_programs(capsys):
     assert "quickstart" in printed(capsys, "recipes")
     rows = json.loads(printed(capsys, "recipes", "--json"))
@@ -127,7 +167,14 @@ def test_schema_and_version(capsys):
         (["train", "nowhere.toml"], 2, "no recipe file and no shipped recipe is called 'nowhere.toml'"),
         (["train", "quickstart", "--set", "train.stesp=4"], 2, 'did you mean "steps"?'),
         (["plan", "quickstart", "--site", "jupitre"], 3, "no site file"),
-        (["plan", "quickstart", "--set", "schedule.warmup=99999"], 4, "schedule.warmup 99999"),
+        (["plan", "quickstart", "--set", "tokenizer.train.vocab=99999"], 4, "tokenizer.train.vocab 99999"),
+        (["plan", "quickstart", "--set", "data.sources.².path=x"], 2, "is not an index"),
+        (["plan", "quickstart", "--set", f"train.steps={'9' * 400}"], 2, "train.steps"),
+        (["plan", "quickstart", "--set", f"train.steps={'9' * 5000}"], 2, "train.steps"),
+        (["plan", "quickstart", "--set", f"x={'[' * 5000}"], 2, "--set"),
+        (["plan", "quickstart", "--set", 'model={from="here"}'], 2, "config.json"),
+        (["train", "quickstart", "--run", "occupied/run"], 7, "cannot be the run folder"),
+        (["export", ".", "x"], 7, "is not a run folder"),
         (["export", "nowhere", "x"], 7, "nowhere is not a run folder"),
         (["generate", "nowhere", "--prompt", "x"], 7, "neither a run"),
         (["train", "quickstart", "--run", "nowhere", "--resume"], 6, "nothing to resume; start with --new"),
@@ -135,6 +182,9 @@ def test_schema_and_version(capsys):
 )
 def test_errors_have_a_code_and_say_what_to_do(capsys, tmp_path, monkeypatch, arguments, code, said):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "occupied").write_text("a file")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "config.json").write_text("[1]")
     found = refused(capsys, *arguments)
     assert found[0] == code
     assert said in found[1]

@@ -109,4 +109,4 @@ def test_no_module_unpickles_evaluates_or_builds_shell_strings():
                 called = ast.unparse(node.func)
                 assert called not in {"eval", "exec", "torch.load", "os.system", "os.popen"}, f"{name}: {called}"
                 assert not any(word.arg == "shell" for word in node.keywords), name
-                assert not any(word.arg == "trust_remote_code" for word in node.keywords), name
+                assert not any(word.arg == "trust_remote_code" and ast.unparse(word.value) != "False" for word in node.keywords), name

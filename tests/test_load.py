@@ -1,11 +1,11 @@
 """Recipes are strict: each refusal names the key, the value, the limit and the likely meaning."""
 
 import json
+import tomllib
 
 import pytest
 
 from gigatrain import load
-from gigatrain.config import Recipe
 from gigatrain.errors import RecipeError, SiteError
 
 TEXT = """
@@ -154,11 +154,24 @@ def test_a_site_is_always_found_without_torch(monkeypatch):
     assert site.memory_bytes > 1 << 28
 
 
-def test_the_schema_accepts_what_the_loader_accepts_and_knows_every_key(path):
-    schema = Recipe.model_json_schema(by_alias=True)
-    assert "from" in schema["$defs"]["Model"]["properties"]
-    assert schema["additionalProperties"] is False
-    assert json.dumps(schema)
+def test_the_schema_accepts_what_the_loader_accepts_and_nothing_unknown(path):
+    schema = load.schema("recipe")
+    jsonschema = pytest.importorskip("jsonschema")
+    tree = tomllib.loads(TEXT)
+    jsonschema.validate(tree, schema)
+    jsonschema.validate(tomllib.loads(load.recipes()["quickstart"].read_text()), schema)
+    for architecture in ("llama-3.1-8b", {"base": "llama-3.1-8b", "layers": 2}):
+        jsonschema.validate(tree | {"model": {"architecture": architecture}}, schema)
+        load.architecture(load.recipe(path, [f"model.architecture={json.dumps(architecture) if isinstance(architecture, str) else 'llama-3.1-8b'}"]).model)
+    for wrong in ({"modle": {}}, {"model": {"architecture": "llama-3.1-8"}}, {"optim": {"lr": 0}}, {"model": {"form": "x", "architecture": "llama-3.1-8b"}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(tree | wrong, schema)
+
+
+def test_a_torch_without_cuda_means_the_processor_and_says_so(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("gigatrain.load.metadata.version", lambda name: "2.13.0+cpu")
+    assert load.local_site()[1] == "torch 2.13.0+cpu is a build without CUDA"
 
 
 def test_from_a_folder_without_config_is_refused(path, tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from rich.console import Console
 from gigatrain import load, loop, run
 from gigatrain.data.loader import Batches
 from gigatrain.engines.native import Native
-from gigatrain.errors import CheckpointError, RunError
+from gigatrain.errors import CheckpointError, DataError, RunError
 from gigatrain.observe.display import Display
 from gigatrain.planning.plan import plan
 
@@ -262,16 +263,126 @@ def test_resuming_under_another_plan_is_refused_with_the_values(tiny, undisturbe
         trained(tiny, folder, start="resume")
 
 
-def test_another_corpus_under_the_same_plan_is_refused(tiny, undisturbed, tmp_path, corpus):
-    folder = tmp_path / "run"
-    shutil.copytree(undisturbed[0], folder)
+def test_a_resume_takes_the_corpus_it_began_with_and_refuses_another(tiny, undisturbed, tmp_path, corpus):
+    folder, cache = tmp_path / "run", tmp_path / "cache"
+    overrides = (f"data.folder={cache}",)
+    trained(tiny, folder, *overrides)
+    (folder / "summary.json").unlink()
     path = corpus / "zz_new.py"
     path.write_text("x = 1\n" * 300)
     try:
-        with pytest.raises(Exception, match="the saved data position is for corpus"):
-            trained(tiny, folder, start="resume")
+        assert trained(tiny, folder, *overrides, start="resume")["weights_sha256"] == undisturbed[1]["weights_sha256"]
+        shutil.rmtree(cache)
+        with pytest.raises(DataError, match="the saved data position is for corpus"):
+            trained(tiny, folder, *overrides, start="resume")
     finally:
         path.unlink()
+
+
+def test_a_resume_may_change_what_is_only_watched_or_kept(tiny, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed[0], folder)
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-00000012")
+    summary = trained(tiny, folder, "checkpoint.keep=1", "report.every=1", 'report.trackers=["tensorboard"]', start="resume")
+    assert summary["weights_sha256"] == undisturbed[1]["weights_sha256"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000012"]
+    assert run.stored_plan(folder).checkpoint.keep == 1
+    assert run.identity(folder)["plan_sha256"] == run.stored_plan(folder).sha256
+
+
+def test_a_recipe_that_fails_before_its_first_step_leaves_the_folder_free(tiny, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(DataError):
+        trained(tiny, folder, "data.sources.0.path=/nowhere/at/all")
+    with pytest.raises(RunError, match="embeds 300"):
+        trained_with_small_vocab(tiny, folder)
+    assert trained(tiny, folder, "train.steps=2")["steps"] == 2
+
+
+def trained_with_small_vocab(tiny, folder):
+    """A tokenizer of 320 ids and a model of 300."""
+    other = folder.parent / "other"
+    trained(tiny, other, "train.steps=1")
+    return trained(tiny, folder, f'tokenizer={{from="{other / "tokenizer"}"}}', "model.architecture.vocab=300")
+
+
+def test_new_moves_runs_only(tiny, tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "thesis.tex").write_text("years of work")
+    trained(tiny, project, "train.steps=1", start="new")
+    assert (project / "thesis.tex").read_text() == "years of work"
+    assert not (tmp_path / "project.1").exists()
+    monkeypatch.chdir(project)
+    trained(tiny, Path("."), "train.steps=1", start="new")
+    assert (tmp_path / "project.1" / "thesis.tex").exists()
+
+
+def test_a_save_that_a_signal_asked_for_and_the_disk_refused_is_no_success(tiny, tmp_path, monkeypatch):
+    from gigatrain.checkpoint import Checkpoints
+
+    write, step = Checkpoints._write, Native.step
+
+    def full(self, folder, number, tensors, state):
+        if number == 2:
+            raise OSError(28, "No space left on device")
+        return write(self, folder, number, tensors, state)
+
+    def stepping(self, rate):
+        if int(self.state()["optimizer"]["steps"]) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, rate)
+
+    monkeypatch.setattr(Checkpoints, "_write", full)
+    monkeypatch.setattr(Native, "step", stepping)
+    with pytest.raises(CheckpointError, match="step 2 could not be saved"):
+        trained(tiny, tmp_path / "run")
+
+
+def test_a_signal_within_a_validation_saves_first_and_the_resume_validates(tiny, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+
+    def interrupted():
+        evaluate = Native.evaluate
+
+        def evaluating(self, microbatches):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(self, microbatches)
+
+        Native.evaluate = evaluating  # type: ignore[method-assign]
+        assert trained(tiny, folder, start="new") is None
+
+    assert waited(in_child(interrupted)) == 0
+    assert run.checkpoints(folder).latest()[0].step == 5
+    assert not [window for window in windows(folder) if "val_loss" in window]
+    trained(tiny, folder, start="resume")
+    assert windows(folder) == windows(undisturbed[0])
+
+
+def test_foreign_folders_among_the_checkpoints_disturb_nothing(tiny, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed[0], folder)
+    (folder / "summary.json").unlink()
+    newest = folder / "checkpoints" / "step-00000009"
+    shutil.rmtree(folder / "checkpoints" / "step-00000012")
+    shutil.copytree(newest, folder / "checkpoints" / "step-00000009.bak")
+    shutil.copytree(newest, folder / "checkpoints" / "step-00000001")
+    (folder / "checkpoints" / "step-00000001" / "COMMITTED").unlink()  # as a kill within a pruning leaves it
+    (folder / "checkpoints" / "notes.txt").write_text("mine")
+    assert trained(tiny, folder, start="resume")["weights_sha256"] == undisturbed[1]["weights_sha256"]
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {
+        "step-00000009", "step-00000012", "step-00000009.bak", "notes.txt"
+    }  # fmt: skip
+
+
+def test_out_of_memory_is_an_error_with_a_way_out(tiny, tmp_path, monkeypatch):
+    def forward(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+
+    monkeypatch.setattr(Native, "forward_backward", forward)
+    with pytest.raises(RunError, match=r"out of memory: CUDA out of memory. Tried to allocate 20.00 GiB.; lower train.microbatch"):
+        trained(tiny, tmp_path / "run")
 
 
 def test_a_folder_that_holds_a_run_is_never_overwritten(tiny, undisturbed, tmp_path):
@@ -361,16 +472,11 @@ def test_continued_pretraining_starts_from_the_exported_weights(tiny, undisturbe
     assert first < windows(undisturbed[0])[0]["loss"] - 0.1
 
 
-def test_a_tokenizer_beyond_the_model_is_refused(tiny, undisturbed, tmp_path):
-    folder = undisturbed[0] / "tokenizer"
-    with pytest.raises(RunError, match="the tokenizer has 320 ids and the model embeds 300"):
-        trained(tiny, tmp_path / "run", f'tokenizer={{from="{folder}"}}', "model.architecture.vocab=300")
-
-
 def test_the_loop_never_waits_for_the_device_within_a_step(tiny, tmp_path, monkeypatch):
-    """Between two reports nobody may read a tensor's value: item, tolist, bool, float and numpy are made to fail there."""
+    """From the batch to the metrics nobody may read a tensor's value: what would make a host wait for a GPU is made to fail there."""
+    from gigatrain.observe.metrics import Metrics
+
     inside = False
-    forward, step = Native.forward_backward, Native.step
 
     def guarded(function):
         def wrapper(self, *arguments):
@@ -383,9 +489,9 @@ def test_the_loop_never_waits_for_the_device_within_a_step(tiny, tmp_path, monke
 
         return wrapper
 
-    monkeypatch.setattr(Native, "forward_backward", guarded(forward))
-    monkeypatch.setattr(Native, "step", guarded(step))
-    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "numpy", "__index__"):
+    for owner, name in ((Native, "forward_backward"), (Native, "step"), (Metrics, "add")):
+        monkeypatch.setattr(owner, name, guarded(getattr(owner, name)))
+    for name in ("item", "tolist", "cpu", "nonzero", "numpy", "__bool__", "__float__", "__int__", "__index__"):
         original = getattr(torch.Tensor, name)
 
         def checked(self, *arguments, original=original, name=name, **named):

@@ -6,6 +6,8 @@ from typing import Protocol
 from torch import Tensor
 
 from gigatrain.data.loader import Batch, Microbatch
+from gigatrain.models.decoder import Decoder
+from gigatrain.planning.plan import Plan
 
 
 class Engine(Protocol):
@@ -38,3 +40,10 @@ class Engine(Protocol):
     def bad(self) -> Tensor:
         """Counts of refused updates, on the device: in all, in a row up to now, longest row, update that began the longest row (int64)."""
         ...
+
+
+def make(plan: Plan, model: Decoder) -> Engine:
+    """The engine that the plan names, around a model with fp32 weights on its device."""
+    from gigatrain.engines.native import Native
+
+    return Native(plan, model)

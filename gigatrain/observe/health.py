@@ -50,5 +50,6 @@ class Health:
             raise RunError(
                 f"{longest} steps in a row, from step {began}, had a loss or gradient that is not finite (limit: train.max_bad_steps = "
                 f"{self.plan.max_bad_steps}; {total} in all); none of them reached the weights. "
-                f"Lower optim.lr, look at the data, or resume from a checkpoint before that step. Data of step {began}:{samples(began)}"
+                "Look at the data named below; or `gigatrain export` the run's last checkpoint and start a new run `from` it with a lower "
+                f"optim.lr. Data of step {began}:{samples(began)}"
             )

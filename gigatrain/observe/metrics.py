@@ -6,12 +6,14 @@ import os
 import time
 from array import array
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from gigatrain.checkpoint import write_text
 from gigatrain.errors import RunError
 from gigatrain.planning.plan import Plan
 
@@ -21,12 +23,12 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        self.marks: list[Any] = []
+        self.stretches: list[list[Any]] = [[]]
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew, so that what happened between two steps (validation, a save) is not part of one."""
-        self.marks = []
+        """Begin a new stretch, so that what happened between two steps (validation, a save) is not part of one."""
+        self.stretches.append([])
         self.mark()
 
     def mark(self) -> None:
@@ -34,16 +36,16 @@ class Clock:
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
-            self.marks.append(event)
+            self.stretches[-1].append(event)
         else:
-            self.marks.append(time.perf_counter())
+            self.stretches[-1].append(time.perf_counter())
 
-    def durations_s(self) -> list[float]:
-        """Seconds of each step since the restart; on a GPU the caller has synchronised."""
-        pairs = list(zip(self.marks, self.marks[1:], strict=False))
-        if self.cuda:
-            return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
-        return [end - begin for begin, end in pairs]
+    def take_s(self) -> list[float]:
+        """Seconds of each step since the last take; on a GPU the caller has synchronised."""
+        pairs = [pair for marks in self.stretches for pair in pairwise(marks)]
+        self.stretches = []
+        self.restart()
+        return [begin.elapsed_time(end) / 1e3 if self.cuda else end - begin for begin, end in pairs]
 
 
 class Metrics:
@@ -54,12 +56,14 @@ class Metrics:
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)  # nats, targets, gradient norms, updates, largest norm
         self.clock = Clock(device)
         self.step_s = array("d")
-        self.timed = (0, 0.0)  # steps and seconds, over every process of the run
+        self.timed = (0, 0.0)  # targets and seconds of steps, over every process of the run
+        self.targets = 0  # of the open window, as far as this process timed it
+        self.validated = 0  # the last step whose validation was written
         self.last: dict[str, Any] = {}
         self.path = folder / "metrics.jsonl"
         self._drop_after(step)
         self.file = self.path.open("a", encoding="utf-8")
-        self.trackers = _trackers(plan, folder)
+        self.trackers = _trackers(plan, folder, step)
 
     def __enter__(self) -> Self:
         return self
@@ -80,9 +84,7 @@ class Metrics:
                     kept.append(line)
             except (ValueError, KeyError):
                 continue
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def add(self, loss: Tensor, grad_norm: Tensor, targets: int) -> None:
         """One step's numbers; the tensors stay where they are, and a step that was refused is left out of the sums."""
@@ -91,15 +93,16 @@ class Metrics:
         numbers = torch.where(torch.isfinite(numbers).all(), numbers, 0.0)
         self.sums[:4] += numbers[:4]
         self.sums[4:] = torch.maximum(self.sums[4:], numbers[4:])
+        self.targets += targets
         self.clock.mark()
 
     def report(self, step: int, run_tokens: int, rate: float, bad: Tensor) -> list[int]:
         """The one synchronisation of a window: writes and shows its numbers; returns the engine's counts of refused updates."""
         nats, targets, norms, updates, largest, *counts = torch.cat([self.sums, bad.double()]).tolist()
-        durations = self.clock.durations_s()
+        durations = self.clock.take_s()
         seconds = sum(durations)
         self.step_s.extend(durations)
-        self.timed = (self.timed[0] + len(durations), self.timed[1] + seconds)
+        self.timed = (self.timed[0] + self.targets, self.timed[1] + seconds)
         window = {
             "step": step,
             "loss": nats / targets if targets else None,
@@ -107,24 +110,34 @@ class Metrics:
             "grad_norm_max": largest if updates else None,
             "lr": self.plan.optim.lr * rate,
             "tokens": run_tokens,
-            "tokens_per_s": len(durations) * self.plan.tokens_per_step / seconds if seconds else None,
+            "tokens_per_s": self.targets / seconds if seconds else None,
             "step_s": seconds / len(durations) if durations else None,
             "bad_steps": int(counts[0]),
         }
         self.write(window)
         self.sums.zero_()
-        self.clock.restart()
+        self.targets = 0
         return [int(count) for count in counts]
+
+    def tokens_per_s(self) -> float | None:
+        """Target tokens over the seconds of steps, over every process of the run."""
+        return round(self.timed[0] / self.timed[1], 1) if self.timed[1] else None
+
+    def sync(self) -> None:
+        """Make what was written durable, before a checkpoint relies on it."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
 
     def state(self) -> dict[str, Any]:
         """The open window, so that a resumed run reports the numbers of an undisturbed one; waits for the device."""
-        return {"sums": self.sums.tolist(), "last": self.last, "timed": list(self.timed)}
+        return {"sums": self.sums.tolist(), "last": self.last, "timed": list(self.timed), "validated": self.validated}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Back into the window in which `state` was taken; an empty state is a new run's."""
         if state:
             self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
             self.last, self.timed = dict(state["last"]), (state["timed"][0], state["timed"][1])
+            self.validated = state["validated"]
 
     def write(self, window: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, the display and the trackers; a number that is not finite is written as null."""
@@ -138,7 +151,7 @@ class Metrics:
             tracker.log(numbers, step=int(window["step"]))
 
 
-def _trackers(plan: Plan, folder: Path) -> list[Any]:
+def _trackers(plan: Plan, folder: Path, step: int) -> list[Any]:
     """The trackers that the plan names, through accelerate's tracker interface."""
     if not plan.report.trackers:
         return []
@@ -148,6 +161,8 @@ def _trackers(plan: Plan, folder: Path) -> list[Any]:
     found = []
     for name in plan.report.trackers:
         extra: dict[str, Any] = {"logging_dir": str(folder)} if name in ("tensorboard", "mlflow") else {}
+        if name == "tensorboard" and step:
+            extra["purge_step"] = step + 1  # what a resumed run lives through again
         if name == "wandb":
             extra = {"dir": str(folder), "name": folder.name}
         run_name = "tensorboard" if name == "tensorboard" else plan.report.project

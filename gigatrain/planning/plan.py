@@ -27,6 +27,19 @@ from gigatrain.errors import PlanError
 from gigatrain.planning import cost
 
 OPERATIONS = ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "xielu", "attention", "linear_cross_entropy")
+# What a resume may change: no tensor of the run depends on it.
+OPERATIONAL = (
+    "summary",
+    "data.folder",
+    "data.workers",
+    "max_bad_steps",
+    "validation",
+    "checkpoint",
+    "report",
+    "sample",
+    "export",
+    "memory",
+)
 
 
 class Choice(Section):
@@ -38,7 +51,7 @@ class Choice(Section):
 
 
 class Plan(Section):
-    """What will happen. The run folder keeps it as plan.json, and its sha256 is the run's identity."""
+    """What will happen. The run folder keeps it as plan.json; `identity` is what a resume must match."""
 
     format: Literal[1] = 1
     name: str
@@ -83,7 +96,20 @@ class Plan(Section):
 
     @property
     def sha256(self) -> str:
+        """Of the whole text."""
         return hashlib.sha256(self.text().encode()).hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of what decides the run's numbers: all but what is only watched, kept or written (OPERATIONAL), which a resume may change."""
+        tree = json.loads(self.text())
+        for path in OPERATIONAL:
+            *parents, last = path.split(".")
+            node = tree
+            for part in parents:
+                node = node[part]
+            del node[last]
+        return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def differences(self, other: "Plan") -> list[str]:
         """`key: mine -> other's` for every value that differs, by dotted key."""
@@ -99,8 +125,7 @@ class Plan(Section):
 def plan(recipe: Recipe, site: Site) -> Plan:
     """Make every number of the run concrete.
 
-    Raises PlanError for what cannot work: a memory need beyond the site's, a tokenizer beyond the model's vocabulary, a warm-up that
-    the run never leaves.
+    Raises PlanError for what cannot work: a memory need beyond the site's, a tokenizer beyond the model's vocabulary.
     """
     architecture = load.architecture(recipe.model)
     train = recipe.train
@@ -116,8 +141,6 @@ def plan(recipe: Recipe, site: Site) -> Plan:
             f"tokenizer.train.vocab {recipe.tokenizer.train.vocab} is above model.architecture.vocab {architecture.vocab}; "
             "the model has no embedding for the rest: make them equal"
         )
-    if recipe.schedule.warmup >= steps and recipe.schedule.warmup > 0:
-        raise PlanError(f"schedule.warmup {recipe.schedule.warmup} does not end before the run's {steps} steps; lower it below {steps}")
     if site.memory_bytes is not None and memory.total > site.memory_bytes:
         raise PlanError(
             f"the run needs {gib(memory.total)} on {site.name}, which has {gib(site.memory_bytes)}: weights {gib(memory.weights)}, "

@@ -88,13 +88,18 @@ def test_percentiles_are_values_that_occurred():
     assert percentile(array("d"), 0.5) is None
 
 
-def test_the_clock_leaves_out_what_is_not_a_step():
-    clock = Clock(torch.device("cpu"))
+def test_the_clock_leaves_out_what_is_not_a_step_and_forgets_no_step(monkeypatch):
+    now = iter([0.0, 1.0, 2.0, 100.0, 103.0, 200.0, 300.0, 305.0])
+    monkeypatch.setattr("gigatrain.observe.metrics.time.perf_counter", lambda: next(now))
+    clock = Clock(torch.device("cpu"))  # 0
+    clock.mark()  # 1
+    clock.mark()  # 2
+    clock.restart()  # a save took until 100
+    clock.mark()  # 103
+    assert clock.take_s() == [1.0, 1.0, 3.0]  # restarts at 200
+    clock.restart()  # a validation took until 300
     clock.mark()
-    clock.mark()
-    assert len(clock.durations_s()) == 2
-    clock.restart()
-    assert clock.durations_s() == []
+    assert clock.take_s.__self__.stretches[-1] == [300.0, 305.0]
 
 
 def test_versions_name_packages_and_nothing_of_the_environment(monkeypatch):
