@@ -81,7 +81,7 @@ class Display:
         memory = plan.memory
         self.line(
             f"  memory   weights {gib(memory.weights)}, gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}, "
-            f"activations about {gib(memory.activations)} (recompute: {plan.recompute})"
+            f"activations about {gib(memory.activations)}, workspace about {gib(memory.workspace)} (recompute: {plan.recompute})"
         )
         self.line(
             f"  compute  {plan.flops_per_token / 1e6:,.2f} MFLOP a token, {plan.flops_per_token * plan.tokens / 1e15:,.3f} PFLOP in all"

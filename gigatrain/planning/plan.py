@@ -132,9 +132,17 @@ def plan(recipe: Recipe, site: Site) -> Plan:
     tokens_per_step = train.batch * train.sequence
     steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)
     microbatch = train.microbatch or train.batch
-    muon = recipe.optim.name == "muon"
+    kernels = _kernels(recipe, site, architecture)
     memory = cost.memory(
-        architecture, precision=train.precision, microbatch=microbatch, sequence=train.sequence, recompute=train.recompute, muon=muon
+        architecture,
+        device=site.device,
+        precision=train.precision,
+        microbatch=microbatch,
+        sequence=train.sequence,
+        recompute=train.recompute,
+        muon=recipe.optim.name == "muon",
+        attention=next(choice.kernel for choice in kernels if choice.op == "attention"),
+        documents=recipe.data.packing == "stream",
     )
     if recipe.tokenizer.train and recipe.tokenizer.train.vocab > architecture.vocab:
         raise PlanError(
@@ -144,7 +152,7 @@ def plan(recipe: Recipe, site: Site) -> Plan:
     if site.memory_bytes is not None and memory.total > site.memory_bytes:
         raise PlanError(
             f"the run needs {gib(memory.total)} on {site.name}, which has {gib(site.memory_bytes)}: weights {gib(memory.weights)}, "
-            f"gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}, activations about {gib(memory.activations)}; "
+            f"gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}, activations about {gib(memory.activations)}, workspace about {gib(memory.workspace)}; "
             'lower train.microbatch or train.sequence, or set train.recompute = "full"'
         )
     return Plan(
@@ -179,7 +187,7 @@ def plan(recipe: Recipe, site: Site) -> Plan:
         report=recipe.report,
         sample=recipe.sample,
         export=recipe.export,
-        kernels=_kernels(recipe, site, architecture),
+        kernels=kernels,
         parameters=architecture.parameters(),
         flops_per_token=architecture.flops_per_token(train.sequence),
         memory=memory,
