@@ -110,7 +110,7 @@ class Gate:
         if self.begun == self.skip:
             self.mhz = self._clock_mhz() if self.skip else None  # before waiting: while the device works
             self._synchronise()
-            self.clock.restart()
+            self.clock.take_s()  # of steps that nobody times
             self.began = time.perf_counter()
         self.begun += 1
         self.losses.append([])
@@ -148,7 +148,7 @@ class Gate:
         answer: dict[str, Any] = {
             "seconds": now - (self.began or self.made),
             "losses": [sum(float(loss) * share for loss, share in step) for step in self.losses],
-            "intervals": self.clock.durations_s(),
+            "intervals": self.clock.take_s(),
             "clock_mhz": self.mhz,
             "peak_bytes": self.torch.cuda.max_memory_allocated() if cuda else _status("VmHWM") - self.imported_bytes,
         }
@@ -161,10 +161,9 @@ class Gate:
 
 def gigatrain(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
     """What loop.train does in a step, with the same parts in the same order."""
-    from gigatrain import loop
+    from gigatrain import engines, loop
     from gigatrain.data.build import Corpus
     from gigatrain.data.loader import Batches
-    from gigatrain.engines.native import Native
     from gigatrain.observe.display import Display
     from gigatrain.observe.metrics import Metrics
     from gigatrain.optim import schedule
@@ -172,7 +171,7 @@ def gigatrain(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
     gate = Gate(pipe, plan.device)
     device = loop._device(plan)
     corpus = Corpus(Path(job["corpus"]), job["manifest"], tuple(job["weights"]))
-    engine = Native(plan, loop._model(plan, device))
+    engine = engines.make(plan, loop._model(plan, device, fresh=True))
     batches = Batches(
         corpus,
         sequence=plan.sequence,
@@ -187,9 +186,9 @@ def gigatrain(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
             gate.begin()
             batch = next(batches)
             batch = replace(batch, microbatches=tuple(replace(part, documents=None) for part in batch.microbatches))
-            rate = schedule.rate(plan.schedule, step, plan.steps)
             gate.mark()
             loss = engine.forward_backward(batch)
+            rate = schedule.rate(plan.schedule, step, plan.steps)
             grad_norm = engine.step(rate)
             gate.mark()
             metrics.add(loss, grad_norm, batch.targets)
@@ -577,13 +576,16 @@ def prepare(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan
         corpus: Corpus = _random_corpus(folder / "random", planned, count)
     else:
         corpus = build(planned.data, planned.tokenizer)
-        loop._fits(planned, corpus)
+        if corpus.vocab > planned.architecture.vocab:
+            raise RunError(
+                f"the tokenizer has {corpus.vocab} ids and the model embeds {planned.architecture.vocab}; enlarge it, or use --data random"
+            )
     batches = Batches(corpus, sequence=planned.sequence, packing=planned.data.packing, batch=planned.batch, seed=planned.seed, prefetch=0)
     parts = [batches.make(step * planned.batch).microbatches[0] for step in range(count)]
     rows = {"tokens": torch.cat([part.tokens for part in parts]), "labels": torch.cat([part.labels for part in parts])}
     save_file(rows, folder / "rows.safetensors")
     initial = folder / "initial"
-    model = loop._model(planned, torch.device("cpu"))
+    model = loop._model(planned, torch.device("cpu"), fresh=True)
     hf.save_weights(model, planned.architecture, initial)
     config = architectures.to_hf_config(
         planned.architecture, max_positions=planned.positions, dtype="float32", bos=None, eos=None, pad=None

@@ -1,3 +1,4 @@
-"""Documents to batches: sources -> tokenizer -> shards (build, free of torch), then mixture -> pack -> loader, where order is a pure
-function.
+"""Documents to batches: sources -> tokenizer -> shards (build), then mixture -> pack -> loader, where order is a pure function.
+
+All but the loader is free of torch.
 """

@@ -10,6 +10,7 @@ process into its own shards and a record; `manifest.json` comes last. A build th
           manifest.json
 """
 
+import errno
 import fcntl
 import hashlib
 import heapq
@@ -17,14 +18,16 @@ import json
 import lzma
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
@@ -34,6 +37,7 @@ import numpy as np
 import gigatrain
 from gigatrain import config
 from gigatrain.data import shards, sources, tokenizer
+from gigatrain.data.mixture import slot_counts
 from gigatrain.errors import DataError
 
 FORMAT = 1  # raise it when the same inputs would give other tokens
@@ -48,17 +52,22 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Corpus:
-    """A built corpus, opened: its manifest, the sources' weights, and the streams of tokens. Nothing is read before it is asked for."""
+    """A built corpus, opened: its manifest, the sources' weights, and the streams of tokens. Nothing is read before it is asked for.
+
+    check: compare each shard's SHA-256 with the manifest when it is first opened, once (some 1 ms a megabyte, where it is read from).
+    """
 
     folder: Path
     manifest: dict[str, Any]
     weights: tuple[float, ...]
-    check: bool = False  # compare each shard's SHA-256 when it is first opened
+    check: bool = True
+    verified: set[str] = field(default_factory=set, repr=False, compare=False)  # prefixes of the shards that were compared
 
     @classmethod
-    def open(cls, folder: Path, weights: tuple[float, ...] | None = None, *, check: bool = False) -> "Corpus":
-        """Open a corpus folder; DataError, naming the file, if the manifest is missing or damaged or a shard has another size than it
-        says.
+    def open(cls, folder: Path, weights: tuple[float, ...] | None = None, *, check: bool = True) -> "Corpus":
+        """Open a corpus folder.
+
+        DataError, naming the file, if the manifest is missing or damaged or a shard has another size than it says.
         """
         path = folder / "manifest.json"
         if not path.is_file():
@@ -114,7 +123,8 @@ class Corpus:
 
     def stream(self, source: int, split: str = "train") -> shards.Stream:
         """The documents of one source and split, end to end."""
-        return shards.Stream(self.folder, self.manifest["sources"][source]["splits"][split]["shards"], self.vocab, self.check)
+        records = self.manifest["sources"][source]["splits"][split]["shards"]
+        return shards.Stream(self.folder, records, self.vocab, self.verified if self.check else None)
 
     def tokenizer(self) -> tokenizer.Tokenizer:
         """The tokenizer that made the corpus."""
@@ -148,34 +158,37 @@ class Corpus:
                 progress("verify", done + 1, len(found))
 
 
-def build(data: config.Data, spec: config.Tokenizer, *, progress: Progress | None = None) -> Corpus:
+def build(data: config.Data, spec: config.Tokenizer, *, progress: Progress | None = None, check: bool = True) -> Corpus:
     """Tokenise what `data` names and open the result; a corpus that is already there is only opened.
 
-    `progress(stage, done, total)` is called as it goes, in bytes of input. DataError if an input is missing, damaged or refused by
-    `data.bad`, if the disk is full, or if no training token is left.
+    `progress(stage, done, total)` is called as it goes, in bytes of input; `check` is that of the Corpus. DataError if an input is missing,
+    damaged or refused by `data.bad`, if a weight is too small for a slot, if the disk is full, if no training token is left, or if
+    `data.validation` asks for held-out documents and there is none.
     """
     parts = [part for number, source in enumerate(data.sources) for part in sources.parts(number, source, data.shard_bytes)]
     existing = tokenizer.load(spec.source) if spec.source is not None else None
     identity = _identity(data, spec, existing, parts)
     key = _digest(identity)[:24]
     weights = tuple(source.weight for source in data.sources)
+    slot_counts(weights)  # refuses a weight now, not after hours of tokenising
     folder = Path(data.folder).expanduser().absolute() / key
     if (folder / "manifest.json").is_file():
-        return Corpus.open(folder, weights)
+        return _opened(folder, weights, data, check)
+    report = progress or (lambda *_: None)
     try:
         for below in ("shards", "parts"):
             (folder / below).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot create {folder}: {error.strerror}; set `data.folder` to a folder that you may write") from error
     try:
-        with _locked(folder / "lock"):
+        with _locked(folder / "lock", report):
             if (folder / "manifest.json").is_file():  # another process built it while this one waited
-                return Corpus.open(folder, weights)
+                return _opened(folder, weights, data, check)
             # What a killed build left; nobody else writes here under the lock.
             for left in (*folder.glob("*/*.tmp"), *folder.glob("*.json*.tmp")):
                 left.unlink(missing_ok=True)
             shards.write_atomically(folder / "spec.json", json.dumps(identity, indent=1).encode())
-            job = Job(data, spec, existing, parts, folder, progress or (lambda *_: None))
+            job = Job(data, spec, existing, parts, folder, report)
             ready = _tokenizer(job)
             records = _tokenise_all(job, ready)
             again = [part for number, source in enumerate(data.sources) for part in sources.parts(number, source, data.shard_bytes)]
@@ -184,7 +197,14 @@ def build(data: config.Data, spec: config.Tokenizer, *, progress: Progress | Non
             _finish(job, ready, records, key)
     except OSError as error:
         raise shards.full_disk(error, folder) from error
-    return Corpus.open(folder, weights)
+    return _opened(folder, weights, data, check)
+
+
+def _opened(folder: Path, weights: tuple[float, ...], data: config.Data, check: bool) -> Corpus:
+    """The corpus of `data`, which is there."""
+    corpus = Corpus.open(folder, weights, check=check)
+    _refuse_unvalidated(data, corpus.manifest["totals"])
+    return corpus
 
 
 def _digest(value: Any) -> str:
@@ -213,18 +233,34 @@ def _identity(data: config.Data, spec: config.Tokenizer, existing: tokenizer.Tok
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a file lock; a second build of the same corpus waits here and then finds it done. The kernel frees the lock of a killed
-    process.
+def _locked(path: Path, report: Progress) -> Iterator[None]:
+    """Hold a file lock: a second build of the same corpus says that it waits, and then finds it done.
+
+    The kernel frees the lock of a killed process. DataError where the file system has no locks.
     """
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+                    raise
+                report("wait for another build of this corpus", 0, 1)
+                fcntl.flock(file, fcntl.LOCK_EX)
+                report("wait for another build of this corpus", 1, 1)
+        except OSError as error:
+            name = errno.errorcode.get(error.errno or 0, str(error.errno))
+            raise DataError(
+                f"cannot lock {path}: {name}, {error.strerror}; without a lock two builds would write the same files: "
+                "mount the file system with locks (Lustre: -o flock), or set `data.folder` to another disk"
+            ) from error
         yield
 
 
 def held_out(key: str, share: float) -> bool:
-    """Whether a document is for validation: a keyed hash of its name, or of its text, below `share`. Copies of a text land on the same
-    side.
+    """Whether a document is for validation: a keyed hash of its name, or of its text, is below `share`.
+
+    Copies of a text land on the same side.
     """
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8, key=b"gigatrain held-out documents").digest()
     return int.from_bytes(digest, "big") < share * 2**64
@@ -348,6 +384,10 @@ def _sample(job: Job, max_bytes: int) -> list[str]:
 def _tokenise_all(job: Job, ready: tokenizer.Tokenizer) -> list[dict[str, Any]]:
     """The record of every part, in order; those without one are tokenised first, in parallel."""
     records = {part.name: found for part in job.parts if (found := _record(job.folder, part)) is not None}
+    # A part is finished with its held-out text, as long as that is to be compressed; _finish deletes it, so that a build whose manifest was
+    # deleted reads those parts again.
+    if _compresses([record["splits"]["validation"]["text_bytes"] for record in records.values()]):
+        records = {name: record for name, record in records.items() if not _lacks_text(job.folder, name, record)}
     pending = [part for part in job.parts if part.name not in records]
     total = sum(part.bytes for part in job.parts)
     done = total - sum(part.bytes for part in pending)
@@ -366,10 +406,11 @@ def _tokenise_all(job: Job, ready: tokenizer.Tokenizer) -> list[dict[str, Any]]:
     else:
         results = ((part, tokenise(job.data, ready, part, job.folder)) for part in pending)
     job.report("tokenise", done, total)
-    for part, record in results:
-        records[part.name] = record
-        done += part.bytes
-        job.report("tokenise", done, total)
+    with closing(results):  # ends the processes, whatever happens here
+        for part, record in results:
+            records[part.name] = record
+            done += part.bytes
+            job.report("tokenise", done, total)
     return [records[part.name] for part in job.parts]
 
 
@@ -386,9 +427,25 @@ def _record(folder: Path, part: sources.Part) -> dict[str, Any] | None:
     return record
 
 
+def _heldout(folder: Path, name: str) -> Path:
+    """Where a part's held-out text waits for `_finish`."""
+    return folder / "parts" / f"{name}.heldout"
+
+
+def _lacks_text(folder: Path, name: str, record: dict[str, Any]) -> bool:
+    """Whether a part has held-out text and its file is gone."""
+    return bool(record["splits"]["validation"]["text_bytes"]) and not _heldout(folder, name).is_file()
+
+
+def _compresses(sizes: list[int | None]) -> bool:
+    """Whether held-out text of these bytes is compressed for comparison: all of it is known, and little enough."""
+    known = [size for size in sizes if size is not None]
+    return len(known) == len(sizes) and 0 < sum(known) <= XZ_BYTES
+
+
 def _parallel(
     job: Job, ready: tokenizer.Tokenizer, pending: list[sources.Part], workers: int
-) -> Iterator[tuple[sources.Part, dict[str, Any]]]:
+) -> Generator[tuple[sources.Part, dict[str, Any]], None, None]:
     """Tokenise parts in `workers` fresh processes that speak one line of JSON a part.
 
     Fresh, as a fork of a process with threads can deadlock; and not `multiprocessing`, which pickles and would run the caller's main module
@@ -399,27 +456,25 @@ def _parallel(
         queue.put(part)
     environment = dict(os.environ, TOKENIZERS_PARALLELISM="false")  # one core each
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(gigatrain.__path__[0]).parent), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "gigatrain.data.build"]
+    command = [sys.executable, "-P", "-m", "gigatrain.data.build"]  # -P: nothing is imported from the current folder
     header = json.dumps({"data": job.data.model_dump_json(), "tokenizer": str(ready.folder), "folder": str(job.folder)})
-    processes = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(workers)
-    ]
+    processes: list[subprocess.Popen[str]] = []
     stopped = threading.Event()
 
     def serve(process: subprocess.Popen[str]) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
-        print(header, file=process.stdin, flush=True)
+        # A process that has ended breaks the pipe; what it said before says why.
+        with suppress(BrokenPipeError):
+            print(header, file=process.stdin, flush=True)
         while not stopped.is_set():
             try:
                 part = queue.get_nowait()
             except Empty:
                 break
-            try:
+            with suppress(BrokenPipeError):
                 print(json.dumps([part.source, part.number]), file=process.stdin, flush=True)
-                line = process.stdout.readline()
-            except BrokenPipeError:
-                line = ""
+            line = process.stdout.readline()
             if not line:
                 raise DataError(
                     f"a tokenising process ended with code {process.wait()} at part {part.name} ({part.pieces[0].name} …), "
@@ -428,11 +483,23 @@ def _parallel(
             answer = json.loads(line)
             if "error" in answer:
                 raise DataError(answer["error"])
+            if "failure" in answer:
+                raise DataError(
+                    f"a tokenising process failed at part {part.name} ({part.pieces[0].name} …) with {answer['failure']}; "
+                    "mend that, or take the input out of the source, and build again: finished parts are kept"
+                )
             finished.put((part, answer))
 
     finished: SimpleQueue[tuple[sources.Part, dict[str, Any]]] = SimpleQueue()
     pool = ThreadPoolExecutor(workers, "tokenise")
     try:
+        # Ctrl-C goes to every process of the terminal, but it is for this one to end the others: they inherit that it is blocked.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for _ in range(workers):
+                processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         futures = [pool.submit(serve, process) for process in processes]
         left = len(pending)
         while left:
@@ -451,19 +518,24 @@ def _parallel(
 
 
 def _worker() -> None:
-    """What a tokenising process runs: a header on stdin, then [source, part] lines; one record line each on stdout."""
-    header = json.loads(sys.stdin.readline())
-    data, ready = config.Data.model_validate_json(header["data"]), tokenizer.load(header["tokenizer"])
-    listed: dict[int, list[sources.Part]] = {}
-    for line in sys.stdin:
-        source, number = json.loads(line)
-        try:
+    """What a tokenising process runs: a header on stdin, then [source, part] lines; one record line each on stdout.
+
+    It ends at its first error, which is its last line: {"error"} of a DataError, {"failure"} of anything else.
+    """
+    try:
+        header = json.loads(sys.stdin.readline())
+        data, ready = config.Data.model_validate_json(header["data"]), tokenizer.load(header["tokenizer"])
+        listed: dict[int, list[sources.Part]] = {}
+        for line in sys.stdin:
+            source, number = json.loads(line)
             if source not in listed:
                 listed[source] = sources.parts(source, data.sources[source], data.shard_bytes)
-            answer = tokenise(data, ready, listed[source][number], Path(header["folder"]))
-        except DataError as error:
-            answer = {"error": str(error)}
-        print(json.dumps(answer), flush=True)
+            print(json.dumps(tokenise(data, ready, listed[source][number], Path(header["folder"]))), flush=True)
+    except DataError as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+    except Exception as error:  # told to the parent, which raises it with the part's name
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        print(json.dumps({"failure": f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"}), flush=True)
 
 
 def tokenise(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part, folder: Path) -> dict[str, Any]:
@@ -560,7 +632,7 @@ def _write(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part, fo
             found = [{"prefix": f"shards/{part.name}.{split}", **shard}] if shard else []
             splits[split] = {"shards": found, "text_bytes": text_bytes[split]}
         if 0 < text_bytes["validation"] <= XZ_BYTES:
-            shards.write_atomically(folder / "parts" / f"{part.name}.heldout", b"".join(heldout))
+            shards.write_atomically(_heldout(folder, part.name), b"".join(heldout))
     finally:
         for writer in writers.values():
             writer.abort()
@@ -620,10 +692,12 @@ def _finish(job: Job, ready: tokenizer.Tokenizer, records: list[dict[str, Any]],
                 f"source {source['name']} has no training token: {held:,} documents are held out and {left_out:,} were skipped "
                 f"{source['skipped'] or ''}; {_empty_hint(job.data)}"
             )
-    if totals["validation"]["text_bytes"] is not None and 0 < totals["validation"]["text_bytes"] <= XZ_BYTES:
+    _refuse_unvalidated(job.data, totals)
+    if _compresses([totals["validation"]["text_bytes"]]):
         job.report("compress held-out text", 0, 1)
-        kept = [job.folder / "parts" / f"{part.name}.heldout" for part in job.parts]
-        totals["validation"]["xz_bytes"] = len(lzma.compress(b"".join(path.read_bytes() for path in kept if path.is_file()), preset=9))
+        held = [part.name for part, record in zip(job.parts, records, strict=True) if record["splits"]["validation"]["text_bytes"]]
+        text = b"".join(_heldout(job.folder, name).read_bytes() for name in held)
+        totals["validation"]["xz_bytes"] = len(lzma.compress(text, preset=9))
         job.report("compress held-out text", 1, 1)
     named = [row for record in records for row in record["named"]][:NAMED]
     shards.write_atomically(job.folder / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in named).encode())
@@ -652,6 +726,15 @@ def _finish(job: Job, ready: tokenizer.Tokenizer, records: list[dict[str, Any]],
     shards.write_atomically(job.folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
     for path in (job.folder / "parts").glob("*.heldout"):
         path.unlink()
+
+
+def _refuse_unvalidated(data: config.Data, totals: dict[str, Any]) -> None:
+    """DataError if documents are to be held out and none is; of a Megatron source the last ones are, and they count as well."""
+    if data.validation > 0 and not totals["validation"]["tokens"]:
+        raise DataError(
+            f"none of {totals['train']['documents']:,} documents is held out: `data.validation` is {data.validation}, a share that comes to "
+            f"{totals['train']['documents'] * data.validation:.2g} documents; raise data.validation, or set it to 0"
+        )
 
 
 def _empty_hint(data: config.Data) -> str:

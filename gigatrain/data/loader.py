@@ -40,8 +40,11 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's share of one rank. targets: labels that are not ignored, in this share. tokens: inputs of the whole step, over all
-    ranks.
+    """One step's share of one rank.
+
+    targets: labels of this share's microbatches that are not ignored: neither padding nor a label that would cross documents. The sum over
+    the ranks divides the step's loss. tokens: input positions of the whole step over all ranks, samples times their length, padding
+    included. positions: the global positions of the whole step's samples.
     """
 
     microbatches: tuple[Microbatch, ...]
@@ -182,8 +185,9 @@ class Batches:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; DataError names what differs. The batch and the number of ranks may differ: positions count
-        samples.
+        """Go on where `state` was taken; DataError names what differs.
+
+        The batch and the number of ranks may differ: positions count samples.
         """
         mine = self.state()
         for name in ("seed", "corpus", "weights", "sequence", "packing"):
@@ -244,9 +248,9 @@ class Batches:
 class Validation:
     """The held-out samples in a fixed order, as often as it is iterated.
 
-    text_bytes: bytes of text that the labels cover, when that is all of them: None for a subset, for documents that are cut, or where
-    nobody counted. Rank r has samples r, r + ranks, …; the last rounds are filled with rows without labels, so that all ranks run equally
-    many microbatches.
+    text_bytes: bytes of text that the labels cover, when that is all of them: None for a subset, for documents that are cut, where nobody
+    counted, or where nothing is held out; then there is no microbatch either. Rank r has samples r, r + ranks, …; the last rounds are filled
+    with rows without labels, so that all ranks run equally many microbatches.
     """
 
     def __init__(
@@ -274,7 +278,7 @@ class Validation:
             self.mine.append((self.samples[source], index - int(ends[source]) + len(self.samples[source])))
         self.mine += [None] * (-(-count // ranks) - len(self.mine))
         self.count = count
-        whole = count == total and (packing == "stream" or not any(samples.cut() for samples in self.samples))
+        whole = 0 < count == total and (packing == "stream" or not any(samples.cut() for samples in self.samples))
         self.text_bytes: int | None = corpus.totals("validation")["text_bytes"] if whole else None
 
     def __len__(self) -> int:
@@ -285,8 +289,3 @@ class Validation:
         for start in range(0, len(self.mine), self.microbatch):
             rows = self.mine[start : start + self.microbatch]
             yield moved(stack(rows, self.sequence, self.eos, self.device), self.device)
-
-
-def validation_batches(corpus: Corpus, **settings: Any) -> Validation:
-    """The held-out samples; the settings are those of `Validation`."""
-    return Validation(corpus, **settings)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from hashlib import blake2b
-from math import lcm
+from math import isfinite, lcm
 
 import numpy as np
 
@@ -74,13 +74,18 @@ def permute_many(indices: np.ndarray, length: int, key: tuple[int, ...]) -> np.n
 
 
 def slot_counts(weights: Sequence[float]) -> list[int]:
-    """How many slots of a cycle each source has: the shortest cycle that holds the weights exactly, up to 65,536; above, the nearest by
-    largest remainder.
+    """How many slots of a cycle each source has, at least one.
 
-    Weights are taken as they are written: 0.1 is one tenth, not the nearest binary fraction. DataError if a weight is below one slot.
+    The cycle is the shortest that holds the weights exactly, up to 65,536 slots; above, the nearest by largest remainder. Weights are taken
+    as they are written: 0.1 is one tenth, not the nearest binary fraction. DataError if a source would get no slot, or a weight is no
+    positive number.
     """
+    for i, weight in enumerate(weights):
+        if not (isfinite(weight) and weight > 0):
+            raise DataError(f"source {i} has weight {weight}, and a weight is a positive, finite number; correct it, or drop the source")
     exact = [Fraction(str(weight)) for weight in weights]
-    shares = [weight / sum(exact) for weight in exact]
+    total = sum(exact)
+    shares = [weight / total for weight in exact]
     length = lcm(*(share.denominator for share in shares))
     if length <= LONGEST_CYCLE:
         return [int(share * length) for share in shares]
@@ -98,11 +103,10 @@ def slot_counts(weights: Sequence[float]) -> list[int]:
 
 
 class Mixture:
-    """Which sample comes at a position: sources in exact proportion within each cycle of slots, every sample of a source once per epoch of
-    it.
+    """Which sample comes at a position.
 
-    sizes: samples of each source. weights: their shares. The cycle's slots are permuted anew in each cycle, a source's samples in each of
-    its epochs.
+    Sources are in exact proportion within each cycle of slots, and every sample of a source comes once per epoch of it. The cycle's slots
+    are permuted anew in each cycle, a source's samples in each of its epochs. sizes: samples of each source. weights: their shares.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -118,8 +122,9 @@ class Mixture:
         self.last: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def _slots(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of one cycle: each slot's source, and how many earlier slots of the cycle have the same source. At most 65,536 slots, kept until
-        the next.
+        """Of one cycle: each slot's source, and how many earlier slots of the cycle have the same source.
+
+        At most 65,536 slots, kept until another cycle is asked for.
         """
         last = self.last  # once, as another thread may replace it meanwhile
         if last is None or last[0] != cycle:

@@ -3,12 +3,10 @@
 A label is the token after its input. Two ways in which documents meet, per source:
 
 - `eos` opens (documents are d1 .. dn eos; our own tokenizer): the eos that ends document A is A's last label and then, as an input, the
-first
-  token of document B's segment. Nothing is masked: every token of the stream is a label exactly once an epoch, none predicted across a
-  document.
+  first token of document B's segment. Nothing is masked: every token of the stream is a label exactly once an epoch, and none is predicted
+  across documents.
 - else (documents start with a bos of their own, or have neither): the segment opens at the document's first token as an input, and the
-label that
-  would cross from A to B is ignored (-100).
+  label that would cross from A to B is ignored (-100).
 """
 
 from dataclasses import dataclass
@@ -24,10 +22,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Sample:
-    """Arrays [T]: tokens, labels (-100: none), positions within the segment, and the segment's number in the sample.
-
-    int64, but the last: int32.
-    """
+    """Arrays [T]: tokens, labels (-100: none), positions within the segment, all int64; the segment's number in the sample, int32."""
 
     tokens: np.ndarray
     labels: np.ndarray

@@ -105,8 +105,9 @@ class ShardWriter:
         self.sizes.append(ids.size)
 
     def finish(self) -> dict[str, Any] | None:
-        """Publish the shard and return its record, or None if it has no document. The .idx comes last, so a shard without it does not
-        exist.
+        """Publish the shard and return its record, or None if it has no document.
+
+        The .idx comes last, so a shard without it does not exist.
         """
         if not self.sizes:
             return None
@@ -261,11 +262,12 @@ class Stream:
     """The documents of one source and split end to end, over all its shards; every method takes and gives global token offsets.
 
     A record of the manifest is {"prefix", "documents", "tokens", "bin", "idx"} and, for a share of somebody else's shard, "first": its
-    first document.
+    first document. verified: prefixes of shards whose SHA-256 was compared, which the streams of a corpus share; a shard that is not among
+    them is compared when it is opened. None: no shard is compared.
     """
 
-    def __init__(self, folder: Path, records: list[dict[str, Any]], vocab: int, check: bool = False) -> None:
-        self.folder, self.records, self.vocab, self.check = folder, records, vocab, check
+    def __init__(self, folder: Path, records: list[dict[str, Any]], vocab: int, verified: set[str] | None = None) -> None:
+        self.folder, self.records, self.vocab, self.verified = folder, records, vocab, verified
         self.token_starts = [0]
         self.document_starts = [0]
         for record in records:
@@ -283,8 +285,9 @@ class Stream:
         if (found := self.opened.get(number)) is not None:
             return found
         record = self.records[number]
-        if self.check:
+        if self.verified is not None and record["prefix"] not in self.verified:
             verify(self.path(number), record)
+            self.verified.add(record["prefix"])
         shard = Shard(self.path(number))
         first = record.get("first", 0)
         base = int(shard.starts(first, first + 1)[0])

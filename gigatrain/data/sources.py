@@ -1,8 +1,7 @@
-"""Where documents come from: files, records of files, Hugging Face datasets; in a fixed order, cut into parts that can be read
-independently.
+"""Where documents come from: files, records of files, Hugging Face datasets.
 
-A source is listed once (`pieces`), and the pieces are grouped into parts of about `data.shard_bytes`. A part is read by one process, so
-parts are what is done in parallel and what a resumed build need not do again. Nothing here executes or unpickles anything of a file's.
+A source is listed once (`pieces`), in a fixed order, and the pieces are grouped into parts of about `data.shard_bytes`. A part is read by
+one process, so parts are what is done in parallel and what a resumed build need not do again. Nothing here executes or unpickles anything of a file's.
 """
 
 import glob
@@ -164,7 +163,13 @@ def _files(source: Source) -> list[tuple[Path, str]]:
         return [(path, path.name)]
     if path.is_dir():
         base, wanted = path, source.pattern if source.kind == "text" else "**/*"
-        candidates = list(base.glob(wanted))
+        try:
+            candidates = list(base.glob(wanted))
+        except (ValueError, NotImplementedError) as error:  # pathlib's: empty, absolute, or `**` within a name
+            raise DataError(
+                f"data.sources: `pattern` is {wanted!r}, which is no pattern of files below `path` ({error}); "
+                "write one relative to `path`, such as '**/*.txt', or put the whole pattern into `path`"
+            ) from error
         what = f"files that match {wanted!r}" if source.kind == "text" else f"files named *{', *'.join(suffixes)}"
     elif glob.has_magic(str(path)):
         fixed = next(i for i, piece in enumerate(path.parts) if glob.has_magic(piece))
@@ -306,8 +311,9 @@ def _arrow(path: str) -> Any:
 
 
 def _row_groups(source: Source, path: Path, name: str, stamp: str, shard_bytes: int) -> list[Piece]:
-    """Row groups of one parquet file, joined up to `shard_bytes` of the text column; one empty piece if the file is no parquet, for read()
-    to name.
+    """Row groups of one parquet file, joined up to `shard_bytes` of the text column.
+
+    One piece if the file is no parquet, so that read() names it.
     """
     arrow = _arrow(str(path))
     try:

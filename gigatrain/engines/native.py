@@ -30,8 +30,11 @@ class Native:
         for name, parameter in self.parameters.items():
             parameter.data = self.master[name].to(torch.bfloat16) if plan.precision == "bf16" else self.master[name]
         if plan.compile:
+            # A layer is called with and without a sum before it, documents and gradients, and with a last microbatch of another size.
+            torch._dynamo.config.recompile_limit = 32
+            torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than run uncompiled without a word
             for layer in model.layers:
-                layer.compile()
+                layer.compile(fullgraph=True)
         self.loss = torch.zeros((), device=self.device)
         self._bad = torch.tensor([0, 0, 0, -1], dtype=torch.int64, device=self.device)
         self._updates = torch.zeros((), dtype=torch.int64, device=self.device)

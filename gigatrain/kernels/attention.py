@@ -3,8 +3,8 @@
     s = scale * q . k        s = c * tanh(s / c) if softcap        out = softmax(s over the visible keys) v
     key j is visible to query i if j <= i, i - j < window, and both are of one document
 
-Legend: q_bthd, k_btkd, v_btkd: batch, tokens, query or key heads, channels; h is a multiple of k, query head i reads key head i // (h / k). Softmax in
-fp32 (fp64 for fp64 inputs). Layout [b, t, h, d] is that of the projections' outputs, so nothing is copied on the way in or out.
+Legend: q_bthd, k_btkd, v_btkd: batch, tokens, query or key heads, channels; h is a multiple of k, query head i reads key head i // (h / k).
+Softmax in fp32 (fp64 for fp64 inputs). Layout [b, t, h, d] is that of the projections' outputs, so nothing is copied on the way in or out.
 """
 
 from dataclasses import dataclass
@@ -77,12 +77,20 @@ def sdpa(q_bthd: Tensor, k_btkd: Tensor, v_btkd: Tensor, mask: Mask, *, scale: f
     """Attention by `F.scaled_dot_product_attention`, which keeps no scores; with a soft-cap, which it lacks, `reference`."""
     if softcap is not None:
         return reference(q_bthd, k_btkd, v_btkd, mask, scale=scale, softcap=softcap)
+    # On a GPU a bias leaves torch the memory-efficient kernel, which cannot share key heads, or plain math, which keeps every score.
+    return _fused(q_bthd, k_btkd, v_btkd, mask.bias_btt, scale, repeat=q_bthd.is_cuda and mask.bias_btt is not None)
+
+
+def _fused(q_bthd: Tensor, k_btkd: Tensor, v_btkd: Tensor, bias_btt: Tensor | None, scale: float, *, repeat: bool) -> Tensor:
+    """torch's attention with shared key heads; `repeat` copies each for every query head that reads it, for kernels that cannot share."""
+    if repeat and (shared := q_bthd.shape[2] // k_btkd.shape[2]) > 1:
+        k_btkd, v_btkd = (x.repeat_interleave(shared, 2) for x in (k_btkd, v_btkd))
     out_bhtd = F.scaled_dot_product_attention(
         q_bthd.transpose(1, 2),
         k_btkd.transpose(1, 2),
         v_btkd.transpose(1, 2),
-        attn_mask=mask.bias_btt,
-        is_causal=mask.bias_btt is None,
+        attn_mask=bias_btt,
+        is_causal=bias_btt is None,
         scale=scale,
         enable_gqa=q_bthd.shape[2] != k_btkd.shape[2],
     )
@@ -162,8 +170,9 @@ def _blocks(tokens: int, window: int | None) -> list[tuple[int, int, int]]:
 def blocked(q_bthd: Tensor, k_btkd: Tensor, v_btkd: Tensor, mask: Mask, *, scale: float, softcap: float | None = None) -> Tensor:
     """Attention by batched products over blocks of queries, soft-cap included: the fastest on CPUs in bf16.
 
-    Forward and backward on one EPYC core, [b, t, h, k, d] bf16: [8, 256, 4, 2, 32] 11 ms, `sdpa` 28; [4, 1024, 8, 4, 64] 161, `sdpa` 307; in fp32 the
-    two are equal within a fifth. Keeps batch * heads * tokens ** 2 / 2 weights for the backward, so it is for samples of up to some 2000 tokens.
+    Forward and backward on one EPYC core, [b, t, h, k, d] bf16: [8, 256, 4, 2, 32] 11 ms, `sdpa` 28; [4, 1024, 8, 4, 64] 161, `sdpa` 307;
+    in fp32 the two are equal within a fifth. Keeps batch * heads * tokens ** 2 / 2 weights for the backward, so it is for samples of up to
+    some 2000 tokens.
     """
     return _Blocked.apply(q_bthd, k_btkd, v_btkd, mask, scale, softcap)  # type: ignore[return-value]
 

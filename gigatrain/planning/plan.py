@@ -204,10 +204,14 @@ def _kernels(recipe: Recipe, site: Site, architecture: Architecture) -> tuple[Ch
     if recipe.kernels == "reference":
         return tuple(Choice(op=op, kernel="reference", why='the recipe says kernels = "reference"') for op in OPERATIONS)
     chosen: dict[str, tuple[str, str]] = dict.fromkeys(OPERATIONS, ("reference", "nothing faster is shipped yet"))
+    lean = ("lean", "one backward in few passes, and less is saved for it")
     for op in ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope"):
-        chosen[op] = ("lean", "one backward in few passes, and less is saved for it")
+        chosen[op] = ("reference", "train.compile: the compiler fuses plain torch") if recipe.train.compile else lean
     chosen["linear_cross_entropy"] = ("chunked", "never holds all logits")
-    if site.device == "cpu" and recipe.train.precision == "bf16" and recipe.train.sequence <= 2048:
+    if recipe.train.compile:
+        soft = architecture.attention_softcap is not None
+        chosen["attention"] = ("reference", "train.compile, with a soft-cap") if soft else ("sdpa", "train.compile: torch's fused attention")
+    elif site.device == "cpu" and recipe.train.precision == "bf16" and recipe.train.sequence <= 2048:
         chosen["attention"] = ("blocked", "in bf16 on a CPU twice as fast as torch's up to 2,048 tokens")
     elif architecture.attention_softcap is not None:
         chosen["attention"] = ("blocked", "torch's fused attention has no soft-cap")

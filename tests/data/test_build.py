@@ -1,5 +1,6 @@
 """Building: policies, kills, concurrent builds, full disks, damage; and that a corpus says what it holds."""
 
+import errno
 import gzip
 import json
 import lzma
@@ -67,6 +68,85 @@ def test_held_out_share_is_what_was_asked() -> None:
     share = sum(held_out(f"name {i}", 0.05) for i in range(20_000)) / 20_000
     assert abs(share - 0.05) < 0.0062
     assert not held_out("anything", 0.0)
+
+
+def test_nothing_held_out_is_refused(tmp_path: Path) -> None:
+    """Also where an older version left a manifest, and for a Megatron source whose tail rounds to nothing."""
+    source = Source(kind="text", path=str(write_files(tmp_path / "texts", 8)))
+    share = next(n / 1e6 for n in range(1, 1000) if not any(held_out(sources.pieces(source, 1)[i].name, n / 1e6) for i in range(8)))
+    message = rf"none of 8 documents is held out: `data\.validation` is {share}, .*; raise data\.validation, or set it to 0"
+    for _ in range(2):
+        with pytest.raises(DataError, match=message):
+            build(data_of(tmp_path, source, validation=share), TRAINED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "_refuse_unvalidated", lambda *_: None)
+        build(data_of(tmp_path, source, validation=share), TRAINED)
+    with pytest.raises(DataError, match=message):
+        build(data_of(tmp_path, source, validation=share), TRAINED)
+    spec = existing(tokenizer.train([text(1, 50)], 300, tmp_path / "tokenizer").folder)
+    theirs = megatron(tmp_path / "theirs", [[1, 2, 0]] * 20)
+    with pytest.raises(DataError, match="none of 20 documents is held out"):
+        build(data_of(tmp_path, theirs, validation=0.02), spec)
+    assert build(data_of(tmp_path, theirs, validation=0.05), spec).totals("validation")["documents"] == 1
+
+
+def test_a_deleted_manifest_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = data_of(tmp_path, Source(kind="text", path=str(write_files(tmp_path / "texts"))), shard_bytes=500)
+    first = build(data, TRAINED)
+    read: list[str] = []
+    original = building.tokenise
+    monkeypatch.setattr(building, "tokenise", lambda *given: (read.append(given[2].name), original(*given))[1])
+    (first.folder / "manifest.json").unlink()
+    again = build(data, TRAINED)
+    assert again.manifest == first.manifest
+    assert again.totals("validation")["xz_bytes"] > 60
+    again.verify()
+    with_text = {Path(s["prefix"]).name for s in first.manifest["sources"][0]["splits"]["validation"]["shards"]}
+    assert {f"{name}.validation" for name in read} == with_text  # the others are finished
+    # Where there is too much held-out text to compress, nothing is read again.
+    monkeypatch.setattr(building, "XZ_BYTES", 10)
+    (first.folder / "manifest.json").unlink()
+    read.clear()
+    last = build(data, TRAINED)
+    assert (read, last.sha256, last.totals("validation")["xz_bytes"]) == ([], first.sha256, None)
+
+
+def test_a_weight_without_a_slot_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "texts", 4)
+    both = (Source(kind="text", path=str(folder)), Source(kind="text", path=str(folder), weight=1e-300))
+    with pytest.raises(DataError, match="source 1 has weight 1e-300"):
+        build(data_of(tmp_path, *both), TRAINED)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_build_that_waits_says_so(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    waits = threading.Event()
+
+    def report(*row: Any) -> None:
+        seen.append(row)
+        waits.set()
+
+    def second() -> None:
+        with building._locked(tmp_path / "lock", report):
+            pass
+
+    thread = threading.Thread(target=second)
+    with building._locked(tmp_path / "lock", lambda *_: pytest.fail("nobody holds it")):
+        thread.start()
+        assert waits.wait(10)
+        assert seen == [("wait for another build of this corpus", 0, 1)]
+    thread.join(10)
+    assert seen[1:] == [("wait for another build of this corpus", 1, 1)]
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(building.fcntl, "flock", refuse)
+    with pytest.raises(DataError, match=r"cannot lock .*lock: (ENOTSUP|EOPNOTSUPP), .*Lustre: -o flock\), or set `data\.folder`"):
+        build(data_of(tmp_path, Source(kind="text", path=str(write_files(tmp_path / "texts", 4)))), TRAINED)
 
 
 def test_the_key_follows_what_decides_the_tokens(tmp_path: Path) -> None:
@@ -497,3 +577,45 @@ def test_a_dead_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         build(data, TRAINED)
     monkeypatch.setattr(building.subprocess, "Popen", original)
     build(data, TRAINED).verify()
+
+
+def test_workers_import_nothing_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "INLINE_BYTES", 0)
+    data = data_of(tmp_path, Source(kind="text", path=str(write_files(tmp_path / "texts"))), workers=2, shard_bytes=2000)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "lzma.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path / "here")
+    build(data, TRAINED).verify()
+
+
+def test_workers_outlive_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is for the parent to end them, without a traceback of each."""
+    monkeypatch.setattr(building, "INLINE_BYTES", 0)
+    data = data_of(tmp_path, Source(kind="text", path=str(write_files(tmp_path / "texts"))), workers=2, shard_bytes=500)
+
+    class Disturbed(subprocess.Popen):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            for delay in (0.02, 0.3, 0.6):
+                threading.Timer(delay, self.send_signal, [signal.SIGINT]).start()
+
+    monkeypatch.setattr(building.subprocess, "Popen", Disturbed)
+    build(data, TRAINED).verify()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_an_error_in_a_worker_is_told_by_the_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(building, "INLINE_BYTES", 0)
+    data = data_of(tmp_path, Source(kind="text", path=str(write_files(tmp_path / "texts"))), workers=2, shard_bytes=2000)
+    code = "import gigatrain.data.build as b\ndef tokenise(*_): raise RuntimeError('no such luck')\nb.tokenise = tokenise; b._worker()"
+
+    class Broken(subprocess.Popen):
+        def __init__(self, _: list[str], **named: Any) -> None:
+            super().__init__([sys.executable, "-c", code], **named)
+
+    monkeypatch.setattr(building.subprocess, "Popen", Broken)
+    with pytest.raises(DataError, match=r"failed at part 0-\d+ .* with RuntimeError: no such luck \(.*:2\); .*finished parts are kept"):
+        build(data, TRAINED)
+    assert "Traceback" not in capfd.readouterr().err

@@ -1,5 +1,6 @@
 """Batches: the same whatever reads ahead, resumes or shares the work; and what the loop is told about them."""
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from conftest import TRAINED, data_of, text, write_files
 
 from gigatrain.config import Source
+from gigatrain.data import shards
 from gigatrain.data.build import Corpus, build
-from gigatrain.data.loader import Batch, Batches, Microbatch, Validation, validation_batches
+from gigatrain.data.loader import Batch, Batches, Microbatch, Validation
 from gigatrain.data.pack import IGNORED
 from gigatrain.errors import DataError
 
@@ -258,7 +260,7 @@ def test_validation_reads_every_held_out_token_once(corpus: Corpus) -> None:
 
 
 def test_validation_over_ranks_runs_equally_long(corpus: Corpus) -> None:
-    whole = labels_of(validation_batches(corpus, sequence=16, packing="stream", microbatch=2))
+    whole = labels_of(Validation(corpus, sequence=16, packing="stream", microbatch=2))
     shares = [Validation(corpus, sequence=16, packing="stream", microbatch=2, rank=rank, ranks=4) for rank in range(4)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(label for share in shares for label in labels_of(share)) == sorted(whole)
@@ -278,7 +280,8 @@ def test_validation_of_a_subset_or_of_cut_documents_knows_no_bytes(corpus: Corpu
 
 def test_no_held_out_documents(two: Corpus) -> None:
     held = Validation(two, sequence=16, packing="stream", microbatch=2)
-    assert (len(held), list(held), held.text_bytes) == (0, [], 0)
+    assert (len(held), list(held), held.count, held.text_bytes) == (0, [], 0, None)
+    assert len(Validation(two, sequence=16, packing="document", microbatch=2, max_samples=3, rank=1, ranks=2)) == 0
 
 
 def test_flipped_bit_reaches_no_batch(tmp_path: Path) -> None:
@@ -288,7 +291,32 @@ def test_flipped_bit_reaches_no_batch(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[1] |= 0x80  # the first token: its id becomes 32,768 more
     path.write_bytes(content)
+    for opened in (corpus, build(data, TRAINED), Corpus.open(corpus.folder)):
+        with pytest.raises(DataError, match=rf"{path.name} has SHA-256"):
+            take(opened, 1)
     with pytest.raises(DataError, match=rf"{path.name}: token id \d+ at byte 0 \(token 0\), and the vocabulary is 300"):
-        take(corpus, corpus.totals("train")["tokens"] // 64 + 1)
+        take(build(data, TRAINED, check=False), corpus.totals("train")["tokens"] // 64 + 1)
+
+
+def test_held_out_shards_are_verified_and_each_shard_once(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    verify = shards.verify
+
+    def counted(prefix: Path, record: dict[str, Any]) -> None:
+        seen.append(prefix.name)
+        verify(prefix, record)
+
+    monkeypatch.setattr(shards, "verify", counted)
+    opened = Corpus.open(corpus.folder)
+    assert not seen  # lazily
+    for _ in range(2):
+        take(opened, 40)
+        list(Validation(opened, sequence=16, packing="stream", microbatch=2))
+    assert sorted(seen) == sorted(prefix.name for prefix, _ in corpus.shards())
+    shutil.copytree(corpus.folder, tmp_path / "copy")
+    path = next((tmp_path / "copy" / "shards").glob("*.validation.bin"))
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1  # another id of the vocabulary
+    path.write_bytes(content)
     with pytest.raises(DataError, match=rf"{path.name} has SHA-256"):
-        take(Corpus.open(corpus.folder, check=True), 1)
+        list(Validation(Corpus.open(tmp_path / "copy"), sequence=16, packing="stream", microbatch=2))

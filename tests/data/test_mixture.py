@@ -63,6 +63,23 @@ def test_slots_hold_the_weights_exactly() -> None:
         slot_counts([1.0, 1e-9])
 
 
+@pytest.mark.parametrize("weights", [[1.0, 1e-300], [1e300, 1e-300], [1.0, 5e-324], [1.0] * 66_000])
+def test_a_source_without_a_slot_is_refused(weights: list[float]) -> None:
+    """Also of more sources than slots, in a second: no share sums all the weights again."""
+    with pytest.raises(
+        DataError, match=r"source \d+ has weight .*, a share of .*, and the least is 1 / 65,536; raise it, or drop the source"
+    ):
+        slot_counts(weights)
+
+
+def test_extreme_weights_that_have_slots() -> None:
+    assert slot_counts([1e-300, 3e-300]) == [1, 3]
+    assert slot_counts([1.7e308] * 3) == [1, 1, 1]
+    for weight in (float("inf"), float("nan"), 0.0):
+        with pytest.raises(DataError, match=r"source 1 has weight .*, and a weight is a positive, finite number"):
+            slot_counts([1.0, weight])
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),

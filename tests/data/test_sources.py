@@ -62,6 +62,13 @@ def test_missing_or_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sourc
         sources.parts(0, source, 100)
 
 
+@pytest.mark.parametrize("pattern", ["/abs/*", "", "**.txt"])
+def test_a_pattern_that_is_none(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(DataError, match=r"`pattern` is .*, which is no pattern of files below `path` .*; write one relative to `path`"):
+        sources.parts(0, Source(kind="text", path=str(tmp_path), pattern=pattern), 100)
+
+
 @pytest.mark.parametrize("shard_bytes", [1, 7, 100, 1000, 1 << 20])
 def test_jsonl_cut_anywhere_gives_every_line_once(tmp_path: Path, shard_bytes: int) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)

@@ -58,6 +58,11 @@ def test_each_operation_has_a_kernel_and_a_reason():
     assert {choice.kernel for choice in made("kernels=reference").kernels} == {"reference"}
 
 
+def test_a_compiled_run_leaves_the_fusing_to_the_compiler():
+    chosen = {choice.op: choice.kernel for choice in made("train.compile=true").kernels}
+    assert (chosen["rms_norm"], chosen["attention"], chosen["linear_cross_entropy"]) == ("reference", "sdpa", "chunked")
+
+
 def test_operations_are_those_of_the_kernels():
     from dataclasses import fields
 
