@@ -11,8 +11,10 @@ So whatever drifts (clocks, heat, neighbours) hits all alike, and ratios are tak
 compilation included, that count for nothing but the loss curves. All stay on the device meanwhile, with weights and moments: what does not fit together
 is a line that says so, and --providers chooses fewer.
 
-The recipe's optimizer becomes AdamW with decaying embeddings, which is what the peers can do, with the recipe's rates, schedule and clip. Rows are those
-of our loader in its order, but each row is one document for everybody: no mask at documents' borders. Everybody reports its loss once a round.
+The recipe's optimizer becomes AdamW with decaying embeddings, which is what the peers can do, with the recipe's schedule and clip, and its rate unless
+it is a recipe for Muon: that rate is for embeddings, and for matrices so high that rounding errors grow a hundredfold in ten steps, so it becomes 1e-3
+(--set optim.lr= overrides). Rows are those of our loader in its order, but each row is one document for everybody: no mask at documents' borders.
+Everybody reports its loss once a round.
 
 Columns: tokens/s is the median of the rounds, with the 20th and 80th percentile; MFU is plan.flops_per_token x tokens/s over the fastest square matrix
 product of the same dtype, measured in the same rounds; peak memory is CUDA's max_memory_allocated, or on a CPU the process's largest RSS less its RSS
@@ -53,6 +55,7 @@ DEFAULT = (
     "trainer+liger", "trainer-bf16+liger", "litgpt", "torchtitan",
 )  # fmt: skip
 
+MUON_LR = 1e-3
 # Heading of the printed table: column of the CSV file, and format.
 SHOWN = {
     "provider": ("provider", ""),
@@ -549,9 +552,9 @@ def prepare(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan
     forced = ["optim.name=adamw", "optim.decay_embeddings=true", "report.trackers=[]", f"report.every={options.settle + options.steps}"]
     if options.precision:
         forced.append(f"train.precision={options.precision}")
-    planned, compiled = (
-        plan(load.recipe(options.recipe, [*options.set, *forced, f"train.compile={word}"]), options.site) for word in ("false", "true")
-    )
+    muon = load.recipe(options.recipe, options.set).optim.name == "muon"
+    sets = [*([f"optim.lr={MUON_LR}"] if muon else []), *options.set, *forced]  # the last one counts
+    planned, compiled = (plan(load.recipe(options.recipe, [*sets, f"train.compile={word}"]), options.site) for word in ("false", "true"))
     if planned.loss.z_loss:
         raise RunError(f"loss.z_loss {planned.loss.z_loss} has no counterpart in the peers; --set loss.z_loss=0.0")
     if planned.batch % planned.microbatch:
@@ -745,6 +748,7 @@ def _table(plan: Plan, peers: list[Peer], ceiling: float, options: argparse.Name
             "microbatch": plan.microbatch,
             "sequence": plan.sequence,
             "data": options.data,
+            "lr": plan.optim.lr,
             "steps": len(peer.losses),
             "rounds": f"{options.rounds}x({options.settle}+{options.steps})",
             "tokens_per_s": round(middle, 1),
@@ -825,7 +829,7 @@ def show(found: dict[str, Any]) -> None:
         one = rows[0]
         console.print(
             f"{one['device']}, {one['threads']} threads, load {one['load']}; {one['architecture']}, {one['parameters']:,} parameters; "
-            f"batch {one['batch']} x {one['sequence']}, microbatch {one['microbatch']}; rounds {one['rounds']}; data {one['data']}; "
+            f"batch {one['batch']} x {one['sequence']}, microbatch {one['microbatch']}; rounds {one['rounds']}; lr {one['lr']:g}; data {one['data']}; "
             f"matrix product {one['ceiling_tflops']:.3g} TFLOP/s"
         )
     table = Table(box=None)
@@ -882,14 +886,14 @@ def main(arguments: list[str] | None = None) -> int:
         if min(options.rounds, options.steps, options.warmup, options.settle + 1) < 1:
             raise RunError("--rounds, --steps and --warmup must be at least 1, and --settle at least 0")
         found = measure(options, lambda text: print(text, file=sys.stderr, flush=True))
-        append(found["rows"], options.out)
+        if options.json:
+            print(json.dumps(found))
+        else:
+            show(found)
+        append(found["rows"], options.out)  # last: what was measured is seen even if the file refuses it
     except GigatrainError as failure:
         print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
         return failure.exit_code
-    if options.json:
-        print(json.dumps(found))
-    else:
-        show(found)
     return 0
 
 

@@ -14,7 +14,6 @@ from gigatrain.errors import RunError
 from gigatrain.models import hf
 from gigatrain.observe.display import Display
 
-
 MARK = "gigatrain.json"  # which run, step and plan an export is of
 
 

@@ -42,7 +42,8 @@ def generate(
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
-        ).to(device)
+        )
+        model.to(device)
     except (OSError, ValueError, SafetensorError) as failure:
         raise RunError(f"{folder} cannot be loaded: {str(failure).splitlines()[0][:300]}") from None
     inputs = tokenizer(prompt, return_tensors="pt").to(device)

@@ -151,7 +151,9 @@ def _move_aside(folder: Path) -> None:
     try:
         folder.rename(target)
     except OSError as failure:
-        raise RunError(f"{folder} cannot be moved to {target}: {failure.strerror}; move it yourself, or name another folder with --run") from None
+        raise RunError(
+            f"{folder} cannot be moved to {target}: {failure.strerror}; move it yourself, or name another folder with --run"
+        ) from None
 
 
 @contextlib.contextmanager

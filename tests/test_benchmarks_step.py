@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gigatrain.data.loader import Batches
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "step.py"
 
 
@@ -44,14 +46,15 @@ HARD = [
 ]
 
 
-def test_trainer_in_fp32_has_the_losses_of_gigatrain(step, tiny, capsys, tmp_path):
+def test_trainer_in_fp32_has_the_losses_of_gigatrain_and_a_failure_is_a_line(step, tiny, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(step.PROVIDERS, "broken", None)  # here, but not in its worker
     sets = [word for key in HARD for word in ("--set", key)]
     sizes = ["--warmup", 2, "--rounds", 2, "--settle", 1, "--steps", 3, "--precision", "fp32"]
-    names = ["--providers", "gigatrain,trainer,trainer-bf16,torchtitan"]
-    status, found, _ = run(step, capsys, "--recipe", tiny, *sets, *sizes, *names, "--out", tmp_path / "step.csv")
+    names = ["--providers", "broken,gigatrain,trainer,trainer-bf16,torchtitan"]
+    out = tmp_path / "step.csv"
+    status, found, said = run(step, capsys, "--recipe", tiny, *sets, *sizes, *names, "--out", out)
     assert status == 0
     assert found
-    assert list(found["failed"]) == ["trainer-bf16", "torchtitan"]
     ours, theirs = found["losses"]["gigatrain"], found["losses"]["trainer"]
     assert len(ours) == len(theirs) == 2 + 2 * (1 + 3)
     assert all(abs(a - b) < 1e-4 * a for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
@@ -65,34 +68,30 @@ def test_trainer_in_fp32_has_the_losses_of_gigatrain(step, tiny, capsys, tmp_pat
     assert math.isclose(row["mfu_pct"], 100 * row["tflops"] / row["ceiling_tflops"], rel_tol=0.1)  # of rounded numbers
     assert row["steps"] == len(ours)
     assert row["peak_mib"] > 0
-    with (tmp_path / "step.csv").open(newline="") as file:
+    with out.open(newline="") as file:
         assert [line["provider"] for line in csv.DictReader(file)] == ["gigatrain", "trainer"]
-
-
-def test_a_provider_that_fails_is_a_line_and_the_others_go_on(step, tiny, capsys, tmp_path, monkeypatch):
-    prepare = step.prepare
-
-    def broken(*words):
-        planned, job = prepare(*words)
-        return planned, {**job, "initial": str(tmp_path / "nowhere")}  # where peers find their weights; ours are in the plan
-
-    monkeypatch.setattr(step, "prepare", broken)
-    monkeypatch.setattr(step, "unavailable", lambda *_: None)  # litgpt fails at its import, or, where it is installed, without weights
-    out = tmp_path / "step.csv"
-    sizes = ["--data", "random", "--warmup", 1, "--rounds", 1, "--settle", 0, "--steps", 1]
-    status, found, said = run(step, capsys, "--recipe", tiny, *sizes, "--providers", "litgpt,gigatrain", "--out", out)
-    assert status == 0
-    assert found
-    assert list(found["failed"]) == ["litgpt"]
-    assert "litgpt FAILED: " in said
-    (row,) = found["rows"]
-    assert row["provider"] == "gigatrain"
-    assert row["ratio_to_trainer"] is None
-    assert abs(row["loss_first"] - math.log(320)) < 0.1  # random tokens of a vocabulary of 320
-    step.show(found)
-    assert "litgpt: " in capsys.readouterr().out
     with pytest.raises(step.RunError, match=r"other columns \(mfu_pct\)"):
         step.append([{key: value for key, value in row.items() if key != "mfu_pct"}], out)
+
+    assert list(found["failed"]) == ["broken", "trainer-bf16", "torchtitan"]
+    assert "broken FAILED: KeyError: 'broken'" in said
+    step.show(found)
+    shown = capsys.readouterr().out
+    assert all(
+        name in shown for name in ("gigatrain", "trainer", "broken: KeyError", "trainer-bf16: bf16 weights", "torchtitan: no adapter")
+    )
+
+
+def test_random_rows_are_one_document_of_the_whole_vocabulary(step, tiny, tmp_path):
+    planned = step.plan(step.load.recipe(tiny), step.load.site("laptop"))
+    corpus = step._random_corpus(tmp_path / "random", planned, 5)
+    batches = Batches(corpus, sequence=planned.sequence, packing="stream", batch=planned.batch, seed=0, prefetch=0)
+    parts = [batches.make(position).microbatches[0] for position in range(0, 5 * planned.batch, planned.batch)]
+    assert all(part.documents is None for part in parts)
+    tokens = torch.cat([part.tokens for part in parts])
+    assert tokens.min() >= 0
+    assert tokens.max() < 320
+    assert len(tokens.unique()) > 200
 
 
 def test_what_the_peers_cannot_share_is_refused(step, tiny, capsys, tmp_path):

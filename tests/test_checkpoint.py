@@ -136,7 +136,6 @@ def test_a_checkpoint_of_another_run_or_plan_is_refused_by_name(saves):
         reopened(saves, plan_sha256="q" * 64).latest()
 
 
-
 def test_other_tensors_shapes_or_types_are_refused_by_name(saves):
     saves.save(1, state(1), {})
     found, _ = saves.latest()

@@ -14,7 +14,12 @@ COMMANDS = [[], ["train"], ["plan"], ["recipes"], ["sites"], ["data"], ["data", 
 
 def ran(*arguments, cwd=None, code=0):
     ended = subprocess.run(
-        [sys.executable, "-m", "gigatrain", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False, env=os.environ | {"COLUMNS": "140"}
+        [sys.executable, "-m", "gigatrain", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+        env=os.environ | {"COLUMNS": "140"},
     )
     assert ended.returncode == code, ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
@@ -112,7 +117,12 @@ def test_an_export_replaces_an_export_and_nothing_else(tiny, tmp_path, capsys):
     assert [path.name for path in mine.iterdir()] == ["config.json"]
     for _ in range(2):
         printed(capsys, "export", tmp_path / "run", tmp_path / "model")
-    assert {path.name for path in (tmp_path / "model").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json", "gigatrain.json"}
+    assert {path.name for path in (tmp_path / "model").iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "gigatrain.json",
+    }
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

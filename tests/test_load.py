@@ -162,8 +162,15 @@ def test_the_schema_accepts_what_the_loader_accepts_and_nothing_unknown(path):
     jsonschema.validate(tomllib.loads(load.recipes()["quickstart"].read_text()), schema)
     for architecture in ("llama-3.1-8b", {"base": "llama-3.1-8b", "layers": 2}):
         jsonschema.validate(tree | {"model": {"architecture": architecture}}, schema)
-        load.architecture(load.recipe(path, [f"model.architecture={json.dumps(architecture) if isinstance(architecture, str) else 'llama-3.1-8b'}"]).model)
-    for wrong in ({"modle": {}}, {"model": {"architecture": "llama-3.1-8"}}, {"optim": {"lr": 0}}, {"model": {"form": "x", "architecture": "llama-3.1-8b"}}):
+        load.architecture(
+            load.recipe(path, [f"model.architecture={json.dumps(architecture) if isinstance(architecture, str) else 'llama-3.1-8b'}"]).model
+        )
+    for wrong in (
+        {"modle": {}},
+        {"model": {"architecture": "llama-3.1-8"}},
+        {"optim": {"lr": 0}},
+        {"model": {"form": "x", "architecture": "llama-3.1-8b"}},
+    ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(tree | wrong, schema)
 

@@ -152,7 +152,8 @@ def plan(recipe: Recipe, site: Site) -> Plan:
     if site.memory_bytes is not None and memory.total > site.memory_bytes:
         raise PlanError(
             f"the run needs {gib(memory.total)} on {site.name}, which has {gib(site.memory_bytes)}: weights {gib(memory.weights)}, "
-            f"gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}, activations about {gib(memory.activations)}, workspace about {gib(memory.workspace)}; "
+            f"gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}, activations about {gib(memory.activations)}, "
+            f"workspace about {gib(memory.workspace)}; "
             'lower train.microbatch or train.sequence, or set train.recompute = "full"'
         )
     return Plan(
@@ -210,7 +211,9 @@ def _kernels(recipe: Recipe, site: Site, architecture: Architecture) -> tuple[Ch
     chosen["linear_cross_entropy"] = ("chunked", "never holds all logits")
     if recipe.train.compile:
         soft = architecture.attention_softcap is not None
-        chosen["attention"] = ("reference", "train.compile, with a soft-cap") if soft else ("sdpa", "train.compile: torch's fused attention")
+        chosen["attention"] = (
+            ("reference", "train.compile, with a soft-cap") if soft else ("sdpa", "train.compile: torch's fused attention")
+        )
     elif site.device == "cpu" and recipe.train.precision == "bf16" and recipe.train.sequence <= 2048:
         chosen["attention"] = ("blocked", "in bf16 on a CPU twice as fast as torch's up to 2,048 tokens")
     elif architecture.attention_softcap is not None:

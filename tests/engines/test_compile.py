@@ -12,7 +12,15 @@ pytestmark = pytest.mark.long
 
 
 def losses(tiny, folder, *overrides):
-    settings = ("export=false", "train.batch=5", "train.microbatch=3", "train.sequence=48", "train.steps=6", "validation.every=3", *overrides)
+    settings = (
+        "export=false",
+        "train.batch=5",
+        "train.microbatch=3",
+        "train.sequence=48",
+        "train.steps=6",
+        "validation.every=3",
+        *overrides,
+    )
     assert loop.train(plan(load.recipe(tiny, settings), load.site("laptop")), folder) is not None
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line.get("loss", line.get("val_loss")) for line in lines]

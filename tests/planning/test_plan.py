@@ -44,7 +44,14 @@ def test_what_is_only_watched_or_kept_is_no_part_of_the_identity():
     for override in ("report.every=7", "report.trackers=[]", "checkpoint.keep=9", "sample.tokens=3", "data.folder=/x", "max_bad_steps"):
         other = made(override if "=" in override else "train.max_bad_steps=3")
         assert (other.identity == first.identity, other.sha256 == first.sha256) == (True, False), override
-    for override in ("train.seed=1", "train.steps=7", "optim.lr=1e-3", "data.validation=0.1", "data.packing=document", "train.deterministic=true"):
+    for override in (
+        "train.seed=1",
+        "train.steps=7",
+        "optim.lr=1e-3",
+        "data.validation=0.1",
+        "data.packing=document",
+        "train.deterministic=true",
+    ):
         assert made(override).identity != first.identity, override
 
 
