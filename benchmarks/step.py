@@ -34,6 +34,7 @@ import os
 import platform
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -246,7 +247,7 @@ def trainer(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
         max_steps=len(tokens) // plan.batch,
         per_device_train_batch_size=plan.microbatch,
         gradient_accumulation_steps=plan.accumulation,
-        gradient_checkpointing=plan.recompute == "full",
+        **({"gradient_checkpointing": True} if plan.recompute == "full" else {}),  # newer versions warn of the name
         optim="adamw_torch_fused",
         learning_rate=plan.optim.lr,
         weight_decay=plan.optim.weight_decay,
@@ -869,6 +870,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.worker:
         work()
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers and files go too
     options.site, options.why = load.local_site()
     gpu = options.site.device == "cuda"
     sizes = {
