@@ -242,12 +242,13 @@ def trainer(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_log = gate.last
 
+    more: dict[str, Any] = {"gradient_checkpointing": True} if plan.recompute == "full" else {}  # newer versions warn of the name
     settings = transformers.TrainingArguments(
         output_dir=job["folder"],
         max_steps=len(tokens) // plan.batch,
         per_device_train_batch_size=plan.microbatch,
         gradient_accumulation_steps=plan.accumulation,
-        **({"gradient_checkpointing": True} if plan.recompute == "full" else {}),  # newer versions warn of the name
+        **more,
         optim="adamw_torch_fused",
         learning_rate=plan.optim.lr,
         weight_decay=plan.optim.weight_decay,

@@ -41,7 +41,11 @@ def train(plan: Plan, folder: Path, *, start: run.Start = "auto", display: Displ
     began = time.monotonic()
     with display, run.opened(plan, folder, start) as (this, resumes):
         corpus = _corpus(plan, this, resumes, display)
-        display.line(f"  data     {', '.join(corpus.describe()[:1])}; {plan.tokens / max(1, corpus.totals('train')['tokens']):.2f} epochs")
+        train_on, held = corpus.totals("train"), corpus.totals("validation")
+        display.line(
+            f"  data     {train_on['documents']:,} documents, {train_on['tokens']:,} tokens, read {plan.tokens / train_on['tokens']:.2f} times; "
+            f"{held['documents']:,} documents held out"
+        )
         try:
             summary = _steps(plan, folder, this, resumes, corpus, display, began)
         except torch.OutOfMemoryError as failure:
