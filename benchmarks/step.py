@@ -871,7 +871,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.worker:
         work()
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers and files go too
     options.site, options.why = load.local_site()
     gpu = options.site.device == "cuda"
     sizes = {
@@ -901,4 +900,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers and files go too
     sys.exit(main())
