@@ -74,7 +74,8 @@ class Display:
             + f"; {plan.steps:,} steps = {plan.tokens:,} tokens; {plan.optim.name}, {plan.schedule.kind}, peak lr {plan.optim.lr:g}"
         )
         chosen = ", ".join(f"{choice.op} {choice.kernel}" for choice in plan.kernels if choice.kernel != "reference") or "all reference"
-        self.line(f"  site     {plan.site} ({why}); {plan.precision} on {plan.device}, about {gib(plan.memory.total)}; kernels: {chosen}")
+        self.line(f"  site     {plan.site} ({why}); {plan.precision} on {plan.device}, about {gib(plan.memory.total)}")
+        self.line(f"  kernels  {chosen}")
 
     def plan_details(self, plan: Plan) -> None:
         """Memory by part, and every kernel with the reason for it."""
