@@ -136,7 +136,8 @@ def _steps(
                 save()
                 metrics.clock.restart()
         save(must=True)
-        if this.step < plan.steps:
+        unvalidated = held is not None and metrics.validated < plan.steps  # a signal cut the last validation short
+        if this.step < plan.steps or unvalidated:
             display.line(f"{health.signal}: saved at step {this.step} of {plan.steps}; go on with --resume --run {folder}")
             return None
         this.elapsed_s = before

@@ -340,24 +340,30 @@ def test_a_save_that_a_signal_asked_for_and_the_disk_refused_is_no_success(tiny,
         trained(tiny, tmp_path / "run")
 
 
-def test_a_signal_within_a_validation_saves_first_and_the_resume_validates(tiny, undisturbed, tmp_path):
+@pytest.mark.parametrize("step", [5, 12])
+def test_a_signal_within_a_validation_saves_first_and_the_resume_validates(tiny, undisturbed, tmp_path, step):
+    """Also within the last one, whose numbers the summary would else take from the one before."""
     folder = tmp_path / "run"
 
     def interrupted():
         evaluate = Native.evaluate
 
         def evaluating(self, microbatches):
-            os.kill(os.getpid(), signal.SIGTERM)
+            if int(self.state()["optimizer"]["steps"]) == step:
+                os.kill(os.getpid(), signal.SIGTERM)
             return evaluate(self, microbatches)
 
         Native.evaluate = evaluating  # type: ignore[method-assign]
         assert trained(tiny, folder, start="new") is None
 
     assert waited(in_child(interrupted)) == 0
-    assert run.checkpoints(folder).latest()[0].step == 5
-    assert not [window for window in windows(folder) if "val_loss" in window]
-    trained(tiny, folder, start="resume")
+    assert run.checkpoints(folder).latest()[0].step == step
+    assert not [window for window in windows(folder) if "val_loss" in window and window["step"] == step]
+    assert not (folder / "summary.json").exists()
+    summary = trained(tiny, folder, start="resume")
     assert windows(folder) == windows(undisturbed[0])
+    for key in ("val_loss", "bits_per_byte", "weights_sha256"):
+        assert summary[key] == undisturbed[1][key]
 
 
 def test_foreign_folders_among_the_checkpoints_disturb_nothing(tiny, undisturbed, tmp_path):

@@ -201,7 +201,7 @@ def gib(count: int) -> str:
 
 
 def _kernels(recipe: Recipe, site: Site, architecture: Architecture) -> tuple[Choice, ...]:
-    """The implementation of each operation, by rules that were measured (benchmarks/LOG.md), with the reason."""
+    """The implementation of each operation, by rules measured on a CPU (benchmarks/LOG.md; on CUDA they await it), with the reason."""
     if recipe.kernels == "reference":
         return tuple(Choice(op=op, kernel="reference", why='the recipe says kernels = "reference"') for op in OPERATIONS)
     chosen: dict[str, tuple[str, str]] = dict.fromkeys(OPERATIONS, ("reference", "nothing faster is shipped yet"))
@@ -215,7 +215,7 @@ def _kernels(recipe: Recipe, site: Site, architecture: Architecture) -> tuple[Ch
             ("reference", "train.compile, with a soft-cap") if soft else ("sdpa", "train.compile: torch's fused attention")
         )
     elif site.device == "cpu" and recipe.train.precision == "bf16" and recipe.train.sequence <= 2048:
-        chosen["attention"] = ("blocked", "in bf16 on a CPU twice as fast as torch's up to 2,048 tokens")
+        chosen["attention"] = ("blocked", "in bf16 on a CPU twice as fast as torch's, at 256 and 1,024 tokens")
     elif architecture.attention_softcap is not None:
         chosen["attention"] = ("blocked", "torch's fused attention has no soft-cap")
     else:
