@@ -41,3 +41,9 @@ class RunError(GigatrainError):
     """The run cannot start or go on: the folder is taken, the loss is not finite, a device is missing."""
 
     exit_code = 7
+
+
+class KernelError(GigatrainError):
+    """A fused kernel cannot run these inputs here; the reference of the same operation can."""
+
+    exit_code = 8

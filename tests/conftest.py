@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import interpreter  # noqa: F401 (kernels run in Triton's interpreter, corrected; before anything imports triton)
 import pytest
 
 TINY = """

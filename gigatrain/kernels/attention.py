@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gigatrain.kernels import launch
+
 # (batch, tokens, heads, kv_heads, head_dim, window, documents, softcap, dtype)
 CASES = [
     (*shape, window, documents, softcap, dtype)
@@ -29,6 +31,7 @@ CASES = [
         (3, True, 5.0),
     )
 ]
+SIZES = [(1, 8192, 32, 8, 128, None, False, None, torch.bfloat16), (4, 2048, 32, 8, 64, None, False, None, torch.bfloat16)]
 
 
 @dataclass(frozen=True)
@@ -178,3 +181,25 @@ def blocked(q_bthd: Tensor, k_btkd: Tensor, v_btkd: Tensor, mask: Mask, *, scale
 
 
 attention = sdpa
+
+
+def _sample(case: Any, device: str) -> launch.Sample:
+    b, t, h, k, d, window, documents, softcap, dtype = case
+    rows = torch.randint(0, 3, (b, t), device=device).sort(-1).values.int() if documents else None
+
+    def call(f: Any, *qkv: Tensor) -> Any:
+        return f(*qkv, mask(rows, window, t, qkv[0].dtype, qkv[0].device), scale=d**-0.5, softcap=softcap)
+
+    return [torch.randn(b, t, heads, d, dtype=dtype, device=device) for heads in (h, k, k)], call
+
+
+def _traffic(case: Any) -> launch.Traffic:
+    """Of causal attention over whole samples: half the square, two products forward and five backward."""
+    b, t, h, k, d, *_, dtype = case
+    product, inputs = b * h * t * t * d, b * t * d * (2 * h + 2 * k) * dtype.itemsize
+    return launch.Traffic(inputs, 2 * inputs, 2 * product, 5 * product)
+
+
+OPERATIONS = {
+    "attention": launch.Operation({"reference": reference, "sdpa": sdpa, "blocked": blocked}, CASES, SIZES, _sample, _traffic),
+}

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gigatrain.kernels import launch
+
 IGNORE = -100
 # (tokens, channels, vocabulary, softcap, scale, z_loss, dtype)
 CASES = [
@@ -23,6 +25,9 @@ CASES = [
     for shape in ((64, 32, 96), (33, 17, 31), (1, 8, 3))
     for softcap, scale, z_loss in ((None, 1.0, 0.0), (5.0, 1.0, 0.0), (None, 0.125, 1e-2), (3.0, 0.5, 1e-3))
 ]
+
+
+SIZES = [(8192, 4096, 128256, None, 1.0, 0.0, torch.bfloat16), (8192, 2048, 128256, None, 1.0, 0.0, torch.bfloat16)]
 
 
 def reference(
@@ -146,3 +151,23 @@ def chunked(
 
 
 linear_cross_entropy = chunked
+
+
+def _sample(case: Any, device: str) -> launch.Sample:
+    n, h, v, softcap, scale, z_loss, dtype = case
+    labels = torch.randint(0, v, (n,), device=device)
+    if n > 1:
+        labels[:: max(1, n // 5)] = IGNORE
+
+    def call(f: Any, x: Tensor, w: Tensor) -> Any:
+        return f(x, w, labels, softcap=softcap, scale=scale, z_loss=z_loss)
+
+    return [torch.randn(n, h, dtype=dtype, device=device), torch.randn(v, h, dtype=dtype, device=device) * 0.5], call
+
+
+def _traffic(case: Any) -> launch.Traffic:
+    n, h, v, *_, dtype = case
+    return launch.Traffic((n * h + v * h) * dtype.itemsize, (n * h + v * h) * dtype.itemsize, 2.0 * n * h * v, 4.0 * n * h * v)
+
+
+OPERATIONS = {"linear_cross_entropy": launch.Operation({"reference": reference, "chunked": chunked}, CASES, SIZES, _sample, _traffic)}

@@ -7,17 +7,9 @@ from typing import Any
 from gigatrain.errors import PlanError
 from gigatrain.kernels import attention, geglu, linear_cross_entropy, qk_norm_rope, rms_norm, rope, swiglu, xielu
 
-_CHOICES: dict[str, dict[str, Callable[..., Any]]] = {
-    "rms_norm": {"reference": rms_norm.reference, "lean": rms_norm.lean},
-    "add_rms_norm": {"reference": rms_norm.add_reference, "lean": rms_norm.add_lean},
-    "rope": {"reference": rope.reference, "lean": rope.lean},
-    "qk_norm_rope": {"reference": qk_norm_rope.reference, "lean": qk_norm_rope.lean},
-    "swiglu": {"reference": swiglu.reference},
-    "geglu": {"reference": geglu.reference},
-    "xielu": {"reference": xielu.reference},
-    "attention": {"reference": attention.reference, "sdpa": attention.sdpa, "blocked": attention.blocked},
-    "linear_cross_entropy": {"reference": linear_cross_entropy.reference, "chunked": linear_cross_entropy.chunked},
-}
+MODULES = (rms_norm, rope, qk_norm_rope, swiglu, geglu, xielu, attention, linear_cross_entropy)
+# Every operation of every kernel file, by name; those that are a field of `Ops` can be chosen for a model.
+OPERATIONS = {name: operation for module in MODULES for name, operation in module.OPERATIONS.items()}
 
 
 @dataclass(frozen=True)
@@ -37,7 +29,7 @@ class Ops:
 
 def available() -> dict[str, tuple[str, ...]]:
     """The implementations of each operation, by name; the first is the reference."""
-    return {op: tuple(implementations) for op, implementations in _CHOICES.items()}
+    return {field.name: tuple(OPERATIONS[field.name].versions) for field in fields(Ops)}
 
 
 def choose(kernels: Mapping[str, str]) -> Ops:
@@ -45,14 +37,15 @@ def choose(kernels: Mapping[str, str]) -> Ops:
 
     Raises `PlanError` for an operation or an implementation that does not exist.
     """
-    if unknown := sorted(set(kernels) - set(_CHOICES)):
-        raise PlanError(f"no operation is called {', '.join(unknown)}; there are {', '.join(_CHOICES)}")
+    known = available()
+    if unknown := sorted(set(kernels) - set(known)):
+        raise PlanError(f"no operation is called {', '.join(unknown)}; there are {', '.join(known)}")
     chosen = {}
-    for op in (f.name for f in fields(Ops)):
+    for op, names in known.items():
         name = kernels.get(op, "reference")
-        if name not in _CHOICES[op]:
-            raise PlanError(f"{op} has no implementation {name!r}; choose one of {', '.join(_CHOICES[op])}")
-        chosen[op] = _CHOICES[op][name]
+        if name not in names:
+            raise PlanError(f"{op} has no implementation {name!r}; choose one of {', '.join(names)}")
+        chosen[op] = OPERATIONS[op].versions[name]
     return Ops(**chosen)
 
 

@@ -13,13 +13,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# (batch, tokens, heads, kv_heads, head_dim, rotary channels, interleaved, dtype)
+from gigatrain.kernels import launch
+
+# (tokens, batch, heads, kv_heads, head_dim, rotary channels, interleaved, rows of cos and sin: 1 or batch, cos and sin in fp32, dtype)
 CASES = [
-    (b, t, h, k, d, r, interleaved, dtype)
+    (t, b, h, k, d, r, interleaved, rows, wide, dtype)
     for dtype in (torch.float32, torch.bfloat16)
     for interleaved in (False, True)
-    for b, t, h, k, d, r in ((2, 8, 4, 2, 16, 16), (1, 7, 3, 1, 6, 6), (3, 5, 2, 2, 12, 8), (2, 1, 1, 1, 2, 2))
+    for t, b, h, k, d, r in ((8, 2, 4, 2, 16, 16), (7, 1, 3, 1, 6, 6), (5, 3, 2, 2, 12, 8), (1, 2, 1, 1, 2, 2))
+    for rows, wide in ((1, False), (b, False), (b, True))
 ]
+SIZES = [(8192, 1, 32, 8, 128, 128, False, 1, False, torch.bfloat16), (8192, 1, 32, 8, 64, 64, False, 1, False, torch.bfloat16)]
 
 
 def turn(x_bthd: Tensor, cos_btr: Tensor, sin_btr: Tensor, interleaved: bool) -> Tensor:
@@ -77,3 +81,29 @@ def lean(q_bthd: Tensor, k_btkd: Tensor, cos_btr: Tensor, sin_btr: Tensor, inter
 
 
 rope = lean
+
+
+def angles(rows: int, tokens: int, pairs: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """Random cos_btr and sin_btr, for samples."""
+    angle = torch.randn(rows, tokens, pairs, dtype=torch.float64, device=device) * 3
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _sample(case: Any, device: str) -> launch.Sample:
+    t, b, h, k, d, r, interleaved, rows, wide, dtype = case
+    cos, sin = angles(rows, t, r // 2, torch.promote_types(dtype, torch.float32) if wide else dtype, device)
+
+    def call(f: Any, q: Tensor, key: Tensor) -> Any:
+        exact = q.dtype == torch.float64
+        return f(q, key, cos.double() if exact else cos, sin.double() if exact else sin, interleaved)
+
+    return [torch.randn(b, t, heads, d, dtype=dtype, device=device) for heads in (h, k)], call
+
+
+def _traffic(case: Any) -> launch.Traffic:
+    t, b, h, k, d, r, _, rows, wide, dtype = case
+    moved = 2 * b * t * (h + k) * d * dtype.itemsize + rows * t * r * (4 if wide else dtype.itemsize)
+    return launch.Traffic(moved, moved)
+
+
+OPERATIONS = {"rope": launch.Operation({"reference": reference, "lean": lean}, CASES, SIZES, _sample, _traffic)}

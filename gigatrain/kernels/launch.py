@@ -1,0 +1,264 @@
+"""What every fused kernel stands on: Triton where it is installed, launches that can be recorded, configuration tables, torch operators.
+
+Triton is an optional import: without it the references and the lean versions work, and `missing` says why the fused ones do not.
+`TRITON_INTERPRET=1`, set before the first import of triton, runs every kernel on CPU tensors in Triton's interpreter.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Absent:
+    """Stands where Triton's names stand in a kernel file, so that the file can be imported without it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self
+
+
+# Multiply-add fusion is named, since triton 3.10 changes its default: unfused, a kernel would round twice where it now rounds once.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+try:
+    import triton
+    import triton.language as tl
+
+    INSTALLED = True
+    INTERPRETED = bool(triton.knobs.runtime.interpret)
+except ImportError:
+    triton: Any = _Absent()
+    tl: Any = triton
+    INSTALLED = INTERPRETED = False
+
+WIDE_WARPS = torch.version.hip is not None  # 64 threads, where a program may have 1,024
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+TABLES = Path(__file__).parent / "tables"
+
+
+Sample = tuple[list[Tensor], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The least that an operation must move and compute: bytes of HBM and floating-point operations, forward and backward."""
+
+    forward_bytes: float = 0.0
+    backward_bytes: float = 0.0
+    forward_flops: float = 0.0
+    backward_flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a kernel file offers to `Ops`, to the tests, to the benchmarks and to the compiler: nothing else knows an operation by name.
+
+    `versions` holds every implementation by name, `reference` first. `cases` are small and odd, `sizes` are what is trained with; both are tuples that
+    end with the dtype and begin with a count (tokens, mostly) that may be cut without changing what is compiled. `sample(case, device)` draws the
+    tensors that get gradients, and returns with them `call(version, *tensors) -> outputs`; a call casts its constant tensors to fp64 where the first
+    of the given tensors is fp64. `traffic(case)` counts the floor.
+    """
+
+    versions: Mapping[str, Callable[..., Any]]
+    cases: Sequence[tuple[Any, ...]]
+    sizes: Sequence[tuple[Any, ...]]
+    sample: Callable[..., Sample]
+    traffic: Callable[..., Traffic]
+    differentiable: bool = True
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it would be made: the kernel, its arguments by name, and its options."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Launches are appended instead of made; tables and processor count are those of `device`."""
+
+    launches: list[Launch]
+    device: str
+    processors: int
+
+
+_recording: Recording | None = None
+
+
+@contextmanager
+def recorded(device: str, processors: int) -> Iterator[list[Launch]]:
+    """Within it no kernel runs: the list receives each launch, so that it can be compiled for a GPU that is not here. Outputs stay undefined."""
+    global _recording  # noqa: PLW0603
+    before, _recording = _recording, Recording([], device, processors)
+    try:
+        yield _recording.launches
+    finally:
+        _recording = before
+
+
+def launch(kernel: Any, grid: Sequence[int], *arguments: Any, warps: int = 4, stages: int = 1, **constants: Any) -> None:
+    """Run `kernel` on `grid` programs (none: nothing), on the device of its first argument. `constants` are its constexpr parameters."""
+    if _recording is not None:
+        named = dict(zip(kernel.arg_names, arguments, strict=False))
+        _recording.launches.append(Launch(kernel, named, constants, {"num_warps": warps, "num_stages": stages}))
+        return
+    if 0 in grid:
+        return
+    if WIDE_WARPS:
+        warps = min(warps, 16)
+    first = arguments[0]
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            kernel[tuple(grid)](*arguments, num_warps=warps, num_stages=stages, **constants)
+    else:
+        kernel[tuple(grid)](*arguments, num_warps=warps, num_stages=stages, **constants)
+
+
+def missing(tensor: Tensor) -> str | None:
+    """Why no Triton kernel can run on this tensor's device; None: one can."""
+    if not INSTALLED:
+        return 'triton is not installed: pip install "triton>=3.6"'
+    if tensor.is_cuda or _recording is not None or (INTERPRETED and tensor.device.type == "cpu"):
+        return None
+    return f"Triton kernels need a GPU, not {tensor.device.type} (TRITON_INTERPRET=1 interprets them on a CPU, for tests)"
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(tensor: Tensor) -> int:
+    """Streaming multiprocessors or compute units of the tensor's GPU; 3 in the interpreter, so that persistent programs take several turns."""
+    if _recording is not None:
+        return _recording.processors
+    return _processors(tensor.get_device()) if tensor.is_cuda else 3
+
+
+@functools.cache
+def _name(index: int) -> str:
+    return slug(torch.cuda.get_device_name(index))
+
+
+def slug(device: str) -> str:
+    """The file name of a device's table: `NVIDIA H200` is nvidia-h200."""
+    return "-".join(device.lower().replace("/", " ").split())
+
+
+@functools.cache
+def table(device: str) -> dict[str, Any]:
+    """The configurations of a device: its own file in tables/, else default.json. Form: {"found": how, "configs": {kernel: {size: {...}}}}."""
+    path = TABLES / f"{device}.json"
+    return json.loads((path if path.exists() else TABLES / "default.json").read_text())
+
+
+_forced: dict[str, dict[str, int]] = {}
+
+
+@contextmanager
+def forced(kernel: str, configuration: dict[str, int]) -> Iterator[None]:
+    """Within it `kernel` runs with this configuration whatever the tables say: tuning and tests try every one."""
+    before = dict(_forced)
+    _forced[kernel] = configuration
+    _nearest.cache_clear()
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+        _nearest.cache_clear()
+
+
+@functools.cache
+def _nearest(device: str, kernel: str, size: int) -> dict[str, int]:
+    if kernel in _forced:
+        return _forced[kernel]
+    sizes = table(device)["configs"].get(kernel) or table("default")["configs"][kernel]
+    return sizes[min(sizes, key=lambda known: abs(math.log(int(known) / max(1, size))))]
+
+
+def configuration(tensor: Tensor, kernel: str, size: int) -> dict[str, int]:
+    """The configuration of `kernel` for problems of about `size` (its table says of what), nearest in log space, on the tensor's device."""
+    if _recording is not None:
+        return _nearest(_recording.device, kernel, size)
+    return _nearest(_name(tensor.get_device()) if tensor.is_cuda else "default", kernel, size)
+
+
+def block(count: int) -> int:
+    """The power of two that holds `count` elements."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def rows(x_nd: Tensor) -> Tensor:
+    """x as [n, d] with unit stride along d: a view wherever the layout allows it, else a copy."""
+    x = x_nd.reshape(-1, x_nd.shape[-1]) if x_nd.shape[-1] else x_nd.new_empty(x_nd.shape[:-1].numel(), 0)
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+_LIBRARY = torch.library.Library("gigatrain", "FRAGMENT")
+
+
+def operator(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define `gigatrain::name` by its schema, with `run` on CPUs and GPUs and `fake` for shapes only; returns the operator.
+
+    On one EPYC core a call costs 26 us within an autograd.Function; torch.library.custom_op costs 45 (forward), and 142 against 71 with its backward.
+    """
+    name = schema[: schema.index("(")]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, device)
+    torch.library.register_fake(f"gigatrain::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.gigatrain, name).default
+
+
+def differentiable(op: Any, setup: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`op` with a gradient: `setup(ctx, inputs, output)` saves, `backward(ctx, *grads)` returns one gradient per input (grads may be None).
+
+    The operator carries its autograd for whoever calls or traces it; eager calls take the shorter way through one autograd.Function.
+    """
+    torch.library.register_autograd(op.name(), backward, setup_context=setup, lib=_LIBRARY)
+    direct = type(
+        f"_{op.name().split('::')[1]}",
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(op),
+            "setup_context": staticmethod(setup),
+            "backward": staticmethod(torch.autograd.function.once_differentiable(backward)),
+        },
+    )
+
+    def call(*inputs: Any) -> Any:
+        return op(*inputs) if torch.compiler.is_compiling() else direct.apply(*inputs)
+
+    return call
+
+
+@triton.jit
+def _column_sum(X, OUT, rows, columns, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        total += tl.load(X + row[:, None].to(tl.int64) * columns + at[None], mask=(row < rows)[:, None] & (at < columns)[None], other=0.0)
+    tl.store(OUT + at, tl.sum(total, 0).to(OUT.dtype.element_ty), mask=at < columns)
+
+
+def column_sum(parts_pd: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of contiguous fp32 partial sums [p, d] over p, in a fixed order, rounded once to `dtype`."""
+    out = torch.empty(parts_pd.shape[1], dtype=dtype, device=parts_pd.device)
+    launch(_column_sum, (-(-parts_pd.shape[1] // 128),), parts_pd, out, *parts_pd.shape, BLOCK=128, ROWS=16)
+    return out
