@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TABLE ?= benchmarks/results/compiled.csv
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: train test long check lint types install clean
+.PHONY: train test long compiled check lint types install clean
 
 train: $(VENV)/installed
 	$(BIN)/gigatrain train recipes/quickstart.toml
@@ -14,6 +15,10 @@ test: $(VENV)/tested
 
 long: $(VENV)/tested
 	$(PYTEST) -m long
+
+# Every fused kernel for GPUs that are not here: registers, spills, shared memory, 16-byte loads.
+compiled: $(VENV)/tested
+	$(BIN)/python -m gigatrain.kernels.compiled --csv $(TABLE)
 
 check: lint types test
 

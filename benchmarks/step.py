@@ -52,10 +52,17 @@ from gigatrain.errors import GigatrainError, RunError
 from gigatrain.planning.plan import Plan, plan
 
 DEFAULT = (
-    "gigatrain", "gigatrain+compile", "trainer", "trainer-bf16", "trainer+compile", "trainer-bf16+compile",
+    "gigatrain", "gigatrain+compile", "gigatrain+reference", "gigatrain+leanstate", "trainer", "trainer-bf16", "trainer+compile", "trainer-bf16+compile",
     "trainer+liger", "trainer-bf16+liger", "litgpt", "torchtitan",
 )  # fmt: skip
 
+# Ours with other keys of the recipe, by the provider's name after `gigatrain`: the compiler, plain torch for every operation, the smallest state.
+VARIANTS = {
+    "": [],
+    "compile": ["train.compile=true", "train.recompute=none"],
+    "reference": ["kernels=reference"],
+    "leanstate": ["optim.master=bf16+8", "optim.moments=int8"],
+}
 MUON_LR = 1e-3
 # Heading of the printed table: column of the CSV file, and format.
 SHOWN = {
@@ -444,8 +451,8 @@ def work() -> None:
     os.dup2(2, 1)  # what libraries print goes to the log
     job = json.loads(sys.stdin.readline())
     try:
-        kind = "compiled" if job["provider"] == "gigatrain" and "compile" in job["options"] else "plan"
-        found = load.read_json(Plan, job[kind], "the job's plan", RunError)
+        variant = "+".join(job["options"]) if job["provider"] == "gigatrain" else ""
+        found = load.read_json(Plan, job["plans"][variant], "the job's plan", RunError)
         assert isinstance(found, Plan)
         PROVIDERS[job["provider"]](job, found, pipe)
     except Over:
@@ -531,8 +538,12 @@ def unavailable(name: str, plan: Plan) -> str | None:
         return "not installed: pip install --no-deps liger-kernel"
     if base == "trainer-bf16" and plan.precision == "fp32":
         return "bf16 weights have no place in an fp32 run"
-    if base != "gigatrain" and plan.recompute == "selective":
-        return "has no selective recomputation; --set train.recompute=none or full"
+    if base == "gigatrain" and "+".join(options) not in VARIANTS:
+        return f"there are gigatrain{', gigatrain+'.join(VARIANTS)}"
+    if "leanstate" in options and plan.precision == "fp32":
+        return "a split master has no place in an fp32 run"
+    if base != "gigatrain" and plan.recompute in ("lean", "selective"):
+        return f"has no {plan.recompute} recomputation; --set train.recompute=none or full"
     if base == "litgpt":
         if not importlib.util.find_spec("litgpt"):
             return (
@@ -556,7 +567,11 @@ def prepare(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan
         forced.append(f"train.precision={options.precision}")
     muon = load.recipe(options.recipe, options.set).optim.name == "muon"
     sets = [*([f"optim.lr={MUON_LR}"] if muon else []), *options.set, *forced]  # the last one counts
-    planned, compiled = (plan(load.recipe(options.recipe, [*sets, f"train.compile={word}"]), options.site) for word in ("false", "true"))
+    planned = plan(load.recipe(options.recipe, [*sets, "train.compile=false"]), options.site)
+    asked = {name.partition("+")[2] for name in options.providers.split(",") if name.startswith("gigatrain+") and not unavailable(name, planned)}
+    plans = {"": planned} | {
+        variant: plan(load.recipe(options.recipe, [*sets, "train.compile=false", *VARIANTS[variant]]), options.site) for variant in asked
+    }
     if planned.loss.z_loss:
         raise RunError(f"loss.z_loss {planned.loss.z_loss} has no counterpart in the peers; --set loss.z_loss=0.0")
     if planned.batch % planned.microbatch:
@@ -596,10 +611,9 @@ def prepare(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan
         planned.architecture, max_positions=planned.positions, dtype="float32", bos=None, eos=None, pad=None
     )
     (initial / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    planned, compiled = (found.model_copy(update={"source": str(initial)}) for found in (planned, compiled))
+    plans = {variant: found.model_copy(update={"source": str(initial)}) for variant, found in plans.items()}
     job = {
-        "plan": planned.text(),
-        "compiled": compiled.text(),
+        "plans": {variant: found.text() for variant, found in plans.items()},
         "corpus": str(corpus.folder),
         "manifest": corpus.manifest,
         "weights": corpus.weights,
@@ -607,7 +621,7 @@ def prepare(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan
         "rows": str(folder / "rows.safetensors"),
         "window": options.settle + options.steps,
     }
-    return planned, job
+    return plans[""], job
 
 
 def _random_corpus(folder: Path, plan: Plan, steps: int) -> Any:
@@ -657,7 +671,7 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     names: list[str] = list(dict.fromkeys(options.providers.split(",")))
     for name in names:
         base, *extra = name.split("+")
-        if base not in {*PROVIDERS, "torchtitan"} - {"matmul"} or not set(extra) <= {"compile", "liger"}:
+        if base not in {*PROVIDERS, "torchtitan"} - {"matmul"} or not set(extra) <= {"compile", "liger", *VARIANTS}:
             raise RunError(f"there is no provider {name!r}{load.nearest(name, DEFAULT)} Known: {', '.join(DEFAULT)}.")
     steps = options.warmup + options.rounds * (options.settle + options.steps)
     peers: list[Peer] = []
@@ -789,8 +803,8 @@ def _loop_share(peer: Peer) -> float:
 def _precision(name: str, plan: Plan) -> str:
     if plan.precision == "fp32":
         return "fp32"
-    kinds = {"gigatrain": "bf16 weights, fp32 master", "trainer-bf16": "bf16 weights and moments"}
-    return kinds.get(name.partition("+")[0], "bf16 autocast, fp32 weights")
+    kinds = {"gigatrain+leanstate": "bf16 weights, 24-bit master", "gigatrain": "bf16 weights, fp32 master", "trainer-bf16": "bf16 weights and moments"}
+    return kinds.get(name) or kinds.get(name.partition("+")[0], "bf16 autocast, fp32 weights")
 
 
 def _commit() -> str:

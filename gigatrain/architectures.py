@@ -19,7 +19,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
 FamilyName = Literal[
     "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "olmo3",
-    "smollm3", "helium", "apertus", "granite", "phi3",
+    "smollm3", "helium", "apertus", "granite", "phi3", "arcee",
 ]  # fmt: skip
 
 
@@ -141,6 +141,7 @@ FAMILIES: dict[str, _Family] = {
         open=_BIASES | {"mlp_bias", "attention_scale", "embedding_scale", "residual_scale", "logit_divisor"}, default={"norm_eps": 1e-5}
     ),
     "phi3": _Family(open=frozenset({"window", "partial"}), default={"norm_eps": 1e-5}, hf={"rms_norm_eps": 1e-5}),
+    "arcee": _Family(fixed={"activation": "relu2"}, open=_BIASES | {"mlp_bias"}, default={"norm_eps": 1e-5}, hf={"rms_norm_eps": 1e-5}),
 }  # fmt: skip
 
 # The switches, and the value each has where a family neither fixes nor opens it.
@@ -203,8 +204,8 @@ class Architecture(_Numbers):
     qk_norm: Literal["none", "head", "full"] = _switch(
         "qk_norm", "RMS norm of queries and keys: per head, or over all heads at once (OLMo 2)."
     )
-    activation: Literal["swiglu", "geglu", "xielu"] = _switch(
-        "activation", "silu(gate) * up, gelu_tanh(gate) * up, or xIELU(up) (arXiv:2411.13010)."
+    activation: Literal["swiglu", "geglu", "xielu", "relu2"] = _switch(
+        "activation", "silu(gate) * up, gelu_tanh(gate) * up, xIELU(up) (arXiv:2411.13010) or relu(up) ** 2 (arXiv:2109.08668)."
     )
     qkv_bias: bool = _switch("qkv_bias", "Bias of the query, key and value projections.")
     output_bias: bool = _switch("output_bias", "Bias of attention's output projection.")
@@ -303,6 +304,11 @@ class Architecture(_Numbers):
             )
 
     @property
+    def gated(self) -> bool:
+        """Whether the activation has a gate beside the up projection."""
+        return self.activation in ("swiglu", "geglu")
+
+    @property
     def scale(self) -> float:
         """What multiplies query . key."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
@@ -325,12 +331,13 @@ class Architecture(_Numbers):
     def matrix_parameters(self) -> int:
         """Weights of the matrix products of all layers, without embedding, head, biases and norms."""
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return self.layers * (attention + self.hidden * self.intermediate * (2 if self.activation == "xielu" else 3))
+        return self.layers * (attention + self.hidden * self.intermediate * (3 if self.gated else 2))
 
     def parameters(self) -> int:
         """Trainable numbers, exactly: the sum of `numel` over the parameters of the transformers model, a tied head counted once."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        biases = self.qkv_bias * (q + 2 * kv) + self.output_bias * self.hidden + self.mlp_bias * (2 * self.intermediate + self.hidden)
+        widening = 2 if self.gated else 1
+        biases = self.qkv_bias * (q + 2 * kv) + self.output_bias * self.hidden + self.mlp_bias * (widening * self.intermediate + self.hidden)
         norms = (4 if self.placement == "sandwich" else 2) * self.hidden
         norms += {"none": 0, "head": 2 * self.head_dim, "full": q + kv}[self.qk_norm]
         scalars = 2 if self.activation == "xielu" else 0
@@ -495,7 +502,7 @@ _ROPE_KEYS = {
         "short_factor", "long_factor")},
 }  # fmt: skip
 _HAS_LAYER_TYPES = frozenset(name for name, family in FAMILIES.items() if family.open >= _LAYER_WINDOWS)
-_HAS_HEAD_DIM = frozenset({"llama", "mistral", "ministral", "ministral3", "qwen3", "gemma2", "gemma3_text", "helium"})
+_HAS_HEAD_DIM = frozenset({"llama", "mistral", "ministral", "ministral3", "qwen3", "gemma2", "gemma3_text", "helium", "arcee"})
 _THETA = {
     "gemma3_text": 1_000_000.0,
     "olmo3": 500_000.0,
@@ -503,11 +510,11 @@ _THETA = {
     "helium": 100_000.0,
     "apertus": 12_000_000.0,
 }  # of the classes
-_ACTIVATIONS = {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh",), "xielu": ("xielu",)}
+_ACTIVATIONS = {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh",), "xielu": ("xielu",), "relu2": ("relu2",)}
 _CLASSES = {
     "llama": "Llama", "mistral": "Mistral", "ministral": "Ministral", "ministral3": "Ministral3", "qwen2": "Qwen2", "qwen3": "Qwen3",
     "gemma2": "Gemma2", "gemma3_text": "Gemma3", "olmo2": "Olmo2", "olmo3": "Olmo3", "smollm3": "SmolLM3", "helium": "Helium", "apertus": "Apertus",
-    "granite": "Granite", "phi3": "Phi3",
+    "granite": "Granite", "phi3": "Phi3", "arcee": "Arcee",
 }  # fmt: skip
 
 

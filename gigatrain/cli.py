@@ -165,6 +165,24 @@ def _generate(options: argparse.Namespace) -> None:
     print(json.dumps({"prompt": options.prompt, "text": text}) if options.json else text)
 
 
+def _bench_kernels(options: argparse.Namespace) -> None:
+    from gigatrain.bench import kernels
+
+    kernels.run(
+        options.op,
+        peers=options.peers,
+        check=options.check,
+        tune=options.tune,
+        compiled=options.compile,
+        path=options.csv,
+        plots=options.plots,
+        out=options.out,
+        quick=options.quick,
+        fresh=options.fresh,
+        as_json=options.json,
+    )
+
+
 def _schema(options: argparse.Namespace) -> None:
     from gigatrain import load
 
@@ -241,6 +259,27 @@ def _parser() -> argparse.ArgumentParser:
     generated.add_argument("--seed", type=_count, default=0, help="of the drawing (default: 0)")
     generated.add_argument("--json", action="store_true", help="prompt and text as JSON")
 
+    bench = commands.add_parser("bench", help="measure", description="Measure what a run is made of, beside its peers.")
+    kernels = command(
+        "kernels", _bench_kernels, "every kernel beside its peers", _KERNELS, bench.add_subparsers(metavar="COMMAND", required=True)
+    )
+    kernels.add_argument("--op", action="append", default=[], help="only this operation; may be repeated (default: all)")
+    kernels.add_argument("--peers", metavar="A,B", help="only these beside ours (default: all that are installed)")
+    act = kernels.add_mutually_exclusive_group()
+    act.add_argument("--check", action="store_true", help="errors over every case, no timings")
+    act.add_argument("--tune", action="store_true", help="find the fastest configurations on this GPU and write its table")
+    act.add_argument(
+        "--compile", action="store_true", help="compile every kernel for GPUs that are not here: registers, spills, shared memory"
+    )
+    act.add_argument("--plots", metavar="DIR", help="a PNG per operation from the CSV; measures nothing and needs no GPU")
+    kernels.add_argument(
+        "--csv", metavar="PATH", help="rows are added here (default: benchmarks/results/kernels.csv in a checkout, else ./kernels.csv)"
+    )
+    kernels.add_argument("--out", metavar="PATH", help="with --tune: the table (default: that of this GPU in gigatrain/kernels/tables)")
+    kernels.add_argument("--quick", action="store_true", help="the first size of each operation, fewer rounds, nothing that compiles")
+    kernels.add_argument("--fresh", action="store_true", help="measure again what the CSV has from this commit, device and versions")
+    kernels.add_argument("--json", action="store_true", help="the rows as JSON, for programs")
+
     schema = command("schema", _schema, "print the JSON Schema of recipes", _SCHEMA)
     schema.add_argument("of", nargs="?", choices=("recipe", "site"), default="recipe", help="of what (default: recipe)")
 
@@ -281,6 +320,15 @@ Continue a text with a run's model or an exported one.
 
   gigatrain generate runs/mine --prompt 'def main('
   gigatrain generate my-model --prompt 'import os' --temperature 0 --tokens 40"""
+_KERNELS = """\
+Every fused kernel of ours beside plain torch, torch.compile and the peers that are installed (pip install 'gigatrain[bench]'): right first, then fast.
+Forward, backward and both; cold inputs, graphs and host, rounds in turn; the floor at this device's own measured ceilings. Losers are shown.
+
+  gigatrain bench kernels                                     all, in less than nine minutes on an H200; run again, it goes on where it was
+  gigatrain bench kernels --op rms_norm --peers torch,liger
+  gigatrain bench kernels --quick                             a few minutes on a CPU: what has no GPU to run on is named
+  gigatrain bench kernels --check                             errors of every version over every case
+  gigatrain bench kernels --plots pictures                    from the CSV, anywhere"""
 _SCHEMA = """\
 Print the JSON Schema of a recipe (or site), so that editors complete and check TOML files.
 

@@ -122,6 +122,9 @@ class Loss(Section):
     """What is minimised beside the cross entropy."""
 
     z_loss: NonNegative = Field(default=0.0, description="Weight of log(Z)^2 (PaLM, arXiv:2204.02311, uses 1e-4).")
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="Share of each target that is spread evenly over the vocabulary (arXiv:1512.00567); validation has none."
+    )
 
 
 class Train(Section):
@@ -136,8 +139,13 @@ class Train(Section):
         "bf16", description="bf16: bf16 weights and activations, fp32 master weights, gradient sums and losses."
     )
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    recompute: Literal["none", "selective", "full"] = Field(
-        default="none", description="Activation checkpointing: selective keeps matrix products only."
+    recompute: Literal["none", "lean", "selective", "full"] = Field(
+        default="none",
+        description="Activation checkpointing: lean drops what one element-wise pass makes again (norm outputs, the activation), selective keeps "
+        "matrix products only, full keeps one tensor per layer.",
+    )
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="Share of each block's output that is dropped before the residual sum; masks follow from the seed and the step."
     )
     compile: bool = Field(default=False, description="torch.compile each layer; costs a start of tens of seconds.")
     deterministic: bool = Field(default=False, description="Only deterministic algorithms: two runs are bitwise equal, also on a GPU.")
@@ -222,7 +230,11 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()
     sample: Sample = Sample()
-    kernels: Literal["auto", "reference"] = Field(default="auto", description="`reference`: plain torch for every operation.")
+    kernels: Literal["auto", "reference"] | dict[str, str] = Field(
+        default="auto",
+        description="`reference`: plain torch for every operation. A table chooses per operation, for instance { attention = \"sdpa\" }; its "
+        "`default`, auto or reference, decides the rest.",
+    )
     export: bool = Field(default=True, description="Write export/ (transformers' format) when the run ends.")
 
 

@@ -22,9 +22,9 @@ from gigatrain.data import build
 from gigatrain.data.loader import Batches, Validation
 from gigatrain.engines import Engine
 from gigatrain.errors import CheckpointError, RunError
-from gigatrain.kernels import ops
+from gigatrain.kernels import launch, ops
 from gigatrain.models import hf
-from gigatrain.models.decoder import Decoder
+from gigatrain.models.decoder import Decoder, verify
 from gigatrain.observe.display import Display
 from gigatrain.observe.health import Health
 from gigatrain.observe.metrics import Metrics, percentile, versions
@@ -74,6 +74,8 @@ def _steps(
 ) -> dict[str, Any] | None:
     """From the first step, or the newest checkpoint, to the last checkpoint; returns the summary, or None after a signal."""
     device = _device(plan)
+    if device.type == "cuda":
+        _verify(plan, device, display)
     engine = engines.make(plan, _model(plan, device, fresh=not resumes))
     held = _held_out(plan, corpus, device)
     saves = Checkpoints(folder, run=this.id, plan_sha256=plan.identity, keep=plan.checkpoint.keep)
@@ -180,11 +182,21 @@ def _device(plan: Plan) -> torch.device:
     return torch.device("cuda", 0)
 
 
+def _verify(plan: Plan, device: torch.device, display: Display) -> None:
+    """Compile the run's fused kernels, and judge each on this device against fp64 before the run trusts it."""
+    launch.cache_on_this_node()
+    kernels = {choice.op: choice.kernel for choice in plan.kernels}
+    worst = verify(plan.architecture, kernels, device, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
+    if worst:
+        found = ", ".join(f"{op} {multiple:.2f}" for op, multiple in sorted(worst.items()))
+        display.line(f"  verified fused kernels on {torch.cuda.get_device_name(device)}, error over what is allowed: {found}")
+
+
 def _model(plan: Plan, device: torch.device, *, fresh: bool) -> Decoder:
     """The decoder with fp32 weights on the device: built on meta, then drawn from the seed or read from `from`; a checkpoint overwrites both."""
     chosen = ops.choose({choice.op: choice.kernel for choice in plan.kernels})
     with torch.device("meta"):
-        model = Decoder(plan.architecture, chosen, recompute=plan.recompute)
+        model = Decoder(plan.architecture, chosen, recompute=plan.recompute, dropout=plan.dropout)
     model.to_empty(device=device)
     if plan.source is None or not fresh:
         model.init_weights(plan.init.std, plan.init.scale_residual, plan.seed)

@@ -32,6 +32,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"family": "granite", "attention_scale": 0.01, "embedding_scale": 12.0, "residual_scale": 0.22, "logit_divisor": 8.0},
     {"family": "phi3", "window": 7, "rope": {"partial": 0.5}},
     {"family": "phi3", "rope": LONG},
+    {"family": "arcee", "mlp_bias": True},
 ]
 
 

@@ -17,7 +17,7 @@ LEVELS = [
     ["load", "planning"],
     ["kernels", "data", "parallel"],
     ["models", "optim", "tune"],
-    ["engines", "observe", "checkpoint"],
+    ["engines", "observe", "checkpoint", "bench"],
     ["run"],
     ["export"],
     ["generate"],
@@ -28,7 +28,14 @@ LEVELS = [
 ONLY = {"kernels": {"errors", "kernels"}, "data": {"errors", "config", "data"}}  # can be lifted out and used alone
 NOT = {"models": {"parallel", "data", "engines"}}
 TORCH_FREE = {"errors", "architectures", "config", "load", "planning", "cli", "__init__", "__main__"}
-HOMES = {"deepspeed": {"engines.deepspeed"}, "datasets": {"data.sources"}, "transformers": {"generate"}, "accelerate": {"observe.metrics"}}
+HOMES = {
+    "deepspeed": {"engines.deepspeed"},
+    "datasets": {"data.sources"},
+    "transformers": {"generate"},
+    "accelerate": {"observe.metrics"},
+    "matplotlib": {"bench.report"},
+    **{peer: {"bench.peers"} for peer in ("liger_kernel", "cut_cross_entropy", "flashoptim", "quack")},
+}
 
 
 def modules():

@@ -1,6 +1,8 @@
 """The engine in plain torch: one process, one device."""
 
+import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,8 @@ class Native:
         self.loss = torch.zeros((), device=self.device)
         self._bad = torch.tensor([0, 0, 0, -1], dtype=torch.int64, device=self.device)
         self._updates = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._masks = int.from_bytes(hashlib.sha256(f"{plan.seed}/dropout".encode()).digest()[:5], "little")
+        self._terms = {"z_loss": plan.loss.z_loss, "label_smoothing": plan.loss.label_smoothing}
 
     def _group(self, name: str, names: list[str]) -> AdamW | Muon:
         shapes = {name: self.parameters[name].shape for name in names}
@@ -57,7 +61,7 @@ class Native:
         self.loss.zero_()
         share = 1.0 / max(1, batch.targets)
         for index, part in enumerate(batch.microbatches):
-            loss, cross_entropy = self._loss(part, z_loss=self.plan.loss.z_loss)
+            loss, cross_entropy = self._loss(part, **self._terms, seed=self._seed(index))
             loss = loss * share
             loss.backward()
             self._sum_gradients(first=index == 0)
@@ -65,10 +69,14 @@ class Native:
             self.loss += loss.detach()
         return total
 
-    def _loss(self, part: Microbatch, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+    def _loss(self, part: Microbatch, **terms: Any) -> tuple[Tensor, Tensor]:
         """Without documents every row counts from 0, and one table of positions serves all rows."""
         positions = None if part.documents is None else part.positions
-        return self.model.loss(part.tokens, part.labels, positions, part.documents, z_loss=z_loss)
+        return self.model.loss(part.tokens, part.labels, positions, part.documents, **terms)
+
+    def _seed(self, microbatch: int) -> Tensor | None:
+        """Of a microbatch's dropout masks: a function of the run's seed, the step and the microbatch, counted on the device."""
+        return self._masks + (self._updates * self.plan.accumulation + microbatch) if self.plan.dropout else None
 
     @torch.no_grad()
     def _sum_gradients(self, *, first: bool) -> None:

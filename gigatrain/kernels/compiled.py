@@ -35,15 +35,14 @@ class Target:
     threads: int
     processors: int
     shared_bytes: int
-    device: str
 
 
 # Multiprocessors: A100, H100/H200 SXM, B200, MI300X. Shared memory per block: CUDA C++ programming guide, table of compute capabilities; CDNA3 ISA, LDS.
 TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 108, 163 << 10, "nvidia-a100-sxm4-80gb"),
-    "sm_90": Target("cuda", 90, 32, 132, 227 << 10, "nvidia-h200"),
-    "sm_100": Target("cuda", 100, 32, 148, 227 << 10, "nvidia-b200"),
-    "gfx942": Target("hip", "gfx942", 64, 304, 64 << 10, "amd-instinct-mi300x"),
+    "sm_80": Target("cuda", 80, 32, 108, 163 << 10),
+    "sm_90": Target("cuda", 90, 32, 132, 227 << 10),
+    "sm_100": Target("cuda", 100, 32, 148, 227 << 10),
+    "gfx942": Target("hip", "gfx942", 64, 304, 64 << 10),
 }
 CUT = 64  # of the first number of a size, which changes no compiled code
 
@@ -130,7 +129,7 @@ def recordings(op: str, target: str, sizes: Iterable[tuple[Any, ...]] | None = N
     seen = set()
     for size in operation.sizes if sizes is None else sizes:
         cut = (min(CUT, size[0]), *size[1:])
-        with launch.recorded(gpu.device, gpu.processors) as launches:
+        with launch.recorded((target,), gpu.processors) as launches:
             tensors, call = operation.sample(cut, "cpu")
             if operation.differentiable:
                 for tensor in tensors:

@@ -8,6 +8,8 @@ import functools
 import json
 import math
 import os
+import stat
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from gigatrain.errors import KernelError
 
 
 class _Absent:
@@ -89,10 +93,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Recording:
-    """Launches are appended instead of made; tables and processor count are those of `device`."""
+    """Launches are appended instead of made; tables and processor count are those of a device."""
 
     launches: list[Launch]
-    device: str
+    tables: tuple[str, ...]
     processors: int
 
 
@@ -100,10 +104,10 @@ _recording: Recording | None = None
 
 
 @contextmanager
-def recorded(device: str, processors: int) -> Iterator[list[Launch]]:
+def recorded(tables: tuple[str, ...], processors: int) -> Iterator[list[Launch]]:
     """Within it no kernel runs: the list receives each launch, so that it can be compiled for a GPU that is not here. Outputs stay undefined."""
     global _recording  # noqa: PLW0603
-    before, _recording = _recording, Recording([], device, processors)
+    before, _recording = _recording, Recording([], tables, processors)
     try:
         yield _recording.launches
     finally:
@@ -149,21 +153,30 @@ def processors(tensor: Tensor) -> int:
     return _processors(tensor.get_device()) if tensor.is_cuda else 3
 
 
-@functools.cache
-def _name(index: int) -> str:
-    return slug(torch.cuda.get_device_name(index))
-
-
 def slug(device: str) -> str:
-    """The file name of a device's table: `NVIDIA H200` is nvidia-h200."""
+    """The name of a device's table: `NVIDIA H200` is nvidia-h200."""
     return "-".join(device.lower().replace("/", " ").split())
 
 
 @functools.cache
-def table(device: str) -> dict[str, Any]:
-    """The configurations of a device: its own file in tables/, else default.json. Form: {"found": how, "configs": {kernel: {size: {...}}}}."""
-    path = TABLES / f"{device}.json"
-    return json.loads((path if path.exists() else TABLES / "default.json").read_text())
+def _tables(index: int) -> tuple[str, ...]:
+    properties = torch.cuda.get_device_properties(index)
+    architecture = properties.gcnArchName.split(":")[0] if WIDE_WARPS else f"sm_{properties.major}{properties.minor}"
+    return slug(properties.name), architecture
+
+
+def tables(tensor: Tensor) -> tuple[str, ...]:
+    """The tables that serve the tensor's device, the nearest first: its own name's, its architecture's; default.json serves what they leave out."""
+    if _recording is not None:
+        return _recording.tables
+    return _tables(tensor.get_device()) if tensor.is_cuda else ()
+
+
+@functools.cache
+def table(name: str) -> dict[str, Any]:
+    """One file of tables/: {"found": how, "configs": {kernel: {size: configuration}}}; empty where there is none."""
+    path = TABLES / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {"found": "", "configs": {}}
 
 
 _forced: dict[str, dict[str, int]] = {}
@@ -184,18 +197,51 @@ def forced(kernel: str, configuration: dict[str, int]) -> Iterator[None]:
 
 
 @functools.cache
-def _nearest(device: str, kernel: str, size: int) -> dict[str, int]:
+def _nearest(names: tuple[str, ...], kernel: str, size: int) -> dict[str, int]:
     if kernel in _forced:
         return _forced[kernel]
-    sizes = table(device)["configs"].get(kernel) or table("default")["configs"][kernel]
+    sizes = next(found for name in (*names, "default") if (found := table(name)["configs"].get(kernel)))
     return sizes[min(sizes, key=lambda known: abs(math.log(int(known) / max(1, size))))]
 
 
+_observed: list[tuple[str, int]] | None = None
+
+
+@contextmanager
+def observed() -> Iterator[list[tuple[str, int]]]:
+    """Within it the list receives every (kernel, size) whose configuration is asked for: what there is to tune, and the keys of its table."""
+    global _observed  # noqa: PLW0603
+    before, _observed = _observed, []
+    try:
+        yield _observed
+    finally:
+        _observed = before
+
+
 def configuration(tensor: Tensor, kernel: str, size: int) -> dict[str, int]:
-    """The configuration of `kernel` for problems of about `size` (its table says of what), nearest in log space, on the tensor's device."""
-    if _recording is not None:
-        return _nearest(_recording.device, kernel, size)
-    return _nearest(_name(tensor.get_device()) if tensor.is_cuda else "default", kernel, size)
+    """The configuration of `kernel` for problems of about `size` (the kernel file says of what), nearest in log space, on the tensor's device."""
+    if _observed is not None:
+        _observed.append((kernel, size))
+    return _nearest(tables(tensor), kernel, size)
+
+
+def cache_on_this_node() -> Path:
+    """Keep what Triton compiles on this node's own disk, unless TRITON_CACHE_DIR says where, and return the folder.
+
+    A home on a shared file system, Triton's default, tears under thousands of ranks (triton 2688, 4295, 11512). Raises KernelError where the folder is
+    not ours alone: what lies in it is executed.
+    """
+    if given := os.environ.get("TRITON_CACHE_DIR"):
+        return Path(given)
+    folder = Path(tempfile.gettempdir()) / f"gigatrain-triton-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    owned = folder.lstat()
+    if owned.st_uid != os.getuid() or owned.st_mode & 0o022 or not stat.S_ISDIR(owned.st_mode):
+        raise KernelError(
+            f"{folder} can be written by others, and compiled kernels in it would be executed; remove it, or set TRITON_CACHE_DIR"
+        )
+    os.environ["TRITON_CACHE_DIR"] = str(folder)
+    return folder
 
 
 def block(count: int) -> int:

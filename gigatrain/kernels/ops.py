@@ -1,13 +1,46 @@
 """The operations a decoder is built on, as one frozen record: chosen in the plan, handed to the model, never looked up again."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from gigatrain.errors import PlanError
-from gigatrain.kernels import attention, geglu, linear_cross_entropy, qk_norm_rope, rms_norm, rope, swiglu, xielu
+import torch
+from torch import Tensor
 
-MODULES = (rms_norm, rope, qk_norm_rope, swiglu, geglu, xielu, attention, linear_cross_entropy)
+from gigatrain.errors import KernelError, PlanError
+from gigatrain.kernels import (
+    adamw,
+    attention,
+    cross_entropy,
+    dropout_add,
+    embedding,
+    geglu,
+    linear_cross_entropy,
+    newton_schulz,
+    qk_norm_rope,
+    relu2,
+    rms_norm,
+    rope,
+    swiglu,
+    xielu,
+)
+
+MODULES = (
+    embedding,
+    rms_norm,
+    rope,
+    qk_norm_rope,
+    swiglu,
+    geglu,
+    relu2,
+    xielu,
+    dropout_add,
+    attention,
+    cross_entropy,
+    linear_cross_entropy,
+    newton_schulz,
+    adamw,
+)
 # Every operation of every kernel file, by name; those that are a field of `Ops` can be chosen for a model.
 OPERATIONS = {name: operation for module in MODULES for name, operation in module.OPERATIONS.items()}
 
@@ -16,13 +49,16 @@ OPERATIONS = {name: operation for module in MODULES for name, operation in modul
 class Ops:
     """One function per operation; the signatures are those of the `reference` in the kernel file of the same name."""
 
+    embedding: Callable[..., Any]
     rms_norm: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
     rope: Callable[..., Any]
     qk_norm_rope: Callable[..., Any]
     swiglu: Callable[..., Any]
     geglu: Callable[..., Any]
+    relu2: Callable[..., Any]
     xielu: Callable[..., Any]
+    dropout_add: Callable[..., Any]
     attention: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
 
@@ -33,11 +69,11 @@ def available() -> dict[str, tuple[str, ...]]:
 
 
 def choose(kernels: Mapping[str, str]) -> Ops:
-    """The record for a plan's choice of implementation per operation; what it leaves out is `reference`.
+    """The record for a plan's choice of implementation per operation; what it leaves out is `reference`, and what is not the model's is checked only.
 
     Raises `PlanError` for an operation or an implementation that does not exist.
     """
-    known = available()
+    known = {name: tuple(operation.versions) for name, operation in OPERATIONS.items()}
     if unknown := sorted(set(kernels) - set(known)):
         raise PlanError(f"no operation is called {', '.join(unknown)}; there are {', '.join(known)}")
     chosen = {}
@@ -46,7 +82,59 @@ def choose(kernels: Mapping[str, str]) -> Ops:
         if name not in names:
             raise PlanError(f"{op} has no implementation {name!r}; choose one of {', '.join(names)}")
         chosen[op] = OPERATIONS[op].versions[name]
-    return Ops(**chosen)
+    return Ops(**{field.name: chosen[field.name] for field in fields(Ops)})
 
 
 REFERENCE = choose({})
+
+
+def checked(kernels: Mapping[str, str], worst: dict[str, float]) -> Ops:
+    """As `choose`, with every call of a fused version first judged on its own inputs: outputs and gradients against fp64 and plain torch.
+
+    `worst` receives each operation's largest error as a multiple of what is allowed: twice plain torch's in the same dtype and one rounding of the
+    result. For a start on a GPU that the kernels have not met, and never within a run: every call costs three evaluations and a synchronisation.
+    Raises `KernelError` where the multiple is above 1, or not a number.
+    """
+    chosen = choose(kernels)
+
+    def judged(op: str, version: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*inputs: Any, **options: Any) -> Any:
+            found = _multiple(OPERATIONS[op].versions["reference"], version, inputs, options)
+            worst[op] = max(worst.get(op, 0.0), found)
+            if not found <= 1.0:
+                raise KernelError(
+                    f"{op} fused errs {found:.3g} times as much as it may on this device, on inputs {_shapes(inputs)}; "
+                    f'set kernels.{op} = "reference", and report it with the device and the versions of torch and triton'
+                )
+            return version(*inputs, **options)
+
+        return call
+
+    fused = {op: judged(op, getattr(chosen, op)) for op, name in kernels.items() if name == "fused" and hasattr(chosen, op)}
+    return replace(chosen, **fused)
+
+
+def _multiple(reference: Callable[..., Any], version: Callable[..., Any], inputs: Sequence[Any], options: Mapping[str, Any]) -> float:
+    """The largest error of an output or gradient over what is allowed."""
+    results = []
+    for function, wide in ((version, False), (reference, False), (reference, True)):
+        given = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+        given = [x.double() if wide and isinstance(x, Tensor) and x.is_floating_point() else x for x in given]
+        leaves = [x.requires_grad_() for x, was in zip(given, inputs, strict=True) if isinstance(was, Tensor) and was.requires_grad]
+        with torch.enable_grad():
+            outputs = function(*given, **options)
+            outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+            grads = [torch.linspace(-1.0, 2.0, o.numel(), device=o.device, dtype=torch.float64).view(o.shape).to(o.dtype) for o in outputs]
+            found = torch.autograd.grad(outputs, leaves, grads)
+        results.append([*(o.detach() for o in outputs), *found])
+    multiples = [0.0]
+    for ours, plain, exact in zip(*results, strict=True):
+        rounding = torch.finfo(plain.dtype).eps * exact.norm()
+        allowed = 2.0 * (plain.double() - exact).norm() + rounding
+        error = (ours.double() - exact).norm()
+        multiples.append((error / allowed).item() if error else 0.0)
+    return max(multiples, key=lambda m: float("inf") if m != m else m)  # noqa: PLR0124 (not a number is the worst)
+
+
+def _shapes(inputs: Sequence[Any]) -> str:
+    return ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in inputs if isinstance(x, Tensor))

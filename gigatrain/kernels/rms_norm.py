@@ -123,6 +123,17 @@ def add_lean(x_nd: Tensor, residual_nd: Tensor, w_d: Tensor, eps: float, style: 
 
 # Fused. Floor, in bytes per element of bf16: norm 4 forward, 6 backward; with the sum 8 and 8. Per row also 4 B of rstd, and the weight once.
 WIDEST = 32768  # channels that one program holds in registers
+# What a tuner tries; sizes in the tables are channels.
+SPACE = {
+    "rms_norm.forward": [{"rows": rows, "warps": warps} for rows in (1, 2, 4, 16, 32) for warps in (4, 8, 16)],
+    "rms_norm.backward": [
+        {"rows": rows, "warps": warps, "programs": programs, "pipeline": pipeline}
+        for rows in (1, 2, 4, 16)
+        for warps in (4, 8, 16)
+        for programs in (1, 2, 4)
+        for pipeline in (1, 2, 3)
+    ],
+}
 
 
 @triton.jit
@@ -154,13 +165,15 @@ def _forward(
 def _backward(
     DY, DH, X, W, RSTD, DX, SCALED, PARTS, rows, columns, dy_stride, dh_stride, x_stride, scale,
     STYLE: tl.constexpr, ADD: tl.constexpr, SCALE: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PIPELINE: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)[None]
     gain = tl.load(W + column, mask=column < columns, other=0.0).to(tl.float32)
     if STYLE == "gemma":
         gain += 1.0
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    # Of a wide row the weight is read again for each (from L2, a third of the row's traffic): held, it would spill.
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=PIPELINE):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         live = (row < rows) & (column < columns)
         dy = tl.load(DY + row * dy_stride + column, mask=live, other=0.0).to(tl.float32)
@@ -168,6 +181,10 @@ def _backward(
         n = tl.load(X + row * x_stride + column, mask=live, other=0.0).to(tl.float32) * rstd
         if WEIGHT:
             dw += dy * n
+        if BLOCK > 8192:
+            gain = tl.load(W + column, mask=column < columns, other=0.0).to(tl.float32)
+            if STYLE == "gemma":
+                gain += 1.0
         g = dy * gain
         dx = rstd * (g - n * (tl.sum(g * n, 1, keep_dims=True) / columns))
         if ADD:
@@ -208,7 +225,7 @@ def _run_backward(
     launch.launch(
         _backward, (programs,), dy2, dh2, x2, w.contiguous(), rstd, dx, scaled, parts, rows, columns, dy2.stride(0),
         0 if dh2 is None else dh2.stride(0), x2.stride(0), scale, STYLE=style, ADD=dh2 is not None, SCALE=scale != 1.0, WEIGHT=weight,
-        ROWS=tuned["rows"], BLOCK=launch.block(columns), warps=tuned["warps"],
+        ROWS=tuned["rows"], BLOCK=launch.block(columns), PIPELINE=tuned["pipeline"], warps=tuned["warps"],
     )  # fmt: skip
     return dx, scaled, launch.column_sum(parts, w.dtype) if weight else w.new_empty(0)
 

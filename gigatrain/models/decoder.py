@@ -7,18 +7,20 @@ transformers' Llama; where a family calls them otherwise on disk, models/hf.py t
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from gigatrain.architectures import Architecture, Rope
 from gigatrain.kernels.attention import Mask, mask
-from gigatrain.kernels.ops import REFERENCE, Ops
+from gigatrain.kernels.ops import REFERENCE, Ops, checked
+from gigatrain.models.recompute import Remade, keep_products
 
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "lean", "selective", "full"]
+Drop = tuple[float, Tensor]  # probability, and the int64 seed of one mask on the device
 Kind = Literal["embed", "head", "matrix", "norm", "bias", "scalar"]
 
 # How tensor parallelism cuts each module: column = outputs, row = inputs, vocab = rows of the vocabulary. What is not listed is whole everywhere.
@@ -164,21 +166,29 @@ class Attention(nn.Module):
             self.q_norm = Norm(q if full else arch.head_dim)
             self.k_norm = Norm(kv if full else arch.head_dim)
 
-    def forward(self, x_btd: Tensor, turn: tuple[Tensor, Tensor, Tensor | None] | None, seen: Mask) -> Tensor:
+    def forward(self, x_btd: Tensor, turn: tuple[Tensor, Tensor, Tensor | None] | None, seen: Mask, again: Remade | None = None) -> Tensor:
         arch, ops = self.arch, self.ops
         q, k, v = self.q_proj(x_btd), self.k_proj(x_btd), self.v_proj(x_btd)
+        turned = self._turned(q, k, turn)
+        if again is not None and arch.qk_norm != "none":  # the norm keeps its inputs, and attention would keep what became of them
+            for i, x in enumerate(turned):
+                again.drop(x, lambda i=i: self._turned(q, k, turn)[i])
+        out = ops.attention(*turned, v.unflatten(-1, (-1, arch.head_dim)), seen, scale=arch.scale, softcap=arch.attention_softcap)
+        return self.o_proj(out.flatten(-2))
+
+    def _turned(self, q: Tensor, k: Tensor, turn: tuple[Tensor, Tensor, Tensor | None] | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys [b, t, h, d] as attention takes them: normed, rotated and scaled."""
+        arch, ops = self.arch, self.ops
         if arch.qk_norm == "full":
             q = ops.rms_norm(q, self.q_norm.weight, arch.norm_eps, arch.norm)
             k = ops.rms_norm(k, self.k_norm.weight, arch.norm_eps, arch.norm)
-        q, k, v = (x.unflatten(-1, (-1, arch.head_dim)) for x in (q, k, v))
+        q, k = (x.unflatten(-1, (-1, arch.head_dim)) for x in (q, k))
         cos, sin, grow = turn or (None, None, None)
         if arch.qk_norm == "head":
             q, k = ops.qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, arch.norm_eps, arch.norm, arch.rope_interleaved)
         elif turn is not None:
             q, k = ops.rope(q, k, cos, sin, arch.rope_interleaved)
-        if grow is not None:
-            q = q * grow[:, :, None, None]
-        return self.o_proj(ops.attention(q, k, v, seen, scale=arch.scale, softcap=arch.attention_softcap).flatten(-2))
+        return q if grow is None else q * grow[:, :, None, None], k
 
 
 class XIELU(nn.Module):
@@ -195,19 +205,26 @@ class MLP(nn.Module):
 
     def __init__(self, arch: Architecture, ops: Ops) -> None:
         super().__init__()
-        self.gated = arch.activation != "xielu"
         self.activation = getattr(ops, arch.activation)
-        if self.gated:
+        if arch.gated:
             self.gate_proj = nn.Linear(arch.hidden, arch.intermediate, bias=arch.mlp_bias)
-        else:
+        if arch.activation == "xielu":
             self.act_fn = XIELU()
         self.up_proj = nn.Linear(arch.hidden, arch.intermediate, bias=arch.mlp_bias)
         self.down_proj = nn.Linear(arch.intermediate, arch.hidden, bias=arch.mlp_bias)
 
-    def forward(self, x_btd: Tensor) -> Tensor:
-        if self.gated:
-            return self.down_proj(self.activation(self.gate_proj(x_btd), self.up_proj(x_btd)))
-        return self.down_proj(self.activation(self.up_proj(x_btd), self.act_fn.alpha_p, self.act_fn.alpha_n))
+    def forward(self, x_btd: Tensor, again: Remade | None = None) -> Tensor:
+        up = self.up_proj(x_btd)
+        if hasattr(self, "gate_proj"):
+            inputs = (self.gate_proj(x_btd), up)
+        elif hasattr(self, "act_fn"):
+            inputs = (up, self.act_fn.alpha_p, self.act_fn.alpha_n)
+        else:
+            inputs = (up,)
+        activated = self.activation(*inputs)
+        if again is not None:
+            again.drop(activated, lambda: self.activation(*inputs))
+        return self.down_proj(activated)
 
 
 class Layer(nn.Module):
@@ -230,26 +247,52 @@ class Layer(nn.Module):
             self.mlp_output_norm = Norm(arch.hidden)
 
     def forward(
-        self, delta_btd: Tensor | None, residual_btd: Tensor, turn: tuple[Tensor, Tensor, Tensor | None] | None, seen: Mask
+        self,
+        delta_btd: Tensor | None,
+        residual_btd: Tensor,
+        turn: tuple[Tensor, Tensor, Tensor | None] | None,
+        seen: Mask,
+        drops: tuple[Drop | None, Drop | None] = (None, None),
+        again: Remade | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """`drops` are the dropouts of the two sums; with `again`, norm outputs and the activation are dropped and made again in the backward."""
         arch, ops, pre, post = self.arch, self.ops, self.arch.placement != "post", self.arch.placement != "pre"
-        stream, x = begin(arch, ops, delta_btd, residual_btd, self.input_layernorm if pre else None)
-        x = self.self_attn(x, turn, seen)
+        stream, x = begin(arch, ops, delta_btd, residual_btd, self.input_layernorm if pre else None, drops[0], again)
+        x = self.self_attn(x, turn, seen, again)
         if post:
             x = ops.rms_norm(x, self.attention_output_norm.weight, arch.norm_eps, arch.norm)
-        stream, x = begin(arch, ops, x, stream, self.post_attention_layernorm if pre else None)
-        x = self.mlp(x)
+        stream, x = begin(arch, ops, x, stream, self.post_attention_layernorm if pre else None, drops[1], again)
+        x = self.mlp(x, again)
         if post:
             x = ops.rms_norm(x, self.mlp_output_norm.weight, arch.norm_eps, arch.norm)
         return x, stream
 
 
-def begin(arch: Architecture, ops: Ops, delta_btd: Tensor | None, residual_btd: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
+def added(arch: Architecture, ops: Ops, delta_btd: Tensor, residual_btd: Tensor, drop: Drop | None) -> Tensor:
+    """The stream after a block: residual + scale * dropout(delta)."""
+    if drop is None:
+        return torch.add(residual_btd, delta_btd, alpha=arch.residual_scale)
+    return ops.dropout_add(delta_btd if arch.residual_scale == 1.0 else delta_btd * arch.residual_scale, residual_btd, *drop)
+
+
+def begin(
+    arch: Architecture,
+    ops: Ops,
+    delta_btd: Tensor | None,
+    residual_btd: Tensor,
+    norm: Norm | None,
+    drop: Drop | None = None,
+    again: Remade | None = None,
+) -> tuple[Tensor, Tensor]:
     """Adds what the last block left, and norms the sum: `(stream, normed stream)`; without a norm the stream twice."""
-    if norm is not None and delta_btd is not None:
-        return ops.add_rms_norm(delta_btd, residual_btd, norm.weight, arch.norm_eps, arch.norm, arch.residual_scale)
-    stream = residual_btd if delta_btd is None else torch.add(residual_btd, delta_btd, alpha=arch.residual_scale)
-    return stream, stream if norm is None else ops.rms_norm(stream, norm.weight, arch.norm_eps, arch.norm)
+    if norm is not None and delta_btd is not None and drop is None:
+        stream, x = ops.add_rms_norm(delta_btd, residual_btd, norm.weight, arch.norm_eps, arch.norm, arch.residual_scale)
+    else:
+        stream = residual_btd if delta_btd is None else added(arch, ops, delta_btd, residual_btd, drop)
+        x = stream if norm is None else ops.rms_norm(stream, norm.weight, arch.norm_eps, arch.norm)
+    if again is not None and norm is not None:
+        again.drop(x, lambda: ops.rms_norm(stream, norm.weight, arch.norm_eps, arch.norm))
+    return stream, x
 
 
 class Stack(nn.Module):
@@ -265,9 +308,9 @@ class Stack(nn.Module):
 class Decoder(nn.Module):
     """The whole model. Built on any device, `meta` included; weights are undefined until `init_weights` or models/hf.py fills them."""
 
-    def __init__(self, arch: Architecture, ops: Ops = REFERENCE, *, recompute: Recompute = "none") -> None:
+    def __init__(self, arch: Architecture, ops: Ops = REFERENCE, *, recompute: Recompute = "none", dropout: float = 0.0) -> None:
         super().__init__()
-        self.arch, self.ops, self.recompute = arch, ops, recompute
+        self.arch, self.ops, self.recompute, self.dropout = arch, ops, recompute, dropout
         self.model = Stack(arch, ops)
         self.lm_head = nn.Linear(arch.hidden, arch.vocab, bias=False)
         self._tie()
@@ -311,11 +354,13 @@ class Decoder(nn.Module):
                     drawn = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
                     parameter.copy_(drawn.normal_(0.0, spread, generator=generator))
 
-    def forward(self, tokens_bt: Tensor, positions_bt: Tensor | None = None, documents_bt: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens_bt: Tensor, positions_bt: Tensor | None = None, documents_bt: Tensor | None = None, seed: Tensor | None = None
+    ) -> Tensor:
         """hidden_btd after the last norm. `positions_bt` counts within each document ([1, t] is broadcast; None: 0, 1, ...); `documents_bt` int, each
-        token's document in its row (None: each row is one document)."""
+        token's document in its row (None: each row is one document); `seed` int64 on the device, of this call's dropout masks."""
         arch, tokens = self.arch, tokens_bt.shape[1]
-        x_btd = self.model.embed_tokens(tokens_bt)
+        x_btd = self.ops.embedding(tokens_bt, self.model.embed_tokens.weight)
         if (factor := arch.embedding_factor) != 1.0:
             x_btd = x_btd * _rounded(factor, x_btd.dtype)
         if positions_bt is None:
@@ -323,22 +368,32 @@ class Decoder(nn.Module):
         turns = {rope: table(positions_bt, x_btd.dtype) for rope, table in self.tables.items()}
         windows = {arch.window_of(i) for i in range(arch.layers)}
         seen = {w: mask(documents_bt, w, tokens, x_btd.dtype, x_btd.device) for w in windows}
+        drops: list[Drop | None] = [None] * (2 * arch.layers + 1)
+        if self.training and self.dropout:
+            assert seed is not None
+            seeds = seed * (1 << 16) + torch.arange(len(drops), device=x_btd.device)  # one mask per sum: 2 a layer, 1 at the end
+            drops = [(self.dropout, one) for one in seeds.unbind()]
         delta, stream = None, x_btd
         for i, layer in enumerate(self.layers):
             rope = arch.rope_of(i)
             turn = None if rope is None else turns[rope]
-            delta, stream = self._layer(layer, delta, stream, turn, seen[arch.window_of(i)])
-        return begin(arch, self.ops, delta, stream, self.model.norm)[1]
+            delta, stream = self._layer(layer, delta, stream, turn, seen[arch.window_of(i)], (drops[2 * i], drops[2 * i + 1]))
+        return begin(arch, self.ops, delta, stream, self.model.norm, drops[-1])[1]
 
-    def _layer(self, layer: nn.Module, delta: Tensor | None, stream: Tensor, turn: Any, seen: Mask) -> tuple[Tensor, Tensor]:
+    def _layer(
+        self, layer: nn.Module, delta: Tensor | None, stream: Tensor, turn: Any, seen: Mask, drops: tuple[Drop | None, Drop | None]
+    ) -> tuple[Tensor, Tensor]:
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return layer(delta, stream, turn, seen)
+            return layer(delta, stream, turn, seen, drops)
+        if self.recompute == "lean":
+            with Remade() as again:
+                return layer(delta, stream, turn, seen, drops, again)
         if self.recompute == "selective":
-            return checkpoint(layer, delta, stream, turn, seen, use_reentrant=False, context_fn=_keep_products)  # type: ignore[return-value]
+            return checkpoint(layer, delta, stream, turn, seen, drops, use_reentrant=False, context_fn=keep_products)  # type: ignore[return-value]
         # One tensor per layer is kept, so the sum is made outside.
         if delta is not None:
-            stream = torch.add(stream, delta, alpha=self.arch.residual_scale)
-        return checkpoint(layer, None, stream, turn, seen, use_reentrant=False)  # type: ignore[return-value]
+            stream = added(self.arch, self.ops, delta, stream, drops[0])
+        return checkpoint(layer, None, stream, turn, seen, drops, use_reentrant=False)  # type: ignore[return-value]
 
     def logits(self, tokens_bt: Tensor, positions_bt: Tensor | None = None, documents_bt: Tensor | None = None) -> Tensor:
         """logits_btv in the weights' dtype, scaled and soft-capped."""
@@ -356,9 +411,11 @@ class Decoder(nn.Module):
         documents_bt: Tensor | None = None,
         *,
         z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`(loss_sum, ce_sum)` over the labels that are not -100, which are already shifted; see kernels/linear_cross_entropy.py."""
-        hidden_btd = self(tokens_bt, positions_bt, documents_bt)
+        hidden_btd = self(tokens_bt, positions_bt, documents_bt, seed)
         return self.ops.linear_cross_entropy(
             hidden_btd.flatten(0, 1),
             self.lm_head.weight,
@@ -366,19 +423,26 @@ class Decoder(nn.Module):
             softcap=self.arch.logit_softcap,
             scale=1.0 / self.arch.logit_divisor,
             z_loss=z_loss,
+            label_smoothing=label_smoothing,
         )
 
 
-def _keep_products() -> Any:
-    """Selective recomputation: the products with weights and torch's fused attention are kept, everything else is computed again."""
-    aten = torch.ops.aten
-    names = (
-        "mm addmm _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
-        "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
-    )
-    kept = {getattr(aten, name).default for name in names.split() if hasattr(aten, name)}
+def verify(arch: Architecture, kernels: Mapping[str, str], device: torch.device, dtype: torch.dtype, tokens: int = 33) -> dict[str, float]:
+    """Run two layers of the architecture's real widths on `device` with every fused kernel judged against fp64: what a run does before it starts.
 
-    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
+    Compiles the kernels too, and returns each operation's error as a multiple of what is allowed. Raises `KernelError`: see kernels/ops.py's `checked`.
+    The vocabulary is cut to 16,384 and the weights are random.
+    """
+    worst: dict[str, float] = {}
+    cut = {"layers": 2, "vocab": min(arch.vocab, 1 << 14), "window_layers": None, "rope_layers": None, "rope_local": None, "window": None}
+    small = arch.model_copy(update=cut)
+    with torch.device(device):
+        model = Decoder(small, checked(kernels, worst), dropout=0.1)
+        model.init_weights(0.02, False, 0)
+        model.to(dtype)
+        generator = torch.Generator(device).manual_seed(0)
+        tokens_bt = torch.randint(0, small.vocab, (1, tokens), generator=generator)
+        model.loss(tokens_bt, tokens_bt.roll(-1, 1), seed=torch.zeros((), dtype=torch.int64))
+        model.eval()
+        model.loss(tokens_bt, tokens_bt.roll(-1, 1))
+    return worst

@@ -2,11 +2,12 @@
 
 import sys
 import time
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gigatrain.planning import cost
 from gigatrain.planning.plan import Plan, gib
 
 
@@ -84,6 +85,11 @@ class Display:
             f"  memory   weights {gib(memory.weights)}, gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}, "
             f"activations about {gib(memory.activations)}, workspace about {gib(memory.workspace)} (recompute: {plan.recompute})"
         )
+        kernels = {choice.op: choice.kernel for choice in plan.kernels}
+        size = 2 if plan.precision == "bf16" else 4
+        kept = {mode: cost.saved_bytes(plan.architecture, size, mode, kernels) for mode in get_args(cost.Recompute)}
+        shown = ", ".join(f"{mode} {kept[mode] / 1024:,.1f}" for mode in kept)
+        self.line(f"  kept     for the backward, KiB per token and layer: {shown}; this plan: {plan.recompute}")
         self.line(
             f"  compute  {plan.flops_per_token / 1e6:,.2f} MFLOP a token, {plan.flops_per_token * plan.tokens / 1e15:,.3f} PFLOP in all"
         )

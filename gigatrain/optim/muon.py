@@ -1,59 +1,119 @@
 """Muon: momentum, orthogonalised by a Newton-Schulz iteration, for the layers' matrices (Jordan et al., 2024, kellerjordan.github.io/posts/muon)."""
 
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from gigatrain.kernels.newton_schulz import flops, muon_momentum, muon_update, newton_schulz, plan
 from gigatrain.optim.adamw import Flat
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the post's quintic: singular values from (0, 1] to about [0.7, 1.2] in five steps
+Scaling = Literal["spectral", "rms"]
+WORKSPACE_BYTES = 1 << 31  # four matrices of 4096 x 14336 at once: enough tiles of 256 x 128 to fill 132 multiprocessors eight times
 
 
-def newton_schulz(update_nrc: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly, of each of n matrices r x c; computed and returned in bf16.
+def update_size(rows: int, columns: int, scaling: Scaling) -> float:
+    """What an orthogonal update is multiplied by: `spectral` keeps the rate per unit of activation, `rms` AdamW's usual update (arXiv:2502.16982)."""
+    return max(1.0, rows / columns) ** 0.5 if scaling == "spectral" else 0.2 * max(rows, columns) ** 0.5
 
-    X <- a X + (b A + c A^2) X with A = X X^T, on the side with fewer rows, after scaling each matrix to Frobenius norm 1.
+
+def workspace_bytes(rows: int, columns: int) -> int:
+    """What one matrix takes while it is orthogonalised: its update and the iterate before and after a product, and five matrices of its smaller side."""
+    return 2 * (3 * rows * columns + 5 * min(rows, columns) ** 2)
+
+
+def share(shapes: Mapping[str, tuple[int, int]], rank: int, ranks: int) -> list[str]:
+    """The matrices that are `rank`'s if `ranks` split the orthogonalisation, in the order of `shapes`: the same split on whichever rank it is asked for.
+
+    Heaviest first, each to the rank with the fewest FLOPs so far: no rank has more than the mean and one matrix. A rank that keeps weights, gradients and
+    momentum of its share only runs `Muon` on it as it is.
     """
-    a, b, c = COEFFICIENTS
-    x = update_nrc.to(torch.bfloat16)
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    cost = {name: flops(*shape, plan(*shape)) for name, shape in shapes.items()}
+    loads, owner = [(0.0, index) for index in range(ranks)], dict.fromkeys(shapes, 0)
+    for name in sorted(cost, key=lambda name: (-cost[name], name)):
+        load, owner[name] = heapq.heappop(loads)
+        heapq.heappush(loads, (load + cost[name], owner[name]))
+    return [name for name in shapes if owner[name] == rank]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Matrices of one shape that are orthogonalised together: where each begins in the flat buffers."""
+
+    names: tuple[str, ...]
+    rows: int
+    columns: int
+    starts: Tensor
+    aligned: bool
 
 
 class Muon:
-    """w <- w (1 - lr decay) - lr sqrt(max(1, rows / columns)) orthogonal(g + momentum m),  m <- momentum m + g."""
+    """w <- w (1 - lr decay) - lr size orthogonal(s g + momentum m),  m <- momentum m + s g.
 
-    def __init__(self, master: Flat, grads: Flat, *, lr: float, momentum: float, weight_decay: float) -> None:
+    `master` holds the weights, `grads` is where the caller sums the gradients: same names, same places. Size is sqrt(max(1, rows / columns)), or with
+    `scaling="rms"` 0.2 sqrt(max(rows, columns)), which moves an entry as far as AdamW would, so that AdamW's rate and decay can be kept.
+    """
+
+    def __init__(
+        self,
+        master: Flat,
+        grads: Flat,
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        scaling: Scaling = "spectral",
+        momentum_dtype: torch.dtype = torch.float32,
+        limit_bytes: int = WORKSPACE_BYTES,
+    ) -> None:
         self.master, self.grads = master, grads
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        self.momentum_buffer = Flat({name: view.shape for name, view in master.views.items()}, master.buffer.device)
-        self.shapes: dict[torch.Size, list[str]] = {}  # equal shapes are iterated as one batch
-        for name, view in master.views.items():
-            self.shapes.setdefault(view.shape, []).append(name)
+        self.scaling: Scaling = scaling
+        self.shapes = {name: (view.shape[0], view.shape[1]) for name, view in master.views.items()}
+        self.starts = {name: view.storage_offset() - master.buffer.storage_offset() for name, view in master.views.items()}
+        self.momentum_buffer = torch.zeros(master.buffer.shape, dtype=momentum_dtype, device=master.buffer.device)
+        self.momentum_views = {
+            name: self.momentum_buffer[start : start + rows * columns].view(rows, columns)
+            for (name, start), (rows, columns) in zip(self.starts.items(), self.shapes.values(), strict=True)
+        }
+        self.batches = self._batches(limit_bytes)
+        self._rate = torch.zeros((), dtype=torch.float32, device=master.buffer.device)
+
+    def _batches(self, limit_bytes: int) -> list[Batch]:
+        """Equal shapes together, as many as the workspace holds (one at least)."""
+        alike: dict[tuple[int, int], list[str]] = {}
+        for name, shape in self.shapes.items():
+            alike.setdefault(shape, []).append(name)
+        batches = []
+        for (rows, columns), members in alike.items():
+            most = max(1, limit_bytes // max(1, workspace_bytes(rows, columns)))
+            for first in range(0, len(members), most):
+                chosen = members[first : first + most]
+                starts = [self.starts[name] for name in chosen]
+                at = torch.tensor(starts, dtype=torch.int64, device=self.master.buffer.device)
+                batches.append(Batch(tuple(chosen), rows, columns, at, all(start % 16 == 0 for start in starts)))
+        return batches
 
     @torch.no_grad()
-    def step(self, rate: float, scale: Tensor, skip: Tensor) -> None:
-        """One update at `rate` times the peak rate; gradients are multiplied by `scale`, and `skip` = 1 changes nothing at all (0-d, fp32)."""
-        if self.master.buffer.numel() == 0:
-            return
-        keep = skip > 0
-        moved = self.momentum_buffer.buffer * self.momentum + self.grads.buffer * scale
-        self.momentum_buffer.buffer.copy_(torch.where(keep, self.momentum_buffer.buffer, moved))
-        nesterov = Flat({name: view.shape for name, view in self.master.views.items()}, self.master.buffer.device)
-        torch.add(self.grads.buffer * scale, moved, alpha=self.momentum, out=nesterov.buffer)
-        lr = self.lr * rate
-        for (rows, columns), names in self.shapes.items():
-            updates = newton_schulz(torch.stack([nesterov.views[name] for name in names]))
-            for name, update in zip(names, updates, strict=True):
-                nesterov.views[name].copy_(update).mul_(max(1.0, rows / columns) ** 0.5)
-        updated = self.master.buffer * (1 - lr * self.weight_decay) - lr * nesterov.buffer
-        self.master.buffer.copy_(torch.where(keep, self.master.buffer, updated))
+    def step(self, rate: float | Tensor, scale: Tensor, skip: Tensor) -> None:
+        """One update at `rate` times the peak rate; gradients are multiplied by `scale`, and `skip` = 1 changes nothing at all (0-d, fp32).
+
+        Under a CUDA graph `rate` must be a 0-d tensor on the device: a number would be frozen into the graph.
+        """
+        lr = torch.mul(rate, self.lr, out=self._rate) if isinstance(rate, Tensor) else self._rate.fill_(self.lr * rate)
+        for batch in self.batches:
+            shape = (batch.rows, batch.columns)
+            # Phase 1: momentum and Nesterov's look ahead, into one batch in bf16.
+            updates = muon_momentum(self.momentum_buffer, self.grads.buffer, batch.starts, shape, scale, skip, self.momentum, batch.aligned)
+            # Phase 2: orthogonalise all of it.
+            updates = newton_schulz(updates)
+            # Phase 3: decay and move the weights.
+            size = update_size(*shape, self.scaling)
+            muon_update(self.master.buffer, batch.starts, updates, lr, skip, self.weight_decay, size, batch.aligned)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside the master weights."""
-        return {f"momentum.{name}": view for name, view in self.momentum_buffer.views.items()}
+        return {f"momentum.{name}": view for name, view in self.momentum_views.items()}

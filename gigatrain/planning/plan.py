@@ -1,5 +1,6 @@
 """Recipe x Site -> Plan: every number concrete, and what cannot work refused before anything is allocated."""
 
+import difflib
 import hashlib
 import json
 import math
@@ -26,7 +27,21 @@ from gigatrain.config import (
 from gigatrain.errors import PlanError
 from gigatrain.planning import cost
 
-OPERATIONS = ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "xielu", "attention", "linear_cross_entropy")
+# Every operation and its implementations, the reference first: kernels/ops.py's, known here without torch (a test holds them equal).
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "embedding": ("reference", "fused"),
+    "rms_norm": ("reference", "lean", "fused"),
+    "add_rms_norm": ("reference", "lean", "fused"),
+    "rope": ("reference", "lean", "fused"),
+    "qk_norm_rope": ("reference", "lean", "fused"),
+    "swiglu": ("reference", "fused"),
+    "geglu": ("reference", "fused"),
+    "relu2": ("reference", "fused"),
+    "xielu": ("reference", "fused"),
+    "dropout_add": ("reference", "fused"),
+    "attention": ("reference", "sdpa", "blocked"),
+    "linear_cross_entropy": ("reference", "chunked", "fused"),
+}
 # What a resume may change: no tensor of the run depends on it.
 OPERATIONAL = (
     "summary",
@@ -73,7 +88,8 @@ class Plan(Section):
     tokens: int
     precision: Literal["bf16", "fp32"]
     seed: int
-    recompute: Literal["none", "selective", "full"]
+    recompute: cost.Recompute
+    dropout: float
     compile: bool
     deterministic: bool
     max_bad_steps: int
@@ -141,13 +157,17 @@ def plan(recipe: Recipe, site: Site) -> Plan:
         sequence=train.sequence,
         recompute=train.recompute,
         muon=recipe.optim.name == "muon",
-        attention=next(choice.kernel for choice in kernels if choice.op == "attention"),
+        kernels={choice.op: choice.kernel for choice in kernels},
         documents=recipe.data.packing == "stream",
     )
     if recipe.tokenizer.train and recipe.tokenizer.train.vocab > architecture.vocab:
         raise PlanError(
             f"tokenizer.train.vocab {recipe.tokenizer.train.vocab} is above model.architecture.vocab {architecture.vocab}; "
             "the model has no embedding for the rest: make them equal"
+        )
+    if train.recompute == "lean" and train.compile:
+        raise PlanError(
+            'train.recompute "lean" and train.compile exclude each other: the compiler decides what it keeps; set recompute = "none" or "selective"'
         )
     if site.memory_bytes is not None and memory.total > site.memory_bytes:
         raise PlanError(
@@ -177,6 +197,7 @@ def plan(recipe: Recipe, site: Site) -> Plan:
         precision=train.precision,
         seed=train.seed,
         recompute=train.recompute,
+        dropout=train.dropout,
         compile=train.compile,
         deterministic=train.deterministic,
         max_bad_steps=train.max_bad_steps,
@@ -201,26 +222,53 @@ def gib(count: int) -> str:
 
 
 def _kernels(recipe: Recipe, site: Site, architecture: Architecture) -> tuple[Choice, ...]:
-    """The implementation of each operation, by rules measured on a CPU (benchmarks/LOG.md; on CUDA they await it), with the reason."""
-    if recipe.kernels == "reference":
-        return tuple(Choice(op=op, kernel="reference", why='the recipe says kernels = "reference"') for op in OPERATIONS)
-    chosen: dict[str, tuple[str, str]] = dict.fromkeys(OPERATIONS, ("reference", "nothing faster is shipped yet"))
-    lean = ("lean", "one backward in few passes, and less is saved for it")
-    for op in ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope"):
-        chosen[op] = ("reference", "train.compile: the compiler fuses plain torch") if recipe.train.compile else lean
-    chosen["linear_cross_entropy"] = ("chunked", "never holds all logits")
-    if recipe.train.compile:
-        soft = architecture.attention_softcap is not None
+    """The implementation of each operation, with the reason: by the recipe, else by rules (benchmarks/LOG.md; those for CUDA await a GPU)."""
+    wanted = recipe.kernels if isinstance(recipe.kernels, dict) else {"default": recipe.kernels}
+    default = wanted.get("default", "auto")
+    if default not in ("auto", "reference"):
+        raise PlanError(f"kernels.default {default!r} is neither auto nor reference")
+    for op, name in wanted.items():
+        if op != "default" and op not in IMPLEMENTATIONS:
+            close = difflib.get_close_matches(op, IMPLEMENTATIONS, 1)
+            known = f"did you mean {close[0]}?" if close else f"there are {', '.join(IMPLEMENTATIONS)}"
+            raise PlanError(f"kernels.{op}: no operation is called so; {known}")
+        if op != "default" and name not in IMPLEMENTATIONS[op]:
+            raise PlanError(f"kernels.{op} {name!r}: choose one of {', '.join(IMPLEMENTATIONS[op])}")
+        if name == "fused" and site.device == "cpu":
+            raise PlanError(
+                f'kernels.{op} "fused": Triton kernels need a GPU, and {site.name} has none; choose {" or ".join(IMPLEMENTATIONS[op][:-1])}'
+            )
+    chosen = _rules(recipe, site, architecture) if default == "auto" else {}
+    reasons = dict.fromkeys(IMPLEMENTATIONS, ("reference", 'the recipe says kernels = "reference"')) | chosen
+    reasons |= {op: (name, "the recipe says so") for op, name in wanted.items() if op != "default"}
+    return tuple(Choice(op=op, kernel=kernel, why=why) for op, (kernel, why) in reasons.items())
+
+
+def _rules(recipe: Recipe, site: Site, architecture: Architecture) -> dict[str, tuple[str, str]]:
+    compiled, gpu = recipe.train.compile, site.device == "cuda"
+    chosen = dict.fromkeys(IMPLEMENTATIONS, ("reference", "plain torch is the fastest here"))
+    fused = ("fused", "one Triton launch each way")
+    for op in ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu2", "xielu", "dropout_add"):
+        if compiled:
+            chosen[op] = ("reference", "train.compile: the compiler fuses plain torch")
+        elif gpu:
+            chosen[op] = fused
+        elif "lean" in IMPLEMENTATIONS[op]:
+            chosen[op] = ("lean", "one backward in few passes, and less is saved for it")
+    chosen["embedding"] = ("fused", "its gradient is sorted, summed in fp32 and deterministic") if gpu else chosen["embedding"]
+    chosen["linear_cross_entropy"] = ("fused" if gpu else "chunked", "never holds all logits")
+    soft = architecture.attention_softcap is not None
+    if compiled:
         chosen["attention"] = (
             ("reference", "train.compile, with a soft-cap") if soft else ("sdpa", "train.compile: torch's fused attention")
         )
-    elif site.device == "cpu" and recipe.train.precision == "bf16" and recipe.train.sequence <= 2048:
+    elif not gpu and recipe.train.precision == "bf16" and recipe.train.sequence <= 2048:
         chosen["attention"] = ("blocked", "in bf16 on a CPU twice as fast as torch's, at 256 and 1,024 tokens")
-    elif architecture.attention_softcap is not None:
+    elif soft:
         chosen["attention"] = ("blocked", "torch's fused attention has no soft-cap")
     else:
         chosen["attention"] = ("sdpa", "torch's fused attention")
-    return tuple(Choice(op=op, kernel=kernel, why=why) for op, (kernel, why) in chosen.items())
+    return chosen
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

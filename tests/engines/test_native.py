@@ -14,7 +14,7 @@ VOCAB, T = 320, 16
 
 def engine(tiny, *overrides):
     chosen = plan(load.recipe(tiny, overrides), load.site("laptop"))
-    model = Decoder(chosen.architecture)
+    model = Decoder(chosen.architecture, dropout=chosen.dropout)
     model.init_weights(0.2, False, seed=5)
     return Native(chosen, model)
 
@@ -221,3 +221,30 @@ def test_restored_state_continues_bitwise(tiny):
                 found.step(0.5)
         assert all(torch.equal(first.state()["weights"][name], tensor) for name, tensor in second.state()["weights"].items())
         assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+
+
+def test_dropout_follows_from_seed_step_and_microbatch_alone(tiny):
+    def losses(*overrides, microbatches=2):
+        found = engine(tiny, "train.dropout=0.3", *overrides)
+        whole = rows(4)
+        parts = batch(*cut(whole, *(4 // microbatches,) * microbatches))
+        return [(float(found.forward_backward(parts)), float(found.step(0.0)))[0] for _ in range(2)]
+
+    first = losses("train.microbatch=2")
+    assert first == losses("train.microbatch=2")
+    assert first[0] != first[1]  # another step, other masks: the weights have not moved
+    assert first != losses("train.microbatch=2", "train.seed=7")
+
+
+def test_validation_knows_neither_dropout_nor_smoothing(tiny):
+    plain, noisy = (engine(tiny, *more).evaluate([rows(4)]) for more in ((), ("train.dropout=0.5", "loss.label_smoothing=0.2")))
+    assert torch.equal(plain, noisy)
+
+
+def test_label_smoothing_is_that_of_torch(tiny):
+    smooth = engine(tiny, "loss.label_smoothing=0.2", "kernels=reference")
+    whole = rows(3)
+    smooth.forward_backward(batch(whole))
+    logits = smooth.model.logits(whole.tokens)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), whole.labels.flatten(), label_smoothing=0.2)
+    torch.testing.assert_close(smooth.loss, expected.detach())

@@ -132,7 +132,7 @@ def test_every_operation_has_cases_of_both_dtypes() -> None:
 
 
 def test_refuses_an_unknown_operation() -> None:
-    with pytest.raises(PlanError, match=r"no operation is called layer_norm; there are rms_norm,"):
+    with pytest.raises(PlanError, match=r"no operation is called layer_norm; there are embedding, rms_norm,"):
         ops.choose({"layer_norm": "reference"})
 
 

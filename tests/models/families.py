@@ -116,6 +116,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granite-biases": ("Granite", {"attention_multiplier": 0.3, "attention_bias": True, "mlp_bias": True}),
     "phi3": ("Phi3", {"sliding_window": None}),
+    "arcee": ("Arcee", {"rope_parameters": YARN}),
+    "arcee-biases": ("Arcee", {"attention_bias": True, "mlp_bias": True, "head_dim": 10}),
     "phi3-window": ("Phi3", {"sliding_window": 5, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64}),
     "phi3-short": ("Phi3", {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 32, "rope_parameters": LONG}),
     "phi3-long": ("Phi3", {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 8, "rope_parameters": LONG}),

@@ -7,7 +7,7 @@ import pytest
 
 from gigatrain import load
 from gigatrain.errors import PlanError
-from gigatrain.planning.plan import OPERATIONS, Plan, plan
+from gigatrain.planning.plan import IMPLEMENTATIONS, Plan, plan
 
 
 def made(*overrides, memory=None):
@@ -60,7 +60,7 @@ def test_any_run_can_be_shortened():
 
 
 def test_each_operation_has_a_kernel_and_a_reason():
-    assert tuple(choice.op for choice in made().kernels) == OPERATIONS
+    assert [choice.op for choice in made().kernels] == list(IMPLEMENTATIONS)
     assert all(choice.why for choice in made().kernels)
     assert {choice.kernel for choice in made("kernels=reference").kernels} == {"reference"}
 
@@ -70,14 +70,50 @@ def test_a_compiled_run_leaves_the_fusing_to_the_compiler():
     assert (chosen["rms_norm"], chosen["attention"], chosen["linear_cross_entropy"]) == ("reference", "sdpa", "chunked")
 
 
-def test_operations_are_those_of_the_kernels():
-    from dataclasses import fields
+def test_implementations_are_those_of_the_kernels():
+    from gigatrain.kernels.ops import OPERATIONS
 
-    from gigatrain.kernels.ops import Ops, available
+    shown = {name: tuple(operation.versions) for name, operation in OPERATIONS.items() if name in IMPLEMENTATIONS}
+    assert shown == IMPLEMENTATIONS
 
-    assert tuple(field.name for field in fields(Ops)) == OPERATIONS
-    for choice in made().kernels:
-        assert choice.kernel in available()[choice.op]
+
+def test_a_recipe_chooses_per_operation():
+    chosen = {choice.op: (choice.kernel, choice.why) for choice in made("kernels.attention=sdpa", "kernels.rope=reference").kernels}
+    assert chosen["attention"] == ("sdpa", "the recipe says so")
+    assert chosen["rope"] == ("reference", "the recipe says so")
+    assert chosen["rms_norm"][0] == "lean"
+    rest = {choice.op: choice.kernel for choice in made("kernels.default=reference", "kernels.rope=lean").kernels}
+    assert rest.pop("rope") == "lean"
+    assert set(rest.values()) == {"reference"}
+
+
+def test_a_gpu_gets_the_fused_kernels_and_a_cpu_never_does():
+    recipe = load.recipe("quickstart")
+    on_gpu = {
+        choice.op: choice.kernel for choice in plan(recipe, load.site("one-gpu").model_copy(update={"memory_bytes": 80 << 30})).kernels
+    }
+    fused = {op for op, names in IMPLEMENTATIONS.items() if "fused" in names}
+    assert {op for op, kernel in on_gpu.items() if kernel == "fused"} == fused
+    assert "fused" not in {choice.kernel for choice in made().kernels}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("kernels.rms_nrom=lean", "kernels.rms_nrom: no operation is called so; did you mean rms_norm"),
+        ("kernels.attention=flash9", "kernels.attention 'flash9': choose one of reference, sdpa, blocked"),
+        ("kernels.rope=fused", 'kernels.rope "fused": Triton kernels need a GPU, and laptop has none; choose reference or lean'),
+        ("kernels.default=fast", "kernels.default 'fast' is neither auto nor reference"),
+    ],
+)
+def test_refuses_a_kernel_that_is_not(override, said):
+    with pytest.raises(PlanError, match=said):
+        made(override)
+
+
+def test_a_lean_layer_and_the_compiler_exclude_each_other():
+    with pytest.raises(PlanError, match='train.recompute "lean" and train.compile exclude each other'):
+        made("train.recompute=lean", "train.compile=true")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,102 @@
+"""The activation-lean layer: equal gradients, and exactly the bytes that the plan says."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from gigatrain.architectures import Architecture
+from gigatrain.kernels.ops import choose
+from gigatrain.models.decoder import Decoder
+from gigatrain.models.recompute import Remade
+from gigatrain.planning import cost
+
+CHOSEN = {
+    "rms_norm": "lean",
+    "add_rms_norm": "lean",
+    "rope": "lean",
+    "qk_norm_rope": "lean",
+    "attention": "sdpa",
+    "linear_cross_entropy": "chunked",
+}
+FAMILIES = [
+    {"family": "llama"},
+    {"family": "qwen3"},
+    {"family": "gemma2", "attention_softcap": None, "logit_softcap": None, "window": None},
+    {"family": "olmo2"},
+    {"family": "apertus"},
+    {"family": "arcee"},
+]
+
+
+def made(layers: int, dtype: torch.dtype, recompute: str, **family: object) -> Decoder:
+    arch = Architecture(
+        **({"vocab": 67, "hidden": 48, "layers": layers, "heads": 4, "kv_heads": 2, "head_dim": 16, "intermediate": 80} | family)
+    )  # type: ignore[arg-type]
+    model = Decoder(arch, choose(CHOSEN), recompute=recompute)  # type: ignore[arg-type]
+    model.init_weights(0.2, False, 1)
+    return model.to(dtype)
+
+
+def grads(model: Decoder, tokens: Tensor, retain: bool = False) -> dict[str, Tensor]:
+    loss = model.loss(tokens, tokens.roll(-1, 1))[0]
+    loss.backward(retain_graph=retain)
+    if retain:
+        loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family["family"])
+def test_gradients_are_bitwise_those_of_a_layer_that_keeps_all(family: dict[str, object], dtype: torch.dtype) -> None:
+    tokens = torch.randint(0, 67, (2, 9), generator=torch.Generator().manual_seed(0))
+    plain, lean = (grads(made(2, dtype, recompute, **family), tokens) for recompute in ("none", "lean"))
+    assert all(torch.equal(plain[name], lean[name]) for name in plain)
+
+
+def test_a_second_backward_makes_everything_again() -> None:
+    tokens = torch.randint(0, 67, (2, 9), generator=torch.Generator().manual_seed(0))
+    plain, lean = (grads(made(2, torch.float32, recompute, family="qwen3"), tokens, retain=True) for recompute in ("none", "lean"))
+    assert all(torch.equal(plain[name], lean[name]) for name in plain)
+
+
+def kept(recompute: str, layers: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, **family: object) -> int:
+    """Bytes of distinct storages, weights apart, that the forward of all layers leaves for the backward."""
+    model = made(layers, dtype, recompute, **family)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in weights:
+            storages[x.untyped_storage().data_ptr()] = x
+        return x
+
+    def pack_lean(self: Remade, saved: Tensor) -> object:
+        packed = pack_before(self, saved)
+        return pack(saved) if packed is saved else packed
+
+    pack_before = Remade._pack
+    with monkeypatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        patch.setattr(Remade, "_pack", pack_lean)
+        held = model(torch.zeros(2, 32, dtype=torch.long))
+    assert held.requires_grad
+    return sum(x.untyped_storage().nbytes() for x in storages.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", ["none", "lean", "full"])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family["family"])
+def test_a_layer_keeps_the_bytes_that_the_plan_says(
+    family: dict[str, object], recompute: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, three = (kept(recompute, layers, dtype, monkeypatch, **family) for layers in (2, 4))
+    arch = made(2, dtype, recompute, **family).arch
+    kernels = CHOSEN | {"swiglu": "reference", "geglu": "reference", "xielu": "reference", "relu2": "reference"}
+    found = (three - one) / 2 / 64  # layers, tokens
+    assert found == pytest.approx(cost.saved_bytes(arch, dtype.itemsize, recompute, kernels), rel=0.001)  # type: ignore[arg-type]
+
+
+def test_the_lean_layer_of_llama_keeps_two_thirds() -> None:
+    arch = Architecture(family="llama", vocab=128256, hidden=4096, layers=32, heads=32, kv_heads=8, intermediate=14336)
+    fused = {"rms_norm": "fused", "swiglu": "fused"}
+    sizes = {recompute: cost.saved_bytes(arch, 2, recompute, fused) for recompute in ("none", "lean", "full")}  # type: ignore[arg-type]
+    assert sizes == {"none": 139_400, "lean": 94_344, "full": 8_192}
