@@ -4,6 +4,7 @@
     loss = weight * (ce - smoothing * mean(l - l[label]) + z_loss * lse ** 2)        of a row without a label (`ignore`): 0
 
 Legend: logits_nv rows by vocabulary; labels_n int64; weights_n fp32, without gradient. Losses are fp32 (fp64 for fp64 inputs), whatever the logits are.
+Every version returns the loss and, for the records, the plain ce, weighted and reduced alike, without gradient.
 `reduction`: "none" gives them per row, "sum" their sum, "mean" that over the number of labels, or over the sum of their weights; 0 where there is none.
 A label outside the vocabulary that is not `ignore` makes its loss NaN. The backward, with p = softmax(l), t = onehot(label) and weight as above:
     dl = p * (1 + 2 * z_loss * lse) - (1 - smoothing) * t - smoothing / V        dx = dl * weight * scale, times (1 - (l / c) ** 2) if softcap

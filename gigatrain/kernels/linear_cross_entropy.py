@@ -115,17 +115,11 @@ _STEPS = {"cpu": 64, "cuda": 128}
 _WIDE_PRODUCTS = ("cuda",) if torch.version.cuda else ()  # where a product of 16-bit matrices is added to an fp32 one by the library
 
 
-def tokens_per_chunk(device: str, n: int, v: int, channels: int, narrow_weight: bool) -> int:
-    """Tokens of a chunk, for equal chunks. `narrow_weight`: the weight is trained, and in 16 bits.
-
-    One chunk needs no fp32 sum of dw beside it: 2 V n + 2 V H bytes against 2 V c + 4 V H. So n <= c + H tokens go at once, in less time and no more
-    memory. Not on a CPU, where a chunk is what the cache holds.
-    """
+def tokens_per_chunk(device: str, n: int, v: int) -> int:
+    """Tokens of a chunk, for equal chunks."""
     step = _STEPS.get(device, 128)
     most = max(step, _ELEMENTS.get(device, 1 << 29) // v // step * step)
-    if n <= most or (device != "cpu" and narrow_weight and n <= most + channels):
-        return max(1, n)
-    return -(-n // -(-n // most) // step) * step
+    return max(1, n) if n <= most else -(-n // -(-n // most) // step) * step
 
 
 class _Gradients(NamedTuple):
@@ -148,7 +142,7 @@ def _walk(
     labels = labels.contiguous()
     weights, upstream = (None if x is None else x.contiguous() for x in (weights, want.upstream_n))
     wide = torch.promote_types(h.dtype, torch.float32)
-    chunk = tokens_per_chunk(h.device.type, n, v, h.shape[1], want.weight and wide != h.dtype)
+    chunk = tokens_per_chunk(h.device.type, n, v)
     width = -(-v // 16) * 16 if kernels else v
     narrow = h.new_empty(min(chunk, n), width)  # logits, then their gradient
     broad = narrow if kernels or wide == h.dtype else torch.empty(narrow.shape, dtype=wide, device=h.device)
@@ -328,8 +322,8 @@ def chunked(
 # Fused. Floor: three products, 6 n H V FLOP (8 where per-token losses make the logits again): of 8192 x 4096 x 128,256 32.7 ms at 790 TFLOP/s. Over it, at
 # 4.3 TB/s: the kernel over the logits 4 B each, 0.98 ms (6 B if the second read misses L2, 1.47); with two chunks of 4,096 the fp32 sum of dw, 1.05 GB
 # more for the first and 4.2 GB for the second, 1.2 ms at most, as the product hides some of it; the backward's rounding 3.15 GB, 0.73 ms. 35.6 to 36.1 ms,
-# 1.10 times the floor; as one chunk, which here needs no more memory, 34.2 to 34.7 ms, 1.06 times. Memory beside inputs and their gradients' 1.05 GB and
-# 67 MB: one chunk of logits 2.10 GB, or two 1.05 GB and 1.05 GB for dw in fp32 rather than bf16. All logits in fp32 with their gradient: 8.4 GB.
+# 1.10 times the floor. Memory beside inputs: dw in fp32 2.10 GB, one chunk of logits 1.05 GB, dh 67 MB. (As one chunk 1.06 times, with dw in bf16 1.05 GB
+# and logits 2.10 GB: the same peak, but it would grow with the tokens.) All logits in fp32 with their gradient: 8.4 GB.
 SPACE: dict[str, list[dict[str, int]]] = {
     "linear_cross_entropy.scaled": [{"block": block, "warps": warps} for block in (1024, 2048, 4096, 8192) for warps in (4, 8)]
 }
@@ -365,7 +359,7 @@ def _run_reduced(
 def _like_reduced(h: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     grad_h, grad_w = rest[-2:]
     n, v = h.shape[0], w.shape[0]
-    several = 0 < tokens_per_chunk(h.device.type, n, v, h.shape[1], grad_w and h.dtype != torch.float32) < n
+    several = 0 < tokens_per_chunk(h.device.type, n, v) < n
     scalars = (h.new_empty((), dtype=torch.float32) for _ in range(3))
     return (
         next(scalars),

@@ -7,7 +7,6 @@ backward, with n = x * rstd, u = dy turned back, g = u * w (or 1 + w) and m(.) t
     dx = rstd * (g - n * m(g * n))        dw = sum over b, t and heads of u * n
 """
 
-import math
 from typing import Any
 
 import torch
@@ -186,6 +185,7 @@ def _backward_tiles(
     PIPELINE: tl.constexpr,
 ):  # fmt: skip
     """The share of one program of the tiles of queries or of keys, and its part of their weight's gradient."""
+    gain_a, gain_b, gain_rest = _gains(W, STYLE, D, R, BLOCK, REST, INTERLEAVED)
     dw_a = tl.zeros([TOKENS, HEADS, BLOCK], tl.float32)
     dw_b = tl.zeros([TOKENS, HEADS, BLOCK], tl.float32)
     if REST:
@@ -209,7 +209,6 @@ def _backward_tiles(
         if WEIGHT:
             dw_a += u_a * n_a
             dw_b += u_b * n_b
-        gain_a, gain_b, gain_rest = _gains(W, STYLE, D, R, BLOCK, REST, INTERLEAVED)
         u_a *= gain_a
         u_b *= gain_b
         mean = tl.sum(u_a * n_a + u_b * n_b, 2, keep_dims=True)
@@ -312,10 +311,7 @@ def _run_backward(
     )  # fmt: skip
     if not weight:
         return dq, dk, qw.new_empty(0)
-    # Two steps: in one, two programs would read hundreds of rows of so few columns one after the other, a quarter of the time of all the rest.
-    folds = math.gcd(programs, 32)
-    halfway = launch.column_sum(parts.view(programs // folds, -1), torch.float32).view(folds, -1) if programs else parts
-    return dq, dk, launch.column_sum(halfway, qw.dtype).view(2, d)
+    return dq, dk, launch.column_sum(parts, qw.dtype).view(2, d)
 
 
 def _like_forward(q: Tensor, k: Tensor, *_: Any) -> Any:

@@ -173,7 +173,7 @@ def _backward(
         gain += 1.0
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
     # Of a wide row the weight is read again for each (from L2, a third of the row's traffic): held, it would spill.
-    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=PIPELINE):
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=PIPELINE):  # type: ignore[misc]
         row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         live = (row < rows) & (column < columns)
         dy = tl.load(DY + row * dy_stride + column, mask=live, other=0.0).to(tl.float32)

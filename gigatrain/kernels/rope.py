@@ -112,7 +112,7 @@ SPACE = {
 
 @triton.jit
 def places(first, group, tokens, count, OF: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr):
-    """Rows, tokens [T, 1, 1] and heads [1, H, 1] of a tile, in int64, then its batch and positions [T, 1, 1] and which of [T, H, 1] exist."""
+    """Of a tile: tokens [T, 1, 1], heads [1, H, 1], batch and position of each token [T, 1, 1], all in int64, and which of [T, H, 1] exist."""
     token = first + tl.arange(0, TOKENS)[:, None, None]
     head = group * HEADS + tl.arange(0, HEADS)[None, :, None]
     live = (token < count) & (head < OF)

@@ -16,6 +16,8 @@ from gigatrain.errors import KernelError
 from gigatrain.kernels import cross_entropy, launch
 from gigatrain.kernels import linear_cross_entropy as lce
 
+# The interpreter computes lanes that nobody looks at, and warns of their overflow.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 ALL = [lce.reference, lce.chunked, lce.fused]
 FAST = [lce.chunked, lce.fused]
 EVERYTHING: dict[str, Any] = {"softcap": 5.0, "scale": 0.5, "z_loss": 1e-2, "label_smoothing": 0.1}
@@ -318,12 +320,12 @@ def test_the_weight_gradient_does_not_degrade_with_the_number_of_chunks(chunks: 
     hidden, weight, labels = sample(n=64 * 64, h=16, v=16, dtype=torch.bfloat16)
     monkeypatch.setitem(lce._ELEMENTS, "cpu", hidden.shape[0] // chunks * 16)
     exact, plain = (grads(lce.reference, hidden.to(d), weight.to(d), labels)[3].double() for d in (torch.float64, torch.bfloat16))
-    for function in FAST[: 1 if chunks == 64 else 2]:  # interpreted kernels are slow
-        ours = grads(function, hidden, weight, labels)[3].double()
-        assert (ours - exact).norm() <= 2 * (plain - exact).norm()
+    ours = grads(lce.chunked, hidden, weight, labels)[3].double()
+    assert (ours - exact).norm() <= 2 * (plain - exact).norm()
 
 
 def test_on_a_gpu_the_weight_gradient_is_summed_by_the_products(wide_products) -> None:
+    """As above, over 16 chunks, with the products that sum in fp32."""
     hidden, weight, labels = sample(n=64 * 16, h=16, v=16, dtype=torch.bfloat16)
     exact, plain = (grads(lce.reference, hidden.to(d), weight.to(d), labels)[3].double() for d in (torch.float64, torch.bfloat16))
     ours = grads(lce.fused, hidden, weight, labels)[3].double()
@@ -331,20 +333,18 @@ def test_on_a_gpu_the_weight_gradient_is_summed_by_the_products(wide_products) -
 
 
 def test_chunks_are_equal_and_as_large_as_they_may_be() -> None:
-    """On a GPU about 1.07 GB of logits, and all tokens at once where that takes no more memory than an fp32 sum of the weight's gradient."""
+    """On a GPU about 1.07 GB of logits."""
     sizes = lce.tokens_per_chunk
-    assert sizes("cuda", 8192, 128256, 4096, False) == 4096
-    assert sizes("cuda", 8192, 128256, 4096, True) == 8192  # 8192 <= 4096 + 4096
-    assert sizes("cuda", 8193, 128256, 4096, True) == 2816  # three, of a multiple of 128
-    assert sizes("cuda", 16384, 128256, 4096, True) == 4096
-    assert sizes("cuda", 9000, 128256, 2048, True) == 3072
-    assert sizes("cuda", 2048, 262144, 2048, False) == 2048
-    assert sizes("cuda", 100, 10**9, 64, False) == 100
-    assert sizes("cpu", 2048, 4096, 192, True) == 64  # the fixture's
+    assert sizes("cuda", 8192, 128256) == 4096
+    assert sizes("cuda", 8193, 128256) == 2816  # three, of a multiple of 128
+    assert sizes("cuda", 16384, 128256) == 4096
+    assert sizes("cuda", 2048, 262144) == 2048
+    assert sizes("cuda", 100, 10**9) == 100
+    assert sizes("cpu", 2048, 4096) == 64  # the fixture's
     for n in (0, 1, 127, 5000, 70001):
-        chunk = sizes("cuda", n, 128256, 1024, True)
+        chunk = sizes("cuda", n, 128256)
         assert chunk >= 1
-        assert -(-n // chunk) == -(-n // 4096) or chunk == n
+        assert -(-n // chunk) == -(-n // 4096)
 
 
 @pytest.mark.parametrize("function", FAST)

@@ -126,7 +126,7 @@ def test_scaled_tables_of_long_packed_samples(fp32: bool) -> None:
 @pytest.mark.parametrize("kernel", list(qk_norm_rope.SPACE))
 def test_every_configuration_gives_the_right_result(kernel: str) -> None:
     """Triton 6691, fla 595682b8: some configurations only were wrong. Those that differ in warps and pipeline are one to the interpreter."""
-    tensors = inputs(2, 2, 5, 2, 96, 80)
+    tensors = inputs(1, 3, 5, 2, 96, 80)
     for configuration in {(c["elements"], c.get("programs")): c for c in qk_norm_rope.SPACE[kernel]}.values():
         with launch.forced(kernel, configuration):
             judged(tensors)
@@ -149,7 +149,7 @@ def test_weight_gradients_do_not_degrade_with_the_number_of_tokens() -> None:
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_offsets_beyond_two_billion_elements(axis: int) -> None:
     """32-bit products overflow (Liger 803, PR 804, Unsloth PR 3614). Untouched pages of the 4 GB tensor are never committed."""
-    far = (1 << 30) + 8
+    far = (1 << 30) + 1  # odd, so that strides are not handed over in units of 8
     shape, strides = [1, 1, 1, 64], [64, 64, 64, 1]
     shape[axis], strides[axis] = 3, far
     x = torch.empty(2 * far + 64, dtype=torch.bfloat16).as_strided(shape, strides)
@@ -236,7 +236,7 @@ def test_only_one_of_both_outputs_may_be_used() -> None:
 
 def test_a_graph_kept_gives_the_same_gradient_twice() -> None:
     """In-place gradients corrupt what a second backward reads (Liger 272); partial sums in a fixed order make runs bitwise equal."""
-    tensors = inputs(2, 67, 4, 2, 16, 16)
+    tensors = inputs(2, 35, 4, 2, 16, 16)
     outputs = qk_norm_rope.fused(*tensors, 1e-6, "llama")
     first, second = (grads(outputs, tensors, retain_graph=True) for _ in range(2))
     again = grads(qk_norm_rope.fused(*tensors, 1e-6, "llama"), tensors)

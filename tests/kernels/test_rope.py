@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from gigatrain.architectures import Architecture, Rope
 from gigatrain.errors import KernelError
 from gigatrain.kernels import launch, rope
+from gigatrain.kernels.launch import tl, triton
+from gigatrain.kernels.rope import places
 from gigatrain.models.decoder import Tables
 
 LLAMA = Rope(kind="llama3", theta=500_000.0, factor=8.0, original_positions=8192, low_freq_factor=1.0, high_freq_factor=4.0)
@@ -156,7 +158,7 @@ def test_shipped_configurations_can_be_tuned_to() -> None:
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_offsets_beyond_two_billion_elements(axis: int) -> None:
     """32-bit products overflow (Liger 803, PR 804). Untouched pages of the 4 GB tensor are never committed."""
-    far = (1 << 30) + 8
+    far = (1 << 30) + 1  # odd, so that strides are not handed over in units of 8
     shape, strides = [1, 1, 1, 64], [64, 64, 64, 1]
     shape[axis], strides[axis] = 3, far
     x = torch.empty(2 * far + 64, dtype=torch.bfloat16).as_strided(shape, strides)
@@ -167,6 +169,19 @@ def test_offsets_beyond_two_billion_elements(axis: int) -> None:
     leaves = [near.clone().requires_grad_() for _ in range(2)]
     back = [torch.autograd.grad(rope.fused(q, near, cos, sin)[0], q, g)[0] for q, g in zip(leaves, (x, near), strict=True)]
     assert torch.equal(*back)
+
+
+@triton.jit
+def _start(OUT, first, tokens, OF: tl.constexpr, D: tl.constexpr, ONE: tl.constexpr):
+    row, head, _, _, _ = places(first, OF - 1, tokens, tokens, OF, ONE, ONE)
+    tl.store(OUT + head * 0, (row * OF + head) * D)
+
+
+def test_outputs_beyond_two_billion_elements_are_addressed() -> None:
+    """The last of 80 million tokens, by its place alone: an operation would write all of them."""
+    out = torch.zeros(1, dtype=torch.int64)
+    launch.launch(_start, (1,), out, 79_999_999, 80_000_000, OF=32, D=128, ONE=1)
+    assert out.item() == 80_000_000 * 32 * 128 - 128
 
 
 def test_parts_of_one_projection_are_read_where_they_lie() -> None:
