@@ -86,11 +86,12 @@ def update_reference(
         weight.copy_(torch.where(skip > 0, weight, moved))
 
 
-# Fused. Floor in FLOPs: the least of `flops`; X is read and written in fp16 once a segment, 4 B per element and segment of HBM against 3 r FLOPs.
+# Fused. Floor in FLOPs: the least of `flops`. Per segment X moves through HBM in 6 B per element (read for R, read and written for Q X; where k X is summed
+# 6 B more: cuBLAS sums in place, so torch copies X first) against 3 r FLOPs, and each r x r product reads and writes 2 B per entry and matrix against r.
 #
 # fp16, and not the reference's bf16: eight times finer, at the same speed, which is what lets Q take three steps at once. Its narrow range is met by powers
 # of two: a matrix is held as 2^k times its value, k below. Singular values stay under 1.21, so |X| 2^6 <= 77, |R| and |W| 2^12 <= 6,000, |Z| 2^8 <= 720,
-# and |Q| 2^4 <= 660 where Q is [-41, 0]; Q X 2^10 <= 42,000 < 65,504, so that even a product that is summed in fp16 parts (split-K) is finite. Entries near
+# and |Q| 2^4 <= 660 where Q is [-41, 0]; Q X 2^10 <= 51,000 < 65,504, so that even a product that is summed in fp16 parts (split-K) is finite. Entries near
 # 2e-6, as R has off its diagonal at r = 4096, are normal numbers of 8e-3.
 _X, _R, _Z, _Q = 2.0**6, 2.0**12, 2.0**8, 2.0**4
 # From how many rows on the Gram form is taken. Q spans 41 (null directions) to 0.7 (the largest singular value), and its roundings are as large as 41 / 2^12;
@@ -132,7 +133,7 @@ def _triangle(index):
 @triton.jit
 def _stored(
     total, A, B, OUT, tile_row, tile_column, rows, a_row, a_inner, b_row, b_inner, alpha, beta, gamma, identity,
-    BETA: tl.constexpr, GAMMA: tl.constexpr, SIDE: tl.constexpr,
+    BETA: tl.constexpr, GAMMA: tl.constexpr, IDENTITY: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """Stores a square tile on or below the diagonal, and its mirror image. Whole tiles are masked, so that 16 bytes are stored at a time."""
     row, column = tile_row * SIDE + tl.arange(0, SIDE), tile_column * SIDE + tl.arange(0, SIDE)
@@ -144,7 +145,8 @@ def _stored(
         total += beta * tl.load(A + wide_row[:, None] * a_row + wide_column[None] * a_inner, mask=live, other=0.0).to(tl.float32)
     if GAMMA:
         total += gamma * tl.load(B + wide_row[:, None] * b_row + wide_column[None] * b_inner, mask=live, other=0.0).to(tl.float32)
-    total += tl.where(row[:, None] == column[None], identity, 0.0)
+    if IDENTITY and tile_row == tile_column:
+        total += tl.where(row[:, None] == column[None], identity, 0.0)
     found = total.to(OUT.dtype.element_ty)
     if tile_row == tile_column:
         found = tl.where(row[:, None] >= column[None], found, tl.trans(found))
@@ -156,7 +158,8 @@ def _stored(
 @triton.jit
 def _product(
     A, B, OUT, rows, inner, a_batch, a_row, a_inner, b_batch, b_row, b_inner, alpha, beta, gamma, identity,
-    BETA: tl.constexpr, GAMMA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
+    BETA: tl.constexpr, GAMMA: tl.constexpr, IDENTITY: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # The tile: a band of GROUP rows of tiles is walked column by column, so that its rows of A stay in L2; then the triangle at the band's end.
     turn = tl.program_id(0) // (ROWS // COLUMNS)
@@ -185,15 +188,20 @@ def _product(
         b_at += INNER * b_inner
     if ROWS == COLUMNS:
         _stored(
-            total, A, B, OUT, tile_row, tile_column, rows, a_row, a_inner, b_row, b_inner, alpha, beta, gamma, identity, BETA, GAMMA, ROWS
-        )
+            total, A, B, OUT, tile_row, tile_column, rows, a_row, a_inner, b_row, b_inner, alpha, beta, gamma, identity,
+            BETA, GAMMA, IDENTITY, ROWS,
+        )  # fmt: skip
     else:  # a tile of two squares, one above the other; the upper may lie above the diagonal
         upper, under = tl.split(tl.permute(tl.reshape(total, [2, COLUMNS, COLUMNS]), (1, 2, 0)))
         at, tile_column = tile_row * 2, tile_column * 2 + tl.program_id(0) % 2
-        _stored(upper, A, B, OUT, at, tile_column, rows, a_row, a_inner, b_row, b_inner, alpha, beta, gamma, identity, BETA, GAMMA, COLUMNS)
         _stored(
-            under, A, B, OUT, at + 1, tile_column, rows, a_row, a_inner, b_row, b_inner, alpha, beta, gamma, identity, BETA, GAMMA, COLUMNS
-        )
+            upper, A, B, OUT, at, tile_column, rows, a_row, a_inner, b_row, b_inner, alpha, beta, gamma, identity,
+            BETA, GAMMA, IDENTITY, COLUMNS,
+        )  # fmt: skip
+        _stored(
+            under, A, B, OUT, at + 1, tile_column, rows, a_row, a_inner, b_row, b_inner, alpha, beta, gamma, identity,
+            BETA, GAMMA, IDENTITY, COLUMNS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -230,8 +238,8 @@ def _run_product(a: Tensor, b: Tensor, alpha: float, beta: float = 0.0, gamma: f
     tiles = -(-rows // tuned["rows"])
     launch.launch(
         _product, (tiles * (tiles + 1) // 2 * (tuned["rows"] // tuned["columns"]), count), a, b, out, rows, inner, *a.stride(), *b.stride(),
-        alpha, beta, gamma, identity, BETA=beta != 0.0, GAMMA=gamma != 0.0, ROWS=tuned["rows"], COLUMNS=tuned["columns"], INNER=tuned["inner"],
-        GROUP=tuned["group"], warps=tuned["warps"], stages=tuned["stages"],
+        alpha, beta, gamma, identity, BETA=beta != 0.0, GAMMA=gamma != 0.0, IDENTITY=identity != 0.0, ROWS=tuned["rows"],
+        COLUMNS=tuned["columns"], INNER=tuned["inner"], GROUP=tuned["group"], warps=tuned["warps"], stages=tuned["stages"],
     )  # fmt: skip
     return out
 

@@ -74,11 +74,7 @@ class Muon:
         self.scaling: Scaling = scaling
         self.shapes = {name: (view.shape[0], view.shape[1]) for name, view in master.views.items()}
         self.starts = {name: view.storage_offset() - master.buffer.storage_offset() for name, view in master.views.items()}
-        self.momentum_buffer = torch.zeros(master.buffer.shape, dtype=momentum_dtype, device=master.buffer.device)
-        self.momentum_views = {
-            name: self.momentum_buffer[start : start + rows * columns].view(rows, columns)
-            for (name, start), (rows, columns) in zip(self.starts.items(), self.shapes.values(), strict=True)
-        }
+        self.momentum_buffer = Flat({name: view.shape for name, view in master.views.items()}, master.buffer.device, momentum_dtype)
         self.batches = self._batches(limit_bytes)
         self._rate = torch.zeros((), dtype=torch.float32, device=master.buffer.device)
 
@@ -107,7 +103,9 @@ class Muon:
         for batch in self.batches:
             shape = (batch.rows, batch.columns)
             # Phase 1: momentum and Nesterov's look ahead, into one batch in bf16.
-            updates = muon_momentum(self.momentum_buffer, self.grads.buffer, batch.starts, shape, scale, skip, self.momentum, batch.aligned)
+            updates = muon_momentum(
+                self.momentum_buffer.buffer, self.grads.buffer, batch.starts, shape, scale, skip, self.momentum, batch.aligned
+            )
             # Phase 2: orthogonalise all of it.
             updates = newton_schulz(updates)
             # Phase 3: decay and move the weights.
@@ -116,4 +114,4 @@ class Muon:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside the master weights."""
-        return {f"momentum.{name}": view for name, view in self.momentum_views.items()}
+        return {f"momentum.{name}": view for name, view in self.momentum_buffer.views.items()}
