@@ -337,7 +337,9 @@ class Architecture(_Numbers):
         """Trainable numbers, exactly: the sum of `numel` over the parameters of the transformers model, a tied head counted once."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         widening = 2 if self.gated else 1
-        biases = self.qkv_bias * (q + 2 * kv) + self.output_bias * self.hidden + self.mlp_bias * (widening * self.intermediate + self.hidden)
+        biases = (
+            self.qkv_bias * (q + 2 * kv) + self.output_bias * self.hidden + self.mlp_bias * (widening * self.intermediate + self.hidden)
+        )
         norms = (4 if self.placement == "sandwich" else 2) * self.hidden
         norms += {"none": 0, "head": 2 * self.head_dim, "full": q + kv}[self.qk_norm]
         scalars = 2 if self.activation == "xielu" else 0

@@ -145,7 +145,8 @@ class Train(Section):
         "matrix products only, full keeps one tensor per layer.",
     )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        default=0.0, description="Share of each block's output that is dropped before the residual sum; masks follow from the seed and the step."
+        default=0.0,
+        description="Share of each block's output that is dropped before the residual sum; masks follow from the seed and the step.",
     )
     compile: bool = Field(default=False, description="torch.compile each layer; costs a start of tens of seconds.")
     deterministic: bool = Field(default=False, description="Only deterministic algorithms: two runs are bitwise equal, also on a GPU.")
@@ -167,11 +168,30 @@ class Optim(Section):
     lr: Positive = Field(description="Peak learning rate of AdamW's share.")
     muon_lr: Positive = Field(default=0.02, description="Peak learning rate of Muon's share, in units of the update's spectral norm.")
     muon_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    muon_scaling: Literal["spectral", "rms"] = Field(
+        default="spectral",
+        description="Size of an orthogonal update: spectral, sqrt(max(1, rows / columns)); rms, 0.2 sqrt(max(rows, columns)), as far as AdamW's "
+        "(arXiv:2502.16982), so that `muon_lr` may be AdamW's rate.",
+    )
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
     decay_embeddings: bool = Field(default=False, description="Whether embeddings and the head decay too; norms and biases never do.")
     clip: Positive | None = Field(default=1.0, description="Global gradient norm above which gradients are scaled down.")
+    master: Literal["fp32", "bf16+16", "bf16+8"] = Field(
+        default="fp32",
+        description="How AdamW's master weights are kept beside bf16 weights: fp32, 4 B each; bf16+16, a correction of 2 B that makes the weights exactly "
+        "fp32; bf16+8, one of 1 B that makes them 24 bits. Muon's matrices keep fp32.",
+    )
+    moments: Literal["fp32", "bf16", "int8"] = Field(
+        default="fp32",
+        description="How AdamW's two moments are kept: 8, 4 or 2 B per parameter; the narrow ones are rounded stochastically. Muon's keeps fp32.",
+    )
+    rounding: Literal["nearest", "stochastic"] = Field(
+        default="stochastic",
+        description="Of bf16+8 to its 24 bits (the other forms drop none): to nearest, a weight stops where an update is below half its last place, 2^-17 "
+        "to 2^-16 of it, as lr * weight_decay often is.",
+    )
 
 
 class Schedule(Section):
@@ -232,7 +252,7 @@ class Recipe(Section):
     sample: Sample = Sample()
     kernels: Literal["auto", "reference"] | dict[str, str] = Field(
         default="auto",
-        description="`reference`: plain torch for every operation. A table chooses per operation, for instance { attention = \"sdpa\" }; its "
+        description='`reference`: plain torch for every operation. A table chooses per operation, for instance { attention = "sdpa" }; its '
         "`default`, auto or reference, decides the rest.",
     )
     export: bool = Field(default=True, description="Write export/ (transformers' format) when the run ends.")

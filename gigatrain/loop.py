@@ -170,6 +170,7 @@ def _device(plan: Plan) -> torch.device:
     if plan.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     torch.use_deterministic_algorithms(plan.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] (every kernel writes all of its outputs: NaNs first cost a pass)
     if plan.device == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -54,8 +54,8 @@ def create_fp_to_fp(self, value, to, mode):
 
 
 def create_dot(self, a, b, c, *rest):
-    wide = (_cast(x, tl.float32) if x.dtype.scalar in _NARROW else x for x in (a, b))
-    return _plain_dot(self, *wide, c, *rest)
+    a, b = (_cast(x, tl.float32) if x.dtype.scalar in _NARROW else x for x in (a, b))
+    return _plain_dot(self, a, b, c, *rest)
 
 
 for _name, _replacement in (("cast_impl", cast_impl), ("create_fp_to_fp", create_fp_to_fp), ("create_dot", create_dot)):

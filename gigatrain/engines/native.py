@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from gigatrain.data.loader import Batch, Microbatch
+from gigatrain.kernels.adamw import Rates
+from gigatrain.kernels.ops import OPERATIONS
 from gigatrain.models.decoder import Decoder, decays, kind_of
 from gigatrain.optim.adamw import AdamW, Flat
-from gigatrain.optim.muon import Muon
+from gigatrain.optim.muon import Muon, Versions
 from gigatrain.planning.plan import Plan
 
 
 class Native:
-    """Weights in the plan's precision, master weights and gradient sums in fp32, one fused update per group.
+    """Weights in the plan's precision, gradients summed in fp32, one fused update per group.
 
-    Takes a model with fp32 parameters on the device. In bf16 they are rounded in place and the fp32 values become the master weights;
-    in fp32 the parameters are the master weights.
+    Takes a model with fp32 parameters on the device. In fp32 they are the master weights. In bf16 they are rounded in place, and the fp32 values become
+    master weights in the form that the recipe says; where a kernel writes the bf16 weights itself, the parameters are views of its bucket.
     """
 
     def __init__(self, plan: Plan, model: Decoder) -> None:
@@ -26,11 +28,18 @@ class Native:
         self.parameters = dict(model.named_parameters())
         self.device = next(iter(self.parameters.values())).device
         assert sum(parameter.numel() for parameter in self.parameters.values()) == plan.parameters
+        kernels = {choice.op: choice.kernel for choice in plan.kernels}
+        self._kernels = {op: OPERATIONS[op].versions[name] for op, name in kernels.items()}
+        self._adamw, self._norm = kernels["adamw"], self._kernels["grad_norm"]
         self.groups = [self._group(name, names) for name, names in _groups(plan, model).items() if names]
-        self.master = {name: view for group in self.groups for name, view in group.master.views.items()}
         self.grads = {name: view for group in self.groups for name, view in group.grads.views.items()}
-        for name, parameter in self.parameters.items():
-            parameter.data = self.master[name].to(torch.bfloat16) if plan.precision == "bf16" else self.master[name]
+        self._rounded: list[tuple[Tensor, Tensor]] = []  # bf16 weights, and the fp32 ones that they are rounded from after every update
+        for name, weight in ((name, view) for group in self.groups for name, view in _weights(group).items()):
+            parameter = self.parameters[name]
+            rounds = plan.precision == "bf16" and weight.dtype == torch.float32
+            parameter.data = weight.to(torch.bfloat16) if rounds else weight
+            if rounds:
+                self._rounded.append((parameter, weight))
         if plan.compile:
             # A layer is called with and without a sum before it, documents and gradients, and with a last microbatch of another size.
             torch._dynamo.config.recompile_limit = 32
@@ -44,19 +53,38 @@ class Native:
         self._terms = {"z_loss": plan.loss.z_loss, "label_smoothing": plan.loss.label_smoothing}
 
     def _group(self, name: str, names: list[str]) -> AdamW | Muon:
-        shapes = {name: self.parameters[name].shape for name in names}
-        master, grads = Flat(shapes, self.device), Flat(shapes, self.device)
-        with torch.no_grad():
-            for parameter in names:
-                master.views[parameter].copy_(self.parameters[parameter])
-        optim = self.plan.optim
+        optim, start = self.plan.optim, {name: self.parameters[name].detach() for name in names}
         if name == "muon":
-            return Muon(master, grads, lr=optim.muon_lr, momentum=optim.muon_momentum, weight_decay=optim.weight_decay)
-        decay = optim.weight_decay if name == "decayed" else 0.0
-        return AdamW(name, master, grads, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=decay)
+            shapes = {name: tensor.shape for name, tensor in start.items()}
+            master, grads = Flat(shapes, self.device), Flat(shapes, self.device)
+            for parameter, tensor in start.items():
+                master.views[parameter].copy_(tensor)
+            return Muon(
+                master,
+                grads,
+                lr=optim.muon_lr,
+                momentum=optim.muon_momentum,
+                weight_decay=optim.weight_decay,
+                scaling=optim.muon_scaling,
+                versions=Versions(*(self._kernels[op] for op in ("muon_momentum", "newton_schulz", "muon_update"))),
+            )
+        decay, lean = optim.weight_decay if name == "decayed" else 0.0, optim.master != "fp32"
+        return AdamW(
+            name,
+            start,
+            Rates(optim.betas, optim.eps, decay, optim.rounding == "stochastic"),
+            lr=optim.lr,
+            master=optim.master,
+            moments=optim.moments,
+            copy=self.plan.precision == "bf16" and not lean and self._adamw != "foreach",
+            version=self._adamw,
+            gradients=torch.bfloat16 if lean and self.plan.accumulation == 1 else torch.float32,
+            seed=self.plan.seed ^ (name == "decayed") << 62,
+        )
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Gradients of the mean loss per target over the whole step, however it is cut; returns the sum of cross entropies."""
+        self._forget()
         total = torch.zeros((), device=self.device)
         self.loss.zero_()
         share = 1.0 / max(1, batch.targets)
@@ -80,7 +108,7 @@ class Native:
 
     @torch.no_grad()
     def _sum_gradients(self, *, first: bool) -> None:
-        """Move the microbatch's gradients into the fp32 sums."""
+        """Move the microbatch's gradients into the sums: fp32, or bf16 where a step has one microbatch and nothing is summed."""
         found = {name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None}
         if first and len(found) < len(self.parameters):
             for group in self.groups:
@@ -96,17 +124,18 @@ class Native:
     @torch.no_grad()
     def step(self, rate: float) -> Tensor:
         """Update every group, or, where loss or gradient is not finite, nothing: decided on the device."""
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(group.grads.buffer) for group in self.groups]))
-        finite = torch.isfinite(norm) & torch.isfinite(self.loss)
-        skip = (~finite).float()
-        clip = self.plan.optim.clip
-        scale = torch.ones_like(norm) if clip is None else clip / torch.clamp(norm, min=clip)
+        self._forget()
+        norm, scale, skip = self._norm([group.grads.buffer for group in self.groups], self.plan.optim.clip, self.loss)
         for group in self.groups:
             group.step(rate, scale, skip)
-        if self.plan.precision == "bf16":
-            torch._foreach_copy_(list(self.parameters.values()), [self.master[name] for name in self.parameters])
-        self._count(finite)
+        self._round()
+        self._count(skip == 0)
         return norm
+
+    def _round(self) -> None:
+        """Into the bf16 weights that no update wrote itself."""
+        if self._rounded:
+            torch._foreach_copy_([weight for weight, _ in self._rounded], [master for _, master in self._rounded])
 
     def _count(self, finite: Tensor) -> None:
         total, row, longest, began = self._bad.unbind()
@@ -127,19 +156,36 @@ class Native:
         return total
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """fp32 master weights; moments and counts."""
-        optimizer = {key: tensor for group in self.groups for key, tensor in group.state().items()}
-        return {"weights": self.master, "optimizer": optimizer | {"bad": self._bad, "steps": self._updates}}
+        """fp32 master weights; moments and counts. What is not stored in fp32 is a copy on the host, until the next step."""
+        weights: dict[str, Tensor] = {}
+        optimizer = {"bad": self._bad, "steps": self._updates}
+        for group in self.groups:
+            found = group.state() if isinstance(group, AdamW) else (group.master.views, group.state())
+            weights |= found[0]
+            optimizer |= found[1]
+        return {"weights": weights, "optimizer": optimizer}
 
     @torch.no_grad()
     def restored(self) -> None:
-        """Round the loaded master weights into the weights that compute."""
-        if self.plan.precision == "bf16":
-            torch._foreach_copy_(list(self.parameters.values()), [self.master[name] for name in self.parameters])
+        """Store what was loaded into `state` in its own form, and round it into the weights that compute."""
+        for group in self.groups:
+            if isinstance(group, AdamW):
+                group.restore()
+        self._forget()
+        self._round()
+
+    def _forget(self) -> None:
+        for group in self.groups:
+            if isinstance(group, AdamW):
+                group.forget()
 
     @property
     def bad(self) -> Tensor:
         return self._bad
+
+
+def _weights(group: AdamW | Muon) -> dict[str, Tensor]:
+    return group.weights if isinstance(group, AdamW) else group.master.views
 
 
 def _groups(plan: Plan, model: Decoder) -> dict[str, list[str]]:

@@ -212,33 +212,41 @@ def random_words(start: int, count: int, t: Tensor, seed: Tensor) -> Tensor:
     return torch.stack((c0, c1, c2, c3), -1).view(-1)[:count]
 
 
-_CHUNK = 1 << 18  # elements that plain torch takes at a time: temporaries of a megabyte
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 22}  # elements that plain torch takes at a time: temporaries that a CPU's cache holds, or 16 MB each
 
 
-def _chunks(count: int) -> Iterator[tuple[slice, slice]]:
+def _chunks(count: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """Elements, and the blocks that they are."""
-    for start in range(0, count, _CHUNK):
-        stop = min(start + _CHUNK, count)
+    for start in range(0, count, _CHUNK[device.type]):
+        stop = min(start + _CHUNK[device.type], count)
         yield slice(start, stop), slice(start // BLOCK, -(-stop // BLOCK))
 
 
-def taken(state: State, device: torch.device | str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """`(p, m, v)` in fp32 on `device` (default: the state's), whatever the form; new tensors, made chunk by chunk."""
+def taken(state: State, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+    """`(p, m, v)` in fp32, whatever the form: the state's own tensors where they are fp32, else new ones on `device`, made chunk by chunk."""
     count = state.weight.numel()
-    found = [torch.empty(count, device=device or state.weight.device) for _ in range(3)]
-    for at, blocks in _chunks(count):
-        for whole, part in zip(found, _parts(state, at, blocks), strict=True):
-            whole[at] = part
+    stored = (state.weight, state.exp_avg, state.exp_avg_sq)
+    found = [t if t.dtype == torch.float32 else torch.empty(count, device=device) for t in stored]
+    for at, blocks in _chunks(count, state.weight.device):
+        for whole, own, part in zip(found, stored, _parts(state, at, blocks), strict=True):
+            if whole is not own:
+                whole[at] = part
     return found[0], found[1], found[2]
 
 
 def fill(state: State, p_n: Tensor, m_n: Tensor, v_n: Tensor) -> None:
     """Store fp32 master weights and moments in the state's form, to nearest. What `taken` gave comes back to the same bits."""
-    for at, blocks in _chunks(state.weight.numel()):
-        p, m, v = (x[at].to(state.weight.device) for x in (p_n, m_n, v_n))
-        _store_weight(state, at, p, None, None)
+    fill_weights(state, 0, p_n)
+    for at, blocks in _chunks(state.weight.numel(), state.weight.device):
+        m, v = (x[at].to(state.weight.device) for x in (m_n, v_n))
         _store_moment(state.exp_avg, state.exp_avg_scale, at, blocks, m, None, None)
         _store_moment(state.exp_avg_sq, state.exp_avg_sq_scale, at, blocks, v, None, None)
+
+
+def fill_weights(state: State, start: int, p_n: Tensor) -> None:
+    """Store fp32 master weights from element `start` on, to nearest."""
+    for at, _ in _chunks(len(p_n), state.weight.device):
+        _store_weight(state, slice(start + at.start, start + at.stop), p_n[at].to(state.weight.device), None, None)
 
 
 def _parts(state: State, at: slice, blocks: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,7 +289,7 @@ def reference(state: State, grad_n: Tensor, lr: Tensor, scale: Tensor, skip: Ten
     first = (1 / (1 - beta1**t)).to(wide)
     second = torch.rsqrt(1 - beta2**t).to(wide)
     keep = skip > 0
-    for at, blocks in _chunks(len(grad_n)):
+    for at, blocks in _chunks(len(grad_n), grad_n.device):
         p, m, v = _parts(state, at, blocks)
         g = grad_n[at].to(wide) * scale
         m = m + (g - m) * (1 - beta1)
@@ -340,14 +348,15 @@ def _form(state: State, grad_n: Tensor) -> str:
 # 18 with bf16, 14 with int8; bf16+8 with int8 moments and a bf16 gradient 12: w 4, correction 2, m 2, v 2, g 2. Scales add 8 B per 128 parameters,
 # each way. On one H200 (4.3 TB/s) 12.1 B are 2.8 ms per 10^9 parameters.
 SPACE = {
-    f"adamw.{kernel}": [
+    f"adamw.{moments}": [
         {"elements": elements, "warps": warps}
         for elements in (512, 1024, 2048, 4096)
-        for warps in (4, 8)
+        for warps in (2, 4, 8)
         if 4 <= elements // (32 * warps) <= 16
     ]
-    for kernel in ("wide", "narrow")
+    for moments in MOMENTS
 }
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
 
 
 @triton.jit
@@ -502,10 +511,10 @@ def _run(
     beta1: float, beta2: float, eps: float, weight_decay: float, stochastic: bool,
 ) -> None:  # fmt: skip
     count = weight.numel()
-    narrow, kind = exp_avg.dtype != torch.float32, None if correction is None else correction.dtype
+    kind = None if correction is None else correction.dtype
     dropped = {None: 16, torch.int8: 8, torch.int16: 0}[kind]
     stochastic = stochastic and weight.dtype == torch.bfloat16 and dropped > 0
-    tuned = launch.configuration(weight, "adamw.narrow" if narrow else "adamw.wide", count)
+    tuned = launch.configuration(weight, f"adamw.{_NAMES[exp_avg.dtype]}", count)
     logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
     step = torch.empty(3, device=weight.device)
     launch.launch(_advance, (1,), updates, skip, step, *logs, eps, warps=1)
@@ -571,7 +580,7 @@ def _sample(case: Any, device: str) -> launch.Sample:
     p = torch.randn(count, device=device)
     fill(start, p * 0.02, torch.randn_like(p) * 1e-3, torch.rand_like(p) * 1e-5)
     start.updates.fill_(4)
-    exact = [x.double() for x in taken(start)]
+    exact = [x.double() for x in taken(start, device)]
     names = [field.name for field in fields(State) if getattr(start, field.name) is not None]
     nothing: dict[str, Any] = dict.fromkeys(field.name for field in fields(State))
     rates = Rates((0.9, 0.95), 1e-8, 0.1, stochastic)

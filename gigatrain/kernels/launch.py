@@ -4,6 +4,7 @@ Triton is an optional import: without it the references and the lean versions wo
 `TRITON_INTERPRET=1`, set before the first import of triton, runs every kernel on CPU tensors in Triton's interpreter.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -125,11 +126,15 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, warps: int = 4, st
     if WIDE_WARPS:
         warps = min(warps, 16)
     first = arguments[0]
-    if first.is_cuda and first.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(first.device):
+    elsewhere = first.is_cuda and first.get_device() != torch.cuda.current_device()
+    try:
+        with torch.cuda.device(first.device) if elsewhere else contextlib.nullcontext():
             kernel[tuple(grid)](*arguments, num_warps=warps, num_stages=stages, **constants)
-    else:
-        kernel[tuple(grid)](*arguments, num_warps=warps, num_stages=stages, **constants)
+    except triton.runtime.errors.OutOfResources as failure:
+        raise KernelError(
+            f"{kernel.fn.__name__}: {failure}; this device needs smaller tiles: gigatrain bench kernels --tune finds them, "
+            'or set kernels = "reference"'
+        ) from failure
 
 
 def missing(tensor: Tensor) -> str | None:
@@ -294,7 +299,7 @@ def differentiable(op: Any, setup: Callable[..., None], backward: Callable[..., 
 
 
 @triton.jit
-def _column_sum(X, OUT, rows, columns, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _column_sum(X, OUT, rows, columns, BLOCK: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[valid-type]
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, rows, ROWS):

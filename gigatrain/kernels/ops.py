@@ -15,6 +15,7 @@ from gigatrain.kernels import (
     dropout_add,
     embedding,
     geglu,
+    grad_norm,
     linear_cross_entropy,
     newton_schulz,
     qk_norm_rope,
@@ -40,6 +41,7 @@ MODULES = (
     linear_cross_entropy,
     newton_schulz,
     adamw,
+    grad_norm,
 )
 # Every operation of every kernel file, by name; those that are a field of `Ops` can be chosen for a model.
 OPERATIONS = {name: operation for module in MODULES for name, operation in module.OPERATIONS.items()}

@@ -122,13 +122,14 @@ def add_lean(x_nd: Tensor, residual_nd: Tensor, w_d: Tensor, eps: float, style: 
 
 
 # Fused. Floor, in bytes per element of bf16: norm 4 forward, 6 backward; with the sum 8 and 8. Per row also 4 B of rstd, and the weight once.
-WIDEST = 32768  # channels that one program holds in registers
+WIDEST = 32768  # channels that one program holds in registers; above 16,384 the backward spills (422 accesses a row of 32,768 on sm_90)
+PIPELINED_BYTES = 48 << 10  # of shared memory for turns loaded ahead: every GPU that Triton knows has as much, MI300X 64 KiB, RTX 4090 99
 # What a tuner tries; sizes in the tables are channels.
 SPACE = {
     "rms_norm.forward": [{"rows": rows, "warps": warps} for rows in (1, 2, 4, 16, 32) for warps in (4, 8, 16)],
     "rms_norm.backward": [
         {"rows": rows, "warps": warps, "programs": programs, "pipeline": pipeline}
-        for rows in (1, 2, 4, 16)
+        for rows in (1, 2, 4, 8, 16)
         for warps in (4, 8, 16)
         for programs in (1, 2, 4)
         for pipeline in (1, 2, 3)
@@ -219,13 +220,17 @@ def _run_backward(
     rows, columns = x2.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     scaled = x.new_empty(0) if scale == 1.0 else torch.empty_like(dx)
-    tuned = launch.configuration(x, "rms_norm.backward", columns)
+    tuned, width = launch.configuration(x, "rms_norm.backward", columns), launch.block(columns)
+    ahead = (
+        tuned["rows"] * width * x.element_size() * (2 if dh2 is None else 3)
+    )  # bytes of one turn, held in shared memory while the next is loaded
+    pipeline = min(tuned["pipeline"], 1 + PIPELINED_BYTES // ahead)
     programs = min(-(-rows // tuned["rows"]), launch.processors(x) * tuned["programs"])
     parts = torch.empty(programs if weight else 0, columns, dtype=torch.float32, device=x.device)
     launch.launch(
         _backward, (programs,), dy2, dh2, x2, w.contiguous(), rstd, dx, scaled, parts, rows, columns, dy2.stride(0),
         0 if dh2 is None else dh2.stride(0), x2.stride(0), scale, STYLE=style, ADD=dh2 is not None, SCALE=scale != 1.0, WEIGHT=weight,
-        ROWS=tuned["rows"], BLOCK=launch.block(columns), PIPELINE=tuned["pipeline"], warps=tuned["warps"],
+        ROWS=tuned["rows"], BLOCK=width, PIPELINE=pipeline, warps=tuned["warps"],
     )  # fmt: skip
     return dx, scaled, launch.column_sum(parts, w.dtype) if weight else w.new_empty(0)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gigatrain.architectures import Architecture, Rope
+from gigatrain.kernels import linear_cross_entropy
 from gigatrain.kernels.attention import Mask, mask
 from gigatrain.kernels.ops import REFERENCE, Ops, checked
 from gigatrain.models.recompute import Remade, keep_products
@@ -171,8 +172,7 @@ class Attention(nn.Module):
         q, k, v = self.q_proj(x_btd), self.k_proj(x_btd), self.v_proj(x_btd)
         turned = self._turned(q, k, turn)
         if again is not None and arch.qk_norm != "none":  # the norm keeps its inputs, and attention would keep what became of them
-            for i, x in enumerate(turned):
-                again.drop(x, lambda i=i: self._turned(q, k, turn)[i])
+            again.drop(turned, lambda: self._turned(q, k, turn))
         out = ops.attention(*turned, v.unflatten(-1, (-1, arch.head_dim)), seen, scale=arch.scale, softcap=arch.attention_softcap)
         return self.o_proj(out.flatten(-2))
 
@@ -223,7 +223,7 @@ class MLP(nn.Module):
             inputs = (up,)
         activated = self.activation(*inputs)
         if again is not None:
-            again.drop(activated, lambda: self.activation(*inputs))
+            again.drop([activated], lambda: [self.activation(*inputs)])
         return self.down_proj(activated)
 
 
@@ -291,7 +291,7 @@ def begin(
         stream = residual_btd if delta_btd is None else added(arch, ops, delta_btd, residual_btd, drop)
         x = stream if norm is None else ops.rms_norm(stream, norm.weight, arch.norm_eps, arch.norm)
     if again is not None and norm is not None:
-        again.drop(x, lambda: ops.rms_norm(stream, norm.weight, arch.norm_eps, arch.norm))
+        again.drop([x], lambda: [ops.rms_norm(stream, norm.weight, arch.norm_eps, arch.norm)])
     return stream, x
 
 
@@ -389,11 +389,13 @@ class Decoder(nn.Module):
             with Remade() as again:
                 return layer(delta, stream, turn, seen, drops, again)
         if self.recompute == "selective":
-            return checkpoint(layer, delta, stream, turn, seen, drops, use_reentrant=False, context_fn=keep_products)  # type: ignore[return-value]
+            return checkpoint(
+                layer, delta, stream, turn, seen, drops, use_reentrant=False, preserve_rng_state=False, context_fn=keep_products
+            )  # type: ignore[return-value]
         # One tensor per layer is kept, so the sum is made outside.
         if delta is not None:
             stream = added(self.arch, self.ops, delta, stream, drops[0])
-        return checkpoint(layer, None, stream, turn, seen, drops, use_reentrant=False)  # type: ignore[return-value]
+        return checkpoint(layer, None, stream, turn, seen, drops, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
 
     def logits(self, tokens_bt: Tensor, positions_bt: Tensor | None = None, documents_bt: Tensor | None = None) -> Tensor:
         """logits_btv in the weights' dtype, scaled and soft-capped."""
@@ -427,22 +429,25 @@ class Decoder(nn.Module):
         )
 
 
-def verify(arch: Architecture, kernels: Mapping[str, str], device: torch.device, dtype: torch.dtype, tokens: int = 33) -> dict[str, float]:
+def verify(
+    arch: Architecture, kernels: Mapping[str, str], device: torch.device, dtype: torch.dtype, tokens: Sequence[int] = (33, 256)
+) -> dict[str, float]:
     """Run two layers of the architecture's real widths on `device` with every fused kernel judged against fp64: what a run does before it starts.
 
     Compiles the kernels too, and returns each operation's error as a multiple of what is allowed. Raises `KernelError`: see kernels/ops.py's `checked`.
-    The vocabulary is cut to 16,384 and the weights are random.
+    The vocabulary is cut to 16,384, the weights are random, and the loss goes by its smallest chunks, so that 256 tokens are several on any device. An
+    odd number of tokens and a multiple of 16 compile to different code.
     """
     worst: dict[str, float] = {}
-    cut = {"layers": 2, "vocab": min(arch.vocab, 1 << 14), "window_layers": None, "rope_layers": None, "rope_local": None, "window": None}
-    small = arch.model_copy(update=cut)
-    with torch.device(device):
+    cut = {"layers": 2, "vocab": min(arch.vocab, 1 << 14), "window_layers": None, "rope_local": None, "window": None}
+    small = arch.model_copy(update=cut | {"rope_layers": (True, False) if arch.rope_layers else None})
+    with torch.device(device), linear_cross_entropy.chunked_finely():
         model = Decoder(small, checked(kernels, worst), dropout=0.1)
         model.init_weights(0.02, False, 0)
         model.to(dtype)
         generator = torch.Generator(device).manual_seed(0)
-        tokens_bt = torch.randint(0, small.vocab, (1, tokens), generator=generator)
-        model.loss(tokens_bt, tokens_bt.roll(-1, 1), seed=torch.zeros((), dtype=torch.int64))
-        model.eval()
-        model.loss(tokens_bt, tokens_bt.roll(-1, 1))
+        for count in tokens:
+            tokens_bt = torch.randint(0, small.vocab, (1, count), generator=generator)
+            for training in (True, False):
+                model.train(training).loss(tokens_bt, tokens_bt.roll(-1, 1), seed=torch.zeros((), dtype=torch.int64))
     return worst

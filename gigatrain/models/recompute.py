@@ -1,6 +1,6 @@
 """What a layer does not keep for its backward, and how that is made again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -9,13 +9,13 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 
 class _Maker:
-    """Makes a dropped tensor again in the backward, once for all who saved it."""
+    """Makes dropped tensors again in the backward, once for all who saved one of them."""
 
-    def __init__(self, make: Callable[[], Tensor]) -> None:
+    def __init__(self, make: Callable[[], Sequence[Tensor]]) -> None:
         self.make, self.savers, self.left = make, 0, 0
-        self.made: Tensor | None = None
+        self.made: Sequence[Tensor] | None = None
 
-    def tensor(self) -> Tensor:
+    def tensors(self) -> Sequence[Tensor]:
         if self.made is None:
             with torch.no_grad():
                 self.made = self.make()
@@ -34,12 +34,14 @@ class Remade(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self) -> None:
         super().__init__(self._pack, self._unpack)
-        self._makers: dict[int, tuple[Tensor, _Maker]] = {}
+        self._makers: dict[int, tuple[Tensor, int, _Maker]] = {}
 
-    def drop(self, tensor: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """`tensor`, whose saved copies `make` replaces: a function of tensors that are kept anyway, of equal result and layout."""
-        self._makers[tensor.untyped_storage().data_ptr()] = tensor, _Maker(make)
-        return tensor
+    def drop(self, tensors: Sequence[Tensor], make: Callable[[], Sequence[Tensor]]) -> None:
+        """Replace saved copies of `tensors` by what `make` returns: functions of tensors that are kept anyway, of equal layout."""
+        maker = _Maker(make)
+        for index, tensor in enumerate(tensors):
+            if tensor.numel():  # empty ones all have the same address
+                self._makers[tensor.untyped_storage().data_ptr()] = tensor, index, maker
 
     def __enter__(self) -> Self:  # torch's own returns nothing
         super().__enter__()
@@ -53,16 +55,16 @@ class Remade(torch.autograd.graph.saved_tensors_hooks):
         storage = saved.untyped_storage()
         if storage.data_ptr() not in self._makers:
             return saved
-        whole, maker = self._makers[storage.data_ptr()]
+        whole, index, maker = self._makers[storage.data_ptr()]
         maker.savers += 1
-        return maker, saved.shape, saved.stride(), saved.storage_offset() - whole.storage_offset()
+        return maker, index, saved.shape, saved.stride(), saved.storage_offset() - whole.storage_offset()
 
     @staticmethod
     def _unpack(packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        maker, shape, stride, offset = packed
-        made = maker.tensor()
+        maker, index, shape, stride, offset = packed
+        made = maker.tensors()[index]
         return made.as_strided(shape, stride, made.storage_offset() + offset)
 
 

@@ -1,66 +1,97 @@
-"""AdamW over one flat fp32 buffer per weight-decay group: one fused launch each, the clip factor and the skip decided on the device."""
+"""AdamW over one flat bucket per weight-decay group, in whatever form its state is stored: one fused launch each, all decisions on the device."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
+
+from gigatrain.kernels import adamw as kernel
+
+
+def views(buffer: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The named tensors that lie end to end in a flat buffer."""
+    found, start = {}, 0
+    for name, shape in shapes.items():
+        found[name] = buffer[start : start + shape.numel()].view(shape)
+        start += shape.numel()
+    return found
 
 
 class Flat:
-    """Named fp32 tensors laid end to end in one buffer, so that a group costs one launch and not one per parameter."""
+    """Named tensors laid end to end in one buffer of zeros, so that a group costs one launch and not one per parameter."""
 
-    def __init__(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
-        self.buffer = torch.zeros(sum(shape.numel() for shape in shapes.values()), dtype=torch.float32, device=device)
-        self.views: dict[str, Tensor] = {}
-        start = 0
-        for name, shape in shapes.items():
-            self.views[name] = self.buffer[start : start + shape.numel()].view(shape)
-            start += shape.numel()
+    def __init__(self, shapes: Mapping[str, torch.Size], device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.buffer = torch.zeros(sum(shape.numel() for shape in shapes.values()), dtype=dtype, device=device)
+        self.views = views(self.buffer, shapes)
 
 
 class AdamW:
-    """m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  w <- w - lr (m' / (sqrt(v') + eps) + decay w)   (arXiv:1711.05101).
+    """A group of parameters that share a weight decay; the formula and the forms of its state are those of kernels/adamw.py.
 
-    `master` holds the fp32 weights of this group; `grads` is where the caller sums the gradients, same names, fp32.
+    It starts from the fp32 values of `start`. `weights` are the tensors to compute with, views that every update moves: bf16 where the form has bf16
+    weights or a bf16 `copy`, else the fp32 master weights. `grads` is where the caller sums the gradients, in `gradients`' dtype.
     """
 
     def __init__(
-        self, name: str, master: Flat, grads: Flat, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+        self,
+        name: str,
+        start: Mapping[str, Tensor],
+        rates: kernel.Rates,
+        *,
+        lr: float,
+        master: kernel.Master = "fp32",
+        moments: kernel.Moments = "fp32",
+        copy: bool = False,
+        version: str = "foreach",
+        gradients: torch.dtype = torch.float32,
+        seed: int = 0,
     ) -> None:
-        self.name, self.master, self.grads = name, master, grads
-        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
-        shapes = {name: view.shape for name, view in master.views.items()}
-        self.exp_avg = Flat(shapes, master.buffer.device)
-        self.exp_avg_sq = Flat(shapes, master.buffer.device)
-        self.updates = torch.zeros((), dtype=torch.float32, device=master.buffer.device)
+        self.name, self.rates, self.lr = name, rates, lr
+        if copy or master != "fp32":  # whatever has an odd length goes last, so that bf16 tensors begin at multiples of 16 bytes
+            start = dict(sorted(start.items(), key=lambda named: named[1].numel() % 8 != 0))
+        self.shapes = {name: tensor.shape for name, tensor in start.items()}
+        device = next(iter(start.values())).device if start else torch.device("cpu")
+        self.grads = Flat(self.shapes, device, gradients)
+        count = self.grads.buffer.numel()
+        self.bucket = kernel.state(count, master, moments, copy=copy, seed=seed, device=device)
+        with torch.no_grad():
+            position = 0
+            for tensor in start.values():
+                kernel.fill_weights(self.bucket, position, tensor.detach().reshape(-1))
+                position += tensor.numel()
+        self.weights = views(self.bucket.weight if self.bucket.copy is None else self.bucket.copy, self.shapes)
+        self._rate = torch.zeros((), device=device)
+        self._update, self._foreach = kernel.OPERATIONS["adamw"].versions[version], version == "foreach"
+        self._taken: tuple[Tensor, Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def step(self, rate: float, scale: Tensor, skip: Tensor) -> None:
-        """One update at `rate` times the peak rate; gradients are multiplied by `scale`, and `skip` = 1 changes nothing at all (0-d, fp32)."""
-        if self.master.buffer.numel() == 0:
-            return
-        adamw(
-            [self.master.buffer],
-            [self.grads.buffer],
-            [self.exp_avg.buffer],
-            [self.exp_avg_sq.buffer],
-            [],
-            [self.updates],
-            fused=True,
-            grad_scale=scale.reciprocal(),  # torch divides by it
-            found_inf=skip,
-            amsgrad=False,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            lr=self.lr * rate,
-            weight_decay=self.weight_decay,
-            eps=self.eps,
-            maximize=False,
-        )
+    def step(self, rate: float | Tensor, scale: Tensor, skip: Tensor) -> None:
+        """One update at `rate` times the peak rate; gradients are multiplied by `scale`, and `skip` = 1 changes nothing at all (0-d, fp32).
 
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps beside the master weights: moments by parameter name, and the count of updates made."""
-        state = {f"exp_avg.{name}": view for name, view in self.exp_avg.views.items()}
-        state |= {f"exp_avg_sq.{name}": view for name, view in self.exp_avg_sq.views.items()}
-        return state | {f"updates.{self.name}": self.updates}
+        Under a CUDA graph `rate` must be a 0-d tensor on the device: a number would be frozen into the graph.
+        """
+        if self.grads.buffer.numel() == 0:
+            return
+        lr = torch.mul(rate, self.lr, out=self._rate) if isinstance(rate, Tensor) else self._rate.fill_(self.lr * rate)
+        # torch's own takes a number in fp64
+        self._update(self.bucket, self.grads.buffer, self.lr * rate if self._foreach else lr, scale, skip, self.rates)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What a checkpoint keeps, in fp32 and by parameter name whatever the form: master weights; moments and the count of updates made.
+
+        What is stored in fp32 is live. The rest are copies on the host, 4 bytes per number, until `forget`; `restore` takes back what a load filled.
+        """
+        self._taken = self._taken or kernel.taken(self.bucket, "cpu")
+        p, m, v = (views(tensor, self.shapes) for tensor in self._taken)
+        moments = {f"exp_avg.{name}": view for name, view in m.items()} | {f"exp_avg_sq.{name}": view for name, view in v.items()}
+        return p, moments | {f"updates.{self.name}": self.bucket.updates}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Store what `state` gave, as a load has filled it since: if it was saved in this form, to the same bits."""
+        if self._taken is not None:
+            kernel.fill(self.bucket, *self._taken)
+
+    def forget(self) -> None:
+        """Drop the copies that `state` gave: the update that follows makes them old."""
+        self._taken = None

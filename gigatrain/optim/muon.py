@@ -1,7 +1,7 @@
 """Muon: momentum, orthogonalised by a Newton-Schulz iteration, for the layers' matrices (Jordan et al., 2024, kellerjordan.github.io/posts/muon)."""
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +40,15 @@ def share(shapes: Mapping[str, tuple[int, int]], rank: int, ranks: int) -> list[
 
 
 @dataclass(frozen=True)
+class Versions:
+    """The kernels of the three phases; each picks by device unless a plan says otherwise."""
+
+    momentum: Callable[..., Tensor] = muon_momentum
+    orthogonal: Callable[[Tensor], Tensor] = newton_schulz
+    update: Callable[..., None] = muon_update
+
+
+@dataclass(frozen=True)
 class Batch:
     """Matrices of one shape that are orthogonalised together: where each begins in the flat buffers."""
 
@@ -68,10 +77,12 @@ class Muon:
         scaling: Scaling = "spectral",
         momentum_dtype: torch.dtype = torch.float32,
         limit_bytes: int = WORKSPACE_BYTES,
+        versions: Versions = Versions(),
     ) -> None:
         self.master, self.grads = master, grads
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.scaling: Scaling = scaling
+        self.versions = versions
         self.shapes = {name: (view.shape[0], view.shape[1]) for name, view in master.views.items()}
         self.starts = {name: view.storage_offset() - master.buffer.storage_offset() for name, view in master.views.items()}
         self.momentum_buffer = Flat({name: view.shape for name, view in master.views.items()}, master.buffer.device, momentum_dtype)
@@ -107,10 +118,10 @@ class Muon:
                 self.momentum_buffer.buffer, self.grads.buffer, batch.starts, shape, scale, skip, self.momentum, batch.aligned
             )
             # Phase 2: orthogonalise all of it.
-            updates = newton_schulz(updates)
+            updates = self.versions.orthogonal(updates)
             # Phase 3: decay and move the weights.
             size = update_size(*shape, self.scaling)
-            muon_update(self.master.buffer, batch.starts, updates, lr, skip, self.weight_decay, size, batch.aligned)
+            self.versions.update(self.master.buffer, batch.starts, updates, lr, skip, self.weight_decay, size, batch.aligned)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside the master weights."""

@@ -1,10 +1,11 @@
 """Bytes that a plan needs on one rank, from its numbers alone."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
 
 from gigatrain.architectures import Architecture
-from gigatrain.config import Section
+from gigatrain.config import Optim, Section
 
 Recompute = Literal["none", "lean", "selective", "full"]
 
@@ -52,6 +53,33 @@ def saved_bytes(architecture: Architecture, size: int, recompute: Recompute, ker
     return size * kept + mask + 4 * (2 * pre + 2 * post + normed + heads)
 
 
+def optimizer_bytes(architecture: Architecture, precision: Literal["bf16", "fp32"], optim: Optim) -> int:
+    """Bytes of master weights beside bf16 weights, and of moments; without the few counters.
+
+    Master weights 4 B per parameter in fp32, corrections of 2 B or 1 B in bf16+16 and bf16+8. AdamW's moments 8 B in fp32, 4 B in bf16, 2 B in int8
+    with 8 B of scales per begun block of 128 of each of its groups, decayed or not. Muon, for the layers' matrices: fp32 master weights and 4 B.
+    """
+    matrices, embeddings = architecture.matrix_parameters(), architecture.vocab * architecture.hidden * (1 if architecture.tied else 2)
+    muon = matrices if optim.name == "muon" else 0
+    decayed = matrices - muon + (embeddings if optim.decay_embeddings else 0)
+    groups = (decayed, architecture.parameters() - muon - decayed)
+    master = {"fp32": 4, "bf16+16": 2, "bf16+8": 1}[optim.master] if precision == "bf16" else 0
+    moments = {"fp32": 8, "bf16": 4, "int8": 2}[optim.moments]
+    scales = sum(8 * -(-count // 128) for count in groups) if optim.moments == "int8" else 0
+    return (master + moments) * sum(groups) + scales + (8 if precision == "bf16" else 4) * muon
+
+
+def muon_workspace(architecture: Architecture) -> int:
+    """Bytes of the largest batch of equal matrices that Muon orthogonalises at once: at most 2 GiB, but one matrix at least (optim/muon.py)."""
+    h, i, layers = architecture.hidden, architecture.intermediate, architecture.layers
+    q, kv = architecture.heads * architecture.head_dim, architecture.kv_heads * architecture.head_dim
+    counts: Counter[tuple[int, int]] = Counter()
+    for shape, count in (((q, h), 1), ((kv, h), 2), ((h, q), 1), ((i, h), 2 if architecture.gated else 1), ((h, i), 1)):
+        counts[shape] += count * layers
+    one = {(r, c): 2 * (3 * r * c + 5 * min(r, c) ** 2) for r, c in counts}
+    return max(one[shape] * min(count, max(1, (1 << 31) // one[shape])) for shape, count in counts.items())
+
+
 def memory(
     architecture: Architecture,
     *,
@@ -60,36 +88,37 @@ def memory(
     microbatch: int,
     sequence: int,
     recompute: Recompute,
-    muon: bool,
+    accumulation: int,
+    optim: Optim,
     kernels: Mapping[str, str],
     documents: bool,
 ) -> Memory:
     """Memory of one rank without sharding.
 
-    Per parameter: fp32 keeps 4 B of weights; bf16 keeps 2 B and 4 B of master. Gradients are summed in fp32, and one microbatch's own
-    gradients exist beside the sum. AdamW keeps 8 B of moments, Muon 4 B for the layers' matrices.
+    Per parameter: fp32 keeps 4 B of weights; bf16 keeps 2 B, and the optimizer what `optimizer_bytes` says. Gradients are summed in fp32, or, where
+    master weights are narrow and a step has one microbatch, moved in bf16; one microbatch's own gradients exist beside the sum.
 
     Activations: `saved_bytes` per token and layer, and one whole layer's where layers are recomputed. `blocked` attention also keeps its softmax
     weights, half a square of tokens per head, and `reference` the scores and weights of the whole square. A mask of documents or windows is a square
     of tokens per sample.
 
-    Workspace: the loss holds one chunk of logits (2^21 on a CPU, 2^28 on a GPU) as 10 B each and the head's gradient in fp32 twice; Muon's
-    update holds four fp32 copies of what it moves.
+    Workspace: the loss holds one chunk of logits (2^21 on a CPU, 2^29 on a GPU), 2 B each where the kernel is fused and else 14, and the head's gradient
+    in fp32 and rounded; Muon's update holds what `muon_workspace` says.
     """
-    size, wide = (2, 6) if precision == "bf16" else (4, 4)
+    size, muon = 2 if precision == "bf16" else 4, optim.name == "muon"
     parameters, hidden, tokens = architecture.parameters(), architecture.hidden, microbatch * sequence
     square = microbatch * architecture.heads * sequence * sequence
     scores = {"sdpa": 0, "blocked": square * size // 2, "reference": square * (size + 4)}[kernels["attention"]]
     whole = tokens * saved_bytes(architecture, size, "none", kernels) + scores
     kept = tokens * saved_bytes(architecture, size, recompute, kernels) + (scores if recompute in ("none", "lean") else 0)
     masks = microbatch * sequence * sequence * (1 + size) if documents or architecture.window else 0
-    embeddings = architecture.vocab * hidden * (1 if architecture.tied else 2)
-    matrices = parameters - embeddings
-    chunk = min(1 << 28 if device == "cuda" else 1 << 21, tokens * architecture.vocab)
+    chunk = min(1 << 29 if device == "cuda" else 1 << 21, tokens * architecture.vocab)
+    per_logit = 2 if kernels["linear_cross_entropy"] == "fused" else 14
+    narrow = parameters - architecture.matrix_parameters() * muon if optim.master != "fp32" and accumulation == 1 else 0
     return Memory(
         weights=size * parameters,
-        gradients=(4 + size) * parameters,
-        optimizer=(wide - size) * parameters + (8 * parameters if not muon else 8 * embeddings + 4 * matrices),
+        gradients=(4 + size) * parameters - 2 * narrow,
+        optimizer=optimizer_bytes(architecture, precision, optim),
         activations=architecture.layers * kept + (whole if recompute in ("selective", "full") else 0) + masks + 4 * tokens * hidden * size,
-        workspace=10 * chunk + 8 * architecture.vocab * hidden + (16 * matrices if muon else 0),
+        workspace=per_logit * chunk + (4 + size) * architecture.vocab * hidden + (muon_workspace(architecture) if muon else 0),
     )

@@ -41,6 +41,11 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "dropout_add": ("reference", "fused"),
     "attention": ("reference", "sdpa", "blocked"),
     "linear_cross_entropy": ("reference", "chunked", "fused"),
+    "grad_norm": ("reference", "fused"),
+    "adamw": ("reference", "foreach", "fused"),
+    "newton_schulz": ("reference", "fused"),
+    "muon_momentum": ("reference", "fused"),
+    "muon_update": ("reference", "fused"),
 }
 # What a resume may change: no tensor of the run depends on it.
 OPERATIONAL = (
@@ -156,7 +161,8 @@ def plan(recipe: Recipe, site: Site) -> Plan:
         microbatch=microbatch,
         sequence=train.sequence,
         recompute=train.recompute,
-        muon=recipe.optim.name == "muon",
+        accumulation=math.ceil(train.batch / microbatch),
+        optim=recipe.optim,
         kernels={choice.op: choice.kernel for choice in kernels},
         documents=recipe.data.packing == "stream",
     )
@@ -165,6 +171,14 @@ def plan(recipe: Recipe, site: Site) -> Plan:
             f"tokenizer.train.vocab {recipe.tokenizer.train.vocab} is above model.architecture.vocab {architecture.vocab}; "
             "the model has no embedding for the rest: make them equal"
         )
+    if recipe.optim.master != "fp32" and train.precision == "fp32":
+        raise PlanError(
+            f'optim.master "{recipe.optim.master}" keeps corrections of bf16 weights, and train.precision is fp32, where the weights are their own master; '
+            'set optim.master = "fp32" or train.precision = "bf16"'
+        )
+    form = f"{recipe.optim.master} master weights with {recipe.optim.moments} moments"
+    if {choice.op: choice.kernel for choice in kernels}.get("adamw") == "foreach" and form != "fp32 master weights with fp32 moments":
+        raise PlanError(f'kernels.adamw "foreach" is torch\'s own AdamW, which has no {form}; set kernels.adamw = "reference"')
     if train.recompute == "lean" and train.compile:
         raise PlanError(
             'train.recompute "lean" and train.compile exclude each other: the compiler decides what it keeps; set recompute = "none" or "selective"'
@@ -246,7 +260,7 @@ def _kernels(recipe: Recipe, site: Site, architecture: Architecture) -> tuple[Ch
 
 def _rules(recipe: Recipe, site: Site, architecture: Architecture) -> dict[str, tuple[str, str]]:
     compiled, gpu = recipe.train.compile, site.device == "cuda"
-    chosen = dict.fromkeys(IMPLEMENTATIONS, ("reference", "plain torch is the fastest here"))
+    chosen: dict[str, tuple[str, str]] = dict.fromkeys(IMPLEMENTATIONS, ("reference", "plain torch: nothing else runs on this device"))
     fused = ("fused", "one Triton launch each way")
     for op in ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu2", "xielu", "dropout_add"):
         if compiled:
@@ -256,6 +270,11 @@ def _rules(recipe: Recipe, site: Site, architecture: Architecture) -> dict[str, 
         elif "lean" in IMPLEMENTATIONS[op]:
             chosen[op] = ("lean", "one backward in few passes, and less is saved for it")
     chosen["embedding"] = ("fused", "its gradient is sorted, summed in fp32 and deterministic") if gpu else chosen["embedding"]
+    if gpu:
+        chosen |= dict.fromkeys(("grad_norm", "adamw", "muon_momentum", "muon_update"), ("fused", "one launch a bucket"))
+        chosen["newton_schulz"] = ("fused", "symmetric products or the Gram form, whichever has fewer FLOPs")
+    elif (recipe.optim.master, recipe.optim.moments) == ("fp32", "fp32"):
+        chosen["adamw"] = ("foreach", "torch's own fused update")
     chosen["linear_cross_entropy"] = ("fused" if gpu else "chunked", "never holds all logits")
     soft = architecture.attention_softcap is not None
     if compiled:

@@ -48,7 +48,5 @@ def test_200_steps_with_every_kernel_fused_stay_as_near_to_fp32_as_the_reference
     fused = losses(tiny, tmp_path / "fused", True, "train.precision=bf16", *shape)
     assert fused[-20:].mean() < fused[:20].mean() - 0.5  # it learns
     spread = [float(np.sqrt(np.mean((found - exact) ** 2))) for found in (plain, fused)]
-    print(
-        f"{family}: rms distance from fp32 over {STEPS} steps: references {spread[0]:.2e}, fused {spread[1]:.2e}; last loss {fused[-1]:.4f}"
-    )
+    print(f"rms distance from fp32 over {STEPS} steps: references {spread[0]:.2e}, fused {spread[1]:.2e}; last loss {fused[-1]:.4f}")
     assert spread[1] <= 2 * spread[0]

@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from gigatrain import load
+from gigatrain.checkpoint import Checkpoints, fill
 from gigatrain.data.loader import Batch, Microbatch
 from gigatrain.engines.native import Native
+from gigatrain.errors import PlanError, RecipeError
 from gigatrain.models.decoder import Decoder, decays
-from gigatrain.planning.plan import plan
+from gigatrain.optim.adamw import AdamW
+from gigatrain.planning.plan import Choice, plan
 
 VOCAB, T = 320, 16
 
@@ -248,3 +251,152 @@ def test_label_smoothing_is_that_of_torch(tiny):
     logits = smooth.model.logits(whole.tokens)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), whole.labels.flatten(), label_smoothing=0.2)
     torch.testing.assert_close(smooth.loss, expected.detach())
+
+
+LEAN = ["train.precision=bf16", "optim.master=bf16+8", "optim.moments=int8"]
+FORMS = [("fp32", "int8"), ("bf16+16", "fp32"), ("bf16+16", "bf16"), ("bf16+8", "int8")]
+
+
+def form(master, moments):
+    return ["train.precision=bf16", f"optim.master={master}", f"optim.moments={moments}"]
+
+
+def buckets(found):
+    return [group.bucket for group in found.groups if isinstance(group, AdamW)]
+
+
+def stepped(found, seeds, rate=1.0):
+    losses = []
+    for seed in seeds:
+        part = rows(4, seed % 4)
+        losses.append(float(found.forward_backward(batch(part))))
+        found.step(rate)
+    return losses
+
+
+def test_lean_weights_are_the_only_ones_and_the_parameters_are_they(tiny):
+    found = engine(tiny, *LEAN)
+    for group in found.groups:
+        assert isinstance(group, AdamW)
+        assert group.bucket.weight.dtype == torch.bfloat16
+        assert group.bucket.correction is not None
+        assert group.bucket.correction.dtype == torch.int8
+        assert group.grads.buffer.dtype == torch.bfloat16  # one microbatch a step: nothing is summed
+        for name in group.shapes:
+            parameter = found.parameters[name]
+            assert parameter.untyped_storage().data_ptr() == group.bucket.weight.untyped_storage().data_ptr()
+            assert parameter.numel() % 8 or parameter.data_ptr() % 16 == 0
+    assert found._rounded == []
+    several = engine(tiny, *LEAN, "train.microbatch=2")
+    assert {group.grads.buffer.dtype for group in several.groups} == {torch.float32}
+
+
+@pytest.mark.parametrize(("master", "moments"), FORMS)
+def test_narrow_states_learn_as_fp32_does(tiny, master, moments):
+    plain, narrow = engine(tiny, "train.precision=bf16"), engine(tiny, *form(master, moments))
+    expected, found = stepped(plain, range(24)), stepped(narrow, range(24))
+    assert expected[-1] < expected[0] - 50  # nats of 64 targets
+    assert found == pytest.approx(expected, rel=0.02)  # four rows learned by heart, which magnifies every difference
+    way = {name: (tensor - weights(engine(tiny))[name]).norm() for name, tensor in weights(plain).items()}
+    for name, tensor in weights(narrow).items():
+        assert (tensor - weights(plain)[name]).norm() < 0.12 * way[name]
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize(("master", "moments"), FORMS)
+def test_a_checkpoint_of_narrow_states_continues_bitwise(tiny, tmp_path, master, moments, optim):
+    """In fp32 on disk, so that any form can take it up; in its own form to the same bits."""
+    overrides = [*form(master, moments), f"optim.name={optim}"]
+    first, second = engine(tiny, *overrides), engine(tiny, *overrides)
+    stepped(first, range(3))
+    saves = Checkpoints(tmp_path, run="r", plan_sha256="p", keep=1)
+    saves.save(3, first.state(), {})
+    stepped(second, range(2), 0.5)  # what the load replaces
+    live = second.state()
+    assert all(tensor.dtype == torch.float32 for tensor in live["weights"].values())
+    fill(saves.latest()[0], live)
+    second.restored()
+    for found in (first, second):
+        stepped(found, range(3, 6), 0.5)
+    for group, named in first.state().items():
+        assert all(torch.equal(tensor, second.state()[group][name]) for name, tensor in named.items())
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+    plain = engine(tiny, "train.precision=bf16", f"optim.name={optim}")
+    fill(saves.latest()[0], plain.state())
+    plain.restored()
+    assert torch.isfinite(torch.tensor(stepped(plain, range(3, 5)))).all()
+
+
+def test_saving_changes_nothing_and_its_copies_are_gone_with_the_next_step(tiny):
+    saving, other = engine(tiny, *LEAN), engine(tiny, *LEAN)
+    for seed in range(4):
+        stepped(other, [seed])
+        state = saving.state()
+        assert state["weights"]["model.norm.weight"].data_ptr() == saving.state()["weights"]["model.norm.weight"].data_ptr()
+        stepped(saving, [seed])
+        assert all(isinstance(group, AdamW) and group._taken is None for group in saving.groups)
+    assert worst(weights(saving), weights(other)) == 0
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_non_finite_step_reaches_nothing_in_the_lean_form(tiny, poison):
+    found = engine(tiny, *LEAN)
+    stepped(found, range(2))
+    before = [tensor.clone() for bucket in buckets(found) for tensor in vars(bucket).values() if tensor is not None]
+    found.forward_backward(batch(rows(2, 1)))
+    found.groups[0].grads.buffer[3] = poison
+    assert not torch.isfinite(found.step(1.0))
+    after = [tensor for bucket in buckets(found) for tensor in vars(bucket).values() if tensor is not None]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert found.bad.tolist() == [1, 1, 1, 2]
+
+
+def test_the_fused_kernels_train_as_plain_torch_does(tiny):
+    for overrides in (LEAN, ["train.precision=bf16"], ["train.precision=fp32"]):
+        losses = {}
+        for version in ("reference", "fused"):
+            chosen = plan(load.recipe(tiny, overrides), load.site("laptop"))
+            kept = tuple(choice for choice in chosen.kernels if choice.op not in ("adamw", "grad_norm"))
+            ours = tuple(Choice(op=op, kernel=version, why="test") for op in ("adamw", "grad_norm"))
+            chosen = chosen.model_copy(update={"kernels": kept + ours})
+            model = Decoder(chosen.architecture)
+            model.init_weights(0.2, False, seed=5)
+            found = Native(chosen, model)
+            losses[version] = stepped(found, range(4))
+            assert {bucket.copy is None for bucket in buckets(found)} == {overrides != ["train.precision=bf16"]}
+            assert found._rounded == []
+        assert losses["fused"] == pytest.approx(losses["reference"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("microbatch", [2, 4])
+@pytest.mark.parametrize(("master", "moments"), [("fp32", "fp32"), ("fp32", "bf16"), *FORMS])
+def test_planned_memory_is_that_of_the_tensors(tiny, master, moments, microbatch, name):
+    decayed = ["optim.decay_embeddings=true"] if moments == "int8" else []
+    found = engine(tiny, *form(master, moments), f"optim.name={name}", f"train.microbatch={microbatch}", *decayed)
+
+    def size(*tensors):
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None and tensor.ndim)
+
+    optimizer = gradients = 0
+    for group in found.groups:
+        gradients += size(group.grads.buffer)
+        if isinstance(group, AdamW):
+            bucket = group.bucket
+            optimizer += size(bucket.correction, bucket.exp_avg, bucket.exp_avg_scale, bucket.exp_avg_sq, bucket.exp_avg_sq_scale)
+            optimizer += size(bucket.weight) if bucket.weight.dtype == torch.float32 else 0
+        else:
+            optimizer += size(group.master.buffer, *group.state().values())
+    planned = found.plan.memory
+    assert planned.optimizer == optimizer
+    assert planned.gradients == gradients + size(*found.parameters.values())  # and one microbatch's own
+    assert planned.weights == size(*found.parameters.values())
+
+
+def test_forms_that_cannot_be_are_refused(tiny):
+    with pytest.raises(
+        PlanError, match='optim.master "bf16[+]8" keeps corrections of bf16 weights, and train.precision is fp32.*; set optim.master'
+    ):
+        engine(tiny, "train.precision=fp32", "optim.master=bf16+8")
+    with pytest.raises(RecipeError, match="optim.moments"):
+        engine(tiny, "optim.moments=int4")

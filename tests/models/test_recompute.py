@@ -29,9 +29,8 @@ FAMILIES = [
 
 
 def made(layers: int, dtype: torch.dtype, recompute: str, **family: object) -> Decoder:
-    arch = Architecture(
-        **({"vocab": 67, "hidden": 48, "layers": layers, "heads": 4, "kv_heads": 2, "head_dim": 16, "intermediate": 80} | family)
-    )  # type: ignore[arg-type]
+    sizes = {"vocab": 67, "hidden": 48, "layers": layers, "heads": 4, "kv_heads": 2, "head_dim": 16, "intermediate": 80}
+    arch = Architecture.model_validate(sizes | family)
     model = Decoder(arch, choose(CHOSEN), recompute=recompute)  # type: ignore[arg-type]
     model.init_weights(0.2, False, 1)
     return model.to(dtype)

@@ -6,7 +6,7 @@ import torch
 from gigatrain.kernels import newton_schulz as kernel
 from gigatrain.optim import muon as module
 from gigatrain.optim.adamw import Flat
-from gigatrain.optim.muon import Muon, newton_schulz, share
+from gigatrain.optim.muon import Muon, Versions, newton_schulz, share
 
 SHAPES = {"a": torch.Size([8, 4]), "b": torch.Size([8, 4]), "c": torch.Size([4, 12]), "d": torch.Size([5, 5]), "e": torch.Size([8, 4])}
 
@@ -48,7 +48,7 @@ def test_one_update_is_the_formula(scaling):
         size = max(1.0, rows / columns) ** 0.5 if scaling == "spectral" else 0.2 * max(rows, columns) ** 0.5
         update = newton_schulz((gradient + 0.9 * gradient)[None])[0].float() * size
         torch.testing.assert_close(view, before[name] * (1 - 0.05 * 0.01) - 0.05 * update, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(group.momentum_views[name], gradient)
+        torch.testing.assert_close(group.momentum_buffer.views[name], gradient)
 
 
 def test_an_update_scaled_by_rms_moves_an_entry_as_far_as_adamw():
@@ -100,17 +100,14 @@ def test_trajectories_do_not_depend_on_how_the_work_is_batched(limit_bytes):
         torch.testing.assert_close(view, expected[name], rtol=1e-6, atol=1e-6)
 
 
-def fuse(monkeypatch):
-    for name, fused in (("muon_momentum", "momentum_fused"), ("newton_schulz", "fused"), ("muon_update", "update_fused")):
-        monkeypatch.setattr(module, name, getattr(kernel, fused))
+FUSED = Versions(kernel.momentum_fused, kernel.fused, kernel.update_fused)
 
 
 @pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16])
-def test_fused_updates_are_those_of_plain_torch(momentum_dtype, monkeypatch):
+def test_fused_updates_are_those_of_plain_torch(momentum_dtype):
     rates = [0.2, 1.0]
     expected = {name: view.clone() for name, view in run(muon(momentum_dtype=momentum_dtype), drawn(2), rates).items()}
-    fuse(monkeypatch)
-    found = run(muon(momentum_dtype=momentum_dtype), drawn(2), rates)
+    found = run(muon(momentum_dtype=momentum_dtype, versions=FUSED), drawn(2), rates)
     for name, view in found.items():
         # Both round the iteration in 16 bits: an update's entries differ by a few roundings to bf16 of the largest, which the rate makes 0.12.
         assert (view - expected[name]).abs().max() < 2 * 0.12 * 1.5 * 2**-5
@@ -119,24 +116,20 @@ def test_fused_updates_are_those_of_plain_torch(momentum_dtype, monkeypatch):
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16])
-def test_a_skipped_update_changes_no_bit(momentum_dtype, fused, monkeypatch):
-    if fused:
-        fuse(monkeypatch)
-    group = muon(momentum_dtype=momentum_dtype)
+def test_a_skipped_update_changes_no_bit(momentum_dtype, fused):
+    group = muon(momentum_dtype=momentum_dtype, versions=FUSED if fused else Versions())
     group.step(1.0, torch.tensor(1.0), torch.tensor(0.0))
-    before = group.master.buffer.clone(), group.momentum_buffer.clone()
+    before = group.master.buffer.clone(), group.momentum_buffer.buffer.clone()
     group.grads.buffer.fill_(float("inf"))
     group.step(1.0, torch.tensor(float("nan")), torch.tensor(1.0))
     assert torch.equal(before[0], group.master.buffer)
-    assert torch.equal(before[1], group.momentum_buffer)
+    assert torch.equal(before[1], group.momentum_buffer.buffer)
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_weights_without_a_gradient_decay_and_stay_finite(fused, monkeypatch):
+def test_weights_without_a_gradient_decay_and_stay_finite(fused):
     """dion 76: an update of zeros became NaN. A frozen layer's gradients stay the zeros of their buffer."""
-    if fused:
-        fuse(monkeypatch)
-    group = muon()
+    group = muon(versions=FUSED if fused else Versions())
     group.grads.buffer.zero_()
     before = group.master.buffer.clone()
     group.step(1.0, torch.tensor(1.0), torch.tensor(0.0))
@@ -157,7 +150,7 @@ def test_momentum_in_bf16_stays_near_that_in_fp32():
     run(one, drawn(5), rates)
     run(other, drawn(5), rates)
     assert {tensor.dtype for tensor in other.state().values()} == {torch.bfloat16}
-    difference = (other.momentum_buffer.float() - one.momentum_buffer).norm() / one.momentum_buffer.norm()
+    difference = (other.momentum_buffer.buffer.float() - one.momentum_buffer.buffer).norm() / one.momentum_buffer.buffer.norm()
     assert difference < 2**-8  # five roundings of 2^-9 at most, each forgotten by a tenth per step, and random
 
 
@@ -165,7 +158,7 @@ def test_state_is_named_and_live():
     group = muon()
     assert set(group.state()) == {f"momentum.{name}" for name in SHAPES}
     group.state()["momentum.c"].fill_(3.0)
-    assert group.momentum_buffer.eq(3.0).sum() == 48
+    assert group.momentum_buffer.buffer.eq(3.0).sum() == 48
 
 
 def test_an_empty_group_is_no_error():
