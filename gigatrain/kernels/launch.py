@@ -115,6 +115,11 @@ def recorded(tables: tuple[str, ...], processors: int) -> Iterator[list[Launch]]
         _recording = before
 
 
+def recording() -> bool:
+    """Whether launches are recorded and not made: what surrounds them may then skip its own work too."""
+    return _recording is not None
+
+
 def launch(kernel: Any, grid: Sequence[int], *arguments: Any, warps: int = 4, stages: int = 1, **constants: Any) -> None:
     """Run `kernel` on `grid` programs (none: nothing), on the device of its first argument. `constants` are its constexpr parameters."""
     if _recording is not None:

@@ -52,10 +52,17 @@ def reference(update_nrc: Tensor, steps: int = 5) -> Tensor:
 _TINY = 1e-30  # keeps 0 / 0 away and nothing else: an epsilon as large as an update's norm leaves it unorthogonalised
 
 
+Places = Tensor | tuple[int, ...]  # on the device for the fused kernels; the references also take numbers, which no step waits for
+
+
+def _numbers(starts_n: Places) -> Sequence[int]:
+    return starts_n.tolist() if isinstance(starts_n, Tensor) else starts_n
+
+
 def momentum_reference(
     momentum_x: Tensor,
     grads_x: Tensor,
-    starts_n: Tensor,
+    starts_n: Places,
     shape: Sequence[int],
     scale: Tensor,
     skip: Tensor,
@@ -66,8 +73,8 @@ def momentum_reference(
 
     `aligned`: every start is a multiple of 16 (the fused kernel then loads 16 bytes at a time).
     """
-    update_nrc = torch.empty(starts_n.shape[0], *shape, dtype=torch.bfloat16, device=grads_x.device)
-    for update, start in zip(update_nrc, starts_n.tolist(), strict=True):
+    update_nrc = torch.empty(len(starts_n), *shape, dtype=torch.bfloat16, device=grads_x.device)
+    for update, start in zip(update_nrc, _numbers(starts_n), strict=True):
         at = slice(start, start + update.numel())
         grad = grads_x[at] * scale
         moved = momentum_x[at].to(grad.dtype) * beta + grad
@@ -77,10 +84,10 @@ def momentum_reference(
 
 
 def update_reference(
-    weights_x: Tensor, starts_n: Tensor, update_nrc: Tensor, lr: Tensor, skip: Tensor, decay: float, size: float, aligned: bool = False
+    weights_x: Tensor, starts_n: Places, update_nrc: Tensor, lr: Tensor, skip: Tensor, decay: float, size: float, aligned: bool = False
 ) -> None:
     """Moves the n matrices at `starts` of the flat weights by `size` times their orthogonal updates, at the rate `lr` (0-d), unless `skip` > 0."""
-    for update, start in zip(update_nrc, starts_n.tolist(), strict=True):
+    for update, start in zip(update_nrc, _numbers(starts_n), strict=True):
         weight = weights_x[start : start + update.numel()].view(update.shape)
         moved = weight * (1 - lr * decay) - lr * (update.to(weight.dtype) * size)
         weight.copy_(torch.where(skip > 0, weight, moved))
@@ -247,7 +254,7 @@ def _run_product(a: Tensor, b: Tensor, alpha: float, beta: float = 0.0, gamma: f
 def _applied(x: Tensor, q: Tensor, tall: bool, beta: float, alpha: float) -> Tensor:
     """beta x + alpha q x (tall: x q), rounded once. cuBLAS: a dense Triton product on Hopper is 3 to 15 % behind it."""
     out = torch.empty_like(x)
-    if x.is_cuda or launch.INTERPRETED:  # where launches are only recorded, outputs stay undefined
+    if not launch.recording():  # else outputs stay undefined
         torch.baddbmm(x, *((x, q) if tall else (q, x)), beta=beta, alpha=alpha, out=out)
     return out
 
@@ -401,7 +408,7 @@ def newton_schulz(update_nrc: Tensor, steps: int = 5) -> Tensor:
 def muon_momentum(
     momentum_x: Tensor,
     grads_x: Tensor,
-    starts_n: Tensor,
+    starts_n: Any,
     shape: Sequence[int],
     scale: Tensor,
     skip: Tensor,
@@ -413,7 +420,7 @@ def muon_momentum(
 
 
 def muon_update(
-    weights_x: Tensor, starts_n: Tensor, update_nrc: Tensor, lr: Tensor, skip: Tensor, decay: float, size: float, aligned: bool = False
+    weights_x: Tensor, starts_n: Any, update_nrc: Tensor, lr: Tensor, skip: Tensor, decay: float, size: float, aligned: bool = False
 ) -> None:
     """`update_fused` on a GPU, `update_reference` on a CPU."""
     (update_fused if weights_x.is_cuda else update_reference)(weights_x, starts_n, update_nrc, lr, skip, decay, size, aligned)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gigatrain.kernels.newton_schulz import flops, muon_momentum, muon_update, newton_schulz, plan
+from gigatrain.kernels.newton_schulz import Places, flops, momentum_fused, muon_momentum, muon_update, newton_schulz, plan
 from gigatrain.optim.adamw import Flat
 
 Scaling = Literal["spectral", "rms"]
@@ -55,7 +55,7 @@ class Batch:
     names: tuple[str, ...]
     rows: int
     columns: int
-    starts: Tensor
+    starts: Places
     aligned: bool
 
 
@@ -100,7 +100,8 @@ class Muon:
             for first in range(0, len(members), most):
                 chosen = members[first : first + most]
                 starts = [self.starts[name] for name in chosen]
-                at = torch.tensor(starts, dtype=torch.int64, device=self.master.buffer.device)
+                fused = self.master.buffer.is_cuda or self.versions.momentum is momentum_fused
+                at = torch.tensor(starts, dtype=torch.int64, device=self.master.buffer.device) if fused else tuple(starts)
                 batches.append(Batch(tuple(chosen), rows, columns, at, all(start % 16 == 0 for start in starts)))
         return batches
 

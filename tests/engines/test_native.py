@@ -368,6 +368,22 @@ def test_the_fused_kernels_train_as_plain_torch_does(tiny):
         assert losses["fused"] == pytest.approx(losses["reference"], rel=1e-4)
 
 
+@pytest.mark.parametrize(("master", "moments"), FORMS)
+def test_no_form_reads_a_tensor_within_a_step(tiny, monkeypatch, master, moments):
+    """What would make a host wait for a GPU is made to fail."""
+    found = engine(tiny, *form(master, moments))
+    found.forward_backward(batch(rows(2)))
+
+    def read(*_):
+        raise AssertionError("a tensor's value was read")
+
+    for name in ("item", "tolist", "cpu", "nonzero", "numpy", "__bool__", "__float__", "__int__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, read)
+    norm = found.step(1.0)
+    monkeypatch.undo()
+    assert torch.isfinite(norm)
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("microbatch", [2, 4])
 @pytest.mark.parametrize(("master", "moments"), [("fp32", "fp32"), ("fp32", "bf16"), *FORMS])

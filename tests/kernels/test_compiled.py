@@ -41,7 +41,7 @@ def test_rows_of_4096_are_moved_by_16_bytes_and_nothing_spills(table: list[dict[
         if row["size"].startswith("(4096,") and row["target"] == "sm_90":
             assert int(row["spills"]) == 0
             assert 0 < int(row["registers"]) <= 128
-            assert int(row["loads"]) - int(row["wide_loads"]) <= 1  # rstd
+            assert int(row["loads"]) - int(row["wide_loads"]) <= 2  # rstd, of this turn and of the one that is loaded ahead
             assert int(row["stores"]) - int(row["wide_stores"]) <= 1
 
 
@@ -58,7 +58,7 @@ def test_an_unknown_target_is_refused_with_those_that_are() -> None:
 
 @pytest.mark.parametrize("op", FUSED)
 def test_every_fused_operation_has_launches_to_compile(op: str) -> None:
-    work = list(compiled.recordings(op, "sm_90"))
+    work = list(compiled.recordings(op, "sm_90", ops.OPERATIONS[op].sizes[:1]))
     assert work
     for made in work:
         assert "fp64" not in {made.signature[name] for name in made.signature}, "a scalar in fp64 halves the speed (Liger PR 1350)"
