@@ -568,7 +568,9 @@ def prepare(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan
     muon = load.recipe(options.recipe, options.set).optim.name == "muon"
     sets = [*([f"optim.lr={MUON_LR}"] if muon else []), *options.set, *forced]  # the last one counts
     planned = plan(load.recipe(options.recipe, [*sets, "train.compile=false"]), options.site)
-    asked = {name.partition("+")[2] for name in options.providers.split(",") if name.startswith("gigatrain+") and not unavailable(name, planned)}
+    asked = {
+        name.partition("+")[2] for name in options.providers.split(",") if name.startswith("gigatrain+") and not unavailable(name, planned)
+    }
     plans = {"": planned} | {
         variant: plan(load.recipe(options.recipe, [*sets, "train.compile=false", *VARIANTS[variant]]), options.site) for variant in asked
     }
@@ -803,7 +805,11 @@ def _loop_share(peer: Peer) -> float:
 def _precision(name: str, plan: Plan) -> str:
     if plan.precision == "fp32":
         return "fp32"
-    kinds = {"gigatrain+leanstate": "bf16 weights, 24-bit master", "gigatrain": "bf16 weights, fp32 master", "trainer-bf16": "bf16 weights and moments"}
+    kinds = {
+        "gigatrain+leanstate": "bf16 weights, 24-bit master",
+        "gigatrain": "bf16 weights, fp32 master",
+        "trainer-bf16": "bf16 weights and moments",
+    }
     return kinds.get(name) or kinds.get(name.partition("+")[0], "bf16 autocast, fp32 weights")
 
 
