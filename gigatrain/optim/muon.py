@@ -99,7 +99,7 @@ class Muon:
             most = max(1, limit_bytes // max(1, workspace_bytes(rows, columns)))
             for first in range(0, len(members), most):
                 chosen = members[first : first + most]
-                starts = [self.starts[name] for name in chosen]
+                starts = [int(self.starts[name]) for name in chosen]
                 fused = self.master.buffer.is_cuda or self.versions.momentum is momentum_fused
                 at = torch.tensor(starts, dtype=torch.int64, device=self.master.buffer.device) if fused else tuple(starts)
                 batches.append(Batch(tuple(chosen), rows, columns, at, all(start % 16 == 0 for start in starts)))
