@@ -13,6 +13,7 @@ Count = Annotated[int, Field(ge=1, le=1 << 50)]  # steps, tokens and bytes; beyo
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+Ranks = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
 class Section(BaseModel):
@@ -150,6 +151,9 @@ class Train(Section):
     )
     compile: bool = Field(default=False, description="torch.compile each layer; costs a start of tens of seconds.")
     deterministic: bool = Field(default=False, description="Only deterministic algorithms: two runs are bitwise equal, also on a GPU.")
+    nproc: Ranks | None = Field(
+        default=None, description="Processes that `gigatrain train` starts on this machine; under torchrun or Slurm they are there already."
+    )
     max_bad_steps: Count = Field(default=8, description="So many steps in a row with a non-finite loss or gradient stop the run.")
 
     @model_validator(mode="after")
@@ -159,6 +163,59 @@ class Train(Section):
         if self.microbatch is not None and self.microbatch > self.batch:
             raise ValueError(f"`microbatch` {self.microbatch} is above `batch` {self.batch}; lower it, or leave it out")
         return self
+
+
+class Mesh(Section):
+    """How ranks share the model and the batch: the product of the axes is the number of ranks."""
+
+    replicate: Ranks = Field(default=1, description="Copies of the sharded weights (HSDP; with shard = 1, DDP). Each reads its own samples.")
+    shard: Ranks | None = Field(
+        default=None,
+        description="Ranks that share one copy of weights, gradients and optimizer (FSDP2, ZeRO); each reads its own samples. Default: all that are left.",
+    )
+    expert: Ranks = Field(default=1, description="Ranks that share the experts of a layer: some of those of `shard`, which it divides.")
+    context: Ranks = Field(default=1, description="Ranks that share the tokens of a sample; they share weights too.")
+    tensor: Ranks = Field(default=1, description="Ranks that share each matrix, within a node; between the matrices they share the tokens.")
+    pipeline: Ranks = Field(default=1, description="Ranks that share the layers, one stage or more each.")
+    schedule: Literal["1f1b", "interleaved", "zbv"] = Field(
+        default="1f1b",
+        description="Order of the microbatches in a pipeline: 1F1B (arXiv:2006.09503), interleaved (arXiv:2104.04473), ZBV (arXiv:2405.15362).",
+    )
+    stages: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        default=None, description="Stages of each pipeline rank; default: 1 for 1f1b, 2 for interleaved and zbv."
+    )
+    exchange: Literal["ring", "ulysses"] = Field(
+        default="ring",
+        description="How ranks of `context` attend: keys go round a ring, with the tokens split so that all work alike (arXiv:2310.01889), or heads are "
+        "exchanged for tokens (arXiv:2309.14509).",
+    )
+    dispatch: Literal["alltoall", "hierarchical", "gather"] = Field(
+        default="alltoall",
+        description="How tokens reach their experts: one all-to-all; one between nodes and one within; or every token to every rank of `expert`, "
+        "which needs no counts on the host.",
+    )
+
+
+class Engine(Section):
+    """The backend, and what it trades."""
+
+    name: Literal["native", "deepspeed"] = Field(default="native", description="native: torch's FSDP2, HSDP or DDP; deepspeed: ZeRO.")
+    zero: Literal[1, 2, 3] = Field(default=3, description="deepspeed: what is sharded; 1 optimizer, 2 and gradients, 3 and weights.")
+    offload: bool = Field(default=False, description="Sharded weights, gradients and optimizer live in host memory (deepspeed: the optimizer).")
+    reshard: bool = Field(default=True, description="native: gathered weights of a layer are dropped after its forward and gathered again.")
+    prefetch: Annotated[int, Field(ge=0, le=8)] = Field(default=1, description="native: layers whose weights are gathered ahead.")
+    reduce: Literal["fp32", "bf16"] = Field(default="fp32", description="What gradients are summed over the ranks in.")
+    async_tensor: bool = Field(
+        default=False, description="native: gathers along `tensor` are cut up and hidden behind products (CUDA, with train.compile)."
+    )
+
+
+class Profile(Section):
+    """Traces of chosen steps, for chosen ranks."""
+
+    steps: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), description="Steps that torch's profiler records (counted from 0).")
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), description="Ranks that record.")
+    memory: bool = Field(default=False, description="Also a snapshot of the allocator's blocks (CUDA).")
 
 
 class Optim(Section):
@@ -246,6 +303,9 @@ class Recipe(Section):
     optim: Optim
     schedule: Schedule = Schedule()
     loss: Loss = Loss()
+    mesh: Mesh = Mesh()
+    engine: Engine = Engine()
+    profile: Profile = Profile()
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()

@@ -63,11 +63,12 @@ class Ops:
     dropout_add: Callable[..., Any]
     attention: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
+    mask: Callable[..., Any] = attention.mask  # who sees whom, as `attention` takes it; not chosen, but replaced together with it
 
 
 def available() -> dict[str, tuple[str, ...]]:
     """The implementations of each operation, by name; the first is the reference."""
-    return {field.name: tuple(OPERATIONS[field.name].versions) for field in fields(Ops)}
+    return {field.name: tuple(OPERATIONS[field.name].versions) for field in fields(Ops) if field.name in OPERATIONS}
 
 
 def choose(kernels: Mapping[str, str]) -> Ops:
@@ -84,7 +85,7 @@ def choose(kernels: Mapping[str, str]) -> Ops:
         if name not in names:
             raise PlanError(f"{op} has no implementation {name!r}; choose one of {', '.join(names)}")
         chosen[op] = OPERATIONS[op].versions[name]
-    return Ops(**{field.name: chosen[field.name] for field in fields(Ops)})
+    return Ops(**{field.name: chosen[field.name] for field in fields(Ops) if field.name in chosen})
 
 
 REFERENCE = choose({})

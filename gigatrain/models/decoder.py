@@ -8,6 +8,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gigatrain.architectures import Architecture, Rope
 from gigatrain.kernels import linear_cross_entropy
-from gigatrain.kernels.attention import Mask, mask
+from gigatrain.kernels.attention import Mask
 from gigatrain.kernels.ops import REFERENCE, Ops, checked
 from gigatrain.models.recompute import Remade, keep_products
 
@@ -295,29 +296,71 @@ def begin(
     return stream, x
 
 
-class Stack(nn.Module):
-    """Embedding, layers and last norm."""
+@dataclass(frozen=True)
+class Part:
+    """Which layers of the decoder a module holds; `first` has the embedding, `last` the final norm and the head."""
 
-    def __init__(self, arch: Architecture, ops: Ops) -> None:
+    layers: range
+    first: bool = True
+    last: bool = True
+
+
+def initial(
+    name: str, shape: Sequence[int], arch: Architecture, std: float, scale_residual: bool, seed: int, device: torch.device | str
+) -> Tensor:
+    """A whole parameter's first value in fp32: matrices from N(0, std), norms the identity, biases 0, xIELU as in its paper.
+
+    `scale_residual` divides the std of the matrices that write to the residual stream by sqrt(2 * layers) (GPT-2). The numbers depend on `seed`, the name
+    and the device type only: not on rank, order or the other tensors.
+    """
+    found = torch.empty(tuple(shape), dtype=torch.float32, device=device)
+    match kind_of(name):
+        case "norm":
+            return found.fill_(0.0 if arch.norm == "gemma" else 1.0)
+        case "bias":
+            return found.zero_()
+        case "scalar":  # softplus of it is 0.8, and 0.8 - beta for the negative side
+            return found.fill_(math.log(math.expm1(0.8 if name.endswith("alpha_p") else 0.3)))
+    writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+    spread = std / math.sqrt(2 * arch.layers) if scale_residual and writes else std
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator(found.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return found.normal_(0.0, spread, generator=generator)
+
+
+class Stack(nn.Module):
+    """Embedding, layers and last norm, as far as `part` has them. Layers keep their number in the whole model, in names too."""
+
+    def __init__(self, arch: Architecture, ops: Ops, part: Part) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(arch.vocab, arch.hidden)
-        self.layers = nn.ModuleList(Layer(arch, ops) for _ in range(arch.layers))
-        self.norm = Norm(arch.hidden)
+        if part.first:
+            self.embed_tokens = nn.Embedding(arch.vocab, arch.hidden)
+        self.layers = nn.ModuleDict({str(i): Layer(arch, ops) for i in part.layers})
+        if part.last:
+            self.norm = Norm(arch.hidden)
 
 
 class Decoder(nn.Module):
-    """The whole model. Built on any device, `meta` included; weights are undefined until `init_weights` or models/hf.py fills them."""
+    """The whole model, or the part of it that one stage of a pipeline holds.
 
-    def __init__(self, arch: Architecture, ops: Ops = REFERENCE, *, recompute: Recompute = "none", dropout: float = 0.0) -> None:
+    Built on any device, `meta` included; weights are undefined until `init_weights` or models/hf.py fills them. Where embedding and head are tied and
+    both here, they are one parameter, called model.embed_tokens.weight; a last part without the embedding has it as lm_head.weight.
+    """
+
+    def __init__(
+        self, arch: Architecture, ops: Ops = REFERENCE, *, recompute: Recompute = "none", dropout: float = 0.0, part: Part | None = None
+    ) -> None:
         super().__init__()
         self.arch, self.ops, self.recompute, self.dropout = arch, ops, recompute, dropout
-        self.model = Stack(arch, ops)
-        self.lm_head = nn.Linear(arch.hidden, arch.vocab, bias=False)
+        self.part = part or Part(range(arch.layers))
+        self.model = Stack(arch, ops, self.part)
+        if self.part.last:
+            self.lm_head = nn.Linear(arch.hidden, arch.vocab, bias=False)
         self._tie()
         self.tables = {rope: Tables(rope, arch) for i in range(arch.layers) if (rope := arch.rope_of(i)) is not None}
 
     def _tie(self) -> None:
-        if self.arch.tied:
+        if self.arch.tied and self.part.first and self.part.last:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -327,58 +370,54 @@ class Decoder(nn.Module):
         return self
 
     @property
-    def layers(self) -> nn.ModuleList:
+    def layers(self) -> list[nn.Module]:
         """The layers, in order; each may be compiled in place."""
-        return self.model.layers
+        return list(self.model.layers.values())
 
     @torch.no_grad()
     def init_weights(self, std: float, scale_residual: bool, seed: int) -> None:
-        """Draws every weight in place: matrices from N(0, std), norms the identity, biases 0, xIELU as in its paper.
-
-        `scale_residual` divides the std of the two matrices that write to the residual stream by sqrt(2 * layers) (GPT-2). Each tensor's numbers depend
-        on `seed`, its name and the device type only: not on rank, order or the other tensors.
-        """
+        """Draws every weight in place, as `initial` says."""
         for name, parameter in self.named_parameters():
-            match kind_of(name):
-                case "norm":
-                    parameter.fill_(0.0 if self.arch.norm == "gemma" else 1.0)
-                case "bias":
-                    parameter.zero_()
-                case "scalar":  # softplus of it is 0.8, and 0.8 - beta for the negative side
-                    parameter.fill_(math.log(math.expm1(0.8 if name.endswith("alpha_p") else 0.3)))
-                case _:
-                    writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-                    spread = std / math.sqrt(2 * self.arch.layers) if scale_residual and writes else std
-                    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-                    generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-                    drawn = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-                    parameter.copy_(drawn.normal_(0.0, spread, generator=generator))
+            parameter.copy_(initial(name, parameter.shape, self.arch, std, scale_residual, seed, parameter.device))
 
     def forward(
-        self, tokens_bt: Tensor, positions_bt: Tensor | None = None, documents_bt: Tensor | None = None, seed: Tensor | None = None
-    ) -> Tensor:
-        """hidden_btd after the last norm. `positions_bt` counts within each document ([1, t] is broadcast; None: 0, 1, ...); `documents_bt` int, each
-        token's document in its row (None: each row is one document); `seed` int64 on the device, of this call's dropout masks."""
-        arch, tokens = self.arch, tokens_bt.shape[1]
-        x_btd = self.ops.embedding(tokens_bt, self.model.embed_tokens.weight)
-        if (factor := arch.embedding_factor) != 1.0:
-            x_btd = x_btd * _rounded(factor, x_btd.dtype)
+        self,
+        tokens_bt: Tensor,
+        positions_bt: Tensor | None = None,
+        documents_bt: Tensor | None = None,
+        seed: Tensor | None = None,
+        carried: tuple[Tensor | None, Tensor] | None = None,
+    ) -> Any:
+        """hidden_btd after the last norm; without the last layer, `(delta_btd, stream_btd)`, which the next part is given as `carried`.
+
+        `positions_bt` counts within each document ([1, t] is broadcast; None: 0, 1, ...); `documents_bt` int, each token's document in its row (None:
+        each row is one document); `seed` int64 on the device, of this call's dropout masks.
+        """
+        delta, stream = (None, self.embedded(tokens_bt)) if carried is None else carried
+        arch, tokens, dtype, device = self.arch, tokens_bt.shape[1], stream.dtype, stream.device
         if positions_bt is None:
-            positions_bt = torch.arange(tokens, device=tokens_bt.device)[None]
-        turns = {rope: table(positions_bt, x_btd.dtype) for rope, table in self.tables.items()}
-        windows = {arch.window_of(i) for i in range(arch.layers)}
-        seen = {w: mask(documents_bt, w, tokens, x_btd.dtype, x_btd.device) for w in windows}
+            positions_bt = torch.arange(tokens, device=device)[None]
+        turns = {rope: table(positions_bt, dtype) for rope, table in self.tables.items()}
+        windows = {arch.window_of(i) for i in self.part.layers}
+        seen = {w: self.ops.mask(documents_bt, w, tokens, dtype, device) for w in windows}
         drops: list[Drop | None] = [None] * (2 * arch.layers + 1)
         if self.training and self.dropout:
             assert seed is not None
-            seeds = seed * (1 << 16) + torch.arange(len(drops), device=x_btd.device)  # one mask per sum: 2 a layer, 1 at the end
+            seeds = seed * (1 << 16) + torch.arange(len(drops), device=device)  # one mask per sum: 2 a layer, 1 at the end
             drops = [(self.dropout, one) for one in seeds.unbind()]
-        delta, stream = None, x_btd
-        for i, layer in enumerate(self.layers):
+        for i, layer in zip(self.part.layers, self.layers, strict=True):
             rope = arch.rope_of(i)
             turn = None if rope is None else turns[rope]
             delta, stream = self._layer(layer, delta, stream, turn, seen[arch.window_of(i)], (drops[2 * i], drops[2 * i + 1]))
+        if not self.part.last:
+            return delta, stream
         return begin(arch, self.ops, delta, stream, self.model.norm, drops[-1])[1]
+
+    def embedded(self, tokens_bt: Tensor) -> Tensor:
+        """The residual stream before the first layer."""
+        x_btd = self.ops.embedding(tokens_bt, self.model.embed_tokens.weight)
+        factor = self.arch.embedding_factor
+        return x_btd if factor == 1.0 else x_btd * _rounded(factor, x_btd.dtype)
 
     def _layer(
         self, layer: nn.Module, delta: Tensor | None, stream: Tensor, turn: Any, seen: Mask, drops: tuple[Drop | None, Drop | None]
@@ -418,6 +457,10 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`(loss_sum, ce_sum)` over the labels that are not -100, which are already shifted; see kernels/linear_cross_entropy.py."""
         hidden_btd = self(tokens_bt, positions_bt, documents_bt, seed)
+        return self.loss_of(hidden_btd, labels_bt, z_loss=z_loss, label_smoothing=label_smoothing)
+
+    def loss_of(self, hidden_btd: Tensor, labels_bt: Tensor, *, z_loss: float = 0.0, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The head and the loss, of hidden states after the last norm; as `loss`."""
         return self.ops.linear_cross_entropy(
             hidden_btd.flatten(0, 1),
             self.lm_head.weight,
