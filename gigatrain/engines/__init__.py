@@ -1,35 +1,45 @@
-"""Backends of the loop: each computes gradients and updates weights, and tells what a checkpoint keeps."""
+"""Backends of the loop: each computes gradients and updates weights over all ranks, and tells what a checkpoint keeps."""
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from gigatrain.data.loader import Batch, Microbatch
-from gigatrain.models.decoder import Decoder
+from gigatrain.parallel.mesh import Mesh
+from gigatrain.parallel.places import State
 from gigatrain.planning.plan import Plan
+
+
+class Update(NamedTuple):
+    """What a step did, summed over all ranks and equal on each: 0-d tensors on the device."""
+
+    nats: Tensor  # sum of the cross entropies, fp64
+    targets: Tensor  # how many they are, fp64
+    grad_norm: Tensor  # global, before clipping
 
 
 class Engine(Protocol):
     """What the loop needs from a backend, and nothing more. Nothing here may wait for the device but `state` and `restored`."""
 
-    def forward_backward(self, batch: Batch) -> Tensor:
-        """Gradients of one step's batch; returns the sum of its cross entropies in nats (0-d, fp32, on the device)."""
+    def forward_backward(self, batch: Batch) -> None:
+        """Gradients of one step's batch: of the mean loss per target over all ranks, however the step is cut."""
         ...
 
-    def step(self, rate: float) -> Tensor:
-        """Clip, update at `rate` times the peak learning rates, zero; returns the global gradient norm before clipping (0-d, on the device).
+    def step(self, rate: float) -> Update:
+        """Clip, update at `rate` times the peak learning rates, zero.
 
-        A step whose loss or norm is not finite changes nothing and is counted in `bad`.
+        A step whose loss or norm is not finite on any rank changes nothing on every rank and is counted in `bad`.
         """
         ...
 
     def evaluate(self, microbatches: Iterable[Microbatch]) -> Tensor:
-        """Sum of cross entropies in nats and count of targets, as two fp64 numbers on the device."""
+        """Sum of cross entropies in nats and count of targets over all ranks, as two fp64 numbers on the device."""
         ...
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint keeps, by group and canonical name: the live tensors, which a load fills in place."""
+    def state(self) -> State:
+        """What a checkpoint keeps, by group and canonical name: the live pieces of this rank, which a load fills in place."""
         ...
 
     def restored(self) -> None:
@@ -42,8 +52,12 @@ class Engine(Protocol):
         ...
 
 
-def make(plan: Plan, model: Decoder) -> Engine:
-    """The engine that the plan names, around a model with fp32 weights on its device."""
+def make(plan: Plan, mesh: Mesh, device: torch.device, *, fresh: bool) -> Engine:
+    """The engine that the plan names, with its model; `fresh` weights come from the seed or `model.from`, else a checkpoint will fill them."""
+    if plan.engine.name == "deepspeed":
+        from gigatrain.engines.deepspeed import DeepSpeed
+
+        return DeepSpeed(plan, mesh, device, fresh=fresh)
     from gigatrain.engines.native import Native
 
-    return Native(plan, model)
+    return Native(plan, mesh, device, fresh=fresh)

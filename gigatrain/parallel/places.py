@@ -66,3 +66,23 @@ def _narrowed(tensor: Tensor, dim: int, size: int) -> list[int]:
 def differing(places: Mapping[str, Place]) -> list[str]:
     """Names of parameters that are not whole here."""
     return [name for name, place in places.items() if place.size != place.shape]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a checkpoint as this rank holds it: live, and filled in place by a load.
+
+    writes: whether this rank saves it; of the ranks that hold the same box exactly one does. A load gives the box to all of them.
+    """
+
+    tensor: Tensor
+    place: Place
+    writes: bool = True
+
+    @staticmethod
+    def whole(tensor: Tensor, *, writes: bool = True) -> "Piece":
+        """All of a tensor."""
+        return Piece(tensor, Place(tuple(tensor.shape), (0,) * tensor.dim(), tuple(tensor.shape)), writes)
+
+
+State = dict[str, dict[str, Piece]]  # group (weights, optimizer, random) -> canonical name -> piece
