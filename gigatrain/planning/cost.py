@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from gigatrain.architectures import Architecture
-from gigatrain.config import Optim, Section
+from gigatrain.config import Engine, Mesh, Optim, Section
 
 Recompute = Literal["none", "lean", "selective", "full"]
 
@@ -92,8 +92,10 @@ def memory(
     optim: Optim,
     kernels: Mapping[str, str],
     documents: bool,
+    mesh: Mesh = Mesh(shard=1),
+    engine: Engine = Engine(),
 ) -> Memory:
-    """Memory of one rank without sharding.
+    """Memory of the fullest rank.
 
     Per parameter: fp32 keeps 4 B of weights; bf16 keeps 2 B, and the optimizer what `optimizer_bytes` says. Gradients are summed in fp32, or, where
     master weights are narrow and a step has one microbatch, moved in bf16; one microbatch's own gradients exist beside the sum.

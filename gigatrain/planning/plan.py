@@ -12,9 +12,12 @@ from gigatrain.architectures import Architecture
 from gigatrain.config import (
     Checkpoint,
     Data,
+    Engine,
     Init,
     Loss,
+    Mesh,
     Optim,
+    Profile,
     Recipe,
     Report,
     Sample,
@@ -47,8 +50,14 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "muon_momentum": ("reference", "fused"),
     "muon_update": ("reference", "fused"),
 }
-# What a resume may change: no tensor of the run depends on it.
+# What a resume may change: no tensor of the run depends on it, but for the order in which ranks and microbatches are summed.
 OPERATIONAL = (
+    "ranks",
+    "mesh",
+    "engine",
+    "microbatch",
+    "accumulation",
+    "profile",
     "summary",
     "data.folder",
     "data.workers",
@@ -78,6 +87,10 @@ class Plan(Section):
     summary: str
     site: str
     device: Literal["cpu", "cuda"]
+    ranks: int
+    mesh: Mesh
+    engine: Engine
+    profile: Profile
     architecture: Architecture
     source: str | None
     init: Init
@@ -143,16 +156,25 @@ class Plan(Section):
         ]
 
 
-def plan(recipe: Recipe, site: Site) -> Plan:
-    """Make every number of the run concrete.
+def plan(recipe: Recipe, site: Site, ranks: int | None = None) -> Plan:
+    """Make every number of the run concrete, on `ranks` processes (default: the recipe's `train.nproc`, else what its mesh needs).
 
-    Raises PlanError for what cannot work: a memory need beyond the site's, a tokenizer beyond the model's vocabulary.
+    Raises PlanError for what cannot work: a memory need beyond the site's, a tokenizer beyond the model's vocabulary, a mesh that divides nothing.
     """
     architecture = load.architecture(recipe.model)
     train = recipe.train
+    mesh = _mesh(recipe, ranks)
+    ranks = _ranks(mesh)
+    readers = mesh.replicate * (mesh.shard or 1)
+    if train.batch % readers:
+        raise PlanError(
+            f"train.batch {train.batch} does not divide by the {readers} ranks that read samples (mesh.replicate {mesh.replicate} x mesh.shard "
+            f"{mesh.shard}); the next that do are {train.batch // readers * readers or readers} and {(train.batch // readers + 1) * readers}"
+        )
     tokens_per_step = train.batch * train.sequence
     steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)
-    microbatch = train.microbatch or train.batch
+    microbatch = min(train.microbatch or train.batch // readers, train.batch // readers)
+    accumulation = math.ceil(train.batch // readers / microbatch)
     kernels = _kernels(recipe, site, architecture)
     memory = cost.memory(
         architecture,
@@ -161,8 +183,10 @@ def plan(recipe: Recipe, site: Site) -> Plan:
         microbatch=microbatch,
         sequence=train.sequence,
         recompute=train.recompute,
-        accumulation=math.ceil(train.batch / microbatch),
+        accumulation=accumulation,
         optim=recipe.optim,
+        mesh=mesh,
+        engine=recipe.engine,
         kernels={choice.op: choice.kernel for choice in kernels},
         documents=recipe.data.packing == "stream",
     )
@@ -195,6 +219,10 @@ def plan(recipe: Recipe, site: Site) -> Plan:
         summary=recipe.summary,
         site=site.name,
         device=site.device,
+        ranks=ranks,
+        mesh=mesh,
+        engine=recipe.engine,
+        profile=recipe.profile,
         architecture=architecture,
         source=recipe.model.source,
         init=recipe.model.init,
@@ -204,7 +232,7 @@ def plan(recipe: Recipe, site: Site) -> Plan:
         positions=max(train.sequence, load.positions(recipe.model)),
         batch=train.batch,
         microbatch=microbatch,
-        accumulation=math.ceil(train.batch / microbatch),
+        accumulation=accumulation,
         steps=steps,
         tokens_per_step=tokens_per_step,
         tokens=steps * tokens_per_step,
@@ -228,6 +256,31 @@ def plan(recipe: Recipe, site: Site) -> Plan:
         flops_per_token=architecture.flops_per_token(train.sequence),
         memory=memory,
     )
+
+
+def _mesh(recipe: Recipe, ranks: int | None) -> Mesh:
+    """The recipe's mesh with every size, on `ranks` ranks."""
+    asked = recipe.mesh
+    ranks = ranks or recipe.train.nproc
+    others = asked.replicate * asked.context * asked.tensor * asked.pipeline
+    if ranks is None:
+        ranks = others * (asked.shard or asked.expert)
+    sizes = f"replicate {asked.replicate} x context {asked.context} x tensor {asked.tensor} x pipeline {asked.pipeline}"
+    if asked.shard is None and ranks % others:
+        raise PlanError(f"{ranks} ranks do not divide by the mesh's {sizes} = {others}; start a multiple of {others}, or change an axis")
+    shard = asked.shard or ranks // others
+    if others * shard != ranks:
+        raise PlanError(
+            f"the mesh's {sizes} x shard {shard} is {others * shard} ranks, and {ranks} are there; start {others * shard}, or leave mesh.shard out"
+        )
+    if shard % asked.expert:
+        raise PlanError(f"mesh.expert {asked.expert} does not divide mesh.shard {shard}, whose ranks share the experts; choose a divisor")
+    stages = asked.stages or (1 if asked.schedule == "1f1b" else 2)
+    return asked.model_copy(update={"shard": shard, "stages": stages if asked.pipeline > 1 else 1})
+
+
+def _ranks(mesh: Mesh) -> int:
+    return mesh.replicate * (mesh.shard or 1) * mesh.context * mesh.tensor * mesh.pipeline
 
 
 def gib(count: int) -> str:
