@@ -380,7 +380,11 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.copy_(initial(name, parameter.shape, self.arch, std, scale_residual, seed, parameter.device))
 
-    def forward(
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """`hidden`."""
+        return self.hidden(*inputs, **named)
+
+    def hidden(
         self,
         tokens_bt: Tensor,
         positions_bt: Tensor | None = None,
@@ -454,9 +458,10 @@ class Decoder(nn.Module):
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
         seed: Tensor | None = None,
+        carried: tuple[Tensor | None, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`(loss_sum, ce_sum)` over the labels that are not -100, which are already shifted; see kernels/linear_cross_entropy.py."""
-        hidden_btd = self(tokens_bt, positions_bt, documents_bt, seed)
+        hidden_btd = self.hidden(tokens_bt, positions_bt, documents_bt, seed, carried)
         return self.loss_of(hidden_btd, labels_bt, z_loss=z_loss, label_smoothing=label_smoothing)
 
     def loss_of(self, hidden_btd: Tensor, labels_bt: Tensor, *, z_loss: float = 0.0, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:

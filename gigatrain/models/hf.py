@@ -187,18 +187,29 @@ def _open(path: Path) -> Any:
 def load_weights(model: Decoder, folder: str | os.PathLike[str]) -> None:
     """Fills the model in place from a folder in transformers' layout, one tensor in memory at a time, cast to each parameter's dtype.
 
-    Raises `CheckpointError` naming the tensors that are missing, unexpected or of another shape; nothing is written to the model before names and
-    shapes are known to fit.
+    Raises as `read_weights`; nothing is written to the model before names and shapes are known to fit.
     """
-    folder, arch = Path(folder), model.arch
-    files, parameters = _files(folder), dict(model.named_parameters())
-    wanted = _names(arch, parameters)
+    parameters = dict(model.named_parameters())
+    for name, tensor in read_weights(model.arch, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, folder):
+        parameters[name].copy_(tensor)
+
+
+def read_weights(
+    arch: Architecture, shapes: Mapping[str, tuple[int, ...]], folder: str | os.PathLike[str], *, part: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """`(name in memory, whole tensor)` of every parameter in `shapes`, one in memory at a time; with `part`, the folder may hold others too.
+
+    Raises `CheckpointError` naming the tensors that are missing, unexpected or of another shape, before it gives the first.
+    """
+    folder = Path(folder)
+    files = _files(folder)
+    wanted = _names(arch, shapes)
     found = {name for name in files if not name.endswith((*_CONSTANTS, "rotary_emb.inv_freq"))}
     if arch.tied and _HEAD in found:
         found.remove(_HEAD)  # some files repeat the tied head
     if missing := sorted(set(wanted) - found):
         raise CheckpointError(f"{folder} lacks {_some(missing)}")
-    if unexpected := sorted(found - set(wanted)):
+    if not part and (unexpected := sorted(found - set(wanted))):
         raise CheckpointError(f"{folder} holds {_some(unexpected)}, for which a {arch.family} of these numbers has no place")
     by_file: dict[Path, list[str]] = {}
     for name, path in files.items():
@@ -211,17 +222,16 @@ def load_weights(model: Decoder, folder: str | os.PathLike[str]) -> None:
                 except SafetensorError as error:
                     raise CheckpointError(f"{path} lacks {name}, which the index places there; fetch the folder again") from error
                 if name in wanted:
-                    parts = [parameters[s] for s in wanted[name]]
-                    expected = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
+                    parts = [shapes[s] for s in wanted[name]]
+                    expected = (sum(p[0] for p in parts), *parts[0][1:])
                     if shape != expected:
                         raise CheckpointError(f"{name} is {list(shape)} in {path}, but {list(expected)} by the architecture's numbers")
     for path, names in by_file.items():
         with _open(path) as file:
             for name in names:
                 if name in wanted:
-                    parts = [parameters[s] for s in wanted[name]]
-                    for part, piece in zip(parts, file.get_tensor(name).split([p.shape[0] for p in parts]), strict=True):
-                        part.copy_(piece)
+                    sources = wanted[name]
+                    yield from zip(sources, file.get_tensor(name).split([shapes[s][0] for s in sources]), strict=True)
                 elif name.endswith(tuple(_CONSTANTS)):
                     _check_constant(name, file.get_tensor(name))
 

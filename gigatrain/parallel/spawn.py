@@ -1,0 +1,66 @@
+"""Several processes of one command on this machine: `train.nproc` without torchrun. Free of torch."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+GRACE_S = 30.0  # what the others get to leave by themselves once one has failed
+
+
+def spawn(count: int, arguments: Sequence[str]) -> int:
+    """Run `gigatrain ARGUMENTS` as `count` ranks and wait; signals are passed on. Returns 0, or the exit code of the first process that failed.
+
+    Once one has failed the others get SIGTERM, and SIGKILL after `GRACE_S`: a rank that waits for a dead one would wait until its time limit.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // count))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    running: list[subprocess.Popen[bytes]] = []
+    before = {number: signal.signal(number, lambda number, frame: _pass_on(running, number, frame)) for number in _PASSED_ON}
+    try:
+        for rank in range(count):
+            environment = {"OMP_NUM_THREADS": threads} | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, "-m", "gigatrain", *arguments]
+            running.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True))
+        return _wait(running)
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _pass_on(running: Sequence["subprocess.Popen[bytes]"], number: int, _: FrameType | None) -> None:
+    for process in running:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+def _wait(running: Sequence["subprocess.Popen[bytes]"]) -> int:
+    """Until all have ended; a signal's number N is told as 128 + N, as shells do."""
+    while True:
+        codes = [process.poll() for process in running]
+        failed = next((code for code in codes if code), None)
+        if failed is not None:
+            break
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.05)
+    end = time.monotonic() + GRACE_S
+    said = [process.returncode for process in running if process.returncode and process.returncode > 0]
+    for process in running:
+        if process.poll() is None:
+            process.terminate()
+    while time.monotonic() < end and any(process.poll() is None for process in running):
+        time.sleep(0.05)
+    code = said[0] if said else failed
+    return code if code > 0 else 128 - code
