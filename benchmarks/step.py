@@ -172,17 +172,18 @@ class Gate:
 
 def gigatrain(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
     """What loop.train does in a step, with the same parts in the same order."""
-    from gigatrain import engines, loop
+    from gigatrain import engines
     from gigatrain.data.build import Corpus
     from gigatrain.data.loader import Batches
     from gigatrain.observe.display import Display
     from gigatrain.observe.metrics import Metrics
     from gigatrain.optim import schedule
+    from gigatrain.parallel.mesh import alone
 
     gate = Gate(pipe, plan.device)
-    device = loop._device(plan)
+    device = gate.device
     corpus = Corpus(Path(job["corpus"]), job["manifest"], tuple(job["weights"]))
-    engine = engines.make(plan, loop._model(plan, device, fresh=True))
+    engine = engines.make(plan, alone(device), device, fresh=True)
     batches = Batches(
         corpus,
         sequence=plan.sequence,
@@ -198,15 +199,15 @@ def gigatrain(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
             batch = next(batches)
             batch = replace(batch, microbatches=tuple(replace(part, documents=None) for part in batch.microbatches))
             gate.mark()
-            loss = engine.forward_backward(batch)
+            engine.forward_backward(batch)
             rate = schedule.rate(plan.schedule, step, plan.steps)
-            grad_norm = engine.step(rate)
+            update = engine.step(rate)
             gate.mark()
-            metrics.add(loss, grad_norm, batch.targets)
+            metrics.add(update)
             if gate.last:
-                metrics.report(step + 1, (step + 1) * plan.tokens_per_step, rate, engine.bad)
+                metrics.report(step + 1, rate, engine.bad)
             gate.mark()
-            gate.add(loss, 1 / max(1, batch.targets))
+            gate.add(update.nats.clone(), 1 / max(1, batch.targets))
 
 
 def trainer(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
@@ -588,10 +589,11 @@ def prepare(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan
     import torch
     from safetensors.torch import save_file
 
-    from gigatrain import architectures, loop
+    from gigatrain import architectures
     from gigatrain.data.build import Corpus, build
     from gigatrain.data.loader import Batches
     from gigatrain.models import hf
+    from gigatrain.models.decoder import Decoder
 
     count = steps + 1  # a peer's loop asks for one batch more before it learns that the run is over
     if options.data == "random":
@@ -607,7 +609,8 @@ def prepare(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan
     rows = {"tokens": torch.cat([part.tokens for part in parts]), "labels": torch.cat([part.labels for part in parts])}
     save_file(rows, folder / "rows.safetensors")
     initial = folder / "initial"
-    model = loop._model(planned, torch.device("cpu"), fresh=True)
+    model = Decoder(planned.architecture)
+    model.init_weights(planned.init.std, planned.init.scale_residual, planned.seed)
     hf.save_weights(model, planned.architecture, initial)
     config = architectures.to_hf_config(
         planned.architecture, max_positions=planned.positions, dtype="float32", bos=None, eos=None, pad=None

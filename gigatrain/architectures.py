@@ -1,4 +1,4 @@
-"""Every number of a dense decoder, without torch: sizes, switches, parameter and FLOP counts, and transformers' config.json both ways.
+"""Every number of a decoder, dense or with experts, without torch: sizes, switches, parameter and FLOP counts, and transformers' config.json both ways.
 
 A family fixes the switches that its transformers class fixes (`FAMILIES`), so that whatever validates here can be written as a config.json that
 `AutoModelForCausalLM` loads. The decoder reads the fields alone and never the family's name.
@@ -6,7 +6,7 @@ A family fixes the switches that its transformers class fixes (`FAMILIES`), so t
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
@@ -19,7 +19,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
 FamilyName = Literal[
     "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "olmo3",
-    "smollm3", "helium", "apertus", "granite", "phi3", "arcee",
+    "smollm3", "helium", "apertus", "granite", "phi3", "arcee", "mixtral", "qwen3_moe",
 ]  # fmt: skip
 
 
@@ -101,6 +101,7 @@ class _Family:
 
 _LAYER_WINDOWS = frozenset({"window", "window_layers"})
 _BIASES = frozenset({"qkv_bias", "output_bias"})  # one key, attention_bias, sets both
+_EXPERTS = frozenset({"experts", "experts_per_token"})
 _GEMMA = {"norm": "gemma", "placement": "sandwich", "activation": "geglu", "embedding_scale": "sqrt_hidden"}
 _OLMO = {"norm": "olmo", "placement": "post", "qk_norm": "full", "rope_fp32": True}
 
@@ -142,6 +143,18 @@ FAMILIES: dict[str, _Family] = {
     ),
     "phi3": _Family(open=frozenset({"window", "partial"}), default={"norm_eps": 1e-5}, hf={"rms_norm_eps": 1e-5}),
     "arcee": _Family(fixed={"activation": "relu2"}, open=_BIASES | {"mlp_bias"}, default={"norm_eps": 1e-5}, hf={"rms_norm_eps": 1e-5}),
+    "mixtral": _Family(
+        fixed={"renormalise": True},
+        open=_EXPERTS | {"window"},
+        default={"norm_eps": 1e-5},
+        hf={"rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "qwen3_moe": _Family(
+        fixed={"qk_norm": "head"},
+        open=_EXPERTS | _BIASES | {"window", "expert_intermediate", "renormalise", "moe_layers"},
+        default={"norm_eps": 1e-6},
+        hf={"sliding_window": 4096, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    ),
 }  # fmt: skip
 
 # The switches, and the value each has where a family neither fixes nor opens it.
@@ -149,6 +162,7 @@ _NEUTRAL: dict[str, Any] = {
     "norm": "llama", "placement": "pre", "qk_norm": "none", "activation": "swiglu", "qkv_bias": False, "output_bias": False, "mlp_bias": False,
     "window": None, "window_layers": None, "rope_layers": None, "rope_local": None, "rope_interleaved": False, "rope_fp32": False,
     "attention_scale": None, "attention_softcap": None, "logit_softcap": None, "embedding_scale": 1.0, "residual_scale": 1.0, "logit_divisor": 1.0,
+    "experts": 0, "experts_per_token": None, "expert_intermediate": None, "renormalise": False, "moe_layers": None,
 }  # fmt: skip
 
 
@@ -158,11 +172,13 @@ def _switch(name: str, description: str) -> Any:
     def default(seen: dict[str, Any]) -> Any:
         family = FAMILIES.get(seen.get("family", ""), _Family())
         value = family.fixed.get(name, family.default.get(name, {"tied": False, "norm_eps": 1e-6, **_NEUTRAL}[name]))
+        if name == "expert_intermediate" and name in family.open:
+            return seen.get("intermediate")
         if name == "window_layers" and seen.get("window") is not None:
             value = value or (True,)
         elif name == "window_layers":
             return None
-        return _spread(value, seen.get("layers", 0)) if name in ("window_layers", "rope_layers") else value
+        return _spread(value, seen.get("layers", 0)) if name in ("window_layers", "rope_layers", "moe_layers") else value
 
     return Field(default_factory=default, description=description)
 
@@ -172,7 +188,7 @@ def _spread(pattern: tuple[bool, ...] | None, layers: int) -> tuple[bool, ...] |
 
 
 class Architecture(_Numbers):
-    """The numbers of one dense decoder; lengths in tokens, sizes in elements.
+    """The numbers of one decoder; lengths in tokens, sizes in elements.
 
     Raises `pydantic.ValidationError` for a number out of range, numbers that do not fit each other, and a switch that the family's transformers
     class does not have.
@@ -193,6 +209,15 @@ class Architecture(_Numbers):
         description="Channels of a head. Default: hidden / heads.",
     )
     intermediate: Count = Field(description="Width of the feed-forward layer.")
+    experts: Annotated[int, Field(ge=0)] = _switch(
+        "experts", "Feed-forward blocks of a layer, of which a router picks some for each token; 0: one, dense."
+    )
+    experts_per_token: Count | None = _switch("experts_per_token", "How many experts a token visits.")
+    expert_intermediate: Count | None = _switch(
+        "expert_intermediate", "Width of an expert, where it may differ from `intermediate`, its default."
+    )
+    renormalise: bool = _switch("renormalise", "The router's weights of a token's experts are divided by their sum.")
+    moe_layers: tuple[bool, ...] | None = _switch("moe_layers", "Which layers have experts; a shorter pattern repeats. Default: all.")
     tied: bool = _switch("tied", "The head is the embedding's transpose.")
     norm_eps: Positive = _switch("norm_eps", "Added to the mean square in each RMS norm.")
     norm: Literal["llama", "gemma", "olmo"] = _switch(
@@ -230,13 +255,14 @@ class Architecture(_Numbers):
     residual_scale: Positive = _switch("residual_scale", "Multiplies what each block adds to the residual stream (Granite).")
     logit_divisor: Positive = _switch("logit_divisor", "Divides the logits (Granite).")
 
-    @field_validator("window_layers", "rope_layers")
+    @field_validator("window_layers", "rope_layers", "moe_layers")
     @classmethod
     def _repeat(cls, pattern: tuple[bool, ...] | None, info: Any) -> tuple[bool, ...] | None:
         layers = info.data.get("layers", 0)
         if pattern is not None and not 1 <= len(pattern) <= max(layers, 1):
             raise ValueError(f"has {len(pattern)} entries for {layers} layers; give between 1 and {layers}")
-        return _spread(pattern, layers)
+        spread = _spread(pattern, layers)
+        return None if info.field_name == "moe_layers" and all(spread or ()) else spread
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -254,6 +280,12 @@ class Architecture(_Numbers):
             raise ValueError("`window` and `window_layers` go together: give both with at least one layer true, or neither")
         if self.rope_local is not None and self.window is None:
             raise ValueError("`rope_local` is for the layers with a window, and there is none; give `window`, or leave `rope_local` out")
+        if self.experts and not 1 <= (self.experts_per_token or 0) <= self.experts:
+            raise ValueError(
+                f"experts_per_token {self.experts_per_token} of {self.experts} experts; give a number between 1 and {self.experts}"
+            )
+        if self.moe_layers is not None and not any(self.moe_layers):
+            raise ValueError("`moe_layers` leaves no layer with experts; make at least one true, or choose a dense family")
         if self.rope_layers is not None and not any(self.rope_layers):
             raise ValueError("`rope_layers` leaves no layer with positions; make at least one true")
         for rope in filter(None, (self.rope, self.rope_local)):
@@ -271,6 +303,8 @@ class Architecture(_Numbers):
     def _expressible(self) -> None:
         """Refuses a switch that the family's transformers class does not have: such weights could not be exported."""
         family = FAMILIES[self.family]
+        if family.open >= _EXPERTS and not self.experts:
+            raise ValueError(f"experts is missing: {self.family} always has them; give `experts` and `experts_per_token`")
         for name, neutral in _NEUTRAL.items():
             value, fixed = getattr(self, name), family.fixed.get(name, neutral)
             open_here = name in family.open or (name == "window_layers" and "window" in family.open and all(value or ()))
@@ -328,10 +362,41 @@ class Architecture(_Numbers):
             return None
         return self.rope_local if self.rope_local and self.window_of(layer) else self.rope
 
-    def matrix_parameters(self) -> int:
-        """Weights of the matrix products of all layers, without embedding, head, biases and norms."""
+    def sparse_of(self, layer: int) -> bool:
+        """Whether the layer's feed-forward block is a mixture of experts."""
+        return self.experts > 0 and (self.moe_layers is None or self.moe_layers[layer])
+
+    @property
+    def sparse_layers(self) -> int:
+        """How many layers have experts."""
+        return sum(self.sparse_of(i) for i in range(self.layers))
+
+    @property
+    def expert_width(self) -> int:
+        """Channels between an expert's two products."""
+        return self.expert_intermediate or self.intermediate
+
+    def expert_parameters(self) -> int:
+        """Weights of all experts of all layers."""
+        return self.sparse_layers * self.experts * 3 * self.hidden * self.expert_width
+
+    def router_parameters(self) -> int:
+        """Weights of all routers."""
+        return self.sparse_layers * self.experts * self.hidden
+
+    def idle_parameters(self) -> int:
+        """Weights of the experts that a token does not visit."""
+        return self.expert_parameters() // self.experts * (self.experts - (self.experts_per_token or 0)) if self.experts else 0
+
+    def matrix_parameters(self, *, routed: bool = True) -> int:
+        """Weights of the matrix products of all layers, without embedding, head, biases and norms; `routed` with routers and all experts."""
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return self.layers * (attention + self.hidden * self.intermediate * (3 if self.gated else 2))
+        dense = (self.layers - self.sparse_layers) * self.hidden * self.intermediate * (3 if self.gated else 2)
+        return self.layers * attention + dense + (self.router_parameters() + self.expert_parameters() if routed else 0)
+
+    def active_parameters(self) -> int:
+        """Trainable numbers that one token meets."""
+        return self.parameters() - self.idle_parameters()
 
     def parameters(self) -> int:
         """Trainable numbers, exactly: the sum of `numel` over the parameters of the transformers model, a tied head counted once."""
@@ -349,9 +414,9 @@ class Architecture(_Numbers):
     def flops_per_token(self, sequence: int) -> float:
         """Forward and backward FLOPs of the matrix products, per token of a sample of `sequence` tokens that is one document.
 
-        6 per weight (2 forward, 4 backward; layers and head, not the embedding's look-up) plus, per layer, 12 * heads * head_dim * keys for
-        query . key and weights . value, where `keys` is the mean number of visible tokens: (sequence + 1) / 2, or less with a window. Recomputation
-        is not counted (PaLM, arXiv:2204.02311, appendix B, with the causal half that it leaves out).
+        6 per weight (2 forward, 4 backward; layers, of their experts those that a token visits, and head, not the embedding's look-up) plus, per layer,
+        12 * heads * head_dim * keys for query . key and weights . value, where `keys` is the mean number of visible tokens: (sequence + 1) / 2, or less
+        with a window. Recomputation is not counted (PaLM, arXiv:2204.02311, appendix B, with the causal half that it leaves out).
         """
         if sequence < 1:
             raise ValueError(f"sequence {sequence} must be at least 1")
@@ -361,7 +426,7 @@ class Architecture(_Numbers):
             return (w * (w + 1) / 2 + (sequence - w) * w) / sequence
 
         attention = 12 * self.heads * self.head_dim * sum(keys(self.window_of(i)) for i in range(self.layers))
-        return 6.0 * (self.matrix_parameters() + self.vocab * self.hidden) + attention
+        return 6.0 * (self.matrix_parameters() - self.idle_parameters() + self.vocab * self.hidden) + attention
 
 
 # ---- Named models: numbers only. The comment says where they were read and the parameter count that they must give. ----
@@ -455,6 +520,16 @@ _NAMED: dict[str, dict[str, Any]] = {
         "family": "phi3", "vocab": 32064, "hidden": 3072, "layers": 32, "heads": 32, "kv_heads": 32, "intermediate": 8192, "norm_eps": 1e-5,
         "window": 2047,
     },
+    # huggingface.co/mistralai/Mixtral-8x7B-v0.1 config.json; 46,702,792,704, of which a token meets 12,879,925,248
+    "mixtral-8x7b": {
+        "family": "mixtral", "vocab": 32000, "hidden": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "intermediate": 14336, "norm_eps": 1e-5,
+        "experts": 8, "experts_per_token": 2, "rope": {"theta": 1_000_000.0},
+    },
+    # huggingface.co/Qwen/Qwen3-30B-A3B-Base config.json; 30,532,122,624, of which a token meets 3,353,032,704
+    "qwen3-30b-a3b": {
+        "family": "qwen3_moe", "vocab": 151936, "hidden": 2048, "layers": 48, "heads": 32, "kv_heads": 4, "head_dim": 128, "intermediate": 6144,
+        "norm_eps": 1e-6, "experts": 128, "experts_per_token": 8, "expert_intermediate": 768, "renormalise": True, "rope": {"theta": 1_000_000.0},
+    },
 }  # fmt: skip
 
 
@@ -504,6 +579,7 @@ _ROPE_KEYS = {
         "short_factor", "long_factor")},
 }  # fmt: skip
 _HAS_LAYER_TYPES = frozenset(name for name, family in FAMILIES.items() if family.open >= _LAYER_WINDOWS)
+_MAY_SLIDE = ("qwen2", "qwen3", "smollm3", "qwen3_moe")  # have a window only where use_sliding_window says so
 _HAS_HEAD_DIM = frozenset({"llama", "mistral", "ministral", "ministral3", "qwen3", "gemma2", "gemma3_text", "helium", "arcee"})
 _THETA = {
     "gemma3_text": 1_000_000.0,
@@ -511,12 +587,13 @@ _THETA = {
     "smollm3": 2_000_000.0,
     "helium": 100_000.0,
     "apertus": 12_000_000.0,
+    "mixtral": 1_000_000.0,
 }  # of the classes
 _ACTIVATIONS = {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh",), "xielu": ("xielu",), "relu2": ("relu2",)}
 _CLASSES = {
     "llama": "Llama", "mistral": "Mistral", "ministral": "Ministral", "ministral3": "Ministral3", "qwen2": "Qwen2", "qwen3": "Qwen3",
     "gemma2": "Gemma2", "gemma3_text": "Gemma3", "olmo2": "Olmo2", "olmo3": "Olmo3", "smollm3": "SmolLM3", "helium": "Helium", "apertus": "Apertus",
-    "granite": "Granite", "phi3": "Phi3", "arcee": "Arcee",
+    "granite": "Granite", "phi3": "Phi3", "arcee": "Arcee", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe",
 }  # fmt: skip
 
 
@@ -562,6 +639,8 @@ def from_hf_config(config: Mapping[str, Any]) -> Architecture:
         numbers["logit_softcap"] = get("final_logit_softcapping")
         if family == "gemma2":  # transformers' Gemma 3 reads the key and never applies it, so there it must be empty
             numbers["attention_softcap"] = get("attn_logit_softcapping")
+    if traits.open >= _EXPERTS:
+        numbers |= _experts_from(family, get, numbers["layers"])
     numbers |= _windows_from(family, config, numbers["layers"])
     if family == "smollm3":
         every = config.get("no_rope_layer_interval", 4)
@@ -580,10 +659,26 @@ def from_hf_config(config: Mapping[str, Any]) -> Architecture:
         raise RecipeError(f"config.json describes no {family} that can be built: {details}") from error
 
 
+def _experts_from(family: str, get: Callable[..., Any], layers: int) -> dict[str, Any]:
+    for key in ("router_aux_loss_coef", "output_router_logits"):  # of a loss that is chosen in the recipe, not by the model
+        get(key)
+    numbers: dict[str, Any] = {"experts_per_token": get("num_experts_per_tok")}
+    if family == "mixtral":
+        return numbers | {"experts": get("num_local_experts")}
+    every, dense = get("decoder_sparse_step", 1), get("mlp_only_layers") or []
+    sparse = [(i + 1) % every == 0 and i not in dense for i in range(layers)]
+    return numbers | {
+        "experts": get("num_local_experts") or get("num_experts"),  # what transformers 5 and 4 write
+        "expert_intermediate": get("moe_intermediate_size"),
+        "renormalise": bool(get("norm_topk_prob")),
+        "moe_layers": None if all(sparse) else sparse,
+    }
+
+
 def _windows_from(family: str, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     traits = FAMILIES[family]
     window = config.get("sliding_window", traits.hf.get("sliding_window"))
-    if "window" not in traits.open or window is None or (family in ("qwen2", "qwen3", "smollm3") and not config.get("use_sliding_window")):
+    if "window" not in traits.open or window is None or (family in _MAY_SLIDE and not config.get("use_sliding_window")):
         return {"window": None, "window_layers": None}
     kinds = config.get("layer_types") if family in _HAS_LAYER_TYPES else None
     if kinds is None:
@@ -686,12 +781,19 @@ def to_hf_config(
         config["attn_logit_softcapping"] = arch.attention_softcap
     if "window" in traits.open:
         config["sliding_window"] = arch.window
-    if arch.family in ("qwen2", "qwen3", "smollm3"):
+    if arch.family in _MAY_SLIDE:
         config["use_sliding_window"] = arch.window is not None
     if arch.family in _HAS_LAYER_TYPES:
         config["layer_types"] = ["sliding_attention" if arch.window_of(i) else "full_attention" for i in range(arch.layers)]
     if arch.family == "smollm3":
         config["no_rope_layers"] = [int(arch.rope_of(i) is not None) for i in range(arch.layers)]
+    if traits.open >= _EXPERTS:
+        config["num_experts_per_tok"] = arch.experts_per_token
+    if arch.family == "mixtral":
+        config["num_local_experts"] = arch.experts
+    elif arch.family == "qwen3_moe":
+        config |= {"num_experts": arch.experts, "moe_intermediate_size": arch.expert_width, "norm_topk_prob": arch.renormalise}
+        config |= {"decoder_sparse_step": 1, "mlp_only_layers": [i for i in range(arch.layers) if not arch.sparse_of(i)]}
     wide = _rope_to(arch.rope)
     if arch.family in ("gemma3_text", "olmo3"):
         config["rope_parameters"] = {"full_attention": wide, "sliding_attention": _rope_to(arch.rope_local or arch.rope)}

@@ -16,10 +16,12 @@ from gigatrain.errors import GigatrainError
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a user's error is one message and the exit code of its kind, never a traceback."""
     options = _parser().parse_args(arguments)
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         options.run(options)
     except GigatrainError as failure:
-        print(f"gigatrain: {failure}", file=sys.stderr)
+        if not failure.shared or os.environ.get("RANK", "0") == "0":  # what all ranks raise is said once
+            print(f"gigatrain: {failure}", file=sys.stderr)
         sys.exit(failure.exit_code)
     except MemoryError:
         print("gigatrain: out of memory; lower train.microbatch or train.sequence", file=sys.stderr)
@@ -42,12 +44,19 @@ def _train(options: argparse.Namespace) -> None:
 
     recipe = load.recipe(options.recipe, options.set)
     site, why = _site(options.site)
-    chosen = plan(recipe, site)
+    started = os.environ.get("WORLD_SIZE")  # torchrun's, or our own
+    chosen = plan(recipe, site, int(started) if started else None)
+    if chosen.ranks > 1 and started is None:
+        from gigatrain.parallel.spawn import spawn
+
+        folder = _run_folder(options, recipe.name)
+        sys.exit(spawn(chosen.ranks, ["train", *options.arguments[1:], "--run", str(folder)]))
     folder = _run_folder(options, recipe.name)
     from gigatrain.observe.display import Display
 
     display = Display()
-    display.plan(chosen, why)
+    if os.environ.get("RANK", "0") == "0":
+        display.plan(chosen, why)
     from gigatrain.loop import train  # torch, 2 s: everything that can be refused without it has been
 
     train(chosen, folder, start="new" if options.new else "resume" if options.resume else "auto", display=display)
@@ -71,6 +80,13 @@ def _count(text: str) -> int:
     return number
 
 
+def _ranks(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 1 << 20:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 1048576")
+    return number
+
+
 def _temperature(text: str) -> float:
     number = float(text)
     if not 0 <= number <= 1e6:
@@ -83,7 +99,7 @@ def _plan(options: argparse.Namespace) -> None:
     from gigatrain.planning.plan import plan
 
     site, why = _site(options.site)
-    chosen = plan(load.recipe(options.recipe, options.set), site)
+    chosen = plan(load.recipe(options.recipe, options.set), site, options.gpus)
     if options.json:
         print(json.dumps(chosen.model_dump(mode="json", by_alias=True) | {"sha256": chosen.sha256}, indent=2))
         return
@@ -235,6 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     planned = command("plan", _plan, "show what a run will do, and start nothing", _PLAN)
     recipe_arguments(planned)
     planned.add_argument("--site", metavar="SITE", help="where it would run (default: this machine)")
+    planned.add_argument("--gpus", metavar="N", type=_ranks, help="ranks that it would run on (default: train.nproc, else what the mesh needs)")
     planned.add_argument("--json", action="store_true", help="the whole plan as JSON")
 
     for name, run, help in (("recipes", _recipes, "list the shipped recipes"), ("sites", _sites, "list the shipped sites")):

@@ -2,9 +2,10 @@
 
 
 class GigatrainError(Exception):
-    """Base of the errors that are the user's to mend; `exit_code` is what the CLI leaves with."""
+    """Base of the errors that are the user's to mend; `exit_code` is what the CLI leaves with, `shared` an error that all ranks of a run raise."""
 
     exit_code = 1
+    shared = False
 
 
 class RecipeError(GigatrainError):

@@ -3,12 +3,13 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from gigatrain import architectures, run
-from gigatrain.checkpoint import sync_folder, write_text
+from gigatrain.checkpoint import Tensors, sync_folder, write_text
 from gigatrain.data.tokenizer import Tokenizer
 from gigatrain.errors import RunError
 from gigatrain.models import hf
@@ -44,8 +45,7 @@ def export(folder: Path, target: Path, *, display: Display | None = None) -> int
         written = Path(temporary) / "export"
         written.mkdir()
         dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
-        weights = {name: tensor.to(dtype) for name, tensor in found.tensors("weights").items()}
-        hf.save_weights(weights, plan.architecture, written)
+        hf.save_weights(_Rounded(found.tensors("weights"), dtype), plan.architecture, written)
         tokens = _special_tokens(folder / "tokenizer")
         config = architectures.to_hf_config(
             plan.architecture, max_positions=plan.positions, dtype=str(dtype).removeprefix("torch."), **tokens
@@ -61,6 +61,22 @@ def export(folder: Path, target: Path, *, display: Display | None = None) -> int
         written.rename(target)
         sync_folder(target.parent)
     return found.step
+
+
+class _Rounded(Mapping[str, torch.Tensor]):
+    """A checkpoint's tensors in the export's dtype, each made when it is asked for: the whole model never stands in memory, only a file of it."""
+
+    def __init__(self, tensors: Tensors, dtype: torch.dtype) -> None:
+        self.tensors, self.dtype = tensors, dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name].to(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def _special_tokens(folder: Path) -> dict[str, int | None]:

@@ -5,7 +5,7 @@ parallelism: engines and data do, behind their seams.
 """
 
 import contextlib
-import hashlib
+import io
 import json
 import os
 import shutil
@@ -15,20 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from gigatrain import engines, export, run
-from gigatrain.checkpoint import Checkpoints, fill, write_text
+from gigatrain.checkpoint import Checkpoints, fill, weights_sha256, write_text
 from gigatrain.data import build
 from gigatrain.data.loader import Batches, Validation
 from gigatrain.engines import Engine
-from gigatrain.errors import CheckpointError, RunError
-from gigatrain.kernels import launch, ops
-from gigatrain.models import hf
-from gigatrain.models.decoder import Decoder, verify
+from gigatrain.errors import CheckpointError, DataError, RunError
+from gigatrain.kernels import launch
+from gigatrain.models.decoder import verify
+from gigatrain.observe import trace
 from gigatrain.observe.display import Display
 from gigatrain.observe.health import Health
 from gigatrain.observe.metrics import Metrics, percentile, versions
 from gigatrain.optim import schedule
+from gigatrain.parallel import ranks
+from gigatrain.parallel.agree import agreed
+from gigatrain.parallel.mesh import Mesh
+from gigatrain.parallel.places import Piece
 from gigatrain.planning.plan import Plan
 
 
@@ -37,25 +42,31 @@ def train(plan: Plan, folder: Path, *, start: run.Start = "auto", display: Displ
 
     Raises DataError, CheckpointError and RunError; whatever it raises, committed checkpoints are whole.
     """
-    display = display or Display()
+    with contextlib.ExitStack() as stack:
+        mesh, device = stack.enter_context(ranks.joined(plan.mesh, plan.ranks, plan.device))
+        display = stack.enter_context((display or Display()) if mesh.rank == 0 else Display(Console(file=io.StringIO())))
+        return _train(plan, folder, start, mesh, device, display)
+
+
+def _train(plan: Plan, folder: Path, start: run.Start, mesh: Mesh, device: torch.device, display: Display) -> dict[str, Any] | None:
     began = time.monotonic()
-    with display, run.opened(plan, folder, start) as (this, resumes):
-        corpus = _corpus(plan, this, resumes, display)
+    with run.joined(plan, folder, start, mesh) as (this, resumes):
+        corpus = _corpus(plan, this, resumes, mesh, display)
         train_on, held = corpus.totals("train"), corpus.totals("validation")
         display.line(
             f"  data     {train_on['documents']:,} documents, {train_on['tokens']:,} tokens, read {plan.tokens / train_on['tokens']:.2f} times; "
             f"{held['documents']:,} documents held out"
         )
         try:
-            summary = _steps(plan, folder, this, resumes, corpus, display, began)
+            summary = _steps(plan, folder, this, resumes, corpus, mesh, device, display, began)
         except torch.OutOfMemoryError as failure:
             raise RunError(f"out of memory: {str(failure).splitlines()[0]}; {_LESS}") from None
         except RuntimeError as failure:
             if "can't allocate memory" not in str(failure):
                 raise
             raise RunError(f"out of memory: {str(failure).splitlines()[0][-200:]}; {_LESS}") from None
-        if summary is None:
-            return None
+        if summary is None or mesh.rank:
+            return summary
         finished = summary["wall_s"] is not None
         if plan.export and not (finished and (folder / "export").is_dir()):
             export.export(folder, folder / "export", display=display)
@@ -70,15 +81,24 @@ def train(plan: Plan, folder: Path, *, start: run.Start = "auto", display: Displ
 
 
 def _steps(
-    plan: Plan, folder: Path, this: run.Run, resumes: bool, corpus: build.Corpus, display: Display, began: float
+    plan: Plan,
+    folder: Path,
+    this: run.Run,
+    resumes: bool,
+    corpus: build.Corpus,
+    mesh: Mesh,
+    device: torch.device,
+    display: Display,
+    began: float,
 ) -> dict[str, Any] | None:
     """From the first step, or the newest checkpoint, to the last checkpoint; returns the summary, or None after a signal."""
-    device = _device(plan)
+    _prepare(plan)
     if device.type == "cuda":
         _verify(plan, device, display)
-    engine = engines.make(plan, _model(plan, device, fresh=not resumes))
-    held = _held_out(plan, corpus, device)
-    saves = Checkpoints(folder, run=this.id, plan_sha256=plan.identity, keep=plan.checkpoint.keep)
+    engine = engines.make(plan, mesh, device, fresh=not resumes)
+    reader, readers = mesh.data
+    held = _held_out(plan, corpus, mesh, device)
+    saves = Checkpoints(folder, run=this.id, plan_sha256=plan.identity, keep=plan.checkpoint.keep, mesh=mesh)
     with contextlib.ExitStack() as stack:
         batches = Batches(
             corpus,
@@ -87,29 +107,39 @@ def _steps(
             batch=plan.batch,
             microbatch=plan.microbatch,
             seed=plan.seed,
+            rank=reader,
+            ranks=readers,
             device=device,
         )
         stack.callback(batches.close)
         kept = _resume(saves, engine, batches, this, display) if resumes else {}
         if this.step == plan.steps and (folder / "summary.json").is_file():
             return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        run.claim(plan, folder, this)
-        export.keep_tokenizer(corpus.tokenizer(), folder)
-        metrics = stack.enter_context(Metrics(plan, folder, device, step=this.step, show=lambda window: display.window(plan, window)))
+        if mesh.rank == 0:
+            run.claim(plan, folder, this)
+            export.keep_tokenizer(corpus.tokenizer(), folder)
+        writes = folder if mesh.rank == 0 else None
+        metrics = stack.enter_context(Metrics(plan, writes, device, step=this.step, show=lambda window: display.window(plan, window)))
         metrics.load(kept)
-        health = stack.enter_context(Health(plan))
+        health = stack.enter_context(Health(plan, mesh))
+        times = trace.opened(plan.profile, folder, device, rank=mesh.rank, ranks=mesh.count, step=this.step, say=display.line)
+        engine.trace = stack.enter_context(times)
         before = this.elapsed_s
 
         def save(*, must: bool = False) -> None:
             health.check_bad(engine.bad.tolist(), lambda step: _samples(plan, batches, step))  # what is saved may be resumed
             metrics.sync()
             this.elapsed_s = before + time.monotonic() - began
-            state = {"run": this.state(), "data": batches.state(), "metrics": metrics.state()}
-            _save(saves, this.step, plan, engine, state, display, must=must)
+            kept = metrics.state()
+            this.tokens = metrics.tokens
+            state = {"run": this.state(), "data": batches.state(), "metrics": kept}
+            with times.phase("checkpoint"):
+                _save(saves, this.step, plan, engine, state, display, must=must)
 
         def validate() -> None:
             if held is not None and _validates_at(plan, this.step) and metrics.validated < this.step:
-                found = _validate(engine, held, health)
+                with times.phase("validation"):
+                    found = _validate(engine, held, health)
                 if found is not None:
                     metrics.validated = this.step
                     metrics.write({"step": this.step} | found)
@@ -121,16 +151,21 @@ def _steps(
             save(must=True)  # step 0: from here on, a kill at any moment leaves something to resume
         metrics.clock.restart()
         while this.step < plan.steps and not health.wants_out:
-            batch = next(batches)
-            loss = engine.forward_backward(batch)
+            times.begin(this.step)
+            with times.phase("data"):
+                batch = next(batches)
+            engine.forward_backward(batch)
             rate = schedule.rate(plan.schedule, this.step, plan.steps)
-            grad_norm = engine.step(rate)
-            this.advance(batch.targets)
-            metrics.add(loss, grad_norm, batch.targets)
+            update = engine.step(rate)
+            this.advance()
+            metrics.add(update)
             reports, saving = this.step % plan.report.every == 0 or this.step == plan.steps, this.step % plan.checkpoint.every == 0
             if reports:
-                bad = metrics.report(this.step, this.tokens, rate, engine.bad)
+                bad = metrics.report(this.step, rate, engine.bad)
+                this.tokens = metrics.tokens
                 health.check_bad(bad, lambda step: _samples(plan, batches, step))
+                health.agree()
+                times.window()
             if _validates_at(plan, this.step):
                 validate()
                 metrics.clock.restart()
@@ -143,36 +178,44 @@ def _steps(
             display.line(f"{health.signal}: saved at step {this.step} of {plan.steps}; go on with --resume --run {folder}")
             return None
         this.elapsed_s = before
-        return _summary(plan, this, engine, corpus, metrics)
+        return _summary(plan, this, saves, corpus, metrics, mesh)
 
 
 _LESS = 'lower train.microbatch or train.sequence, or --set train.recompute=full; "gigatrain plan" shows what the run needs'
 
 
-def _corpus(plan: Plan, this: run.Run, resumes: bool, display: Display) -> build.Corpus:
-    """The corpus that the run began with, if it is still there; else it is built. A resume then compares its hash."""
-    built = Path(plan.data.folder).expanduser().absolute() / this.corpus if this.corpus else None
-    if resumes and built is not None and (built / "manifest.json").is_file():
-        corpus = build.Corpus.open(built, tuple(source.weight for source in plan.data.sources), check=True)
-    else:
-        corpus = build.build(plan.data, plan.tokenizer, progress=display.advance)
-    this.corpus = corpus.folder.name
-    if corpus.vocab > plan.architecture.vocab:
-        raise RunError(
-            f"the tokenizer has {corpus.vocab} ids and the model embeds {plan.architecture.vocab}; "
-            f"--set model.architecture.vocab={corpus.vocab}, or use the model's own tokenizer"
-        )
+def _corpus(plan: Plan, this: run.Run, resumes: bool, mesh: Mesh, display: Display) -> build.Corpus:
+    """The corpus that the run began with, if it is still there; else rank 0 builds it and the others open it. A resume then compares its hash."""
+
+    def built() -> str:
+        before = Path(plan.data.folder).expanduser().absolute() / this.corpus if this.corpus else None
+        if resumes and before is not None and (before / "manifest.json").is_file():
+            corpus = build.Corpus.open(before, weights, check=True)
+        else:
+            corpus = build.build(plan.data, plan.tokenizer, progress=display.advance)
+        if corpus.vocab > plan.architecture.vocab:
+            raise RunError(
+                f"the tokenizer has {corpus.vocab} ids and the model embeds {plan.architecture.vocab}; "
+                f"--set model.architecture.vocab={corpus.vocab}, or use the model's own tokenizer"
+            )
+        return str(corpus.folder)
+
+    weights = tuple(source.weight for source in plan.data.sources)
+    folder = Path(ranks.first(mesh, built))
+    this.corpus = folder.name
+    with agreed(mesh, DataError, str):
+        corpus = build.Corpus.open(folder, weights)
     return corpus
 
 
-def _device(plan: Plan) -> torch.device:
-    """The plan's device, able to do what the plan says; sets the process-wide switches of the run."""
+def _prepare(plan: Plan) -> None:
+    """The process-wide switches of the run, and whether torch can do what the plan says."""
     if plan.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     torch.use_deterministic_algorithms(plan.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] (every kernel writes all of its outputs: NaNs first cost a pass)
     if plan.device == "cpu":
-        return torch.device("cpu")
+        return
     if not torch.cuda.is_available():
         raise RunError(
             f"the plan is for site {plan.site!r} with a CUDA device, but torch {torch.__version__} finds none; "
@@ -180,7 +223,6 @@ def _device(plan: Plan) -> torch.device:
         )
     if plan.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise RunError(f"{torch.cuda.get_device_name()} has no bf16 arithmetic; --set train.precision=fp32")
-    return torch.device("cuda", 0)
 
 
 def _verify(plan: Plan, device: torch.device, display: Display) -> None:
@@ -193,31 +235,19 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
         display.line(f"  verified fused kernels on {torch.cuda.get_device_name(device)}, error over what is allowed: {found}")
 
 
-def _model(plan: Plan, device: torch.device, *, fresh: bool) -> Decoder:
-    """The decoder with fp32 weights on the device: built on meta, then drawn from the seed or read from `from`; a checkpoint overwrites both."""
-    chosen = ops.choose({choice.op: choice.kernel for choice in plan.kernels})
-    with torch.device("meta"):
-        model = Decoder(plan.architecture, chosen, recompute=plan.recompute, dropout=plan.dropout)
-    model.to_empty(device=device)
-    if plan.source is None or not fresh:
-        model.init_weights(plan.init.std, plan.init.scale_residual, plan.seed)
-    else:
-        hf.load_weights(model, hf.locate(plan.source))
-    return model
-
-
 def _resume(saves: Checkpoints, engine: Engine, batches: Batches, this: run.Run, display: Display) -> dict[str, Any]:
     """Fill everything from the newest whole checkpoint; says which ones were not whole."""
     found, refused = saves.latest()
     for reason in refused:
         display.line(f"CHECKPOINT REFUSED: {reason}")
-    state, live = found.state, {**engine.state(), "random": _random_state(batches.device)}
+    random = _random_state(batches.device)
+    state, live = found.state, {**engine.state(), "random": {name: Piece.whole(tensor) for name, tensor in random.items()}}
     batches.load(state["data"])
     fill(found, live)
     engine.restored()
-    torch.set_rng_state(live["random"]["cpu"])
-    if "cuda" in live["random"]:
-        torch.cuda.set_rng_state(live["random"]["cuda"])
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"])
     this.load(state["run"])
     display.line(f"resumed at step {this.step} from {found.folder}" + (" (an older one: the newer are damaged)" if refused else ""))
     return state["metrics"]
@@ -226,7 +256,8 @@ def _resume(saves: Checkpoints, engine: Engine, batches: Batches, this: run.Run,
 def _save(saves: Checkpoints, step: int, plan: Plan, engine: Engine, state: dict[str, Any], display: Display, *, must: bool) -> None:
     """Save; a disk that refuses does not end the training, but the first and the last save of a process must succeed."""
     try:
-        saves.save(step, {**engine.state(), "random": _random_state(torch.device(plan.device))}, state)
+        random = {name: Piece.whole(tensor, writes=saves.mesh.rank == 0) for name, tensor in _random_state(torch.device(plan.device)).items()}
+        saves.save(step, {**engine.state(), "random": random}, state)
     except CheckpointError as failure:
         if must:
             raise
@@ -238,15 +269,18 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return states | {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else states
 
 
-def _held_out(plan: Plan, corpus: build.Corpus, device: torch.device) -> Validation | None:
+def _held_out(plan: Plan, corpus: build.Corpus, mesh: Mesh, device: torch.device) -> Validation | None:
     if plan.data.validation == 0:
         return None
+    reader, readers = mesh.data
     return Validation(
         corpus,
         sequence=plan.sequence,
         packing=plan.data.packing,
         microbatch=plan.microbatch,
         max_samples=plan.validation.max_samples,
+        rank=reader,
+        ranks=readers,
         device=device,
     )
 
@@ -277,8 +311,10 @@ def _samples(plan: Plan, batches: Batches, step: int) -> str:
     return "".join(f"\n    {name}" for name in names[:8]) + (f"\n    and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _summary(plan: Plan, this: run.Run, engine: Engine, corpus: build.Corpus, metrics: Metrics) -> dict[str, Any]:
-    """The numbers that a run is judged by; the README says what each is."""
+def _summary(plan: Plan, this: run.Run, saves: Checkpoints, corpus: build.Corpus, metrics: Metrics, mesh: Mesh) -> dict[str, Any]:
+    """The numbers that a run is judged by; the README says what each is. Of other ranks than 0 it is empty."""
+    if mesh.rank:
+        return {}
     last, held = metrics.last, corpus.totals("validation")
     return {
         "name": plan.name,
@@ -297,19 +333,10 @@ def _summary(plan: Plan, this: run.Run, engine: Engine, corpus: build.Corpus, me
         "parameters": plan.parameters,
         "bad_steps": last.get("bad_steps"),
         "resumes": this.resumes,
-        "weights_sha256": weights_sha256(engine.state()["weights"]),
+        "weights_sha256": weights_sha256(saves.found(this.step)),
         "device": torch.cuda.get_device_name() if plan.device == "cuda" else "cpu",
         "versions": versions(),
     }
-
-
-def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over names and bytes of the fp32 master weights, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _show_sample(plan: Plan, folder: Path, display: Display) -> None:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 from gigatrain import load
 from gigatrain.checkpoint import Checkpoints, sync_folder, write_text
 from gigatrain.errors import CheckpointError, RunError
+from gigatrain.parallel import ranks
+from gigatrain.parallel.mesh import Mesh
 from gigatrain.planning.plan import Plan
 
 Start = Literal["new", "resume", "auto"]
@@ -30,10 +32,9 @@ class Run:
     elapsed_s: float = 0.0
     resumes: list[int] = field(default_factory=list)
 
-    def advance(self, tokens: int) -> None:
-        """One optimizer update happened."""
+    def advance(self) -> None:
+        """One optimizer update happened. Its tokens are counted on the device, and join `tokens` at a report or a save."""
         self.step += 1
-        self.tokens += tokens
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -43,6 +44,19 @@ class Run:
         """Back to where `state` was taken."""
         self.step, self.tokens, self.elapsed_s = state["step"], state["tokens"], state["elapsed_s"]
         self.resumes = [*state["resumes"], self.step]
+
+
+@contextlib.contextmanager
+def joined(plan: Plan, folder: Path, start: Start, mesh: Mesh) -> Iterator[tuple[Run, bool]]:
+    """`opened` by rank 0, which alone holds the folder's lock; every rank gets the same run. What it raises, all raise."""
+    with contextlib.ExitStack() as stack:
+
+        def taken() -> list[Any]:
+            this, resumes = stack.enter_context(opened(plan, folder, start))
+            return [this.id, this.corpus, resumes]
+
+        name, corpus, resumes = ranks.first(mesh, taken)
+        yield Run(id=name, corpus=corpus), resumes
 
 
 @contextlib.contextmanager

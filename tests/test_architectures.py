@@ -13,7 +13,11 @@ from gigatrain.errors import RecipeError
 TINY: dict[str, Any] = {"vocab": 64, "hidden": 32, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 48}
 LLAMA3 = {"kind": "llama3", "theta": 5e5, "factor": 8.0, "original_positions": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"kind": "yarn", "factor": 4.0, "original_positions": 4096}
-NEEDS: dict[str, dict[str, Any]] = {"ministral3": {"rope": YARN | {"query_beta": 0.1}}}
+NEEDS: dict[str, dict[str, Any]] = {
+    "ministral3": {"rope": YARN | {"query_beta": 0.1}},
+    "mixtral": {"experts": 4, "experts_per_token": 2},
+    "qwen3_moe": {"experts": 8, "experts_per_token": 3},
+}
 LONG = {"kind": "longrope", "factor": 2.0, "original_positions": 32, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0], "partial": 0.5}
 
 VARIANTS: list[dict[str, Any]] = [
@@ -33,6 +37,16 @@ VARIANTS: list[dict[str, Any]] = [
     {"family": "phi3", "window": 7, "rope": {"partial": 0.5}},
     {"family": "phi3", "rope": LONG},
     {"family": "arcee", "mlp_bias": True},
+    {"family": "mixtral", "window": 7},
+    {
+        "family": "qwen3_moe",
+        "expert_intermediate": 12,
+        "renormalise": True,
+        "moe_layers": [False, True],
+        "window": 7,
+        "qkv_bias": True,
+        "output_bias": True,
+    },
 ]
 
 
@@ -77,6 +91,8 @@ PUBLISHED = {
     "qwen3-8b": 8_190_735_360,
     "gemma-2-2b": 2_614_341_888,
     "smollm2-135m": 134_515_008,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
     "apertus-8b": 8_053_338_176,
     "phi-3-mini": 3_821_079_552,
 }
@@ -127,6 +143,17 @@ def test_flops_of_llama_by_hand() -> None:
     assert arch.flops_per_token(10) == 6 * (matrices + 64 * 32) + 12 * 32 * 4 * 5.5
 
 
+def test_of_the_experts_those_that_a_token_visits_are_computed() -> None:
+    arch = make(family="qwen3_moe", moe_layers=[True, False], expert_intermediate=20)
+    attention, dense, router, expert = 32 * 32 * 2 + 32 * 16 * 2, 3 * 32 * 48, 8 * 32, 3 * 32 * 20
+    assert arch.matrix_parameters() == 4 * attention + 2 * dense + 2 * (router + 8 * expert)
+    assert arch.matrix_parameters(routed=False) == 4 * attention + 2 * dense
+    assert (arch.router_parameters(), arch.expert_parameters()) == (2 * router, 2 * 8 * expert)
+    assert arch.active_parameters() == arch.parameters() - 2 * 5 * expert
+    assert arch.flops_per_token(1) == 6 * (4 * attention + 2 * dense + 2 * (router + 3 * expert) + 64 * 32) + 12 * 4 * 32
+    assert make(family="llama").active_parameters() == make(family="llama").parameters()
+
+
 def test_a_window_costs_what_it_sees() -> None:
     whole, windowed = make(family="mistral"), make(family="mistral", window=4)
     seen = sum(min(i, 4) for i in range(1, 11)) / 10
@@ -167,6 +194,11 @@ def test_a_window_costs_what_it_sees() -> None:
         ({"family": "gemma3_text", "rope_local": {}}, "`rope_local` is for the layers with a window, and there is none"),
         ({"family": "gemma2", "attention_scale": 0.3}, "attention_scale 0.3 is not n ** -0.5 for a whole n, as gemma2 requires"),
         ({"family": "smollm3", "rope_layers": [False]}, "`rope_layers` leaves no layer with positions"),
+        ({"experts": 4, "experts_per_token": 2}, "experts 4: llama has 0; drop it, or choose family mixtral or qwen3_moe"),
+        ({"family": "mixtral", "experts": 0}, "experts is missing: mixtral always has them; give `experts` and `experts_per_token`"),
+        ({"family": "mixtral", "experts_per_token": 5}, "experts_per_token 5 of 4 experts; give a number between 1 and 4"),
+        ({"family": "mixtral", "renormalise": False}, "renormalise False: mixtral has True"),
+        ({"family": "qwen3_moe", "moe_layers": [False]}, "`moe_layers` leaves no layer with experts"),
     ],
 )
 def test_refuses(numbers: dict[str, Any], message: str) -> None:
@@ -242,7 +274,7 @@ def test_old_files_get_the_defaults_of_their_class() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mixtral"}, "model_type 'mixtral' is not implemented; there are llama, mistral"),
+        ({"model_type": "gpt_oss"}, "model_type 'gpt_oss' is not implemented; there are llama, mistral"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1 is not implemented for llama"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not implemented for llama; it must be silu or swish"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not implemented"),

@@ -15,18 +15,29 @@ from safetensors.torch import load_file
 
 from gigatrain.checkpoint import Checkpoints, fill, write_tensors
 from gigatrain.errors import CheckpointError
+from gigatrain.parallel.places import Piece
+
+
+def whole(tensors):
+    return {group: {name: Piece.whole(tensor) for name, tensor in named.items()} for group, named in tensors.items()}
 
 
 def state(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return {
-        "weights": {"w": torch.randn(17, 5, generator=generator), "empty": torch.zeros(0, 3), "scalar": torch.tensor(1.5)},
-        "optimizer": {"m": torch.randn(9, generator=generator).bfloat16(), "steps": torch.tensor(seed), "on": torch.tensor([True, False])},
-    }
+    return whole(
+        {
+            "weights": {"w": torch.randn(17, 5, generator=generator), "empty": torch.zeros(0, 3), "scalar": torch.tensor(1.5)},
+            "optimizer": {
+                "m": torch.randn(9, generator=generator).bfloat16(),
+                "steps": torch.tensor(seed),
+                "on": torch.tensor([True, False]),
+            },
+        }
+    )
 
 
-def empty_like(tensors):
-    return {group: {name: torch.zeros_like(tensor) for name, tensor in named.items()} for group, named in tensors.items()}
+def empty_like(state):
+    return whole({group: {name: torch.zeros_like(piece.tensor) for name, piece in named.items()} for group, named in state.items()})
 
 
 @pytest.fixture
@@ -40,7 +51,8 @@ def reopened(saves, **changes):
 
 
 def test_our_writer_and_the_safetensors_library_agree(tmp_path):
-    tensors = state()["weights"] | state()["optimizer"] | {"strided": torch.arange(12.0).view(3, 4).t()}
+    tensors = {name: piece.tensor for named in state().values() for name, piece in named.items()}
+    tensors["strided"] = torch.arange(12.0).view(3, 4).t()
     record = write_tensors(tmp_path / "x.safetensors", tensors, {"format": "pt"})
     read = load_file(tmp_path / "x.safetensors")
     assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())
@@ -61,10 +73,10 @@ def test_round_trip_is_bitwise_and_in_place(saves):
     found, refused = reopened(saves).latest()
     assert (found.step, found.state, refused) == (3, {"position": 24, "loss": 0.1 + 0.2}, [])
     live = empty_like(saved)
-    address = live["weights"]["w"].data_ptr()
+    address = live["weights"]["w"].tensor.data_ptr()
     fill(found, live)
-    assert all(torch.equal(live[group][name], tensor) for group, named in saved.items() for name, tensor in named.items())
-    assert live["weights"]["w"].data_ptr() == address
+    assert all(torch.equal(live[group][name].tensor, piece.tensor) for group, named in saved.items() for name, piece in named.items())
+    assert live["weights"]["w"].tensor.data_ptr() == address
 
 
 def test_only_the_newest_are_kept(saves):
@@ -144,7 +156,7 @@ def test_other_tensors_shapes_or_types_are_refused_by_name(saves):
     with pytest.raises(CheckpointError, match="weights has other tensors than this run: w"):
         fill(found, missing)
     wrong = state()
-    wrong["weights"]["w"] = torch.zeros(5, 17)
+    wrong["weights"]["w"] = Piece.whole(torch.zeros(5, 17))
     with pytest.raises(CheckpointError, match=r"weights w is torch.float32 \(17, 5\), this run needs torch.float32 \(5, 17\)"):
         fill(found, wrong)
 
@@ -161,7 +173,21 @@ def test_a_damaged_newer_checkpoint_is_written_again_not_trusted(saves):
 
 def test_hostile_manifests_are_refused_and_nothing_runs(saves, tmp_path):
     folder = saves.save(1, state(1), {})
-    for text in ("[]", "{", '{"run": "r1"}', "null", json.dumps({"run": "r1", "step": 1, "plan_sha256": "p" * 64, "files": {"a": 1}})):
+    good = json.loads((folder / "manifest.json").read_text())
+    record, entry = good["files"]["state.json"], good["tensors"]["weights"]["w"]
+    hostile = [
+        good | {"files": files} for files in ({"a": 1}, {}, good["files"] | {"../../secret": record}, good["files"] | {"state.json": {}})
+    ]
+    for tensor in (
+        {},
+        entry | {"dtype": "F8"},
+        entry | {"shape": [17, 6]},
+        entry | {"pieces": []},
+        entry | {"pieces": entry["pieces"] * 2},
+    ):
+        hostile.append(good | {"tensors": {"weights": {"w": tensor}}})
+    hostile += [good | {"tensors": ["weights"]}, good | {"format": 1}, {key: good[key] for key in ("run", "step", "plan_sha256", "files")}]
+    for text in ("[]", "{", '{"run": "r1"}', "null", *(json.dumps(changed) for changed in hostile)):
         (folder / "manifest.json").write_text(text)
         (folder / "COMMITTED").write_text(hashlib.sha256(text.encode()).hexdigest())
         with pytest.raises(CheckpointError, match="no checkpoint is whole"):
@@ -175,19 +201,19 @@ def test_a_full_disk_leaves_the_earlier_ones_untouched(tmp_path):
         pytest.skip("needs root to mount a small disk")
     try:
         saves = Checkpoints(mount, run="r", plan_sha256="p", keep=5)
-        small = {"weights": {"w": torch.randn(200_000)}}
+        small = whole({"weights": {"w": torch.randn(200_000)}})
         saves.save(1, small, {})
         with pytest.raises(CheckpointError, match=r"MiB free; free some, or lower checkpoint.keep; earlier ones are untouched"):
-            saves.save(2, {"weights": {"w": torch.randn(2_000_000)}}, {})
+            saves.save(2, whole({"weights": {"w": torch.randn(2_000_000)}}), {})
         (mount / "ballast").write_bytes(b"x" * 1_800_000)  # now the check passes and the write itself runs out of space
-        saves._check_space = lambda tensors: None  # type: ignore[method-assign]
+        saves._check_space = lambda state: None  # type: ignore[method-assign]
         with pytest.raises(CheckpointError, match="step 3 could not be saved.*ENOSPC"):
-            saves.save(3, {"weights": {"w": torch.randn(600_000)}}, {})
+            saves.save(3, whole({"weights": {"w": torch.randn(600_000)}}), {})
         assert saves.steps() == [1]
         assert {path.name for path in saves.folder.iterdir()} == {"step-00000001"}
         live = empty_like(small)
         fill(Checkpoints(mount, run="r", plan_sha256="p", keep=5).latest()[0], live)
-        assert torch.equal(live["weights"]["w"], small["weights"]["w"])
+        assert torch.equal(live["weights"]["w"].tensor, small["weights"]["w"].tensor)
     finally:
         subprocess.run(["umount", str(mount)], check=True)
 
@@ -211,7 +237,7 @@ def _save_and_die(folder, fatal):
         if step == 2:
             for name in ("fsync", "rename", "replace", "unlink", "mkdir", "rmdir", "open"):
                 setattr(os, name, counted(getattr(os, name)))
-        saves.save(step, {"weights": {"w": torch.full((1000,), float(step))}}, {"step": step})
+        saves.save(step, whole({"weights": {"w": torch.full((1000,), float(step))}}), {"step": step})
 
 
 def test_a_kill_at_every_system_call_of_a_save_leaves_one_whole_checkpoint(tmp_path):
@@ -229,9 +255,9 @@ def test_a_kill_at_every_system_call_of_a_save_leaves_one_whole_checkpoint(tmp_p
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         found, refused = Checkpoints(folder, run="r", plan_sha256="p", keep=1).latest()
         assert refused == []
-        live = {"weights": {"w": torch.zeros(1000)}}
-        fill(found, live)
-        assert live["weights"]["w"].eq(found.step).all()
+        live = torch.zeros(1000)
+        fill(found, whole({"weights": {"w": live}}))
+        assert live.eq(found.step).all()
         seen.add(found.step)
         if status == 0:
             break

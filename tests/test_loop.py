@@ -147,7 +147,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_the_same_metrics(tin
             step = Native.step
 
             def stepping(self, rate):
-                if int(self.state()["optimizer"]["steps"]) == at:
+                if int(self.state()["optimizer"]["steps"].tensor) == at:
                     os.kill(os.getpid(), signal_number)
                 return step(self, rate)
 
@@ -330,7 +330,7 @@ def test_a_save_that_a_signal_asked_for_and_the_disk_refused_is_no_success(tiny,
         return write(self, folder, number, tensors, state)
 
     def stepping(self, rate):
-        if int(self.state()["optimizer"]["steps"]) == 1:
+        if int(self.state()["optimizer"]["steps"].tensor) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, rate)
 
@@ -349,7 +349,7 @@ def test_a_signal_within_a_validation_saves_first_and_the_resume_validates(tiny,
         evaluate = Native.evaluate
 
         def evaluating(self, microbatches):
-            if int(self.state()["optimizer"]["steps"]) == step:
+            if int(self.state()["optimizer"]["steps"].tensor) == step:
                 os.kill(os.getpid(), signal.SIGTERM)
             return evaluate(self, microbatches)
 

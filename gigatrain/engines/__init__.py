@@ -1,27 +1,23 @@
 """Backends of the loop: each computes gradients and updates weights over all ranks, and tells what a checkpoint keeps."""
 
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gigatrain.data.loader import Batch, Microbatch
+from gigatrain.observe.metrics import Update
+from gigatrain.observe.trace import Trace
 from gigatrain.parallel.mesh import Mesh
 from gigatrain.parallel.places import State
 from gigatrain.planning.plan import Plan
 
 
-class Update(NamedTuple):
-    """What a step did, summed over all ranks and equal on each: 0-d tensors on the device."""
-
-    nats: Tensor  # sum of the cross entropies, fp64
-    targets: Tensor  # how many they are, fp64
-    grad_norm: Tensor  # global, before clipping
-
-
 class Engine(Protocol):
     """What the loop needs from a backend, and nothing more. Nothing here may wait for the device but `state` and `restored`."""
+
+    trace: Trace  # told the phases of a step
 
     def forward_backward(self, batch: Batch) -> None:
         """Gradients of one step's batch: of the mean loss per target over all ranks, however the step is cut."""

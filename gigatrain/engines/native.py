@@ -11,38 +11,68 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from gigatrain.data.loader import Batch, Microbatch
-from gigatrain.engines import Update
+from gigatrain.engines.stage import compute
 from gigatrain.kernels import ops
 from gigatrain.kernels.adamw import Rates
 from gigatrain.kernels.ops import OPERATIONS
 from gigatrain.models import hf
-from gigatrain.models.decoder import Decoder, decays, initial, kind_of
+from gigatrain.models.decoder import LAYOUT, Decoder, Part, decays, initial, kind_of
+from gigatrain.observe.metrics import Update
+from gigatrain.observe.trace import OFF
 from gigatrain.optim.adamw import AdamW, Flat
 from gigatrain.optim.muon import Muon, Versions
-from gigatrain.parallel import shard
-from gigatrain.parallel.mesh import DATA, Mesh
-from gigatrain.parallel.places import Piece, Place, Places, State, whole
+from gigatrain.parallel import context, expert, shard, tensor
+from gigatrain.parallel.mesh import DATA, WEIGHTS, Mesh
+from gigatrain.parallel.pipeline import Pipeline, Tied
+from gigatrain.parallel.places import Piece, Places, State, whole
 from gigatrain.parallel.replicate import Copies
+from gigatrain.planning import layout
 from gigatrain.planning.plan import Plan
+
+
+EMBEDDING, HEAD = Tied.EMBEDDING, Tied.HEAD
 
 
 @dataclass(frozen=True)
 class Built:
-    """A model cut for one rank, on meta, and which box of each whole parameter it holds."""
+    """A model cut for one rank, on meta: its stages by number (one, without a pipeline), and which box of each whole parameter it holds."""
 
-    model: Decoder
+    stages: dict[int, Decoder]
+    count: int  # stages of all ranks
     places: Places
 
 
 def build(plan: Plan, mesh: Mesh) -> Built:
-    """The plan's model for this rank, without storage: cut by every parallelism, innermost first, then compiled, then sharded."""
+    """The plan's model for this rank, without storage: its stages, cut by tensor and expert parallelism, then compiled, then sharded."""
+    axes, arch = plan.mesh, plan.architecture
     chosen = ops.choose({choice.op: choice.kernel for choice in plan.kernels})
-    with torch.device("meta"):
-        model = Decoder(plan.architecture, chosen, recompute=plan.recompute, dropout=plan.dropout)
-    places = whole(model)
+    chosen = tensor.ops(context.ops(chosen, mesh, axes.exchange), mesh)
+    chosen = expert.dispatched(chosen, mesh, axes.dispatch, mesh.node)
+    if plan.engine.async_tensor:
+        tensor.pipeline_products(mesh)
+    each = axes.stages or 1
+    count = axes.pipeline * each
+    cuts = layout.stages(arch, plan.sequence, count) if count > 1 else (range(arch.layers),)
+    numbers = layout.held(axes.schedule, mesh.at["pipeline"], axes.pipeline, each) if count > 1 else (0,)
+    found = Built({}, count, {})
+    for number in numbers:
+        part = Part(cuts[number], number == 0, number == count - 1)
+        with torch.device("meta"):
+            model = Decoder(arch, chosen, recompute=plan.recompute, dropout=plan.dropout, part=part)
+        places = whole(model)
+        tensor.cut(model, LAYOUT, arch, mesh, places)
+        expert.cut(model, [name for name in places if kind_of(name) == "expert"], mesh, places)
+        _finish(plan, mesh, model, places)
+        found.stages[number] = model
+        found.places.update(places)
+    return found
+
+
+def _finish(plan: Plan, mesh: Mesh, model: Decoder, places: Places) -> None:
+    """Compile and shard one stage."""
     if plan.compile:
         # A layer is called with and without a sum before it, documents and gradients, and with a last microbatch of another size.
         torch._dynamo.config.recompile_limit = 32
@@ -51,13 +81,12 @@ def build(plan: Plan, mesh: Mesh) -> Built:
             layer.compile(fullgraph=True)
     if shard.shards(mesh):
         bf16 = plan.precision == "bf16"
-        compute = torch.bfloat16 if bf16 else torch.float32
         # Shards are the fp32 master weights themselves, and gathered in bf16; narrow masters keep bf16 weights beside their corrections.
         stored = torch.bfloat16 if bf16 and plan.optim.master != "fp32" else torch.float32
         if stored == torch.bfloat16:
             model.to(torch.bfloat16)
-        shard.apply(model, mesh, places, plan.engine, compute=compute, stored=stored)
-    return Built(model, places)
+        engine = plan.engine.model_copy(update={"reshard": False}) if mesh.size("pipeline") > 1 else plan.engine
+        shard.apply(model, mesh, places, engine, compute=torch.bfloat16 if bf16 else torch.float32, stored=stored)
 
 
 class Native:
@@ -68,18 +97,23 @@ class Native:
     """
 
     def __init__(self, plan: Plan, mesh: Mesh, device: torch.device, *, fresh: bool = True) -> None:
-        self.plan, self.mesh, self.device = plan, mesh, device
+        self.plan, self.mesh, self.device, self.trace = plan, mesh, device, OFF
         built = build(plan, mesh)
-        self.model, self.places = built.model, built.places
+        self.stages, self.places = built.stages, built.places
         self.home = torch.device("cpu") if plan.engine.offload else device  # of shards, gradients' sums and optimizer
-        self.sharded = {unit.name: unit for unit in shard.units(self.model)}
-        self.model.to_empty(device=self.home)
-        self.parameters = dict(self.model.named_parameters())
+        self.sharded = {unit.name: unit for model in self.stages.values() for unit in shard.units(model)}
+        self.parameters: dict[str, torch.nn.Parameter] = {}
+        for model in self.stages.values():
+            model.to_empty(device=self.home)
+            self.parameters |= model.named_parameters()
+        # A tied head on another stage than its embedding: a copy on another rank, or, where both stages are this rank's, another name for the same.
+        self.tied = Tied(mesh, plan.mesh.schedule) if plan.architecture.tied and built.count > 1 else None
+        self.alias = self.tied is not None and EMBEDDING in self.parameters and HEAD in self.parameters
         kernels = {choice.op: choice.kernel for choice in plan.kernels}
         self._kernels = {op: OPERATIONS[op].versions[name] for op, name in kernels.items()}
         self._adamw, self._norm = kernels["adamw"], self._kernels["grad_norm"]
         start = self._start(fresh)
-        self.groups = [self._group(name, {name: start[name] for name in names}) for name, names in _groups(plan, self.parameters).items() if names]
+        self.groups = [self._group(name, {name: start[name] for name in names}) for name, names in _groups(plan, start).items()]
         del start
         self.grads = {name: self._box(name, view) for group in self.groups for name, view in group.grads.views.items()}
         self._rounded: list[tuple[Tensor, Tensor]] = []  # bf16 weights, and the fp32 ones that they are rounded from after every update
@@ -87,7 +121,8 @@ class Native:
         self._stretches = self._by_weight()
         self._copies = Copies(mesh, [(group.grads.buffer, group.grads.views) for group in self.groups]) if self._sums_copies else None
         self._sends = False
-        if self._copies is not None:
+        self.pipeline = self._pipeline(built.count) if built.count > 1 else None
+        if self._copies is not None and self.pipeline is None:
             for name, parameter in self.parameters.items():
                 parameter.register_post_accumulate_grad_hook(lambda arrived, name=name: self._arrived(name, arrived))
         self.loss = torch.zeros((), device=device)
@@ -99,6 +134,26 @@ class Native:
         self._terms = {"z_loss": plan.loss.z_loss, "label_smoothing": plan.loss.label_smoothing}
 
     @property
+    def model(self) -> Decoder:
+        """The only stage."""
+        (model,) = self.stages.values()
+        return model
+
+    def _pipeline(self, count: int) -> Pipeline:
+        sums = self.grads | ({HEAD: self.grads[EMBEDDING]} if self.alias else {})
+        return Pipeline(
+            self.stages,
+            count,
+            self.mesh,
+            schedule=self.plan.mesh.schedule,
+            compute=lambda module, part, carried, seed: self._compute(module, part, carried, seed),
+            hidden=self.plan.architecture.hidden,
+            dtype=torch.bfloat16 if self.plan.precision == "bf16" else torch.float32,
+            sums=sums,
+            cut=self.mesh.size("tensor"),
+        )
+
+    @property
     def _sums_copies(self) -> bool:
         return self.mesh.size("replicate") > 1 and not self.sharded
 
@@ -106,22 +161,33 @@ class Native:
         """This rank's box of every parameter in fp32, padded as its shard is; zeros where a checkpoint will fill them."""
         found = {}
         for name, parameter in self.parameters.items():
-            shape = self.sharded[name].padded if name in self.sharded else parameter.shape
-            found[name] = torch.zeros(shape, device=self.home)
+            if not (self.alias and name == HEAD):
+                shape = self.sharded[name].padded if name in self.sharded else parameter.shape
+                found[name] = torch.zeros(shape, device=self.home)
         if fresh:
-            for name, tensor in self._values():
+            for name, tensor in self._values(found):
                 self._box(name, found[name]).copy_(self.places[name].of(tensor))
         return found
 
-    def _values(self) -> Iterator[tuple[str, Tensor]]:
+    def _values(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Every parameter's whole first value, one at a time: drawn from the seed, or read from `model.from`."""
-        plan = self.plan
+        plan, known = self.plan, {self._canonical(name): name for name in names}
         if plan.source is not None:
-            yield from hf.read_weights(plan.architecture, {name: self.places[name].shape for name in self.parameters}, hf.locate(plan.source))
+            shapes = {name: self.places[mine].shape for name, mine in known.items()}
+            for name, tensor in hf.read_weights(plan.architecture, shapes, hf.locate(plan.source), part=len(self.stages) > 1 or self.pipelined):
+                yield known[name], tensor
             return
-        for name in self.parameters:
-            shape = self.places[name].shape
-            yield name, initial(name, shape, plan.architecture, plan.init.std, plan.init.scale_residual, plan.seed, self.device)
+        for name, mine in known.items():
+            shape = self.places[mine].shape
+            yield mine, initial(name, shape, plan.architecture, plan.init.std, plan.init.scale_residual, plan.seed, self.device)
+
+    @property
+    def pipelined(self) -> bool:
+        return self.plan.mesh.pipeline > 1
+
+    def _canonical(self, name: str) -> str:
+        """A parameter's name in the whole model."""
+        return EMBEDDING if name == HEAD and self.tied is not None else name
 
     def _box(self, name: str, padded: Tensor) -> Tensor:
         """What a padded tensor holds of a parameter."""
@@ -142,6 +208,8 @@ class Native:
                 weight_decay=optim.weight_decay,
                 scaling=optim.muon_scaling,
                 versions=Versions(*(self._kernels[op] for op in ("muon_momentum", "newton_schulz", "muon_update"))),
+                places=self.places,
+                mesh=self.mesh,
             )
         decay, lean = optim.weight_decay if name == "decayed" else 0.0, optim.master != "fp32"
         return AdamW(
@@ -154,12 +222,16 @@ class Native:
             copy=plan.precision == "bf16" and not lean and self._adamw != "foreach" and not self.sharded,
             version=self._adamw,
             gradients=torch.bfloat16 if lean and plan.accumulation == 1 else torch.float32,
-            seed=plan.seed ^ (name == "decayed") << 62 ^ self.mesh.rank << 20,  # each rank's rounding is its own
+            # Stochastic rounding is alike where ranks hold the same box, or copies would drift apart.
+            seed=plan.seed ^ (name == "decayed") << 62 ^ self.mesh.index("pipeline", *WEIGHTS) << 20,
         )
 
     def _place_weights(self) -> None:
         """Let every parameter be the storage that its update writes, or round it from there."""
-        for name, weight in ((name, view) for group in self.groups for name, view in _weights(group).items()):
+        placed = [(name, view) for group in self.groups for name, view in _weights(group).items()]
+        if self.alias:
+            placed += [(HEAD, view) for name, view in placed if name == EMBEDDING]
+        for name, weight in placed:
             if name in self.sharded:
                 self.sharded[name].keep(weight)
                 continue
@@ -182,7 +254,8 @@ class Native:
         buffer, began, alike = group.grads.buffer, 0, None
         for name, view in group.grads.views.items():
             place, at = self.places[name], view.storage_offset() - buffer.storage_offset()
-            kind = 1.0 / self.mesh.size(*place.partial, *place.copied), place.partial
+            counts = self.tied is None or self.tied.counts(name)
+            kind = counts / self.mesh.size(*place.partial, *place.copied), place.partial
             if alike not in (None, kind):
                 yield *alike, buffer[began:at]
                 began = at
@@ -195,21 +268,29 @@ class Native:
     def forward_backward(self, batch: Batch) -> None:
         """Gradients of the mean loss per target over the whole step, however it is cut."""
         self._forget()
+        self.trace.mark("forward")
         self._nats.zero_()
         self.loss.zero_()
         self._targets.fill_(batch.targets)
         work = None
         if (group := self.mesh.group(*DATA)) is not None:
             work = distributed.all_reduce(self._targets, group=group, async_op=True)  # behind the first forward
-        share: Tensor | None = None
-        for index, part in enumerate(batch.microbatches):
-            loss, cross_entropy = self._loss(part, **self._terms, seed=self._seed(index))
-            if share is None:
-                if work is not None:
-                    work.wait()
-                share = (1.0 / self._targets.clamp(min=1.0)).to(loss.dtype)
+        parts = [context.cut(part, self.mesh, self.plan.mesh.exchange) for part in batch.microbatches]
+        if self.pipeline is not None:
+            share = self._share(work)
+            loss, self._nats = self.pipeline.run(parts, share, [self._seed(index) for index in range(len(parts))])
+            self.loss += loss
+            if self._copies is not None:
+                self._copies.begin()
+            return
+        share = None
+        for index, part in enumerate(parts):
+            self.trace.mark("forward")
+            loss, cross_entropy = self._compute(self.model, part, None, self._seed(index))
+            share = self._share(work) if share is None else share
             loss = loss * share
-            if self._copies is not None and index == len(batch.microbatches) - 1:
+            self.trace.mark("backward")
+            if self._copies is not None and index == len(parts) - 1:
                 self._backward_and_send(loss, first=index == 0)
             else:
                 loss.backward()
@@ -217,16 +298,24 @@ class Native:
             self._nats += cross_entropy.detach()
             self.loss += loss.detach()
 
-    def _loss(self, part: Microbatch, **terms: Any) -> tuple[Tensor, Tensor]:
-        """Without documents every row counts from 0, and one table of positions serves all rows."""
-        positions = None if part.documents is None else part.positions
-        return self.model.loss(part.tokens, part.labels, positions, part.documents, **terms)
+    def _share(self, work: Any) -> Tensor:
+        """What a loss counts in the step's: one over the targets of all ranks (0-d, fp32)."""
+        if work is not None:
+            work.wait()
+        return (1.0 / self._targets.clamp(min=1.0)).float()
+
+    def _compute(self, module: Any, part: Microbatch, carried: Tensor | None, seed: Tensor | None) -> Any:
+        """A stage on a microbatch. Whole samples without documents count from 0 in every row, and one table of positions serves all rows."""
+        terms = self._terms if module.training else {}
+        return compute(module, part, carried, seed, positions=part.documents is not None or self.mesh.size("context") > 1, **terms)
 
     def _seed(self, microbatch: int) -> Tensor | None:
         """Of a microbatch's dropout masks: a function of the run's seed, the step, the microbatch and who reads it, counted on the device."""
+        if not self.plan.dropout:
+            return None
         rank, ranks = self.mesh.data
         updates = self._updates.to(self.device, non_blocking=True)
-        return self._masks + ((updates * self.plan.accumulation + microbatch) * ranks + rank) if self.plan.dropout else None
+        return self._masks + ((updates * self.plan.accumulation + microbatch) * ranks + rank)
 
     def _backward_and_send(self, loss: Tensor, *, first: bool) -> None:
         """The last backward of a step whose sums are added over copies: each gradient joins its sum as it arrives, and full buckets leave at once."""
@@ -266,11 +355,14 @@ class Native:
     def step(self, rate: float) -> Update:
         """Update every group, or, where loss or gradient is not finite on any rank, nothing: decided on the device."""
         self._forget()
+        self.trace.mark("reduce")
         norm, scale, skip = self._judge()
+        self.trace.mark("optimizer")
         for group in self.groups:
             group.step(rate, scale, skip)
         self._round()
         self._count(skip == 0)
+        self.trace.mark("rest")
         return Update(self._nats, self._targets, norm)
 
     def _judge(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -284,6 +376,8 @@ class Native:
             for _, partial, stretch in self._runs(group):
                 if partial:
                     self.mesh.sum(stretch, *partial)
+        if self.tied is not None and (EMBEDDING in self.grads or HEAD in self.grads):
+            self.tied.sum(self.grads | ({HEAD: self.grads[EMBEDDING]} if self.alias else {}))
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for weight, stretches in self._stretches.items():
             squares += self._norm(stretches)[0].to(self.device).double().square() * weight
@@ -312,11 +406,23 @@ class Native:
     def evaluate(self, microbatches: Iterable[Microbatch]) -> Tensor:
         """Cross entropy in nats and targets, summed in fp64 over held-out microbatches of all ranks; the weights' dtype is the run's."""
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self.model.eval()
-        for part in microbatches:
-            _, cross_entropy = self._loss(part)
-            total += torch.stack([cross_entropy.double(), (part.labels >= 0).sum().double()])
-        self.model.train()
+
+        def counted() -> Iterator[Microbatch]:
+            for whole_part in microbatches:
+                part = context.cut(whole_part, self.mesh, self.plan.mesh.exchange)
+                if self.mesh.at["pipeline"] == 0:
+                    total[1] += (part.labels >= 0).sum()
+                yield part
+
+        for model in self.stages.values():
+            model.eval()
+        if self.pipeline is not None:
+            total[0] += self.pipeline.evaluate(counted())
+        else:
+            for part in counted():
+                total[0] += self._compute(self.model, part, None, None)[1]
+        for model in self.stages.values():
+            model.train()
         return self.mesh.sum(total * float(self.mesh.at["tensor"] == 0))
 
     # ---- What a checkpoint keeps ----
@@ -328,15 +434,18 @@ class Native:
         for group in self.groups:
             found = group.state() if isinstance(group, AdamW) else (group.master.views, group.state())
             for name, tensor in found[0].items():
-                weights[name] = self._piece(name, tensor)
+                weights[self._canonical(name)] = self._piece(name, tensor)
             for name, tensor in found[1].items():
                 kind, _, parameter = name.partition(".")
-                optimizer[name] = self._mark(tensor) if kind == "updates" else self._piece(parameter, tensor)
+                if kind == "updates":
+                    optimizer[name] = self._mark(tensor)
+                else:
+                    optimizer[f"{kind}.{self._canonical(parameter)}"] = self._piece(parameter, tensor)
         return {"weights": weights, "optimizer": optimizer}
 
     def _piece(self, name: str, padded: Tensor) -> Piece:
         place = self.places[name]
-        writes = self.mesh.index("replicate", *place.partial, *place.copied) == 0
+        writes = self.mesh.index("replicate", *place.partial, *place.copied) == 0 and (self.tied is None or self.tied.counts(name))
         return Piece(self._box(name, padded).view(place.size), place, writes)
 
     def _mark(self, tensor: Tensor) -> Piece:
@@ -367,7 +476,8 @@ def _weights(group: AdamW | Muon) -> dict[str, Tensor]:
 
 def _groups(plan: Plan, parameters: Iterable[str]) -> dict[str, list[str]]:
     """Parameters by the update they get: Muon for the layers' matrices if the recipe says so, AdamW with or without decay for the rest."""
-    groups: dict[str, list[str]] = {"muon": [], "decayed": [], "plain": []}
+    groups: dict[str, list[str]] = {"muon": []} if plan.optim.name == "muon" else {}
+    groups |= {"decayed": [], "plain": []}
     for name in parameters:
         if plan.optim.name == "muon" and kind_of(name) == "matrix":
             groups["muon"].append(name)

@@ -17,6 +17,7 @@ from gigatrain.kernels import (
     geglu,
     grad_norm,
     linear_cross_entropy,
+    moe,
     newton_schulz,
     qk_norm_rope,
     relu2,
@@ -36,6 +37,7 @@ MODULES = (
     relu2,
     xielu,
     dropout_add,
+    moe,
     attention,
     cross_entropy,
     linear_cross_entropy,
@@ -61,6 +63,8 @@ class Ops:
     relu2: Callable[..., Any]
     xielu: Callable[..., Any]
     dropout_add: Callable[..., Any]
+    moe: Callable[..., Any]  # all of a mixture of experts behind its router
+    experts: Callable[..., Any]  # its part that remains where experts are on other ranks than their tokens
     attention: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
     mask: Callable[..., Any] = attention.mask  # who sees whom, as `attention` takes it; not chosen, but replaced together with it

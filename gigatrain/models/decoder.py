@@ -1,4 +1,4 @@
-"""One decoder for every dense llama-like family: what it computes follows from the numbers of `Architecture` alone.
+"""One decoder for every llama-like family, dense or with experts: what it computes follows from the numbers of `Architecture` alone.
 
 Legend of shapes: b batch, t tokens, d hidden channels, h query heads, k key heads, r rotary channel pairs, v vocabulary. Parameter names are those of
 transformers' Llama; where a family calls them otherwise on disk, models/hf.py translates.
@@ -19,11 +19,12 @@ from gigatrain.architectures import Architecture, Rope
 from gigatrain.kernels import linear_cross_entropy
 from gigatrain.kernels.attention import Mask
 from gigatrain.kernels.ops import REFERENCE, Ops, checked
+from gigatrain.models.moe import MoE
 from gigatrain.models.recompute import Remade, keep_products
 
 Recompute = Literal["none", "lean", "selective", "full"]
 Drop = tuple[float, Tensor]  # probability, and the int64 seed of one mask on the device
-Kind = Literal["embed", "head", "matrix", "norm", "bias", "scalar"]
+Kind = Literal["embed", "head", "matrix", "expert", "router", "norm", "bias", "scalar"]
 
 # How tensor parallelism cuts each module: column = outputs, row = inputs, vocab = rows of the vocabulary. What is not listed is whole everywhere.
 LAYOUT: dict[str, Literal["column", "row", "vocab"]] = {
@@ -40,21 +41,25 @@ LAYOUT: dict[str, Literal["column", "row", "vocab"]] = {
 
 
 def kind_of(name: str) -> Kind:
-    """What a parameter is, by its name: the optimizer groups by it. `matrix` are the layers' matrices (Muon's share)."""
+    """What a parameter is, by its name: the optimizer groups by it. `matrix` are the layers' matrices (Muon's share), `expert` holds one per expert."""
     if name.startswith("model.embed_tokens"):
         return "embed"
     if name.startswith("lm_head"):
         return "head"
     if "norm." in name:
         return "norm"
+    if ".mlp.experts." in name:
+        return "expert"
+    if name.endswith(".mlp.gate.weight"):
+        return "router"
     if name.endswith(".bias"):
         return "bias"
     return "scalar" if "act_fn" in name else "matrix"
 
 
 def decays(name: str, embeddings: bool = False) -> bool:
-    """Whether weight decay applies: to matrices, and if `embeddings` to embedding and head; never to norms, biases and scalars."""
-    return kind_of(name) == "matrix" or (embeddings and kind_of(name) in ("embed", "head"))
+    """Whether weight decay applies: to matrices, also of experts and routers, and if `embeddings` to embedding and head; never to norms, biases and scalars."""
+    return kind_of(name) in ("matrix", "expert", "router") or (embeddings and kind_of(name) in ("embed", "head"))
 
 
 def frequencies(rope: Rope, head_dim: int, long: bool = False) -> tuple[Tensor, float]:
@@ -235,11 +240,11 @@ class Layer(nn.Module):
     scaled sum is the stream. So every sum that has a norm behind it is one `add_rms_norm`.
     """
 
-    def __init__(self, arch: Architecture, ops: Ops) -> None:
+    def __init__(self, arch: Architecture, ops: Ops, *, sparse: bool = False) -> None:
         super().__init__()
         self.arch, self.ops = arch, ops
         self.self_attn = Attention(arch, ops)
-        self.mlp = MLP(arch, ops)
+        self.mlp = MoE(arch, ops) if sparse else MLP(arch, ops)
         if arch.placement != "post":
             self.input_layernorm = Norm(arch.hidden)
             self.post_attention_layernorm = Norm(arch.hidden)
@@ -308,7 +313,7 @@ class Part:
 def initial(
     name: str, shape: Sequence[int], arch: Architecture, std: float, scale_residual: bool, seed: int, device: torch.device | str
 ) -> Tensor:
-    """A whole parameter's first value in fp32: matrices from N(0, std), norms the identity, biases 0, xIELU as in its paper.
+    """A whole parameter's first value in fp32: matrices from N(0, std), each expert's by its own seed, norms the identity, biases 0, xIELU as in its paper.
 
     `scale_residual` divides the std of the matrices that write to the residual stream by sqrt(2 * layers) (GPT-2). The numbers depend on `seed`, the name
     and the device type only: not on rank, order or the other tensors.
@@ -321,11 +326,13 @@ def initial(
             return found.zero_()
         case "scalar":  # softplus of it is 0.8, and 0.8 - beta for the negative side
             return found.fill_(math.log(math.expm1(0.8 if name.endswith("alpha_p") else 0.3)))
-    writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+    writes = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
     spread = std / math.sqrt(2 * arch.layers) if scale_residual and writes else std
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator(found.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return found.normal_(0.0, spread, generator=generator)
+    expert = kind_of(name) == "expert"
+    for part, key in [(one, f"{seed}/{name}/{e}") for e, one in enumerate(found)] if expert else [(found, f"{seed}/{name}")]:
+        digest = hashlib.sha256(key.encode()).digest()
+        part.normal_(0.0, spread, generator=torch.Generator(found.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1))
+    return found
 
 
 class Stack(nn.Module):
@@ -335,7 +342,7 @@ class Stack(nn.Module):
         super().__init__()
         if part.first:
             self.embed_tokens = nn.Embedding(arch.vocab, arch.hidden)
-        self.layers = nn.ModuleDict({str(i): Layer(arch, ops) for i in part.layers})
+        self.layers = nn.ModuleDict({str(i): Layer(arch, ops, sparse=arch.sparse_of(i)) for i in part.layers})
         if part.last:
             self.norm = Norm(arch.hidden)
 
@@ -487,7 +494,8 @@ def verify(
     odd number of tokens and a multiple of 16 compile to different code.
     """
     worst: dict[str, float] = {}
-    cut = {"layers": 2, "vocab": min(arch.vocab, 1 << 14), "window_layers": None, "rope_local": None, "window": None}
+    sparse = {"moe_layers": (True, False)} if arch.moe_layers else {}
+    cut = sparse | {"layers": 2, "vocab": min(arch.vocab, 1 << 14), "window_layers": None, "rope_local": None, "window": None}
     small = arch.model_copy(update=cut | {"rope_layers": (True, False) if arch.rope_layers else None})
     with torch.device(device), linear_cross_entropy.chunked_finely():
         model = Decoder(small, checked(kernels, worst), dropout=0.1)

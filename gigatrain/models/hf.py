@@ -1,13 +1,15 @@
 """Weights in transformers' layout: safetensors files with transformers' names, read and written tensor by tensor.
 
 Names in memory are those of transformers' Llama. `_RENAMED` lists, per trait, what a family calls otherwise on disk; Phi-3 keeps query, key and value,
-and gate and up, as one matrix each. Nothing is ever unpickled.
+and gate and up, as one matrix each. Experts are one tensor in memory, [experts, rows, columns] with gate above up, and three matrices each on disk.
+Nothing is ever unpickled.
 """
 
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from gigatrain.models.decoder import Decoder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LAYER_TENSOR = re.compile(r"(model\.layers\.\d+\.)(.+)\.(weight|bias)")
+_EXPERTS = re.compile(r"(model\.layers\.\d+\.mlp\.)experts\.(gate_up_proj|down_proj)")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 # Names of the layers' norms on disk, where they differ: llama's second norm stands before the feed-forward block, gemma's after attention.
@@ -42,65 +45,139 @@ _FUSED: dict[str, dict[str, tuple[str, ...]]] = {
         "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
     }
 }
+# What a family calls the block with experts on disk, and an expert's gate, up and down.
+_MOE: dict[str, tuple[str, tuple[str, str, str]]] = {
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+}
 _CONSTANTS = {"act_fn.beta": xielu.BETA, "act_fn.eps": xielu.EPS}  # transformers keeps xIELU's two constants with the weights
 
 
-def _sources(arch: Architecture, name: str) -> tuple[str, ...]:
-    """The names in memory of the tensors that the tensor `name` on disk is made of, stacked along dim 0."""
+@dataclass(frozen=True)
+class _Source:
+    """A tensor in memory, or its expert `expert`, or that one's half `half`."""
+
+    name: str
+    expert: int | None = None
+    half: int | None = None
+
+    def of(self, whole: Tensor) -> Tensor:
+        """What `whole`, the tensor of that name, holds of it."""
+        part = whole if self.expert is None else whole[self.expert]
+        return part if self.half is None else part.chunk(2)[self.half]
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Of it, where `whole` is the shape of all of the tensor."""
+        part = whole if self.expert is None else whole[1:]
+        return part if self.half is None else (part[0] // 2, *part[1:])
+
+
+def _sources(arch: Architecture, name: str) -> tuple[_Source, ...]:
+    """What in memory the tensor `name` on disk is made of, stacked along dim 0."""
     match = _LAYER_TENSOR.fullmatch(name)
     if not match:
-        return (name,)
+        return (_Source(name),)
     layer, module, kind = match.groups()
     if module in (fused := _FUSED.get(arch.family, {})):
-        return tuple(f"{layer}{part}.{kind}" for part in fused[module])
+        return tuple(_Source(f"{layer}{part}.{kind}") for part in fused[module])
+    if arch.experts:
+        block, names = _MOE[arch.family]
+        if module == f"{block}.gate":
+            return (_Source(f"{layer}mlp.gate.{kind}"),)
+        if (one := re.fullmatch(rf"{block}\.experts\.(\d+)\.(\w+)", module)) and one[2] in names and int(one[1]) < arch.experts:
+            half = names.index(one[2])
+            if half == 2:
+                return (_Source(f"{layer}mlp.experts.down_proj", int(one[1])),)
+            return (_Source(f"{layer}mlp.experts.gate_up_proj", int(one[1]), half),)
     back = {disk: memory for memory, disk in _RENAMED.get(arch.family, _RENAMED[arch.placement]).items()}
-    return (f"{layer}{back.get(module, module)}.{kind}",)
+    return (_Source(f"{layer}{back.get(module, module)}.{kind}"),)
 
 
-def _names(arch: Architecture, memory: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Every name on disk, and the names in memory it is made of."""
+def _names(arch: Architecture, memory: Mapping[str, Any]) -> dict[str, tuple[_Source, ...]]:
+    """Every name on disk, and what in memory it is made of."""
     forward = _RENAMED.get(arch.family, _RENAMED[arch.placement])
     fused = {part: whole for whole, parts in _FUSED.get(arch.family, {}).items() for part in parts}
-    disk: dict[str, tuple[str, ...]] = {}
+    block, parts = _MOE.get(arch.family, ("", ("", "", "")))
+    if arch.experts:
+        forward = {**forward, "mlp.gate": f"{block}.gate"}
+    disk: dict[str, tuple[_Source, ...]] = {}
     for name in memory:
         if name == _HEAD and arch.tied:
             continue
-        written = name
-        if match := _LAYER_TENSOR.fullmatch(name):
+        written = [name]
+        if match := _EXPERTS.fullmatch(name):
+            layer = match[1].removesuffix("mlp.")
+            mine = parts[:2] if match[2] == "gate_up_proj" else parts[2:]
+            written = [f"{layer}{block}.experts.{e}.{part}.weight" for e in range(arch.experts) for part in mine]
+        elif match := _LAYER_TENSOR.fullmatch(name):
             layer, module, kind = match.groups()
-            written = f"{layer}{fused.get(module, forward.get(module, module))}.{kind}"
-        disk[written] = _sources(arch, written)
+            written = [f"{layer}{fused.get(module, forward.get(module, module))}.{kind}"]
+        disk |= {one: _sources(arch, one) for one in written}
     return disk
 
 
+class _Stacks:
+    """The tensors of experts while their matrices come in one by one."""
+
+    def __init__(self, arch: Architecture) -> None:
+        self.arch = arch
+        self.begun: dict[str, tuple[Tensor, list[_Source]]] = {}
+
+    def filled(self, source: _Source, matrix: Tensor) -> dict[str, Tensor]:
+        """Takes one matrix in; the whole tensor by its name once it has all, else nothing."""
+        if source.name not in self.begun:
+            rows = matrix.shape[0] * (1 if source.half is None else 2)
+            self.begun[source.name] = matrix.new_empty(self.arch.experts, rows, matrix.shape[1]), []
+        whole, seen = self.begun[source.name]
+        source.of(whole).copy_(matrix)
+        seen.append(source)
+        if len(seen) * matrix.shape[0] < whole.shape[0] * whole.shape[1]:
+            return {}
+        del self.begun[source.name]
+        return {source.name: whole}
+
+
 def to_hf(state: Mapping[str, Tensor], arch: Architecture) -> dict[str, Tensor]:
-    """A state dict under transformers' names; fused matrices are copies, the rest the same tensors. A tied head is left out, as transformers does."""
+    """A state dict under transformers' names; fused matrices are copies, those of experts views, the rest the same tensors.
+
+    A tied head is left out, as transformers does.
+    """
     return dict(_to_hf(state, arch))
 
 
-def _to_hf(state: Mapping[str, Tensor], arch: Architecture) -> Iterator[tuple[str, Tensor]]:
-    for name, sources in _names(arch, state).items():
-        if missing := [s for s in sources if s not in state]:
+def _to_hf(state: Mapping[str, Tensor], arch: Architecture, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    all_names = _names(arch, state)
+    for name in all_names if names is None else names:
+        sources = all_names[name]
+        if missing := [s.name for s in sources if s.name not in state]:
             raise CheckpointError(f"the state lacks {', '.join(missing)}, which {name} is made of")
-        yield name, state[sources[0]] if len(sources) == 1 else torch.cat([state[s] for s in sources])
+        parts = [s.of(state[s.name]) for s in sources]
+        yield name, parts[0] if len(parts) == 1 else torch.cat(parts)
         if name.endswith("act_fn.alpha_n"):
             for constant, value in _CONSTANTS.items():
-                yield name.replace("act_fn.alpha_n", constant), torch.tensor(value, dtype=state[sources[0]].dtype)
+                yield name.replace("act_fn.alpha_n", constant), torch.tensor(value, dtype=parts[0].dtype)
 
 
 def from_hf(state: Mapping[str, Tensor], arch: Architecture) -> dict[str, Tensor]:
-    """A state dict under the decoder's names; fused matrices become views. Adds the tied head."""
-    sizes = _fused_sizes(arch)
+    """A state dict under the decoder's names; fused matrices become views, an expert's matrices copies. Adds the tied head.
+
+    Experts may also come as transformers 5 holds them in memory, which is as we do.
+    """
+    sizes, stacks = _fused_sizes(arch), _Stacks(arch)
     memory: dict[str, Tensor] = {}
     for name, tensor in state.items():
         sources = _sources(arch, name)
         if name.endswith(tuple(_CONSTANTS)):
             _check_constant(name, tensor)
+        elif sources[0].expert is not None:
+            memory |= stacks.filled(sources[0], tensor)
         elif len(sources) == 1:
-            memory[sources[0]] = tensor
+            memory[sources[0].name] = tensor
         else:
-            parts = tensor.split([sizes[_module(s)] for s in sources])
-            memory |= dict(zip(sources, parts, strict=True))
+            parts = tensor.split([sizes[_module(s.name)] for s in sources])
+            memory |= {s.name: part for s, part in zip(sources, parts, strict=True)}
+    if stacks.begun:
+        raise CheckpointError(f"the state lacks experts of {_some(sorted(stacks.begun))}")
     if arch.tied and _EMBEDDING in memory:
         memory[_HEAD] = memory[_EMBEDDING]
     return memory
@@ -222,18 +299,23 @@ def read_weights(
                 except SafetensorError as error:
                     raise CheckpointError(f"{path} lacks {name}, which the index places there; fetch the folder again") from error
                 if name in wanted:
-                    parts = [shapes[s] for s in wanted[name]]
+                    parts = [s.shape(shapes[s.name]) for s in wanted[name]]
                     expected = (sum(p[0] for p in parts), *parts[0][1:])
                     if shape != expected:
                         raise CheckpointError(f"{name} is {list(shape)} in {path}, but {list(expected)} by the architecture's numbers")
+    stacks = _Stacks(arch)
     for path, names in by_file.items():
         with _open(path) as file:
             for name in names:
-                if name in wanted:
-                    sources = wanted[name]
-                    yield from zip(sources, file.get_tensor(name).split([shapes[s][0] for s in sources]), strict=True)
-                elif name.endswith(tuple(_CONSTANTS)):
-                    _check_constant(name, file.get_tensor(name))
+                if name not in wanted:
+                    if name.endswith(tuple(_CONSTANTS)):
+                        _check_constant(name, file.get_tensor(name))
+                    continue
+                sources, tensor = wanted[name], file.get_tensor(name)
+                if sources[0].expert is not None:
+                    yield from stacks.filled(sources[0], tensor).items()
+                else:
+                    yield from zip((s.name for s in sources), tensor.split([shapes[s.name][0] for s in sources]), strict=True)
 
 
 def _some(names: list[str]) -> str:
@@ -259,7 +341,8 @@ def save_weights(
     sizes: dict[str, int] = {}
     room = max_shard_bytes
     for name, sources in _names(arch, state).items():
-        size = sum(state[s].numel() * state[s].element_size() for s in sources)
+        parts = [s.of(state[s.name]) for s in sources]
+        size = sum(part.numel() * part.element_size() for part in parts)
         if shards[-1] and size > room:
             shards.append([])
             room = max_shard_bytes
@@ -271,8 +354,8 @@ def save_weights(
     paths = []
     for i, names in enumerate(shards):
         path = folder / (SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors")
-        part = {s: state[s] for name in names for s in _sources(arch, name)}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _to_hf(part, arch)}
+        part = {s.name: state[s.name] for name in names for s in _sources(arch, name)}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _to_hf(part, arch, names)}
         placed |= dict.fromkeys(tensors, path.name)
         temporary = path.with_name(path.name + ".tmp")
         save_file(tensors, temporary, metadata=header)

@@ -72,7 +72,7 @@ def keep_products() -> Any:
     """Selective recomputation: the products with weights and torch's fused attention are kept, everything else is computed again."""
     aten = torch.ops.aten
     names = (
-        "mm addmm _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
+        "mm addmm _grouped_mm _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
         "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
     )
     kept = {getattr(aten, name).default for name in names.split() if hasattr(aten, name)}

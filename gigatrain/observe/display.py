@@ -75,6 +75,14 @@ class Display:
             + f"; {plan.steps:,} steps = {plan.tokens:,} tokens; {plan.optim.name}, {plan.schedule.kind}, peak lr {plan.optim.lr:g}"
         )
         chosen = ", ".join(f"{choice.op} {choice.kernel}" for choice in plan.kernels if choice.kernel != "reference") or "all reference"
+        if plan.ranks > 1:
+            axes = plan.mesh.model_dump(include={"replicate", "shard", "expert", "context", "tensor", "pipeline"})
+            shown = " x ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1 and axis != "expert")
+            inner = f", of which {plan.mesh.expert} share the experts ({plan.mesh.dispatch})" if plan.mesh.expert > 1 else ""
+            inner += f"; {plan.mesh.schedule}, {plan.mesh.stages} stages a rank" if plan.mesh.pipeline > 1 else ""
+            inner += f"; {plan.mesh.exchange}" if plan.mesh.context > 1 else ""
+            zero = f" ZeRO-{plan.engine.zero}" if plan.engine.name == "deepspeed" else ""
+            self.line(f"  mesh     {plan.ranks:,} ranks: {shown}{inner}; engine {plan.engine.name}{zero}")
         self.line(f"  site     {plan.site} ({why}); {plan.precision} on {plan.device}, about {gib(plan.memory.total)}")
         self.line(f"  kernels  {chosen}")
 

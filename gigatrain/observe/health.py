@@ -5,7 +5,10 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Self
 
+import torch
+
 from gigatrain.errors import RunError
+from gigatrain.parallel.mesh import Mesh, alone
 from gigatrain.planning.plan import Plan
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -14,17 +17,29 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class Health:
     """`wants_out` turns true when a signal arrives; the loop then saves and leaves at the end of its step.
 
-    A second Ctrl-C leaves at once. The former signal handlers are put back on exit.
+    Of many ranks each hears its signal at its own moment, so `wants_out` turns true where all `agree`: at a report. A second Ctrl-C leaves at once. The
+    former signal handlers are put back on exit.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, mesh: Mesh | None = None) -> None:
+        self.plan, self.mesh = plan, mesh or alone()
         self.signal: str | None = None
+        self._agreed = False
         self._before: dict[signal.Signals, object] = {}
 
     @property
     def wants_out(self) -> bool:
-        return self.signal is not None
+        return self._agreed or (self.mesh.count == 1 and self.signal is not None)
+
+    def agree(self) -> None:
+        """All ranks want out if one does; waits for the device, so it is called where a report does."""
+        if self.mesh.count > 1 and not self._agreed:
+            number = max((SIGNALS.index(one) + 1 for one in SIGNALS if one.name == self.signal), default=0)
+            heard = torch.zeros(len(SIGNALS) + 1, device=self.mesh.device)
+            heard[number] = 1.0
+            counts = self.mesh.sum(heard).tolist()
+            named = [one.name for one, count in zip(SIGNALS, counts[1:], strict=True) if count]
+            self.signal, self._agreed = (named[0], True) if named else (self.signal, False)
 
     def __enter__(self) -> Self:
         for number in SIGNALS:

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,14 @@ from torch import Tensor
 from gigatrain.checkpoint import write_text
 from gigatrain.errors import RunError
 from gigatrain.planning.plan import Plan
+
+
+class Update(NamedTuple):
+    """What a step did, summed over all ranks and equal on each: 0-d tensors on the device."""
+
+    nats: Tensor  # sum of the cross entropies, fp64
+    targets: Tensor  # how many they are, fp64
+    grad_norm: Tensor  # global, before clipping
 
 
 class Clock:
@@ -51,72 +59,80 @@ class Clock:
 class Metrics:
     """Sums of a window on the device; `report` brings them to the host in one copy and writes them down."""
 
-    def __init__(self, plan: Plan, folder: Path, device: torch.device, *, step: int, show: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, plan: Plan, folder: Path | None, device: torch.device, *, step: int, show: Callable[[dict[str, Any]], None]) -> None:
+        """`folder` None: a rank that writes and shows nothing; what it counts is what every rank counts."""
         self.plan, self.folder, self.show = plan, folder, show
-        self.sums = torch.zeros(5, dtype=torch.float64, device=device)  # nats, targets, gradient norms, updates, largest norm
+        self.sums = torch.zeros(6, dtype=torch.float64, device=device)  # nats, targets, norms, updates, largest norm; targets of the run, refused too
         self.clock = Clock(device)
         self.step_s = array("d")
         self.timed = (0, 0.0)  # targets and seconds of steps, over every process of the run
-        self.targets = 0  # of the open window, as far as this process timed it
+        self.tokens = 0  # of the whole run, as of the last report or `state`
+        self.untimed = 0  # of `tokens`, those that another process timed
         self.validated = 0  # the last step whose validation was written
         self.last: dict[str, Any] = {}
-        self.path = folder / "metrics.jsonl"
-        self._drop_after(step)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.trackers = _trackers(plan, folder, step)
+        self.path, self.file, self.trackers = None, None, []
+        if folder is not None:
+            self.path = folder / "metrics.jsonl"
+            self._drop_after(self.path, step)
+            self.file = self.path.open("a", encoding="utf-8")
+            self.trackers = _trackers(plan, folder, step)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
         for tracker in self.trackers:
             tracker.finish()
 
-    def _drop_after(self, step: int) -> None:
+    @staticmethod
+    def _drop_after(path: Path, step: int) -> None:
         """Forget windows that a resumed run will live through again, and a line that a kill cut short."""
-        if not self.path.exists():
+        if not path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except (ValueError, KeyError):
                 continue
-        write_text(self.path, "".join(f"{line}\n" for line in kept))
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
-    def add(self, loss: Tensor, grad_norm: Tensor, targets: int) -> None:
-        """One step's numbers; the tensors stay where they are, and a step that was refused is left out of the sums."""
-        norm = grad_norm.double()
-        numbers = torch.stack([loss.double(), torch.full_like(norm, targets), norm, torch.ones_like(norm), norm])
+    def add(self, update: Update) -> None:
+        """One step's numbers; they stay where they are, and a step that was refused is left out of the sums, but not out of the tokens read."""
+        nats, targets, norm = (number.double() for number in update)
+        numbers = torch.stack([nats, targets, norm, torch.ones_like(norm), norm])
         numbers = torch.where(torch.isfinite(numbers).all(), numbers, 0.0)
         self.sums[:4] += numbers[:4]
-        self.sums[4:] = torch.maximum(self.sums[4:], numbers[4:])
-        self.targets += targets
+        self.sums[4] = torch.maximum(self.sums[4], numbers[4])
+        self.sums[5] += targets
         self.clock.mark()
 
-    def report(self, step: int, run_tokens: int, rate: float, bad: Tensor) -> list[int]:
+    def report(self, step: int, rate: float, bad: Tensor) -> list[int]:
         """The one synchronisation of a window: writes and shows its numbers; returns the engine's counts of refused updates."""
-        nats, targets, norms, updates, largest, *counts = torch.cat([self.sums, bad.double()]).tolist()
+        nats, targets, norms, updates, largest, tokens, *counts = torch.cat([self.sums, bad.double()]).tolist()
         durations = self.clock.take_s()
         seconds = sum(durations)
         self.step_s.extend(durations)
-        self.timed = (self.timed[0] + self.targets, self.timed[1] + seconds)
+        self.tokens = int(tokens)
+        timed = self.tokens - self.untimed
+        self.untimed = self.tokens
+        self.timed = (self.timed[0] + timed, self.timed[1] + seconds)
         window = {
             "step": step,
             "loss": nats / targets if targets else None,
             "grad_norm": norms / updates if updates else None,
             "grad_norm_max": largest if updates else None,
             "lr": self.plan.optim.lr * rate,
-            "tokens": run_tokens,
-            "tokens_per_s": self.targets / seconds if seconds else None,
+            "tokens": self.tokens,
+            "tokens_per_s": timed / seconds if seconds else None,
             "step_s": seconds / len(durations) if durations else None,
             "bad_steps": int(counts[0]),
         }
         self.write(window)
-        self.sums.zero_()
-        self.targets = 0
+        self.sums[:5].zero_()
         return [int(count) for count in counts]
 
     def tokens_per_s(self) -> float | None:
@@ -125,12 +141,15 @@ class Metrics:
 
     def sync(self) -> None:
         """Make what was written durable, before a checkpoint relies on it."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        if self.file is not None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def state(self) -> dict[str, Any]:
         """The open window, so that a resumed run reports the numbers of an undisturbed one; waits for the device."""
-        return {"sums": self.sums.tolist(), "last": self.last, "timed": list(self.timed), "validated": self.validated}
+        sums = self.sums.tolist()
+        self.tokens = int(sums[5])
+        return {"sums": sums, "last": self.last, "timed": list(self.timed), "validated": self.validated}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Back into the window in which `state` was taken; an empty state is a new run's."""
@@ -138,11 +157,14 @@ class Metrics:
             self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
             self.last, self.timed = dict(state["last"]), (state["timed"][0], state["timed"][1])
             self.validated = state["validated"]
+            self.tokens = self.untimed = int(state["sums"][5])
 
     def write(self, window: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, the display and the trackers; a number that is not finite is written as null."""
         clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in window.items()}
         self.last |= clean
+        if self.file is None:
+            return
         self.file.write(json.dumps(clean) + "\n")
         self.file.flush()
         self.show(dict(window))

@@ -23,7 +23,8 @@ WEIGHTS = ("outer", "expert", "context")  # ranks along these may share one copy
 class Mesh:
     """One rank's place in the grid. Methods that take axes accept `shard` for `outer` and `expert`."""
 
-    def __init__(self, axes: config.Mesh, rank: int = 0, device: torch.device | str = "cpu") -> None:
+    def __init__(self, axes: config.Mesh, rank: int = 0, device: torch.device | str = "cpu", node: int | None = None) -> None:
+        """`node`: ranks of a node (default: all are of one)."""
         assert axes.shard is not None, "a plan's mesh has every size"
         self.axes, self.rank, self.device = axes, rank, torch.device(device)
         self.sizes = {axis: getattr(axes, axis, 0) for axis in AXES} | {"outer": axes.shard // axes.expert}
@@ -31,6 +32,7 @@ class Mesh:
         self.at = {axis: rank // self.strides[axis] % self.sizes[axis] for axis in AXES}
         self.count = math.prod(self.sizes.values())
         assert 0 <= rank < self.count
+        self.node = node or self.count
         self._groups: dict[tuple[str, ...], distributed.ProcessGroup | None] = {}
 
     def size(self, *axes: str) -> int:

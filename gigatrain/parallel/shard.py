@@ -38,13 +38,13 @@ def apply(model: nn.Module, mesh: Mesh, places: Places, engine: config.Engine, *
     offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if engine.offload else OffloadPolicy()
     options: dict[str, Any] = {"mp_policy": policy, "offload_policy": offload, "reshard_after_forward": engine.reshard}
     together = mesh.torch(WEIGHTS, ("replicate",))
-    layers: list[Any] = list(getattr(model, "layers"))
+    layers: list[Any] = list(model.layers)  # type: ignore[arg-type]
     for layer in layers:
         experts = getattr(getattr(layer, "mlp", None), "experts", None)
         if isinstance(experts, nn.Module) and mesh.size("expert") > 1:
             fully_shard(experts, mesh=mesh.torch(EXPERT_WEIGHTS, ("replicate",)), **options)
         fully_shard(layer, mesh=together, **options)
-    fully_shard(model, mesh=together, **options)
+    fully_shard(model, mesh=together, **(options | {"reshard_after_forward": False}))  # the head's backward follows its forward at once
     register_fsdp_forward_method(model, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):

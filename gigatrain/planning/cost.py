@@ -1,11 +1,13 @@
 """Bytes that a plan needs on one rank, from its numbers alone."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
 
 from gigatrain.architectures import Architecture
 from gigatrain.config import Engine, Mesh, Optim, Section
+from gigatrain.planning import layout
 
 Recompute = Literal["none", "lean", "selective", "full"]
 
@@ -31,36 +33,50 @@ def saved_bytes(architecture: Architecture, size: int, recompute: Recompute, ker
     values and attention's output (2 heads + 2 kv_heads) d_head, and queries and keys before their norm; gate, up and the activation 3 i, or 2 i without
     a gate; in fp32 each norm's rstd and attention's logsumexp. `lean` keeps no norm output, no normed query or key and no activation. `full` keeps h,
     `selective` the matrix products. References keep more: of a gated activation i, of xIELU 3 i and a mask, of norms and rotation about 4 h and the heads.
+    A layer with experts keeps, of each of k visits, row and result 2 h and gate, up, silu and activation 4 i, in fp32 scores and weights, and two int64.
+    Where some layers have experts, it is the mean layer.
     """
     h, i, d = architecture.hidden, architecture.intermediate, architecture.head_dim
     heads, kv = architecture.heads, architecture.kv_heads
+    experts, visits = architecture.experts, architecture.experts_per_token or 0
     pre, post = architecture.placement != "post", architecture.placement != "pre"
     width, wide = (2 * heads + 2 * kv) * d, 2 if architecture.gated else 1
     if recompute == "full":
         return size * h
     if recompute == "selective":
-        return size * (3 * h + width + wide * i)
+        block, mixture = size * wide * i, size * (experts + visits * (2 * architecture.expert_width + h))
+        return size * (3 * h + width) + _mean(architecture, block, mixture)
     normed = {"none": 0, "head": heads + kv, "full": 2}[architecture.qk_norm]
-    kept = 2 * h + (2 * h if post else 0) + width + wide * i
+    kept, block = 2 * h + (2 * h if post else 0) + width, wide * i
     if recompute == "none":
-        kept += (2 * h if pre else 0) + i + ((heads + kv) * d if normed else 0)
+        kept += (2 * h if pre else 0) + ((heads + kv) * d if normed else 0)
+        block += i
     if kernels.get("rms_norm") == "reference":
         kept += 4 * h + width
     mask = 0
     if kernels.get(architecture.activation) == "reference":
-        kept += {"swiglu": 1, "geglu": 1, "relu2": 0, "xielu": 3}[architecture.activation] * i
+        block += {"swiglu": 1, "geglu": 1, "relu2": 0, "xielu": 3}[architecture.activation] * i
         mask = i if architecture.activation == "xielu" else 0
-    return size * kept + mask + 4 * (2 * pre + 2 * post + normed + heads)
+    mixture = size * visits * (2 * h + 4 * architecture.expert_width) + 4 * experts + 20 * visits
+    mixture += 4 * (visits + 1) if architecture.renormalise else 0
+    return size * kept + _mean(architecture, size * block + mask, mixture) + 4 * (2 * pre + 2 * post + normed + heads)
+
+
+def _mean(architecture: Architecture, dense: int, sparse: int) -> int:
+    """Over the layers, of which some have experts; rounded up."""
+    count = architecture.sparse_layers
+    return -(-((architecture.layers - count) * dense + count * sparse) // architecture.layers)
 
 
 def optimizer_bytes(architecture: Architecture, precision: Literal["bf16", "fp32"], optim: Optim) -> int:
     """Bytes of master weights beside bf16 weights, and of moments; without the few counters.
 
     Master weights 4 B per parameter in fp32, corrections of 2 B or 1 B in bf16+16 and bf16+8. AdamW's moments 8 B in fp32, 4 B in bf16, 2 B in int8
-    with 8 B of scales per begun block of 128 of each of its groups, decayed or not. Muon, for the layers' matrices: fp32 master weights and 4 B.
+    with 8 B of scales per begun block of 128 of each of its groups, decayed or not. Muon, for the layers' matrices, routers and experts
+    apart: fp32 master weights and 4 B.
     """
     matrices, embeddings = architecture.matrix_parameters(), architecture.vocab * architecture.hidden * (1 if architecture.tied else 2)
-    muon = matrices if optim.name == "muon" else 0
+    muon = architecture.matrix_parameters(routed=False) if optim.name == "muon" else 0
     decayed = matrices - muon + (embeddings if optim.decay_embeddings else 0)
     groups = (decayed, architecture.parameters() - muon - decayed)
     master = {"fp32": 4, "bf16+16": 2, "bf16+8": 1}[optim.master] if precision == "bf16" else 0
@@ -74,8 +90,15 @@ def muon_workspace(architecture: Architecture) -> int:
     h, i, layers = architecture.hidden, architecture.intermediate, architecture.layers
     q, kv = architecture.heads * architecture.head_dim, architecture.kv_heads * architecture.head_dim
     counts: Counter[tuple[int, int]] = Counter()
-    for shape, count in (((q, h), 1), ((kv, h), 2), ((h, q), 1), ((i, h), 2 if architecture.gated else 1), ((h, i), 1)):
-        counts[shape] += count * layers
+    dense = layers - architecture.sparse_layers
+    for shape, count in (
+        ((q, h), layers),
+        ((kv, h), 2 * layers),
+        ((h, q), layers),
+        ((i, h), (2 if architecture.gated else 1) * dense),
+        ((h, i), dense),
+    ):
+        counts[shape] += count
     one = {(r, c): 2 * (3 * r * c + 5 * min(r, c) ** 2) for r, c in counts}
     return max(one[shape] * min(count, max(1, (1 << 31) // one[shape])) for shape, count in counts.items())
 
@@ -92,8 +115,8 @@ def memory(
     optim: Optim,
     kernels: Mapping[str, str],
     documents: bool,
-    mesh: Mesh = Mesh(shard=1),
-    engine: Engine = Engine(),
+    mesh: Mesh,
+    engine: Engine,
 ) -> Memory:
     """Memory of the fullest rank.
 
@@ -104,23 +127,87 @@ def memory(
     weights, half a square of tokens per head, and `reference` the scores and weights of the whole square. A mask of documents or windows is a square
     of tokens per sample.
 
+    Sharded (FSDP2), weights are fp32 shards or, with narrow masters, bf16 ones; gradients are shards too, and `workspace` has the layers that are gathered
+    at once, the embedding and the head, and the gradient on its way. With a pipeline all of a rank's layers are gathered, and the activations of as many
+    microbatches as are in flight are kept. Tensor parallelism cuts what a layer keeps, context parallelism the tokens.
+
     Workspace: the loss holds one chunk of logits (2^21 on a CPU, 2^29 on a GPU), 2 B each where the kernel is fused and else 14, and the head's gradient
     in fp32 and rounded; Muon's update holds what `muon_workspace` says.
     """
     size, muon = 2 if precision == "bf16" else 4, optim.name == "muon"
-    parameters, hidden, tokens = architecture.parameters(), architecture.hidden, microbatch * sequence
-    square = microbatch * architecture.heads * sequence * sequence
+    hidden, tokens = architecture.hidden, microbatch * sequence // mesh.context
+    square = tokens * architecture.heads * sequence // mesh.tensor
     scores = {"sdpa": 0, "blocked": square * size // 2, "reference": square * (size + 4)}[kernels["attention"]]
-    whole = tokens * saved_bytes(architecture, size, "none", kernels) + scores
-    kept = tokens * saved_bytes(architecture, size, recompute, kernels) + (scores if recompute in ("none", "lean") else 0)
-    masks = microbatch * sequence * sequence * (1 + size) if documents or architecture.window else 0
-    chunk = min(1 << 29 if device == "cuda" else 1 << 21, tokens * architecture.vocab)
+    whole = tokens * saved_bytes(architecture, size, "none", kernels) // mesh.tensor + scores
+    kept = tokens * saved_bytes(architecture, size, recompute, kernels) // mesh.tensor + (scores if recompute in ("none", "lean") else 0)
+    masks = tokens * sequence * (1 + size) if documents or architecture.window else 0
+    vocab = -(-architecture.vocab // mesh.tensor)
+    chunk = min(1 << 29 if device == "cuda" else 1 << 21, tokens * vocab)
     per_logit = 2 if kernels["linear_cross_entropy"] == "fused" else 14
-    narrow = parameters - architecture.matrix_parameters() * muon if optim.master != "fp32" and accumulation == 1 else 0
+    each = mesh.stages or 1
+    live = layout.live(mesh.schedule, 0, mesh.pipeline, each, accumulation) if mesh.pipeline > 1 else 1
+    held = -(-architecture.layers // (mesh.pipeline * each)) * live  # layers times microbatches whose activations are there at once
+    states = _states(architecture, precision, optim, accumulation, mesh, engine, sequence)
     return Memory(
-        weights=size * parameters,
-        gradients=(4 + size) * parameters - 2 * narrow,
-        optimizer=optimizer_bytes(architecture, precision, optim),
-        activations=architecture.layers * kept + (whole if recompute in ("selective", "full") else 0) + masks + 4 * tokens * hidden * size,
-        workspace=per_logit * chunk + (4 + size) * architecture.vocab * hidden + (muon_workspace(architecture) if muon else 0),
+        weights=states[0],
+        gradients=states[1],
+        optimizer=states[2],
+        activations=held * kept + (whole if recompute in ("selective", "full") else 0) + masks + 4 * tokens * hidden * size // mesh.tensor,
+        workspace=per_logit * chunk + (4 + size) * vocab * hidden + states[3] + (muon_workspace(architecture) if muon else 0),
     )
+
+
+def held_parameters(architecture: Architecture, mesh: Mesh, sequence: int) -> tuple[int, int, int]:
+    """`(dense, experts, of them in the largest layer)` of the pipeline rank that holds most, before they are sharded: tensor and expert parallelism cut
+    matrices, embedding and head; norms and biases stay whole on every tensor rank."""
+    experts = architecture.expert_parameters()
+    matrices = architecture.matrix_parameters() - experts - architecture.router_parameters()
+    embedding = architecture.vocab * architecture.hidden
+    rest = architecture.parameters() - matrices - experts - embedding * (1 if architecture.tied else 2)
+    layer = -(-matrices // mesh.tensor) // architecture.layers + -(-rest // architecture.layers)
+    sparse = -(-experts // max(1, architecture.sparse_layers) // mesh.expert) if experts else 0
+    each = mesh.stages or 1
+    count = mesh.pipeline * each
+    cuts = layout.stages(architecture, sequence, count) if count > 1 else (range(architecture.layers),)
+    most = (0, 0)
+    for rank in range(mesh.pipeline):
+        stages = layout.held(mesh.schedule, rank, mesh.pipeline, each) if count > 1 else (0,)
+        layers = [i for stage in stages for i in cuts[stage]]
+        ends = len({0, count - 1} & set(stages)) if count > 1 else (1 if architecture.tied else 2)
+        if architecture.tied and len({0, count - 1} & set(stages)) == 2:
+            ends = 1
+        found = len(layers) * layer + ends * -(-embedding // mesh.tensor), sparse * sum(architecture.sparse_of(i) for i in layers)
+        most = max(most, found, key=sum)
+    return *most, layer + sparse
+
+
+def _states(
+    architecture: Architecture,
+    precision: Literal["bf16", "fp32"],
+    optim: Optim,
+    accumulation: int,
+    mesh: Mesh,
+    engine: Engine,
+    sequence: int,
+) -> tuple[int, int, int, int]:
+    """Bytes of weights, gradients, optimizer, and of weights and gradients that are gathered for a while."""
+    size, total = 2 if precision == "bf16" else 4, architecture.parameters()
+    muon = architecture.matrix_parameters(routed=False) if optim.name == "muon" else 0
+    optimizer = optimizer_bytes(architecture, precision, optim)
+    lean = optim.master != "fp32"
+    narrow = total - muon if lean and accumulation == 1 else 0
+    shards = (mesh.shard or 1) * mesh.context
+    if shards * mesh.tensor * mesh.pipeline == 1:
+        return size * total, (4 + size) * total - 2 * narrow, optimizer, 0
+    dense, experts, layer = held_parameters(architecture, mesh, sequence)
+    if shards == 1:
+        share = (dense + experts) / total
+        return size * (dense + experts), math.ceil(((4 + size) * total - 2 * narrow) * share), math.ceil(optimizer * share), 0
+    mine = -(-dense // shards) + -(-experts // (shards // mesh.expert))
+    # Shards are fp32 master weights, and gathered in the dtype that computes; narrow masters are bf16 shards and corrections.
+    stored = 2 if precision == "bf16" and lean else 4
+    beside = optimizer - (4 * total if precision == "bf16" and not lean else 0)
+    ends = -(-architecture.vocab * architecture.hidden // mesh.tensor)
+    gathered = dense + experts if not engine.reshard or mesh.pipeline > 1 else (2 + engine.prefetch) * layer + 2 * ends
+    reduced = (size + {"fp32": 4, "bf16": 2}[engine.reduce]) * max(layer, ends)
+    return stored * mine, math.ceil((4 + stored - 2 * (narrow > 0)) * mine), math.ceil(beside * mine / total), size * gathered + reduced

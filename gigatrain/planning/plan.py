@@ -28,7 +28,7 @@ from gigatrain.config import (
     Validation,
 )
 from gigatrain.errors import PlanError
-from gigatrain.planning import cost
+from gigatrain.planning import axes, cost
 
 # Every operation and its implementations, the reference first: kernels/ops.py's, known here without torch (a test holds them equal).
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
@@ -42,6 +42,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "relu2": ("reference", "fused"),
     "xielu": ("reference", "fused"),
     "dropout_add": ("reference", "fused"),
+    "moe": ("reference", "grouped"),
+    "experts": ("reference", "grouped"),
     "attention": ("reference", "sdpa", "blocked"),
     "linear_cross_entropy": ("reference", "chunked", "fused"),
     "grad_norm": ("reference", "fused"),
@@ -163,18 +165,12 @@ def plan(recipe: Recipe, site: Site, ranks: int | None = None) -> Plan:
     """
     architecture = load.architecture(recipe.model)
     train = recipe.train
-    mesh = _mesh(recipe, ranks)
-    ranks = _ranks(mesh)
-    readers = mesh.replicate * (mesh.shard or 1)
-    if train.batch % readers:
-        raise PlanError(
-            f"train.batch {train.batch} does not divide by the {readers} ranks that read samples (mesh.replicate {mesh.replicate} x mesh.shard "
-            f"{mesh.shard}); the next that do are {train.batch // readers * readers or readers} and {(train.batch // readers + 1) * readers}"
-        )
+    mesh = axes.resolve(recipe, ranks)
+    ranks = axes.count(mesh)
+    microbatch, accumulation = axes.share(recipe, mesh)
+    axes.check(recipe, architecture, mesh, accumulation)
     tokens_per_step = train.batch * train.sequence
     steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)
-    microbatch = min(train.microbatch or train.batch // readers, train.batch // readers)
-    accumulation = math.ceil(train.batch // readers / microbatch)
     kernels = _kernels(recipe, site, architecture)
     memory = cost.memory(
         architecture,
@@ -258,31 +254,6 @@ def plan(recipe: Recipe, site: Site, ranks: int | None = None) -> Plan:
     )
 
 
-def _mesh(recipe: Recipe, ranks: int | None) -> Mesh:
-    """The recipe's mesh with every size, on `ranks` ranks."""
-    asked = recipe.mesh
-    ranks = ranks or recipe.train.nproc
-    others = asked.replicate * asked.context * asked.tensor * asked.pipeline
-    if ranks is None:
-        ranks = others * (asked.shard or asked.expert)
-    sizes = f"replicate {asked.replicate} x context {asked.context} x tensor {asked.tensor} x pipeline {asked.pipeline}"
-    if asked.shard is None and ranks % others:
-        raise PlanError(f"{ranks} ranks do not divide by the mesh's {sizes} = {others}; start a multiple of {others}, or change an axis")
-    shard = asked.shard or ranks // others
-    if others * shard != ranks:
-        raise PlanError(
-            f"the mesh's {sizes} x shard {shard} is {others * shard} ranks, and {ranks} are there; start {others * shard}, or leave mesh.shard out"
-        )
-    if shard % asked.expert:
-        raise PlanError(f"mesh.expert {asked.expert} does not divide mesh.shard {shard}, whose ranks share the experts; choose a divisor")
-    stages = asked.stages or (1 if asked.schedule == "1f1b" else 2)
-    return asked.model_copy(update={"shard": shard, "stages": stages if asked.pipeline > 1 else 1})
-
-
-def _ranks(mesh: Mesh) -> int:
-    return mesh.replicate * (mesh.shard or 1) * mesh.context * mesh.tensor * mesh.pipeline
-
-
 def gib(count: int) -> str:
     """Bytes for a reader: `12.3 GiB`."""
     return f"{count / 2**30:.2f} GiB"
@@ -328,6 +299,15 @@ def _rules(recipe: Recipe, site: Site, architecture: Architecture) -> dict[str, 
         chosen["newton_schulz"] = ("fused", "symmetric products or the Gram form, whichever has fewer FLOPs")
     elif (recipe.optim.master, recipe.optim.moments) == ("fp32", "fp32"):
         chosen["adamw"] = ("foreach", "torch's own fused update")
+    if architecture.experts:
+        size = 2 if recipe.train.precision == "bf16" else 4
+        why = "torch's grouped product, which reads the counts on the device"
+        if odd := [n for n in (architecture.hidden, architecture.expert_width) if n * size % 16]:
+            why = f"plain torch: rows of {odd[0]} elements are not multiples of 16 bytes, as torch's grouped product needs them"
+        chosen |= dict.fromkeys(("moe", "experts"), ("reference" if odd else "grouped", why))
+    if architecture.experts and recipe.mesh.expert > 1:
+        reads = "no count is read" if recipe.mesh.dispatch == "gather" else "counts are read on the host once per layer and forward"
+        chosen["moe"] = (chosen["moe"][0], f"mesh.dispatch {recipe.mesh.dispatch} between ranks, which runs `experts` on each: {reads}")
     chosen["linear_cross_entropy"] = ("fused" if gpu else "chunked", "never holds all logits")
     soft = architecture.attention_softcap is not None
     if compiled:

@@ -8,18 +8,24 @@ from gigatrain.checkpoint import Checkpoints, fill
 from gigatrain.data.loader import Batch, Microbatch
 from gigatrain.engines.native import Native
 from gigatrain.errors import PlanError, RecipeError
+from gigatrain.kernels.ops import available
 from gigatrain.models.decoder import Decoder, decays
 from gigatrain.optim.adamw import AdamW
+from gigatrain.parallel.mesh import alone
 from gigatrain.planning.plan import Choice, plan
 
 VOCAB, T = 320, 16
 
 
 def engine(tiny, *overrides):
-    chosen = plan(load.recipe(tiny, overrides), load.site("laptop"))
-    model = Decoder(chosen.architecture, dropout=chosen.dropout)
-    model.init_weights(0.2, False, seed=5)
-    return Native(chosen, model)
+    wide = ("model.init.std=0.2", "model.init.scale_residual=false", "train.seed=5")
+    return started(plan(load.recipe(tiny, (*wide, *overrides)), load.site("laptop")))
+
+
+def started(chosen):
+    """The engine over the references of the model's operations, so that it alone is compared with plain torch."""
+    plain = tuple(choice.model_copy(update={"kernel": "reference"}) if choice.op in available() else choice for choice in chosen.kernels)
+    return Native(chosen.model_copy(update={"kernels": plain}), alone(), torch.device("cpu"))
 
 
 def rows(count, seed=0, ignored=0.0):
@@ -45,7 +51,18 @@ def cut(whole, *sizes):
 
 
 def weights(found):
-    return {name: tensor.clone() for name, tensor in found.state()["weights"].items()}
+    return {name: piece.tensor.clone() for name, piece in found.state()["weights"].items()}
+
+
+def tensors(found, group):
+    return {name: piece.tensor for name, piece in found.state()[group].items()}
+
+
+def stepping(found, parts, rate=1.0):
+    """`(sum of cross entropies, norm)` of one step."""
+    found.forward_backward(parts)
+    update = found.step(rate)
+    return update.nats, update.grad_norm
 
 
 def worst(a, b):
@@ -62,9 +79,8 @@ def test_microbatches_of_unequal_length_give_the_update_of_one_big_batch(tiny, s
     whole.labels[5, 3] = 7
     one, many = engine(tiny, f"optim.name={optim}"), engine(tiny, f"optim.name={optim}")
     for _ in range(3 if optim == "adamw" else 1):  # Muon's iteration rounds to bf16, so its second step starts from other weights
-        loss_one, loss_many = one.forward_backward(batch(whole)), many.forward_backward(batch(*cut(whole, *sizes)))
+        (loss_one, norm_one), (loss_many, norm_many) = stepping(one, batch(whole)), stepping(many, batch(*cut(whole, *sizes)))
         torch.testing.assert_close(loss_one, loss_many, rtol=1e-6, atol=0)
-        norm_one, norm_many = one.step(1.0), many.step(1.0)
         torch.testing.assert_close(norm_one, norm_many, rtol=1e-5, atol=0)
     # An entry of Muon's update is at most 1.2 lr; a rounding that flips in bf16 (2^-8) moves it by a few such ulps.
     assert worst(weights(one), weights(many)) < (2e-6 if optim == "adamw" else 4 * 1.2 * 0.02 * 2**-8)
@@ -82,7 +98,7 @@ def test_updates_are_those_of_torch_adamw(tiny):
     for seed in range(5):
         part = rows(4, seed, ignored=0.2)
         found.forward_backward(batch(part))
-        norm = found.step(1.0)
+        norm = found.step(1.0).grad_norm
         logits = model.logits(part.tokens)
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), part.labels.flatten()).backward()
         expected = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -115,10 +131,10 @@ def test_bf16_keeps_what_is_below_an_ulp_in_the_master_weights(tiny):
         found.forward_backward(batch(rows(2, seed)))
         found.step(1.0)
     name = "model.layers.0.self_attn.q_proj.weight"
-    moved = (found.state()["weights"][name] - start[name]).abs()
+    moved = (tensors(found, "weights")[name] - start[name]).abs()
     assert moved.median() > 2e-6
     assert (found.parameters[name] == rounded[name]).float().mean() > 0.9  # a bf16 weight alone would have lost those updates
-    torch.testing.assert_close(found.parameters[name], found.state()["weights"][name].bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(found.parameters[name], tensors(found, "weights")[name].bfloat16(), rtol=0, atol=0)
 
 
 def test_bf16_sums_gradients_of_microbatches_in_fp32(tiny):
@@ -141,27 +157,27 @@ def test_a_non_finite_step_reaches_nothing_and_is_counted(tiny, precision, optim
     found = engine(tiny, f"train.precision={precision}", f"optim.name={optim}")
     found.forward_backward(batch(rows(2)))
     found.step(1.0)
-    before = {group: {n: t.clone() for n, t in named.items()} for group, named in found.state().items()}
+    before = {group: {n: p.tensor.clone() for n, p in named.items()} for group, named in found.state().items()}
     clean = rows(2, 1)
     name = "model.layers.1.mlp.up_proj.weight"
     kept = found.parameters[name].data.clone()
     found.parameters[name].data[0, 0] = poison  # as a flipped exponent bit would
     found.forward_backward(batch(clean))
     found.parameters[name].data.copy_(kept)
-    norm = found.step(1.0)
+    norm = found.step(1.0).grad_norm
     assert not torch.isfinite(norm)
     after = found.state()
     for tensor_name, tensor in before["weights"].items():
-        assert torch.equal(tensor, after["weights"][tensor_name])
+        assert torch.equal(tensor, after["weights"][tensor_name].tensor)
     for tensor_name, tensor in before["optimizer"].items():
         if tensor_name not in ("bad", "steps"):
-            assert torch.equal(tensor, after["optimizer"][tensor_name])
+            assert torch.equal(tensor, after["optimizer"][tensor_name].tensor)
     assert found.bad.tolist() == [1, 1, 1, 1]  # one in all, one in a row, and it was update 1
     found.forward_backward(batch(clean))
     found.step(1.0)
     assert found.bad.tolist() == [1, 0, 1, 1]
-    assert all(torch.isfinite(tensor).all() for tensor in found.state()["weights"].values())
-    assert not torch.equal(before["weights"][name], found.state()["weights"][name])
+    assert all(torch.isfinite(tensor).all() for tensor in tensors(found, "weights").values())
+    assert not torch.equal(before["weights"][name], tensors(found, "weights")[name])
 
 
 def test_the_longest_row_of_refused_steps_names_its_first(tiny):
@@ -174,7 +190,9 @@ def test_the_longest_row_of_refused_steps_names_its_first(tiny):
 def test_z_loss_is_in_the_gradient_and_not_in_the_reported_loss(tiny):
     plain, with_z = engine(tiny), engine(tiny, "loss.z_loss=0.1")
     part = rows(2)
-    assert torch.equal(plain.forward_backward(batch(part)), with_z.forward_backward(batch(part)))
+    plain.forward_backward(batch(part))
+    with_z.forward_backward(batch(part))
+    assert torch.equal(plain._nats, with_z._nats)
     model = Decoder(plain.model.arch)
     model.load_state_dict({name: tensor.clone() for name, tensor in plain.model.state_dict().items()})
     logits = model.logits(part.tokens).double()
@@ -215,14 +233,14 @@ def test_restored_state_continues_bitwise(tiny):
             first.step(1.0)
         second = engine(tiny, f"train.precision={precision}", f"optim.name={optim}")
         for group, named in first.state().items():
-            for name, tensor in second.state()[group].items():
-                tensor.copy_(named[name])
+            for name, piece in second.state()[group].items():
+                piece.tensor.copy_(named[name].tensor)
         second.restored()
         for seed in range(3, 6):
             for found in (first, second):
                 found.forward_backward(batch(rows(2, seed)))
                 found.step(0.5)
-        assert all(torch.equal(first.state()["weights"][name], tensor) for name, tensor in second.state()["weights"].items())
+        assert all(torch.equal(tensors(first, "weights")[name], tensor) for name, tensor in tensors(second, "weights").items())
         assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
 
 
@@ -231,7 +249,7 @@ def test_dropout_follows_from_seed_step_and_microbatch_alone(tiny):
         found = engine(tiny, "train.dropout=0.3", *overrides)
         whole = rows(4)
         parts = batch(*cut(whole, *(4 // microbatches,) * microbatches))
-        return [(float(found.forward_backward(parts)), float(found.step(0.0)))[0] for _ in range(2)]
+        return [float(stepping(found, parts, 0.0)[0]) for _ in range(2)]
 
     first = losses("train.microbatch=2")
     assert first == losses("train.microbatch=2")
@@ -269,8 +287,7 @@ def stepped(found, seeds, rate=1.0):
     losses = []
     for seed in seeds:
         part = rows(4, seed % 4)
-        losses.append(float(found.forward_backward(batch(part))))
-        found.step(rate)
+        losses.append(float(stepping(found, batch(part), rate)[0]))
     return losses
 
 
@@ -313,13 +330,13 @@ def test_a_checkpoint_of_narrow_states_continues_bitwise(tiny, tmp_path, master,
     saves.save(3, first.state(), {})
     stepped(second, range(2), 0.5)  # what the load replaces
     live = second.state()
-    assert all(tensor.dtype == torch.float32 for tensor in live["weights"].values())
+    assert all(piece.tensor.dtype == torch.float32 for piece in live["weights"].values())
     fill(saves.latest()[0], live)
     second.restored()
     for found in (first, second):
         stepped(found, range(3, 6), 0.5)
     for group, named in first.state().items():
-        assert all(torch.equal(tensor, second.state()[group][name]) for name, tensor in named.items())
+        assert all(torch.equal(piece.tensor, second.state()[group][name].tensor) for name, piece in named.items())
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
     plain = engine(tiny, "train.precision=bf16", f"optim.name={optim}")
     fill(saves.latest()[0], plain.state())
@@ -332,7 +349,8 @@ def test_saving_changes_nothing_and_its_copies_are_gone_with_the_next_step(tiny)
     for seed in range(4):
         stepped(other, [seed])
         state = saving.state()
-        assert state["weights"]["model.norm.weight"].data_ptr() == saving.state()["weights"]["model.norm.weight"].data_ptr()
+        name = "model.norm.weight"
+        assert state["weights"][name].tensor.data_ptr() == saving.state()["weights"][name].tensor.data_ptr()
         stepped(saving, [seed])
         assert all(isinstance(group, AdamW) and group._taken is None for group in saving.groups)
     assert worst(weights(saving), weights(other)) == 0
@@ -345,7 +363,7 @@ def test_a_non_finite_step_reaches_nothing_in_the_lean_form(tiny, poison):
     before = [tensor.clone() for bucket in buckets(found) for tensor in vars(bucket).values() if tensor is not None]
     found.forward_backward(batch(rows(2, 1)))
     found.groups[0].grads.buffer[3] = poison
-    assert not torch.isfinite(found.step(1.0))
+    assert not torch.isfinite(found.step(1.0).grad_norm)
     after = [tensor for bucket in buckets(found) for tensor in vars(bucket).values() if tensor is not None]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert found.bad.tolist() == [1, 1, 1, 2]
@@ -355,13 +373,11 @@ def test_the_fused_kernels_train_as_plain_torch_does(tiny):
     for overrides in (LEAN, ["train.precision=bf16"], ["train.precision=fp32"]):
         losses = {}
         for version in ("reference", "fused"):
-            chosen = plan(load.recipe(tiny, overrides), load.site("laptop"))
+            chosen = plan(load.recipe(tiny, ["model.init.std=0.2", *overrides]), load.site("laptop"))
             kept = tuple(choice for choice in chosen.kernels if choice.op not in ("adamw", "grad_norm"))
             ours = tuple(Choice(op=op, kernel=version, why="test") for op in ("adamw", "grad_norm"))
             chosen = chosen.model_copy(update={"kernels": kept + ours})
-            model = Decoder(chosen.architecture)
-            model.init_weights(0.2, False, seed=5)
-            found = Native(chosen, model)
+            found = started(chosen)
             losses[version] = stepped(found, range(4))
             assert {bucket.copy is None for bucket in buckets(found)} == {overrides != ["train.precision=bf16"]}
             assert found._rounded == []
@@ -379,7 +395,7 @@ def test_no_form_reads_a_tensor_within_a_step(tiny, monkeypatch, master, moments
 
     for name in ("item", "tolist", "cpu", "nonzero", "numpy", "__bool__", "__float__", "__int__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, read)
-    norm = found.step(1.0)
+    norm = found.step(1.0).grad_norm
     monkeypatch.undo()
     assert torch.isfinite(norm)
 

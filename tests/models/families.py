@@ -118,6 +118,24 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3", {"sliding_window": None}),
     "arcee": ("Arcee", {"rope_parameters": YARN}),
     "arcee-biases": ("Arcee", {"attention_bias": True, "mlp_bias": True, "head_dim": 10}),
+    "mixtral": ("Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "mixtral-window": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 3, "sliding_window": 5, "tie_word_embeddings": True}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True, "head_dim": 16},
+    ),
+    "qwen3-moe-mixed": (
+        "Qwen3Moe",
+        {
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "decoder_sparse_step": 2,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+        },
+    ),
     "phi3-window": ("Phi3", {"sliding_window": 5, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64}),
     "phi3-short": ("Phi3", {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 32, "rope_parameters": LONG}),
     "phi3-long": ("Phi3", {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 8, "rope_parameters": LONG}),
@@ -140,7 +158,7 @@ def build(name: str, seed: int = 0, **kwargs: Any) -> Any:
 
 
 class wide_norms:
-    """Runs transformers' explicit fp32 casts in fp64: for the duration, `torch.float32` and `.float()` mean fp64 in norms and softmax.
+    """Runs transformers' explicit fp32 casts in fp64: for the duration, `torch.float32` and `.float()` mean fp64 in norms, routers and softmax.
 
     Rotary tables are excepted: their fp32 rounding is part of the released models, ours included.
     """
@@ -150,16 +168,17 @@ class wide_norms:
         self.hooks: list[Any] = []
 
     def __enter__(self) -> None:
-        self.kept = (torch.float32, torch.Tensor.float)
+        self.kept = (torch.float32, torch.float, torch.Tensor.float)
+        self.model.config._experts_implementation = "eager"  # torch's grouped product takes no fp64
 
         def widen(*_: Any) -> None:
-            torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double  # type: ignore[misc,assignment]
+            torch.float32, torch.float, torch.Tensor.float = torch.float64, torch.float64, torch.Tensor.double  # type: ignore[misc,assignment]
 
         def narrow(*_: Any) -> None:
-            torch.float32, torch.Tensor.float = self.kept  # type: ignore[misc,assignment]
+            torch.float32, torch.float, torch.Tensor.float = self.kept  # type: ignore[misc,assignment]
 
         for name, module in self.model.named_modules():
-            if name.endswith(("norm", "layernorm")) or type(module).__name__.endswith("Attention"):
+            if name.endswith(("norm", "layernorm")) or type(module).__name__.endswith(("Attention", "Router")):
                 self.hooks += [module.register_forward_pre_hook(widen), module.register_forward_hook(narrow)]
         # inner norms of attention narrow too early for its softmax: widen again after them
         for name, module in self.model.named_modules():
@@ -167,6 +186,6 @@ class wide_norms:
                 self.hooks.append(module.register_forward_hook(widen))
 
     def __exit__(self, *_: Any) -> None:
-        torch.float32, torch.Tensor.float = self.kept  # type: ignore[misc,assignment]
+        torch.float32, torch.float, torch.Tensor.float = self.kept  # type: ignore[misc,assignment]
         for hook in self.hooks:
             hook.remove()

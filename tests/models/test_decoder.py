@@ -19,6 +19,8 @@ from gigatrain.models.decoder import LAYOUT, Decoder, decays, kind_of
 FAST = choose({op: [name for name in names if name != "fused"][-1] for op, names in available().items()})
 FUSED = choose({"attention": "sdpa", "linear_cross_entropy": "chunked"})
 
+MIXTURE: dict[str, Any] = {"family": "qwen3_moe", "experts": 6, "experts_per_token": 2, "expert_intermediate": 16}
+
 
 def tiny(family: str = "llama", **numbers: Any) -> Architecture:
     sizes = {"vocab": 41, "hidden": 24, "layers": 2, "heads": 3, "intermediate": 40, "head_dim": 8, "kv_heads": 1}
@@ -147,7 +149,7 @@ def test_packed_documents_equal_documents_apart(name: str, ops: Ops) -> None:
 
 
 @pytest.mark.parametrize("ops", [REFERENCE, FUSED, FAST], ids=["reference", "fused", "fast"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "olmo2", "granite", "apertus"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "olmo2", "granite", "apertus", "qwen3-moe"])
 def test_recomputation_changes_nothing(name: str, ops: Ops) -> None:
     model = build(name)
     tokens, labels = batch(model.config.vocab_size)
@@ -198,8 +200,9 @@ def test_is_built_on_meta_and_filled_later() -> None:
     assert not list(decoder.buffers())
 
 
-def test_a_forward_on_meta_gives_shapes() -> None:
-    arch = tiny()
+@pytest.mark.parametrize("numbers", [{}, MIXTURE], ids=["dense", "experts"])
+def test_a_forward_on_meta_gives_shapes(numbers: dict[str, Any]) -> None:
+    arch = tiny(**numbers)
     with torch.device("meta"):
         decoder = Decoder(arch, FUSED)
         hidden = decoder(torch.empty(2, 9, dtype=torch.int64))
@@ -217,6 +220,17 @@ def test_initial_weights_depend_on_seed_and_name_only() -> None:
     other = Decoder(small.arch)
     other.init_weights(0.02, False, 4)
     assert not torch.equal(other.lm_head.weight, small.lm_head.weight)
+
+
+def test_an_expert_starts_from_its_own_seed_whatever_the_others() -> None:
+    few, many = (Decoder(tiny(**MIXTURE | {"experts": n})) for n in (4, 6))
+    for decoder in (few, many):
+        decoder.init_weights(0.02, True, 3)
+    for name in ("gate_up_proj", "down_proj"):
+        key = f"model.layers.1.mlp.experts.{name}"
+        assert torch.equal(few.state_dict()[key], many.state_dict()[key][:4])
+        assert many.state_dict()[key].flatten(1).std(1).sub(0.02 / (2 if name == "down_proj" else 1)).abs().max() < 0.003
+        assert not torch.equal(many.state_dict()[key][0], many.state_dict()[key][1])
 
 
 def test_initial_weights_have_the_spread_asked_for() -> None:
@@ -244,8 +258,10 @@ def test_every_parameter_is_of_one_kind_and_cut_one_way(name: str) -> None:
     for key, parameter in decoder.named_parameters():
         kind = kind_of(key)
         assert (kind in ("norm", "bias", "scalar")) == (parameter.dim() == 1), key
-        assert decays(key) == (kind == "matrix")
-        assert decays(key, embeddings=True) == (parameter.dim() == 2)
+        assert (kind == "expert") == (parameter.dim() == 3), key
+        assert (kind == "router") == key.endswith("mlp.gate.weight"), key
+        assert decays(key) == (kind in ("matrix", "expert", "router"))
+        assert decays(key, embeddings=True) == (parameter.dim() >= 2)
         module = key.rpartition(".")[0]
         assert (sum(module.endswith(suffix) for suffix in LAYOUT) == 1) == (kind in ("embed", "head", "matrix", "bias")), key
 
@@ -291,10 +307,10 @@ def test_the_loss_is_that_of_the_logits() -> None:
     torch.testing.assert_close(loss, expected + 0.01 * lse.square().sum(), rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "apertus"])
-def test_flops_per_token_are_those_torch_counts(family: str) -> None:
+@pytest.mark.parametrize("numbers", [{}, {"family": "qwen3"}, {"family": "apertus"}, MIXTURE, MIXTURE | {"moe_layers": (True, False)}])
+def test_flops_per_token_are_those_torch_counts(numbers: dict[str, Any]) -> None:
     """With one token a sample, where a causal half and a whole are the same."""
-    decoder = fresh(tiny(family), REFERENCE)
+    decoder = fresh(tiny(**numbers), REFERENCE)
     tokens, labels = batch(decoder.arch.vocab, rows=6, tokens=1)
     with FlopCounterMode(display=False) as counter:
         decoder.loss(tokens, labels)[0].backward()

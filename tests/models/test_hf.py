@@ -65,7 +65,7 @@ def test_reads_and_writes_what_transformers_does(name: str, tmp_path: Path) -> N
         assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "apertus", "phi3", "olmo2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "apertus", "phi3", "olmo2", "mixtral", "qwen3-moe-mixed"])
 def test_names_there_and_back(name: str) -> None:
     decoder = Decoder(from_hf_config(build(name).config.to_dict()))
     decoder.init_weights(0.02, False, 0)
@@ -75,7 +75,7 @@ def test_names_there_and_back(name: str) -> None:
     assert all(torch.equal(back[key], state[key]) for key in state)
 
 
-@pytest.mark.parametrize("name", ["llama-tied-mha", "phi3", "apertus"])
+@pytest.mark.parametrize("name", ["llama-tied-mha", "phi3", "apertus", "mixtral"])
 def test_shards_hold_the_same(name: str, tmp_path: Path) -> None:
     decoder = Decoder(from_hf_config(build(name).config.to_dict()))
     decoder.init_weights(0.02, False, 0)
@@ -135,6 +135,23 @@ def test_refuses_a_missing_tensor(llama) -> None:
     rewrite(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
         hf.load_weights(decoder, folder)
+
+
+def test_refuses_a_missing_and_an_unexpected_expert(tmp_path: Path) -> None:
+    decoder = Decoder(from_hf_config(build("qwen3-moe").config.to_dict()))
+    decoder.init_weights(0.02, False, 0)
+    export(decoder, tmp_path)
+    rewrite(tmp_path, lambda t: t.update({"model.layers.0.mlp.experts.8.up_proj.weight": torch.zeros(24, 48)}))
+    with pytest.raises(CheckpointError, match=r"holds model\.layers\.0\.mlp\.experts\.8\.up_proj\.weight, for which a qwen3_moe"):
+        hf.load_weights(decoder, tmp_path)
+    gone = "model.layers.1.mlp.experts.3.gate_proj.weight"
+    rewrite(tmp_path, lambda t: (t.pop("model.layers.0.mlp.experts.8.up_proj.weight"), t.pop(gone)))
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.experts\.3\.gate_proj\.weight"):
+        hf.load_weights(decoder, tmp_path)
+    state = hf.to_hf(decoder.state_dict(), decoder.arch)
+    del state[gone]
+    with pytest.raises(CheckpointError, match=r"the state lacks experts of model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+        hf.from_hf(state, decoder.arch)
 
 
 def test_refuses_an_unexpected_tensor(llama) -> None:

@@ -16,6 +16,8 @@ CHOSEN = {
     "rope": "lean",
     "qk_norm_rope": "lean",
     "attention": "sdpa",
+    "moe": "grouped",
+    "experts": "grouped",
     "linear_cross_entropy": "chunked",
 }
 FAMILIES = [
@@ -25,6 +27,9 @@ FAMILIES = [
     {"family": "olmo2"},
     {"family": "apertus"},
     {"family": "arcee"},
+    {"family": "mixtral", "experts": 8, "experts_per_token": 3},
+    {"family": "qwen3_moe", "experts": 4, "experts_per_token": 2, "expert_intermediate": 24},
+    {"family": "qwen3_moe", "experts": 5, "experts_per_token": 2, "moe_layers": (True, False)},
 ]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gigatrain import load
-from gigatrain.observe.metrics import Clock, Metrics, percentile, versions
+from gigatrain.observe.metrics import Clock, Metrics, Update, percentile, versions
 from gigatrain.planning.plan import plan
 
 
@@ -26,30 +26,34 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def update(nats, targets, norm):
+    return Update(*(torch.tensor(float(number)) for number in (nats, targets, norm)))
+
+
 BAD = torch.tensor([0, 0, 0, -1])
 
 
 def test_a_window_is_the_mean_over_targets_not_over_steps(opened):
     make, path = opened
     with make() as metrics:
-        metrics.add(torch.tensor(30.0), torch.tensor(2.0), targets=10)
-        metrics.add(torch.tensor(900.0), torch.tensor(6.0), targets=90)
-        metrics.report(2, 256, 0.5, BAD)
-        metrics.add(torch.tensor(5.0), torch.tensor(1.0), targets=5)
-        metrics.report(3, 384, 1.0, BAD)
+        metrics.add(update(30.0, 10, 2.0))
+        metrics.add(update(900.0, 90, 6.0))
+        metrics.report(2, 0.5, BAD)
+        metrics.add(update(5.0, 5, 1.0))
+        metrics.report(3, 1.0, BAD)
     first, second = lines(path)
     assert (first["loss"], first["grad_norm"], first["grad_norm_max"], first["lr"]) == (9.3, 4.0, 6.0, 0.0015)
-    assert (second["loss"], second["grad_norm_max"], second["tokens"]) == (1.0, 1.0, 384)
+    assert (second["loss"], second["grad_norm_max"], second["tokens"]) == (1.0, 1.0, 105)
 
 
 def test_a_refused_step_is_left_out_and_a_window_of_them_has_no_loss(opened):
     make, path = opened
     with make() as metrics:
-        metrics.add(torch.tensor(float("nan")), torch.tensor(float("nan")), targets=10)
-        metrics.add(torch.tensor(20.0), torch.tensor(1.0), targets=10)
-        metrics.report(2, 256, 1.0, BAD)
-        metrics.add(torch.tensor(20.0), torch.tensor(float("inf")), targets=10)
-        assert metrics.report(3, 384, 1.0, torch.tensor([2, 1, 1, 0])) == [2, 1, 1, 0]
+        metrics.add(update(float("nan"), 10, float("nan")))
+        metrics.add(update(20.0, 10, 1.0))
+        metrics.report(2, 1.0, BAD)
+        metrics.add(update(20.0, 10, float("inf")))
+        assert metrics.report(3, 1.0, torch.tensor([2, 1, 1, 0])) == [2, 1, 1, 0]
     first, second = lines(path)
     assert (first["loss"], first["grad_norm"]) == (2.0, 1.0)
     assert (second["loss"], second["grad_norm"], second["bad_steps"]) == (None, None, 2)
@@ -66,15 +70,15 @@ def test_a_resume_forgets_later_windows_and_half_lines(opened):
 def test_an_open_window_survives_a_resume(opened):
     make, path = opened
     with make() as metrics:
-        metrics.add(torch.tensor(30.1), torch.tensor(2.0), targets=10)
+        metrics.add(update(30.1, 10, 2.0))
         state = json.loads(json.dumps(metrics.state()))
-        metrics.add(torch.tensor(10.2), torch.tensor(3.0), targets=10)
-        metrics.report(2, 256, 1.0, BAD)
+        metrics.add(update(10.2, 10, 3.0))
+        metrics.report(2, 1.0, BAD)
     undisturbed = lines(path)
     with make() as metrics:
         metrics.load(state)
-        metrics.add(torch.tensor(10.2), torch.tensor(3.0), targets=10)
-        metrics.report(2, 256, 1.0, BAD)
+        metrics.add(update(10.2, 10, 3.0))
+        metrics.report(2, 1.0, BAD)
     timings = {"tokens_per_s", "step_s"}
     assert [{k: v for k, v in line.items() if k not in timings} for line in lines(path)] == [
         {k: v for k, v in line.items() if k not in timings} for line in undisturbed

@@ -132,19 +132,18 @@ def test_exact_memory_is_that_of_the_engine():
     import torch
 
     from gigatrain.engines.native import Native
-    from gigatrain.models.decoder import Decoder
+    from gigatrain.parallel.mesh import alone
 
     for precision, name in (("bf16", "muon"), ("fp32", "adamw"), ("bf16", "adamw")):
         found = made(f"train.precision={precision}", f"optim.name={name}", "model.architecture.layers=1", "model.architecture.hidden=96")
-        model = Decoder(found.architecture)
-        model.init_weights(0.02, True, 0)
-        engine = Native(found, model)
+        engine = Native(found, alone(), torch.device("cpu"))
+        model = engine.model
         size = {"weights": 0, "optimizer": 0}
         for parameter in model.parameters():
             size["weights"] += parameter.numel() * parameter.element_size()
-        size["optimizer"] = sum(t.numel() * 4 for n, t in engine.state()["optimizer"].items() if t.ndim) - 4 * 4
+        size["optimizer"] = sum(p.tensor.numel() * 4 for p in engine.state()["optimizer"].values() if p.tensor.ndim) - 4 * 4
         if precision == "bf16":
-            size["optimizer"] += sum(t.numel() * 4 for t in engine.state()["weights"].values())
+            size["optimizer"] += sum(p.tensor.numel() * 4 for p in engine.state()["weights"].values())
         assert found.memory.weights == size["weights"]
         tolerance = 2 * 4 * 96 * 10 if name == "muon" else 0  # norms have AdamW's moments too, counted as matrices
         assert abs(found.memory.optimizer - size["optimizer"]) <= tolerance

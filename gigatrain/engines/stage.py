@@ -1,0 +1,28 @@
+"""What one stage of a pipeline computes of one microbatch."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from gigatrain.data.loader import Microbatch
+from gigatrain.models.decoder import Decoder, added
+
+
+def compute(
+    module: nn.Module, part: Microbatch, carried: Tensor | None, seed: Tensor | None, *, positions: bool = True, **terms: Any
+) -> Any:
+    """The residual stream x_btd for the next stage, or `(loss_sum, ce_sum)` of the last; `terms` are the loss's, `positions` whether to give them.
+
+    The sum behind the last layer is made here, with the mask that the next stage's first layer would give it.
+    """
+    assert isinstance(module, Decoder)
+    before = None if carried is None else (None, carried)
+    at = part.positions if positions else None
+    if module.part.last:
+        return module.loss(part.tokens, part.labels, at, part.documents, seed=seed, carried=before, **terms)
+    delta, stream = module(part.tokens, at, part.documents, seed, before)
+    drop = None
+    if module.training and module.dropout:
+        assert seed is not None
+        drop = module.dropout, seed * (1 << 16) + 2 * module.part.layers.stop
+    return added(module.arch, module.ops, delta, stream, drop)

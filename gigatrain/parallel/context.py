@@ -1,0 +1,126 @@
+"""Context parallelism: the ranks of a `context` group hold different tokens of the same samples, and meet in attention only.
+
+    ring (arXiv:2310.01889, parallel/ring.py)    c steps; at each a rank attends to one rank's keys, while those of the next step are on their way
+    ulysses (arXiv:2309.14509, here)             one all-to-all gives every rank all tokens of h / c heads, attention is as on one rank, and another
+                                                 all-to-all gives the tokens back
+
+Legend: c ranks of the group; T tokens of a sample, t = T / c of them here; b samples, h query heads, k key heads, d channels, all as they are on this
+rank (tensor parallelism has cut h and k already); B bytes an element.
+
+All else in a layer is per token. So the ranks' losses add up to the loss, and their gradients of the weights to the gradients. For the ring, `cut` takes
+a sample's tokens so that all ranks work alike, else in order. It leaves a microbatch's documents whole, since every rank of the group has read them: masks
+need no communication.
+
+Ulysses. Each rank sends, per layer and sample, forward and again backward: (c - 1) / c of t (h + 2 k') d B bytes, and of t h d B, where k' = lcm(k, c):
+key heads are repeated until they divide. What is kept for the backward is that of attention over T tokens with h / c and k' / c heads.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, distributed
+
+from gigatrain.data.loader import Microbatch
+from gigatrain.kernels.attention import Mask
+from gigatrain.kernels.ops import Ops
+from gigatrain.parallel import ring
+from gigatrain.parallel.mesh import Mesh
+
+Exchange = Literal["ring", "ulysses"]
+
+
+def cut(microbatch: Microbatch, mesh: Mesh, exchange: Exchange) -> Microbatch:
+    """This rank's tokens of every sample, with their labels and their positions, which the decoder must be given; documents stay whole."""
+    if mesh.size("context") == 1:
+        return microbatch
+    pieces = chunks(microbatch.tokens.shape[1], mesh.index("context"), mesh.size("context"), exchange)
+    mine = {name: torch.cat([getattr(microbatch, name)[:, piece] for piece in pieces], 1) for name in ("tokens", "labels", "positions")}
+    return replace(microbatch, **mine)
+
+
+def chunks(tokens: int, index: int, ranks: int, exchange: Exchange) -> list[slice]:
+    """Which tokens of a sample rank `index` of a group has, in its order."""
+    if exchange == "ring":
+        return ring.zigzag(tokens, index, ranks)
+    assert tokens % ranks == 0, f"the plan refuses {tokens} tokens on {ranks} ranks"
+    return [slice(index * (tokens // ranks), (index + 1) * (tokens // ranks))]
+
+
+def ops(chosen: Ops, mesh: Mesh, exchange: Exchange) -> Ops:
+    """`chosen` for tokens as `cut` leaves them: attention and its mask see the whole sample, and ranks drop out different elements.
+
+    The mask is called with the rank's count of tokens and the whole sample's documents. The ring has its own attention; Ulysses calls the chosen one.
+    """
+    group = mesh.group("context")
+    if group is None:
+        return chosen
+    found = _ring(group) if exchange == "ring" else _ulysses(chosen, group)
+    # Odd, so that no two ranks' seeds are equal; large, so that none is another microbatch's, which are neighbours.
+    apart = (mesh.index("context") * 0x9E3779B97F4A7C15 + (1 << 63)) % (1 << 64) - (1 << 63)
+
+    def dropout_add(x: Tensor, residual: Tensor, p: float, seed: Tensor, offset: int = 0) -> Tensor:
+        return chosen.dropout_add(x, residual, p, seed + apart, offset)
+
+    return replace(chosen, **found, dropout_add=dropout_add)
+
+
+def _checked(documents: Tensor | None, window: int | None, tokens: int) -> int | None:
+    """The window, if it hides anything of samples of `tokens` tokens."""
+    assert documents is None or documents.shape[1] == tokens, "documents are those of the whole sample"
+    return None if window is None or window >= tokens else window
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all of equal parts along dim 0, whose gradient is another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return _all_to_all(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _all_to_all(grad, ctx.group), None
+
+
+def _all_to_all(x: Tensor, group: str) -> Tensor:
+    calls, parts = torch.ops._c10d_functional, [1] * x.shape[0]
+    return calls.wait_tensor(calls.all_to_all_single(x.contiguous(), parts, parts, group))
+
+
+def _ulysses(chosen: Ops, group: distributed.ProcessGroup) -> dict[str, Callable[..., Any]]:
+    ranks, name = group.size(), group.group_name
+
+    def mask(documents: Tensor | None, window: int | None, tokens: int, dtype: torch.dtype, device: torch.device) -> Any:
+        return chosen.mask(documents, _checked(documents, window, tokens * ranks), tokens * ranks, dtype, device)
+
+    def attention(q_bthd: Tensor, k_btkd: Tensor, v_btkd: Tensor, mask: Any, *, scale: float, softcap: float | None = None) -> Tensor:
+        keys = k_btkd.shape[2]
+        if copies := math.lcm(keys, ranks) // keys - 1:
+            k_btkd, v_btkd = (x.repeat_interleave(copies + 1, 2) for x in (k_btkd, v_btkd))
+        parts = [x.unflatten(2, (ranks, -1)) for x in (q_bthd, k_btkd, v_btkd)]
+        sent = torch.cat(parts, 3)  # [b, t, c, heads of one rank, d]: queries, keys and values of consecutive heads, which belong together
+        got = _Exchange.apply(sent.permute(2, 0, 1, 3, 4), name)
+        assert isinstance(got, Tensor)
+        q, k, v = got.transpose(0, 1).flatten(1, 2).split([part.shape[3] for part in parts], 2)
+        out = chosen.attention(q, k, v, mask, scale=scale, softcap=softcap)
+        back = _Exchange.apply(out.unflatten(1, (ranks, -1)).transpose(0, 1), name)  # [c, b, t, h / c, d]
+        assert isinstance(back, Tensor)
+        return back.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    return {"mask": mask, "attention": attention}
+
+
+def _ring(group: distributed.ProcessGroup) -> dict[str, Callable[..., Any]]:
+    ranks, name = group.size(), group.group_name
+
+    def mask(documents: Tensor | None, window: int | None, tokens: int, dtype: torch.dtype, device: torch.device) -> Mask:
+        return Mask(documents, _checked(documents, window, tokens * ranks))
+
+    def attention(q_bthd: Tensor, k_btkd: Tensor, v_btkd: Tensor, mask: Mask, *, scale: float, softcap: float | None = None) -> Tensor:
+        return ring.attention(q_bthd, k_btkd, v_btkd, mask.documents_bt, mask.window, scale, softcap, name)[0]
+
+    return {"mask": mask, "attention": attention}
