@@ -72,6 +72,7 @@ class Foreign(_Numbers):
     saved: tuple[float, float] = Field(
         description="Elements that one layer keeps for its backward, per token: a constant, and what is multiplied by the tokens of a sample."
     )
+    wide: Count = Field(description="Parameters that transformers keeps in fp32 whatever the rest is: with any, a run in bf16 is refused.")
 
     @property
     def isolates(self) -> bool:

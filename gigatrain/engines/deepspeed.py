@@ -33,12 +33,13 @@ import torch
 from torch import Tensor, distributed, nn
 
 from gigatrain.data.loader import Batch, Microbatch
-from gigatrain.engines import Update
 from gigatrain.errors import RunError
 from gigatrain.kernels import adamw, ops
 from gigatrain.kernels.ops import OPERATIONS
 from gigatrain.models import hf
 from gigatrain.models.decoder import Decoder, decays, initial
+from gigatrain.observe.metrics import Update
+from gigatrain.observe.trace import OFF
 from gigatrain.parallel import context
 from gigatrain.parallel.mesh import DATA, Mesh
 from gigatrain.parallel.places import Piece, Place, State
@@ -55,7 +56,7 @@ class DeepSpeed:
         assert mesh.size("tensor", "pipeline", "expert", "replicate") == 1 and plan.optim.name == "adamw", (
             "the plan refuses what ZeRO lacks"
         )
-        self.plan, self.mesh, self.device = plan, mesh, device
+        self.plan, self.mesh, self.device, self.trace = plan, mesh, device, OFF
         kernels = {choice.op: choice.kernel for choice in plan.kernels}
         self._norm = OPERATIONS["grad_norm"].versions[kernels["grad_norm"]]
         with _contained(mesh, device):
@@ -131,6 +132,7 @@ class DeepSpeed:
             work = distributed.all_reduce(self._targets, group=group, async_op=True)  # behind the first forward
         share: Tensor | None = None
         for index, part in enumerate(batch.microbatches):
+            self.trace.mark("forward")
             self._engine.set_gradient_accumulation_boundary(index == len(batch.microbatches) - 1)
             loss, cross_entropy = self._loss(part, **self._terms, seed=self._seed(index))
             if share is None:
@@ -138,6 +140,7 @@ class DeepSpeed:
                     work.wait()
                 share = (1.0 / self._targets.clamp(min=1.0)).to(loss.dtype)
             loss = loss * share
+            self.trace.mark("backward")
             self._engine.backward(loss * self.mesh.count, scale_wrt_gas=False)
             self._nats += cross_entropy
             self.loss += loss.detach()
@@ -157,11 +160,14 @@ class DeepSpeed:
     def step(self, rate: float) -> Update:
         """One update of every partition, or, where loss or gradient is not finite on any rank, of none: decided on the device."""
         self._taken = None
+        self.trace.mark("reduce")
         norm, scale, skip = self._judge()
+        self.trace.mark("optimizer")
         self.flat.judge(rate, scale.to(self._home), skip.to(self._home))
         self._engine.step()
         assert self._engine.was_step_applied(), "DeepSpeed refused what it was not asked to judge"
         self._count(skip == 0)
+        self.trace.mark("rest")
         return Update(self._nats, self._targets, norm)
 
     def _judge(self) -> tuple[Tensor, Tensor, Tensor]:

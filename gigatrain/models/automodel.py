@@ -88,6 +88,8 @@ class Auto(nn.Module):
         self.ops, self.dtype = ops, dtype
         self.model = build(config, dtype)
         self.config = self.model.config
+        if dtype != torch.float32 and (names := wide(self.model)):
+            raise PlanError(f'model.from: {self.config.model_type} keeps {names[0]} in fp32; set train.precision = "fp32"')
         self._lists = layer_lists(self.model)
         self._kinds = _kinds(self.model, self.layers)
         _refuse_shared(self.model, self.layers)
@@ -302,6 +304,11 @@ def build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:
                 raise PlanError(f"model.from: {type(module).__name__} of {kind} keeps the tensor {name} where a change of device loses it")
+    initialize(model, model)  # of weights on meta nothing; of tables what `from_pretrained` makes of them outside of `dtype`
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and _wide(model, name):
+            owner, leaf = owner_of(model, name)
+            owner._buffers[leaf] = buffer.float()
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
     model.train()
@@ -322,6 +329,24 @@ def silence(part: Any) -> None:
             setattr(part, name, 0.0)
     if isinstance(part, nn.modules.dropout._DropoutNd):
         part.p = 0.0
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, model: Any) -> None:
+    """The model's own initialisation of a module and all below it, children first."""
+    for child in module.children():
+        initialize(child, child if hasattr(child, "_init_weights") else model)
+    model._init_weights(module)
+
+
+def _wide(model: Any, name: str) -> bool:
+    """Whether transformers keeps a tensor in fp32 whatever the rest is."""
+    return any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in model._keep_in_fp32_modules_strict or ())
+
+
+def wide(model: Any) -> list[str]:
+    """Parameters that transformers keeps in fp32, which we cannot in a run in bf16."""
+    return [name for name, _ in model.named_parameters() if _wide(model, name)]
 
 
 @contextlib.contextmanager

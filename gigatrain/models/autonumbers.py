@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gigatrain.foreign import Attention, Foreign
-from gigatrain.models.automodel import Auto, plain
+from gigatrain.models.automodel import Auto, plain, wide
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_top_k", "top_k_experts")
@@ -58,6 +58,7 @@ def numbers(config: Mapping[str, Any]) -> Foreign:
         head=model.head,
         positions=n if isinstance(n := getattr(text, "max_position_embeddings", 0), int) else 0,
         saved=_saved(model),
+        wide=len(wide(inner)),
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gigatrain.errors import CheckpointError, PlanError
 from gigatrain.foreign import Foreign
 from gigatrain.models import hf
-from gigatrain.models.automodel import Auto, build, emptied, layer_lists, owner_of
+from gigatrain.models.automodel import Auto, build, emptied, initialize, layer_lists, owner_of
 
 
 def tensors(model: Auto, folder: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -137,7 +137,7 @@ def _drawn(unit: nn.Module, model: Any, names: Mapping[int, str], seed: str) -> 
         model.tie_weights()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little") >> 1)
-        _initialize(unit, model)
+        initialize(unit, model)
     for where, p in order:
         owner, leaf = owner_of(unit, where)
         drawn, name = cast(Tensor, owner._parameters[leaf]).detach(), wanted.pop(id(p), None)
@@ -147,11 +147,3 @@ def _drawn(unit: nn.Module, model: Any, names: Mapping[int, str], seed: str) -> 
         if drawn.isnan().any():
             raise PlanError(f"model.from: transformers has no first value for {name}; start from a folder with weights")
         yield name, drawn
-
-
-@torch.no_grad()
-def _initialize(module: nn.Module, model: Any) -> None:
-    """The model's own initialisation of a module and all below it, children first."""
-    for child in module.children():
-        _initialize(child, child if hasattr(child, "_init_weights") else model)
-    model._init_weights(module)

@@ -8,7 +8,7 @@ import torch
 from distributed import together
 from torch import Tensor
 
-from gigatrain import load
+from gigatrain import engines, load
 from gigatrain.data.loader import Batch, Microbatch
 from gigatrain.engines.native import Native
 from gigatrain.optim.muon import Muon
@@ -43,7 +43,7 @@ def trained(rank, recipe, overrides, ranks, steps=20):
     """Losses, norms and the whole final weights of a run of synthetic steps."""
     made = plan(load.recipe(recipe, overrides), load.site("laptop"), ranks)
     mesh = Mesh(made.mesh, rank) if ranks > 1 else alone()
-    engine = Native(made, mesh, torch.device("cpu"))
+    engine = engines.make(made, mesh, torch.device("cpu"), fresh=True)
     numbers = []
     for step in range(steps):
         engine.forward_backward(batch(made, step, *mesh.data))
@@ -118,6 +118,16 @@ def on(**axes):
         (4, (*MOE, *on(expert=2, dispatch="gather", replicate=2))),
         (4, (*MOE, *on(expert=2, tensor=2))),
         (4, (*MOE, *on(expert=2, pipeline=2))),
+        (2, ("engine.name=deepspeed", "engine.zero=1")),
+        (2, ("engine.name=deepspeed", "engine.zero=2")),
+        (2, ("engine.name=deepspeed", "engine.zero=3")),
+        (4, ("engine.name=deepspeed", "engine.zero=3", *UNTIED)),
+        (2, ("engine.name=deepspeed", "engine.zero=2", "engine.offload=true")),
+        (2, ("engine.name=deepspeed", "engine.zero=3", "engine.offload=true")),
+        (4, ("engine.name=deepspeed", "engine.zero=3", *on(context=2, exchange="ulysses"))),
+        (4, ("engine.name=deepspeed", "engine.zero=2", *on(context=2))),
+        (2, (*MOE, "engine.name=deepspeed", "engine.zero=2")),
+        (2, (*MOE, "engine.name=deepspeed", "engine.zero=3")),
         (2, ("optim.name=muon", "optim.muon_lr=1e-3")),
         (4, ("optim.name=muon", "optim.muon_lr=1e-3", *on(tensor=2))),
     ],

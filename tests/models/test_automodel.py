@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import safetensors
 import torch
 import transformers
 from distributed import together
@@ -212,6 +213,21 @@ def test_recomputed_layers_have_the_same_gradients(kind):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("kind", TINY)
+def test_in_bf16_buffers_are_those_of_transformers_and_the_checks_hold(kind, tmp_path):
+    model = theirs(config(kind))
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    auto = ours(model, config(kind), dtype=torch.bfloat16).to(torch.bfloat16)
+    wanted = dict(loaded.named_buffers())
+    for name, buffer in auto.model.named_buffers():
+        assert buffer.dtype == wanted[name].dtype, name
+        assert torch.equal(buffer, wanted[name]), name
+    tokens_bt, _ = drawn()
+    assert torch.equal(auto.logits(tokens_bt), loaded(input_ids=tokens_bt).logits)
+    auto.verify(documents=kind in foreign.ISOLATING, device=CPU)
+
+
 def test_kinds_and_decay():
     mamba, gpt2, mixtral = Auto(config("mamba")), Auto(config("gpt2")), Auto(MIXTRAL)
     assert [mamba.kind_of(f"backbone.layers.0.mixer.{n}") for n in ("A_log", "D", "conv1d.weight", "in_proj.weight", "dt_proj.bias")] == [
@@ -283,6 +299,10 @@ def test_an_export_is_loaded_by_transformers_and_by_us(kind, tmp_path):
     expected = auto.logits(tokens_bt)
     assert torch.equal(loaded.eval()(input_ids=tokens_bt).logits, expected)
     assert torch.equal(filled(tmp_path, json.loads((tmp_path / "config.json").read_text())).logits(tokens_bt), expected)
+    with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    if kind in ("gpt_neox", "mixtral"):  # as the released files have it
+        assert {"gpt_neox": "embed_out.weight", "mixtral": "model.layers.1.block_sparse_moe.experts.3.w2.weight"}[kind] in names
     if kind == "gpt2":  # dropout is off here, and as it was in what is written
         assert json.loads((tmp_path / "config.json").read_text())["resid_pdrop"] == 0.1
 
