@@ -15,7 +15,7 @@ Count = Annotated[int, Field(ge=0)]
 
 # Model types that see only their own document where positions begin anew within a row, as transformers' masks are made from positions; held by a test,
 # and by models/automodel.py's `verify` when a run starts. The others would mix documents, and have no way to be told.
-ISOLATING = frozenset(["gpt_neox", "phi", "starcoder2", "stablelm", "cohere", "nemotron", "olmo", "gemma", "glm", "glm4", "gpt2"])
+ISOLATING = frozenset(["gpt_neox", "phi", "starcoder2", "stablelm", "cohere", "nemotron", "olmo", "gemma", "glm", "glm4", "gpt2", "gptj"])
 # Keys of config.json and attributes of modules by which a forward draws random numbers, by their endings; they are set to 0, as torch's generator follows
 # neither seed nor mesh.
 RANDOM = ("dropout", "dropout_p", "dropout_prob", "dropout_rate", "pdrop", "layerdrop", "drop_path_rate", "jitter_noise")

@@ -290,9 +290,9 @@ def build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
         read = described.from_dict(plain(config) | {"use_cache": False})
     except Exception as failure:  # each config class checks in its own way
         raise RecipeError(f"model.from: transformers refuses this config.json of {kind!r}: {failure}") from None
-    for part in (read, *(getattr(read, name) for name in read.sub_configs)):
-        silence(part)
     try:
+        for part in (read, *(getattr(read, name) for name in read.sub_configs)):
+            silence(part)
         with _weights_on_meta():
             model: Any = transformers.AutoModelForCausalLM.from_config(read, dtype=dtype, trust_remote_code=False)
     except Exception as failure:
@@ -324,7 +324,7 @@ def plain(value: Any) -> Any:
 
 def silence(part: Any) -> None:
     """Sets to 0 what makes a config or a module draw random numbers."""
-    for name, value in list(vars(part).items()):
+    for name, value in list(getattr(part, "__dict__", {}).items()):
         if isinstance(value, float) and name.endswith(foreign.RANDOM):
             setattr(part, name, 0.0)
     if isinstance(part, nn.modules.dropout._DropoutNd):

@@ -1,6 +1,7 @@
 """Models of transformers that are not ours, tiny and random: equal to transformers itself, alone and sharded, drawn, read and written."""
 
 import json
+from typing import Any, cast
 
 import pytest
 import safetensors
@@ -193,7 +194,7 @@ def test_nothing_in_a_forward_is_random():
     auto = ours(theirs(given), given)
     assert auto.training
     assert error(auto.loss(*drawn())[0], auto.loss(*drawn())[0]) == 0.0
-    auto.layers[0].mlp.dropout.p = 0.5
+    cast(Any, auto.layers[0]).mlp.dropout.p = 0.5
     with pytest.raises(PlanError, match="draws random numbers"):
         auto.verify(documents=False, device=CPU)
 
@@ -292,7 +293,7 @@ def test_an_export_is_loaded_by_transformers_and_by_us(kind, tmp_path):
     auto = ours(model, given)
     state = {name: p.detach() for name, p in auto.named_parameters()} | auto.persistent()
     autoweights.save(state, autonumbers.numbers(given), tmp_path, dtype=torch.float32, tokens={"eos_token_id": 2})
-    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, report = cast(Any, transformers.AutoModelForCausalLM).from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     tokens_bt, _ = drawn()
@@ -384,13 +385,13 @@ def sharded(rank, kind, cut):
     values = {name: p.detach() for name, p in theirs(given).named_parameters()}
     with torch.no_grad():
         for name, parameter in auto.named_parameters():
-            local = parameter._local_tensor
+            local = cast(Any, parameter)._local_tensor
             local.copy_(values[name].chunk(2)[rank] if len(values[name].chunk(2)) > rank else local)
     auto.verify(documents=False, device=CPU)
     tokens_bt, labels_bt = drawn(rows=4)
     loss = auto.loss(tokens_bt[2 * rank : 2 * rank + 2], labels_bt[2 * rank : 2 * rank + 2])[0]
     loss.backward()
-    return loss.item(), {name: parameter.grad.full_tensor() for name, parameter in auto.named_parameters()}
+    return loss.item(), {name: cast(Any, parameter.grad).full_tensor() for name, parameter in auto.named_parameters()}
 
 
 @pytest.mark.parametrize(("kind", "cut"), [("gpt_neox", False), ("mamba", True), ("phi", False)])
