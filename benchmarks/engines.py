@@ -46,6 +46,8 @@ SETTINGS: dict[str, list[str]] = {
     **{f"zero{stage}": ["engine.name=deepspeed", f"engine.zero={stage}"] for stage in (1, 2, 3)},
 }
 FORCED = ["optim.name=adamw", "optim.lr=1e-3", "report.trackers=[]", "data.packing=stream"]
+HEAD = ("date", "commit", "device", "ranks", "recipe", "set", "provider")
+KEYS = ("tokens_per_s", "p20", "p80", "ratio_to_plain", "peak_bytes", "sent_bytes", "sent", "loss_difference", "failure")
 RESULTS = Path(__file__).parent / "results" / "engines.csv"
 
 
@@ -98,7 +100,7 @@ class Plain:
             fully_shard(model, mesh=whole, mp_policy=policy)
             register_fsdp_forward_method(model, "loss")
             self.run, self.bf16 = model.loss, None
-        self.parameters = [parameter for parameter in model.parameters()]
+        self.parameters = list(model.parameters())
         groups = [
             {"params": [p for n, p in model.named_parameters() if decays(n)], "weight_decay": made.optim.weight_decay},
             {"params": [p for n, p in model.named_parameters() if not decays(n)], "weight_decay": 0.0},
@@ -155,7 +157,14 @@ def sent(step: Any) -> dict[str, int]:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func.namespace in ("c10d", "_c10d_functional"):
                 name = func.__name__.split(".")[0]
-                kind = next((k for k in ("reduce_scatter", "allgather", "all_gather", "allreduce", "all_reduce", "alltoall", "all_to_all", "send") if k in name), None)
+                kind = next(
+                    (
+                        k
+                        for k in ("reduce_scatter", "allgather", "all_gather", "allreduce", "all_reduce", "alltoall", "all_to_all", "send")
+                        if k in name
+                    ),
+                    None,
+                )
                 if kind is not None:
                     found[kind.replace("_", "")] += _ring(kind, _bytes(args))
             return func(*args, **(kwargs or {}))
@@ -252,11 +261,19 @@ class Ranks:
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(made.ranks), "LOCAL_WORLD_SIZE": str(made.ranks)}
         for rank in range(made.ranks):
             ours, theirs = os.pipe()
-            environment = {"OMP_NUM_THREADS": threads} | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ANSWERS": str(theirs)}
+            environment = (
+                {"OMP_NUM_THREADS": threads} | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ANSWERS": str(theirs)}
+            )
             job = json.dumps({"plan": made.text(), "provider": name})
             with log.with_suffix(f".{rank}").open("w") as said:
                 process = subprocess.Popen(
-                    [sys.executable, __file__, "--serve", job], env=environment, stdin=subprocess.PIPE, stdout=said, stderr=said, pass_fds=[theirs], text=True
+                    [sys.executable, __file__, "--serve", job],
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=said,
+                    stderr=said,
+                    pass_fds=[theirs],
+                    text=True,
                 )
             os.close(theirs)
             self.processes.append(process)
@@ -297,7 +314,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             for number, name in enumerate(names):
-                axes = [f"mesh.{axis}" for axis in name.split("+")] if "=" in name else [one.format(ranks=options.ranks) for one in SETTINGS[name]]
+                axes = (
+                    [f"mesh.{axis}" for axis in name.split("+")]
+                    if "=" in name
+                    else [one.format(ranks=options.ranks) for one in SETTINGS[name]]
+                )
                 try:
                     made = plan(load.recipe(options.recipe, [*sets, *axes]), load.site(options.site), options.ranks)
                     running[name] = Ranks(name, made, options.port + number, Path(folder) / name.replace("=", "-"))
@@ -325,7 +346,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _row(
-    name: str, made: Plan, options: argparse.Namespace, seconds: dict[str, list[float]], last: dict[str, list[dict[str, Any]]], counts: dict[str, int]
+    name: str,
+    made: Plan,
+    options: argparse.Namespace,
+    seconds: dict[str, list[float]],
+    last: dict[str, list[dict[str, Any]]],
+    counts: dict[str, int],
 ) -> dict[str, Any]:
     tokens = made.tokens_per_step * options.steps
     speeds = sorted(tokens / second for second in seconds[name])
@@ -386,13 +412,16 @@ def _keep(options: argparse.Namespace, found: list[dict[str, Any]]) -> None:
     with options.csv.open("a", newline="") as file:
         writer = csv.writer(file)
         if new:
-            writer.writerow(
-                "date commit device ranks recipe set provider tokens_per_s p20 p80 ratio_to_plain peak_bytes sent_bytes sent loss_difference failure versions".split()
-            )
+            writer.writerow([*HEAD, *KEYS, "versions"])
         for row in found:
-            head = [datetime.datetime.now(datetime.UTC).date(), commit, platform.processor() or platform.machine(), options.ranks, options.recipe]
-            keys = "tokens_per_s p20 p80 ratio_to_plain peak_bytes sent_bytes sent loss_difference failure".split()
-            values = [json.dumps(row.get(key)) if isinstance(row.get(key), dict) else row.get(key) for key in keys]
+            head = [
+                datetime.datetime.now(datetime.UTC).date(),
+                commit,
+                platform.processor() or platform.machine(),
+                options.ranks,
+                options.recipe,
+            ]
+            values = [json.dumps(row.get(key)) if isinstance(row.get(key), dict) else row.get(key) for key in KEYS]
             writer.writerow([*head, " ".join(options.set), row["provider"], *values, json.dumps(versions())])
 
 

@@ -45,7 +45,7 @@ def _train(options: argparse.Namespace) -> None:
     recipe = load.recipe(options.recipe, options.set)
     site, why = _site(options.site)
     started = os.environ.get("WORLD_SIZE")  # torchrun's, or our own
-    chosen = plan(recipe, site, int(started) if started else None)
+    chosen = plan(recipe, site, int(started) if started else None, measure=_measured)
     if chosen.ranks > 1 and started is None:
         from gigatrain.parallel.spawn import spawn
 
@@ -60,6 +60,13 @@ def _train(options: argparse.Namespace) -> None:
     from gigatrain.loop import train  # torch, 2 s: everything that can be refused without it has been
 
     train(chosen, folder, start="new" if options.new else "resume" if options.resume else "auto", display=display)
+
+
+def _measured(config: Any) -> Any:
+    """The numbers of a model that is not of our families; torch and transformers, 4 s."""
+    from gigatrain.models.autonumbers import numbers
+
+    return numbers(config)
 
 
 def _run_folder(options: argparse.Namespace, name: str) -> Path:
@@ -99,7 +106,7 @@ def _plan(options: argparse.Namespace) -> None:
     from gigatrain.planning.plan import plan
 
     site, why = _site(options.site)
-    chosen = plan(load.recipe(options.recipe, options.set), site, options.gpus)
+    chosen = plan(load.recipe(options.recipe, options.set), site, options.gpus, measure=_measured)
     if options.json:
         print(json.dumps(chosen.model_dump(mode="json", by_alias=True) | {"sha256": chosen.sha256}, indent=2))
         return
@@ -251,7 +258,9 @@ def _parser() -> argparse.ArgumentParser:
     planned = command("plan", _plan, "show what a run will do, and start nothing", _PLAN)
     recipe_arguments(planned)
     planned.add_argument("--site", metavar="SITE", help="where it would run (default: this machine)")
-    planned.add_argument("--gpus", metavar="N", type=_ranks, help="ranks that it would run on (default: train.nproc, else what the mesh needs)")
+    planned.add_argument(
+        "--gpus", metavar="N", type=_ranks, help="ranks that it would run on (default: train.nproc, else what the mesh needs)"
+    )
     planned.add_argument("--json", action="store_true", help="the whole plan as JSON")
 
     for name, run, help in (("recipes", _recipes, "list the shipped recipes"), ("sites", _sites, "list the shipped sites")):

@@ -40,12 +40,15 @@ class Model(Section):
         alias="from",
         description="Folder or hub name whose weights (and, without `architecture`, numbers) the run starts from.",
     )
+    fresh: bool = Field(default=False, description="Take only the numbers of `from`, and draw the weights anew.")
     init: Init = Init()
 
     @model_validator(mode="after")
     def one_of(self) -> Self:
         if self.architecture is None and self.source is None:
             raise ValueError("needs `architecture` (a name or a table of numbers) or `from` (a folder or hub name)")
+        if self.fresh and self.source is None:
+            raise ValueError("`fresh` draws new weights for the numbers of `from`, and there is no `from`; leave it out")
         return self
 
 
@@ -168,7 +171,9 @@ class Train(Section):
 class Mesh(Section):
     """How ranks share the model and the batch: the product of the axes is the number of ranks."""
 
-    replicate: Ranks = Field(default=1, description="Copies of the sharded weights (HSDP; with shard = 1, DDP). Each reads its own samples.")
+    replicate: Ranks = Field(
+        default=1, description="Copies of the sharded weights (HSDP; with shard = 1, DDP). Each reads its own samples."
+    )
     shard: Ranks | None = Field(
         default=None,
         description="Ranks that share one copy of weights, gradients and optimizer (FSDP2, ZeRO); each reads its own samples. Default: all that are left.",
@@ -201,7 +206,9 @@ class Engine(Section):
 
     name: Literal["native", "deepspeed"] = Field(default="native", description="native: torch's FSDP2, HSDP or DDP; deepspeed: ZeRO.")
     zero: Literal[1, 2, 3] = Field(default=3, description="deepspeed: what is sharded; 1 optimizer, 2 and gradients, 3 and weights.")
-    offload: bool = Field(default=False, description="Sharded weights, gradients and optimizer live in host memory (deepspeed: the optimizer).")
+    offload: bool = Field(
+        default=False, description="Sharded weights, gradients and optimizer live in host memory (deepspeed: the optimizer)."
+    )
     reshard: bool = Field(default=True, description="native: gathered weights of a layer are dropped after its forward and gathered again.")
     prefetch: Annotated[int, Field(ge=0, le=8)] = Field(default=1, description="native: layers whose weights are gathered ahead.")
     reduce: Literal["fp32", "bf16"] = Field(default="fp32", description="What gradients are summed over the ranks in.")

@@ -12,7 +12,8 @@ from gigatrain import architectures, run
 from gigatrain.checkpoint import Tensors, sync_folder, write_text
 from gigatrain.data.tokenizer import Tokenizer
 from gigatrain.errors import RunError
-from gigatrain.models import hf
+from gigatrain.foreign import Foreign
+from gigatrain.models import autoweights, hf
 from gigatrain.observe.display import Display
 
 MARK = "gigatrain.json"  # which run, step and plan an export is of
@@ -45,12 +46,16 @@ def export(folder: Path, target: Path, *, display: Display | None = None) -> int
         written = Path(temporary) / "export"
         written.mkdir()
         dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
-        hf.save_weights(_Rounded(found.tensors("weights"), dtype), plan.architecture, written)
-        tokens = _special_tokens(folder / "tokenizer")
-        config = architectures.to_hf_config(
-            plan.architecture, max_positions=plan.positions, dtype=str(dtype).removeprefix("torch."), **tokens
-        )
-        write_text(written / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        weights, tokens = _Rounded(found.tensors("weights"), dtype), _special_tokens(folder / "tokenizer")
+        if isinstance(plan.architecture, Foreign):
+            numbered = {f"{key}_token_id": value for key, value in tokens.items()}
+            autoweights.save(weights, plan.architecture, written, dtype=dtype, tokens=numbered)
+        else:
+            hf.save_weights(weights, plan.architecture, written)
+            config = architectures.to_hf_config(
+                plan.architecture, max_positions=plan.positions, dtype=str(dtype).removeprefix("torch."), **tokens
+            )
+            write_text(written / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         ids = {f"{key}_token_id": value for key, value in tokens.items() if value is not None}
         write_text(written / "generation_config.json", json.dumps(ids, indent=2) + "\n")
         for path in (folder / "tokenizer").iterdir():

@@ -4,7 +4,7 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
@@ -12,10 +12,11 @@ from typing import Any, get_args
 import pynvml
 from pydantic import BaseModel, ValidationError
 
-from gigatrain import architectures
+from gigatrain import architectures, foreign
 from gigatrain.architectures import Architecture
 from gigatrain.config import Model, Recipe, Section, Site
 from gigatrain.errors import GigatrainError, RecipeError, SiteError
+from gigatrain.foreign import Foreign
 
 _PACKAGE = Path(__file__).parent
 
@@ -97,12 +98,19 @@ def _laptop() -> Site:
     return site("laptop").model_copy(update={"memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")})
 
 
-def architecture(model: Model) -> Architecture:
-    """The numbers of the recipe's model: its own, or those in the config.json of the folder or hub name it starts `from`."""
+def architecture(model: Model, measure: Callable[[Mapping[str, Any]], Foreign] | None = None) -> Architecture | Foreign:
+    """The numbers of the recipe's model: its own, or those in the config.json of the folder or hub name it starts `from`.
+
+    A family that is not ours is measured by `measure` (models/autonumbers.py's `numbers`, which imports torch); without it, it is refused.
+    """
     if model.architecture is not None:
         return model.architecture
     assert model.source is not None
-    return architectures.from_hf_config(config_json(model.source))
+    config = config_json(model.source)
+    if measure is None or foreign.native(config):
+        return architectures.from_hf_config(config)
+    foreign.refuse(config)
+    return measure(config)
 
 
 def positions(model: Model) -> int:

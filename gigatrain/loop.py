@@ -23,6 +23,7 @@ from gigatrain.data import build
 from gigatrain.data.loader import Batches, Validation
 from gigatrain.engines import Engine
 from gigatrain.errors import CheckpointError, DataError, RunError
+from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
 from gigatrain.observe import trace
@@ -228,6 +229,8 @@ def _prepare(plan: Plan) -> None:
 def _verify(plan: Plan, device: torch.device, display: Display) -> None:
     """Compile the run's fused kernels, and judge each on this device against fp64 before the run trusts it."""
     launch.cache_on_this_node()
+    if isinstance(plan.architecture, Foreign):
+        return  # the engine compares such a model with itself
     kernels = {choice.op: choice.kernel for choice in plan.kernels}
     worst = verify(plan.architecture, kernels, device, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
     if worst:
@@ -256,7 +259,9 @@ def _resume(saves: Checkpoints, engine: Engine, batches: Batches, this: run.Run,
 def _save(saves: Checkpoints, step: int, plan: Plan, engine: Engine, state: dict[str, Any], display: Display, *, must: bool) -> None:
     """Save; a disk that refuses does not end the training, but the first and the last save of a process must succeed."""
     try:
-        random = {name: Piece.whole(tensor, writes=saves.mesh.rank == 0) for name, tensor in _random_state(torch.device(plan.device)).items()}
+        random = {
+            name: Piece.whole(tensor, writes=saves.mesh.rank == 0) for name, tensor in _random_state(torch.device(plan.device)).items()
+        }
         saves.save(step, {**engine.state(), "random": random}, state)
     except CheckpointError as failure:
         if must:

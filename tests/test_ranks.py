@@ -78,7 +78,9 @@ def children(of):
 @pytest.mark.long
 def test_a_rank_that_is_killed_takes_the_others_with_it_and_nothing_committed(tiny, tmp_path):
     folder = tmp_path / "run"
-    process = subprocess.Popen(command(tiny, folder, "train.nproc=2", "train.steps=4000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(tiny, folder, "train.nproc=2", "train.steps=4000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     end = time.monotonic() + 200
     while not (folder / "checkpoints" / "step-00000003" / "COMMITTED").exists():
         assert time.monotonic() < end

@@ -33,11 +33,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from gigatrain.data.loader import Batch, Microbatch
+from gigatrain.engines import source
 from gigatrain.errors import RunError
 from gigatrain.kernels import adamw, ops
 from gigatrain.kernels.ops import OPERATIONS
-from gigatrain.models import hf
-from gigatrain.models.decoder import Decoder, decays, initial
+from gigatrain.models.automodel import Auto
 from gigatrain.observe.metrics import Update
 from gigatrain.observe.trace import OFF
 from gigatrain.parallel import context
@@ -46,16 +46,14 @@ from gigatrain.parallel.places import Piece, Place, State
 from gigatrain.planning.plan import Plan
 
 TESTED = "0.19"  # of DeepSpeed: its partitions are read by their attributes, which another minor version may rename
-_ROOT = "decoder."  # what DeepSpeed wraps calls our model so
 
 
 class DeepSpeed:
     """ZeRO over all ranks of the mesh: those of `context` too, since they share the weights and their gradients add up."""
 
     def __init__(self, plan: Plan, mesh: Mesh, device: torch.device, *, fresh: bool = True) -> None:
-        assert mesh.size("tensor", "pipeline", "expert", "replicate") == 1 and plan.optim.name == "adamw", (
-            "the plan refuses what ZeRO lacks"
-        )
+        assert mesh.size("tensor", "pipeline", "expert", "replicate") == 1, "the plan refuses what ZeRO lacks"
+        assert plan.optim.name == "adamw", "the plan refuses what ZeRO lacks"
         self.plan, self.mesh, self.device, self.trace = plan, mesh, device, OFF
         kernels = {choice.op: choice.kernel for choice in plan.kernels}
         self._norm = OPERATIONS["grad_norm"].versions[kernels["grad_norm"]]
@@ -63,8 +61,9 @@ class DeepSpeed:
             library = _library(device)
             _join(library, mesh, device)
             self._engine, self.flat = self._initialize(library, kernels)
-            self._parts = _parts(self._engine.optimizer, mesh)
-        self.model: Decoder = self._engine.module.decoder
+            self.model: source.Model = self._engine.module.decoder
+            names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+            self._parts = _parts(self._engine.optimizer, names, mesh)
         for flat in self._parts.flats:
             self.flat.keep(flat)
         self._fill(fresh)
@@ -82,18 +81,19 @@ class DeepSpeed:
         """DeepSpeed's engine around a model of undefined weights, whose parameters are flattened and partitioned."""
         plan, mesh = self.plan, self.mesh
         chosen = context.ops(ops.choose(kernels), mesh, plan.mesh.exchange)
-        with torch.device("meta"):
-            model = Decoder(plan.architecture, chosen, recompute=plan.recompute, dropout=plan.dropout)
+        model = source.blank(plan, chosen, dtype=torch.bfloat16 if plan.precision == "bf16" else torch.float32)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
         config = settings(plan, self.device)
+        if isinstance(model, Auto):
+            model.place(self.device)
         if plan.engine.zero == 3:
             _partition(library, model, config, self.device, dtype)
         else:
             model.to(dtype).to_empty(device=self.device)
         optim, groups = plan.optim, {"decayed": [], "plain": []}
         for name, parameter in model.named_parameters():
-            groups["decayed" if decays(name, optim.decay_embeddings) else "plain"].append(parameter)
+            groups[source.group_of(plan, model, name)].append(parameter)
         flat = Flat(
             [
                 {
@@ -212,12 +212,7 @@ class DeepSpeed:
         self._parts.publish()
 
     def _values(self) -> Iterator[tuple[str, Tensor]]:
-        plan = self.plan
-        if plan.source is not None:
-            yield from hf.read_weights(plan.architecture, self._shapes, hf.locate(plan.source))
-            return
-        for name, shape in self._shapes.items():
-            yield name, initial(name, shape, plan.architecture, plan.init.std, plan.init.scale_residual, plan.seed, self.device)
+        yield from source.values(self.plan, self.model, self._shapes, self.device)
 
     @torch.no_grad()
     def state(self) -> State:
@@ -281,7 +276,7 @@ class DeepSpeed:
 class _Training(nn.Module):
     """What DeepSpeed's forward calls: the model with its loss, since the head and the loss are one operation."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: source.Model) -> None:
         super().__init__()
         self.decoder = decoder
 
@@ -315,7 +310,7 @@ class Flat(torch.optim.Optimizer):
         return found
 
     def judge(self, rate: float, scale: Tensor, skip: Tensor) -> None:
-        """How the coming steps update: at `rate` times the peak rate, gradients times `scale`, and nothing where `skip` is 1 (0-d, on the partitions' device)."""
+        """How the coming steps update: at `rate` times the peak rate, gradients times `scale`, and nothing where `skip` is 1 (0-d, where the partitions are)."""
         self._scale, self._skip = scale, skip
         for group in self.param_groups:
             group["lr"] = self._peak * rate
@@ -364,9 +359,8 @@ class Parts:
     publish: Callable[[], None]
 
 
-def _parts(zero: Any, mesh: Mesh) -> Parts:
-    """Of whichever of DeepSpeed's three classes the stage and the precision led to."""
-    names = {id(parameter): name.removeprefix(_ROOT) for parameter, name in zero.param_names.items()}
+def _parts(zero: Any, names: Mapping[int, str], mesh: Mesh) -> Parts:
+    """Of whichever of DeepSpeed's three classes the stage and the precision led to; `names` by the parameters' identity."""
     kind = type(zero).__name__
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         flats = zero.fp32_partitioned_groups_flat
@@ -479,7 +473,7 @@ def _silence_norm(zero: Any) -> None:
         zero.get_grads_for_norm = lambda for_clipping=False: [] if for_clipping else ([one], {})
 
 
-def _partition(library: Any, model: Decoder, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+def _partition(library: Any, model: nn.Module, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
     """Give a model on meta storage for ZeRO-3, parameter by parameter, each cut before the next one is made; a layer is gathered as one."""
     library.utils.set_z3_leaf_modules(model, [type(model.layers[0])])
     first: Any = None

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from gigatrain.architectures import Architecture
 from gigatrain.data.loader import Batch, Microbatch
+from gigatrain.engines import source
 from gigatrain.engines.stage import compute
 from gigatrain.kernels import ops
 from gigatrain.kernels.adamw import Rates
 from gigatrain.kernels.ops import OPERATIONS
-from gigatrain.models import hf
-from gigatrain.models.decoder import LAYOUT, Decoder, Part, decays, initial, kind_of
+from gigatrain.models.automodel import Auto
+from gigatrain.models.decoder import LAYOUT, Part, kind_of
 from gigatrain.observe.metrics import Update
 from gigatrain.observe.trace import OFF
 from gigatrain.optim.adamw import AdamW, Flat
@@ -32,7 +34,6 @@ from gigatrain.parallel.replicate import Copies
 from gigatrain.planning import layout
 from gigatrain.planning.plan import Plan
 
-
 EMBEDDING, HEAD = Tied.EMBEDDING, Tied.HEAD
 
 
@@ -40,7 +41,7 @@ EMBEDDING, HEAD = Tied.EMBEDDING, Tied.HEAD
 class Built:
     """A model cut for one rank, on meta: its stages by number (one, without a pipeline), and which box of each whole parameter it holds."""
 
-    stages: dict[int, Decoder]
+    stages: dict[int, Any]
     count: int  # stages of all ranks
     places: Places
 
@@ -55,15 +56,15 @@ def build(plan: Plan, mesh: Mesh) -> Built:
         tensor.pipeline_products(mesh)
     each = axes.stages or 1
     count = axes.pipeline * each
-    cuts = layout.stages(arch, plan.sequence, count) if count > 1 else (range(arch.layers),)
+    cuts = layout.stages(arch, plan.sequence, count) if count > 1 and isinstance(arch, Architecture) else (range(arch.layers),)
     numbers = layout.held(axes.schedule, mesh.at["pipeline"], axes.pipeline, each) if count > 1 else (0,)
     found = Built({}, count, {})
     for number in numbers:
         part = Part(cuts[number], number == 0, number == count - 1)
-        with torch.device("meta"):
-            model = Decoder(arch, chosen, recompute=plan.recompute, dropout=plan.dropout, part=part)
+        model = source.blank(plan, chosen, part=part, dtype=_stored(plan, mesh))
         places = whole(model)
-        tensor.cut(model, LAYOUT, arch, mesh, places)
+        if isinstance(arch, Architecture):
+            tensor.cut(model, LAYOUT, arch, mesh, places)
         expert.cut(model, [name for name in places if kind_of(name) == "expert"], mesh, places)
         _finish(plan, mesh, model, places)
         found.stages[number] = model
@@ -71,7 +72,7 @@ def build(plan: Plan, mesh: Mesh) -> Built:
     return found
 
 
-def _finish(plan: Plan, mesh: Mesh, model: Decoder, places: Places) -> None:
+def _finish(plan: Plan, mesh: Mesh, model: source.Model, places: Places) -> None:
     """Compile and shard one stage."""
     if plan.compile:
         # A layer is called with and without a sum before it, documents and gradients, and with a last microbatch of another size.
@@ -80,13 +81,17 @@ def _finish(plan: Plan, mesh: Mesh, model: Decoder, places: Places) -> None:
         for layer in model.layers:
             layer.compile(fullgraph=True)
     if shard.shards(mesh):
-        bf16 = plan.precision == "bf16"
-        # Shards are the fp32 master weights themselves, and gathered in bf16; narrow masters keep bf16 weights beside their corrections.
-        stored = torch.bfloat16 if bf16 and plan.optim.master != "fp32" else torch.float32
+        bf16, stored = plan.precision == "bf16", _stored(plan, mesh)
         if stored == torch.bfloat16:
             model.to(torch.bfloat16)
         engine = plan.engine.model_copy(update={"reshard": False}) if mesh.size("pipeline") > 1 else plan.engine
         shard.apply(model, mesh, places, engine, compute=torch.bfloat16 if bf16 else torch.float32, stored=stored)
+
+
+def _stored(plan: Plan, mesh: Mesh) -> torch.dtype:
+    """What parameters are kept in. Shards are the fp32 master weights themselves, gathered in bf16; narrow masters keep bf16 weights beside corrections."""
+    narrow = plan.precision == "bf16" and (plan.optim.master != "fp32" or not shard.shards(mesh))
+    return torch.bfloat16 if narrow else torch.float32
 
 
 class Native:
@@ -105,6 +110,8 @@ class Native:
         self.parameters: dict[str, torch.nn.Parameter] = {}
         for model in self.stages.values():
             model.to_empty(device=self.home)
+            if isinstance(model, Auto):
+                model.place(device)
             self.parameters |= model.named_parameters()
         # A tied head on another stage than its embedding: a copy on another rank, or, where both stages are this rank's, another name for the same.
         self.tied = Tied(mesh, plan.mesh.schedule) if plan.architecture.tied and built.count > 1 else None
@@ -113,11 +120,13 @@ class Native:
         self._kernels = {op: OPERATIONS[op].versions[name] for op, name in kernels.items()}
         self._adamw, self._norm = kernels["adamw"], self._kernels["grad_norm"]
         start = self._start(fresh)
-        self.groups = [self._group(name, {name: start[name] for name in names}) for name, names in _groups(plan, start).items()]
+        self.groups = [self._group(name, {name: start[name] for name in names}) for name, names in self._grouped(start).items()]
         del start
         self.grads = {name: self._box(name, view) for group in self.groups for name, view in group.grads.views.items()}
         self._rounded: list[tuple[Tensor, Tensor]] = []  # bf16 weights, and the fp32 ones that they are rounded from after every update
         self._place_weights()
+        if isinstance(only := next(iter(self.stages.values())), Auto) and fresh and not self.sharded:
+            only.verify(documents=plan.data.packing == "stream", device=device)
         self._stretches = self._by_weight()
         self._copies = Copies(mesh, [(group.grads.buffer, group.grads.views) for group in self.groups]) if self._sums_copies else None
         self._sends = False
@@ -134,7 +143,7 @@ class Native:
         self._terms = {"z_loss": plan.loss.z_loss, "label_smoothing": plan.loss.label_smoothing}
 
     @property
-    def model(self) -> Decoder:
+    def model(self) -> Any:
         """The only stage."""
         (model,) = self.stages.values()
         return model
@@ -146,7 +155,7 @@ class Native:
             count,
             self.mesh,
             schedule=self.plan.mesh.schedule,
-            compute=lambda module, part, carried, seed: self._compute(module, part, carried, seed),
+            compute=self._compute,
             hidden=self.plan.architecture.hidden,
             dtype=torch.bfloat16 if self.plan.precision == "bf16" else torch.float32,
             sums=sums,
@@ -171,15 +180,11 @@ class Native:
 
     def _values(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Every parameter's whole first value, one at a time: drawn from the seed, or read from `model.from`."""
-        plan, known = self.plan, {self._canonical(name): name for name in names}
-        if plan.source is not None:
-            shapes = {name: self.places[mine].shape for name, mine in known.items()}
-            for name, tensor in hf.read_weights(plan.architecture, shapes, hf.locate(plan.source), part=len(self.stages) > 1 or self.pipelined):
-                yield known[name], tensor
-            return
-        for name, mine in known.items():
-            shape = self.places[mine].shape
-            yield mine, initial(name, shape, plan.architecture, plan.init.std, plan.init.scale_residual, plan.seed, self.device)
+        known = {self._canonical(name): name for name in names}
+        shapes = {name: self.places[mine].shape for name, mine in known.items()}
+        model = next(iter(self.stages.values()))
+        for name, value in source.values(self.plan, model, shapes, self.device, part=self.pipelined):
+            yield known[name], value
 
     @property
     def pipelined(self) -> bool:
@@ -192,6 +197,15 @@ class Native:
     def _box(self, name: str, padded: Tensor) -> Tensor:
         """What a padded tensor holds of a parameter."""
         return padded[: self.sharded[name].rows] if name in self.sharded else padded
+
+    def _grouped(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Parameters by the update they get; groups of AdamW are there even if they are empty, so that all ranks have the same."""
+        groups: dict[str, list[str]] = {"muon": []} if self.plan.optim.name == "muon" else {}
+        groups |= {"decayed": [], "plain": []}
+        model = next(iter(self.stages.values()))
+        for name in names:
+            groups[source.group_of(self.plan, model, name)].append(name)
+        return groups
 
     def _group(self, name: str, start: Mapping[str, Tensor]) -> AdamW | Muon:
         optim, plan = self.plan.optim, self.plan
@@ -430,17 +444,17 @@ class Native:
     def state(self) -> State:
         """fp32 master weights; moments and counts. What is not stored in fp32 is a copy on the host, until the next step."""
         weights: dict[str, Piece] = {}
-        optimizer = {name: self._mark(tensor) for name, tensor in (("bad", self._bad), ("steps", self._updates))}
+        optimizer = {"bad": self._mark(self._bad), "steps": self._mark(self._updates)}
         for group in self.groups:
             found = group.state() if isinstance(group, AdamW) else (group.master.views, group.state())
-            for name, tensor in found[0].items():
-                weights[self._canonical(name)] = self._piece(name, tensor)
-            for name, tensor in found[1].items():
+            for name, held in found[0].items():
+                weights[self._canonical(name)] = self._piece(name, held)
+            for name, held in found[1].items():
                 kind, _, parameter = name.partition(".")
                 if kind == "updates":
-                    optimizer[name] = self._mark(tensor)
+                    optimizer[name] = self._mark(held)
                 else:
-                    optimizer[f"{kind}.{self._canonical(parameter)}"] = self._piece(parameter, tensor)
+                    optimizer[f"{kind}.{self._canonical(parameter)}"] = self._piece(parameter, held)
         return {"weights": weights, "optimizer": optimizer}
 
     def _piece(self, name: str, padded: Tensor) -> Piece:
@@ -472,15 +486,3 @@ class Native:
 
 def _weights(group: AdamW | Muon) -> dict[str, Tensor]:
     return group.weights if isinstance(group, AdamW) else group.master.views
-
-
-def _groups(plan: Plan, parameters: Iterable[str]) -> dict[str, list[str]]:
-    """Parameters by the update they get: Muon for the layers' matrices if the recipe says so, AdamW with or without decay for the rest."""
-    groups: dict[str, list[str]] = {"muon": []} if plan.optim.name == "muon" else {}
-    groups |= {"decayed": [], "plain": []}
-    for name in parameters:
-        if plan.optim.name == "muon" and kind_of(name) == "matrix":
-            groups["muon"].append(name)
-        else:
-            groups["decayed" if decays(name, plan.optim.decay_embeddings) else "plain"].append(name)
-    return groups

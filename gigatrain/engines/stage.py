@@ -15,7 +15,8 @@ def compute(
 
     The sum behind the last layer is made here, with the mask that the next stage's first layer would give it.
     """
-    assert isinstance(module, Decoder)
+    if not isinstance(module, Decoder):
+        return module.loss(part.tokens, part.labels, part.positions if positions else None, part.documents, **terms)  # type: ignore[operator]
     before = None if carried is None else (None, carried)
     at = part.positions if positions else None
     if module.part.last:

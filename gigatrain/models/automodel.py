@@ -113,6 +113,9 @@ class Auto(nn.Module):
             owner._buffers[leaf] = kept.to(cast(Tensor, owner._buffers[leaf]).device)
         return self
 
+    def _tie(self) -> None:
+        self.model.tie_weights()
+
     @property
     def layers(self) -> list[nn.Module]:
         """The repeated blocks, in order; each may be compiled or sharded."""
@@ -477,8 +480,9 @@ def _measured(model: Any, head: nn.Linear) -> Head:
     name, answers = _name_of(model, head), []
     for answer in (asked.view(1, tokens, vocab).as_subclass(_Followed), None):
         with _caught(model, name, answer) as caught, FakeTensorMode(allow_non_fake_inputs=True):
-            tokens_bt = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-            answers.append(model(input_ids=tokens_bt, use_cache=False, return_dict=True).logits)
+            weights = {where: torch.empty(parameter.shape) for where, parameter in model.named_parameters()}
+            inputs = {"input_ids": torch.zeros(1, tokens, dtype=torch.int64), "use_cache": False, "return_dict": True}
+            answers.append(torch.func.functional_call(model, weights, kwargs=inputs).logits)
         if caught.calls != 1 or caught.hidden.shape[:-1] != (1, tokens):
             return Head(separate=False, why=f"its head is called {caught.calls} times, not once with every token")
     if answers[0].shape != (1, tokens, vocab) or not isinstance(answers[0], _Followed):

@@ -133,17 +133,18 @@ def _drawn(unit: nn.Module, model: Any, names: Mapping[int, str], seed: str) -> 
         owner, leaf = owner_of(unit, where)
         if p.is_meta:
             owner._parameters[leaf] = nn.Parameter(torch.full(p.shape, torch.nan), requires_grad=False)
-    if unit is model:
-        model.tie_weights()
+    tied = model.all_tied_weights_keys if unit is model else {}  # whose values are those of what they are tied to
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little") >> 1)
         initialize(unit, model)
     for where, p in order:
         owner, leaf = owner_of(unit, where)
-        drawn, name = cast(Tensor, owner._parameters[leaf]).detach(), wanted.pop(id(p), None)
+        drawn = cast(Tensor, owner._parameters[leaf]).detach()
         owner._parameters[leaf] = cast(nn.Parameter, meta[where])
-        if name is None:
+        if where in tied or id(p) not in wanted:
             continue
+        name = wanted.pop(id(p))
         if drawn.isnan().any():
             raise PlanError(f"model.from: transformers has no first value for {name}; start from a folder with weights")
         yield name, drawn
+    assert not wanted

@@ -7,6 +7,7 @@ from typing import Any, Self, get_args
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gigatrain.foreign import Foreign
 from gigatrain.planning import cost
 from gigatrain.planning.plan import Plan, gib
 
@@ -65,9 +66,12 @@ class Display:
         """What will happen, on a few lines."""
         shape = plan.architecture
         self.line(f"{plan.name}: {plan.summary}" if plan.summary else plan.name)
+        what = f"{shape.class_name} (transformers)" if isinstance(shape, Foreign) else shape.family
+        heads = "" if isinstance(shape, Foreign) else f"{shape.heads}/{shape.kv_heads} heads, "
+        if not isinstance(shape, Foreign) and shape.experts:
+            heads += f"{shape.experts_per_token} of {shape.experts} experts, "
         self.line(
-            f"  model    {shape.family}, {plan.parameters:,} parameters: {shape.layers} layers, hidden {shape.hidden}, "
-            f"{shape.heads}/{shape.kv_heads} heads, vocabulary {shape.vocab}"
+            f"  model    {what}, {plan.parameters:,} parameters: {shape.layers} layers, hidden {shape.hidden}, {heads}vocabulary {shape.vocab}"
         )
         self.line(
             f"  step     {plan.batch} samples x {plan.sequence} tokens = {plan.tokens_per_step:,} tokens"
@@ -95,9 +99,10 @@ class Display:
         )
         kernels = {choice.op: choice.kernel for choice in plan.kernels}
         size = 2 if plan.precision == "bf16" else 4
-        kept = {mode: cost.saved_bytes(plan.architecture, size, mode, kernels) for mode in get_args(cost.Recompute)}
-        shown = ", ".join(f"{mode} {kept[mode] / 1024:,.1f}" for mode in kept)
-        self.line(f"  kept     for the backward, KiB per token and layer: {shown}; this plan: {plan.recompute}")
+        if not isinstance(plan.architecture, Foreign):
+            kept = {mode: cost.saved_bytes(plan.architecture, size, mode, kernels) for mode in get_args(cost.Recompute)}
+            shown = ", ".join(f"{mode} {kept[mode] / 1024:,.1f}" for mode in kept)
+            self.line(f"  kept     for the backward, KiB per token and layer: {shown}; this plan: {plan.recompute}")
         self.line(
             f"  compute  {plan.flops_per_token / 1e6:,.2f} MFLOP a token, {plan.flops_per_token * plan.tokens / 1e15:,.3f} PFLOP in all"
         )

@@ -62,7 +62,9 @@ class Metrics:
     def __init__(self, plan: Plan, folder: Path | None, device: torch.device, *, step: int, show: Callable[[dict[str, Any]], None]) -> None:
         """`folder` None: a rank that writes and shows nothing; what it counts is what every rank counts."""
         self.plan, self.folder, self.show = plan, folder, show
-        self.sums = torch.zeros(6, dtype=torch.float64, device=device)  # nats, targets, norms, updates, largest norm; targets of the run, refused too
+        self.sums = torch.zeros(
+            6, dtype=torch.float64, device=device
+        )  # nats, targets, norms, updates, largest norm; targets of the run, refused too
         self.clock = Clock(device)
         self.step_s = array("d")
         self.timed = (0, 0.0)  # targets and seconds of steps, over every process of the run

@@ -24,7 +24,7 @@ class Place:
 
     def cut(self, dim: int, start: int, size: int) -> "Place":
         """The part of this box that begins at `start`, counted within the box, along `dim`."""
-        assert 0 <= start and start + size <= self.size[dim]
+        assert 0 <= start <= self.size[dim] - size
         starts, sizes = list(self.start), list(self.size)
         starts[dim] += start
         sizes[dim] = size

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from gigatrain import config
 from gigatrain.parallel.mesh import WEIGHTS, Mesh
@@ -94,7 +101,12 @@ def units(model: nn.Module) -> Iterator[Unit]:
                 mesh = group.mesh_info.shard_process_group
                 local = one.sharded_param._local_tensor
                 yield Unit(
-                    names[id(one.sharded_param)], mesh.rank(), mesh.size(), local.shape[0] if local.numel() else 0, one.padded_sharded_param_size, one
+                    names[id(one.sharded_param)],
+                    mesh.rank(),
+                    mesh.size(),
+                    local.shape[0] if local.numel() else 0,
+                    one.padded_sharded_param_size,
+                    one,
                 )
 
 

@@ -5,6 +5,7 @@ import math
 from gigatrain.architectures import Architecture
 from gigatrain.config import Mesh, Recipe
 from gigatrain.errors import PlanError
+from gigatrain.foreign import Foreign
 from gigatrain.planning import layout
 
 
@@ -51,8 +52,13 @@ def share(recipe: Recipe, mesh: Mesh) -> tuple[int, int]:
     return microbatch, math.ceil(train.batch // readers / microbatch)
 
 
-def check(recipe: Recipe, architecture: Architecture, mesh: Mesh, accumulation: int) -> None:
+def check(recipe: Recipe, architecture: Architecture | Foreign, mesh: Mesh, accumulation: int) -> None:
     """Raise PlanError for a mesh that the model, its samples or the engine cannot be cut by."""
+    if isinstance(architecture, Foreign):
+        _check_foreign(recipe, architecture, mesh)
+        if recipe.engine.name == "deepspeed":
+            _check_deepspeed(recipe, mesh)
+        return
     if recipe.engine.name == "deepspeed":
         _check_deepspeed(recipe, mesh)
     _check_tensor(recipe, architecture, mesh)
@@ -128,6 +134,28 @@ def _check_expert(architecture: Architecture, mesh: Mesh) -> None:
         raise PlanError(f"mesh.expert {ranks} shares experts, and the model has none; set mesh.expert = 1")
     if architecture.experts % ranks:
         raise PlanError(f"mesh.expert {ranks} does not divide the model's {architecture.experts} experts; choose a divisor")
+
+
+def _check_foreign(recipe: Recipe, model: Foreign, mesh: Mesh) -> None:
+    kind, train = model.model_type, recipe.train
+    for axis in ("tensor", "context", "pipeline", "expert"):
+        if getattr(mesh, axis) > 1:
+            raise PlanError(
+                f"mesh.{axis} {getattr(mesh, axis)} cuts our own decoders, and {kind!r} runs by transformers' code; set mesh.{axis} = 1, and share it by "
+                "mesh.shard and mesh.replicate"
+            )
+    if recipe.data.packing == "stream" and not model.isolates:
+        raise PlanError(
+            f'data.packing "stream" puts several documents in a row, which {kind!r} cannot keep apart; set data.packing = "document" (one a row)'
+        )
+    if train.recompute == "lean":
+        raise PlanError(f'train.recompute "lean" is for our own decoders, and {kind!r} is transformers\'; set "full" or "selective"')
+    if train.dropout:
+        raise PlanError(f"train.dropout {train.dropout} is for our own decoders, and {kind!r} is transformers'; set train.dropout = 0.0")
+    if train.compile:
+        raise PlanError(f"train.compile is for our own decoders, and {kind!r} is transformers'; set train.compile = false")
+    if train.precision == "bf16" and model.wide:
+        raise PlanError(f'{kind!r} keeps {model.wide:,} parameters in fp32 whatever the rest is; set train.precision = "fp32"')
 
 
 def _check_deepspeed(recipe: Recipe, mesh: Mesh) -> None:

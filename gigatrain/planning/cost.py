@@ -7,6 +7,7 @@ from typing import Literal
 
 from gigatrain.architectures import Architecture
 from gigatrain.config import Engine, Mesh, Optim, Section
+from gigatrain.foreign import Foreign
 from gigatrain.planning import layout
 
 Recompute = Literal["none", "lean", "selective", "full"]
@@ -104,7 +105,7 @@ def muon_workspace(architecture: Architecture) -> int:
 
 
 def memory(
-    architecture: Architecture,
+    architecture: Architecture | Foreign,
     *,
     device: Literal["cpu", "cuda"],
     precision: Literal["bf16", "fp32"],
@@ -134,6 +135,8 @@ def memory(
     Workspace: the loss holds one chunk of logits (2^21 on a CPU, 2^29 on a GPU), 2 B each where the kernel is fused and else 14, and the head's gradient
     in fp32 and rounded; Muon's update holds what `muon_workspace` says.
     """
+    if isinstance(architecture, Foreign):
+        return _foreign_memory(architecture, device, precision, microbatch, sequence, recompute, optim, kernels, mesh, engine)
     size, muon = 2 if precision == "bf16" else 4, optim.name == "muon"
     hidden, tokens = architecture.hidden, microbatch * sequence // mesh.context
     square = tokens * architecture.heads * sequence // mesh.tensor
@@ -154,6 +157,40 @@ def memory(
         optimizer=states[2],
         activations=held * kept + (whole if recompute in ("selective", "full") else 0) + masks + 4 * tokens * hidden * size // mesh.tensor,
         workspace=per_logit * chunk + (4 + size) * vocab * hidden + states[3] + (muon_workspace(architecture) if muon else 0),
+    )
+
+
+def _foreign_memory(
+    model: Foreign,
+    device: Literal["cpu", "cuda"],
+    precision: Literal["bf16", "fp32"],
+    microbatch: int,
+    sequence: int,
+    recompute: Recompute,
+    optim: Optim,
+    kernels: Mapping[str, str],
+    mesh: Mesh,
+    engine: Engine,
+) -> Memory:
+    """Of a model that runs by transformers' code: what its layers keep was counted on its modules (`Foreign.saved`)."""
+    size, tokens, shards = 2 if precision == "bf16" else 4, microbatch * sequence, mesh.shard or 1
+    mine = -(-model.total // shards)
+    master = {"fp32": 4, "bf16+16": 2, "bf16+8": 1}[optim.master] if precision == "bf16" else 0
+    moments = {"fp32": 8, "bf16": 4, "int8": 2}[optim.moments]
+    constant, growing = model.saved
+    whole = math.ceil(tokens * size * (constant + growing * sequence))
+    kept = whole if recompute == "none" else tokens * size * model.hidden * (1 if recompute == "full" else 4)
+    chunk = min(1 << 29 if device == "cuda" else 1 << 21, tokens * model.vocab) if model.head.separate else 2 * tokens * model.vocab
+    ends = model.vocab * model.hidden
+    gathered = size * ((2 + engine.prefetch) * model.largest_layer + 2 * ends) + 4 * max(model.largest_layer, ends) if shards > 1 else 0
+    stored = size if shards == 1 or optim.master != "fp32" else 4
+    beside = (master if stored == size else 0) + moments
+    return Memory(
+        weights=stored * mine,
+        gradients=(4 + stored) * mine,
+        optimizer=beside * mine,
+        activations=model.layers * kept + (whole if recompute != "none" else 0) + 4 * tokens * model.hidden * size,
+        workspace=(2 if kernels["linear_cross_entropy"] == "fused" else 14) * chunk + (4 + size) * ends + gathered,
     )
 
 

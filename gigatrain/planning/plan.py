@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from gigatrain import load
@@ -28,6 +28,7 @@ from gigatrain.config import (
     Validation,
 )
 from gigatrain.errors import PlanError
+from gigatrain.foreign import Foreign
 from gigatrain.planning import axes, cost
 
 # Every operation and its implementations, the reference first: kernels/ops.py's, known here without torch (a test holds them equal).
@@ -52,6 +53,10 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "muon_momentum": ("reference", "fused"),
     "muon_update": ("reference", "fused"),
 }
+# Those within a model's layers, which a model of transformers' computes by its own code.
+MODEL = (
+    "embedding", "rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu2", "xielu", "dropout_add", "moe", "experts", "attention",
+)  # fmt: skip
 # What a resume may change: no tensor of the run depends on it, but for the order in which ranks and microbatches are summed.
 OPERATIONAL = (
     "ranks",
@@ -93,7 +98,7 @@ class Plan(Section):
     mesh: Mesh
     engine: Engine
     profile: Profile
-    architecture: Architecture
+    architecture: Architecture | Foreign
     source: str | None
     init: Init
     tokenizer: Tokenizer
@@ -158,12 +163,14 @@ class Plan(Section):
         ]
 
 
-def plan(recipe: Recipe, site: Site, ranks: int | None = None) -> Plan:
+def plan(recipe: Recipe, site: Site, ranks: int | None = None, *, measure: Callable[[Mapping[str, Any]], Foreign] | None = None) -> Plan:
     """Make every number of the run concrete, on `ranks` processes (default: the recipe's `train.nproc`, else what its mesh needs).
+
+    `measure` gives the numbers of a model that is not of our families: models/autonumbers.py's `numbers`, which needs torch.
 
     Raises PlanError for what cannot work: a memory need beyond the site's, a tokenizer beyond the model's vocabulary, a mesh that divides nothing.
     """
-    architecture = load.architecture(recipe.model)
+    architecture = load.architecture(recipe.model, measure)
     train = recipe.train
     mesh = axes.resolve(recipe, ranks)
     ranks = axes.count(mesh)
@@ -220,7 +227,7 @@ def plan(recipe: Recipe, site: Site, ranks: int | None = None) -> Plan:
         engine=recipe.engine,
         profile=recipe.profile,
         architecture=architecture,
-        source=recipe.model.source,
+        source=None if recipe.model.fresh else recipe.model.source,
         init=recipe.model.init,
         tokenizer=recipe.tokenizer,
         data=recipe.data,
@@ -259,7 +266,7 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
-def _kernels(recipe: Recipe, site: Site, architecture: Architecture) -> tuple[Choice, ...]:
+def _kernels(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -> tuple[Choice, ...]:
     """The implementation of each operation, with the reason: by the recipe, else by rules (benchmarks/LOG.md; those for CUDA await a GPU)."""
     wanted = recipe.kernels if isinstance(recipe.kernels, dict) else {"default": recipe.kernels}
     default = wanted.get("default", "auto")
@@ -282,7 +289,7 @@ def _kernels(recipe: Recipe, site: Site, architecture: Architecture) -> tuple[Ch
     return tuple(Choice(op=op, kernel=kernel, why=why) for op, (kernel, why) in reasons.items())
 
 
-def _rules(recipe: Recipe, site: Site, architecture: Architecture) -> dict[str, tuple[str, str]]:
+def _rules(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -> dict[str, tuple[str, str]]:
     compiled, gpu = recipe.train.compile, site.device == "cuda"
     chosen: dict[str, tuple[str, str]] = dict.fromkeys(IMPLEMENTATIONS, ("reference", "plain torch: nothing else runs on this device"))
     fused = ("fused", "one Triton launch each way")
@@ -299,6 +306,10 @@ def _rules(recipe: Recipe, site: Site, architecture: Architecture) -> dict[str, 
         chosen["newton_schulz"] = ("fused", "symmetric products or the Gram form, whichever has fewer FLOPs")
     elif (recipe.optim.master, recipe.optim.moments) == ("fp32", "fp32"):
         chosen["adamw"] = ("foreach", "torch's own fused update")
+    chosen["linear_cross_entropy"] = ("fused" if gpu else "chunked", "never holds all logits")
+    if isinstance(architecture, Foreign):
+        within = "the model's own code: transformers' " + architecture.class_name
+        return chosen | dict.fromkeys(MODEL, ("reference", within))
     if architecture.experts:
         size = 2 if recipe.train.precision == "bf16" else 4
         why = "torch's grouped product, which reads the counts on the device"
@@ -308,7 +319,6 @@ def _rules(recipe: Recipe, site: Site, architecture: Architecture) -> dict[str, 
     if architecture.experts and recipe.mesh.expert > 1:
         reads = "no count is read" if recipe.mesh.dispatch == "gather" else "counts are read on the host once per layer and forward"
         chosen["moe"] = (chosen["moe"][0], f"mesh.dispatch {recipe.mesh.dispatch} between ranks, which runs `experts` on each: {reads}")
-    chosen["linear_cross_entropy"] = ("fused" if gpu else "chunked", "never holds all logits")
     soft = architecture.attention_softcap is not None
     if compiled:
         chosen["attention"] = (

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from distributed import together
+from test_meshes import BASE, batch
 
 from gigatrain import engines, load
 from gigatrain.checkpoint import Checkpoints, fill
@@ -16,7 +17,6 @@ from gigatrain.engines.native import Native
 from gigatrain.errors import CheckpointError, RunError
 from gigatrain.parallel.mesh import Mesh
 from gigatrain.planning.plan import plan
-from test_meshes import BASE, batch
 
 SECRET = "hf_doNotShowThisToken"
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from gigatrain import engines, load
 from gigatrain.data.loader import Batch, Microbatch
 from gigatrain.engines.native import Native
-from gigatrain.optim.muon import Muon
 from gigatrain.parallel.mesh import Mesh, alone
 from gigatrain.planning.plan import plan
 
@@ -131,7 +130,9 @@ def on(**axes):
         (2, ("optim.name=muon", "optim.muon_lr=1e-3")),
         (4, ("optim.name=muon", "optim.muon_lr=1e-3", *on(tensor=2))),
     ],
-    ids=lambda value: "_".join(one.replace("mesh.", "").replace("model.architecture.", "") for one in value) if isinstance(value, tuple) else str(value),
+    ids=lambda value: (
+        "_".join(one.replace("mesh.", "").replace("model.architecture.", "") for one in value) if isinstance(value, tuple) else str(value)
+    ),
 )
 def test_a_mesh_gives_the_run_of_one_process(tiny, alone_runs, ranks, overrides):
     settings = (*BASE, *overrides)

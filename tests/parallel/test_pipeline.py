@@ -29,7 +29,7 @@ GEMMA = {
     "family": "gemma2", "vocab": 96, "hidden": 32, "layers": 8, "heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate": 48, "window": 5, "tied": False,
     "attention_softcap": 20.0, "logit_softcap": 15.0,
 }  # fmt: skip
-LEAN = {op: "lean" for op in ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope")} | {
+LEAN = dict.fromkeys(("rms_norm", "add_rms_norm", "rope", "qk_norm_rope"), "lean") | {
     "linear_cross_entropy": "chunked",
     "attention": "sdpa",
 }
@@ -113,7 +113,11 @@ def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
             shard.apply(module, mesh, boxes, config.Engine(reshard=case.get("reshard", False)), compute=dtype, stored=torch.float32)
         places |= boxes
     wide = torch.float64 if case.get("dtype") == torch.float64 else torch.float32
-    sums = {name: torch.full(shard.local(p).shape, float("nan"), dtype=wide) for module in modules.values() for name, p in module.named_parameters()}
+    sums = {
+        name: torch.full(shard.local(p).shape, float("nan"), dtype=wide)
+        for module in modules.values()
+        for name, p in module.named_parameters()
+    }
     compute = functools.partial(stage.compute, **case.get("terms", {}))
     dtype = case.get("compute", case.get("dtype", torch.float32))
     pipeline = Pipeline(
@@ -150,7 +154,7 @@ def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
         if turn == 0:  # between two steps
             for module in modules.values():
                 module.eval()
-            held_out = [part for part in microbatches((2, 2, 1, 2, 1, 2, 2, 2, 2), seed=5)]
+            held_out = list(microbatches((2, 2, 1, 2, 1, 2, 2, 2, 2), seed=5))
             for parts in (held_out, held_out[:1]):
                 found = mesh.sum(pipeline.evaluate(iter(parts)), "pipeline").item()
                 model.eval()

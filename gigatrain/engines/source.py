@@ -1,0 +1,48 @@
+"""Where an engine's model and its first weights come from: our decoder, or any other model of transformers behind the same methods."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from gigatrain.foreign import Foreign
+from gigatrain.kernels.ops import Ops
+from gigatrain.models import autoweights, hf
+from gigatrain.models.automodel import Auto
+from gigatrain.models.decoder import Decoder, Part, decays, initial, kind_of
+from gigatrain.planning.plan import Plan
+
+Model = Decoder | Auto
+
+
+def blank(plan: Plan, ops: Ops, *, part: Part | None = None, dtype: torch.dtype = torch.float32) -> Model:
+    """The plan's model, or a part of it, on meta."""
+    if isinstance(plan.architecture, Foreign):
+        assert part is None or (part.first and part.last), "the plan refuses a pipeline"
+        return Auto(plan.architecture.config, ops, recompute=plan.recompute, dtype=dtype)
+    with torch.device("meta"):
+        return Decoder(plan.architecture, ops, recompute=plan.recompute, dropout=plan.dropout, part=part)
+
+
+def values(
+    plan: Plan, model: Model, shapes: Mapping[str, tuple[int, ...]], device: torch.device, *, part: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of `shapes`, whole, one at a time: drawn from the seed, or read from `model.from`; with `part`, the model has others too."""
+    arch = plan.architecture
+    if isinstance(arch, Foreign):
+        assert isinstance(model, Auto)
+        yield from autoweights.fresh(arch.config, plan.seed) if plan.source is None else autoweights.tensors(model, hf.locate(plan.source))
+        return
+    if plan.source is not None:
+        yield from hf.read_weights(arch, shapes, hf.locate(plan.source), part=part)
+        return
+    for name, shape in shapes.items():
+        yield name, initial(name, shape, arch, plan.init.std, plan.init.scale_residual, plan.seed, device)
+
+
+def group_of(plan: Plan, model: Model, name: str) -> str:
+    """By which update a parameter moves: Muon for the layers' matrices if the recipe says so, AdamW with or without decay for the rest."""
+    kind, falls = (model.kind_of, model.decays) if isinstance(model, Auto) else (kind_of, decays)
+    if plan.optim.name == "muon" and kind(name) == "matrix":
+        return "muon"
+    return "decayed" if falls(name, plan.optim.decay_embeddings) else "plain"
