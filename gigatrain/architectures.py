@@ -444,6 +444,11 @@ _NAMED: dict[str, dict[str, Any]] = {
         "family": "llama", "vocab": 128256, "hidden": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "intermediate": 28672, "norm_eps": 1e-5,
         "rope": {**_LLAMA3_ROPE, "factor": 8.0},
     },
+    # huggingface.co/meta-llama/Llama-3.1-405B config.json; 405,853,388,800
+    "llama-3.1-405b": {
+        "family": "llama", "vocab": 128256, "hidden": 16384, "layers": 126, "heads": 128, "kv_heads": 8, "intermediate": 53248, "norm_eps": 1e-5,
+        "rope": {**_LLAMA3_ROPE, "factor": 8.0},
+    },
     # huggingface.co/meta-llama/Llama-3.2-1B config.json; 1,235,814,400
     "llama-3.2-1b": {
         "family": "llama", "vocab": 128256, "hidden": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "head_dim": 64, "intermediate": 8192,

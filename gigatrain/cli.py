@@ -107,14 +107,22 @@ def _plan(options: argparse.Namespace) -> None:
 
     site, why = _site(options.site)
     chosen = plan(load.recipe(options.recipe, options.set), site, options.gpus, measure=_measured)
+    tried = None
+    if options.dry_run:
+        from gigatrain.planning.dryrun import dry_run
+
+        tried = dry_run(chosen)
     if options.json:
-        print(json.dumps(chosen.model_dump(mode="json", by_alias=True) | {"sha256": chosen.sha256}, indent=2))
+        found = chosen.model_dump(mode="json", by_alias=True) | {"sha256": chosen.sha256}
+        print(json.dumps(found | ({"dry_run": tried.json()} if tried else {}), indent=2))
         return
     from gigatrain.observe.display import Display
 
     display = Display()
     display.plan(chosen, why)
     display.plan_details(chosen)
+    for line in tried.lines() if tried else ():
+        display.line(line)
 
 
 def _site(name: str | None) -> tuple[Any, str]:
@@ -261,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     planned.add_argument(
         "--gpus", metavar="N", type=_ranks, help="ranks that it would run on (default: train.nproc, else what the mesh needs)"
     )
+    planned.add_argument("--dry-run", action="store_true", help="build every kind of rank and step it on fake tensors: boxes, bytes, collectives")
     planned.add_argument("--json", action="store_true", help="the whole plan as JSON")
 
     for name, run, help in (("recipes", _recipes, "list the shipped recipes"), ("sites", _sites, "list the shipped sites")):

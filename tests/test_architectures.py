@@ -85,6 +85,7 @@ def test_named_models_count_as_transformers_does(name: str) -> None:
 PUBLISHED = {
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
     "llama-3.2-1b": 1_235_814_400,
     "mistral-7b-v0.1": 7_241_732_096,
     "qwen3-0.6b": 596_049_920,

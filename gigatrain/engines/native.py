@@ -5,8 +5,9 @@ parallel/, and all of them meet in two facts: a rank holds a box of every parame
 so that any cut of a batch adds up to the gradient of its mean loss per target.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +47,11 @@ class Built:
     places: Places
 
 
-def build(plan: Plan, mesh: Mesh) -> Built:
-    """The plan's model for this rank, without storage: its stages, cut by tensor and expert parallelism, then compiled, then sharded."""
+def build(plan: Plan, mesh: Mesh, cuts: Sequence[range] | None = None) -> Built:
+    """The plan's model for this rank, without storage: its stages, cut by tensor and expert parallelism, then compiled, then sharded.
+
+    `cuts` are the layers of all stages, if not those of planning/layout.py.
+    """
     axes, arch = plan.mesh, plan.architecture
     chosen = ops.choose({choice.op: choice.kernel for choice in plan.kernels})
     chosen = tensor.ops(context.ops(chosen, mesh, axes.exchange), mesh)
@@ -56,7 +60,8 @@ def build(plan: Plan, mesh: Mesh) -> Built:
         tensor.pipeline_products(mesh)
     each = axes.stages or 1
     count = axes.pipeline * each
-    cuts = layout.stages(arch, plan.sequence, count) if count > 1 and isinstance(arch, Architecture) else (range(arch.layers),)
+    if cuts is None:
+        cuts = layout.stages(arch, plan.sequence, count) if count > 1 and isinstance(arch, Architecture) else (range(arch.layers),)
     numbers = layout.held(axes.schedule, mesh.at["pipeline"], axes.pipeline, each) if count > 1 else (0,)
     found = Built({}, count, {})
     for number in numbers:
@@ -101,10 +106,27 @@ class Native:
     the bf16 weights itself, views of its bucket; sharded weights are fp32 shards, rounded as they are gathered.
     """
 
-    def __init__(self, plan: Plan, mesh: Mesh, device: torch.device, *, fresh: bool = True) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        fresh: bool = True,
+        cuts: Sequence[range] | None = None,
+        around: contextlib.AbstractContextManager[Any] | None = None,
+    ) -> None:
+        """`cuts` are `build`'s; `around` is entered for all that allocates: planning/dryrun.py's fake tensors."""
+        self.around = around or contextlib.nullcontext()
         self.plan, self.mesh, self.device, self.trace = plan, mesh, device, OFF
-        built = build(plan, mesh)
+        built = build(plan, mesh, cuts)
         self.stages, self.places = built.stages, built.places
+        with self.around:
+            self._allocate(built, fresh)
+
+    def _allocate(self, built: Built, fresh: bool) -> None:
+        """Storage of weights, gradients' sums and optimizer."""
+        plan, mesh, device = self.plan, self.mesh, self.device
         self.home = torch.device("cpu") if plan.engine.offload else device  # of shards, gradients' sums and optimizer
         self.sharded = {unit.name: unit for model in self.stages.values() for unit in shard.units(model)}
         self.parameters: dict[str, torch.nn.Parameter] = {}

@@ -153,11 +153,15 @@ class Auto(nn.Module):
         kind, weight = self._kinds[name]
         return embeddings if kind in ("embed", "head") else weight
 
-    def forward(self, tokens_bt: Tensor, positions_bt: Tensor | None = None, documents_bt: Tensor | None = None) -> Tensor:
-        """What the head is given: hidden_btd after the last norm.
+    def forward(
+        self, tokens_bt: Tensor, positions_bt: Tensor | None = None, documents_bt: Tensor | None = None, *, logits: bool = False
+    ) -> Tensor:
+        """What the head is given: hidden_btd after the last norm; or, with `logits`, what the model's own forward makes of it.
 
         Positions are handed on only together with documents: they tell transformers where a document begins, and without any every row is one.
         """
+        if logits:
+            return self._run(tokens_bt, positions_bt, documents_bt).logits
         assert self.head.separate, "without a separate head only `loss` and `logits` are meant"
         with _caught(self.model, self._head_at) as caught:
             self._run(tokens_bt, positions_bt, documents_bt)
@@ -176,7 +180,7 @@ class Auto(nn.Module):
 
     def logits(self, tokens_bt: Tensor, positions_bt: Tensor | None = None, documents_bt: Tensor | None = None) -> Tensor:
         """logits_btv by the model's own forward."""
-        return self._run(tokens_bt, positions_bt, documents_bt).logits
+        return self(tokens_bt, positions_bt, documents_bt, logits=True)
 
     def loss(
         self,
@@ -192,7 +196,7 @@ class Auto(nn.Module):
         """`(loss_sum, ce_sum)` over the labels that are not -100, which are already shifted; `seed` is not read, as there is no dropout."""
         terms: dict[str, Any] = {"z_loss": z_loss, "label_smoothing": label_smoothing}
         if not self.head.separate:
-            logits_btv = self.logits(tokens_bt, positions_bt, documents_bt)
+            logits_btv = self.forward(tokens_bt, positions_bt, documents_bt, logits=True)
             return cast(Any, cross_entropy.reference(logits_btv.flatten(0, -2), labels_bt.flatten(), **terms))
         hidden_btd = self.forward(tokens_bt, positions_bt, documents_bt)  # not by a call: its hooks would let go of the head's weights
         return self.loss_of(hidden_btd, labels_bt, **terms)
@@ -394,20 +398,14 @@ def layer_lists(model: Any) -> list[tuple[str, nn.ModuleList]]:
 
 
 def _refuse_shared(model: Any, layers: list[nn.Module]) -> None:
-    """A weight that two layers share cannot be sharded with each."""
-    owners: Counter[int] = Counter()
-    for unit in [*layers, *_rest(model, layers)]:
-        for pointer in {id(p) for p in unit.parameters(recurse=unit in layers)}:
-            owners[pointer] += unit in layers
-    shared = [name for name, p in model.named_parameters() if owners[id(p)] > 1]
-    if shared:
-        raise PlanError(f"model.from: layers of {type(model).__name__} share {shared[0]}, and weights are kept layer by layer here")
-
-
-def _rest(model: Any, layers: list[nn.Module]) -> list[nn.Module]:
-    """The modules outside the layers."""
+    """A weight that two layers share, or a layer and what is outside, cannot be sharded with each."""
     inside = {id(module) for layer in layers for module in layer.modules()}
-    return [module for module in model.modules() if id(module) not in inside]
+    rest = {id(p) for module in model.modules() if id(module) not in inside for p in module.parameters(recurse=False)}
+    owners = Counter(rest)
+    for layer in layers:
+        owners.update({id(p) for p in layer.parameters()})
+    if shared := [name for name, p in model.named_parameters() if owners[id(p)] > 1]:
+        raise PlanError(f"model.from: layers of {type(model).__name__} share {shared[0]}, and weights are kept layer by layer here")
 
 
 def _kinds(model: Any, layers: list[nn.Module]) -> dict[str, tuple[Kind, bool]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gigatrain.errors import PlanError
 from gigatrain.foreign import Attention, Foreign
 from gigatrain.models.automodel import Auto, plain, wide
 
@@ -23,6 +24,11 @@ def numbers(config: Mapping[str, Any]) -> Foreign:
     import transformers
 
     inner, layers = model.model, model.layers
+    if kept_beside := list(model.persistent()):
+        raise PlanError(
+            f"model.from: {config['model_type']!r} has values beside its trained weights ({kept_beside[0]} and the like), which checkpoints do not hold; "
+            "a model without them can be trained"
+        )
     described = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(plain(config))
     kept = json.loads(described.to_json_string(use_diff=False))
     for key in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):

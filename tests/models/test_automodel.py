@@ -191,6 +191,17 @@ def test_what_cannot_be_trained_as_meant_is_refused():
             Auto(config("gpt2") | extra)
 
 
+def test_weights_that_layers_share_are_refused(monkeypatch):
+    def tied(self, config):
+        first(self, config)
+        self.model.layers[1].mlp.c_fc.weight = self.model.layers[0].mlp.c_fc.weight
+
+    first = transformers.Starcoder2ForCausalLM.__init__
+    monkeypatch.setattr(transformers.Starcoder2ForCausalLM, "__init__", tied)
+    with pytest.raises(PlanError, match=r"share model\.layers\.0\.mlp\.c_fc\.weight"):
+        Auto(config("starcoder2"))
+
+
 def test_nothing_in_a_forward_is_random():
     given = config("gpt2")
     auto = ours(theirs(given), given)
@@ -336,6 +347,8 @@ def test_what_transformers_saves_is_read(tmp_path):
         auto.verify(documents=False, device=CPU)
         if given is deepseek:
             assert [name.rpartition(".")[2] for name in auto.persistent()] == ["e_score_correction_bias"]
+            with pytest.raises(PlanError, match="e_score_correction_bias"):
+                autonumbers.numbers(given)  # no run before checkpoints hold them
     with pytest.raises(CheckpointError, match="32"):
         filled(tmp_path / "gpt2", config("gpt2") | {"n_embd": 64})
     with pytest.raises(CheckpointError, match="lacks"):
@@ -379,9 +392,8 @@ def sharded(rank, kind, cut):
     mesh = init_device_mesh("cpu", (2,))
     for layer in auto.layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(auto, mesh=mesh)
+    fully_shard(auto, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(auto, "loss")
-    register_fsdp_forward_method(auto, "logits")
     for module in auto.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
