@@ -85,7 +85,7 @@ class Plain:
 
         self.made, self.torch, self.ddp = made, torch, ddp
         chosen = ops.choose({choice.op: choice.kernel for choice in made.kernels})
-        model = Decoder(made.architecture, chosen, recompute=made.recompute)
+        model = Decoder(made.decoder, chosen, recompute=made.recompute)
         model.init_weights(made.init.std, made.init.scale_residual, made.seed)
         model.to(device)
         bf16 = torch.bfloat16 if made.precision == "bf16" else None

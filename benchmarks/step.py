@@ -292,7 +292,7 @@ def litgpt(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
     lit, pretrain, lightning = (_imported(name) for name in ("litgpt", "litgpt.pretrain", "lightning"))
     arguments, convert = (_imported(f"litgpt.{name}") for name in ("args", "scripts.convert_hf_checkpoint"))
     gate = Gate(pipe, plan.device)
-    arch, optim, rope = plan.architecture, plan.optim, plan.architecture.rope
+    arch, optim, rope = plan.decoder, plan.optim, plan.decoder.rope
     adjusted = {"factor": rope.factor, "low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     config = lit.Config(
         name="gigatrain",
@@ -528,7 +528,7 @@ def _last_line(log: Path) -> str:
 def unavailable(name: str, plan: Plan) -> str | None:
     """Why a provider cannot run here, or None."""
     base, *options = name.split("+")
-    arch = plan.architecture
+    arch = plan.decoder
     if base == "torchtitan":
         return "no adapter: torchtitan 0.3.0 trains on accelerators only, so none could be verified on the CPU this was written on"
     if "compile" in options and plan.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
@@ -600,21 +600,19 @@ def prepare(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan
         corpus: Corpus = _random_corpus(folder / "random", planned, count)
     else:
         corpus = build(planned.data, planned.tokenizer)
-        if corpus.vocab > planned.architecture.vocab:
+        if corpus.vocab > planned.decoder.vocab:
             raise RunError(
-                f"the tokenizer has {corpus.vocab} ids and the model embeds {planned.architecture.vocab}; enlarge it, or use --data random"
+                f"the tokenizer has {corpus.vocab} ids and the model embeds {planned.decoder.vocab}; enlarge it, or use --data random"
             )
     batches = Batches(corpus, sequence=planned.sequence, packing=planned.data.packing, batch=planned.batch, seed=planned.seed, prefetch=0)
     parts = [batches.make(step * planned.batch).microbatches[0] for step in range(count)]
     rows = {"tokens": torch.cat([part.tokens for part in parts]), "labels": torch.cat([part.labels for part in parts])}
     save_file(rows, folder / "rows.safetensors")
     initial = folder / "initial"
-    model = Decoder(planned.architecture)
+    model = Decoder(planned.decoder)
     model.init_weights(planned.init.std, planned.init.scale_residual, planned.seed)
-    hf.save_weights(model, planned.architecture, initial)
-    config = architectures.to_hf_config(
-        planned.architecture, max_positions=planned.positions, dtype="float32", bos=None, eos=None, pad=None
-    )
+    hf.save_weights(model, planned.decoder, initial)
+    config = architectures.to_hf_config(planned.decoder, max_positions=planned.positions, dtype="float32", bos=None, eos=None, pad=None)
     (initial / "config.json").write_text(json.dumps(config), encoding="utf-8")
     plans = {variant: found.model_copy(update={"source": str(initial)}) for variant, found in plans.items()}
     job = {
@@ -635,11 +633,11 @@ def _random_corpus(folder: Path, plan: Plan, steps: int) -> Any:
     from gigatrain.data.shards import ShardWriter
 
     folder.mkdir()
-    writer = ShardWriter(folder / "random", plan.architecture.vocab)
-    writer.add(np.random.default_rng(plan.seed).integers(0, plan.architecture.vocab, steps * plan.tokens_per_step + 1))
+    writer = ShardWriter(folder / "random", plan.decoder.vocab)
+    writer.add(np.random.default_rng(plan.seed).integers(0, plan.decoder.vocab, steps * plan.tokens_per_step + 1))
     splits = {"train": {"shards": [{**(writer.finish() or {}), "prefix": "random"}]}}
     source = {"name": "random", "ends_with_eos": True, "starts_with_bos": False, "splits": splits}
-    return Corpus(folder, {"vocab": plan.architecture.vocab, "eos": 0, "sha256": "random", "sources": [source]}, (1.0,))
+    return Corpus(folder, {"vocab": plan.decoder.vocab, "eos": 0, "sha256": "random", "sources": [source]}, (1.0,))
 
 
 def start(name: str, device: str, job: dict[str, Any], folder: Path) -> Peer:
@@ -683,7 +681,7 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     with tempfile.TemporaryDirectory(prefix="gigatrain-step-") as temporary:
         folder = Path(temporary)
         planned, job = prepare(options, folder, steps)
-        shape = f"{planned.architecture.family}, {planned.parameters:,} parameters"
+        shape = f"{planned.decoder.family}, {planned.parameters:,} parameters"
         say(f"{shape}; {options.why}; {steps} steps of {planned.tokens_per_step:,} tokens")
         failed = {name: reason for name in names if (reason := unavailable(name, planned))}
         try:
@@ -746,7 +744,7 @@ def _table(plan: Plan, peers: list[Peer], ceiling: float, options: argparse.Name
     trainers = [peer for peer in peers if peer.name.startswith("trainer")]
     best = min(trainers, key=lambda peer: float(np.median(peer.seconds)), default=None)
     ours, plain = by_name.get("gigatrain"), by_name.get("trainer")
-    arch, commit, now = plan.architecture, _commit(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    arch, commit, now = plan.decoder, _commit(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     rows = []
     for peer in peers:
         low, middle, high = np.percentile([plan.tokens_per_step / seconds for seconds in peer.seconds], [20, 50, 80]).tolist()

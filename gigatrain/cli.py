@@ -140,7 +140,15 @@ def _recipes(options: argparse.Namespace) -> None:
         shape = load.architecture(recipe.model)
         train = recipe.train
         tokens = train.tokens or (train.steps or 0) * train.batch * train.sequence
-        rows.append({"name": name, "summary": recipe.summary, "family": shape.family, "parameters": shape.parameters(), "tokens": tokens})
+        rows.append(
+            {
+                "name": name,
+                "summary": recipe.summary,
+                "family": getattr(shape, "family", "transformers"),
+                "parameters": shape.parameters(),
+                "tokens": tokens,
+            }
+        )
     if options.json:
         print(json.dumps(rows, indent=2))
         return
@@ -269,7 +277,9 @@ def _parser() -> argparse.ArgumentParser:
     planned.add_argument(
         "--gpus", metavar="N", type=_ranks, help="ranks that it would run on (default: train.nproc, else what the mesh needs)"
     )
-    planned.add_argument("--dry-run", action="store_true", help="build every kind of rank and step it on fake tensors: boxes, bytes, collectives")
+    planned.add_argument(
+        "--dry-run", action="store_true", help="build every kind of rank and step it on fake tensors: boxes, bytes, collectives"
+    )
     planned.add_argument("--json", action="store_true", help="the whole plan as JSON")
 
     for name, run, help in (("recipes", _recipes, "list the shipped recipes"), ("sites", _sites, "list the shipped sites")):

@@ -71,7 +71,7 @@ def test_the_whole_way_as_a_user_walks_it(tiny, tmp_path, capsys):
     from gigatrain.models.decoder import Decoder
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    ours = Decoder(run.stored_plan(folder).architecture)
+    ours = Decoder(run.stored_plan(folder).decoder)
     hf.load_weights(ours, tmp_path / "model")
     tokens = torch.arange(2, 40).view(2, 19)
     torch.testing.assert_close(ours.logits(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)

@@ -310,7 +310,7 @@ class Flat(torch.optim.Optimizer):
         return found
 
     def judge(self, rate: float, scale: Tensor, skip: Tensor) -> None:
-        """How the coming steps update: at `rate` times the peak rate, gradients times `scale`, and nothing where `skip` is 1 (0-d, where the partitions are)."""
+        """How the coming steps update: at `rate` times the peak rate, gradients times `scale`, and nothing where `skip` is 1 (0-d, beside them)."""
         self._scale, self._skip = scale, skip
         for group in self.param_groups:
             group["lr"] = self._peak * rate
@@ -475,7 +475,7 @@ def _silence_norm(zero: Any) -> None:
 
 def _partition(library: Any, model: nn.Module, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
     """Give a model on meta storage for ZeRO-3, parameter by parameter, each cut before the next one is made; a layer is gathered as one."""
-    library.utils.set_z3_leaf_modules(model, [type(model.layers[0])])
+    library.utils.set_z3_leaf_modules(model, [type(next(iter(model.layers)))])  # type: ignore[arg-type]
     first: Any = None
     for module in model.modules():
         for name, old in list(module.named_parameters(recurse=False)):
@@ -483,7 +483,7 @@ def _partition(library: Any, model: nn.Module, config: dict[str, Any], device: t
                 continue
             new: Any = nn.Parameter(torch.empty(old.shape, dtype=dtype, device=device), requires_grad=old.requires_grad)
             setattr(module, name, new)
-            model._tie()  # the head follows the embedding
+            model._tie()  # type: ignore[operator] (the head follows the embedding)
             if first is None:
                 holder = nn.Module()
                 holder.register_parameter("first", new)
@@ -530,7 +530,7 @@ def _library(device: torch.device) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # 37 s of g++ at the first start, for all-reduces within a node
     deepspeed.utils.logger.setLevel(logging.ERROR)
     for handler in deepspeed.utils.logger.handlers:
-        handler.setStream(sys.stderr)  # it would write where a run prints what it found
+        handler.setStream(sys.stderr)  # it would write where a run prints what it found  # type: ignore[attr-defined]
     return deepspeed
 
 

@@ -66,7 +66,7 @@ def build(plan: Plan, mesh: Mesh, cuts: Sequence[range] | None = None) -> Built:
     found = Built({}, count, {})
     for number in numbers:
         part = Part(cuts[number], number == 0, number == count - 1)
-        model = source.blank(plan, chosen, part=part, dtype=_stored(plan, mesh))
+        model = source.blank(plan, chosen, part=part, dtype=torch.bfloat16 if plan.precision == "bf16" else torch.float32)
         places = whole(model)
         if isinstance(arch, Architecture):
             tensor.cut(model, LAYOUT, arch, mesh, places)
@@ -87,8 +87,7 @@ def _finish(plan: Plan, mesh: Mesh, model: source.Model, places: Places) -> None
             layer.compile(fullgraph=True)
     if shard.shards(mesh):
         bf16, stored = plan.precision == "bf16", _stored(plan, mesh)
-        if stored == torch.bfloat16:
-            model.to(torch.bfloat16)
+        model.to(stored)
         engine = plan.engine.model_copy(update={"reshard": False}) if mesh.size("pipeline") > 1 else plan.engine
         shard.apply(model, mesh, places, engine, compute=torch.bfloat16 if bf16 else torch.float32, stored=stored)
 
@@ -147,7 +146,7 @@ class Native:
         self.grads = {name: self._box(name, view) for group in self.groups for name, view in group.grads.views.items()}
         self._rounded: list[tuple[Tensor, Tensor]] = []  # bf16 weights, and the fp32 ones that they are rounded from after every update
         self._place_weights()
-        if isinstance(only := next(iter(self.stages.values())), Auto) and fresh and not self.sharded:
+        if isinstance(only := next(iter(self.stages.values())), Auto) and fresh:
             only.verify(documents=plan.data.packing == "stream", device=device)
         self._stretches = self._by_weight()
         self._copies = Copies(mesh, [(group.grads.buffer, group.grads.views) for group in self.groups]) if self._sums_copies else None

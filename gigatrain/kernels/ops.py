@@ -49,6 +49,9 @@ MODULES = (
 OPERATIONS = {name: operation for module in MODULES for name, operation in module.OPERATIONS.items()}
 
 
+_mask = attention.mask
+
+
 @dataclass(frozen=True)
 class Ops:
     """One function per operation; the signatures are those of the `reference` in the kernel file of the same name."""
@@ -67,7 +70,7 @@ class Ops:
     experts: Callable[..., Any]  # its part that remains where experts are on other ranks than their tokens
     attention: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
-    mask: Callable[..., Any] = attention.mask  # who sees whom, as `attention` takes it; not chosen, but replaced together with it
+    mask: Callable[..., Any] = _mask  # who sees whom, as `attention` takes it; not chosen, but replaced together with it
 
 
 def available() -> dict[str, tuple[str, ...]]:

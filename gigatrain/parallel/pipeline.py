@@ -207,7 +207,7 @@ class _Stage(PipelineStage):
         self.microbatch = fwd_chunk_id
         received = self.args_recv_info[fwd_chunk_id]
         for one in received:
-            one.buffer.requires_grad_(self.has_backward)
+            one.buffer.requires_grad_(self.has_backward)  # type: ignore[union-attr]
         given = super().forward_one_chunk(fwd_chunk_id, (), None, save_forward_output=False)
         self._leave(received)
         return given

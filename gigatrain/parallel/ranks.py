@@ -47,7 +47,7 @@ def joined(axes: config.Mesh, ranks: int, device: str) -> Iterator[tuple[Mesh, t
         return
     mine = not distributed.is_initialized()
     if mine:
-        bound = {"device_id": place} if device == "cuda" else {}
+        bound: dict[str, Any] = {"device_id": place} if device == "cuda" else {}
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT, **bound)
     try:
         yield Mesh(axes, rank, place, int(os.environ.get("LOCAL_WORLD_SIZE", ranks))), place

@@ -51,7 +51,8 @@ def apply(model: nn.Module, mesh: Mesh, places: Places, engine: config.Engine, *
         if isinstance(experts, nn.Module) and mesh.size("expert") > 1:
             fully_shard(experts, mesh=mesh.torch(EXPERT_WEIGHTS, ("replicate",)), **options)
         fully_shard(layer, mesh=together, **options)
-    fully_shard(model, mesh=together, **(options | {"reshard_after_forward": False}))  # the head's backward follows its forward at once
+    options["reshard_after_forward"] = False
+    fully_shard(model, mesh=together, **options)  # the head's backward follows its forward at once
     register_fsdp_forward_method(model, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -98,6 +99,7 @@ def units(model: nn.Module) -> Iterator[Unit]:
         groups = getattr(state, "_fsdp_param_groups", None)
         for group in [state._fsdp_param_group] if groups is None else groups:
             for one in [] if group is None else group.fsdp_params:
+                assert group is not None
                 mesh = group.mesh_info.shard_process_group
                 local = one.sharded_param._local_tensor
                 yield Unit(

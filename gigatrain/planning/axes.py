@@ -3,7 +3,7 @@
 import math
 
 from gigatrain.architectures import Architecture
-from gigatrain.config import Mesh, Recipe
+from gigatrain.config import Init, Mesh, Recipe
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
 from gigatrain.planning import layout
@@ -150,6 +150,10 @@ def _check_foreign(recipe: Recipe, model: Foreign, mesh: Mesh) -> None:
         )
     if train.recompute == "lean":
         raise PlanError(f'train.recompute "lean" is for our own decoders, and {kind!r} is transformers\'; set "full" or "selective"')
+    if recipe.model.init != Init():
+        raise PlanError(
+            f"model.init is for our own decoders, and fresh weights of {kind!r} are drawn as transformers draws them; leave model.init out"
+        )
     if train.dropout:
         raise PlanError(f"train.dropout {train.dropout} is for our own decoders, and {kind!r} is transformers'; set train.dropout = 0.0")
     if train.compile:

@@ -215,7 +215,7 @@ def held_parameters(architecture: Architecture, mesh: Mesh, sequence: int) -> tu
             ends = 1
         found = len(layers) * layer + ends * -(-embedding // mesh.tensor), sparse * sum(architecture.sparse_of(i) for i in layers)
         most = max(most, found, key=sum)
-    return *most, layer + sparse
+    return most[0], most[1], layer + sparse
 
 
 def _states(

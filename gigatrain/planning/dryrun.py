@@ -92,7 +92,7 @@ def dry_run(plan: Plan) -> DryRun:
     by transformers' code.
     """
     if plan.engine.name != "native" or not isinstance(plan.architecture, Architecture):
-        raise PlanError("a dry run is of the native engine and our own decoders; set engine.name = \"native\", or plan without --dry-run")
+        raise PlanError('a dry run is of the native engine and our own decoders; set engine.name = "native", or plan without --dry-run')
     began, found, peak = time.monotonic(), [], 0
     arch, axes = plan.architecture, plan.mesh
     each = axes.stages or 1
@@ -113,7 +113,9 @@ def dry_run(plan: Plan) -> DryRun:
         whole += found[-1].whole * len(members)
     whole -= arch.vocab * arch.hidden * (arch.tied and count > 1)  # the copy on the last stage
     if whole != plan.parameters:
-        raise PlanError(f"the roles of the mesh hold {whole:,} parameters together, and the plan has {plan.parameters:,}; this is a mistake of ours: report it")
+        raise PlanError(
+            f"the roles of the mesh hold {whole:,} parameters together, and the plan has {plan.parameters:,}; this is a mistake of ours: report it"
+        )
     return DryRun(plan, tuple(found), time.monotonic() - began, peak)
 
 
@@ -168,7 +170,13 @@ def _tried(plan: Plan, cuts: tuple[range, ...], members: list[int], *, last: boo
 
 
 def _span(members: list[int]) -> str:
-    return str(members[0]) if len(members) == 1 else f"{members[0]} to {members[-1]}" if members == list(range(members[0], members[-1] + 1)) else ",".join(map(str, members))
+    return (
+        str(members[0])
+        if len(members) == 1
+        else f"{members[0]} to {members[-1]}"
+        if members == list(range(members[0], members[-1] + 1))
+        else ",".join(map(str, members))
+    )
 
 
 # ---- Within a role's process ----
@@ -219,15 +227,25 @@ def _played(job: dict[str, Any]) -> dict[str, Any]:
 
     held = [engine._box(name, group.grads.views[name]) for group in engine.groups for name in group.grads.views]
     buckets = [group.bucket for group in engine.groups if isinstance(group, AdamW)]
-    states = [tensor for bucket in buckets for key, tensor in vars(bucket).items() if tensor is not None and key not in ("weight", "copy", "updates", "seed")]
-    masters = size_of(bucket.weight for bucket in buckets) if plan.precision == "bf16" and plan.optim.master == "fp32" and not engine.sharded else 0
+    states = [
+        tensor
+        for bucket in buckets
+        for key, tensor in vars(bucket).items()
+        if tensor is not None and key not in ("weight", "copy", "updates", "seed")
+    ]
+    masters = (
+        size_of(bucket.weight for bucket in buckets)
+        if plan.precision == "bf16" and plan.optim.master == "fp32" and not engine.sharded
+        else 0
+    )
     weights = size_of(bucket.weight for bucket in buckets)
     return {
         "parameters": sum(tensor.numel() for tensor in held),
         "whole": sum(math.prod(engine.places[name].shape) for name in engine.grads),
         "weights": weights // 2 if masters else weights,
         # The sums, and a microbatch's own beside them.
-        "gradients": size_of(group.grads.buffer for group in engine.groups) + size_of(shard.local(one) for one in engine.parameters.values()),
+        "gradients": size_of(group.grads.buffer for group in engine.groups)
+        + size_of(shard.local(one) for one in engine.parameters.values()),
         "optimizer": size_of(states) + masters,
         "calls": dict(record.calls),
         "sent": dict(record.sent),

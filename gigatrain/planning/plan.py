@@ -131,6 +131,12 @@ class Plan(Section):
     flops_per_token: float
     memory: cost.Memory
 
+    @property
+    def decoder(self) -> Architecture:
+        """The architecture of a plan for one of our own decoders."""
+        assert isinstance(self.architecture, Architecture)
+        return self.architecture
+
     def text(self) -> str:
         """Canonical JSON: sorted keys, no spaces; the same plan is the same bytes on every machine."""
         return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))

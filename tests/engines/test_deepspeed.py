@@ -100,7 +100,7 @@ def poisoned(rank, recipe, zero):
     before = {(group, name): piece.tensor.clone() for group, named in engine.state().items() for name, piece in named.items()}
     engine.forward_backward(batch(made, 1, *mesh.data))
     if rank == 1:
-        engine.loss.fill_(float("nan"))  # of one rank alone
+        engine.loss.fill_(float("nan"))  # type: ignore[attr-defined] (of one rank alone)
     update = engine.step(1.0)
     after = {(group, name): piece.tensor.clone() for group, named in engine.state().items() for name, piece in named.items()}
     moved = [key for key in before if key[1] not in ("bad", "steps") and not torch.equal(before[key], after[key])]

@@ -15,15 +15,16 @@ from gigatrain.observe.display import Display
 from gigatrain.parallel.mesh import Mesh, alone
 from gigatrain.planning.plan import plan
 
+HEADS = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 TINY = {
-    "gpt_neox": {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64},
-    "phi": {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64},
-    "falcon": {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": False, "max_position_embeddings": 64},
+    "gpt_neox": HEADS | {"intermediate_size": 64},
+    "phi": HEADS | {"intermediate_size": 64},
+    "falcon": HEADS | {"alibi": False},
     "mamba": {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4},
     "gpt2": {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    "opt": {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
+    "opt": HEADS | {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "bloom": {"vocab_size": 320, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-}  # fmt: skip
+}
 BASE = ("train.batch=8", "train.microbatch=3", "optim.clip=0.5", "optim.lr=1e-4", "data.packing=document")
 
 

@@ -169,7 +169,7 @@ class wide_norms:
 
     def __enter__(self) -> None:
         self.kept = (torch.float32, torch.float, torch.Tensor.float)
-        self.model.config._experts_implementation = "eager"  # torch's grouped product takes no fp64
+        self.model.config._experts_implementation = "eager"  # type: ignore[union-attr,assignment] # torch's grouped product takes no fp64
 
         def widen(*_: Any) -> None:
             torch.float32, torch.float, torch.Tensor.float = torch.float64, torch.float64, torch.Tensor.double  # type: ignore[misc,assignment]

@@ -223,7 +223,10 @@ def test_initial_weights_depend_on_seed_and_name_only() -> None:
 
 
 def test_an_expert_starts_from_its_own_seed_whatever_the_others() -> None:
-    few, many = (Decoder(tiny(**MIXTURE | {"experts": n})) for n in (4, 6))
+    few, many = (
+        Decoder(tiny(**MIXTURE | {"experts": n}))  # type: ignore[arg-type]
+        for n in (4, 6)
+    )
     for decoder in (few, many):
         decoder.init_weights(0.02, True, 3)
     for name in ("gate_up_proj", "down_proj"):

@@ -26,7 +26,7 @@ def test_every_rank_has_one_place_and_every_group_its_members(sizes):
             assert all(meshes[rank].ranks(axis) == ranks for rank in ranks)
         together_ = mesh.ranks("shard", "tensor")
         assert together_[mesh.index("shard", "tensor")] == mesh.rank
-        assert mesh.data[1] == axes.replicate * axes.shard
+        assert mesh.data[1] == axes.replicate * (axes.shard or 1)
     assert {mesh.data[0] for mesh in meshes} == set(range(meshes[0].data[1]))
 
 

@@ -55,7 +55,7 @@ def fill(model: torch.nn.Module) -> None:
     """Weights by name alone, norms and biases away from their constants; a head tied to an embedding elsewhere has its values."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            tied = name == Tied.HEAD and model.arch.tied
+            tied = name == Tied.HEAD and model.arch.tied  # type: ignore[union-attr]
             generator = torch.Generator().manual_seed(sum(map(ord, Tied.EMBEDDING if tied else name)))
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
@@ -81,6 +81,7 @@ def reference(case: dict[str, Any], parts: list[Microbatch], share: float) -> tu
         (loss * share).backward()
         loss_sum, nats = loss_sum + loss.item() * share, nats + ce.item()
         for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
             sums[name] += parameter.grad
             parameter.grad = None
     return loss_sum, nats, sums, model
@@ -251,7 +252,7 @@ def counted(rank: int) -> list[tuple[Any, ...]]:
     for schedule, each in (("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zbv", 2)):
         mesh = Mesh(config.Mesh(pipeline=4, shard=1), rank)
         count = 4 * each
-        modules = {n: torch.nn.Identity() for n in layout.held(schedule, rank, 4, each)}
+        modules = {n: torch.nn.Identity() for n in layout.held(schedule, rank, 4, each)}  # type: ignore[arg-type]
         pipeline = Pipeline(modules, count, mesh, schedule=schedule, compute=compute_nothing, hidden=1, dtype=torch.float32, sums={})
         for n in (4, 6, 8, 16):
             order = pipeline._made(n, True)._get_pipeline_order() if schedule == "1f1b" else pipeline._made(n, True).pipeline_order

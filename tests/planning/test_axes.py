@@ -25,7 +25,7 @@ def made(*overrides, ranks=None):
 def test_what_is_left_is_sharded(overrides, ranks, expected):
     found = made(*overrides, ranks=ranks)
     assert (found.ranks, found.mesh.shard, found.mesh.tensor) == expected
-    assert found.microbatch * found.accumulation >= found.batch // (found.mesh.replicate * found.mesh.shard)
+    assert found.microbatch * found.accumulation >= found.batch // (found.mesh.replicate * (found.mesh.shard or 1))
 
 
 MIXTRAL = ("model.architecture.family=mixtral", "model.architecture.experts=6", "model.architecture.experts_per_token=2")

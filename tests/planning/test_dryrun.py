@@ -25,7 +25,9 @@ def test_every_parameter_is_held_once_and_bytes_are_the_plans():
     assert first.parameters < 1.6 * found.plan.parameters / shards / 2  # 192 rows over 64 ranks, and norms whole on both
     estimate = found.plan.memory
     for key in ("weights", "gradients", "optimizer"):
-        assert getattr(first, key) == pytest.approx(getattr(estimate, key), rel=0.25), key  # of a model of two million; the rounding of rows
+        assert getattr(first, key) == pytest.approx(getattr(estimate, key), rel=0.25), (
+            key
+        )  # of a model of two million; the rounding of rows
     layers = 4
     # Forward: every layer is gathered, and again in the backward; the root once. Along tensor: two gathers and two scatters a layer, and back.
     assert first.calls["allgather over 64"] == 2 * layers + 1
