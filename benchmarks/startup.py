@@ -20,7 +20,8 @@ phases, each begun by all at once:
 Wall time is from the first rank's begin to the last rank's end. n processes share a few cores here, so wall time has the work of n / cores processes in
 it, which no cluster has. CPU time of one rank (the median) and of rank 0, who also serves the store, is what a machine of its own would spend; waiting
 for the network is not in it. The laws, of the least of the repeats, are t = a + b log2(n) + c n + d n^2 with coefficients that are not negative, by
-least squares of relative errors; of the terms only those that a law needs to get within a tenth of the best fit are kept. They hold for the range they were measured in.
+least squares of relative errors; of the terms only those that a law needs to get within a tenth of the best fit are kept. They hold for the range they
+were measured in.
 
 Pretended ranks ("fake" backend, one process is the last rank of n): what every rank does by itself before any message, and what it keeps in memory. It is
 the part that no parallel machine shortens: anything proportional to n there is a loop over the world on every rank.
@@ -308,7 +309,7 @@ def main() -> None:
     if not options.quick:
         new = not RESULTS.is_file()
         with RESULTS.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter[str](file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS)
             if new:
                 writer.writeheader()
             facts = machine()
