@@ -309,7 +309,7 @@ def main() -> None:
     if not options.quick:
         new = not RESULTS.is_file()
         with RESULTS.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS)
             if new:
                 writer.writeheader()
             facts = machine()
