@@ -1,9 +1,10 @@
 """Causal attention with grouped heads, documents, windows and soft-caps.
 
-    s = scale * q . k        s = c * tanh(s / c) if softcap        out = softmax(s over the visible keys) v
+    s = scale * q . k        s = c * tanh(s / c) if softcap        out = softmax(s over the visible keys, and the head's sink if it has one) v
     key j is visible to query i if j <= i, i - j < window, and both are of one document
 
-Legend: q_bthd, k_btkd, v_btkd: batch, tokens, query or key heads, channels; h is a multiple of k, query head i reads key head i // (h / k).
+Legend: q_bthd, k_btkd, v_btke: batch, tokens, query or key heads, channels (e of values, mostly d too); sinks_h: a logit per query head that takes
+weight and gives no value (gpt-oss); h is a multiple of k, query head i reads key head i // (h / k).
 Softmax in fp32 (fp64 for fp64 inputs). Layout [b, t, h, d] is that of the projections' outputs, so nothing is copied on the way in or out.
 """
 
@@ -62,8 +63,17 @@ def mask(documents_bt: Tensor | None, window: int | None, tokens: int, dtype: to
     return Mask(documents_bt, window, visible, bias)
 
 
-def reference(q_bthd: Tensor, k_btkd: Tensor, v_btkd: Tensor, mask: Mask, *, scale: float, softcap: float | None = None) -> Tensor:
-    """Attention in plain torch, every score in memory; returns [b, t, h, d] in q's dtype."""
+def reference(
+    q_bthd: Tensor,
+    k_btkd: Tensor,
+    v_btke: Tensor,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks_h: Tensor | None = None,
+) -> Tensor:
+    """Attention in plain torch, every score in memory; returns [b, t, h, e] in q's dtype, where values may have other channels than keys."""
     b, t, h, d = q_bthd.shape
     k = k_btkd.shape[2]
     q_bkgtd = q_bthd.transpose(1, 2).reshape(b, k, h // k, t, d)
@@ -72,14 +82,18 @@ def reference(q_bthd: Tensor, k_btkd: Tensor, v_btkd: Tensor, mask: Mask, *, sca
         scores = softcap * torch.tanh(scores / softcap)
     visible = torch.ones(t, t, dtype=torch.bool, device=q_bthd.device).tril() if mask.visible_btt is None else mask.visible_btt[:, :, None]
     scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks_h is not None:
+        scores = torch.cat((scores, sinks_h.to(scores.dtype).view(1, k, h // k, 1, 1).expand(b, -1, -1, t, 1)), -1)
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(q_bthd.dtype, torch.float32)).to(q_bthd.dtype)
-    return torch.matmul(weights, v_btkd.transpose(1, 2)[:, :, None]).reshape(b, h, t, d).transpose(1, 2)
+    return torch.matmul(weights[..., :t], v_btke.transpose(1, 2)[:, :, None]).reshape(b, h, t, -1).transpose(1, 2)
 
 
-def sdpa(q_bthd: Tensor, k_btkd: Tensor, v_btkd: Tensor, mask: Mask, *, scale: float, softcap: float | None = None) -> Tensor:
-    """Attention by `F.scaled_dot_product_attention`, which keeps no scores; with a soft-cap, which it lacks, `reference`."""
-    if softcap is not None:
-        return reference(q_bthd, k_btkd, v_btkd, mask, scale=scale, softcap=softcap)
+def sdpa(
+    q_bthd: Tensor, k_btkd: Tensor, v_btkd: Tensor, mask: Mask, *, scale: float, softcap: float | None = None, sinks_h: Tensor | None = None
+) -> Tensor:
+    """Attention by `F.scaled_dot_product_attention`, which keeps no scores; with a soft-cap or sinks, which it lacks, `reference`."""
+    if softcap is not None or sinks_h is not None:
+        return reference(q_bthd, k_btkd, v_btkd, mask, scale=scale, softcap=softcap, sinks_h=sinks_h)
     # On a GPU a bias leaves torch the memory-efficient kernel, which cannot share key heads, or plain math, which keeps every score.
     return _fused(q_bthd, k_btkd, v_btkd, mask.bias_btt, scale, repeat=q_bthd.is_cuda and mask.bias_btt is not None)
 
@@ -170,13 +184,17 @@ def _blocks(tokens: int, window: int | None) -> list[tuple[int, int, int]]:
     return [(i, min(i + _BLOCK, tokens), 0 if window is None else max(0, i - window + 1)) for i in firsts]
 
 
-def blocked(q_bthd: Tensor, k_btkd: Tensor, v_btkd: Tensor, mask: Mask, *, scale: float, softcap: float | None = None) -> Tensor:
+def blocked(
+    q_bthd: Tensor, k_btkd: Tensor, v_btkd: Tensor, mask: Mask, *, scale: float, softcap: float | None = None, sinks_h: Tensor | None = None
+) -> Tensor:
     """Attention by batched products over blocks of queries, soft-cap included: the fastest on CPUs in bf16.
 
     Forward and backward on one EPYC core, [b, t, h, k, d] bf16: [8, 256, 4, 2, 32] 11 ms, `sdpa` 28; [4, 1024, 8, 4, 64] 161, `sdpa` 307;
     in fp32 the two are equal within a fifth. Keeps batch * heads * tokens ** 2 / 2 weights for the backward, so it is for samples of up to
     some 2000 tokens.
     """
+    if sinks_h is not None or v_btkd.shape[-1] != q_bthd.shape[-1]:
+        return reference(q_bthd, k_btkd, v_btkd, mask, scale=scale, softcap=softcap, sinks_h=sinks_h)
     return _Blocked.apply(q_bthd, k_btkd, v_btkd, mask, scale, softcap)  # type: ignore[return-value]
 
 

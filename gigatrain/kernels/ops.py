@@ -16,6 +16,7 @@ from gigatrain.kernels import (
     embedding,
     geglu,
     grad_norm,
+    linear,
     linear_cross_entropy,
     moe,
     newton_schulz,
@@ -37,6 +38,7 @@ MODULES = (
     relu2,
     xielu,
     dropout_add,
+    linear,
     moe,
     attention,
     cross_entropy,
@@ -66,6 +68,7 @@ class Ops:
     relu2: Callable[..., Any]
     xielu: Callable[..., Any]
     dropout_add: Callable[..., Any]
+    linear: Callable[..., Any]  # of the layers' matrices; not the head's, the router's or the experts'
     moe: Callable[..., Any]  # all of a mixture of experts behind its router
     experts: Callable[..., Any]  # its part that remains where experts are on other ranks than their tokens
     attention: Callable[..., Any]

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from gigatrain.architectures import Architecture, Rope
 from gigatrain.kernels import linear_cross_entropy
 from gigatrain.kernels.attention import Mask
+from gigatrain.kernels.linear import Linear
 from gigatrain.kernels.ops import REFERENCE, Ops, checked
 from gigatrain.models.moe import MoE
 from gigatrain.models.recompute import Remade, keep_products
@@ -164,10 +165,10 @@ class Attention(nn.Module):
         super().__init__()
         self.arch, self.ops = arch, ops
         q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-        self.q_proj = nn.Linear(arch.hidden, q, bias=arch.qkv_bias)
-        self.k_proj = nn.Linear(arch.hidden, kv, bias=arch.qkv_bias)
-        self.v_proj = nn.Linear(arch.hidden, kv, bias=arch.qkv_bias)
-        self.o_proj = nn.Linear(q, arch.hidden, bias=arch.output_bias)
+        self.q_proj = Linear(arch.hidden, q, bias=arch.qkv_bias, product=ops.linear)
+        self.k_proj = Linear(arch.hidden, kv, bias=arch.qkv_bias, product=ops.linear)
+        self.v_proj = Linear(arch.hidden, kv, bias=arch.qkv_bias, product=ops.linear)
+        self.o_proj = Linear(q, arch.hidden, bias=arch.output_bias, product=ops.linear)
         if arch.qk_norm != "none":
             full = arch.qk_norm == "full"
             self.q_norm = Norm(q if full else arch.head_dim)
@@ -213,11 +214,11 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = getattr(ops, arch.activation)
         if arch.gated:
-            self.gate_proj = nn.Linear(arch.hidden, arch.intermediate, bias=arch.mlp_bias)
+            self.gate_proj = Linear(arch.hidden, arch.intermediate, bias=arch.mlp_bias, product=ops.linear)
         if arch.activation == "xielu":
             self.act_fn = XIELU()
-        self.up_proj = nn.Linear(arch.hidden, arch.intermediate, bias=arch.mlp_bias)
-        self.down_proj = nn.Linear(arch.intermediate, arch.hidden, bias=arch.mlp_bias)
+        self.up_proj = Linear(arch.hidden, arch.intermediate, bias=arch.mlp_bias, product=ops.linear)
+        self.down_proj = Linear(arch.intermediate, arch.hidden, bias=arch.mlp_bias, product=ops.linear)
 
     def forward(self, x_btd: Tensor, again: Remade | None = None) -> Tensor:
         up = self.up_proj(x_btd)

@@ -35,6 +35,7 @@ from torch.nn import functional
 
 from gigatrain.data.loader import Microbatch
 from gigatrain.errors import GigatrainError
+from gigatrain.kernels.linear import Linear
 from gigatrain.parallel.mesh import Mesh
 from gigatrain.parallel.shard import local
 
@@ -344,7 +345,7 @@ def _postpone(module: nn.Module, later: list[_Product]) -> None:
         return _Linear.apply(x, linear.weight, linear.bias, later)  # type: ignore[return-value]
 
     for linear in module.modules():
-        if isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward:
+        if isinstance(linear, nn.Linear) and type(linear).forward in (nn.Linear.forward, Linear.forward):
             linear.forward = functools.partial(forward, linear)  # type: ignore[method-assign]
 
 

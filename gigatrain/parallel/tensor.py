@@ -20,7 +20,6 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gigatrain.architectures import Architecture
 from gigatrain.errors import RunError
@@ -134,9 +133,10 @@ class Row(nn.Linear):
     """A linear layer of this rank's inputs: the outputs are summed over the ranks and cut into their tokens, and only then biased."""
 
     ranks: Along
+    product: Callable[..., Tensor]
 
     def forward(self, x_btc: Tensor) -> Tensor:
-        y_bsd = _Scatter.apply(F.linear(x_btc, self.weight), self.ranks)
+        y_bsd = _Scatter.apply(self.product(x_btc, self.weight), self.ranks)
         return y_bsd if self.bias is None else y_bsd + self.bias  # type: ignore[return-value]
 
 
@@ -145,10 +145,11 @@ class Shared(nn.Linear):
 
     first: int
     count: int
+    product: Callable[..., Tensor]
 
     def forward(self, x_btd: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.narrow(0, self.first, self.count)
-        return F.linear(x_btd, self.weight.narrow(0, self.first, self.count), bias)
+        return self.product(x_btd, self.weight.narrow(0, self.first, self.count), bias)
 
 
 def cut(model: nn.Module, layout: Mapping[str, Cut], arch: Architecture, mesh: Mesh, places: Places) -> None:
@@ -172,12 +173,14 @@ def cut(model: nn.Module, layout: Mapping[str, Cut], arch: Architecture, mesh: M
         if leaf in ("k_proj", "v_proj") and heads < ranks.count:
             assert ranks.count % heads == 0, "refused by the plan"
             each = linear.weight.shape[0] // heads
-            setattr(parent, leaf, _changed(linear, Shared, first=ranks.index * heads // ranks.count * each, count=each))
+            setattr(
+                parent, leaf, _changed(linear, Shared, product=linear.product, first=ranks.index * heads // ranks.count * each, count=each)
+            )
             continue
         assert heads % ranks.count == 0, "refused by the plan"
         if how == "row":
             blocks[above] = parent
-            linear = _changed(linear, Row, ranks=ranks)
+            linear = _changed(linear, Row, product=linear.product, ranks=ranks)
             setattr(parent, leaf, linear)
         dim = 1 if how == "row" else 0
         for kind, parameter in list(linear.named_parameters(recurse=False)):

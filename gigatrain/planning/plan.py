@@ -43,6 +43,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "relu2": ("reference", "fused"),
     "xielu": ("reference", "fused"),
     "dropout_add": ("reference", "fused"),
+    "linear": ("reference",),
     "moe": ("reference", "grouped"),
     "experts": ("reference", "grouped"),
     "attention": ("reference", "sdpa", "blocked"),
@@ -55,7 +56,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 }
 # Those within a model's layers, which a model of transformers' computes by its own code.
 MODEL = (
-    "embedding", "rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu2", "xielu", "dropout_add", "moe", "experts", "attention",
+    "embedding", "rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu2", "xielu", "dropout_add", "linear", "moe", "experts",
+    "attention",
 )  # fmt: skip
 # What a resume may change: no tensor of the run depends on it, but for the order in which ranks and microbatches are summed.
 OPERATIONAL = (
@@ -306,6 +308,7 @@ def _rules(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -> 
             chosen[op] = fused
         elif "lean" in IMPLEMENTATIONS[op]:
             chosen[op] = ("lean", "one backward in few passes, and less is saved for it")
+    chosen["linear"] = ("reference", "torch's product")
     chosen["embedding"] = ("fused", "its gradient is sorted, summed in fp32 and deterministic") if gpu else chosen["embedding"]
     if gpu:
         chosen |= dict.fromkeys(("grad_norm", "adamw", "muon_momentum", "muon_update"), ("fused", "one launch a bucket"))
