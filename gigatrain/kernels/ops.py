@@ -24,6 +24,7 @@ from gigatrain.kernels import (
     relu2,
     rms_norm,
     rope,
+    router,
     swiglu,
     xielu,
 )
@@ -39,6 +40,7 @@ MODULES = (
     xielu,
     dropout_add,
     linear,
+    router,
     moe,
     attention,
     cross_entropy,
@@ -69,6 +71,7 @@ class Ops:
     xielu: Callable[..., Any]
     dropout_add: Callable[..., Any]
     linear: Callable[..., Any]  # of the layers' matrices; not the head's, the router's or the experts'
+    router: Callable[..., Any]
     moe: Callable[..., Any]  # all of a mixture of experts behind its router
     experts: Callable[..., Any]  # its part that remains where experts are on other ranks than their tokens
     attention: Callable[..., Any]

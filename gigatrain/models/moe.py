@@ -1,4 +1,4 @@
-"""The feed-forward block of a layer with experts: a router, and the experts that it chooses for each token. Formulas: kernels/moe.py.
+"""The feed-forward block of a layer with experts: a router, and the experts that it chooses for each token. Formulas: kernels/router.py, kernels/moe.py.
 
 Legend of shapes: b batch, t tokens, d hidden channels, k experts of a token.
 """
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from gigatrain.architectures import Architecture
-from gigatrain.kernels.moe import route
 from gigatrain.kernels.ops import Ops
+from gigatrain.kernels.router import Router
 from gigatrain.models.recompute import Remade
 
 
@@ -35,10 +35,11 @@ class MoE(nn.Module):
         super().__init__()
         assert arch.activation == "swiglu"
         assert arch.experts_per_token is not None
-        self.visits, self.renormalise = arch.experts_per_token, arch.renormalise
+        self.ops, self.numbers = ops, Router(arch.experts_per_token, renormalise=arch.renormalise)
         self.gate = nn.Linear(arch.hidden, arch.experts, bias=False)
         self.experts = Experts(arch, ops)
 
     def forward(self, x_btd: Tensor, again: Remade | None = None) -> Tensor:
         """`again` is for blocks that can drop more than their input's norm; experts keep what they make."""
-        return self.experts(x_btd, *route(x_btd, self.gate.weight, self.visits, self.renormalise))
+        routed = self.ops.router(x_btd, self.gate.weight, self.numbers)
+        return self.experts(x_btd, routed.weights_nk, routed.chosen_nk)

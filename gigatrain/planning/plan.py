@@ -44,6 +44,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "xielu": ("reference", "fused"),
     "dropout_add": ("reference", "fused"),
     "linear": ("reference",),
+    "router": ("reference",),
     "moe": ("reference", "grouped"),
     "experts": ("reference", "grouped"),
     "attention": ("reference", "sdpa", "blocked"),
@@ -56,8 +57,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 }
 # Those within a model's layers, which a model of transformers' computes by its own code.
 MODEL = (
-    "embedding", "rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu2", "xielu", "dropout_add", "linear", "moe", "experts",
-    "attention",
+    "embedding", "rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu2", "xielu", "dropout_add", "linear", "router", "moe",
+    "experts", "attention",
 )  # fmt: skip
 # What a resume may change: no tensor of the run depends on it, but for the order in which ranks and microbatches are summed.
 OPERATIONAL = (
