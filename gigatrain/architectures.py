@@ -189,11 +189,10 @@ FAMILIES: dict[str, _Family] = {
         fixed={
             "norm": "olmo", "activation": "clamped_swiglu", "sinks": True, "scoring": "chosen", "router_bias": True, "expert_bias": True,
         },
-        open=_EXPERTS | _LAYER_WINDOWS | _BIASES | {"swiglu_alpha", "swiglu_limit"},
+        open=_EXPERTS | _LAYER_WINDOWS | _BIASES,
         default={"norm_eps": 1e-5, "window_layers": (True, False), "qkv_bias": True, "output_bias": True},
         hf={
             "rms_norm_eps": 1e-5, "sliding_window": 128, "head_dim": 64, "num_local_experts": 128, "num_experts_per_tok": 4, "attention_bias": True,
-            "swiglu_alpha": 1.702, "swiglu_limit": 7.0,
         },
     ),
 }  # fmt: skip
@@ -207,7 +206,7 @@ _NEUTRAL: dict[str, Any] = {
     "attention_scale": None, "attention_softcap": None, "logit_softcap": None, "embedding_scale": 1.0, "residual_scale": 1.0, "logit_divisor": 1.0,
     "experts": 0, "experts_per_token": None, "expert_intermediate": None, "renormalise": False, "moe_layers": None, "shared_experts": 0,
     "scoring": "softmax", "groups": 1, "groups_per_token": 1, "routed_scale": 1.0, "router_bias": False, "correction_bias": False, "expert_bias": False,
-    "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "q_rank": None, "kv_rank": None, "rope_head_dim": None, "value_head_dim": None, "sinks": False,
+    "q_rank": None, "kv_rank": None, "rope_head_dim": None, "value_head_dim": None, "sinks": False,
 }  # fmt: skip
 
 
@@ -285,8 +284,6 @@ class Architecture(_Numbers):
         "correction_bias", "A number per expert that is added to its score for the choice alone; not trained (arXiv:2408.15664)."
     )
     expert_bias: bool = _switch("expert_bias", "Biases of the experts' products.")
-    swiglu_alpha: Positive = _switch("swiglu_alpha", "`clamped_swiglu`: gain of the sigmoid.")
-    swiglu_limit: Positive = _switch("swiglu_limit", "`clamped_swiglu`: where the gate (from above) and up (on both sides) are clamped.")
     moe_layers: tuple[bool, ...] | None = _switch("moe_layers", "Which layers have experts; a shorter pattern repeats. Default: all.")
     tied: bool = _switch("tied", "The head is the embedding's transpose.")
     norm_eps: Positive = _switch("norm_eps", "Added to the mean square in each RMS norm.")
@@ -302,7 +299,7 @@ class Architecture(_Numbers):
     activation: Literal["swiglu", "geglu", "xielu", "relu2", "clamped_swiglu"] = _switch(
         "activation",
         "silu(gate) * up, gelu_tanh(gate) * up, xIELU(up) (arXiv:2411.13010), relu(up) ** 2 (arXiv:2109.08668), or, of experts, "
-        "gate * sigmoid(alpha * gate) * (up + 1) of clamped gate and up (gpt-oss).",
+        "gate * sigmoid(1.702 gate) * (up + 1) of gate and up clamped at 7 (gpt-oss).",
     )
     qkv_bias: bool = _switch("qkv_bias", "Bias of the query, key and value projections; with `kv_rank`, of those to the latents.")
     output_bias: bool = _switch("output_bias", "Bias of attention's output projection.")
@@ -691,7 +688,7 @@ _NAMED: dict[str, dict[str, Any]] = {
         "family": "qwen3_moe", "vocab": 151936, "hidden": 2048, "layers": 48, "heads": 32, "kv_heads": 4, "head_dim": 128, "intermediate": 6144,
         "norm_eps": 1e-6, "experts": 128, "experts_per_token": 8, "expert_intermediate": 768, "renormalise": True, "rope": {"theta": 1_000_000.0},
     },
-    # huggingface.co/allenai/OLMoE-1B-7B-0924 config.json; 6,919,161,856, of which a token meets 1,281,966,080
+    # huggingface.co/allenai/OLMoE-1B-7B-0924 config.json; 6,919,161,856, of which a token meets 1,282,017,280
     "olmoe-1b-7b": {
         "family": "olmoe", "vocab": 50304, "hidden": 2048, "layers": 16, "heads": 16, "kv_heads": 16, "intermediate": 1024, "norm_eps": 1e-5,
         "experts": 64, "experts_per_token": 8,
@@ -707,7 +704,8 @@ _NAMED: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 1.0,
         },
     },
-    # the defaults of transformers' Mistral4Config = the language model of huggingface.co/mistralai/Mistral-Small-4-119B-2603
+    # the defaults of transformers' Mistral4Config = the language model of huggingface.co/mistralai/Mistral-Small-4-119B-2603; 118,972,826,624, of
+    # which a token meets 6,632,588,288
     "mistral-small-4": {
         "family": "mistral4", "vocab": 131072, "hidden": 4096, "layers": 36, "heads": 32, "head_dim": 128, "intermediate": 12288, "norm_eps": 1e-6,
         "q_rank": 1024, "kv_rank": 256, "rope_head_dim": 64, "value_head_dim": 128, "experts": 128, "experts_per_token": 4, "expert_intermediate": 2048,
@@ -716,12 +714,13 @@ _NAMED: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 1.0, "query_beta": 0.1,
         },
     },
-    # huggingface.co/openai/gpt-oss-20b config.json, as if its experts were not in mxfp4; 20,914,757,184
+    # huggingface.co/openai/gpt-oss-20b config.json, as if its experts were not in mxfp4; 20,914,757,184, of which a token meets 4,187,440,704 (3.61 G
+    # without the embedding, as its authors count)
     "gpt-oss-20b": {
         "family": "gpt_oss", "vocab": 201088, "hidden": 2880, "layers": 24, "heads": 64, "kv_heads": 8, "head_dim": 64, "intermediate": 2880,
         "window": 128, "experts": 32, "experts_per_token": 4, "rope": _GPT_OSS_ROPE,
     },
-    # huggingface.co/openai/gpt-oss-120b config.json, likewise; 116,829,156,672
+    # huggingface.co/openai/gpt-oss-120b config.json, likewise; 116,829,156,672, of which a token meets 5,711,982,912
     "gpt-oss-120b": {
         "family": "gpt_oss", "vocab": 201088, "hidden": 2880, "layers": 36, "heads": 64, "kv_heads": 8, "head_dim": 64, "intermediate": 2880,
         "window": 128, "experts": 128, "experts_per_token": 4, "rope": _GPT_OSS_ROPE,
@@ -782,8 +781,11 @@ _DEEPSEEK_KEYS = {
     "shared_experts": "n_shared_experts", "groups": "n_group", "groups_per_token": "topk_group", "routed_scale": "routed_scaling_factor",
     "renormalise": "norm_topk_prob", "expert_intermediate": "moe_intermediate_size", "experts": "n_routed_experts",
 }  # fmt: skip
-# What files of the first code of DeepSeek say beside transformers' keys, and the one value that is implemented.
-_ONLY = {"moe_layer_freq": 1, "ep_size": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+# Keys with one value that is implemented: gpt-oss's, and what files of DeepSeek's first code say beside transformers' keys.
+_ONLY: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+    "deepseek_v3": {"moe_layer_freq": 1, "ep_size": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+}
 _THETA = {
     "gemma3_text": 1_000_000.0,
     "olmo3": 500_000.0,
@@ -883,18 +885,18 @@ def from_hf_config(config: Mapping[str, Any]) -> Architecture:
 def _experts_from(family: str, get: Callable[..., Any], layers: int) -> dict[str, Any]:
     for key in ("router_aux_loss_coef", "output_router_logits"):  # of a loss that is chosen in the recipe, not by the model
         get(key)
+    for key, only in _ONLY.get(family, {}).items():
+        if (given := get(key, only)) != only:
+            raise RecipeError(f"config.json: {key} = {given!r} is not implemented for {family}; it must be {only!r}")
     numbers: dict[str, Any] = {"experts_per_token": get("num_experts_per_tok")}
     if family == "mixtral":
         return numbers | {"experts": get("num_local_experts")}
     if family == "gpt_oss":
         get("experts_per_token"), get("initial_context_length")  # what its own code calls them
-        return numbers | {"experts": get("num_local_experts")} | {key: float(get(key)) for key in ("swiglu_alpha", "swiglu_limit")}
+        return numbers | {"experts": get("num_local_experts")}
     if family == "olmoe":
         return numbers | {"experts": get("num_local_experts") or get("num_experts"), "renormalise": bool(get("norm_topk_prob"))}
     if family in _LATENT_FAMILIES:
-        for key, only in _ONLY.items():
-            if (given := get(key, only)) != only:
-                raise RecipeError(f"config.json: {key} = {given!r} is not implemented for {family}; it must be {only!r}")
         numbers |= {ours: get(key) for ours, key in _DEEPSEEK_KEYS.items()}
         numbers |= {"renormalise": bool(numbers["renormalise"]), "routed_scale": float(numbers["routed_scale"])}
         dense = min(get("first_k_dense_replace"), layers)
@@ -1029,7 +1031,7 @@ def to_hf_config(
     if arch.family == "mixtral":
         config["num_local_experts"] = arch.experts
     elif arch.family == "gpt_oss":
-        config |= {"num_local_experts": arch.experts, "swiglu_alpha": arch.swiglu_alpha, "swiglu_limit": arch.swiglu_limit}
+        config |= {"num_local_experts": arch.experts, **_ONLY["gpt_oss"]}
         config["sliding_window"] = arch.window or 128  # which the class needs even where no layer has it
     elif arch.family == "olmoe":
         config |= {"num_experts": arch.experts, "norm_topk_prob": arch.renormalise}
