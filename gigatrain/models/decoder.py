@@ -402,6 +402,12 @@ class Decoder(nn.Module):
         """The routers' correction biases by name: what a checkpoint keeps beside the parameters."""
         return {name: buffer for name, buffer in self.named_buffers() if kind_of(name) == "state"}
 
+    def place(self, device: torch.device) -> None:
+        """Give the buffers storage on `device`, zeros, wherever the parameters are."""
+        for gate in self.modules():
+            if isinstance(gate, Gate):
+                gate.place(device)
+
     def visits(self) -> dict[str, Tensor]:
         """How often each expert was visited in training since it was last zeroed, int64, under the name of the layer's correction bias; if `watched`."""
         return {f"{name}.{CORRECTION}": gate.visits for name, gate in self.named_modules() if isinstance(gate, Gate) and self.watched}

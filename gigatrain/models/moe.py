@@ -61,6 +61,11 @@ class Gate(nn.Module):
         """The correction bias [e]."""
         return getattr(self, CORRECTION) if self.corrected else None
 
+    def place(self, device: torch.device) -> None:
+        """Give the buffers storage on `device`: zeros."""
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            setattr(self, name, torch.zeros_like(buffer, device=device))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`to(bfloat16)` would round the correction, whose steps of 1e-3 are below bf16's at 0.5."""
         before = self.correction
