@@ -105,7 +105,10 @@ _BIASES = frozenset({"qkv_bias", "output_bias"})  # one key, attention_bias, set
 _EXPERTS = frozenset({"experts", "experts_per_token"})
 _LATENT = frozenset({"q_rank", "kv_rank", "rope_head_dim", "value_head_dim", "rope_interleaved"})
 _DEEPSEEK = (
-    _EXPERTS | _BIASES | _LATENT | {"expert_intermediate", "renormalise", "moe_layers", "shared_experts", "groups", "groups_per_token", "routed_scale"}
+    _EXPERTS
+    | _BIASES
+    | _LATENT
+    | {"expert_intermediate", "renormalise", "moe_layers", "shared_experts", "groups", "groups_per_token", "routed_scale"}
 )
 _GEMMA = {"norm": "gemma", "placement": "sandwich", "activation": "geglu", "embedding_scale": "sqrt_hidden"}
 _OLMO = {"norm": "olmo", "placement": "post", "qk_norm": "full", "rope_fp32": True}
@@ -253,11 +256,13 @@ class Architecture(_Numbers):
         description="Channels of a head of queries and keys. Default: hidden / heads.",
     )
     kv_rank: Count | None = _switch(
-        "kv_rank", "Keys and values of all heads are products of one latent of so many channels (multi-head latent attention, arXiv:2405.04434)."
+        "kv_rank",
+        "Keys and values of all heads are products of one latent of so many channels (multi-head latent attention, arXiv:2405.04434).",
     )
     q_rank: Count | None = _switch("q_rank", "Queries too are products of a latent, of so many channels; default: of the hidden state.")
     rope_head_dim: Count | None = _switch(
-        "rope_head_dim", "Of head_dim, the channels that are rotated; those of the keys are one for all heads and come from the hidden state."
+        "rope_head_dim",
+        "Of head_dim, the channels that are rotated; those of the keys are one for all heads and come from the hidden state.",
     )
     value_head_dim: Count | None = _switch("value_head_dim", "Channels of a head of values, where they are not head_dim.")
     sinks: bool = _switch("sinks", "A trained logit per head that takes weight in the softmax and gives no value (gpt-oss).")
@@ -376,7 +381,9 @@ class Architecture(_Numbers):
         if not self.experts or (self.groups, self.groups_per_token) == (1, 1):
             return
         if self.experts % self.groups or self.experts // self.groups < 2:
-            raise ValueError(f"groups {self.groups} of {self.experts} experts: a group is scored by its best two; choose a divisor up to half of them")
+            raise ValueError(
+                f"groups {self.groups} of {self.experts} experts: a group is scored by its best two; choose a divisor up to half of them"
+            )
         reach = self.experts // self.groups * self.groups_per_token
         if not self.groups_per_token <= self.groups or reach < (self.experts_per_token or 0):
             raise ValueError(
@@ -395,7 +402,9 @@ class Architecture(_Numbers):
         if self.rope_head_dim % 2 or self.rope_head_dim >= self.head_dim:
             raise ValueError(f"rope_head_dim {self.rope_head_dim} of head_dim {self.head_dim}: choose an even number below it")
         if self.family == "mistral4" and int(self.head_dim * (self.rope_head_dim / self.head_dim)) != self.rope_head_dim:
-            raise ValueError(f"rope_head_dim {self.rope_head_dim} of head_dim {self.head_dim}: mistral4 writes it as a share, which rounds; change either")
+            raise ValueError(
+                f"rope_head_dim {self.rope_head_dim} of head_dim {self.head_dim}: mistral4 writes it as a share, which rounds; change either"
+            )
         if self.kv_heads != self.heads:
             raise ValueError(f"kv_heads {self.kv_heads}: latent attention has keys and values for each of {self.heads} heads; leave it out")
 
@@ -425,7 +434,9 @@ class Architecture(_Numbers):
             if not self.shared_experts:
                 raise ValueError(f"shared_experts 0: {self.family} always has some; give 1 or more")
             if self.moe_layers is not None and sorted(self.moe_layers) != list(self.moe_layers):
-                raise ValueError(f"`moe_layers` of {self.family} can only leave out the first layers; make all behind the first true one true")
+                raise ValueError(
+                    f"`moe_layers` of {self.family} can only leave out the first layers; make all behind the first true one true"
+                )
         if self.family == "phi3" and self.rope.kind not in ("default", "longrope"):
             raise ValueError(f"rope.kind {self.rope.kind!r}: phi3 has default and longrope only; choose one of them")
         if self.family in ("ministral3", "mistral4") and self.rope.query_beta is None:
@@ -796,13 +807,30 @@ _THETA = {
     "gpt_oss": 150_000.0,
 }  # of the classes
 _ROPES: dict[str, dict[str, Any]] = {  # of the classes, where a file has none
-    "apertus": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "apertus": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
     "gpt_oss": {
-        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
     },
     "mistral4": {
-        "rope_type": "yarn", "factor": 128.0, "original_max_position_embeddings": 8192, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
-        "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+        "rope_type": "yarn",
+        "factor": 128.0,
+        "original_max_position_embeddings": 8192,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
     },
 }
 _ACTIVATIONS = {
@@ -814,6 +842,11 @@ _CLASSES = {
     "granite": "Granite", "phi3": "Phi3", "arcee": "Arcee", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe",
     "olmoe": "Olmoe", "deepseek_v3": "DeepseekV3", "mistral4": "Mistral4", "gpt_oss": "GptOss",
 }  # fmt: skip
+
+
+def class_of(family: str) -> str | None:
+    """transformers' class of a family's language model; None for a model type that is no family of ours."""
+    return f"{_CLASSES[family]}ForCausalLM" if family in _CLASSES else None
 
 
 def from_hf_config(config: Mapping[str, Any]) -> Architecture:
@@ -892,7 +925,11 @@ def _experts_from(family: str, get: Callable[..., Any], layers: int) -> dict[str
     if family == "mixtral":
         return numbers | {"experts": get("num_local_experts")}
     if family == "gpt_oss":
-        get("experts_per_token"), get("initial_context_length")  # what its own code calls them
+        for key in (
+            "experts_per_token",
+            "initial_context_length",
+        ):  # what its own code calls numbers that are there under transformers' names
+            get(key)
         return numbers | {"experts": get("num_local_experts")}
     if family == "olmoe":
         return numbers | {"experts": get("num_local_experts") or get("num_experts"), "renormalise": bool(get("norm_topk_prob"))}
@@ -995,7 +1032,7 @@ def to_hf_config(
     """
     traits = FAMILIES[arch.family]
     config: dict[str, Any] = {
-        "architectures": [f"{_CLASSES[arch.family]}ForCausalLM"],
+        "architectures": [class_of(arch.family)],
         "model_type": arch.family,
         **{key: getattr(arch, ours) for ours, key in _DIRECT.items()},
         "hidden_activation" if arch.family.startswith("gemma") else "hidden_act": _ACTIVATIONS[arch.activation][0],

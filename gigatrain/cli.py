@@ -156,7 +156,9 @@ def _recipes(options: argparse.Namespace) -> None:
         return
     for row in rows:
         active = f" ({row['active']:,} a token)" if row["active"] != row["parameters"] else ""
-        print(f"{row['name']:24} {row['family']:10} {row['parameters']:>18,} parameters{active} {row['tokens']:>20,} tokens  {row['summary']}")
+        print(
+            f"{row['name']:24} {row['family']:10} {row['parameters']:>18,} parameters{active} {row['tokens']:>20,} tokens  {row['summary']}"
+        )
 
 
 def _sites(options: argparse.Namespace) -> None:

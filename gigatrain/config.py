@@ -136,7 +136,8 @@ class Loss(Section):
         "router_aux_loss_coef).",
     )
     router_z: NonNegative = Field(
-        default=0.0, description="Weight of the routers' mean squared log-sum-exp, which keeps their logits small (arXiv:2202.08906 uses 1e-3)."
+        default=0.0,
+        description="Weight of the routers' mean squared log-sum-exp, which keeps their logits small (arXiv:2202.08906 uses 1e-3).",
     )
     router_bias_rate: NonNegative = Field(
         default=0.0,

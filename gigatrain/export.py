@@ -47,7 +47,10 @@ def export(folder: Path, target: Path, *, display: Display | None = None) -> int
         written = Path(temporary) / "export"
         written.mkdir()
         dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
-        weights, tokens = _Rounded(found.tensors("weights"), dtype, foreign=isinstance(plan.architecture, Foreign)), _special_tokens(folder / "tokenizer")
+        weights, tokens = (
+            _Rounded(found.tensors("weights"), dtype, foreign=isinstance(plan.architecture, Foreign)),
+            _special_tokens(folder / "tokenizer"),
+        )
         if isinstance(plan.architecture, Foreign):
             numbered = {f"{key}_token_id": value for key, value in tokens.items()}
             autoweights.save(weights, plan.architecture, written, dtype=dtype, tokens=numbered)

@@ -209,7 +209,9 @@ class Native:
     def _values(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Every parameter's whole first value, one at a time: drawn from the seed, or read from `model.from`."""
         known = {self._canonical(name): name for name in names}
-        shapes = {name: self.corrections[mine].shape if mine in self.corrections else self.places[mine].shape for name, mine in known.items()}
+        shapes = {
+            name: self.corrections[mine].shape if mine in self.corrections else self.places[mine].shape for name, mine in known.items()
+        }
         model = next(iter(self.stages.values()))
         for name, value in source.values(self.plan, model, shapes, self.device, part=self.pipelined):
             yield known[name], value

@@ -410,7 +410,9 @@ class Decoder(nn.Module):
 
     def visits(self) -> dict[str, Tensor]:
         """How often each expert was visited in training since it was last zeroed, int64, under the name of the layer's correction bias; if `watched`."""
-        return {f"{name}.{CORRECTION}": gate.visits for name, gate in self.named_modules() if isinstance(gate, Gate) and self.watched}
+        return {
+            f"{name}.{CORRECTION}": gate.visits for name, gate in self.named_modules() if isinstance(gate, Gate) and gate.visits is not None
+        }
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -461,7 +463,7 @@ class Decoder(nn.Module):
             delta, stream, *balance = self._layer(layer, delta, stream, turn, seen[arch.window_of(i)], (drops[2 * i], drops[2 * i + 1]))
             for one in balance:
                 if self.training:  # here, where a layer that is computed again is not counted again
-                    layer.mlp.gate.visits += one.counts_e
+                    cast(MoE, layer.mlp).gate.count(one)
                 if watch is not None:
                     watch.append(one)
         if not self.part.last:

@@ -84,7 +84,11 @@ class LatentAttention(nn.Module):
         """Of queries, where they have one, and of keys and values, both normed, and the keys' shared channels before they are rotated."""
         arch = self.arch
         kv_btl, key_btr = self.kv_a_proj_with_mqa(x_btd).split([self.kv_a_layernorm.weight.shape[0], arch.rotary_dim], -1)
-        wide = [(kv_btl, self.kv_a_layernorm)] if arch.q_rank is None else [(self.q_a_proj(x_btd), self.q_a_layernorm), (kv_btl, self.kv_a_layernorm)]
+        wide = (
+            [(kv_btl, self.kv_a_layernorm)]
+            if arch.q_rank is None
+            else [(self.q_a_proj(x_btd), self.q_a_layernorm), (kv_btl, self.kv_a_layernorm)]
+        )
 
         def normed() -> list[Tensor]:
             return [self.ops.rms_norm(latent, norm.weight, EPS, arch.norm) for latent, norm in wide]

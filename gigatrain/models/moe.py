@@ -53,13 +53,18 @@ class Gate(nn.Module):
         self.corrected = arch.correction_bias
         if arch.correction_bias:
             self.register_buffer(CORRECTION, torch.zeros(arch.experts, dtype=torch.float32))
-        if watched:
-            self.register_buffer("visits", torch.zeros(arch.experts, dtype=torch.int64), persistent=False)
+        self.visits: Tensor | None  # how often each expert was visited in training since somebody zeroed it
+        self.register_buffer("visits", torch.zeros(arch.experts, dtype=torch.int64) if watched else None, persistent=False)
 
     @property
     def correction(self) -> Tensor | None:
         """The correction bias [e]."""
         return getattr(self, CORRECTION) if self.corrected else None
+
+    def count(self, seen: Balance) -> None:
+        """Add the visits of a call."""
+        assert self.visits is not None
+        self.visits += seen.counts_e
 
     def place(self, device: torch.device) -> None:
         """Give the buffers storage on `device`: zeros."""

@@ -123,7 +123,9 @@ def _on_host(counts: Sequence[Tensor], rows: Sequence[int]) -> list[list[int]]:
     return [flat[end - len(c) : end] for c, end in zip(counts, ends, strict=True)]
 
 
-def _visited(experts: moe.Experts, x_md: Tensor, arrived_rl: Tensor, gate_up_lfd: Tensor, down_ldi: Tensor, rest: Mapping[str, Any]) -> Tensor:
+def _visited(
+    experts: moe.Experts, x_md: Tensor, arrived_rl: Tensor, gate_up_lfd: Tensor, down_ldi: Tensor, rest: Mapping[str, Any]
+) -> Tensor:
     """What this rank's experts make of rows that stand rank by rank and, within each, expert by expert; in the same order."""
     ranks, local = arrived_rl.shape
     keys_m = torch.arange(local, device=x_md.device).repeat(ranks).repeat_interleave(arrived_rl.flatten(), output_size=x_md.shape[0])
@@ -133,7 +135,14 @@ def _visited(experts: moe.Experts, x_md: Tensor, arrived_rl: Tensor, gate_up_lfd
 
 
 def _alltoall(
-    experts: moe.Experts, peers: Peers, x_nd: Tensor, weights_nk: Tensor, chosen_nk: Tensor, gate_up_lfd: Tensor, down_ldi: Tensor, **rest: Any
+    experts: moe.Experts,
+    peers: Peers,
+    x_nd: Tensor,
+    weights_nk: Tensor,
+    chosen_nk: Tensor,
+    gate_up_lfd: Tensor,
+    down_ldi: Tensor,
+    **rest: Any,
 ) -> Tensor:
     order_m, counts_e = moe.sort(chosen_nk, peers.count * gate_up_lfd.shape[0])
     counts_rl = counts_e.view(peers.count, -1)
@@ -184,7 +193,14 @@ def _hierarchical(
 
 
 def _gather(
-    experts: moe.Experts, peers: Peers, x_nd: Tensor, weights_nk: Tensor, chosen_nk: Tensor, gate_up_lfd: Tensor, down_ldi: Tensor, **rest: Any
+    experts: moe.Experts,
+    peers: Peers,
+    x_nd: Tensor,
+    weights_nk: Tensor,
+    chosen_nk: Tensor,
+    gate_up_lfd: Tensor,
+    down_ldi: Tensor,
+    **rest: Any,
 ) -> Tensor:
     local, visits = gate_up_lfd.shape[0], chosen_nk.shape[-1]
     x_pnd: Tensor = _Gather.apply(x_nd, peers)  # type: ignore[assignment]

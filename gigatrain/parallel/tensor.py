@@ -185,9 +185,13 @@ def cut(model: nn.Module, layout: Mapping[str, Cut], arch: Architecture, mesh: M
             continue
         above, _, leaf = name.rpartition(".")
         parent, linear = model.get_submodule(above), cast(nn.Linear, module)  # or an embedding, whose weight is its only parameter too
-        heads = {"q_b_proj": arch.heads, "kv_b_proj": arch.heads, "q_proj": arch.heads, "k_proj": arch.kv_heads, "v_proj": arch.kv_heads}.get(
-            leaf, ranks.count
-        )
+        heads = {
+            "q_b_proj": arch.heads,
+            "kv_b_proj": arch.heads,
+            "q_proj": arch.heads,
+            "k_proj": arch.kv_heads,
+            "v_proj": arch.kv_heads,
+        }.get(leaf, ranks.count)
         if leaf in ("k_proj", "v_proj") and heads < ranks.count:
             assert ranks.count % heads == 0, "refused by the plan"
             each = linear.weight.shape[0] // heads

@@ -33,10 +33,11 @@ def saved_bytes(architecture: Architecture, size: int, recompute: Recompute, ker
     With lean or fused operations: the residual stream after each sum 2 h; norm outputs 2 h, and inputs of norms behind a block 2 h; queries, keys,
     values and attention's output (2 heads + 2 kv_heads) d_head, and queries and keys before their norm; gate, up and the activation 3 i, or 2 i without
     a gate; in fp32 each norm's rstd and attention's logsumexp. Latent attention keeps its latents before and after their norms, and of every head keys and
-    queries, what the latent became (which the values are a part of) and the output. `lean` keeps no norm output, no normed query or key and no activation. `full` keeps h,
-    `selective` the matrix products. References keep more: of a gated activation i, of xIELU 3 i and a mask, of norms and rotation about 4 h and the heads.
+    queries, what the latent became (which the values are a part of) and the output. `lean` keeps no norm output, no normed query or key, no key made of a
+    latent and no activation. `full` keeps h, `selective` the matrix products. References keep more: of a gated activation i, of xIELU 3 i and a mask, of
+    norms and rotation about 4 h and the heads.
     A layer with experts keeps, of each of k visits, row and result 2 h and gate, up, silu and activation 4 i, in fp32 scores and weights, and two int64; its
-    shared experts keep what a dense block of their width does.
+    shared experts keep what a dense block of their width does. A clamped activation keeps 7 i, a softmax over the chosen logits too, sigmoids h in fp32.
     Where some layers have experts, it is the mean layer.
     """
     h, i, d = architecture.hidden, architecture.intermediate, architecture.head_dim
@@ -66,7 +67,10 @@ def saved_bytes(architecture: Architecture, size: int, recompute: Recompute, ker
     if kernels.get(architecture.activation) == "reference":
         block += {"swiglu": 1, "geglu": 1, "relu2": 0, "xielu": 3, "clamped_swiglu": 0}[architecture.activation] * i
         mask = i if architecture.activation == "xielu" else 0
-    mixture = size * visits * (2 * h + 4 * architecture.expert_width) + 4 * experts + 20 * visits
+    clamped = architecture.activation == "clamped_swiglu"
+    mixture = size * visits * (2 * h + (7 if clamped else 4) * architecture.expert_width) + 4 * experts + 20 * visits
+    mixture += 4 * (experts + visits) if architecture.scoring == "chosen" else 0
+    mixture += 4 * h if architecture.scoring == "sigmoid" and size < 4 else 0  # the router's product is in fp32
     mixture += 4 * (visits + 1) if architecture.renormalise else 0
     mixture += size * shared * block // i  # which is as a dense block
     return size * kept + _mean(architecture, size * block + mask, mixture) + 4 * (2 * pre + 2 * post + normed + heads)

@@ -87,14 +87,19 @@ DEEPSEEK = (
 )
 DEEPSEEK = (*(f"model.architecture.{one}" for one in DEEPSEEK), "loss.router_bias_rate=1e-3")
 GPT_OSS = tuple(
-    f"model.architecture.{one}" for one in ("family=gpt_oss", "experts=4", "experts_per_token=2", "window=9", "tied=false", "intermediate=32")
+    f"model.architecture.{one}"
+    for one in ("family=gpt_oss", "experts=4", "experts_per_token=2", "window=9", "tied=false", "intermediate=32")
 )
 BALANCED = ("loss.router_aux=0.02", "loss.router_z=1e-3", "train.microbatch=8")
 
 
 def named(overrides):
     """A case's name: its family for all of that one's numbers, and what else it overrides."""
-    numbers = {*DEEPSEEK, *GPT_OSS} - {"model.architecture.tied=false"} if any("deepseek_v3" in one or "gpt_oss" in one for one in overrides) else set()
+    numbers = (
+        {*DEEPSEEK, *GPT_OSS} - {"model.architecture.tied=false"}
+        if any("deepseek_v3" in one or "gpt_oss" in one for one in overrides)
+        else set()
+    )
     told = [one for one in overrides if one not in numbers or "family" in one]
     return "_".join(one.replace("mesh.", "").replace("model.architecture.", "") for one in told)
 

@@ -157,7 +157,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
     "olmoe-biases": (
         "Olmoe",
-        {"num_experts": 5, "num_experts_per_tok": 3, "norm_topk_prob": True, "attention_bias": True, "num_key_value_heads": 4, "rope_parameters": YARN},
+        {
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            "num_key_value_heads": 4,
+            "rope_parameters": YARN,
+        },
     ),
     "deepseek-v3": ("DeepseekV3", DEEPSEEK | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}),
     "deepseek-v3-plain": (  # no latent of the queries, two shared experts, one group, rotated by halves, no layer dense
@@ -173,12 +180,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral4": ("Mistral4", DEEPSEEK | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "rope_parameters": MISTRAL4}),
     "mistral4-groups": (
         "Mistral4",
-        DEEPSEEK | {"norm_topk_prob": False, "routed_scaling_factor": 2.0, "rope_parameters": MISTRAL4 | {"mscale": 0.7}, "attention_bias": True},
+        DEEPSEEK
+        | {"norm_topk_prob": False, "routed_scaling_factor": 2.0, "rope_parameters": MISTRAL4 | {"mscale": 0.7}, "attention_bias": True},
     ),
     "gpt-oss": ("GptOss", {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 5, "rope_parameters": OSS}),
     "gpt-oss-full": (
         "GptOss",
-        {"num_local_experts": 4, "num_experts_per_tok": 4, "attention_bias": False, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True}
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 4,
+            "attention_bias": False,
+            "layer_types": ["full_attention"] * 2,
+            "tie_word_embeddings": True,
+        }
         | {"head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
     ),
     "phi3-window": ("Phi3", {"sliding_window": 5, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64}),
