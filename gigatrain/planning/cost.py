@@ -54,7 +54,8 @@ def saved_bytes(architecture: Architecture, size: int, recompute: Recompute, ker
     if recompute == "selective":
         block, mixture = size * wide * i, size * (experts + visits * (2 * architecture.expert_width + h) + wide * shared)
         return size * (3 * h + width) + _mean(architecture, block, mixture)
-    normed = {"none": 0, "head": heads + kv, "full": 2}[architecture.qk_norm] + (2 if architecture.kv_rank else 0)
+    normed = {"none": 0, "head": heads + kv, "full": 2}[architecture.qk_norm]
+    normed += (architecture.q_rank is not None) + (architecture.kv_rank is not None)
     kept, block = 2 * h + (2 * h if post else 0) + width, wide * i
     if recompute == "none":
         kept += (2 * h if pre else 0) + ((heads + kv) * d if normed and not latents else 0)
