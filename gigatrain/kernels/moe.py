@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gigatrain.errors import KernelError
-from gigatrain.kernels import launch
+from gigatrain.kernels import expert_sort, grouped as rows, launch
 
 # (tokens, experts, visits, hidden, width, how tokens are spread over experts, activation, whether there are biases, dtype)
 CASES = [
@@ -49,15 +49,9 @@ SIZES = [
 ]
 
 Experts = Callable[..., Tensor]
+sort = expert_sort.reference
 Activation = Literal["swiglu", "clamped_swiglu"]
 _LIMIT, _STEEP = 7.0, 1.702  # of gpt-oss's activation
-
-
-def sort(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`(order_m, counts_e)` of a stable sort by key; keys from `count` on come last and are not counted."""
-    ordered, order_m = keys.flatten().sort(stable=True)
-    ends_e = torch.searchsorted(ordered, torch.arange(count, dtype=ordered.dtype, device=ordered.device), right=True)
-    return order_m, ends_e.diff(prepend=ends_e.new_zeros(1))
 
 
 class _Gather(torch.autograd.Function):
@@ -253,13 +247,326 @@ def grouped(
     return _block(experts_grouped, x_nd, weights_nk, chosen_nk, gate_up_efd, down_edi, **rest)
 
 
+# Fused: the gather within the first product's loads, the activation within its end, and the backward of the activation within the end of the product
+# before it. Glued: torch's grouped products, with one Triton launch for everything between two of them. Both keep x, the choice, and g and u (2 f bytes a
+# row in bf16); h is made again where dh is, y never: dweights_s = <dy_n, y_s> = <dy_n down, h_s> (arXiv:2512.14080). Kernels and floor: grouped.py.
+SPACE = rows.SPACE
+
+
+def _mm(a: Tensor, b: Tensor, ends_e: Tensor) -> Tensor:
+    """torch's grouped product of a_mp and b_epq, or of a_pm and b_mq over each expert's m."""
+    shape = (a.shape[0], b.shape[2]) if b.ndim == 3 else (ends_e.shape[0], a.shape[0], b.shape[1])
+    if launch.recording() or 0 in a.shape:
+        return a.new_zeros(shape)
+    return F.grouped_mm(a, b, offs=ends_e)
+
+
+def _rows(
+    x: Tensor, order: Tensor | None, visits: int, ends: Tensor, weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None], clamped: bool, glued: bool
+) -> tuple[Tensor, Tensor]:
+    """`(gu_mf, y_md)` of rows in their experts' order, or of the tokens of such rows."""
+    gate_up, down, gate_up_bias, down_bias = weights
+    count, hidden = (x if order is None else order).shape[0], x.shape[1]
+    at = rows.tiles(ends, count, hidden)
+    if not glued:
+        gu, h = rows.gate_up(x, order, visits, at, gate_up, gate_up_bias, count, clamped)
+        return gu, rows.product(h, at, down, True, down_bias, hidden)
+    gu = _mm(x if order is None else rows.rows_of(x, order, visits), gate_up.mT, ends)
+    y = _mm(rows.activate(gu, at, gate_up_bias, hidden, clamped), down.mT, ends)
+    if down_bias is not None:
+        rows.add_bias(y, at, down_bias, hidden)
+    return gu, y
+
+
+def _rows_backward(
+    dy: Tensor,
+    x: Tensor,
+    order: Tensor | None,
+    visits: int,
+    ends: Tensor,
+    matrices: tuple[Tensor, Tensor],
+    biased: tuple[bool, bool],
+    gu: Tensor,
+    weights: Tensor | None,
+    clamped: bool,
+    glued: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`(dx_md, dgate_up, ddown, dgate_up_bias, ddown_bias, parts_pm)`; what has no bias gets an empty gradient."""
+    (gate_up, down), hidden = matrices, x.shape[1]
+    at = rows.tiles(ends, gu.shape[0], hidden)
+    if glued:
+        dy_md = dy if order is None else rows.rows_of(dy, order, visits)
+        dgu, h, parts = rows.activate_backward(_mm(dy_md, down, ends), gu, order, at, weights, hidden, clamped)
+        ddown = rows.zero_unvisited(_mm(dy_md.t(), h, ends), ends)
+        del dy_md, h
+        x_md = x if order is None else rows.rows_of(x, order, visits)
+        dgate_up = rows.zero_unvisited(_mm(dgu.t(), x_md, ends), ends)
+        dx = _mm(dgu, gate_up, ends)
+    else:
+        dgu, h, parts = rows.gated_backward(dy, order, visits, at, down, gu, weights, clamped)
+        ddown = rows.weight_gradient(dy, h, order, visits, ends, "a", hidden)
+        del h
+        dgate_up = rows.weight_gradient(dgu, x, order, visits, ends, "b", hidden)
+        dx = rows.product(dgu, at, gate_up, False, None, hidden)
+    dgate_up_bias = rows.bias_gradient(dgu, None, None, 1, ends) if biased[0] else x.new_empty(0)
+    ddown_bias = rows.bias_gradient(dy, weights, order, visits, ends) if biased[1] else x.new_empty(0)
+    return dx, dgate_up, ddown, dgate_up_bias, ddown_bias, parts
+
+
+def _whole(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def _run(
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    clamped: bool,
+    glued: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    visits = chosen.shape[-1]
+    order, place, _, ends = expert_sort.run(chosen, gate_up.shape[0])
+    x_nd = x.reshape(-1, x.shape[-1]).contiguous()
+    gu, y_md = _rows(x_nd, order, visits, ends, _whole(gate_up, down, gate_up_bias, down_bias), clamped, glued)
+    y = rows.combine(y_md, place, weights.contiguous(), visits)
+    return y.view(x.shape), gu, order, place, ends
+
+
+def _run_backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    gu: Tensor,
+    order: Tensor,
+    place: Tensor,
+    ends: Tensor,
+    clamped: bool,
+    glued: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    visits = chosen.shape[-1]
+    x_nd, dy_nd = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, dy))
+    biased = gate_up_bias is not None, down_bias is not None
+    dx_md, *gradients, parts = _rows_backward(
+        dy_nd, x_nd, order, visits, ends, _whole(gate_up, down), biased, gu, weights.contiguous(), clamped, glued
+    )
+    dx = rows.combine(dx_md, place, None, visits).view(x.shape)
+    dweights = rows.visit_gradient(parts, place, chosen.contiguous(), dy_nd, None if down_bias is None else down_bias.contiguous(), visits)
+    return dx, dweights.view(weights.shape).to(weights.dtype), *gradients
+
+
+_WEIGHTS = "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias"
+
+
+def _fake_gradients(x: Tensor, gate_up: Tensor, down: Tensor, *biases: Tensor | None) -> tuple[Tensor, ...]:
+    return gate_up.new_empty(gate_up.shape), down.new_empty(down.shape), *(x.new_empty(0) if b is None else b.new_empty(b.shape) for b in biases)
+
+
+_moe = launch.operator(
+    f"moe(Tensor x, Tensor weights, Tensor chosen, {_WEIGHTS}, bool clamped, bool glued) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run,
+    lambda x, weights, chosen, gate_up, *_: (
+        x.new_empty(x.shape),
+        x.new_empty(chosen.numel(), gate_up.shape[1]),
+        chosen.new_empty(chosen.numel()),
+        chosen.new_empty(chosen.numel()),
+        chosen.new_empty(gate_up.shape[0], dtype=torch.int32),
+    ),
+)
+_moe_backward = launch.operator(
+    f"moe_backward(Tensor dy, Tensor x, Tensor weights, Tensor chosen, {_WEIGHTS}, Tensor gu, Tensor order, Tensor place, Tensor ends, bool clamped, "
+    "bool glued) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    lambda dy, x, weights, chosen, gate_up, down, gate_up_bias, down_bias, *_: (
+        x.new_empty(x.shape), weights.new_empty(weights.shape), *_fake_gradients(x, gate_up, down, gate_up_bias, down_bias)
+    ),
+)  # fmt: skip
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.clamped, ctx.glued = inputs
+    _, gu, order, place, ends = output
+    ctx.save_for_backward(*tensors, gu, order, place, ends)
+    ctx.mark_non_differentiable(gu, order, place, ends)
+    ctx.set_materialize_grads(False)
+
+
+def _grads(ctx: Any, dy: Tensor | None, *_: None) -> Any:
+    if dy is None:
+        return (None,) * 9
+    tensors = ctx.saved_tensors
+    dx, dweights, *rest = _moe_backward(dy, *tensors, ctx.clamped, ctx.glued)
+    biases = (None if given is None else found for given, found in zip(tensors[5:7], rest[2:], strict=True))
+    return dx, dweights, None, *rest[:2], *biases, None, None
+
+
+_call = launch.differentiable(_moe, _save, _grads)
+
+
+def _run_experts(
+    x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None, clamped: bool, glued: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    ends = counts.cumsum(0).to(torch.int32)
+    gu, y = _rows(x.contiguous(), None, 1, ends, _whole(gate_up, down, gate_up_bias, down_bias), clamped, glued)
+    return y, gu, ends
+
+
+def _run_experts_backward(
+    dy: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    gu: Tensor,
+    ends: Tensor,
+    clamped: bool,
+    glued: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    biased = gate_up_bias is not None, down_bias is not None
+    return _rows_backward(dy.contiguous(), x.contiguous(), None, 1, ends, _whole(gate_up, down), biased, gu, None, clamped, glued)[:5]
+
+
+_experts = launch.operator(
+    f"experts(Tensor x, Tensor counts, {_WEIGHTS}, bool clamped, bool glued) -> (Tensor, Tensor, Tensor)",
+    _run_experts,
+    lambda x, counts, gate_up, *_: (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape[0], gate_up.shape[1]),
+        counts.new_empty(counts.shape, dtype=torch.int32),
+    ),
+)
+_experts_backward = launch.operator(
+    f"experts_backward(Tensor dy, Tensor x, {_WEIGHTS}, Tensor gu, Tensor ends, bool clamped, bool glued) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_experts_backward,
+    lambda dy, x, gate_up, down, gate_up_bias, down_bias, *_: (
+        x.new_empty(x.shape), *_fake_gradients(x, gate_up, down, gate_up_bias, down_bias)
+    ),
+)  # fmt: skip
+
+
+def _save_experts(ctx: Any, inputs: Any, output: Any) -> None:
+    x, _, *weights, ctx.clamped, ctx.glued = inputs
+    _, gu, ends = output
+    ctx.save_for_backward(x, *weights, gu, ends)
+    ctx.mark_non_differentiable(gu, ends)
+    ctx.set_materialize_grads(False)
+
+
+def _experts_grads(ctx: Any, dy: Tensor | None, *_: None) -> Any:
+    if dy is None:
+        return (None,) * 8
+    tensors = ctx.saved_tensors
+    dx, dgate_up, ddown, *rest = _experts_backward(dy, *tensors, ctx.clamped, ctx.glued)
+    biases = (None if given is None else found for given, found in zip(tensors[3:5], rest, strict=True))
+    return dx, None, dgate_up, ddown, *biases, None, None
+
+
+_call_experts = launch.differentiable(_experts, _save_experts, _experts_grads)
+
+
+def supports_fused(x: Tensor, gate_up_efd: Tensor, down_edi: Tensor, *biases: Tensor | None) -> str | None:
+    """Why the Triton kernels cannot take these tensors; None: they can."""
+    if why := launch.missing(x):
+        return why
+    given = [gate_up_efd, down_edi, *(b for b in biases if b is not None)]
+    if x.dtype not in launch.FLOATS or any(t.dtype != x.dtype or t.device != x.device for t in given):
+        found = ", ".join(str(t.dtype) for t in (x, *given))
+        return f"rows, matrices and biases must share a device and one of bf16, fp16, fp32, not {found}"
+    experts, hidden, width = down_edi.shape
+    if x.shape[-1] != hidden or gate_up_efd.shape != (experts, 2 * width, hidden):
+        return f"rows of {x.shape[-1]} and matrices {tuple(gate_up_efd.shape)} do not fit {tuple(down_edi.shape)}"
+    if experts > expert_sort.LIMIT:
+        return f"at most {expert_sort.LIMIT} experts, not {experts}"
+    return None
+
+
+def _refused(why: str | None, op: str, instead: str) -> None:
+    if why:
+        raise KernelError(f'{op}: {why}; set kernels.{op} = "{instead}"')
+
+
+def fused(
+    x_nd: Tensor,
+    weights_nk: Tensor,
+    chosen_nk: Tensor,
+    gate_up_efd: Tensor,
+    down_edi: Tensor,
+    *,
+    gate_up_bias_ef: Tensor | None = None,
+    down_bias_ed: Tensor | None = None,
+    activation: Activation = "swiglu",
+) -> Tensor:
+    """As `reference`, in Triton: 7 launches and 8 back. Raises KernelError where `supports_fused` says no."""
+    biases = gate_up_bias_ef, down_bias_ed
+    _refused(supports_fused(x_nd, gate_up_efd, down_edi, *biases), "moe", "grouped")
+    return _call(x_nd, weights_nk, chosen_nk, gate_up_efd, down_edi, *biases, activation == "clamped_swiglu", False)[0]
+
+
+def glued(
+    x_nd: Tensor,
+    weights_nk: Tensor,
+    chosen_nk: Tensor,
+    gate_up_efd: Tensor,
+    down_edi: Tensor,
+    *,
+    gate_up_bias_ef: Tensor | None = None,
+    down_bias_ed: Tensor | None = None,
+    activation: Activation = "swiglu",
+) -> Tensor:
+    """As `reference`, by torch's grouped products with Triton between them. Raises KernelError where `supports` or `supports_fused` says no."""
+    biases = gate_up_bias_ef, down_bias_ed
+    why = supports_fused(x_nd, gate_up_efd, down_edi, *biases) or supports(x_nd, gate_up_efd, down_edi)
+    _refused(why, "moe", "reference")
+    return _call(x_nd, weights_nk, chosen_nk, gate_up_efd, down_edi, *biases, activation == "clamped_swiglu", True)[0]
+
+
+def experts_fused(
+    x_md: Tensor,
+    counts_e: Tensor,
+    gate_up_efd: Tensor,
+    down_edi: Tensor,
+    *,
+    gate_up_bias_ef: Tensor | None = None,
+    down_bias_ed: Tensor | None = None,
+    activation: Activation = "swiglu",
+) -> Tensor:
+    """As the reference, in Triton. Raises KernelError where `supports_fused` says no."""
+    biases = gate_up_bias_ef, down_bias_ed
+    _refused(supports_fused(x_md, gate_up_efd, down_edi, *biases), "experts", "grouped")
+    return _call_experts(x_md, counts_e, gate_up_efd, down_edi, *biases, activation == "clamped_swiglu", False)[0]
+
+
+def experts_glued(
+    x_md: Tensor,
+    counts_e: Tensor,
+    gate_up_efd: Tensor,
+    down_edi: Tensor,
+    *,
+    gate_up_bias_ef: Tensor | None = None,
+    down_bias_ed: Tensor | None = None,
+    activation: Activation = "swiglu",
+) -> Tensor:
+    """As the reference, by torch's grouped products with Triton between them. Raises KernelError where `supports` or `supports_fused` says no."""
+    biases = gate_up_bias_ef, down_bias_ed
+    why = supports_fused(x_md, gate_up_efd, down_edi, *biases) or supports(x_md, gate_up_efd, down_edi)
+    _refused(why, "experts", "reference")
+    return _call_experts(x_md, counts_e, gate_up_efd, down_edi, *biases, activation == "clamped_swiglu", True)[0]
+
+
 def _drawn(case: Any, device: str) -> tuple[list[Tensor], Tensor, Callable[..., dict[str, Any]]]:
     """x, weights, gate_up, down and biases if there are; the choice; and the keywords of a call with given biases."""
     tokens, experts, visits, hidden, width, kind, activation, biased, dtype = case
     x = torch.randn(tokens, hidden, dtype=dtype, device=device)
-    # The clamped activation clamps 1 in 7 of these.
-    size = 0.3 if activation == "swiglu" else 4.0 / hidden**0.5
-    gate_up, down = (torch.randn(experts, *shape, dtype=dtype, device=device) * size for shape in ((2 * width, hidden), (hidden, width)))
+    gate_up, down = (torch.randn(experts, *shape, dtype=dtype, device=device) * 0.3 for shape in ((2 * width, hidden), (hidden, width)))
     scores = torch.randn(tokens, experts, device=device)
     if kind == "one":
         scores[:, experts // 2] += 100.0
@@ -267,6 +574,10 @@ def _drawn(case: Any, device: str) -> tuple[list[Tensor], Tensor, Callable[..., 
         scores[:, experts // 3 :] -= 100.0
     weights, chosen = scores.softmax(-1).topk(visits, -1)
     biases = [torch.randn(experts, count, dtype=dtype, device=device) for count in (2 * width, hidden)] if biased else []
+
+    if activation == "clamped_swiglu":  # g and u are multiples of 1/4, exact in every dtype, so that no rounding moves one over a limit; 1 in 10 is clamped
+        x, gate_up = ((t * factor).round() / 2 for t, factor in ((x, 2.0), (gate_up, 27.0 / hidden**0.5)))
+        biases = [(b * 4).round() / 4 for b in biases]
 
     def keywords(*biases: Tensor) -> dict[str, Any]:
         return dict(zip(("gate_up_bias_ef", "down_bias_ed"), biases, strict=False)) | {"activation": activation}
@@ -301,7 +612,9 @@ def _traffic(case: Any) -> launch.Traffic:
     return launch.Traffic(2 * rows + weights, 3 * rows + 2 * weights, flops, 2 * flops)
 
 
+_VERSIONS = {"reference": reference, "grouped": grouped, "glued": glued, "fused": fused}
+_EXPERTS = {"reference": experts_reference, "grouped": experts_grouped, "glued": experts_glued, "fused": experts_fused}
 OPERATIONS = {
-    "moe": launch.Operation({"reference": reference, "grouped": grouped}, CASES, SIZES, _sample, _traffic),
-    "experts": launch.Operation({"reference": experts_reference, "grouped": experts_grouped}, CASES, SIZES, _sample_experts, _traffic),
+    "moe": launch.Operation(_VERSIONS, CASES, SIZES, _sample, _traffic),
+    "experts": launch.Operation(_EXPERTS, CASES, SIZES, _sample_experts, _traffic),
 }

@@ -14,6 +14,7 @@ from gigatrain.kernels import (
     cross_entropy,
     dropout_add,
     embedding,
+    expert_sort,
     geglu,
     grad_norm,
     linear,
@@ -41,6 +42,7 @@ MODULES = (
     dropout_add,
     linear,
     router,
+    expert_sort,
     moe,
     attention,
     cross_entropy,
@@ -76,6 +78,7 @@ class Ops:
     dropout_add: Callable[..., Any]
     linear: Callable[..., Any]  # of the layers' matrices; not the head's, the router's or the experts'
     router: Callable[..., Any]
+    expert_sort: Callable[..., Any]  # of slots, where experts are on other ranks than their tokens
     moe: Callable[..., Any]  # all of a mixture of experts behind its router
     experts: Callable[..., Any]  # its part that remains where experts are on other ranks than their tokens
     attention: Callable[..., Any]

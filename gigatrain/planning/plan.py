@@ -45,6 +45,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "dropout_add": ("reference", "fused"),
     "linear": ("reference",),
     "router": ("reference",),
+    "expert_sort": ("reference", "fused"),
     "moe": ("reference", "grouped"),
     "experts": ("reference", "grouped"),
     "attention": ("reference", "sdpa", "blocked"),
@@ -57,8 +58,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 }
 # Those within a model's layers, which a model of transformers' computes by its own code.
 MODEL = (
-    "embedding", "rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu2", "xielu", "dropout_add", "linear", "router", "moe",
-    "experts", "attention",
+    "embedding", "rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu2", "xielu", "dropout_add", "linear", "router",
+    "expert_sort", "moe", "experts", "attention",
 )  # fmt: skip
 # What a resume may change: no tensor of the run depends on it, but for the order in which ranks and microbatches are summed.
 OPERATIONAL = (
