@@ -25,7 +25,7 @@ _PRODUCTS = [
     {"columns": columns, "inner": inner, "group": 8, "warps": warps, "stages": stages}
     for columns, inner, warps, stages in (
         *((64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 4), (128, 32, 4, 3), (128, 32, 8, 3), (128, 64, 4, 3)),
-        *((128, 64, 8, 3), (128, 64, 8, 4), (256, 32, 8, 3), (256, 64, 8, 3), (16, 16, 4, 1), (32, 32, 4, 2)),
+        *((128, 64, 8, 3), (128, 64, 8, 4), (256, 32, 8, 3), (256, 64, 8, 3), (32, 32, 4, 2)),
     )
 ]
 # All but `tiles` and `weight_gradient` have tiles of as many rows as `tiles` says. Sizes are hidden channels: what a table knows of a model.
@@ -38,11 +38,11 @@ SPACE = {
         {"rows": rows, "columns": columns, "inner": inner, "group": 8, "warps": warps, "stages": stages}
         for rows, columns, inner, warps, stages in (
             *((64, 64, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4)),
-            *((128, 256, 32, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (16, 16, 16, 4, 1), (32, 32, 32, 4, 2)),
+            *((128, 256, 32, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (32, 32, 32, 4, 2)),
         )
     ],
-    "moe.glue": [{"rows": rows, "columns": columns, "warps": 4} for rows, columns in ((16, 128), (32, 64), (32, 128), (64, 64), (16, 16))],
-    "moe.tokens": [{"columns": columns, "warps": warps} for columns, warps in ((512, 2), (1024, 4), (2048, 4), (2048, 8), (16, 1))],
+    "moe.glue": [{"rows": rows, "columns": columns, "warps": 4} for rows, columns in ((16, 128), (32, 64), (32, 128), (64, 64), (16, 32))],
+    "moe.tokens": [{"columns": columns, "warps": warps} for columns, warps in ((512, 2), (1024, 4), (2048, 4), (2048, 8), (32, 1))],
 }
 
 
@@ -149,19 +149,37 @@ def _product(
         column = turn * COLUMNS + tl.arange(0, COLUMNS)
         step = tl.arange(0, INNER)
         a_at = A + tl.minimum(row, end - 1).to(tl.int64)[:, None] * inner + step[None]
-        at = tl.minimum(column, columns - 1).to(tl.int64)
-        w_at = W + expert.to(tl.int64) * limit + at[None] * w_column + step[:, None].to(tl.int64) * w_inner
+        # A mask, and not the last column again: columns may be neighbours in memory, and what is known of neighbours is loaded 16 bytes at a time.
+        there = (column < columns)[None]
+        w_at = W + expert.to(tl.int64) * limit + column[None].to(tl.int64) * w_column + step[:, None].to(tl.int64) * w_inner
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, inner, INNER):
             a = tl.load(a_at, mask=(step < inner - start)[None], other=0.0)
-            w = tl.load(w_at, mask=(step < inner - start)[:, None], other=0.0)
+            w = tl.load(w_at, mask=(step < inner - start)[:, None] & there, other=0.0)
             total = tl.dot(a, w, total, input_precision=PRECISION)
             a_at += INNER
             w_at += INNER * w_inner
         if BIASED:
-            total += tl.load(BIAS + expert.to(tl.int64) * columns + at).to(tl.float32)[None]
-        there = (row < end)[:, None] & (column < columns)[None]
+            total += tl.load(BIAS + expert.to(tl.int64) * columns + column, mask=column < columns, other=0.0).to(tl.float32)[None]
+        there &= (row < end)[:, None]
         tl.store(OUT + row.to(tl.int64)[:, None] * columns + column[None], total.to(OUT.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _gated_part(dh, GU, DGU, H, row, live, first, width, weight, CLAMPED: tl.constexpr, COLUMNS: tl.constexpr):
+    """The end of `_gated_backward` for some columns from `first` on: stores dgu and h, and returns each row's <dh, h>."""
+    column = first + tl.arange(0, COLUMNS)
+    there = live[:, None] & (column < width)[None]
+    gate_at = row.to(tl.int64)[:, None] * 2 * width + column[None]
+    gate = tl.load(GU + gate_at, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(GU + gate_at + width, mask=there, other=0.0).to(tl.float32)
+    h, dgate, dup = _activated(gate, up, CLAMPED)
+    part = tl.sum(tl.where(there, dh * h, 0.0), 1)
+    dh *= weight[:, None]
+    tl.store(DGU + gate_at, (dh * dgate).to(DGU.dtype.element_ty), mask=there)
+    tl.store(DGU + gate_at + width, (dh * dup).to(DGU.dtype.element_ty), mask=there)
+    tl.store(H + row.to(tl.int64)[:, None] * width + column[None], (h * weight[:, None]).to(H.dtype.element_ty), mask=there)
+    return part
 
 
 @triton.jit
@@ -179,29 +197,32 @@ def _gated_backward(
         column = turn * COLUMNS + tl.arange(0, COLUMNS)
         step = tl.arange(0, INNER)
         dy_at = DY + _source(ORDER, safe, visits, GATHER)[:, None] * hidden + step[None]
-        at = tl.minimum(column, width - 1).to(tl.int64)
-        w_at = W + expert.to(tl.int64) * limit + step[:, None].to(tl.int64) * width + at[None]
+        there = (column < width)[None]
+        w_at = W + expert.to(tl.int64) * limit + step[:, None].to(tl.int64) * width + column[None]
         dh = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, hidden, INNER):
             dy = tl.load(dy_at, mask=(step < hidden - start)[None], other=0.0)
-            w = tl.load(w_at, mask=(step < hidden - start)[:, None], other=0.0)
+            w = tl.load(w_at, mask=(step < hidden - start)[:, None] & there, other=0.0)
             dh = tl.dot(dy, w, dh, input_precision=PRECISION)
             dy_at += INNER
             w_at += INNER * width
-        there = (row < end)[:, None] & (column < width)[None]
-        gate_at = row.to(tl.int64)[:, None] * 2 * width + column[None]
-        gate = tl.load(GU + gate_at, mask=there, other=0.0).to(tl.float32)
-        up = tl.load(GU + gate_at + width, mask=there, other=0.0).to(tl.float32)
-        h, dgate, dup = _activated(gate, up, CLAMPED)
+        live = row < end
+        weight = tl.zeros([ROWS], tl.float32) + 1.0
+        if GATHER:
+            weight = tl.load(WEIGHTS + tl.load(ORDER + safe)).to(tl.float32)
+        # In parts of 32 columns: all 128 at once would be held five times over.
+        if COLUMNS == 128:
+            halves = tl.split(tl.permute(tl.reshape(dh, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
+            part = tl.zeros([ROWS], tl.float32)
+            for half in tl.static_range(2):  # type: ignore
+                first_half, second_half = tl.split(tl.permute(tl.reshape(halves[half], [ROWS, 2, COLUMNS // 4]), (0, 2, 1)))
+                at = turn * COLUMNS + half * (COLUMNS // 2)
+                part += _gated_part(first_half, GU, DGU, H, row, live, at, width, weight, CLAMPED, COLUMNS // 4)
+                part += _gated_part(second_half, GU, DGU, H, row, live, at + COLUMNS // 4, width, weight, CLAMPED, COLUMNS // 4)
+        else:
+            part = _gated_part(dh, GU, DGU, H, row, live, turn * COLUMNS, width, weight, CLAMPED, COLUMNS)
         if GATHER:  # a visit has a weight, and its gradient is <dy, y> = <dh, h> (+ <dy, bias>): no y is kept
-            slot = tl.load(ORDER + safe)
-            tl.store(PARTS + turn.to(tl.int64) * rows + row, tl.sum(tl.where(there, dh * h, 0.0), 1), mask=row < end)
-            weight = tl.load(WEIGHTS + slot).to(tl.float32)[:, None]
-            dh *= weight
-            h *= weight
-        tl.store(DGU + gate_at, (dh * dgate).to(DGU.dtype.element_ty), mask=there)
-        tl.store(DGU + gate_at + width, (dh * dup).to(DGU.dtype.element_ty), mask=there)
-        tl.store(H + row.to(tl.int64)[:, None] * width + column[None], h.to(H.dtype.element_ty), mask=there)
+            tl.store(PARTS + turn.to(tl.int64) * rows + row, part, mask=live)
 
 
 @triton.jit
@@ -216,14 +237,14 @@ def _weight_gradient(
     first = tl.load(ENDS + expert - 1, mask=expert > 0, other=0)
     row = tile * ROWS + tl.arange(0, ROWS)
     column = turn * COLUMNS + tl.arange(0, COLUMNS)
-    row_at, column_at = tl.minimum(row, rows - 1), tl.minimum(column, columns - 1)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)  # what an expert without rows gets
     for start in range(first, end, INNER):
         step = start + tl.arange(0, INNER)
         live = step < end
         safe = tl.minimum(step, end - 1)
-        a = tl.load(A + _source(ORDER, safe, visits, GATHER_A)[:, None] * rows + row_at[None], mask=live[:, None], other=0.0)
-        b = tl.load(B + _source(ORDER, safe, visits, GATHER_B)[:, None] * columns + column_at[None], mask=live[:, None], other=0.0)
+        a_row, b_row = _source(ORDER, safe, visits, GATHER_A), _source(ORDER, safe, visits, GATHER_B)
+        a = tl.load(A + a_row[:, None] * rows + row[None], mask=live[:, None] & (row < rows)[None], other=0.0)
+        b = tl.load(B + b_row[:, None] * columns + column[None], mask=live[:, None] & (column < columns)[None], other=0.0)
         total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
     there = (row < rows)[:, None] & (column < columns)[None]
     out = OUT + (expert.to(tl.int64) * rows + row.to(tl.int64)[:, None]) * columns + column[None]
