@@ -95,9 +95,13 @@ def logits(x_nd: Tensor, weight_ed: Tensor, wide: bool, logits_bias_e: Tensor | 
 def _possible(numbers: Router, experts: int) -> None:
     """Raise KernelError for a choice that no token can make."""
     if experts % numbers.groups or not 0 < numbers.groups_kept <= numbers.groups:
-        raise KernelError(f"router: {numbers.groups_kept} of {numbers.groups} groups of {experts} experts; groups are equal, and 1 to all of them kept")
+        raise KernelError(
+            f"router: {numbers.groups_kept} of {numbers.groups} groups of {experts} experts; groups are equal, and 1 to all of them kept"
+        )
     if not 0 < numbers.visits <= (reach := experts // numbers.groups * numbers.groups_kept):
-        raise KernelError(f"router: {numbers.visits} visits of a token, who reaches {reach} of {experts} experts; take fewer, or keep more groups")
+        raise KernelError(
+            f"router: {numbers.visits} visits of a token, who reaches {reach} of {experts} experts; take fewer, or keep more groups"
+        )
 
 
 def _kept(keys_ne: Tensor, numbers: Router) -> Tensor:
@@ -151,7 +155,7 @@ _KINDS = {"softmax": 0, "sigmoid": 1, "softmax_after": 2}
 @triton.jit
 def _orderly(keys):
     """Keys among which a largest can be found: not a number is infinite (and makes weights that are not numbers), and all are above what is out."""
-    return tl.maximum(tl.where(keys == keys, keys, float("inf")), -3.0e38)
+    return tl.maximum(tl.where(keys == keys, keys, float("inf")), -3.0e38)  # noqa: PLR0124 (not a number is not itself)
 
 
 @triton.jit
@@ -178,18 +182,18 @@ def _forward(
         logits = tl.load(LOGITS + n[:, None] * experts + expert[None], mask=live[:, None] & real[None], other=0.0).to(tl.float32)
         logits = tl.where(real[None], logits, float("-inf"))
         top = tl.max(logits, 1)
-        scores = tl.exp(logits - top[:, None])
+        scores = tl.exp(logits - top[:, None])  # type: ignore
         total = tl.sum(scores, 1)
         if KIND == 1:
             scores, _ = sigmoid(logits)
         else:
-            scores = scores / total[:, None]
+            scores = scores / total[:, None]  # type: ignore
         keys = logits
         if BIASED:
             keys = scores + bias[None]
         if GROUPS > 1:
             of_group = keys if BIASED else scores
-            of_group = tl.reshape(tl.where(real[None], of_group, float("-inf")), [TOKENS, GROUPS, SIZE])
+            of_group = tl.reshape(tl.where(real[None], _orderly(of_group), float("-inf")), [TOKENS, GROUPS, SIZE])
             best = tl.max(of_group, 2)
             at = tl.argmax(of_group, 2)
             second = tl.max(tl.where(tl.arange(0, SIZE)[None, None] == at[:, :, None], float("-inf"), of_group), 2)
@@ -210,16 +214,13 @@ def _forward(
             hit = lane[None] == at[:, None]
             keys = tl.where(hit, float("-inf"), keys)
             taken = tl.where(hit, 1, taken)
-            if KIND == 2:
-                found = tl.sum(tl.where(hit, logits, 0.0), 1)
-            else:
-                found = tl.sum(tl.where(hit, scores, 0.0), 1)
-            picked = tl.where(visit[None] == j, found[:, None], picked)
+            found = tl.sum(tl.where(hit, logits if KIND == 2 else scores, 0.0), 1)
+            picked = tl.where(visit[None] == j, found[:, None], picked)  # type: ignore
             which = tl.where(visit[None] == j, (at // SIZE * size + at % SIZE)[:, None], which)
         if KIND == 2:
             picked = tl.where((visit < visits)[None], picked, float("-inf"))
-            picked = tl.exp(picked - tl.max(picked, 1)[:, None])
-            picked = picked / tl.sum(picked, 1)[:, None]
+            picked = tl.exp(picked - tl.max(picked, 1)[:, None])  # type: ignore
+            picked = picked / tl.sum(picked, 1)[:, None]  # type: ignore
         elif RENORMALISE:
             picked = picked / (tl.sum(picked, 1) + epsilon)[:, None]
         out = n[:, None] * visits + visit[None]
@@ -229,7 +230,7 @@ def _forward(
         counts += tl.sum(tl.where(live[:, None], taken, 0), 0)
         if LOSSES:
             if KIND == 1:
-                scores = scores / tl.sum(scores, 1)[:, None]
+                scores = scores / tl.sum(scores, 1)[:, None]  # type: ignore
             lse = top + tl.log(total)
             shares += tl.sum(tl.where(live[:, None], scores, 0.0), 0)
             squares += tl.where(live, lse * lse, 0.0)
@@ -240,7 +241,19 @@ def _forward(
 
 
 @triton.jit
-def _sums(COUNTS, SHARES, SQUARES, OUT_COUNTS, OUT_SHARES, OUT_SQUARES, blocks, experts, LOSSES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _sums(
+    COUNTS,
+    SHARES,
+    SQUARES,
+    OUT_COUNTS,
+    OUT_SHARES,
+    OUT_SQUARES,
+    blocks,
+    experts,
+    LOSSES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Of each sequence, over its blocks, in a fixed order."""
     sequence = tl.program_id(0)
     expert = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -273,9 +286,9 @@ def _backward(
     logits = tl.load(LOGITS + n[:, None] * experts + expert[None], mask=there, other=0.0).to(tl.float32)
     logits = tl.where(real[None], logits, float("-inf"))
     top = tl.max(logits, 1)
-    p = tl.exp(logits - top[:, None])
+    p = tl.exp(logits - top[:, None])  # type: ignore
     total = tl.sum(p, 1)
-    p = p / total[:, None]
+    p = p / total[:, None]  # type: ignore
     scores, slope = p, p
     if KIND == 1:
         scores, slope = sigmoid(logits)
@@ -291,27 +304,27 @@ def _backward(
             chosen = tl.where(taken > 0, logits, float("-inf"))
             weights = tl.where(taken > 0, tl.exp(chosen - tl.where(live, tl.max(chosen, 1), 0.0)[:, None]), 0.0)
             weights = weights / tl.where(live, tl.sum(weights, 1), 1.0)[:, None]
-            dlogits += weights * (dweights - tl.sum(weights * dweights, 1)[:, None])
+            dlogits += weights * (dweights - tl.sum(weights * dweights, 1)[:, None])  # type: ignore
         elif RENORMALISE:
             chosen = tl.where(taken > 0, scores, 0.0)
             below = tl.where(live, tl.sum(chosen, 1) + epsilon, 1.0)[:, None]
             weights = chosen / below
-            dscores += tl.where(taken > 0, (dweights - tl.sum(weights * dweights, 1)[:, None]) / below, 0.0)
+            dscores += tl.where(taken > 0, (dweights - tl.sum(weights * dweights, 1)[:, None]) / below, 0.0)  # type: ignore
         else:
             dscores += dweights
     if SHARED:
         dshares = tl.load(DSHARES + (n // tokens)[:, None] * experts + expert[None], mask=there, other=0.0)
         if KIND == 1:
-            below = tl.sum(scores, 1)[:, None]
-            dscores += (dshares - tl.sum(scores * dshares, 1)[:, None] / below) / below
+            below = tl.sum(scores, 1)[:, None]  # type: ignore
+            dscores += (dshares - tl.sum(scores * dshares, 1)[:, None] / below) / below  # type: ignore
         else:
             dscores += dshares
     if KIND == 1:
         dlogits += dscores * slope
     else:
-        dlogits += p * (dscores - tl.sum(p * dscores, 1)[:, None])
+        dlogits += p * (dscores - tl.sum(p * dscores, 1)[:, None])  # type: ignore
     if SQUARED:
-        dlogits += p * (2.0 * (top + tl.log(total)) * tl.load(DSQUARES + n // tokens, mask=live, other=0.0))[:, None]
+        dlogits += p * (2.0 * (top + tl.log(total)) * tl.load(DSQUARES + n // tokens, mask=live, other=0.0))[:, None]  # type: ignore
     tl.store(DLOGITS + n[:, None] * experts + expert[None], dlogits.to(DLOGITS.dtype.element_ty), mask=there)
 
 
@@ -327,7 +340,7 @@ def _run(
     scale: float,
     losses: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *ahead, tokens, experts = logits.shape
+    tokens, experts = logits.shape[-2:]
     out = _empty(logits, visits, losses)
     sequences = out[2].numel() // experts
     tuned = launch.configuration(logits, "router.forward", experts)

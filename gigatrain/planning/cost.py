@@ -34,7 +34,8 @@ def saved_bytes(architecture: Architecture, size: int, recompute: Recompute, ker
     values and attention's output (2 heads + 2 kv_heads) d_head, and queries and keys before their norm; gate, up and the activation 3 i, or 2 i without
     a gate; in fp32 each norm's rstd and attention's logsumexp. `lean` keeps no norm output, no normed query or key and no activation. `full` keeps h,
     `selective` the matrix products. References keep more: of a gated activation i, of xIELU 3 i and a mask, of norms and rotation about 4 h and the heads.
-    A layer with experts keeps, of each of k visits, row and result 2 h and gate, up, silu and activation 4 i, in fp32 scores and weights, and two int64.
+    A layer with experts keeps, of each of k visits, row and result 2 h and gate, up, silu and activation 4 i, in fp32 scores and weights, and two int64;
+    fused or glued, gate and up 2 i alone, and three int64, and a fused router its logits.
     Where some layers have experts, it is the mean layer.
     """
     h, i, d = architecture.hidden, architecture.intermediate, architecture.head_dim
@@ -58,8 +59,10 @@ def saved_bytes(architecture: Architecture, size: int, recompute: Recompute, ker
     if kernels.get(architecture.activation) == "reference":
         block += {"swiglu": 1, "geglu": 1, "relu2": 0, "xielu": 3}[architecture.activation] * i
         mask = i if architecture.activation == "xielu" else 0
-    mixture = size * visits * (2 * h + 4 * architecture.expert_width) + 4 * experts + 20 * visits
-    mixture += 4 * (visits + 1) if architecture.renormalise else 0
+    mixture = size * visits * (2 * h + 4 * architecture.expert_width) + 20 * visits
+    if kernels.get("moe") in ("glued", "fused"):  # gate and up alone; and where each slot's row is
+        mixture = size * visits * 2 * architecture.expert_width + 28 * visits
+    mixture += size * experts if kernels.get("router") == "fused" else 4 * experts + (4 * (visits + 1) if architecture.renormalise else 0)
     return size * kept + _mean(architecture, size * block + mask, mixture) + 4 * (2 * pre + 2 * post + normed + heads)
 
 
@@ -139,6 +142,8 @@ def memory(
         return _foreign_memory(architecture, device, precision, microbatch, sequence, recompute, optim, kernels, mesh, engine)
     size, muon = 2 if precision == "bf16" else 4, optim.name == "muon"
     hidden, tokens = architecture.hidden, microbatch * sequence // mesh.context
+    if mesh.expert > 1:  # rows that have travelled are kept beside what the experts keep
+        kernels = {**kernels, "moe": "grouped"}
     square = tokens * architecture.heads * sequence // mesh.tensor
     scores = {"sdpa": 0, "blocked": square * size // 2, "reference": square * (size + 4)}[kernels["attention"]]
     whole = tokens * saved_bytes(architecture, size, "none", kernels) // mesh.tensor + scores
