@@ -141,7 +141,7 @@ def test_every_configuration_gives_the_right_result(kernel: str) -> None:
     space = {tuple(v for k, v in c.items() if k != "warps"): c for c in router.SPACE[kernel]}
 
     def results(version: Callable[..., Any], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        leaves = [t.clone().to(dtype).requires_grad_() for t in (x, weight)]
         found = version(*leaves, numbers)
         sum((t * (i + 1)).square().sum() for i, t in enumerate(found) if t.requires_grad).backward()  # type: ignore[union-attr]
         return [*(t.detach().double() for t in found), *(leaf.grad.double() for leaf in leaves if leaf.grad is not None)]
@@ -197,7 +197,7 @@ def test_wide_products_of_bf16_are_exact_and_their_gradients_rounded_once() -> N
     x, weight = torch.randn(40, 64).bfloat16(), torch.randn(8, 64).bfloat16()
     results = []
     for dtype, product in ((torch.float64, F.linear), (torch.bfloat16, router._Wide.apply)):
-        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        leaves = [t.clone().to(dtype).requires_grad_() for t in (x, weight)]
         y = product(*leaves)
         y.backward(torch.linspace(-3, 1, y.numel()).view(y.shape).to(y.dtype))
         results.append([y.detach(), *(leaf.grad for leaf in leaves)])
