@@ -25,7 +25,7 @@ _PRODUCTS = [
     {"columns": columns, "inner": inner, "group": 8, "warps": warps, "stages": stages}
     for columns, inner, warps, stages in (
         *((64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 4), (128, 32, 4, 3), (128, 32, 8, 3), (128, 64, 4, 3)),
-        *((128, 64, 8, 3), (128, 64, 8, 4), (256, 32, 8, 3), (256, 64, 8, 3), (16, 16, 4, 1), (32, 32, 4, 2)),
+        *((128, 64, 8, 3), (128, 64, 8, 4), (256, 32, 8, 3), (256, 64, 8, 3), (32, 32, 4, 2)),
     )
 ]
 # All but `tiles` and `weight_gradient` have tiles of as many rows as `tiles` says. Sizes are hidden channels: what a table knows of a model.
@@ -38,11 +38,14 @@ SPACE = {
         {"rows": rows, "columns": columns, "inner": inner, "group": 8, "warps": warps, "stages": stages}
         for rows, columns, inner, warps, stages in (
             *((64, 64, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4)),
-            *((128, 256, 32, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (16, 16, 16, 4, 1), (32, 32, 32, 4, 2)),
+            *((128, 256, 32, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (32, 32, 32, 4, 2)),
         )
     ],
-    "moe.glue": [{"rows": rows, "columns": columns, "warps": 4} for rows, columns in ((16, 128), (32, 64), (32, 128), (64, 64), (16, 16))],
-    "moe.tokens": [{"columns": columns, "warps": warps} for columns, warps in ((512, 2), (1024, 4), (2048, 4), (2048, 8), (16, 1))],
+    "moe.glue": [{"rows": rows, "columns": columns, "warps": 4} for rows, columns in ((16, 128), (32, 64), (32, 128), (64, 64), (16, 32))],
+    "moe.tokens": [
+        {"rows": rows, "columns": columns, "warps": warps}
+        for rows, columns, warps in ((1, 512, 2), (1, 1024, 4), (1, 2048, 4), (1, 2048, 8), (2, 512, 4), (4, 256, 4), (8, 32, 1))
+    ],
 }
 
 
@@ -56,7 +59,7 @@ def _tiles(ENDS, EXPERT, FIRST, experts, tiles, ROWS: tl.constexpr, BINS: tl.con
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mine = (tile[:, None] >= (last - counts)[None]) & (tile[:, None] < last[None])  # of at most one expert
     first = tl.sum(tl.where(mine, before[None] + (tile[:, None] - (last - counts)[None]) * ROWS, 0), 1)
-    expert = tl.sum(tl.where(mine, bins[None] + 1, 0), 1) - 1
+    expert = tl.max(tl.where(mine, bins[None], -1), 1)
     tl.store(EXPERT + tile, expert, mask=tile < tiles)
     tl.store(FIRST + tile, first, mask=tile < tiles)
 
@@ -149,19 +152,37 @@ def _product(
         column = turn * COLUMNS + tl.arange(0, COLUMNS)
         step = tl.arange(0, INNER)
         a_at = A + tl.minimum(row, end - 1).to(tl.int64)[:, None] * inner + step[None]
-        at = tl.minimum(column, columns - 1).to(tl.int64)
-        w_at = W + expert.to(tl.int64) * limit + at[None] * w_column + step[:, None].to(tl.int64) * w_inner
+        # A mask, and not the last column again: columns may be neighbours in memory, and what is known of neighbours is loaded 16 bytes at a time.
+        there = (column < columns)[None]
+        w_at = W + expert.to(tl.int64) * limit + column[None].to(tl.int64) * w_column + step[:, None].to(tl.int64) * w_inner
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, inner, INNER):
             a = tl.load(a_at, mask=(step < inner - start)[None], other=0.0)
-            w = tl.load(w_at, mask=(step < inner - start)[:, None], other=0.0)
+            w = tl.load(w_at, mask=(step < inner - start)[:, None] & there, other=0.0)
             total = tl.dot(a, w, total, input_precision=PRECISION)
             a_at += INNER
             w_at += INNER * w_inner
         if BIASED:
-            total += tl.load(BIAS + expert.to(tl.int64) * columns + at).to(tl.float32)[None]
-        there = (row < end)[:, None] & (column < columns)[None]
+            total += tl.load(BIAS + expert.to(tl.int64) * columns + column, mask=column < columns, other=0.0).to(tl.float32)[None]
+        there &= (row < end)[:, None]
         tl.store(OUT + row.to(tl.int64)[:, None] * columns + column[None], total.to(OUT.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _gated_part(dh, GU, DGU, H, row, live, first, width, weight, CLAMPED: tl.constexpr, COLUMNS: tl.constexpr):
+    """The end of `_gated_backward` for some columns from `first` on: stores dgu and h, and returns each row's <dh, h>."""
+    column = first + tl.arange(0, COLUMNS)
+    there = live[:, None] & (column < width)[None]
+    gate_at = row.to(tl.int64)[:, None] * 2 * width + column[None]
+    gate = tl.load(GU + gate_at, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(GU + gate_at + width, mask=there, other=0.0).to(tl.float32)
+    h, dgate, dup = _activated(gate, up, CLAMPED)
+    part = tl.sum(tl.where(there, dh * h, 0.0), 1)
+    dh *= weight[:, None]
+    tl.store(DGU + gate_at, (dh * dgate).to(DGU.dtype.element_ty), mask=there)
+    tl.store(DGU + gate_at + width, (dh * dup).to(DGU.dtype.element_ty), mask=there)
+    tl.store(H + row.to(tl.int64)[:, None] * width + column[None], (h * weight[:, None]).to(H.dtype.element_ty), mask=there)
+    return part
 
 
 @triton.jit
@@ -179,29 +200,32 @@ def _gated_backward(
         column = turn * COLUMNS + tl.arange(0, COLUMNS)
         step = tl.arange(0, INNER)
         dy_at = DY + _source(ORDER, safe, visits, GATHER)[:, None] * hidden + step[None]
-        at = tl.minimum(column, width - 1).to(tl.int64)
-        w_at = W + expert.to(tl.int64) * limit + step[:, None].to(tl.int64) * width + at[None]
+        there = (column < width)[None]
+        w_at = W + expert.to(tl.int64) * limit + step[:, None].to(tl.int64) * width + column[None]
         dh = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, hidden, INNER):
             dy = tl.load(dy_at, mask=(step < hidden - start)[None], other=0.0)
-            w = tl.load(w_at, mask=(step < hidden - start)[:, None], other=0.0)
+            w = tl.load(w_at, mask=(step < hidden - start)[:, None] & there, other=0.0)
             dh = tl.dot(dy, w, dh, input_precision=PRECISION)
             dy_at += INNER
             w_at += INNER * width
-        there = (row < end)[:, None] & (column < width)[None]
-        gate_at = row.to(tl.int64)[:, None] * 2 * width + column[None]
-        gate = tl.load(GU + gate_at, mask=there, other=0.0).to(tl.float32)
-        up = tl.load(GU + gate_at + width, mask=there, other=0.0).to(tl.float32)
-        h, dgate, dup = _activated(gate, up, CLAMPED)
+        live = row < end
+        weight = tl.zeros([ROWS], tl.float32) + 1.0
+        if GATHER:
+            weight = tl.load(WEIGHTS + tl.load(ORDER + safe)).to(tl.float32)
+        # In parts of 32 columns: all 128 at once would be held five times over.
+        if COLUMNS == 128:
+            halves = tl.split(tl.permute(tl.reshape(dh, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
+            part = tl.zeros([ROWS], tl.float32)
+            for half in tl.static_range(2):  # type: ignore
+                first_half, second_half = tl.split(tl.permute(tl.reshape(halves[half], [ROWS, 2, COLUMNS // 4]), (0, 2, 1)))
+                at = turn * COLUMNS + half * (COLUMNS // 2)
+                part += _gated_part(first_half, GU, DGU, H, row, live, at, width, weight, CLAMPED, COLUMNS // 4)
+                part += _gated_part(second_half, GU, DGU, H, row, live, at + COLUMNS // 4, width, weight, CLAMPED, COLUMNS // 4)
+        else:
+            part = _gated_part(dh, GU, DGU, H, row, live, turn * COLUMNS, width, weight, CLAMPED, COLUMNS)
         if GATHER:  # a visit has a weight, and its gradient is <dy, y> = <dh, h> (+ <dy, bias>): no y is kept
-            slot = tl.load(ORDER + safe)
-            tl.store(PARTS + turn.to(tl.int64) * rows + row, tl.sum(tl.where(there, dh * h, 0.0), 1), mask=row < end)
-            weight = tl.load(WEIGHTS + slot).to(tl.float32)[:, None]
-            dh *= weight
-            h *= weight
-        tl.store(DGU + gate_at, (dh * dgate).to(DGU.dtype.element_ty), mask=there)
-        tl.store(DGU + gate_at + width, (dh * dup).to(DGU.dtype.element_ty), mask=there)
-        tl.store(H + row.to(tl.int64)[:, None] * width + column[None], h.to(H.dtype.element_ty), mask=there)
+            tl.store(PARTS + turn.to(tl.int64) * rows + row, part, mask=live)
 
 
 @triton.jit
@@ -216,14 +240,14 @@ def _weight_gradient(
     first = tl.load(ENDS + expert - 1, mask=expert > 0, other=0)
     row = tile * ROWS + tl.arange(0, ROWS)
     column = turn * COLUMNS + tl.arange(0, COLUMNS)
-    row_at, column_at = tl.minimum(row, rows - 1), tl.minimum(column, columns - 1)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)  # what an expert without rows gets
     for start in range(first, end, INNER):
         step = start + tl.arange(0, INNER)
         live = step < end
         safe = tl.minimum(step, end - 1)
-        a = tl.load(A + _source(ORDER, safe, visits, GATHER_A)[:, None] * rows + row_at[None], mask=live[:, None], other=0.0)
-        b = tl.load(B + _source(ORDER, safe, visits, GATHER_B)[:, None] * columns + column_at[None], mask=live[:, None], other=0.0)
+        a_row, b_row = _source(ORDER, safe, visits, GATHER_A), _source(ORDER, safe, visits, GATHER_B)
+        a = tl.load(A + a_row[:, None] * rows + row[None], mask=live[:, None] & (row < rows)[None], other=0.0)
+        b = tl.load(B + b_row[:, None] * columns + column[None], mask=live[:, None] & (column < columns)[None], other=0.0)
         total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
     there = (row < rows)[:, None] & (column < columns)[None]
     out = OUT + (expert.to(tl.int64) * rows + row.to(tl.int64)[:, None]) * columns + column[None]
@@ -249,7 +273,20 @@ def _bias_gradient(X, WEIGHTS, ORDER, ENDS, OUT, visits, columns, GATHER: tl.con
 
 
 @triton.jit
-def _activate(GU, ENDS, EXPERT, FIRST, BIAS, H, width, BIASED: tl.constexpr, CLAMPED: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _activate(
+    GU,
+    ENDS,
+    EXPERT,
+    FIRST,
+    BIAS,
+    H,
+    width,
+    BIASED: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """h of products that another has made; where there is a bias it is added to them first, in place."""
     tile = tl.program_id(0) // (TILE // ROWS)
     expert = tl.load(EXPERT + tile)
@@ -319,45 +356,55 @@ def _activate_backward(
 
 
 @triton.jit
-def _rows_of(X, ORDER, OUT, visits, columns, BLOCK: tl.constexpr):
-    source = tl.load(ORDER + tl.program_id(0)) // visits
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        tl.store(OUT + tl.program_id(0).to(tl.int64) * columns + column, tl.load(X + source * columns + column, mask=column < columns), mask=column < columns)
+def _rows_of(X, ORDER, OUT, visits, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < rows
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    source = tl.load(ORDER + row, mask=live, other=0) // visits
+    there = live[:, None] & (column < columns)[None]
+    x = tl.load(X + source[:, None] * columns + column[None], mask=there, other=0.0)
+    tl.store(OUT + row.to(tl.int64)[:, None] * columns + column[None], x, mask=there)
 
 
 @triton.jit
-def _combine(Y, PLACE, WEIGHTS, OUT, visits, columns, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
+def _combine(
+    Y, PLACE, WEIGHTS, OUT, visits, tokens, columns, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    live = token < tokens
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = live[:, None] & (column < columns)[None]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for visit in range(visits):
-        y = tl.load(Y + tl.load(PLACE + token * visits + visit) * columns + column, mask=column < columns, other=0.0).to(tl.float32)
-        total += y * tl.load(WEIGHTS + token * visits + visit).to(tl.float32) if WEIGHTED else y
-    tl.store(OUT + token * columns + column, total.to(OUT.dtype.element_ty), mask=column < columns)
+        place = tl.load(PLACE + token * visits + visit, mask=live, other=0)
+        y = tl.load(Y + place[:, None] * columns + column[None], mask=there, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            y *= tl.load(WEIGHTS + token * visits + visit, mask=live, other=0.0).to(tl.float32)[:, None]
+        total += y
+    tl.store(OUT + token[:, None] * columns + column[None], total.to(OUT.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def _visit_gradient(PARTS, PLACE, CHOSEN, DY, BIAS, OUT, visits, blocks, rows, columns, BIASED: tl.constexpr, VISITS: tl.constexpr, BLOCK: tl.constexpr):
+def _visit_gradient(
+    PARTS, PLACE, CHOSEN, DY, BIAS, OUT, visits, blocks, rows, columns, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
     """dweights_nk: what the blocks of columns found of <dh, h>, and <dy, bias>."""
-    token = tl.program_id(0).to(tl.int64)
-    visit = tl.arange(0, VISITS)
-    slot = token * visits + visit
-    there = visit < visits
-    place = tl.load(PLACE + slot, mask=there, other=0)
-    total = tl.zeros([VISITS], tl.float32)
+    slot = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    live = slot < rows
+    place = tl.load(PLACE + slot, mask=live, other=0)
+    total = tl.zeros([ROWS], tl.float32)
     for block in range(blocks):
-        total += tl.load(PARTS + block * rows + place, mask=there, other=0.0)
+        total += tl.load(PARTS + block * rows + place, mask=live, other=0.0)
     if BIASED:
-        expert = tl.load(CHOSEN + slot, mask=there, other=0)
-        sums = tl.zeros([VISITS, BLOCK], tl.float32)
-        for start in range(0, columns, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            dy = tl.load(DY + token * columns + column, mask=column < columns, other=0.0).to(tl.float32)
-            bias = tl.load(BIAS + expert[:, None] * columns + column[None], mask=there[:, None] & (column < columns)[None], other=0.0)
-            sums += dy[None] * bias.to(tl.float32)
+        expert = tl.load(CHOSEN + slot, mask=live, other=0)
+        sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, columns, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            there = live[:, None] & (column < columns)[None]
+            dy = tl.load(DY + (slot // visits)[:, None] * columns + column[None], mask=there, other=0.0).to(tl.float32)
+            sums += dy * tl.load(BIAS + expert[:, None] * columns + column[None], mask=there, other=0.0).to(tl.float32)
         total += tl.sum(sums, 1)
-    tl.store(OUT + slot, total, mask=there)
+    tl.store(OUT + slot, total, mask=live)
 
 
 @triton.jit
@@ -401,9 +448,11 @@ def _tuned(kernel: str, x: Tensor, hidden: int) -> dict[str, int]:
     return sizes | {"warps": found["warps"], "stages": found["stages"], "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32"}
 
 
-def gate_up(x: Tensor, order: Tensor | None, visits: int, at: Tiles, weight: Tensor, bias: Tensor | None, rows: int, clamped: bool) -> tuple[Tensor, Tensor]:
+def gate_up(
+    x: Tensor, order: Tensor | None, visits: int, at: Tiles, weight: Tensor, bias: Tensor | None, rows: int, clamped: bool
+) -> tuple[Tensor, Tensor]:
     """`(gu_mf, h_mi)` of x_nd's rows in their experts' order (`order` None: x_md is in it)."""
-    experts, wide, hidden = weight.shape
+    wide, hidden = weight.shape[1:]
     width = wide // 2
     gu, h = x.new_empty(rows, wide), x.new_empty(rows, width)
     tuned = _tuned("moe.gate_up", x, hidden)
@@ -491,9 +540,7 @@ def activate(gu: Tensor, at: Tiles, bias: Tensor | None, hidden: int, clamped: b
 def add_bias(y: Tensor, at: Tiles, bias: Tensor, hidden: int) -> None:
     """Adds each row's own bias, in place."""
     tuned, turns = _glue(y, at, hidden)
-    launch.launch(
-        _add_bias, (turns, -(-y.shape[1] // tuned["COLUMNS"])), y, at.ends_e, at.expert_t, at.first_t, bias, y.shape[1], **tuned
-    )
+    launch.launch(_add_bias, (turns, -(-y.shape[1] // tuned["COLUMNS"])), y, at.ends_e, at.expert_t, at.first_t, bias, y.shape[1], **tuned)
 
 
 def activate_backward(
@@ -510,11 +557,18 @@ def activate_backward(
     return dgu, h, parts
 
 
+def _tokens(x: Tensor, rows: int) -> tuple[dict[str, int], tuple[int, int]]:
+    tuned = launch.configuration(x, "moe.tokens", x.shape[1])
+    sizes = {"ROWS": tuned["rows"], "COLUMNS": tuned["columns"], "warps": tuned["warps"]}
+    return sizes, (-(-rows // tuned["rows"]), -(-x.shape[1] // tuned["columns"]))
+
+
 def rows_of(x: Tensor, order: Tensor, visits: int) -> Tensor:
     """x_md: the row of each slot's token."""
-    out = x.new_empty(order.shape[0], x.shape[1])
-    tuned = launch.configuration(x, "moe.tokens", x.shape[1])
-    launch.launch(_rows_of, (order.shape[0],), x, order, out, visits, x.shape[1], BLOCK=tuned["columns"], warps=tuned["warps"])
+    rows, columns = order.shape[0], x.shape[1]
+    out = x.new_empty(rows, columns)
+    tuned, grid = _tokens(x, rows)
+    launch.launch(_rows_of, grid, x, order, out, visits, rows, columns, **tuned)
     return out
 
 
@@ -522,21 +576,19 @@ def combine(y: Tensor, place: Tensor, weights: Tensor | None, visits: int) -> Te
     """Each token's sum over its rows, times the visits' weights if given, in fp32 and rounded once."""
     tokens, columns = place.shape[0] // visits, y.shape[1]
     out = y.new_empty(tokens, columns)
-    tuned = launch.configuration(y, "moe.tokens", columns)
-    launch.launch(
-        _combine, (tokens, -(-columns // tuned["columns"])), y, place, weights, out, visits, columns, WEIGHTED=weights is not None,
-        BLOCK=tuned["columns"], warps=tuned["warps"],
-    )  # fmt: skip
+    tuned, grid = _tokens(y, tokens)
+    launch.launch(_combine, grid, y, place, weights, out, visits, tokens, columns, WEIGHTED=weights is not None, **tuned)
     return out
 
 
 def visit_gradient(parts: Tensor, place: Tensor, chosen: Tensor, dy: Tensor, bias: Tensor | None, visits: int) -> Tensor:
-    """dweights_nk in fp32."""
-    tokens = place.shape[0] // visits
-    out = torch.empty(tokens, visits, dtype=torch.float32, device=dy.device)
+    """dweights of each slot in fp32."""
+    rows = place.shape[0]
+    out = torch.empty(rows, dtype=torch.float32, device=dy.device)
+    most = 128 if bias is None else 16
     launch.launch(
-        _visit_gradient, (tokens,), parts, place, chosen, dy, bias, out, visits, *parts.shape, dy.shape[1], BIASED=bias is not None,
-        VISITS=launch.block(visits), BLOCK=256, warps=1 if bias is None else 4,
+        _visit_gradient, (-(-rows // most),), parts, place, chosen, dy, bias, out, visits, *parts.shape, dy.shape[1], BIASED=bias is not None,
+        ROWS=most, COLUMNS=128,
     )  # fmt: skip
     return out
 

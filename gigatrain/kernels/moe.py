@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gigatrain.errors import KernelError
-from gigatrain.kernels import expert_sort, grouped as rows, launch
+from gigatrain.kernels import expert_sort, launch
+from gigatrain.kernels import grouped as rows
 
 # (tokens, experts, visits, hidden, width, how tokens are spread over experts, activation, whether there are biases, dtype)
 CASES = [
@@ -262,7 +263,13 @@ def _mm(a: Tensor, b: Tensor, ends_e: Tensor) -> Tensor:
 
 
 def _rows(
-    x: Tensor, order: Tensor | None, visits: int, ends: Tensor, weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None], clamped: bool, glued: bool
+    x: Tensor,
+    order: Tensor | None,
+    visits: int,
+    ends: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    clamped: bool,
+    glued: bool,
 ) -> tuple[Tensor, Tensor]:
     """`(gu_mf, y_md)` of rows in their experts' order, or of the tokens of such rows."""
     gate_up, down, gate_up_bias, down_bias = weights
@@ -351,7 +358,7 @@ def _run_backward(
     ends: Tensor,
     clamped: bool,
     glued: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     visits = chosen.shape[-1]
     x_nd, dy_nd = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, dy))
     biased = gate_up_bias is not None, down_bias is not None
@@ -367,7 +374,11 @@ _WEIGHTS = "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias
 
 
 def _fake_gradients(x: Tensor, gate_up: Tensor, down: Tensor, *biases: Tensor | None) -> tuple[Tensor, ...]:
-    return gate_up.new_empty(gate_up.shape), down.new_empty(down.shape), *(x.new_empty(0) if b is None else b.new_empty(b.shape) for b in biases)
+    return (
+        gate_up.new_empty(gate_up.shape),
+        down.new_empty(down.shape),
+        *(x.new_empty(0) if b is None else b.new_empty(b.shape) for b in biases),
+    )
 
 
 _moe = launch.operator(
@@ -412,7 +423,14 @@ _call = launch.differentiable(_moe, _save, _grads)
 
 
 def _run_experts(
-    x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None, clamped: bool, glued: bool
+    x: Tensor,
+    counts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    clamped: bool,
+    glued: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ends = counts.cumsum(0).to(torch.int32)
     gu, y = _rows(x.contiguous(), None, 1, ends, _whole(gate_up, down, gate_up_bias, down_bias), clamped, glued)
@@ -575,7 +593,9 @@ def _drawn(case: Any, device: str) -> tuple[list[Tensor], Tensor, Callable[..., 
     weights, chosen = scores.softmax(-1).topk(visits, -1)
     biases = [torch.randn(experts, count, dtype=dtype, device=device) for count in (2 * width, hidden)] if biased else []
 
-    if activation == "clamped_swiglu":  # g and u are multiples of 1/4, exact in every dtype, so that no rounding moves one over a limit; 1 in 10 is clamped
+    if (
+        activation == "clamped_swiglu"
+    ):  # g and u are multiples of 1/4, exact in every dtype, so that no rounding moves one over a limit; 1 in 10 is clamped
         x, gate_up = ((t * factor).round() / 2 for t, factor in ((x, 2.0), (gate_up, 27.0 / hidden**0.5)))
         biases = [(b * 4).round() / 4 for b in biases]
 

@@ -134,22 +134,23 @@ def checked(kernels: Mapping[str, str], worst: dict[str, float]) -> Ops:
 
         return call
 
-    fused = {op: judged(op, getattr(chosen, op)) for op, name in kernels.items() if name == "fused" and hasattr(chosen, op)}
+    fused = {op: judged(op, getattr(chosen, op)) for op, name in kernels.items() if name in ("fused", "glued") and hasattr(chosen, op)}
     return replace(chosen, **fused)
 
 
 def _multiple(reference: Callable[..., Any], version: Callable[..., Any], inputs: Sequence[Any], options: Mapping[str, Any]) -> float:
     """The largest error of an output or gradient over what is allowed."""
     results = []
+    count, whole = len(inputs), [*inputs, *options.values()]
     for function, wide in ((version, False), (reference, False), (reference, True)):
-        given = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+        given = [x.detach() if isinstance(x, Tensor) else x for x in whole]
         given = [x.double() if wide and isinstance(x, Tensor) and x.is_floating_point() else x for x in given]
-        leaves = [x.requires_grad_() for x, was in zip(given, inputs, strict=True) if isinstance(was, Tensor) and was.requires_grad]
+        leaves = [x.requires_grad_() for x, was in zip(given, whole, strict=True) if isinstance(was, Tensor) and was.requires_grad]
         with torch.enable_grad():
-            outputs = function(*given, **options)
-            outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+            outputs = function(*given[:count], **dict(zip(options, given[count:], strict=True)))
+            outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(o, Tensor) and o.requires_grad]
             grads = [torch.linspace(-1.0, 2.0, o.numel(), device=o.device, dtype=torch.float64).view(o.shape).to(o.dtype) for o in outputs]
-            found = torch.autograd.grad(outputs, leaves, grads)
+            found = torch.autograd.grad(outputs, leaves, grads) if outputs else ()
         results.append([*(o.detach() for o in outputs), *found])
     multiples = [0.0]
     for ours, plain, exact in zip(*results, strict=True):

@@ -21,7 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gigatrain.errors import KernelError
 from gigatrain.kernels import launch
+from gigatrain.kernels.elementwise import sigmoid
+from gigatrain.kernels.launch import tl, triton
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,18 @@ def logits(x_nd: Tensor, weight_ed: Tensor, wide: bool, logits_bias_e: Tensor | 
     return F.linear(x_nd.to(dtype), weight_ed.to(dtype), None if logits_bias_e is None else logits_bias_e.to(dtype))
 
 
+def _possible(numbers: Router, experts: int) -> None:
+    """Raise KernelError for a choice that no token can make."""
+    if experts % numbers.groups or not 0 < numbers.groups_kept <= numbers.groups:
+        raise KernelError(
+            f"router: {numbers.groups_kept} of {numbers.groups} groups of {experts} experts; groups are equal, and 1 to all of them kept"
+        )
+    if not 0 < numbers.visits <= (reach := experts // numbers.groups * numbers.groups_kept):
+        raise KernelError(
+            f"router: {numbers.visits} visits of a token, who reaches {reach} of {experts} experts; take fewer, or keep more groups"
+        )
+
+
 def _kept(keys_ne: Tensor, numbers: Router) -> Tensor:
     """Whether each expert of each token is of a kept group."""
     keys_nge = keys_ne.unflatten(-1, (numbers.groups, -1))
@@ -102,6 +117,7 @@ def reference(
     x_nd: Tensor, weight_ed: Tensor, numbers: Router, bias_e: Tensor | None = None, logits_bias_e: Tensor | None = None
 ) -> Routed:
     """The choice of every token and the sums of every sequence, in plain torch. Where x has dims before its tokens', so have the sums."""
+    _possible(numbers, weight_ed.shape[0])
     logits_ne = logits(x_nd, weight_ed, numbers.wide, logits_bias_e)
     scores_ne = logits_ne.sigmoid() if numbers.scores == "sigmoid" else logits_ne.softmax(-1)
     keys_ne = (logits_ne if bias_e is None else scores_ne + bias_e).detach()
@@ -120,6 +136,354 @@ def reference(
         return routed
     shares_ne = scores_ne / scores_ne.sum(-1, keepdim=True) if numbers.scores == "sigmoid" else scores_ne
     return routed._replace(shares_be=shares_ne.sum(-2), squares_b=logits_ne.logsumexp(-1).square().sum(-1))
+
+
+# Fused. Floor, in bytes of a token, of E experts in bf16 and k visits: forward 2E read, 12k written, backward 2E and 12k read, 2E written; in fp32, where the
+# logits are wide, 4E. Beyond it: counts and sums of each program, 8E written and read per TOKENS x TURNS tokens.
+SPACE = {
+    "router.forward": [
+        {"tokens": tokens, "turns": turns, "warps": warps}
+        for tokens, warps in ((1, 1), (2, 1), (4, 2), (4, 4), (8, 4), (16, 4), (16, 8))
+        for turns in (1, 4)
+    ],
+    "router.backward": [{"tokens": tokens, "warps": warps} for tokens, warps in ((1, 1), (2, 1), (4, 2), (4, 4), (8, 4), (16, 4), (16, 8))],
+}
+LIMITS = 1024, 32  # experts and visits that one program holds
+_KINDS = {"softmax": 0, "sigmoid": 1, "softmax_after": 2}
+
+
+@triton.jit
+def _orderly(keys):
+    """Keys among which a largest can be found: not a number is infinite (and makes weights that are not numbers), and all are above what is out."""
+    return tl.maximum(tl.where(keys == keys, keys, float("inf")), -3.0e38)  # noqa: PLR0124 (not a number is not itself)
+
+
+@triton.jit
+def _forward(
+    LOGITS, BIAS, WEIGHTS, CHOSEN, COUNTS, SHARES, SQUARES, tokens, blocks, experts, size, groups, kept_groups, visits, epsilon, scale,
+    KIND: tl.constexpr, BIASED: tl.constexpr, RENORMALISE: tl.constexpr, LOSSES: tl.constexpr,
+    TOKENS: tl.constexpr, TURNS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, VISITS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    sequence, block = program // blocks, program % blocks
+    # Lanes are experts, each group filled up to SIZE, a power of two, and the groups to GROUPS.
+    lane, group, visit = tl.arange(0, GROUPS * SIZE), tl.arange(0, GROUPS), tl.arange(0, VISITS)
+    expert = lane // SIZE * size + lane % SIZE
+    real = (lane // SIZE < groups) & (lane % SIZE < size)
+    counts, shares = tl.zeros([GROUPS * SIZE], tl.int32), tl.zeros([GROUPS * SIZE], tl.float32)
+    squares = tl.zeros([TOKENS], tl.float32)
+    bias = tl.zeros([GROUPS * SIZE], tl.float32)
+    if BIASED:
+        bias = tl.load(BIAS + expert, mask=real, other=0.0).to(tl.float32)
+    for turn in range(TURNS):
+        token = (block * TURNS + turn) * TOKENS + tl.arange(0, TOKENS)
+        live = token < tokens
+        n = sequence.to(tl.int64) * tokens + token
+        logits = tl.load(LOGITS + n[:, None] * experts + expert[None], mask=live[:, None] & real[None], other=0.0).to(tl.float32)
+        logits = tl.where(real[None], logits, float("-inf"))
+        top = tl.max(logits, 1)
+        scores = tl.exp(logits - top[:, None])  # type: ignore
+        total = tl.sum(scores, 1)
+        if KIND == 1:
+            scores, _ = sigmoid(logits)
+        else:
+            scores = scores / total[:, None]  # type: ignore
+        keys = logits
+        if BIASED:
+            keys = scores + bias[None]
+        if GROUPS > 1:
+            of_group = keys if BIASED else scores
+            of_group = tl.reshape(tl.where(real[None], _orderly(of_group), float("-inf")), [TOKENS, GROUPS, SIZE])
+            best = tl.max(of_group, 2)
+            at = tl.argmax(of_group, 2)
+            second = tl.max(tl.where(tl.arange(0, SIZE)[None, None] == at[:, :, None], float("-inf"), of_group), 2)
+            best = tl.where((group < groups)[None], _orderly(best + tl.where(size > 1, second, 0.0)), float("-inf"))
+            kept = tl.zeros([TOKENS, GROUPS], tl.int32)
+            for _ in range(kept_groups):
+                hit = group[None] == tl.argmax(best, 1)[:, None]
+                kept = tl.where(hit, 1, kept)
+                best = tl.where(hit, float("-inf"), best)
+            kept = tl.reshape(tl.broadcast_to(kept[:, :, None], [TOKENS, GROUPS, SIZE]), [TOKENS, GROUPS * SIZE])
+            keys = tl.where(real[None] & (kept > 0), _orderly(keys), float("-inf"))
+        else:
+            keys = tl.where(real[None], _orderly(keys), float("-inf"))
+        picked, which = tl.zeros([TOKENS, VISITS], tl.float32), tl.zeros([TOKENS, VISITS], tl.int32)
+        taken = tl.zeros([TOKENS, GROUPS * SIZE], tl.int32)
+        for j in range(visits):
+            at = tl.argmax(keys, 1)  # of equal ones the first
+            hit = lane[None] == at[:, None]
+            keys = tl.where(hit, float("-inf"), keys)
+            taken = tl.where(hit, 1, taken)
+            found = tl.sum(tl.where(hit, logits if KIND == 2 else scores, 0.0), 1)
+            picked = tl.where(visit[None] == j, found[:, None], picked)  # type: ignore
+            which = tl.where(visit[None] == j, (at // SIZE * size + at % SIZE)[:, None], which)
+        if KIND == 2:
+            picked = tl.where((visit < visits)[None], picked, float("-inf"))
+            picked = tl.exp(picked - tl.max(picked, 1)[:, None])  # type: ignore
+            picked = picked / tl.sum(picked, 1)[:, None]  # type: ignore
+        elif RENORMALISE:
+            picked = picked / (tl.sum(picked, 1) + epsilon)[:, None]
+        out = n[:, None] * visits + visit[None]
+        there = live[:, None] & (visit < visits)[None]
+        tl.store(WEIGHTS + out, picked * scale, mask=there)
+        tl.store(CHOSEN + out, which.to(tl.int64), mask=there)
+        counts += tl.sum(tl.where(live[:, None], taken, 0), 0)
+        if LOSSES:
+            if KIND == 1:
+                scores = scores / tl.sum(scores, 1)[:, None]  # type: ignore
+            lse = top + tl.log(total)
+            shares += tl.sum(tl.where(live[:, None], scores, 0.0), 0)
+            squares += tl.where(live, lse * lse, 0.0)
+    tl.store(COUNTS + program * experts + expert, counts, mask=real)
+    if LOSSES:
+        tl.store(SHARES + program * experts + expert, shares, mask=real)
+        tl.store(SQUARES + program, tl.sum(squares, 0))
+
+
+@triton.jit
+def _sums(
+    COUNTS,
+    SHARES,
+    SQUARES,
+    OUT_COUNTS,
+    OUT_SHARES,
+    OUT_SQUARES,
+    blocks,
+    experts,
+    LOSSES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of each sequence, over its blocks, in a fixed order."""
+    sequence = tl.program_id(0)
+    expert = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    counts, shares, squares = tl.zeros([ROWS, BLOCK], tl.int64), tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS], tl.float32)
+    for start in range(0, blocks, ROWS):
+        row = start + tl.arange(0, ROWS)
+        at = (sequence * blocks + row)[:, None] * experts + expert[None]
+        there = (row < blocks)[:, None] & (expert < experts)[None]
+        counts += tl.load(COUNTS + at, mask=there, other=0)
+        if LOSSES:
+            shares += tl.load(SHARES + at, mask=there, other=0.0)
+            squares += tl.load(SQUARES + sequence * blocks + row, mask=row < blocks, other=0.0)
+    tl.store(OUT_COUNTS + sequence * experts + expert, tl.sum(counts, 0), mask=expert < experts)
+    if LOSSES:
+        tl.store(OUT_SHARES + sequence * experts + expert, tl.sum(shares, 0), mask=expert < experts)
+        if tl.program_id(1) == 0:
+            tl.store(OUT_SQUARES + sequence, tl.sum(squares, 0))
+
+
+@triton.jit
+def _backward(
+    LOGITS, CHOSEN, DWEIGHTS, DSHARES, DSQUARES, DLOGITS, tokens, rows, experts, visits, epsilon, scale,
+    KIND: tl.constexpr, RENORMALISE: tl.constexpr, WEIGHTED: tl.constexpr, SHARED: tl.constexpr, SQUARED: tl.constexpr,
+    TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, EXPERTS)
+    live, real = n < rows, expert < experts
+    there = live[:, None] & real[None]
+    logits = tl.load(LOGITS + n[:, None] * experts + expert[None], mask=there, other=0.0).to(tl.float32)
+    logits = tl.where(real[None], logits, float("-inf"))
+    top = tl.max(logits, 1)
+    p = tl.exp(logits - top[:, None])  # type: ignore
+    total = tl.sum(p, 1)
+    p = p / total[:, None]  # type: ignore
+    scores, slope = p, p
+    if KIND == 1:
+        scores, slope = sigmoid(logits)
+    dlogits, dscores = tl.zeros([TOKENS, EXPERTS], tl.float32), tl.zeros([TOKENS, EXPERTS], tl.float32)
+    if WEIGHTED:
+        taken, dweights = tl.zeros([TOKENS, EXPERTS], tl.int32), tl.zeros([TOKENS, EXPERTS], tl.float32)
+        for j in range(visits):
+            hit = expert[None] == tl.load(CHOSEN + n * visits + j, mask=live, other=-1)[:, None]
+            dweights = tl.where(hit, tl.load(DWEIGHTS + n * visits + j, mask=live, other=0.0).to(tl.float32)[:, None], dweights)
+            taken = tl.where(hit, 1, taken)
+        dweights *= scale
+        if KIND == 2:
+            chosen = tl.where(taken > 0, logits, float("-inf"))
+            weights = tl.where(taken > 0, tl.exp(chosen - tl.where(live, tl.max(chosen, 1), 0.0)[:, None]), 0.0)
+            weights = weights / tl.where(live, tl.sum(weights, 1), 1.0)[:, None]
+            dlogits += weights * (dweights - tl.sum(weights * dweights, 1)[:, None])  # type: ignore
+        elif RENORMALISE:
+            chosen = tl.where(taken > 0, scores, 0.0)
+            below = tl.where(live, tl.sum(chosen, 1) + epsilon, 1.0)[:, None]
+            weights = chosen / below
+            dscores += tl.where(taken > 0, (dweights - tl.sum(weights * dweights, 1)[:, None]) / below, 0.0)  # type: ignore
+        else:
+            dscores += dweights
+    if SHARED:
+        dshares = tl.load(DSHARES + (n // tokens)[:, None] * experts + expert[None], mask=there, other=0.0)
+        if KIND == 1:
+            below = tl.sum(scores, 1)[:, None]  # type: ignore
+            dscores += (dshares - tl.sum(scores * dshares, 1)[:, None] / below) / below  # type: ignore
+        else:
+            dscores += dshares
+    if KIND == 1:
+        dlogits += dscores * slope
+    else:
+        dlogits += p * (dscores - tl.sum(p * dscores, 1)[:, None])  # type: ignore
+    if SQUARED:
+        dlogits += p * (2.0 * (top + tl.log(total)) * tl.load(DSQUARES + n // tokens, mask=live, other=0.0))[:, None]  # type: ignore
+    tl.store(DLOGITS + n[:, None] * experts + expert[None], dlogits.to(DLOGITS.dtype.element_ty), mask=there)
+
+
+def _run(
+    logits: Tensor,
+    bias: Tensor | None,
+    visits: int,
+    kind: int,
+    renormalise: bool,
+    epsilon: float,
+    groups: int,
+    groups_kept: int,
+    scale: float,
+    losses: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens, experts = logits.shape[-2:]
+    out = _empty(logits, visits, losses)
+    sequences = out[2].numel() // experts
+    tuned = launch.configuration(logits, "router.forward", experts)
+    blocks = max(1, -(-tokens // (tuned["tokens"] * tuned["turns"])))
+    parts = sequences * blocks
+    counts = torch.empty(parts, experts, dtype=torch.int32, device=logits.device)
+    shares = torch.empty(parts if losses else 0, experts, dtype=torch.float32, device=logits.device)
+    squares = torch.empty(parts if losses else 0, dtype=torch.float32, device=logits.device)
+    size = experts // groups
+    launch.launch(
+        _forward, (parts,), logits.contiguous(), None if bias is None else bias.contiguous(), *out[:2], counts, shares, squares, tokens, blocks,
+        experts, size, groups, groups_kept, visits, epsilon, scale, KIND=kind, BIASED=bias is not None, RENORMALISE=renormalise, LOSSES=losses,
+        TOKENS=tuned["tokens"], TURNS=tuned["turns"], GROUPS=launch.block(groups), SIZE=launch.block(size), VISITS=launch.block(visits),
+        warps=tuned["warps"],
+    )  # fmt: skip
+    launch.launch(
+        _sums, (sequences, -(-experts // 32)), counts, shares, squares, *out[2:], blocks, experts, LOSSES=losses, ROWS=32, BLOCK=32
+    )
+    return out
+
+
+def _empty(logits: Tensor, visits: int, losses: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *ahead, tokens, experts = logits.shape
+    wide: dict[str, Any] = {"dtype": torch.float32}
+    return (
+        logits.new_empty(*ahead, tokens, visits, **wide),
+        logits.new_empty(*ahead, tokens, visits, dtype=torch.int64),
+        logits.new_empty(*ahead, experts, dtype=torch.int64),
+        logits.new_empty((*ahead, experts) if losses else 0, **wide),
+        logits.new_empty(ahead if losses else 0, **wide),
+    )
+
+
+def _run_backward(
+    dweights: Tensor | None,
+    dshares: Tensor | None,
+    dsquares: Tensor | None,
+    logits: Tensor,
+    chosen: Tensor,
+    kind: int,
+    renormalise: bool,
+    epsilon: float,
+    scale: float,
+) -> Tensor:
+    experts, out = logits.shape[-1], torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    rows = logits.numel() // experts
+    tuned = launch.configuration(logits, "router.backward", experts)
+    given = dweights, dshares, dsquares
+    launch.launch(
+        _backward, (-(-rows // tuned["tokens"]),), logits.contiguous(), chosen, *(None if g is None else g.contiguous() for g in given), out,
+        logits.shape[-2], rows, experts, chosen.shape[-1], epsilon, scale, KIND=kind, RENORMALISE=renormalise, WEIGHTED=dweights is not None,
+        SHARED=dshares is not None, SQUARED=dsquares is not None, TOKENS=tuned["tokens"], EXPERTS=launch.block(experts), warps=tuned["warps"],
+    )  # fmt: skip
+    return out
+
+
+_router = launch.operator(
+    "router(Tensor logits, Tensor? bias, int visits, int kind, bool renormalise, float epsilon, int groups, int groups_kept, float scale, bool losses) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run,
+    lambda logits, bias, visits, *rest: _empty(logits, visits, rest[-1]),
+)
+_router_backward = launch.operator(
+    "router_backward(Tensor? dweights, Tensor? dshares, Tensor? dsquares, Tensor logits, Tensor chosen, int kind, bool renormalise, float epsilon, "
+    "float scale) -> Tensor",
+    _run_backward,
+    lambda dweights, dshares, dsquares, logits, *_: logits.new_empty(logits.shape),
+)
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    logits, _, _, kind, renormalise, epsilon, _, _, scale, ctx.losses = inputs
+    ctx.save_for_backward(logits, output[1])
+    ctx.numbers = kind, renormalise, epsilon, scale
+    ctx.mark_non_differentiable(output[1], output[2], *(() if ctx.losses else output[3:]))
+    ctx.set_materialize_grads(False)
+
+
+def _grads(ctx: Any, dweights: Tensor | None, _chosen: None, _counts: None, dshares: Tensor | None, dsquares: Tensor | None) -> Any:
+    given = (dweights, dshares, dsquares) if ctx.losses else (dweights, None, None)
+    if all(g is None for g in given):
+        return (None,) * 10
+    return _router_backward(*given, *ctx.saved_tensors, *ctx.numbers), *(None,) * 9
+
+
+_call = launch.differentiable(_router, _save, _grads)
+
+
+def _exact(a: Tensor, b: Tensor) -> Tensor:
+    """The product of two bf16 matrices in fp32: products of two are exact, sums are fp32's, and tensor cores make it 10 times as fast as fp32's own."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+class _Wide(torch.autograd.Function):
+    """A product in fp32 of bf16 tokens and weights. Its gradient, fp32, goes back as two bf16 numbers, 16 bits of it: the results have 8."""
+
+    @staticmethod
+    def forward(x_nd: Tensor, weight_ed: Tensor) -> Tensor:
+        return _exact(x_nd, weight_ed.t())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ne: Tensor) -> Any:
+        x_nd, weight_ed = ctx.saved_tensors
+        high = grad_ne.to(x_nd.dtype)
+        low = (grad_ne - high).to(x_nd.dtype)
+        dx = _exact(high, weight_ed) + _exact(low, weight_ed)
+        dweight = _exact(high.t(), x_nd) + _exact(low.t(), x_nd)
+        return dx.to(x_nd.dtype), dweight.to(weight_ed.dtype)
+
+
+def supports(x_nd: Tensor, weight_ed: Tensor, numbers: Router) -> str | None:
+    """Why the fused kernels cannot choose for these tokens; None: they can."""
+    if why := launch.missing(x_nd):
+        return why
+    if x_nd.dtype not in launch.FLOATS or weight_ed.dtype != x_nd.dtype or x_nd.ndim < 2:
+        return f"tokens [..., n, d] and weights must be bf16, fp16 or fp32, not {x_nd.dtype} {tuple(x_nd.shape)} and {weight_ed.dtype}"
+    lanes = launch.block(numbers.groups) * launch.block(weight_ed.shape[0] // numbers.groups)
+    if lanes > LIMITS[0] or numbers.visits > LIMITS[1]:
+        return f"at most {LIMITS[0]} experts, groups filled up to powers of two, and {LIMITS[1]} visits, not {lanes} and {numbers.visits}"
+    return None
+
+
+def fused(x_nd: Tensor, weight_ed: Tensor, numbers: Router, bias_e: Tensor | None = None, logits_bias_e: Tensor | None = None) -> Routed:
+    """As `reference`: torch's product, then two Triton launches, and one back; keeps logits and choice. Raises KernelError where `supports` says no."""
+    _possible(numbers, weight_ed.shape[0])
+    if why := supports(x_nd, weight_ed, numbers):
+        raise KernelError(f'router: {why}; set kernels.router = "reference"')
+    if numbers.wide and x_nd.dtype == weight_ed.dtype == torch.bfloat16:
+        logits_ne: Tensor = _Wide.apply(x_nd.flatten(0, -2), weight_ed).view(*x_nd.shape[:-1], -1)  # type: ignore[attr-defined]
+        logits_ne = logits_ne if logits_bias_e is None else logits_ne + logits_bias_e.float()
+    elif numbers.wide:
+        logits_ne = logits(x_nd, weight_ed, True, logits_bias_e)
+    else:
+        logits_ne = F.linear(x_nd, weight_ed, logits_bias_e)
+    weights_nk, chosen_nk, counts_be, shares_be, squares_b = _call(
+        logits_ne, bias_e, numbers.visits, _KINDS[numbers.scores], numbers.renormalise, numbers.epsilon, numbers.groups, numbers.groups_kept,
+        numbers.scale, numbers.losses,
+    )  # fmt: skip
+    return Routed(weights_nk, chosen_nk, counts_be, *((shares_be, squares_b) if numbers.losses else ()))
 
 
 def balance_loss(counts_le: Tensor, shares_le: Tensor, tokens: int) -> Tensor:
@@ -174,4 +538,4 @@ def _traffic(case: Any) -> launch.Traffic:
     return launch.Traffic(rows * (4 * experts + 12 * numbers.visits), rows * (8 * experts + 12 * numbers.visits))
 
 
-OPERATIONS = {"router": launch.Operation({"reference": reference}, CASES, SIZES, _sample, _traffic)}
+OPERATIONS = {"router": launch.Operation({"reference": reference, "fused": fused}, CASES, SIZES, _sample, _traffic)}

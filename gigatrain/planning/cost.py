@@ -36,8 +36,9 @@ def saved_bytes(architecture: Architecture, size: int, recompute: Recompute, ker
     queries, what the latent became (which the values are a part of) and the output. `lean` keeps no norm output, no normed query or key, no key made of a
     latent and no activation. `full` keeps h, `selective` the matrix products. References keep more: of a gated activation i, of xIELU 3 i and a mask, of
     norms and rotation about 4 h and the heads.
-    A layer with experts keeps, of each of k visits, row and result 2 h and gate, up, silu and activation 4 i, in fp32 scores and weights, and two int64; its
-    shared experts keep what a dense block of their width does. A clamped activation keeps 7 i, a softmax over the chosen logits too, sigmoids h in fp32.
+    A layer with experts keeps, of each of k visits, row and result 2 h and gate, up, silu and activation 4 i (clamped 7 i), in fp32 scores and weights, and
+    two int64, of a softmax over chosen logits these too, and of sigmoids h in fp32; fused or glued, gate and up 2 i alone, and three int64, and a fused
+    router its logits. Shared experts keep what a dense block of their width does.
     Where some layers have experts, it is the mean layer.
     """
     h, i, d = architecture.hidden, architecture.intermediate, architecture.head_dim
@@ -69,10 +70,15 @@ def saved_bytes(architecture: Architecture, size: int, recompute: Recompute, ker
         block += {"swiglu": 1, "geglu": 1, "relu2": 0, "xielu": 3, "clamped_swiglu": 0}[architecture.activation] * i
         mask = i if architecture.activation == "xielu" else 0
     clamped = architecture.activation == "clamped_swiglu"
-    mixture = size * visits * (2 * h + (7 if clamped else 4) * architecture.expert_width) + 4 * experts + 20 * visits
-    mixture += 4 * (experts + visits) if architecture.scoring == "chosen" else 0
-    mixture += 4 * h if architecture.scoring == "sigmoid" and size < 4 else 0  # the router's product is in fp32
-    mixture += 4 * (visits + 1) if architecture.renormalise else 0
+    mixture = size * visits * (2 * h + (7 if clamped else 4) * architecture.expert_width) + 20 * visits
+    if kernels.get("moe") in ("glued", "fused"):  # gate and up alone; and where each slot's row is
+        mixture = size * visits * 2 * architecture.expert_width + 28 * visits
+    if kernels.get("router") == "fused":
+        mixture += size * experts
+    else:
+        mixture += 4 * experts + (4 * (visits + 1) if architecture.renormalise else 0)
+        mixture += 4 * (experts + visits) if architecture.scoring == "chosen" else 0
+        mixture += 4 * h if architecture.scoring == "sigmoid" and size < 4 else 0  # its product is in fp32
     mixture += size * shared * block // i  # which is as a dense block
     return size * kept + _mean(architecture, size * block + mask, mixture) + 4 * (2 * pre + 2 * post + normed + heads)
 
@@ -155,6 +161,8 @@ def memory(
         return _foreign_memory(architecture, device, precision, microbatch, sequence, recompute, optim, kernels, mesh, engine)
     size, muon = 2 if precision == "bf16" else 4, optim.name == "muon"
     hidden, tokens = architecture.hidden, microbatch * sequence // mesh.context
+    if mesh.expert > 1:  # rows that have travelled are kept beside what the experts keep
+        kernels = {**kernels, "moe": "grouped"}
     square = tokens * architecture.heads * sequence // mesh.tensor
     scores = {"sdpa": 0, "blocked": square * size // 2, "reference": square * (size + 4)}[kernels["attention"]]
     whole = tokens * saved_bytes(architecture, size, "none", kernels) // mesh.tensor + scores

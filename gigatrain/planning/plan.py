@@ -44,10 +44,10 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "xielu": ("reference", "fused"),
     "dropout_add": ("reference", "fused"),
     "linear": ("reference",),
-    "router": ("reference",),
+    "router": ("reference", "fused"),
     "expert_sort": ("reference", "fused"),
-    "moe": ("reference", "grouped"),
-    "experts": ("reference", "grouped"),
+    "moe": ("reference", "grouped", "glued", "fused"),
+    "experts": ("reference", "grouped", "glued", "fused"),
     "attention": ("reference", "sdpa", "blocked"),
     "linear_cross_entropy": ("reference", "chunked", "fused"),
     "grad_norm": ("reference", "fused"),
@@ -56,6 +56,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "muon_momentum": ("reference", "fused"),
     "muon_update": ("reference", "fused"),
 }
+TRITON = ("fused", "glued")  # names of implementations that need a GPU; glued: torch's products with Triton between them
 # Those within a model's layers, which a model of transformers' computes by its own code.
 MODEL = (
     "embedding", "rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu2", "xielu", "dropout_add", "linear", "router",
@@ -289,14 +290,24 @@ def _kernels(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -
             raise PlanError(f"kernels.{op}: no operation is called so; {known}")
         if op != "default" and name not in IMPLEMENTATIONS[op]:
             raise PlanError(f"kernels.{op} {name!r}: choose one of {', '.join(IMPLEMENTATIONS[op])}")
-        if name == "fused" and site.device == "cpu":
-            raise PlanError(
-                f'kernels.{op} "fused": Triton kernels need a GPU, and {site.name} has none; choose {" or ".join(IMPLEMENTATIONS[op][:-1])}'
-            )
+        if name in TRITON and site.device == "cpu":
+            others = " or ".join(name for name in IMPLEMENTATIONS[op] if name not in TRITON)
+            raise PlanError(f'kernels.{op} "{name}": Triton kernels need a GPU, and {site.name} has none; choose {others}')
     chosen = _rules(recipe, site, architecture) if default == "auto" else {}
     reasons = dict.fromkeys(IMPLEMENTATIONS, ("reference", 'the recipe says kernels = "reference"')) | chosen
     reasons |= {op: (name, "the recipe says so") for op, name in wanted.items() if op != "default"}
     return tuple(Choice(op=op, kernel=kernel, why=why) for op, (kernel, why) in reasons.items())
+
+
+_BEHIND = 0.15  # of the time of a product, what Triton's dense products are at most behind cuBLAS's on Hopper
+
+
+def _spared(hidden: int, width: int) -> float:
+    """What `fused` spares `glued` in bf16, as a share of the products' time: passes over memory at 4.3 TB/s, products at 790 TFLOP/s (an H200's).
+
+    Per visit: rows gathered and read again in forward (4 h bytes), twice in backward (8 h), gate and up read again, dh written and read (8 i); 18 h i FLOPs.
+    """
+    return (12 * hidden + 8 * width) / 4.3e12 / (18 * hidden * width / 790e12)
 
 
 def _rules(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -> dict[str, tuple[str, str]]:
@@ -314,6 +325,10 @@ def _rules(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -> 
     chosen["embedding"] = ("fused", "its gradient is sorted, summed in fp32 and deterministic") if gpu else chosen["embedding"]
     if gpu:
         chosen |= dict.fromkeys(("grad_norm", "adamw", "muon_momentum", "muon_update"), ("fused", "one launch a bucket"))
+        chosen |= dict.fromkeys(
+            ("router", "moe", "experts"), ("fused", "a choice in two launches, products with the activation at their end")
+        )
+        chosen["expert_sort"] = ("fused", "counting sort in three launches")
         chosen["newton_schulz"] = ("fused", "symmetric products or the Gram form, whichever has fewer FLOPs")
     elif (recipe.optim.master, recipe.optim.moments) == ("fp32", "fp32"):
         chosen["adamw"] = ("foreach", "torch's own fused update")
@@ -321,7 +336,14 @@ def _rules(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -> 
     if isinstance(architecture, Foreign):
         within = "the model's own code: transformers' " + architecture.class_name
         return chosen | dict.fromkeys(MODEL, ("reference", within))
-    if architecture.experts:
+    if architecture.experts and gpu:
+        spared = _spared(architecture.hidden, architecture.expert_width)
+        why = f"spares passes over memory worth {100 * spared:.0f} % of its products' time on an H200, by bytes and FLOPs; "
+        why += "Triton's products are taken to be 3 to 15 % slower than torch's" + (
+            "" if spared >= _BEHIND else ': in bf16 "glued" may be faster, measure it'
+        )
+        chosen |= dict.fromkeys(("moe", "experts"), ("fused", why))
+    elif architecture.experts:
         size = 2 if recipe.train.precision == "bf16" else 4
         why = "torch's grouped product, which reads the counts on the device"
         if odd := [n for n in (architecture.hidden, architecture.expert_width) if n * size % 16]:
