@@ -16,7 +16,7 @@ from gigatrain.kernels.ops import REFERENCE, Ops, available, choose
 from gigatrain.models import hf
 from gigatrain.models.decoder import LAYOUT, Decoder, decays, kind_of
 
-FAST = choose({op: [name for name in names if name != "fused"][-1] for op, names in available().items()})
+FAST = choose({op: [name for name in names if name not in ("fused", "glued")][-1] for op, names in available().items()})
 FUSED = choose({"attention": "sdpa", "linear_cross_entropy": "chunked"})
 
 LATENT: dict[str, Any] = {
