@@ -1,6 +1,7 @@
 """The numbers of every architecture: counted exactly, refused with a way out, and the same through config.json and back."""
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -191,6 +192,31 @@ def test_of_the_experts_those_that_a_token_visits_are_computed() -> None:
     assert make(family="llama").active_parameters() == make(family="llama").parameters()
 
 
+def test_latent_attention_by_hand() -> None:
+    arch = make(
+        family="deepseek_v3",
+        q_rank=12,
+        shared_experts=2,
+        expert_intermediate=20,
+        groups=4,
+        groups_per_token=2,
+        moe_layers=[False] + [True] * 3,
+    )
+    latents, heads = 32 * (12 + 16 + 8), 4 * (12 * 20 + 16 * (12 + 10) + 10 * 32)
+    attention, dense, router, expert = latents + heads, 3 * 32 * 48, 8 * 32, 3 * 32 * 20
+    assert (arch.latent_parameters(), arch.attention_parameters()) == (latents, attention)
+    assert arch.matrix_parameters() == 4 * attention + dense + 3 * (router + (8 + 2) * expert)
+    assert arch.flops_per_token(1) == 6 * (4 * attention + dense + 3 * (router + (3 + 2) * expert) + 64 * 32) + 6 * 4 * (20 + 10) * 4
+    assert arch.active_parameters() == arch.parameters() - 3 * 5 * expert
+
+
+def test_a_stretched_context_sharpens_latent_attention_alone() -> None:
+    stretched = YARN | {"mscale": 1.0, "mscale_all_dim": 1.3}
+    arch = make(family="deepseek_v3", rope=stretched)
+    assert arch.scale == pytest.approx(20**-0.5 * (0.1 * 1.3 * math.log(YARN["factor"]) + 1) ** 2, rel=1e-15)
+    assert make(family="llama", rope=stretched).scale == 8**-0.5
+
+
 def test_a_window_costs_what_it_sees() -> None:
     whole, windowed = make(family="mistral"), make(family="mistral", window=4)
     seen = sum(min(i, 4) for i in range(1, 11)) / 10
@@ -358,6 +384,54 @@ def test_refuses_what_is_not_implemented(change: dict[str, Any], message: str) -
     with pytest.raises(RecipeError) as caught:
         from_hf_config(LLAMA_JSON | change)
     assert message in str(caught.value)
+
+
+def test_reads_what_authors_write_beside_transformers_keys() -> None:
+    """DeepSeek's file has keys of its first code, gpt-oss's those of its own; each with one value that is implemented."""
+    deepseek = to_hf_config(
+        Architecture.model_validate_json(json.dumps(resolve("deepseek-v3"))), bos=0, eos=1, pad=None, max_positions=163840
+    )
+    theirs = {
+        "ep_size": 1,
+        "moe_layer_freq": 1,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "num_nextn_predict_layers": 1,
+        "aux_loss_alpha": None,
+    }
+    rope = deepseek.pop("rope_parameters")
+    old = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {**rope, "type": rope.pop("rope_type")}}
+    assert from_hf_config(deepseek | theirs | old) == Architecture.model_validate_json(json.dumps(resolve("deepseek-v3")))
+    for key, value in (("moe_layer_freq", 2), ("scoring_func", "softmax"), ("topk_method", "greedy")):
+        with pytest.raises(RecipeError, match=f"{key} = {value!r} is not implemented for deepseek_v3; it must be"):
+            from_hf_config(deepseek | theirs | old | {key: value})
+    oss = to_hf_config(Architecture.model_validate_json(json.dumps(resolve("gpt-oss-20b"))), bos=0, eos=1, pad=None, max_positions=131072)
+    assert from_hf_config(oss | {"experts_per_token": 4, "initial_context_length": 4096}).experts == 32
+    with pytest.raises(RecipeError, match=r"swiglu_limit = 9\.0 is not implemented for gpt_oss; it must be 7\.0"):
+        from_hf_config(oss | {"swiglu_limit": 9.0})
+    with pytest.raises(RecipeError, match="quantization_config"):
+        from_hf_config(oss | {"quantization_config": {"quant_method": "mxfp4"}})
+    mistral = to_hf_config(make(family="mistral4"), bos=1, eos=2, pad=None, max_positions=64)
+    with pytest.raises(RecipeError, match=r"partial_rotary_factor 0\.5 of a head of 20 is not qk_rope_head_dim 8; make it 0\.4"):
+        from_hf_config(mistral | {"rope_parameters": mistral["rope_parameters"] | {"partial_rotary_factor": 0.5}})
+
+
+def test_bare_files_of_new_families_get_the_defaults_of_their_class() -> None:
+    import transformers
+
+    for family in ("OlmoeConfig", "DeepseekV3Config", "Mistral4Config", "GptOssConfig"):
+        config = getattr(transformers, family)()
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "model_type",
+        )
+        bare = {key: getattr(config, key) for key in sizes}
+        assert from_hf_config(bare) == from_hf_config(config.to_dict()), family
 
 
 def test_refuses_what_is_not_implemented_in_other_families() -> None:

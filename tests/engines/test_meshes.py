@@ -159,6 +159,7 @@ def on(**axes):
         (4, ("engine.name=deepspeed", "engine.zero=2", *on(context=2))),
         (2, (*MOE, "engine.name=deepspeed", "engine.zero=2")),
         (2, (*MOE, "engine.name=deepspeed", "engine.zero=3")),
+        (2, (*(one for one in DEEPSEEK if "loss" not in one), "engine.name=deepspeed", "engine.zero=3")),
         (2, ("optim.name=muon", "optim.muon_lr=1e-3")),
         (4, ("optim.name=muon", "optim.muon_lr=1e-3", *on(tensor=2))),
     ],
