@@ -1,5 +1,7 @@
 """The engine against plain torch: gradients, updates, and what never reaches the weights."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from gigatrain.kernels.ops import available
 from gigatrain.models.decoder import Decoder, decays
 from gigatrain.optim.adamw import AdamW
 from gigatrain.parallel.mesh import alone
+from gigatrain.planning import cost
 from gigatrain.planning.plan import Choice, plan
 
 VOCAB, T = 320, 16
@@ -443,7 +446,8 @@ def test_forms_that_cannot_be_are_refused(tiny):
         engine(tiny, "optim.moments=int4")
 
 
-# ---- Corrections of routers ----
+# ---- Families with experts ----
+
 
 DEEPSEEK = tuple(
     f"model.architecture.{one}"
@@ -461,7 +465,27 @@ DEEPSEEK = tuple(
         *("value_head_dim=8", "expert_intermediate=16", "groups=4", "groups_per_token=2", "moe_layers=[false,true]", "tied=false"),
     )
 )
+GPT_OSS = tuple(f"model.architecture.{one}" for one in ("family=gpt_oss", "experts=4", "experts_per_token=2", "window=9"))
 CORRECTION = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.mark.parametrize(
+    "numbers", [DEEPSEEK, tuple(one for one in DEEPSEEK if "q_rank" not in one), GPT_OSS], ids=["deepseek", "wide", "gpt-oss"]
+)
+def test_muon_has_the_matrices_and_the_plan_knows_them(tiny, numbers):
+    """Latents and shared experts are matrices, routers, experts and their biases are not; of equal shapes as many as the plan's workspace says."""
+    found = engine(tiny, *numbers, "optim.name=muon", "train.precision=bf16")
+    (muon,) = (group for group in found.groups if not isinstance(group, AdamW))
+    arch = found.plan.decoder
+    assert sum(view.numel() for view in muon.master.views.values()) == arch.matrix_parameters(routed=False)
+    counts: Counter[tuple[int, ...]] = Counter(tuple(view.shape) for view in muon.master.views.values())
+    largest = max(2 * (3 * r * c + 5 * min(r, c) ** 2) * count for (r, c), count in counts.items())
+    assert cost.muon_workspace(arch) == largest
+    assert found.plan.memory.weights == sum(2 * parameter.numel() for parameter in found.parameters.values())
+    plain = {name for name, parameter in found.parameters.items() if not decays(name)}
+    assert {name for name in plain if "experts" in name} == {name for name in found.parameters if name.endswith(("proj_bias",))}
+    found.forward_backward(batch(rows(4)))
+    assert torch.isfinite(found.step(1.0).grad_norm)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
