@@ -1,5 +1,6 @@
 """The Triton kernels of a mixture of experts: tiles, every configuration, memory that held something else, and sums in a fixed order."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -127,9 +128,13 @@ def test_every_configuration_gives_the_right_result(kernel: str) -> None:
     # Two turns of the longest steps, over channels and over an expert's rows, and two blocks of the widest columns, all but the last with tails.
     tensors, chosen, keywords = drawn([[1]] * 66 + [[3]] * 2, "swiglu", hidden=72, width=136)
     version = moe.glued if kernel == "moe.glue" else moe.fused
-    for configuration in _distinct(kernel):
-        with launch.forced(kernel, configuration):
-            close(outcome(version, tensors, chosen, keywords), tensors, chosen, keywords)
+    with contextlib.ExitStack() as others:  # few and large tiles, which are fastest to interpret
+        for other in grouped.SPACE:
+            others.enter_context(launch.forced(other, launch.table("default")["configs"][other]["2048"]))
+        others.enter_context(launch.forced("moe.tokens", {"rows": 4, "columns": 256, "warps": 4}))
+        for configuration in _distinct(kernel):
+            with launch.forced(kernel, configuration):
+                close(outcome(version, tensors, chosen, keywords), tensors, chosen, keywords)
     for table in ("default", "sm_90", "sm_100", "gfx942"):
         assert all(shipped in grouped.SPACE[kernel] for shipped in launch.table(table)["configs"].get(kernel, {}).values())
 
