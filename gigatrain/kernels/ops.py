@@ -58,6 +58,10 @@ OPERATIONS = {name: operation for module in MODULES for name, operation in modul
 _mask = attention.mask
 
 
+def _alone(sums: Tensor) -> Tensor:
+    return sums
+
+
 @dataclass(frozen=True)
 class Ops:
     """One function per operation; the signatures are those of the `reference` in the kernel file of the same name."""
@@ -80,6 +84,7 @@ class Ops:
     attention: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
     mask: Callable[..., Any] = _mask  # who sees whom, as `attention` takes it; not chosen, but replaced together with it
+    together: Callable[..., Any] = _alone  # sums over the ranks that share a sample, with gradients; not chosen, but replaced by parallel/
 
 
 def available() -> dict[str, tuple[str, ...]]:

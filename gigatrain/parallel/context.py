@@ -64,13 +64,34 @@ def ops(chosen: Ops, mesh: Mesh, exchange: Exchange) -> Ops:
     def dropout_add(x: Tensor, residual: Tensor, p: float, seed: Tensor, offset: int = 0) -> Tensor:
         return chosen.dropout_add(x, residual, p, seed + apart, offset)
 
-    return replace(chosen, **found, dropout_add=dropout_add)
+    def together(sums: Tensor) -> Tensor:
+        return _Together.apply(chosen.together(sums), group.group_name)  # type: ignore[return-value]
+
+    return replace(chosen, **found, dropout_add=dropout_add, together=together)
 
 
 def _checked(documents: Tensor | None, window: int | None, tokens: int) -> int | None:
     """The window, if it hides anything of samples of `tokens` tokens."""
     assert documents is None or documents.shape[1] == tokens, "documents are those of the whole sample"
     return None if window is None or window >= tokens else window
+
+
+class _Together(torch.autograd.Function):
+    """The sum over the ranks, of which each has its own labels' part of the loss: gradients are summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return _all_reduce(sums, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _all_reduce(grad, ctx.group), None
+
+
+def _all_reduce(x: Tensor, group: str) -> Tensor:
+    calls = torch.ops._c10d_functional
+    return calls.wait_tensor(calls.all_reduce(x.contiguous(), "sum", group))
 
 
 class _Exchange(torch.autograd.Function):

@@ -87,26 +87,35 @@ def test_microbatches_of_unequal_length_give_the_update_of_one_big_batch(tiny, s
 
 
 def test_updates_are_those_of_torch_adamw(tiny):
+    """Judged against fp64: AdamW divides a gradient by its size, so that two right fp32 programs differ by some 5e-6 here, more or less by processor."""
     found = engine(tiny, "optim.clip=0.5", "optim.weight_decay=0.3")
-    model = Decoder(found.model.arch)
-    model.load_state_dict({name: tensor.clone() for name, tensor in found.model.state_dict().items()})
-    groups = [
-        {"params": [p for n, p in model.named_parameters() if decays(n)], "weight_decay": 0.3},
-        {"params": [p for n, p in model.named_parameters() if not decays(n)], "weight_decay": 0.0},
-    ]
-    peer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
+    peers = []
+    for dtype in (torch.float32, torch.float64):
+        model = Decoder(found.model.arch)
+        model.load_state_dict({name: tensor.clone() for name, tensor in found.model.state_dict().items()})
+        model.to(dtype)
+        groups = [
+            {"params": [p for n, p in model.named_parameters() if decays(n)], "weight_decay": 0.3},
+            {"params": [p for n, p in model.named_parameters() if not decays(n)], "weight_decay": 0.0},
+        ]
+        peers.append((model, torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8)))
     for seed in range(5):
         part = rows(4, seed, ignored=0.2)
         found.forward_backward(batch(part))
         norm = found.step(1.0).grad_norm
-        logits = model.logits(part.tokens)
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), part.labels.flatten()).backward()
-        expected = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
         assert norm > 0.5  # so that clipping acts
-        peer.step()
-        peer.zero_grad()
-    assert worst(weights(found), dict(model.named_parameters())) < 5e-6
+        for model, peer in peers:
+            logits = model.logits(part.tokens)
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), part.labels.flatten()).backward()
+            expected = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            torch.testing.assert_close(norm, expected.float(), rtol=1e-5, atol=0)
+            peer.step()
+            peer.zero_grad()
+    plain, exact = (dict(model.named_parameters()) for model, _ in peers)
+    ours, theirs = (
+        sum(float((held[name] - value).detach().square().sum()) for name, value in exact.items()) ** 0.5 for held in (weights(found), plain)
+    )
+    assert ours <= 2 * theirs < 1e-3
 
 
 def test_weight_decay_reaches_matrices_only(tiny):
@@ -432,3 +441,93 @@ def test_forms_that_cannot_be_are_refused(tiny):
         engine(tiny, "train.precision=fp32", "optim.master=bf16+8")
     with pytest.raises(RecipeError, match="optim.moments"):
         engine(tiny, "optim.moments=int4")
+
+
+# ---- Corrections of routers ----
+
+DEEPSEEK = tuple(
+    f"model.architecture.{one}"
+    for one in (
+        *(
+            "family=deepseek_v3",
+            "experts=8",
+            "experts_per_token=2",
+            "kv_heads=4",
+            "head_dim=12",
+            "q_rank=16",
+            "kv_rank=16",
+            "rope_head_dim=4",
+        ),
+        *("value_head_dim=8", "expert_intermediate=16", "groups=4", "groups_per_token=2", "moe_layers=[false,true]", "tied=false"),
+    )
+)
+CORRECTION = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_step_moves_a_correction_towards_experts_that_are_visited_less(tiny, recompute):
+    """Over all microbatches of a step, each token counted once, also where layers are computed twice; a refused step moves nothing."""
+    found = engine(tiny, *DEEPSEEK, "loss.router_bias_rate=0.01", "train.batch=4", "train.microbatch=2", f"train.recompute={recompute}")
+    assert not found.corrections[CORRECTION].any()
+    whole = rows(4)
+    found.forward_backward(batch(*cut(whole, 2, 2)))
+    visits = found.visits[CORRECTION].clone()
+    assert visits.sum() == 4 * T * 2
+    found.step(1.0)
+    assert not found.visits[CORRECTION].any()
+    expected = 0.01 * (visits.double().mean() - visits).sign().float()
+    assert torch.equal(found.corrections[CORRECTION], expected)
+    assert expected.any()
+    assert found.state()["weights"][CORRECTION].tensor.data_ptr() == found.model.corrections()[CORRECTION].data_ptr()
+    found.forward_backward(batch(*cut(whole, 2, 2)))
+    next(iter(found.grads.values()))[0] = float("nan")
+    found.step(1.0)
+    assert torch.equal(found.corrections[CORRECTION], expected)
+    assert not found.visits[CORRECTION].any()
+    found.evaluate([whole])
+    assert not found.visits[CORRECTION].any()
+
+
+def test_a_correction_is_saved_and_loaded(tiny, tmp_path):
+    overrides = (*DEEPSEEK, "loss.router_bias_rate=0.01", "train.precision=bf16")
+    found = engine(tiny, *overrides)
+    for seed in range(3):
+        found.forward_backward(batch(rows(4, seed)))
+        found.step(1.0)
+    moved = found.corrections[CORRECTION].clone()
+    assert moved.dtype == torch.float32
+    assert moved.abs().max() > 0.005
+    other = engine(tiny, *overrides)
+    for group, pieces in other.state().items():
+        for name, piece in pieces.items():
+            piece.tensor.copy_(found.state()[group][name].tensor)
+    other.restored()
+    assert torch.equal(other.model.corrections()[CORRECTION], moved)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("loss.router_aux=0.1",), r"loss\.router_aux 0\.1 is for routers of our own decoders, and 'llama' has none"),
+        (
+            (*DEEPSEEK, "loss.router_z=0.1", "mesh.pipeline=2"),
+            r"loss\.router_z 0\.1 is a loss over all layers at once, and mesh\.pipeline 2 parts them",
+        ),
+        (
+            (*DEEPSEEK, "loss.router_bias_rate=0.1", "engine.name=deepspeed"),
+            r"loss\.router_bias_rate 0\.1 is an update of the native engine's, and engine\.name is \"deepspeed\"",
+        ),
+        (
+            (
+                "model.architecture.family=olmoe",
+                "model.architecture.experts=4",
+                "model.architecture.experts_per_token=2",
+                "loss.router_bias_rate=0.1",
+            ),
+            r"loss\.router_bias_rate 0\.1 moves the bias that corrects a router's choice, and olmoe has none",
+        ),
+    ],
+)
+def test_what_routers_cannot_do_is_refused(tiny, overrides, message):
+    with pytest.raises(PlanError, match=message):
+        plan(load.recipe(tiny, overrides), load.site("laptop"))

@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from families import VARIANTS, build
+from families import VARIANTS, build, load
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -55,10 +54,7 @@ def test_reads_and_writes_what_transformers_does(name: str, tmp_path: Path) -> N
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert from_hf_config(hf.read_config(tmp_path / "ours")) == arch
 
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
-    )
-    again, notes = loaded
+    again, notes = load(tmp_path / "ours", output_loading_info=True, attn_implementation="eager")
     assert not any(notes[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokens = torch.randint(0, arch.vocab, (2, 19), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
