@@ -143,10 +143,12 @@ def reference(
 SPACE = {
     "router.forward": [
         {"tokens": tokens, "turns": turns, "warps": warps}
-        for tokens, warps in ((1, 1), (2, 1), (4, 2), (4, 4), (8, 4), (16, 4), (16, 8))
+        for tokens, warps in ((1, 1), (2, 1), (2, 4), (4, 2), (4, 4), (8, 4), (16, 4), (16, 8))
         for turns in (1, 4)
     ],
-    "router.backward": [{"tokens": tokens, "warps": warps} for tokens, warps in ((1, 1), (2, 1), (4, 2), (4, 4), (8, 4), (16, 4), (16, 8))],
+    "router.backward": [
+        {"tokens": tokens, "warps": warps} for tokens, warps in ((1, 1), (2, 1), (2, 4), (4, 2), (4, 4), (8, 4), (16, 4), (16, 8))
+    ],
 }
 LIMITS = 1024, 32  # experts and visits that one program holds
 _KINDS = {"softmax": 0, "sigmoid": 1, "softmax_after": 2}

@@ -61,7 +61,7 @@ def test_an_expert_without_tokens_has_no_gradient_and_no_share(chosen: list[list
         assert sorted(chosen[0]) == leaf.grad.flatten(1).any(1).nonzero().flatten().tolist()
 
 
-@pytest.mark.parametrize("experts", [moe.experts_reference, moe.experts_grouped])
+@pytest.mark.parametrize("experts", [moe.experts_reference, moe.experts_grouped, moe.experts_glued, moe.experts_fused])
 def test_rows_behind_the_counts_change_nothing_else(experts: moe.Experts) -> None:
     x, _, gate_up, down = drawn(20, dtype=torch.float32)
     counts, rest = torch.tensor([4, 0, 3, 2, 0, 5]), 6
@@ -89,7 +89,7 @@ def test_without_reading_counts_the_reference_is_the_same(monkeypatch: pytest.Mo
         torch.testing.assert_close(masked, read)
 
 
-@pytest.mark.parametrize("block", [moe.reference, moe.grouped])
+@pytest.mark.parametrize("block", [moe.reference, moe.grouped, moe.glued, moe.fused])
 def test_nothing_is_read_on_the_host(block: Callable[..., Tensor]) -> None:
     """Fake tensors have no values: whoever reads one raises."""
     with FakeTensorMode() as mode:
