@@ -55,10 +55,11 @@ SPACE = {
 
 @triton.jit
 def _tile(X, start, stride, rows, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr):
-    # ROWS rows of channels from `start` on, zeros beyond `rows` (which WHOLE says are not met) and beyond the channels.
+    # ROWS rows of channels from `start` on, zeros beyond `rows` (which WHOLE says are not met) and beyond the channels. The tile's place is counted in 64
+    # bits, places within it in 32 (`_near` sees to it), which is what keeps their registers few.
     row = start + tl.arange(0, ROWS)
     channel = tl.arange(0, WIDTH)
-    at = X + row.to(tl.int64)[:, None] * stride + channel[None]
+    at = X + tl.cast(start, tl.int64) * stride + (tl.arange(0, ROWS)[:, None] * stride + channel[None])
     if WHOLE:
         if CHANNELS == WIDTH:
             return tl.load(at)
@@ -71,7 +72,7 @@ def _keep(X, start, stride, rows, x, CHANNELS: tl.constexpr, WIDTH: tl.constexpr
     row = start + tl.arange(0, ROWS)
     channel = tl.arange(0, WIDTH)
     live = (row < rows)[:, None] & (channel < CHANNELS)[None]
-    tl.store(X + row.to(tl.int64)[:, None] * stride + channel[None], x.to(X.dtype.element_ty), mask=live)
+    tl.store(X + tl.cast(start, tl.int64) * stride + (tl.arange(0, ROWS)[:, None] * stride + channel[None]), x.to(X.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -326,8 +327,8 @@ def _backward_queries(
 
 
 def _near(x: Tensor) -> Tensor:
-    """x with unit stride along its channels: a view wherever the layout allows it, else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """x with unit stride along its channels, and 128 tokens within 2 ** 31 elements: a view wherever the layout allows it, else a copy."""
+    return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(1) < 1 << 24 else x.contiguous()
 
 
 def _width(channels: int) -> int:
