@@ -64,6 +64,7 @@ class Guard:
     why: str
     thread: str
     applies: Callable[[Call], bool]
+    of_some: bool = False  # accelerators, and so of the unknown
 
 
 def _blackwell(call: Call) -> bool:
@@ -85,18 +86,21 @@ GUARDS = (
         "cuDNN is silently wrong on B200 with fewer than 8 key heads on a rank",
         "pytorch/pytorch#193893",
         lambda call: call.kv_heads < 8 and _blackwell(call) and "single" not in call.asks,
+        of_some=True,
     ),
     Guard(
         ("cudnn",),
         "cuDNN's backward gives NaN on Hopper where the number of tokens is no multiple of 128",
         "NVIDIA/cudnn-frontend#1072 and #628",
         lambda call: call.sequence % 128 != 0 and _hopper(call),
+        of_some=True,
     ),
     Guard(
         ("sdpa",),
         "cuDNN, which torch chooses for it, gives NaN on Hopper under a mask where the number of tokens is no multiple of 128",
         "pytorch/pytorch#196678",
         lambda call: call.sequence % 128 != 0 and _hopper(call) and bool(call.asks & {"documents", "window"}) and "single" not in call.asks,
+        of_some=True,
     ),
     Guard(
         ("cudnn",),
@@ -142,7 +146,8 @@ def refusal(version: str, call: Call) -> str | None:
         return f"{version} has no {' and no '.join(SAID[one] for one in SAID if one in lacking)}"
     for guard in GUARDS:
         if version in guard.versions and guard.applies(call):
-            return f"{guard.why} ({guard.thread})"
+            unknown = "; or name the site's accelerator, if it is none of those" if call.architecture is None and guard.of_some else ""
+            return f"{guard.why} ({guard.thread}{unknown})"
     return None
 
 

@@ -106,6 +106,6 @@ def test_a_run_halves_its_samples_and_windows_together(monkeypatch: pytest.Monke
         return chosen.mask(documents, window, tokens, *rest)
 
     monkeypatch.setattr(decoder, "checked", lambda kernels, worst: dataclasses.replace(chosen, mask=mask))
-    wide = arch("mistral").model_copy(update={"window": 300})
+    wide = arch("gemma2").model_copy(update={"window": 300, "window_layers": (True, True)})
     verify_attention(wide, {"attention": "sdpa"}, CPU, torch.float32, 2048, packed=False, ranks=2, scores=2 * 256 * 256)
     assert asked == [(256, 37)]
