@@ -55,7 +55,7 @@ SPACE = {
 
 @triton.jit
 def _tile(X, start, stride, rows, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr):
-    # ROWS rows of channels from `start` on, zeros beyond `rows` (which WHOLE says are not met) and beyond the channels. The tile's place is counted in 64
+    # ROWS rows of channels from `start` on, zeros beyond `rows` (WHOLE: there are none) and beyond the channels. The tile's place is counted in 64
     # bits, places within it in 32 (`_near` sees to it), which is what keeps their registers few.
     row = start + tl.arange(0, ROWS)
     channel = tl.arange(0, WIDTH)
@@ -65,6 +65,13 @@ def _tile(X, start, stride, rows, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, R
             return tl.load(at)
         return tl.load(at, mask=(channel < CHANNELS)[None], other=0.0)
     return tl.load(at, mask=(row < rows)[:, None] & (channel < CHANNELS)[None], other=0.0)
+
+
+@triton.jit
+def _numbers(X, i, tokens, other, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(X + i)
+    return tl.load(X + i, mask=i < tokens, other=other)
 
 
 @triton.jit
@@ -100,10 +107,10 @@ def _ranges(FIRST, begin, tokens, M: tl.constexpr, N: tl.constexpr, BOUNDED: tl.
 def _forward_part(
     acc, total, most, q, K, V, low, high, i, first, tokens, k_stride, v_stride, inner, factor, CHANNELS: tl.constexpr, D: tl.constexpr,
     VALUES: tl.constexpr, E: tl.constexpr, N: tl.constexpr, CAP: tl.constexpr, HIDE: tl.constexpr, BOUNDED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for start in range(low, high, N):
-        k = _tile(K, start, k_stride, tokens, CHANNELS, D, N, not HIDE)
+        k = _tile(K, start, k_stride, tokens, CHANNELS, D, N, EVEN or not HIDE)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAP:
             s = _tanh(s * inner)
@@ -117,7 +124,7 @@ def _forward_part(
         p = tl.exp2(s * factor - pivot[:, None])
         fade = tl.exp2(most - pivot)
         total = total * fade + tl.sum(p, 1)
-        v = _tile(V, start, v_stride, tokens, VALUES, E, N, not HIDE)
+        v = _tile(V, start, v_stride, tokens, VALUES, E, N, EVEN or not HIDE)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         most = higher
     return acc, total, most
@@ -127,7 +134,7 @@ def _forward_part(
 def _forward(
     Q, K, V, SINKS, FIRST, OUT, LSE, tokens, heads, group, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     first_batch, inner, factor, CHANNELS: tl.constexpr, D: tl.constexpr, VALUES: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr,
-    SINK: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    SINK: tl.constexpr, BOUNDED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     # The last block of queries sees most and begins first; one block of all heads runs at a time, so that their keys stay in L2.
     begin = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
@@ -140,8 +147,8 @@ def _forward(
     first = i
     if BOUNDED:
         FIRST += b * first_batch
-        first = tl.load(FIRST + i, mask=i < tokens, other=0)
-    q = _tile(Q, begin, q_token, tokens, CHANNELS, D, M, False)
+        first = _numbers(FIRST, i, tokens, 0, EVEN)
+    q = _tile(Q, begin, q_token, tokens, CHANNELS, D, M, EVEN)
     acc = tl.zeros([M, E], tl.float32)
     if SINK:  # as if it had been seen: it takes weight and gives no value
         most = tl.zeros([M], tl.float32) + tl.load(SINKS + h).to(tl.float32) * 1.4426950408889634
@@ -152,15 +159,15 @@ def _forward(
     low, within, outer, high = _ranges(FIRST, begin, tokens, M, N, BOUNDED)
     if BOUNDED:
         acc, total, most = _forward_part(
-            acc, total, most, q, K, V, low, within, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, True, BOUNDED,
+            acc, total, most, q, K, V, low, within, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, True, BOUNDED, EVEN,
             PRECISION,
         )  # fmt: skip
     acc, total, most = _forward_part(
-        acc, total, most, q, K, V, within, outer, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, False, BOUNDED,
+        acc, total, most, q, K, V, within, outer, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, False, BOUNDED, EVEN,
         PRECISION,
     )  # fmt: skip
     acc, total, most = _forward_part(
-        acc, total, most, q, K, V, outer, high, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, True, BOUNDED,
+        acc, total, most, q, K, V, outer, high, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, True, BOUNDED, EVEN,
         PRECISION,
     )  # fmt: skip
     OUT += (b * tokens * heads + h) * VALUES
@@ -186,12 +193,12 @@ def _delta(OUT, DOUT, DELTA, rows, tokens, heads, batch_stride, token_stride, he
 def _keys_part(
     dk, dv, k, v, Q, DOUT, LSE, DELTA, FIRST, low, high, j, tokens, q_stride, d_stride, inner, factor, CHANNELS: tl.constexpr,
     D: tl.constexpr, VALUES: tl.constexpr, E: tl.constexpr, M: tl.constexpr, CAP: tl.constexpr, HIDE: tl.constexpr, BOUNDED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for start in range(low, high, M):
         i = start + tl.arange(0, M)
-        q = _tile(Q, start, q_stride, tokens, CHANNELS, D, M, False)
-        lse = tl.load(LSE + i, mask=i < tokens, other=float("inf"))  # beyond the last query p is 0
+        q = _tile(Q, start, q_stride, tokens, CHANNELS, D, M, EVEN)
+        lse = _numbers(LSE, i, tokens, float("inf"), EVEN)  # beyond the last query p is 0
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if CAP:
             s = _tanh(s * inner)
@@ -199,12 +206,12 @@ def _keys_part(
         if HIDE:
             first = i
             if BOUNDED:
-                first = tl.load(FIRST + i, mask=i < tokens, other=0)
+                first = _numbers(FIRST, i, tokens, 0, EVEN)
             p = tl.where(_seen(i[None], j[:, None], first[None], BOUNDED), p, 0.0)
-        dout = _tile(DOUT, start, d_stride, tokens, VALUES, E, M, False)
+        dout = _tile(DOUT, start, d_stride, tokens, VALUES, E, M, EVEN)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-        delta = tl.load(DELTA + i, mask=i < tokens, other=0.0)
+        delta = _numbers(DELTA, i, tokens, 0.0, EVEN)
         ds = p * (dp - delta[None])
         if CAP:
             ds *= 1.0 - s * s
@@ -216,47 +223,45 @@ def _keys_part(
 def _backward_keys(
     Q, K, V, DOUT, LSE, DELTA, FIRST, STOP, DK, DV, tokens, heads, key_heads, group, q_batch, q_token, q_head, k_batch, k_token, k_head,
     v_batch, v_token, v_head, d_batch, d_token, d_head, first_batch, inner, factor, scale, CHANNELS: tl.constexpr, D: tl.constexpr,
-    VALUES: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr,
+    VALUES: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, BOUNDED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     # One block of keys of one key head: all queries that see any of it, of all heads that share it. The first block is seen by most and begins first.
     begin = tl.program_id(1) * N
     b = (tl.program_id(0) // key_heads).to(tl.int64)
     own = (tl.program_id(0) % key_heads).to(tl.int64)
     j = begin + tl.arange(0, N)
-    k = _tile(K + b * k_batch + own * k_head, begin, k_token, tokens, CHANNELS, D, N, False)
-    v = _tile(V + b * v_batch + own * v_head, begin, v_token, tokens, VALUES, E, N, False)
+    k = _tile(K + b * k_batch + own * k_head, begin, k_token, tokens, CHANNELS, D, N, EVEN)
+    v = _tile(V + b * v_batch + own * v_head, begin, v_token, tokens, VALUES, E, N, EVEN)
     dk = tl.zeros([N, D], tl.float32)
     dv = tl.zeros([N, E], tl.float32)
-    # Queries low..near see the block in part, near..far whole, far..high in part.
+    # Queries low..near see the block in part, near..high whole; with bounds they are asked one by one: a third loop and its registers spilled 136 times.
     low = begin // M * M
     near = (begin + N + M - 1) // M * M
     high = tokens
-    far = tokens
     if BOUNDED:
         FIRST += b * first_batch
         STOP += b * first_batch
         high = tl.load(STOP + tl.minimum(begin + N, tokens) - 1)
-        near = tl.minimum(near, (high + M - 1) // M * M)
-        far = tl.maximum(tl.load(STOP + begin) // M * M, near)
     for member in range(0, group):
         h = own * group + member
         Q_h = Q + b * q_batch + h * q_head
         DOUT_h = DOUT + b * d_batch + h * d_head
         LSE_h = LSE + (b * heads + h) * tokens
         DELTA_h = DELTA + (b * heads + h) * tokens
-        dk, dv = _keys_part(
-            dk, dv, k, v, Q_h, DOUT_h, LSE_h, DELTA_h, FIRST, low, tl.minimum(near, high), j, tokens, q_token, d_token, inner, factor, CHANNELS, D, VALUES,
-            E, M, CAP, True, BOUNDED, PRECISION,
-        )  # fmt: skip
-        dk, dv = _keys_part(
-            dk, dv, k, v, Q_h, DOUT_h, LSE_h, DELTA_h, FIRST, near, far, j, tokens, q_token, d_token, inner, factor, CHANNELS, D, VALUES,
-            E, M, CAP, False, BOUNDED, PRECISION,
-        )  # fmt: skip
         if BOUNDED:
             dk, dv = _keys_part(
-                dk, dv, k, v, Q_h, DOUT_h, LSE_h, DELTA_h, FIRST, far, high, j, tokens, q_token, d_token, inner, factor, CHANNELS, D, VALUES,
-                E, M, CAP, True, BOUNDED, PRECISION,
+                dk, dv, k, v, Q_h, DOUT_h, LSE_h, DELTA_h, FIRST, low, high, j, tokens, q_token, d_token, inner, factor, CHANNELS, D, VALUES,
+                E, M, CAP, True, BOUNDED, EVEN, PRECISION,
+            )  # fmt: skip
+        else:
+            dk, dv = _keys_part(
+                dk, dv, k, v, Q_h, DOUT_h, LSE_h, DELTA_h, FIRST, low, tl.minimum(near, high), j, tokens, q_token, d_token, inner, factor, CHANNELS, D,
+                VALUES, E, M, CAP, True, BOUNDED, EVEN, PRECISION,
+            )  # fmt: skip
+            dk, dv = _keys_part(
+                dk, dv, k, v, Q_h, DOUT_h, LSE_h, DELTA_h, FIRST, near, high, j, tokens, q_token, d_token, inner, factor, CHANNELS, D, VALUES,
+                E, M, CAP, False, BOUNDED, EVEN, PRECISION,
             )  # fmt: skip
     at = b * tokens * key_heads + own
     _keep(DK + at * CHANNELS, begin, key_heads * CHANNELS, tokens, dk * scale, CHANNELS, D, N)
@@ -267,11 +272,11 @@ def _backward_keys(
 def _queries_part(
     dq, q, dout, lse, delta, K, V, low, high, i, first, tokens, k_stride, v_stride, inner, factor, CHANNELS: tl.constexpr, D: tl.constexpr,
     VALUES: tl.constexpr, E: tl.constexpr, N: tl.constexpr, CAP: tl.constexpr, HIDE: tl.constexpr, BOUNDED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for start in range(low, high, N):
-        k = _tile(K, start, k_stride, tokens, CHANNELS, D, N, not HIDE)
-        v = _tile(V, start, v_stride, tokens, VALUES, E, N, not HIDE)
+        k = _tile(K, start, k_stride, tokens, CHANNELS, D, N, EVEN or not HIDE)
+        v = _tile(V, start, v_stride, tokens, VALUES, E, N, EVEN or not HIDE)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAP:
             s = _tanh(s * inner)
@@ -291,7 +296,8 @@ def _queries_part(
 def _backward_queries(
     Q, K, V, DOUT, LSE, DELTA, FIRST, DQ, tokens, heads, group, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     d_batch, d_token, d_head, first_batch, inner, factor, scale, CHANNELS: tl.constexpr, D: tl.constexpr, VALUES: tl.constexpr,
-    E: tl.constexpr, CAP: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    E: tl.constexpr, CAP: tl.constexpr, BOUNDED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
     begin = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
     b = (tl.program_id(0) // heads).to(tl.int64)
@@ -302,25 +308,24 @@ def _backward_queries(
     first = i
     if BOUNDED:
         FIRST += b * first_batch
-        first = tl.load(FIRST + i, mask=i < tokens, other=0)
-    q = _tile(Q + b * q_batch + h.to(tl.int64) * q_head, begin, q_token, tokens, CHANNELS, D, M, False)
-    dout = _tile(DOUT + b * d_batch + h.to(tl.int64) * d_head, begin, d_token, tokens, VALUES, E, M, False)
-    at = (b * heads + h) * tokens + i
-    lse = tl.load(LSE + at, mask=i < tokens, other=float("inf"))
-    delta = tl.load(DELTA + at, mask=i < tokens, other=0.0)
+        first = _numbers(FIRST, i, tokens, 0, EVEN)
+    q = _tile(Q + b * q_batch + h.to(tl.int64) * q_head, begin, q_token, tokens, CHANNELS, D, M, EVEN)
+    dout = _tile(DOUT + b * d_batch + h.to(tl.int64) * d_head, begin, d_token, tokens, VALUES, E, M, EVEN)
+    lse = _numbers(LSE + (b * heads + h) * tokens, i, tokens, float("inf"), EVEN)
+    delta = _numbers(DELTA + (b * heads + h) * tokens, i, tokens, 0.0, EVEN)
     dq = tl.zeros([M, D], tl.float32)
     low, within, outer, high = _ranges(FIRST, begin, tokens, M, N, BOUNDED)
     if BOUNDED:
         dq = _queries_part(
-            dq, q, dout, lse, delta, K, V, low, within, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, True, BOUNDED,
+            dq, q, dout, lse, delta, K, V, low, within, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, True, BOUNDED, EVEN,
             PRECISION,
         )  # fmt: skip
     dq = _queries_part(
-        dq, q, dout, lse, delta, K, V, within, outer, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, False, BOUNDED,
+        dq, q, dout, lse, delta, K, V, within, outer, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, False, BOUNDED, EVEN,
         PRECISION,
     )  # fmt: skip
     dq = _queries_part(
-        dq, q, dout, lse, delta, K, V, outer, high, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, True, BOUNDED,
+        dq, q, dout, lse, delta, K, V, outer, high, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, True, BOUNDED, EVEN,
         PRECISION,
     )  # fmt: skip
     _keep(DQ + (b * tokens * heads + h) * CHANNELS, begin, heads * CHANNELS, tokens, dq * scale, CHANNELS, D, M)
@@ -340,11 +345,12 @@ def _terms(scale: float, softcap: float | None) -> tuple[float, float]:
     return (scale, scale * LOG2_E) if softcap is None else (scale / softcap, softcap * LOG2_E)
 
 
-def _constants(q: Tensor, v: Tensor, softcap: float | None, first: Tensor | None) -> dict[str, Any]:
-    d, e = q.shape[-1], v.shape[-1]
+def _constants(q: Tensor, v: Tensor, softcap: float | None, first: Tensor | None, tuned: dict[str, int]) -> dict[str, Any]:
+    (_, t, _, d), e = q.shape, v.shape[-1]
     exact = "ieee" if q.dtype == torch.float32 else "tf32"  # of 16-bit inputs it says nothing
     return {
         "CHANNELS": d, "D": _width(d), "VALUES": e, "E": _width(e), "CAP": softcap is not None, "BOUNDED": first is not None, "PRECISION": exact,
+        "EVEN": t % max(tuned["queries"], tuned["keys"]) == 0, "M": tuned["queries"], "N": tuned["keys"],
     }  # fmt: skip
 
 
@@ -367,8 +373,8 @@ def _run_forward(
     tuned, (inner, factor) = _tuned(q, v, "attention.forward"), _terms(scale, softcap)
     launch.launch(
         _forward, (b * h, -(-t // tuned["queries"])), q, k, v, sinks, first, out, lse, t, h, h // k.shape[2], *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], _rows_apart(first), inner, factor, **_constants(q, v, softcap, first), SINK=sinks is not None, M=tuned["queries"],
-        N=tuned["keys"], warps=tuned["warps"], stages=tuned["stages"],
+        *v.stride()[:3], _rows_apart(first), inner, factor, **_constants(q, v, softcap, first, tuned), SINK=sinks is not None,
+        warps=tuned["warps"], stages=tuned["stages"],
     )  # fmt: skip
     return out, lse
 
@@ -380,11 +386,11 @@ def _run_backward(
     q, k, v, dout = _near(q), _near(k), _near(v), _near(dout)
     (b, t, h, _), kv = q.shape, k.shape[2]
     delta = torch.empty_like(lse)
-    constants = _constants(q, v, softcap, first)
+    width = _width(v.shape[-1])
     # 4,096 elements: 16 of a thread in 8 warps, two tensors in flight.
-    rows, height = b * t * h, max(1, 4096 // constants["E"])
+    rows, height = b * t * h, max(1, 4096 // width)
     launch.launch(
-        _delta, (-(-rows // height),), out, dout, delta, rows, t, h, *dout.stride()[:3], VALUES=constants["VALUES"], E=constants["E"], ROWS=height, warps=8,
+        _delta, (-(-rows // height),), out, dout, delta, rows, t, h, *dout.stride()[:3], VALUES=v.shape[-1], E=width, ROWS=height, warps=8,
     )  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     inner, factor = _terms(scale, softcap)
@@ -392,12 +398,12 @@ def _run_backward(
     tuned = _tuned(q, v, "attention.backward_keys")
     launch.launch(
         _backward_keys, (b * kv, -(-t // tuned["keys"])), q, k, v, dout, lse, delta, first, stop, dk, dv, t, h, kv, h // kv, *strides, inner, factor, scale,
-        **constants, M=tuned["queries"], N=tuned["keys"], warps=tuned["warps"], stages=tuned["stages"],
+        **_constants(q, v, softcap, first, tuned), warps=tuned["warps"], stages=tuned["stages"],
     )  # fmt: skip
     tuned = _tuned(q, v, "attention.backward_queries")
     launch.launch(
         _backward_queries, (b * h, -(-t // tuned["queries"])), q, k, v, dout, lse, delta, first, dq, t, h, h // kv, *strides, inner, factor, scale,
-        **constants, M=tuned["queries"], N=tuned["keys"], warps=tuned["warps"], stages=tuned["stages"],
+        **_constants(q, v, softcap, first, tuned), warps=tuned["warps"], stages=tuned["stages"],
     )  # fmt: skip
     if sinks is None:
         return dq, dk, dv, q.new_empty(0)
