@@ -354,3 +354,6 @@ class Site(Section):
     memory_bytes: Count | None = Field(
         default=None, description="Memory that one rank may fill; unknown: the plan shows its need and checks nothing."
     )
+    accelerator: Literal["a100", "h100", "h200", "gh200", "b200", "gb200", "b300", "gb300", "mi300x", "mi325x"] | None = Field(
+        default=None, description="What the GPUs are; unknown: kernels are chosen that work on all of them."
+    )

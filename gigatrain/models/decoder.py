@@ -542,20 +542,33 @@ class Decoder(nn.Module):
 
 
 def verify(
-    arch: Architecture, kernels: Mapping[str, str], device: torch.device, dtype: torch.dtype, tokens: Sequence[int] = (33, 256)
+    arch: Architecture,
+    kernels: Mapping[str, str],
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: Sequence[int] = (33, 256),
+    *,
+    sequence: int | None = None,
+    packed: bool = False,
+    ranks: int = 1,
 ) -> dict[str, float]:
     """Run two layers of the architecture's real widths on `device` with every fused kernel judged against fp64: what a run does before it starts.
 
     Compiles the kernels too, and returns each operation's error as a multiple of what is allowed. Raises `KernelError`: see kernels/ops.py's `checked`.
     The vocabulary is cut to 16,384, the weights are random, and the loss goes by its smallest chunks, so that 256 tokens are several on any device. An
-    odd number of tokens and a multiple of 16 compile to different code.
+    odd number of tokens and a multiple of 16 compile to different code. With `sequence`, attention is judged on the run's own samples too: see
+    `verify_attention`, for `packed` and `ranks`.
     """
     worst: dict[str, float] = {}
+    if sequence is not None:
+        verify_attention(arch, kernels, device, dtype, sequence, packed=packed, ranks=ranks, worst=worst)
     sparse = {"moe_layers": (True, False)} if arch.moe_layers else {}
     cut = sparse | {"layers": 2, "vocab": min(arch.vocab, 1 << 14), "window_layers": None, "rope_local": None, "window": None}
     small = arch.model_copy(update=cut | {"rope_layers": (True, False) if arch.rope_layers else None})
+    # Versions that take less than any number of tokens are judged on the run's own alone.
+    plain = {} if kernels.get("attention") in EVERY_LENGTH else {"attention": "reference"}
     with torch.device(device), linear_cross_entropy.chunked_finely():
-        model = Decoder(small, checked(kernels, worst), dropout=0.1)
+        model = Decoder(small, checked({**kernels, **plain}, worst), dropout=0.1)
         model.init_weights(0.02, False, 0)
         model.to(dtype)
         generator = torch.Generator(device).manual_seed(0)
@@ -563,4 +576,54 @@ def verify(
             tokens_bt = torch.randint(0, small.vocab, (1, count), generator=generator)
             for training in (True, False):
                 model.train(training).loss(tokens_bt, tokens_bt.roll(-1, 1), seed=torch.zeros((), dtype=torch.int64))
+    return worst
+
+
+EVERY_LENGTH = ("reference", "sdpa", "blocked", "fused")  # of attention: whatever the number of tokens, on any device that they run on
+SCORES = 1 << 26  # of attention that is checked: 0.5 GiB in fp64, of which plain torch holds six or so
+
+
+def verify_attention(
+    arch: Architecture,
+    kernels: Mapping[str, str],
+    device: torch.device,
+    dtype: torch.dtype,
+    sequence: int,
+    *,
+    packed: bool,
+    ranks: int = 1,
+    worst: dict[str, float] | None = None,
+    scores: int = SCORES,
+) -> dict[str, float]:
+    """Judge the chosen attention against plain torch in fp64 on the run's own samples, values and gradients, and with every window of its layers.
+
+    Head size, heads of one of the `ranks` that share them, soft-cap, sinks and dtype are the run's; `packed` gives documents of uneven lengths. Samples are
+    halved until `scores` scores hold them, windows with them. Adds to `worst` and returns it; raises `KernelError`: see kernels/ops.py's `checked`.
+    """
+    worst = {} if worst is None else worst
+    name = kernels.get("attention", "reference")
+    if name == "reference":
+        return worst
+    chosen = checked({"attention": name}, worst)
+    heads, keys = max(1, arch.heads // ranks), max(1, arch.kv_heads // ranks)
+    count, halved = sequence, 1
+    while heads * count * count > scores and count % 2 == 0 and count > 128:
+        count, halved = count // 2, halved * 2
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype).requires_grad_()
+
+    widths = (arch.head_dim, arch.head_dim, getattr(arch, "value_dim", None) or arch.head_dim)
+    q, k, v = (drawn(1, count, number, width) for number, width in zip((heads, keys, keys), widths, strict=True))
+    options: dict[str, Any] = {"scale": arch.scale, "softcap": arch.attention_softcap}
+    if getattr(arch, "sinks", False):
+        options["sinks_h"] = drawn(heads)
+    documents = None
+    if packed:  # a third, a token, and the rest
+        documents = (torch.arange(count, device=device) >= count // 3).int() + (torch.arange(count, device=device) > count // 3).int()
+    for window in {arch.window_of(i) for i in range(arch.layers)}:
+        cut = None if window is None else max(1, window // halved)
+        seen = chosen.mask(None if documents is None else documents[None], cut, count, dtype, device)
+        chosen.attention(q, k, v, seen, **options)
     return worst

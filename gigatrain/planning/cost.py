@@ -147,8 +147,8 @@ def memory(
     master weights are narrow and a step has one microbatch, moved in bf16; one microbatch's own gradients exist beside the sum.
 
     Activations: `saved_bytes` per token and layer, and one whole layer's where layers are recomputed. `blocked` attention also keeps its softmax
-    weights, half a square of tokens per head, and `reference` the scores and weights of the whole square. A mask of documents or windows is a square
-    of tokens per sample.
+    weights, half a square of tokens per head, and `reference` the scores and weights of the whole square. Only these and `sdpa` have masks of documents
+    or windows as a square of tokens per sample.
 
     Sharded (FSDP2), weights are fp32 shards or, with narrow masters, bf16 ones; gradients are shards too, and `workspace` has the layers that are gathered
     at once, the embedding and the head, and the gradient on its way. With a pipeline all of a rank's layers are gathered, and the activations of as many
@@ -164,10 +164,12 @@ def memory(
     if mesh.expert > 1:  # rows that have travelled are kept beside what the experts keep
         kernels = {**kernels, "moe": "grouped"}
     square = tokens * architecture.heads * sequence // mesh.tensor
-    scores = {"sdpa": 0, "blocked": square * size // 2, "reference": square * (size + 4)}[kernels["attention"]]
+    scores = {"blocked": square * size // 2, "reference": square * (size + 4)}.get(kernels["attention"], 0)
     whole = tokens * saved_bytes(architecture, size, "none", kernels) // mesh.tensor + scores
     kept = tokens * saved_bytes(architecture, size, recompute, kernels) // mesh.tensor + (scores if recompute in ("none", "lean") else 0)
-    masks = tokens * sequence * (1 + size) if documents or architecture.window else 0
+    # Of each window: a square as bool and as bias while it is made; the other versions keep two bounds a token, or fewer numbers.
+    squares = {"reference": 1, "sdpa": 1 + size, "blocked": 1 + size}.get(kernels["attention"], 0)
+    masks = tokens * (sequence * squares or 8) if documents or architecture.window else 0
     vocab = -(-architecture.vocab // mesh.tensor)
     chunk = min(1 << 29 if device == "cuda" else 1 << 21, tokens * vocab)
     per_logit = 2 if kernels["linear_cross_entropy"] == "fused" else 14

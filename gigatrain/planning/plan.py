@@ -29,7 +29,7 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import axes, cost
+from gigatrain.planning import attention, axes, cost
 
 # Every operation and its implementations, the reference first: kernels/ops.py's, known here without torch (a test holds them equal).
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
@@ -48,7 +48,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "expert_sort": ("reference", "fused"),
     "moe": ("reference", "grouped", "glued", "fused"),
     "experts": ("reference", "grouped", "glued", "fused"),
-    "attention": ("reference", "sdpa", "blocked"),
+    "attention": ("reference", "sdpa", "blocked", *attention.ON_GPU),
     "linear_cross_entropy": ("reference", "chunked", "fused"),
     "grad_norm": ("reference", "fused"),
     "adamw": ("reference", "foreach", "fused"),
@@ -290,9 +290,16 @@ def _kernels(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -
             raise PlanError(f"kernels.{op}: no operation is called so; {known}")
         if op != "default" and name not in IMPLEMENTATIONS[op]:
             raise PlanError(f"kernels.{op} {name!r}: choose one of {', '.join(IMPLEMENTATIONS[op])}")
-        if name in TRITON and site.device == "cpu":
-            others = " or ".join(name for name in IMPLEMENTATIONS[op] if name not in TRITON)
-            raise PlanError(f'kernels.{op} "{name}": Triton kernels need a GPU, and {site.name} has none; choose {others}')
+        on_gpu = {*TRITON, *attention.ON_GPU}
+        if name in on_gpu and site.device == "cpu":
+            others = " or ".join(one for one in IMPLEMENTATIONS[op] if one not in on_gpu)
+            kernels = "Triton kernels need" if name in TRITON else f"{name} needs"
+            raise PlanError(f'kernels.{op} "{name}": {kernels} a GPU, and {site.name} has none; choose {others}')
+    if isinstance(architecture, Architecture) and site.device == "cuda" and (name := wanted.get("attention")):
+        if why := attention.refusal(name, _attended(recipe, site, architecture)):
+            raise PlanError(
+                f'kernels.attention "{name}": {why}; choose "{attention.chosen(_attended(recipe, site, architecture))[0]}", or leave it out'
+            )
     chosen = _rules(recipe, site, architecture) if default == "auto" else {}
     reasons = dict.fromkeys(IMPLEMENTATIONS, ("reference", 'the recipe says kernels = "reference"')) | chosen
     reasons |= {op: (name, "the recipe says so") for op, name in wanted.items() if op != "default"}
@@ -352,18 +359,49 @@ def _rules(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -> 
     if architecture.experts and recipe.mesh.expert > 1:
         reads = "no count is read" if recipe.mesh.dispatch == "gather" else "counts are read on the host once per layer and forward"
         chosen["moe"] = (chosen["moe"][0], f"mesh.dispatch {recipe.mesh.dispatch} between ranks, which runs `experts` on each: {reads}")
-    soft = architecture.attention_softcap is not None
-    if compiled:
-        chosen["attention"] = (
-            ("reference", "train.compile, with a soft-cap") if soft else ("sdpa", "train.compile: torch's fused attention")
-        )
-    elif not gpu and recipe.train.precision == "bf16" and recipe.train.sequence <= 2048:
-        chosen["attention"] = ("blocked", "in bf16 on a CPU twice as fast as torch's, at 256 and 1,024 tokens")
-    elif soft:
-        chosen["attention"] = ("blocked", "torch's fused attention has no soft-cap")
-    else:
-        chosen["attention"] = ("sdpa", "torch's fused attention")
+    chosen["attention"] = _attention(recipe, site, architecture)
     return chosen
+
+
+def _attention(recipe: Recipe, site: Site, architecture: Architecture) -> tuple[str, str]:
+    call = _attended(recipe, site, architecture)
+    lacking = " and no ".join(attention.SAID[one] for one in ("softcap", "sinks") if one in call.asks)
+    if recipe.mesh.context > 1 and recipe.mesh.exchange == "ring":
+        return "sdpa" if not lacking else "reference", "parallel/ring.py's own, block by block of the ranks' keys; this one is not called"
+    if recipe.train.compile:
+        return ("reference", f"train.compile, which has no {lacking}") if lacking else ("sdpa", "train.compile: torch's fused attention")
+    if site.device == "cuda":
+        return attention.chosen(call)
+    if recipe.train.precision == "bf16" and recipe.train.sequence <= 2048:
+        return "blocked", "in bf16 on a CPU twice as fast as torch's, at 256 and 1,024 tokens"
+    if lacking:
+        return "blocked", f"torch's fused attention has no {lacking}"
+    return "sdpa", "torch's fused attention"
+
+
+def _attended(recipe: Recipe, site: Site, architecture: Architecture) -> attention.Call:
+    """What attention is asked for on one rank: tensor parallelism and Ulysses cut its heads."""
+    mesh, train = recipe.mesh, recipe.train
+    shared = mesh.tensor * (mesh.context if mesh.exchange == "ulysses" else 1)
+    values = getattr(architecture, "value_dim", architecture.head_dim)
+    asks = {
+        "values": values != architecture.head_dim,
+        "single": train.precision == "fp32",
+        "documents": recipe.data.packing == "stream",
+        "window": any((window := architecture.window_of(i)) and window < train.sequence for i in range(architecture.layers)),
+        "softcap": architecture.attention_softcap is not None,
+        "sinks": getattr(architecture, "sinks", False),
+    }
+    return attention.Call(
+        heads=max(1, architecture.heads // shared),
+        kv_heads=max(1, architecture.kv_heads // shared),
+        channels=architecture.head_dim,
+        values=values,
+        sequence=train.sequence,
+        asks=frozenset(name for name, asked in asks.items() if asked),
+        deterministic=train.deterministic,
+        architecture=None if site.accelerator is None else attention.ACCELERATORS[site.accelerator],
+    )
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,8 +15,10 @@ from gigatrain.architectures import Architecture, from_hf_config
 from gigatrain.kernels.ops import REFERENCE, Ops, available, choose
 from gigatrain.models import hf
 from gigatrain.models.decoder import LAYOUT, Decoder, decays, kind_of
+from gigatrain.planning import attention
 
-FAST = choose({op: [name for name in names if name not in ("fused", "glued")][-1] for op, names in available().items()})
+ON_GPU = {"glued", *attention.ON_GPU}
+FAST = choose({op: [name for name in names if name not in ON_GPU][-1] for op, names in available().items()})
 FUSED = choose({"attention": "sdpa", "linear_cross_entropy": "chunked"})
 
 LATENT: dict[str, Any] = {
