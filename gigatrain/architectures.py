@@ -6,6 +6,7 @@ A family fixes the switches that its transformers class fixes (`FAMILIES`), so t
 
 import difflib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
@@ -19,7 +20,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
 FamilyName = Literal[
     "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "olmo3",
-    "smollm3", "helium", "apertus", "granite", "phi3", "arcee", "mixtral", "qwen3_moe",
+    "smollm3", "helium", "apertus", "granite", "phi3", "arcee", "mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "mistral4", "gpt_oss",
 ]  # fmt: skip
 
 
@@ -102,6 +103,13 @@ class _Family:
 _LAYER_WINDOWS = frozenset({"window", "window_layers"})
 _BIASES = frozenset({"qkv_bias", "output_bias"})  # one key, attention_bias, sets both
 _EXPERTS = frozenset({"experts", "experts_per_token"})
+_LATENT = frozenset({"q_rank", "kv_rank", "rope_head_dim", "value_head_dim", "rope_interleaved"})
+_DEEPSEEK = (
+    _EXPERTS
+    | _BIASES
+    | _LATENT
+    | {"expert_intermediate", "renormalise", "moe_layers", "shared_experts", "groups", "groups_per_token", "routed_scale"}
+)
 _GEMMA = {"norm": "gemma", "placement": "sandwich", "activation": "geglu", "embedding_scale": "sqrt_hidden"}
 _OLMO = {"norm": "olmo", "placement": "post", "qk_norm": "full", "rope_fp32": True}
 
@@ -155,14 +163,53 @@ FAMILIES: dict[str, _Family] = {
         default={"norm_eps": 1e-6},
         hf={"sliding_window": 4096, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
     ),
+    "olmoe": _Family(
+        fixed={"qk_norm": "full"},
+        open=_EXPERTS | _BIASES | {"renormalise"},
+        default={"norm_eps": 1e-5},
+        hf={"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8},
+    ),
+    "deepseek_v3": _Family(
+        fixed={"scoring": "sigmoid", "correction_bias": True},
+        open=_DEEPSEEK,
+        default={"norm_eps": 1e-6, "renormalise": True, "shared_experts": 1, "rope_interleaved": True},
+        hf={
+            "n_routed_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "n_shared_experts": 1, "routed_scaling_factor": 2.5,
+            "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "n_group": 8, "topk_group": 4,
+            "first_k_dense_replace": 3, "norm_topk_prob": True, "rope_interleave": True,
+        },
+    ),
+    "mistral4": _Family(
+        open=_DEEPSEEK | {"query_beta"},
+        default={"norm_eps": 1e-6, "renormalise": True, "shared_experts": 1, "rope_interleaved": True},
+        hf={
+            "n_routed_experts": 128, "num_experts_per_tok": 4, "moe_intermediate_size": 2048, "n_shared_experts": 1, "routed_scaling_factor": 1.0,
+            "kv_lora_rank": 256, "q_lora_rank": 1024, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 128, "n_group": 1, "topk_group": 1,
+            "first_k_dense_replace": 0, "norm_topk_prob": True, "rope_interleave": True,
+        },
+    ),
+    "gpt_oss": _Family(
+        fixed={
+            "norm": "olmo", "activation": "clamped_swiglu", "sinks": True, "scoring": "chosen", "router_bias": True, "expert_bias": True,
+        },
+        open=_EXPERTS | _LAYER_WINDOWS | _BIASES,
+        default={"norm_eps": 1e-5, "window_layers": (True, False), "qkv_bias": True, "output_bias": True},
+        hf={
+            "rms_norm_eps": 1e-5, "sliding_window": 128, "head_dim": 64, "num_local_experts": 128, "num_experts_per_tok": 4, "attention_bias": True,
+        },
+    ),
 }  # fmt: skip
+
+_LATENT_FAMILIES = frozenset(name for name, family in FAMILIES.items() if family.open >= _LATENT)
 
 # The switches, and the value each has where a family neither fixes nor opens it.
 _NEUTRAL: dict[str, Any] = {
     "norm": "llama", "placement": "pre", "qk_norm": "none", "activation": "swiglu", "qkv_bias": False, "output_bias": False, "mlp_bias": False,
     "window": None, "window_layers": None, "rope_layers": None, "rope_local": None, "rope_interleaved": False, "rope_fp32": False,
     "attention_scale": None, "attention_softcap": None, "logit_softcap": None, "embedding_scale": 1.0, "residual_scale": 1.0, "logit_divisor": 1.0,
-    "experts": 0, "experts_per_token": None, "expert_intermediate": None, "renormalise": False, "moe_layers": None,
+    "experts": 0, "experts_per_token": None, "expert_intermediate": None, "renormalise": False, "moe_layers": None, "shared_experts": 0,
+    "scoring": "softmax", "groups": 1, "groups_per_token": 1, "routed_scale": 1.0, "router_bias": False, "correction_bias": False, "expert_bias": False,
+    "q_rank": None, "kv_rank": None, "rope_head_dim": None, "value_head_dim": None, "sinks": False,
 }  # fmt: skip
 
 
@@ -206,8 +253,19 @@ class Architecture(_Numbers):
     )
     head_dim: Count = Field(
         default_factory=lambda seen: max(1, seen.get("hidden", 1) // seen.get("heads", 1)),
-        description="Channels of a head. Default: hidden / heads.",
+        description="Channels of a head of queries and keys. Default: hidden / heads.",
     )
+    kv_rank: Count | None = _switch(
+        "kv_rank",
+        "Keys and values of all heads are products of one latent of so many channels (multi-head latent attention, arXiv:2405.04434).",
+    )
+    q_rank: Count | None = _switch("q_rank", "Queries too are products of a latent, of so many channels; default: of the hidden state.")
+    rope_head_dim: Count | None = _switch(
+        "rope_head_dim",
+        "Of head_dim, the channels that are rotated; those of the keys are one for all heads and come from the hidden state.",
+    )
+    value_head_dim: Count | None = _switch("value_head_dim", "Channels of a head of values, where they are not head_dim.")
+    sinks: bool = _switch("sinks", "A trained logit per head that takes weight in the softmax and gives no value (gpt-oss).")
     intermediate: Count = Field(description="Width of the feed-forward layer.")
     experts: Annotated[int, Field(ge=0)] = _switch(
         "experts", "Feed-forward blocks of a layer, of which a router picks some for each token; 0: one, dense."
@@ -217,6 +275,20 @@ class Architecture(_Numbers):
         "expert_intermediate", "Width of an expert, where it may differ from `intermediate`, its default."
     )
     renormalise: bool = _switch("renormalise", "The router's weights of a token's experts are divided by their sum.")
+    shared_experts: Annotated[int, Field(ge=0)] = _switch(
+        "shared_experts", "Experts that every token visits beside its own, as one block of so many times their width."
+    )
+    scoring: Literal["softmax", "sigmoid", "chosen"] = _switch(
+        "scoring", "The router's scores: softmax over all experts, sigmoid of each, or softmax over a token's chosen ones."
+    )
+    groups: Count = _switch("groups", "Groups of neighbouring experts, of which a token may visit some: those with the best two scores.")
+    groups_per_token: Count = _switch("groups_per_token", "How many groups a token may visit.")
+    routed_scale: Positive = _switch("routed_scale", "Multiplies the router's weights.")
+    router_bias: bool = _switch("router_bias", "Bias of the router's logits.")
+    correction_bias: bool = _switch(
+        "correction_bias", "A number per expert that is added to its score for the choice alone; not trained (arXiv:2408.15664)."
+    )
+    expert_bias: bool = _switch("expert_bias", "Biases of the experts' products.")
     moe_layers: tuple[bool, ...] | None = _switch("moe_layers", "Which layers have experts; a shorter pattern repeats. Default: all.")
     tied: bool = _switch("tied", "The head is the embedding's transpose.")
     norm_eps: Positive = _switch("norm_eps", "Added to the mean square in each RMS norm.")
@@ -229,10 +301,12 @@ class Architecture(_Numbers):
     qk_norm: Literal["none", "head", "full"] = _switch(
         "qk_norm", "RMS norm of queries and keys: per head, or over all heads at once (OLMo 2)."
     )
-    activation: Literal["swiglu", "geglu", "xielu", "relu2"] = _switch(
-        "activation", "silu(gate) * up, gelu_tanh(gate) * up, xIELU(up) (arXiv:2411.13010) or relu(up) ** 2 (arXiv:2109.08668)."
+    activation: Literal["swiglu", "geglu", "xielu", "relu2", "clamped_swiglu"] = _switch(
+        "activation",
+        "silu(gate) * up, gelu_tanh(gate) * up, xIELU(up) (arXiv:2411.13010), relu(up) ** 2 (arXiv:2109.08668), or, of experts, "
+        "gate * sigmoid(1.702 gate) * (up + 1) of gate and up clamped at 7 (gpt-oss).",
     )
-    qkv_bias: bool = _switch("qkv_bias", "Bias of the query, key and value projections.")
+    qkv_bias: bool = _switch("qkv_bias", "Bias of the query, key and value projections; with `kv_rank`, of those to the latents.")
     output_bias: bool = _switch("output_bias", "Bias of attention's output projection.")
     mlp_bias: bool = _switch("mlp_bias", "Bias of the feed-forward projections.")
     rope: Rope = Field(default=Rope(), description="Position embedding; with `rope_local`, that of the layers without a window.")
@@ -272,9 +346,9 @@ class Architecture(_Numbers):
             raise ValueError(f"head_dim {self.head_dim} is odd, and rotary embedding turns pairs of channels; choose an even one")
         if self.family in ("llama", "gemma2", "gemma3_text") and self.hidden % self.heads:
             raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}, as {self.family} requires; change one of them")
-        if self.family == "helium" and self.heads * self.head_dim != self.hidden:
+        if self.family in ("helium", "olmoe") and self.heads * self.head_dim != self.hidden:
             raise ValueError(
-                f"heads * head_dim {self.heads * self.head_dim} is not hidden {self.hidden}, as helium requires; leave out `head_dim`"
+                f"heads * head_dim {self.heads * self.head_dim} is not hidden {self.hidden}, as {self.family} requires; leave out `head_dim`"
             )
         if self.window_layers is not None and (self.window is None or not any(self.window_layers)):
             raise ValueError("`window` and `window_layers` go together: give both with at least one layer true, or neither")
@@ -286,10 +360,12 @@ class Architecture(_Numbers):
             )
         if self.moe_layers is not None and not any(self.moe_layers):
             raise ValueError("`moe_layers` leaves no layer with experts; make at least one true, or choose a dense family")
+        self._grouped()
+        self._latent()
         if self.rope_layers is not None and not any(self.rope_layers):
             raise ValueError("`rope_layers` leaves no layer with positions; make at least one true")
         for rope in filter(None, (self.rope, self.rope_local)):
-            rotary = int(self.head_dim * rope.partial)
+            rotary = int(self.rotary_dim * rope.partial)
             if rotary % 2 or not rotary:
                 raise ValueError(
                     f"rope.partial {rope.partial} of head_dim {self.head_dim} rotates {rotary} channels; choose an even number of them"
@@ -299,6 +375,38 @@ class Architecture(_Numbers):
                     raise ValueError(f"rope.{name} has {len(factors)} numbers, one for each of {rotary // 2} channel pairs is needed")
         self._expressible()
         return self
+
+    def _grouped(self) -> None:
+        """Refuses groups of experts that do not divide, or that leave a token too few experts."""
+        if not self.experts or (self.groups, self.groups_per_token) == (1, 1):
+            return
+        if self.experts % self.groups or self.experts // self.groups < 2:
+            raise ValueError(
+                f"groups {self.groups} of {self.experts} experts: a group is scored by its best two; choose a divisor up to half of them"
+            )
+        reach = self.experts // self.groups * self.groups_per_token
+        if not self.groups_per_token <= self.groups or reach < (self.experts_per_token or 0):
+            raise ValueError(
+                f"groups_per_token {self.groups_per_token} of {self.groups} groups reaches {reach} experts, and a token visits {self.experts_per_token}; "
+                f"choose between {-(-(self.experts_per_token or 0) * self.groups // self.experts)} and {self.groups}"
+            )
+
+    def _latent(self) -> None:
+        """Refuses numbers of latent attention that are not all there, or do not fit."""
+        needed = {"kv_rank": self.kv_rank, "rope_head_dim": self.rope_head_dim, "value_head_dim": self.value_head_dim}
+        if self.family in _LATENT_FAMILIES and None in needed.values():
+            missing = ", ".join(name for name, value in needed.items() if value is None)
+            raise ValueError(f"{missing} is missing: {self.family} always has latent attention; give it")
+        if self.rope_head_dim is None:
+            return
+        if self.rope_head_dim % 2 or self.rope_head_dim >= self.head_dim:
+            raise ValueError(f"rope_head_dim {self.rope_head_dim} of head_dim {self.head_dim}: choose an even number below it")
+        if self.family == "mistral4" and int(self.head_dim * (self.rope_head_dim / self.head_dim)) != self.rope_head_dim:
+            raise ValueError(
+                f"rope_head_dim {self.rope_head_dim} of head_dim {self.head_dim}: mistral4 writes it as a share, which rounds; change either"
+            )
+        if self.kv_heads != self.heads:
+            raise ValueError(f"kv_heads {self.kv_heads}: latent attention has keys and values for each of {self.heads} heads; leave it out")
 
     def _expressible(self) -> None:
         """Refuses a switch that the family's transformers class does not have: such weights could not be exported."""
@@ -322,11 +430,18 @@ class Architecture(_Numbers):
                 raise ValueError(f"rope.partial {rope.partial}: {self.family} rotates whole heads; drop it, or choose family phi3")
             if rope.query_beta is not None and "query_beta" not in family.open:
                 raise ValueError(f"rope.query_beta {rope.query_beta}: {self.family} has none; drop it, or choose family ministral3")
+        if self.family in _LATENT_FAMILIES:
+            if not self.shared_experts:
+                raise ValueError(f"shared_experts 0: {self.family} always has some; give 1 or more")
+            if self.moe_layers is not None and sorted(self.moe_layers) != list(self.moe_layers):
+                raise ValueError(
+                    f"`moe_layers` of {self.family} can only leave out the first layers; make all behind the first true one true"
+                )
         if self.family == "phi3" and self.rope.kind not in ("default", "longrope"):
             raise ValueError(f"rope.kind {self.rope.kind!r}: phi3 has default and longrope only; choose one of them")
-        if self.family == "ministral3" and self.rope.query_beta is None:
+        if self.family in ("ministral3", "mistral4") and self.rope.query_beta is None:
             raise ValueError(
-                "rope.query_beta is missing: ministral3 always scales queries; give it (0.1 in the released models), or choose mistral"
+                f"rope.query_beta is missing: {self.family} always scales queries; give it (0.1 in the released models), or choose mistral"
             )
         if (
             self.family.startswith("gemma")
@@ -340,12 +455,32 @@ class Architecture(_Numbers):
     @property
     def gated(self) -> bool:
         """Whether the activation has a gate beside the up projection."""
-        return self.activation in ("swiglu", "geglu")
+        return self.activation in ("swiglu", "geglu", "clamped_swiglu")
 
     @property
     def scale(self) -> float:
-        """What multiplies query . key."""
-        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        """What multiplies query . key; latent attention sharpens it for stretched positions, as cos and sin cannot where they turn few channels."""
+        if self.attention_scale is not None:
+            return self.attention_scale
+        sharper = 1.0
+        if self.kv_rank is not None and self.rope.mscale_all_dim and (self.rope.factor or 1.0) > 1.0:
+            sharper = 0.1 * self.rope.mscale_all_dim * math.log(self.rope.factor or 1.0) + 1.0
+        return self.head_dim**-0.5 * sharper * sharper
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that position embeddings see; `Rope.partial` is a share of them."""
+        return self.rope_head_dim or self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a head of values."""
+        return self.value_head_dim or self.head_dim
+
+    @property
+    def shared_width(self) -> int:
+        """Channels of the block of shared experts."""
+        return self.shared_experts * self.expert_width
 
     @property
     def embedding_factor(self) -> float:
@@ -376,23 +511,47 @@ class Architecture(_Numbers):
         """Channels between an expert's two products."""
         return self.expert_intermediate or self.intermediate
 
-    def expert_parameters(self) -> int:
-        """Weights of all experts of all layers."""
+    def expert_matrices(self) -> int:
+        """Weights of all experts' products in all layers."""
         return self.sparse_layers * self.experts * 3 * self.hidden * self.expert_width
+
+    def expert_parameters(self) -> int:
+        """Trainable numbers of all experts of all layers, biases included."""
+        biases = self.sparse_layers * self.experts * (2 * self.expert_width + self.hidden) if self.expert_bias else 0
+        return self.expert_matrices() + biases
 
     def router_parameters(self) -> int:
         """Weights of all routers."""
         return self.sparse_layers * self.experts * self.hidden
 
     def idle_parameters(self) -> int:
-        """Weights of the experts that a token does not visit."""
-        return self.expert_parameters() // self.experts * (self.experts - (self.experts_per_token or 0)) if self.experts else 0
+        """Trainable numbers of the experts that a token does not visit."""
+        return self._idle(self.expert_parameters())
+
+    def _idle(self, of_experts: int) -> int:
+        return of_experts // self.experts * (self.experts - (self.experts_per_token or 0)) if self.experts else 0
+
+    def latent_parameters(self) -> int:
+        """Weights of a layer's products to the latents, which are the same for all heads."""
+        return self.hidden * ((self.q_rank or 0) + self.kv_rank + (self.rope_head_dim or 0)) if self.kv_rank else 0
+
+    def attention_parameters(self) -> int:
+        """Weights of a layer's attention."""
+        if not self.kv_rank:
+            return self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+        unrotated = self.head_dim - (self.rope_head_dim or 0)
+        heads = (self.q_rank or self.hidden) * self.head_dim + self.kv_rank * (unrotated + self.value_dim) + self.hidden * self.value_dim
+        return self.latent_parameters() + self.heads * heads
+
+    def feed_forward_parameters(self, layer: int, *, routed: bool = True) -> int:
+        """Weights of a layer's feed-forward block, without biases; `routed` with router and all experts."""
+        if not self.sparse_of(layer):
+            return self.hidden * self.intermediate * (3 if self.gated else 2)
+        return 3 * self.hidden * self.shared_width + (self.experts * self.hidden * (1 + 3 * self.expert_width) if routed else 0)
 
     def matrix_parameters(self, *, routed: bool = True) -> int:
         """Weights of the matrix products of all layers, without embedding, head, biases and norms; `routed` with routers and all experts."""
-        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        dense = (self.layers - self.sparse_layers) * self.hidden * self.intermediate * (3 if self.gated else 2)
-        return self.layers * attention + dense + (self.router_parameters() + self.expert_parameters() if routed else 0)
+        return self.layers * self.attention_parameters() + sum(self.feed_forward_parameters(i, routed=routed) for i in range(self.layers))
 
     def active_parameters(self) -> int:
         """Trainable numbers that one token meets."""
@@ -402,21 +561,22 @@ class Architecture(_Numbers):
         """Trainable numbers, exactly: the sum of `numel` over the parameters of the transformers model, a tied head counted once."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         widening = 2 if self.gated else 1
-        biases = (
-            self.qkv_bias * (q + 2 * kv) + self.output_bias * self.hidden + self.mlp_bias * (widening * self.intermediate + self.hidden)
-        )
+        entering = (self.q_rank or 0) + self.kv_rank + self.rotary_dim if self.kv_rank else q + 2 * kv
+        biases = self.qkv_bias * entering + self.output_bias * self.hidden + self.mlp_bias * (widening * self.intermediate + self.hidden)
         norms = (4 if self.placement == "sandwich" else 2) * self.hidden
         norms += {"none": 0, "head": 2 * self.head_dim, "full": q + kv}[self.qk_norm]
-        scalars = 2 if self.activation == "xielu" else 0
+        norms += (self.q_rank or 0) + self.kv_rank if self.kv_rank else 0
+        scalars = (2 if self.activation == "xielu" else 0) + (self.heads if self.sinks else 0)
+        of_experts = self.expert_parameters() - self.expert_matrices() + self.router_bias * self.sparse_layers * self.experts
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
-        return embeddings + self.matrix_parameters() + self.layers * (biases + norms + scalars) + self.hidden
+        return embeddings + self.matrix_parameters() + of_experts + self.layers * (biases + norms + scalars) + self.hidden
 
     def flops_per_token(self, sequence: int) -> float:
         """Forward and backward FLOPs of the matrix products, per token of a sample of `sequence` tokens that is one document.
 
         6 per weight (2 forward, 4 backward; layers, of their experts those that a token visits, and head, not the embedding's look-up) plus, per layer,
-        12 * heads * head_dim * keys for query . key and weights . value, where `keys` is the mean number of visible tokens: (sequence + 1) / 2, or less
-        with a window. Recomputation is not counted (PaLM, arXiv:2204.02311, appendix B, with the causal half that it leaves out).
+        6 * heads * (head_dim + value_dim) * keys for query . key and weights . value, where `keys` is the mean number of visible tokens:
+        (sequence + 1) / 2, or less with a window. Recomputation is not counted (PaLM, arXiv:2204.02311, appendix B, with the causal half that it leaves out).
         """
         if sequence < 1:
             raise ValueError(f"sequence {sequence} must be at least 1")
@@ -425,13 +585,17 @@ class Architecture(_Numbers):
             w = min(window or sequence, sequence)
             return (w * (w + 1) / 2 + (sequence - w) * w) / sequence
 
-        attention = 12 * self.heads * self.head_dim * sum(keys(self.window_of(i)) for i in range(self.layers))
-        return 6.0 * (self.matrix_parameters() - self.idle_parameters() + self.vocab * self.hidden) + attention
+        attention = 6 * self.heads * (self.head_dim + self.value_dim) * sum(keys(self.window_of(i)) for i in range(self.layers))
+        return 6.0 * (self.matrix_parameters() - self._idle(self.expert_matrices()) + self.vocab * self.hidden) + attention
 
 
 # ---- Named models: numbers only. The comment says where they were read and the parameter count that they must give. ----
 
 _LLAMA3_ROPE = {"kind": "llama3", "theta": 500_000.0, "original_positions": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+_GPT_OSS_ROPE = {
+    "kind": "yarn", "theta": 150_000.0, "factor": 32.0, "original_positions": 4096, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+}  # fmt: skip
 
 _NAMED: dict[str, dict[str, Any]] = {
     # huggingface.co/meta-llama/Llama-3.1-8B config.json; 8,030,261,248 parameters
@@ -535,6 +699,43 @@ _NAMED: dict[str, dict[str, Any]] = {
         "family": "qwen3_moe", "vocab": 151936, "hidden": 2048, "layers": 48, "heads": 32, "kv_heads": 4, "head_dim": 128, "intermediate": 6144,
         "norm_eps": 1e-6, "experts": 128, "experts_per_token": 8, "expert_intermediate": 768, "renormalise": True, "rope": {"theta": 1_000_000.0},
     },
+    # huggingface.co/allenai/OLMoE-1B-7B-0924 config.json; 6,919,161,856, of which a token meets 1,282,017,280
+    "olmoe-1b-7b": {
+        "family": "olmoe", "vocab": 50304, "hidden": 2048, "layers": 16, "heads": 16, "kv_heads": 16, "intermediate": 1024, "norm_eps": 1e-5,
+        "experts": 64, "experts_per_token": 8,
+    },
+    # huggingface.co/deepseek-ai/DeepSeek-V3-Base config.json, without its module of multi-token prediction; 671,026,404,352, of which a token meets
+    # 37,552,282,624
+    "deepseek-v3": {
+        "family": "deepseek_v3", "vocab": 129280, "hidden": 7168, "layers": 61, "heads": 128, "head_dim": 192, "intermediate": 18432, "norm_eps": 1e-6,
+        "q_rank": 1536, "kv_rank": 512, "rope_head_dim": 64, "value_head_dim": 128, "experts": 256, "experts_per_token": 8,
+        "expert_intermediate": 2048, "groups": 8, "groups_per_token": 4, "routed_scale": 2.5, "moe_layers": [False] * 3 + [True] * 58,
+        "rope": {
+            "kind": "yarn", "theta": 10_000.0, "factor": 40.0, "original_positions": 4096, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    },
+    # the defaults of transformers' Mistral4Config = the language model of huggingface.co/mistralai/Mistral-Small-4-119B-2603; 118,972,826,624, of
+    # which a token meets 6,632,588,288
+    "mistral-small-4": {
+        "family": "mistral4", "vocab": 131072, "hidden": 4096, "layers": 36, "heads": 32, "head_dim": 128, "intermediate": 12288, "norm_eps": 1e-6,
+        "q_rank": 1024, "kv_rank": 256, "rope_head_dim": 64, "value_head_dim": 128, "experts": 128, "experts_per_token": 4, "expert_intermediate": 2048,
+        "rope": {
+            "kind": "yarn", "theta": 10_000.0, "factor": 128.0, "original_positions": 8192, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "query_beta": 0.1,
+        },
+    },
+    # huggingface.co/openai/gpt-oss-20b config.json, as if its experts were not in mxfp4; 20,914,757,184, of which a token meets 4,187,440,704 (3.61 G
+    # without the embedding, as its authors count)
+    "gpt-oss-20b": {
+        "family": "gpt_oss", "vocab": 201088, "hidden": 2880, "layers": 24, "heads": 64, "kv_heads": 8, "head_dim": 64, "intermediate": 2880,
+        "window": 128, "experts": 32, "experts_per_token": 4, "rope": _GPT_OSS_ROPE,
+    },
+    # huggingface.co/openai/gpt-oss-120b config.json, likewise; 116,829,156,672, of which a token meets 5,711,982,912
+    "gpt-oss-120b": {
+        "family": "gpt_oss", "vocab": 201088, "hidden": 2880, "layers": 36, "heads": 64, "kv_heads": 8, "head_dim": 64, "intermediate": 2880,
+        "window": 128, "experts": 128, "experts_per_token": 4, "rope": _GPT_OSS_ROPE,
+    },
 }  # fmt: skip
 
 
@@ -585,7 +786,17 @@ _ROPE_KEYS = {
 }  # fmt: skip
 _HAS_LAYER_TYPES = frozenset(name for name, family in FAMILIES.items() if family.open >= _LAYER_WINDOWS)
 _MAY_SLIDE = ("qwen2", "qwen3", "smollm3", "qwen3_moe")  # have a window only where use_sliding_window says so
-_HAS_HEAD_DIM = frozenset({"llama", "mistral", "ministral", "ministral3", "qwen3", "gemma2", "gemma3_text", "helium", "arcee"})
+_HAS_HEAD_DIM = frozenset({"llama", "mistral", "ministral", "ministral3", "qwen3", "gemma2", "gemma3_text", "helium", "arcee", "gpt_oss"})
+_LATENT_KEYS = {"q_rank": "q_lora_rank", "kv_rank": "kv_lora_rank", "rope_head_dim": "qk_rope_head_dim", "value_head_dim": "v_head_dim"}
+_DEEPSEEK_KEYS = {
+    "shared_experts": "n_shared_experts", "groups": "n_group", "groups_per_token": "topk_group", "routed_scale": "routed_scaling_factor",
+    "renormalise": "norm_topk_prob", "expert_intermediate": "moe_intermediate_size", "experts": "n_routed_experts",
+}  # fmt: skip
+# Keys with one value that is implemented: gpt-oss's, and what files of DeepSeek's first code say beside transformers' keys.
+_ONLY: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+    "deepseek_v3": {"moe_layer_freq": 1, "ep_size": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+}
 _THETA = {
     "gemma3_text": 1_000_000.0,
     "olmo3": 500_000.0,
@@ -593,13 +804,49 @@ _THETA = {
     "helium": 100_000.0,
     "apertus": 12_000_000.0,
     "mixtral": 1_000_000.0,
+    "gpt_oss": 150_000.0,
 }  # of the classes
-_ACTIVATIONS = {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh",), "xielu": ("xielu",), "relu2": ("relu2",)}
+_ROPES: dict[str, dict[str, Any]] = {  # of the classes, where a file has none
+    "apertus": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+    "gpt_oss": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "mistral4": {
+        "rope_type": "yarn",
+        "factor": 128.0,
+        "original_max_position_embeddings": 8192,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
+_ACTIVATIONS = {
+    "swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh",), "xielu": ("xielu",), "relu2": ("relu2",), "clamped_swiglu": ("silu",),
+}  # fmt: skip
 _CLASSES = {
     "llama": "Llama", "mistral": "Mistral", "ministral": "Ministral", "ministral3": "Ministral3", "qwen2": "Qwen2", "qwen3": "Qwen3",
     "gemma2": "Gemma2", "gemma3_text": "Gemma3", "olmo2": "Olmo2", "olmo3": "Olmo3", "smollm3": "SmolLM3", "helium": "Helium", "apertus": "Apertus",
     "granite": "Granite", "phi3": "Phi3", "arcee": "Arcee", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe",
+    "olmoe": "Olmoe", "deepseek_v3": "DeepseekV3", "mistral4": "Mistral4", "gpt_oss": "GptOss",
 }  # fmt: skip
+
+
+def class_of(family: str) -> str | None:
+    """transformers' class of a family's language model; None for a model type that is no family of ours."""
+    return f"{_CLASSES[family]}ForCausalLM" if family in _CLASSES else None
 
 
 def from_hf_config(config: Mapping[str, Any]) -> Architecture:
@@ -621,6 +868,10 @@ def from_hf_config(config: Mapping[str, Any]) -> Architecture:
     if missing := [key for ours, key in _DIRECT.items() if ours not in numbers and ours != "kv_heads"]:
         raise RecipeError(f"config.json lacks {', '.join(missing)}, without which a {family} cannot be built")
     numbers["head_dim"] = get("head_dim") or numbers["hidden"] // numbers["heads"]
+    if family in _LATENT_FAMILIES:
+        numbers |= {ours: get(key) for ours, key in _LATENT_KEYS.items()} | {"rope_interleaved": bool(get("rope_interleave"))}
+        numbers["head_dim"] = get("qk_nope_head_dim") + numbers["rope_head_dim"]
+        read |= {"qk_head_dim", "num_nextn_predict_layers", "num_mtp_layers"}  # the last two: of modules that are not trained here
 
     activation = traits.fixed.get("activation", "swiglu")
     key = "hidden_activation" if family.startswith("gemma") else "hidden_act"
@@ -667,9 +918,26 @@ def from_hf_config(config: Mapping[str, Any]) -> Architecture:
 def _experts_from(family: str, get: Callable[..., Any], layers: int) -> dict[str, Any]:
     for key in ("router_aux_loss_coef", "output_router_logits"):  # of a loss that is chosen in the recipe, not by the model
         get(key)
+    for key, only in _ONLY.get(family, {}).items():
+        if (given := get(key, only)) != only:
+            raise RecipeError(f"config.json: {key} = {given!r} is not implemented for {family}; it must be {only!r}")
     numbers: dict[str, Any] = {"experts_per_token": get("num_experts_per_tok")}
     if family == "mixtral":
         return numbers | {"experts": get("num_local_experts")}
+    if family == "gpt_oss":
+        for key in (
+            "experts_per_token",
+            "initial_context_length",
+        ):  # what its own code calls numbers that are there under transformers' names
+            get(key)
+        return numbers | {"experts": get("num_local_experts")}
+    if family == "olmoe":
+        return numbers | {"experts": get("num_local_experts") or get("num_experts"), "renormalise": bool(get("norm_topk_prob"))}
+    if family in _LATENT_FAMILIES:
+        numbers |= {ours: get(key) for ours, key in _DEEPSEEK_KEYS.items()}
+        numbers |= {"renormalise": bool(numbers["renormalise"]), "routed_scale": float(numbers["routed_scale"])}
+        dense = min(get("first_k_dense_replace"), layers)
+        return numbers | {"moe_layers": [i >= dense for i in range(layers)] if dense else None}
     every, dense = get("decoder_sparse_step", 1), get("mlp_only_layers") or []
     sparse = [(i + 1) % every == 0 and i not in dense for i in range(layers)]
     return numbers | {
@@ -692,6 +960,7 @@ def _windows_from(family: str, config: Mapping[str, Any], layers: int) -> dict[s
             "gemma2": lambda i: i % 2 == 0,
             "gemma3_text": lambda i: (i + 1) % every != 0,
             "olmo3": lambda i: (i + 1) % 4 != 0,
+            "gpt_oss": lambda i: i % 2 == 0,
             "qwen2": lambda i: i >= config.get("max_window_layers", 28),
             "qwen3": lambda i: i >= config.get("max_window_layers", 28),
             "smollm3": lambda i: not (config.get("no_rope_layers") or [(j + 1) % 4 != 0 for j in range(layers)])[i],
@@ -708,14 +977,8 @@ def _ropes_from(family: str, config: Mapping[str, Any], windowed: bool) -> dict[
     theta = config.get("rope_theta") or _THETA.get(family, 10_000.0)
     given = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or {}
-    if family == "apertus" and not given and not scaling:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "original_max_position_embeddings": 8192,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-        }
+    if not given and not scaling:
+        scaling = _ROPES.get(family, {})
     if family not in ("gemma3_text", "olmo3"):
         return {"rope": _rope_from(family, config, {"rope_theta": theta, **(given or scaling)})}
     wide = _rope_from(family, config, {"rope_theta": theta, **(given.get("full_attention") or {}), **scaling})
@@ -739,12 +1002,20 @@ def _rope_from(family: str, config: Mapping[str, Any], given: Mapping[str, Any])
         inner = given.get("original_max_position_embeddings") or positions
         given = {**given, "original_max_position_embeddings": config.get("original_max_position_embeddings") or inner}
     partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if family == "mistral4":  # says it as a share of the whole head, and rotates what qk_rope_head_dim says
+        turned, others = (config.get(key, FAMILIES[family].hf[key]) for key in ("qk_rope_head_dim", "qk_nope_head_dim"))
+        if partial is not None and int((turned + others) * partial) != turned:
+            raise RecipeError(
+                f"config.json: partial_rotary_factor {partial} of a head of {turned + others} is not qk_rope_head_dim {turned}; make it "
+                f"{turned / (turned + others)}"
+            )
+        partial = None
     required, optional = _KINDS[kind]
     allowed = required | optional | {"theta", "partial"}
     unread = {"type", "rope_type", "max_position_embeddings", "factor", "original_max_position_embeddings"} | set(_ROPE_KEYS.values()) - {
         "llama_4_scaling_beta"
     }
-    if family == "ministral3":
+    if family in ("ministral3", "mistral4"):
         unread |= {"llama_4_scaling_beta"}
     if strange := sorted(key for key, value in given.items() if key not in unread and value is not None):
         raise RecipeError(f"config.json: rope parameter {', '.join(strange)} is not implemented for {family} with rope type {kind!r}")
@@ -761,7 +1032,7 @@ def to_hf_config(
     """
     traits = FAMILIES[arch.family]
     config: dict[str, Any] = {
-        "architectures": [f"{_CLASSES[arch.family]}ForCausalLM"],
+        "architectures": [class_of(arch.family)],
         "model_type": arch.family,
         **{key: getattr(arch, ours) for ours, key in _DIRECT.items()},
         "hidden_activation" if arch.family.startswith("gemma") else "hidden_act": _ACTIVATIONS[arch.activation][0],
@@ -773,7 +1044,7 @@ def to_hf_config(
         "attention_dropout": 0.0,
         "use_cache": True,
     }
-    if arch.family in _HAS_HEAD_DIM or arch.head_dim != arch.hidden // arch.heads:
+    if arch.family in _HAS_HEAD_DIM or (arch.head_dim != arch.hidden // arch.heads and arch.family not in _LATENT_FAMILIES):
         config["head_dim"] = arch.head_dim
     if "qkv_bias" in traits.open:
         config["attention_bias"] = arch.qkv_bias
@@ -796,6 +1067,16 @@ def to_hf_config(
         config["num_experts_per_tok"] = arch.experts_per_token
     if arch.family == "mixtral":
         config["num_local_experts"] = arch.experts
+    elif arch.family == "gpt_oss":
+        config |= {"num_local_experts": arch.experts, **_ONLY["gpt_oss"]}
+        config["sliding_window"] = arch.window or 128  # which the class needs even where no layer has it
+    elif arch.family == "olmoe":
+        config |= {"num_experts": arch.experts, "norm_topk_prob": arch.renormalise}
+    elif arch.family in _LATENT_FAMILIES:
+        config |= {key: getattr(arch, ours) for ours, key in (_LATENT_KEYS | _DEEPSEEK_KEYS).items()}
+        config |= {"qk_nope_head_dim": arch.head_dim - arch.rotary_dim, "rope_interleave": arch.rope_interleaved}
+        config["first_k_dense_replace"] = arch.layers - arch.sparse_layers
+        config |= {"num_nextn_predict_layers": 0} if arch.family == "deepseek_v3" else {}
     elif arch.family == "qwen3_moe":
         config |= {"num_experts": arch.experts, "moe_intermediate_size": arch.expert_width, "norm_topk_prob": arch.renormalise}
         config |= {"decoder_sparse_step": 1, "mlp_only_layers": [i for i in range(arch.layers) if not arch.sparse_of(i)]}
@@ -804,6 +1085,8 @@ def to_hf_config(
         config["rope_parameters"] = {"full_attention": wide, "sliding_attention": _rope_to(arch.rope_local or arch.rope)}
     else:
         config["rope_parameters"] = wide
+    if arch.family == "mistral4":
+        wide["partial_rotary_factor"] = arch.rotary_dim / arch.head_dim
     if arch.family == "phi3":
         config["original_max_position_embeddings"] = arch.rope.original_positions or max_positions
     return config

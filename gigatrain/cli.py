@@ -137,6 +137,7 @@ def _site(name: str | None) -> tuple[Any, str]:
 
 def _recipes(options: argparse.Namespace) -> None:
     from gigatrain import load
+    from gigatrain.architectures import Architecture
 
     rows = []
     for name, path in load.recipes().items():
@@ -150,6 +151,7 @@ def _recipes(options: argparse.Namespace) -> None:
                 "summary": recipe.summary,
                 "family": getattr(shape, "family", "transformers"),
                 "parameters": shape.parameters(),
+                "active": shape.active_parameters() if isinstance(shape, Architecture) else shape.parameters(),
                 "tokens": tokens,
             }
         )
@@ -157,7 +159,10 @@ def _recipes(options: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=2))
         return
     for row in rows:
-        print(f"{row['name']:24} {row['family']:10} {row['parameters']:>18,} parameters {row['tokens']:>20,} tokens  {row['summary']}")
+        active = f" ({row['active']:,} a token)" if row["active"] != row["parameters"] else ""
+        print(
+            f"{row['name']:24} {row['family']:10} {row['parameters']:>18,} parameters{active} {row['tokens']:>20,} tokens  {row['summary']}"
+        )
 
 
 def _sites(options: argparse.Namespace) -> None:

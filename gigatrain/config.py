@@ -129,6 +129,26 @@ class Loss(Section):
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.0, description="Share of each target that is spread evenly over the vocabulary (arXiv:1512.00567); validation has none."
     )
+    # Off by default: transformers computes none unless it is asked to (`output_router_logits`), so that a recipe without them is the model alone.
+    router_aux: NonNegative = Field(
+        default=0.0,
+        description="Weight of the loss that balances the experts, over all layers and the tokens of a microbatch (arXiv:2101.03961; transformers' "
+        "router_aux_loss_coef).",
+    )
+    router_z: NonNegative = Field(
+        default=0.0,
+        description="Weight of the routers' mean squared log-sum-exp, which keeps their logits small (arXiv:2202.08906 uses 1e-3).",
+    )
+    router_bias_rate: NonNegative = Field(
+        default=0.0,
+        description="How far a step moves the bias that corrects a router's choice, up for experts visited less than the mean and else down "
+        "(arXiv:2408.15664 uses 1e-3); for families that have one (deepseek_v3).",
+    )
+
+    @property
+    def watches(self) -> bool:
+        """Whether routers must say what they saw."""
+        return self.router_aux > 0 or self.router_z > 0 or self.router_bias_rate > 0
 
 
 class Train(Section):
@@ -333,4 +353,7 @@ class Site(Section):
     device: Literal["cpu", "cuda"]
     memory_bytes: Count | None = Field(
         default=None, description="Memory that one rank may fill; unknown: the plan shows its need and checks nothing."
+    )
+    accelerator: Literal["a100", "h100", "h200", "gh200", "b200", "gb200", "b300", "gb300", "mi300x", "mi325x"] | None = Field(
+        default=None, description="What the GPUs are; unknown: kernels are chosen that work on all of them."
     )

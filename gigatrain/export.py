@@ -14,6 +14,7 @@ from gigatrain.data.tokenizer import Tokenizer
 from gigatrain.errors import RunError
 from gigatrain.foreign import Foreign
 from gigatrain.models import autoweights, hf
+from gigatrain.models.decoder import kind_of
 from gigatrain.observe.display import Display
 
 MARK = "gigatrain.json"  # which run, step and plan an export is of
@@ -46,7 +47,10 @@ def export(folder: Path, target: Path, *, display: Display | None = None) -> int
         written = Path(temporary) / "export"
         written.mkdir()
         dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
-        weights, tokens = _Rounded(found.tensors("weights"), dtype), _special_tokens(folder / "tokenizer")
+        weights, tokens = (
+            _Rounded(found.tensors("weights"), dtype, foreign=isinstance(plan.architecture, Foreign)),
+            _special_tokens(folder / "tokenizer"),
+        )
         if isinstance(plan.architecture, Foreign):
             numbered = {f"{key}_token_id": value for key, value in tokens.items()}
             autoweights.save(weights, plan.architecture, written, dtype=dtype, tokens=numbered)
@@ -71,11 +75,12 @@ def export(folder: Path, target: Path, *, display: Display | None = None) -> int
 class _Rounded(Mapping[str, torch.Tensor]):
     """A checkpoint's tensors in the export's dtype, each made when it is asked for: the whole model never stands in memory, only a file of it."""
 
-    def __init__(self, tensors: Tensors, dtype: torch.dtype) -> None:
-        self.tensors, self.dtype = tensors, dtype
+    def __init__(self, tensors: Tensors, dtype: torch.dtype, *, foreign: bool) -> None:
+        self.tensors, self.dtype, self.foreign = tensors, dtype, foreign
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.tensors[name].to(self.dtype)
+        stays = not self.foreign and kind_of(name) == "state"  # fp32 in every file, since its steps are below bf16's
+        return self.tensors[name] if stays else self.tensors[name].to(self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

@@ -40,7 +40,7 @@ def generate(
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = _class(folder).from_pretrained(
             folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
         model.to(device)
@@ -55,3 +55,15 @@ def generate(
     with torch.inference_mode():
         ids = model.generate(**inputs, max_new_tokens=tokens, pad_token_id=pad, **sampling)
     return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def _class(folder: Path) -> Any:
+    """What loads the model in `folder`: transformers' Auto class, or, for a family of ours that it does not know (mistral4), the family's own."""
+    import transformers
+
+    from gigatrain.architectures import class_of
+
+    known = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    auto = transformers.AutoModelForCausalLM
+    name = None if type(known) in auto._model_mapping else class_of(known.model_type)
+    return auto if name is None else getattr(transformers, name)

@@ -232,7 +232,16 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
     if isinstance(plan.architecture, Foreign):
         return  # the engine compares such a model with itself
     kernels = {choice.op: choice.kernel for choice in plan.kernels}
-    worst = verify(plan.architecture, kernels, device, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
+    shared = plan.mesh.tensor * (plan.mesh.context if plan.mesh.exchange == "ulysses" else 1)
+    worst = verify(
+        plan.architecture,
+        kernels,
+        device,
+        torch.bfloat16 if plan.precision == "bf16" else torch.float32,
+        sequence=plan.sequence,
+        packed=plan.data.packing == "stream",
+        ranks=shared,
+    )
     if worst:
         found = ", ".join(f"{op} {multiple:.2f}" for op, multiple in sorted(worst.items()))
         display.line(f"  verified fused kernels on {torch.cuda.get_device_name(device)}, error over what is allowed: {found}")

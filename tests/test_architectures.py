@@ -1,6 +1,7 @@
 """The numbers of every architecture: counted exactly, refused with a way out, and the same through config.json and back."""
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -13,10 +14,17 @@ from gigatrain.errors import RecipeError
 TINY: dict[str, Any] = {"vocab": 64, "hidden": 32, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 48}
 LLAMA3 = {"kind": "llama3", "theta": 5e5, "factor": 8.0, "original_positions": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"kind": "yarn", "factor": 4.0, "original_positions": 4096}
+LATENT: dict[str, Any] = {
+    "experts": 8, "experts_per_token": 3, "head_dim": 20, "kv_heads": 4, "kv_rank": 16, "rope_head_dim": 8, "value_head_dim": 10,
+}  # fmt: skip
 NEEDS: dict[str, dict[str, Any]] = {
     "ministral3": {"rope": YARN | {"query_beta": 0.1}},
     "mixtral": {"experts": 4, "experts_per_token": 2},
     "qwen3_moe": {"experts": 8, "experts_per_token": 3},
+    "olmoe": {"experts": 8, "experts_per_token": 3},
+    "gpt_oss": {"experts": 8, "experts_per_token": 3},
+    "deepseek_v3": LATENT,
+    "mistral4": LATENT | {"rope": YARN | {"query_beta": 0.1}},
 }
 LONG = {"kind": "longrope", "factor": 2.0, "original_positions": 32, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0], "partial": 0.5}
 
@@ -38,6 +46,28 @@ VARIANTS: list[dict[str, Any]] = [
     {"family": "phi3", "rope": LONG},
     {"family": "arcee", "mlp_bias": True},
     {"family": "mixtral", "window": 7},
+    {"family": "olmoe", "renormalise": True, "qkv_bias": True, "output_bias": True},
+    {
+        "family": "deepseek_v3",
+        "q_rank": 12,
+        "groups": 4,
+        "groups_per_token": 2,
+        "moe_layers": [False, False, True, True],
+        "expert_intermediate": 12,
+    },
+    {
+        "family": "deepseek_v3",
+        "shared_experts": 2,
+        "routed_scale": 2.5,
+        "renormalise": False,
+        "rope_interleaved": False,
+        "qkv_bias": True,
+        "output_bias": True,
+    },
+    {"family": "deepseek_v3", "rope": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    {"family": "mistral4", "q_rank": 12, "groups": 2, "groups_per_token": 1, "moe_layers": [False, True, True, True]},
+    {"family": "gpt_oss", "window": 7, "window_layers": [True, False], "rope": YARN | {"truncate": False}},
+    {"family": "gpt_oss", "qkv_bias": False, "output_bias": False, "expert_bias": True, "tied": True},
     {
         "family": "qwen3_moe",
         "expert_intermediate": 12,
@@ -71,15 +101,18 @@ def test_named_models_count_as_transformers_does(name: str) -> None:
     arch = Architecture.model_validate_json(json.dumps(resolve(name)))
     config = to_hf_config(arch, bos=1, eos=2, pad=None, max_positions=131072)
     assert from_hf_config(config) == arch
-    two = arch.model_copy(update={"layers": 2, "window_layers": arch.window_layers and arch.window_layers[:2]})
-    small: dict[str, Any] = (
-        config | {"num_hidden_layers": 2} | ({"layer_types": config["layer_types"][:2]} if "layer_types" in config else {})
+    count = 1 + (arch.moe_layers.index(True) if arch.moe_layers else 1)  # the last layer is as all that are left out
+    few = arch.model_copy(
+        update={"layers": count}
+        | {name: pattern and pattern[:count] for name in ("window_layers", "moe_layers") if (pattern := getattr(arch, name)) or True}
     )
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**small))
-    assert two.parameters() == sum(p.numel() for p in model.parameters())
-    per_layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    assert arch.parameters() == two.parameters() + (arch.layers - 2) * per_layer
+    small: dict[str, Any] = config | {"num_hidden_layers": count}
+    small |= {"layer_types": config["layer_types"][:count]} if "layer_types" in config else {}
+    with torch.device("meta"):  # by the class itself: the Auto classes do not know mistral4
+        model = getattr(transformers, config["architectures"][0])(transformers.AutoConfig.for_model(**small))
+    assert few.parameters() == sum(p.numel() for p in model.parameters())
+    per_layer = sum(p.numel() for p in model.model.layers[-1].parameters())
+    assert arch.parameters() == few.parameters() + (arch.layers - count) * per_layer
 
 
 PUBLISHED = {
@@ -94,6 +127,10 @@ PUBLISHED = {
     "smollm2-135m": 134_515_008,
     "mixtral-8x7b": 46_702_792_704,
     "qwen3-30b-a3b": 30_532_122_624,
+    "olmoe-1b-7b": 6_919_161_856,
+    "deepseek-v3": 671_026_404_352,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
     "apertus-8b": 8_053_338_176,
     "phi-3-mini": 3_821_079_552,
 }
@@ -109,7 +146,7 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
         RecipeError, match=r"no architecture is called 'llama3-8b'; did you mean .*llama-3\.1-8b.* as a table \[model\.architecture\]"
     ):
         resolve("llama3-8b")
-    with pytest.raises(RecipeError, match=r"no architecture is called 'zzz'; there are apertus-8b, gemma-2-2b"):
+    with pytest.raises(RecipeError, match=r"no architecture is called 'zzz'; there are apertus-8b, deepseek-v3, gemma-2-2b"):
         resolve("zzz")
 
 
@@ -155,6 +192,31 @@ def test_of_the_experts_those_that_a_token_visits_are_computed() -> None:
     assert make(family="llama").active_parameters() == make(family="llama").parameters()
 
 
+def test_latent_attention_by_hand() -> None:
+    arch = make(
+        family="deepseek_v3",
+        q_rank=12,
+        shared_experts=2,
+        expert_intermediate=20,
+        groups=4,
+        groups_per_token=2,
+        moe_layers=[False] + [True] * 3,
+    )
+    latents, heads = 32 * (12 + 16 + 8), 4 * (12 * 20 + 16 * (12 + 10) + 10 * 32)
+    attention, dense, router, expert = latents + heads, 3 * 32 * 48, 8 * 32, 3 * 32 * 20
+    assert (arch.latent_parameters(), arch.attention_parameters()) == (latents, attention)
+    assert arch.matrix_parameters() == 4 * attention + dense + 3 * (router + (8 + 2) * expert)
+    assert arch.flops_per_token(1) == 6 * (4 * attention + dense + 3 * (router + (3 + 2) * expert) + 64 * 32) + 6 * 4 * (20 + 10) * 4
+    assert arch.active_parameters() == arch.parameters() - 3 * 5 * expert
+
+
+def test_a_stretched_context_sharpens_latent_attention_alone() -> None:
+    stretched = YARN | {"mscale": 1.0, "mscale_all_dim": 1.3}
+    arch = make(family="deepseek_v3", rope=stretched)
+    assert arch.scale == pytest.approx(20**-0.5 * (0.1 * 1.3 * math.log(YARN["factor"]) + 1) ** 2, rel=1e-15)
+    assert make(family="llama", rope=stretched).scale == 8**-0.5
+
+
 def test_a_window_costs_what_it_sees() -> None:
     whole, windowed = make(family="mistral"), make(family="mistral", window=4)
     seen = sum(min(i, 4) for i in range(1, 11)) / 10
@@ -195,11 +257,40 @@ def test_a_window_costs_what_it_sees() -> None:
         ({"family": "gemma3_text", "rope_local": {}}, "`rope_local` is for the layers with a window, and there is none"),
         ({"family": "gemma2", "attention_scale": 0.3}, "attention_scale 0.3 is not n ** -0.5 for a whole n, as gemma2 requires"),
         ({"family": "smollm3", "rope_layers": [False]}, "`rope_layers` leaves no layer with positions"),
-        ({"experts": 4, "experts_per_token": 2}, "experts 4: llama has 0; drop it, or choose family mixtral or qwen3_moe"),
+        (
+            {"experts": 4, "experts_per_token": 2},
+            "experts 4: llama has 0; drop it, or choose family deepseek_v3 or gpt_oss or mistral4 or mixtral or olmoe or qwen3_moe",
+        ),
         ({"family": "mixtral", "experts": 0}, "experts is missing: mixtral always has them; give `experts` and `experts_per_token`"),
         ({"family": "mixtral", "experts_per_token": 5}, "experts_per_token 5 of 4 experts; give a number between 1 and 4"),
         ({"family": "mixtral", "renormalise": False}, "renormalise False: mixtral has True"),
         ({"family": "qwen3_moe", "moe_layers": [False]}, "`moe_layers` leaves no layer with experts"),
+        ({"family": "olmoe", "head_dim": 4}, "heads * head_dim 16 is not hidden 32, as olmoe requires"),
+        (
+            {"family": "olmoe", "expert_intermediate": 4},
+            "expert_intermediate 4: olmoe has None; drop it, or choose family deepseek_v3 or mistral4 or qwen3_moe",
+        ),
+        ({"family": "deepseek_v3", "kv_rank": None}, "kv_rank is missing: deepseek_v3 always has latent attention; give it"),
+        ({"family": "deepseek_v3", "kv_heads": 2}, "kv_heads 2: latent attention has keys and values for each of 4 heads; leave it out"),
+        ({"family": "deepseek_v3", "rope_head_dim": 20}, "rope_head_dim 20 of head_dim 20: choose an even number below it"),
+        (
+            {"family": "deepseek_v3", "groups": 3},
+            "groups 3 of 8 experts: a group is scored by its best two; choose a divisor up to half of them",
+        ),
+        (
+            {"family": "deepseek_v3", "groups": 4},
+            "groups_per_token 1 of 4 groups reaches 2 experts, and a token visits 3; choose between 2 and 4",
+        ),
+        ({"family": "deepseek_v3", "shared_experts": 0}, "shared_experts 0: deepseek_v3 always has some; give 1 or more"),
+        ({"family": "deepseek_v3", "moe_layers": [True, False]}, "`moe_layers` of deepseek_v3 can only leave out the first layers"),
+        ({"family": "deepseek_v3", "correction_bias": False}, "correction_bias False: deepseek_v3 has True"),
+        (
+            {"family": "mistral4", "correction_bias": True},
+            "correction_bias True: mistral4 has False; drop it, or choose family deepseek_v3",
+        ),
+        ({"family": "mistral4", "rope": {}}, "rope.query_beta is missing: mistral4 always scales queries"),
+        ({"family": "gpt_oss", "sinks": False}, "sinks False: gpt_oss has True"),
+        ({"sinks": True}, "sinks True: llama has False; drop it, or choose family gpt_oss"),
     ],
 )
 def test_refuses(numbers: dict[str, Any], message: str) -> None:
@@ -275,7 +366,7 @@ def test_old_files_get_the_defaults_of_their_class() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt_oss"}, "model_type 'gpt_oss' is not implemented; there are llama, mistral"),
+        ({"model_type": "grok"}, "model_type 'grok' is not implemented; there are llama, mistral"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1 is not implemented for llama"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not implemented for llama; it must be silu or swish"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not implemented"),
@@ -293,6 +384,54 @@ def test_refuses_what_is_not_implemented(change: dict[str, Any], message: str) -
     with pytest.raises(RecipeError) as caught:
         from_hf_config(LLAMA_JSON | change)
     assert message in str(caught.value)
+
+
+def test_reads_what_authors_write_beside_transformers_keys() -> None:
+    """DeepSeek's file has keys of its first code, gpt-oss's those of its own; each with one value that is implemented."""
+    deepseek = to_hf_config(
+        Architecture.model_validate_json(json.dumps(resolve("deepseek-v3"))), bos=0, eos=1, pad=None, max_positions=163840
+    )
+    theirs = {
+        "ep_size": 1,
+        "moe_layer_freq": 1,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "num_nextn_predict_layers": 1,
+        "aux_loss_alpha": None,
+    }
+    rope = deepseek.pop("rope_parameters")
+    old = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {**rope, "type": rope.pop("rope_type")}}
+    assert from_hf_config(deepseek | theirs | old) == Architecture.model_validate_json(json.dumps(resolve("deepseek-v3")))
+    for key, value in (("moe_layer_freq", 2), ("scoring_func", "softmax"), ("topk_method", "greedy")):
+        with pytest.raises(RecipeError, match=f"{key} = {value!r} is not implemented for deepseek_v3; it must be"):
+            from_hf_config(deepseek | theirs | old | {key: value})
+    oss = to_hf_config(Architecture.model_validate_json(json.dumps(resolve("gpt-oss-20b"))), bos=0, eos=1, pad=None, max_positions=131072)
+    assert from_hf_config(oss | {"experts_per_token": 4, "initial_context_length": 4096}).experts == 32
+    with pytest.raises(RecipeError, match=r"swiglu_limit = 9\.0 is not implemented for gpt_oss; it must be 7\.0"):
+        from_hf_config(oss | {"swiglu_limit": 9.0})
+    with pytest.raises(RecipeError, match="quantization_config"):
+        from_hf_config(oss | {"quantization_config": {"quant_method": "mxfp4"}})
+    mistral = to_hf_config(make(family="mistral4"), bos=1, eos=2, pad=None, max_positions=64)
+    with pytest.raises(RecipeError, match=r"partial_rotary_factor 0\.5 of a head of 20 is not qk_rope_head_dim 8; make it 0\.4"):
+        from_hf_config(mistral | {"rope_parameters": mistral["rope_parameters"] | {"partial_rotary_factor": 0.5}})
+
+
+def test_bare_files_of_new_families_get_the_defaults_of_their_class() -> None:
+    import transformers
+
+    for family in ("OlmoeConfig", "DeepseekV3Config", "Mistral4Config", "GptOssConfig"):
+        config = getattr(transformers, family)()
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "model_type",
+        )
+        bare = {key: getattr(config, key) for key in sizes}
+        assert from_hf_config(bare) == from_hf_config(config.to_dict()), family
 
 
 def test_refuses_what_is_not_implemented_in_other_families() -> None:

@@ -106,7 +106,7 @@ def providers(op: str, chosen: Sequence[str], compiled: bool) -> list[Provider]:
         return lambda: function
 
     found = [
-        Provider(f"gigatrain {name}", made(function), "gigatrain", gpu=name == "fused")
+        Provider(f"gigatrain {name}", made(function), "gigatrain", gpu=name in ("fused", "glued"))
         for name, function in versions.items()
         if name != "reference"
     ]

@@ -38,6 +38,7 @@ from gigatrain.errors import RunError
 from gigatrain.kernels import adamw, ops
 from gigatrain.kernels.ops import OPERATIONS
 from gigatrain.models.automodel import Auto
+from gigatrain.models.decoder import Decoder
 from gigatrain.observe.metrics import Update
 from gigatrain.observe.trace import OFF
 from gigatrain.parallel import context
@@ -76,7 +77,7 @@ class DeepSpeed:
         self._updates = torch.zeros((), dtype=torch.int64, device=device)
         self._home = home
         self._masks = int.from_bytes(hashlib.sha256(f"{plan.seed}/dropout".encode()).digest()[:5], "little")
-        self._terms = {"z_loss": plan.loss.z_loss, "label_smoothing": plan.loss.label_smoothing}
+        self._terms = source.terms(plan)
         self._taken: State | None = None
 
     def _initialize(self, library: Any, kernels: Mapping[str, str]) -> tuple[Any, "Flat"]:
@@ -109,6 +110,9 @@ class DeepSpeed:
             optim.lr,
             kernels["adamw"],
         )
+        if isinstance(model, Decoder):
+            model.place(self.device)
+        self._corrections = model.corrections() if isinstance(model, Decoder) else {}
         engine, *_ = library.initialize(model=_Training(model), optimizer=flat, config=config, dist_init_required=False)
         zero = engine.optimizer
         assert getattr(zero, "loss_scale", 1.0) == 1.0, "no stage and precision of ours scales the loss"
@@ -208,19 +212,23 @@ class DeepSpeed:
         """Every rank's ranges of the master weights, from whole tensors one at a time; then the weights that compute, rounded from them."""
         if fresh:
             for name, tensor in self._values():
+                if name in self._corrections:
+                    self._corrections[name].copy_(tensor)
                 flattened = tensor.reshape(-1)
                 for share in self._parts.shares.get(name, ()):
                     share.of(self._parts.flats).copy_(flattened[share.start : share.start + share.count])
         self._parts.publish()
 
     def _values(self) -> Iterator[tuple[str, Tensor]]:
-        yield from source.values(self.plan, self.model, self._shapes, self.device)
+        shapes = self._shapes | {name: tuple(tensor.shape) for name, tensor in self._corrections.items()}
+        yield from source.values(self.plan, self.model, shapes, self.device)
 
     @torch.no_grad()
     def state(self) -> State:
         """fp32 master weights; moments and counts: rows of the parameters as copies on the host, until the next step. All ranks call it together."""
         if self._taken is None:
             weights = {name: self._rows(name, self._parts.flats) for name in self._shapes}
+            weights |= {name: self._mark(tensor) for name, tensor in self._corrections.items()}
             optimizer = {name: self._mark(tensor) for name, tensor in (("bad", self._bad), ("steps", self._updates))}
             for moment in ("exp_avg", "exp_avg_sq"):
                 flats = [getattr(self.flat.kept[flat], moment) for flat in self._parts.flats]

@@ -21,14 +21,15 @@ from gigatrain.engines.stage import compute
 from gigatrain.kernels import ops
 from gigatrain.kernels.adamw import Rates
 from gigatrain.kernels.ops import OPERATIONS
+from gigatrain.kernels.router import bias_update
 from gigatrain.models.automodel import Auto
-from gigatrain.models.decoder import LAYOUT, Part, kind_of
+from gigatrain.models.decoder import LAYOUT, Decoder, Part, kind_of
 from gigatrain.observe.metrics import Update
 from gigatrain.observe.trace import OFF
 from gigatrain.optim.adamw import AdamW, Flat
 from gigatrain.optim.muon import Muon, Versions
 from gigatrain.parallel import context, expert, shard, tensor
-from gigatrain.parallel.mesh import DATA, WEIGHTS, Mesh
+from gigatrain.parallel.mesh import AXES, DATA, WEIGHTS, Mesh
 from gigatrain.parallel.pipeline import Pipeline, Tied
 from gigatrain.parallel.places import Piece, Places, State, whole
 from gigatrain.parallel.replicate import Copies
@@ -131,9 +132,12 @@ class Native:
         self.parameters: dict[str, torch.nn.Parameter] = {}
         for model in self.stages.values():
             model.to_empty(device=self.home)
-            if isinstance(model, Auto):
-                model.place(device)
+            model.place(device)
             self.parameters |= model.named_parameters()
+        # What is no parameter and yet part of the model, in fp32 and whole on every rank of a stage.
+        decoders = [model for model in self.stages.values() if isinstance(model, Decoder)]
+        self.corrections = {name: tensor for model in decoders for name, tensor in model.corrections().items()}
+        self.visits = {name: tensor for model in decoders for name, tensor in model.visits().items()}
         # A tied head on another stage than its embedding: a copy on another rank, or, where both stages are this rank's, another name for the same.
         self.tied = Tied(mesh, plan.mesh.schedule) if plan.architecture.tied and built.count > 1 else None
         self.alias = self.tied is not None and EMBEDDING in self.parameters and HEAD in self.parameters
@@ -161,7 +165,7 @@ class Native:
         self._bad = torch.tensor([0, 0, 0, -1], dtype=torch.int64, device=self.home)
         self._updates = torch.zeros((), dtype=torch.int64, device=self.home)
         self._masks = int.from_bytes(hashlib.sha256(f"{plan.seed}/dropout".encode()).digest()[:5], "little")
-        self._terms = {"z_loss": plan.loss.z_loss, "label_smoothing": plan.loss.label_smoothing}
+        self._terms = source.terms(plan)
 
     @property
     def model(self) -> Any:
@@ -195,14 +199,19 @@ class Native:
                 shape = self.sharded[name].padded if name in self.sharded else parameter.shape
                 found[name] = torch.zeros(shape, device=self.home)
         if fresh:
-            for name, tensor in self._values(found):
-                self._box(name, found[name]).copy_(self.places[name].of(tensor))
+            for name, tensor in self._values([*found, *self.corrections]):
+                if name in self.corrections:
+                    self.corrections[name].copy_(tensor)
+                else:
+                    self._box(name, found[name]).copy_(self.places[name].of(tensor))
         return found
 
     def _values(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Every parameter's whole first value, one at a time: drawn from the seed, or read from `model.from`."""
         known = {self._canonical(name): name for name in names}
-        shapes = {name: self.places[mine].shape for name, mine in known.items()}
+        shapes = {
+            name: self.corrections[mine].shape if mine in self.corrections else self.places[mine].shape for name, mine in known.items()
+        }
         model = next(iter(self.stages.values()))
         for name, value in source.values(self.plan, model, shapes, self.device, part=self.pipelined):
             yield known[name], value
@@ -395,6 +404,7 @@ class Native:
         self.trace.mark("optimizer")
         for group in self.groups:
             group.step(rate, scale, skip)
+        self._balance(skip)
         self._round()
         self._count(skip == 0)
         self.trace.mark("rest")
@@ -424,6 +434,18 @@ class Native:
         skip = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         scale = torch.ones_like(norm) if clip is None else clip / torch.clamp(norm, min=clip)
         return norm, scale.to(self.home), skip.to(self.home)
+
+    def _balance(self, skip: Tensor) -> None:
+        """Move the routers' corrections by what all ranks' tokens visited in this step, and begin to count anew."""
+        if not self.visits:
+            return
+        rate, names = self.plan.loss.router_bias_rate, sorted(self.corrections.keys() & self.visits.keys())
+        if rate and names:
+            counts_le = self.mesh.sum(torch.stack([self.visits[name] for name in names]), *DATA, "context", "tensor")
+            kept = 1.0 - skip.to(self.device, non_blocking=True)
+            for name, counts_e in zip(names, counts_le, strict=True):
+                self.corrections[name].copy_(torch.lerp(self.corrections[name], bias_update(counts_e, self.corrections[name], rate), kept))
+        torch._foreach_zero_(list(self.visits.values()))
 
     def _round(self) -> None:
         """Into the bf16 weights that no update wrote itself."""
@@ -476,6 +498,8 @@ class Native:
                     optimizer[name] = self._mark(held)
                 else:
                     optimizer[f"{kind}.{self._canonical(parameter)}"] = self._piece(parameter, held)
+        writes = self.mesh.index(*(axis for axis in AXES if axis != "pipeline")) == 0
+        weights |= {name: Piece.whole(tensor, writes=writes) for name, tensor in self.corrections.items()}
         return {"weights": weights, "optimizer": optimizer}
 
     def _piece(self, name: str, padded: Tensor) -> Piece:

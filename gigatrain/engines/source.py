@@ -21,7 +21,15 @@ def blank(plan: Plan, ops: Ops, *, part: Part | None = None, dtype: torch.dtype 
         assert part is None or (part.first and part.last), "the plan refuses a pipeline"
         return Auto(plan.architecture.config, ops, recompute=plan.recompute, dtype=dtype)
     with torch.device("meta"):
-        return Decoder(plan.architecture, ops, recompute=plan.recompute, dropout=plan.dropout, part=part)
+        return Decoder(plan.architecture, ops, recompute=plan.recompute, dropout=plan.dropout, part=part, watched=plan.loss.watches)
+
+
+def terms(plan: Plan) -> dict[str, float]:
+    """The weights of the losses beside the cross entropy; those of routers only where there are some."""
+    routers = {"router_aux": plan.loss.router_aux, "router_z": plan.loss.router_z}
+    return {"z_loss": plan.loss.z_loss, "label_smoothing": plan.loss.label_smoothing} | {
+        name: weight for name, weight in routers.items() if weight
+    }
 
 
 def values(

@@ -44,6 +44,7 @@ TARGETS = {
     "sm_100": Target("cuda", 100, 32, 148, 227 << 10),
     "gfx942": Target("hip", "gfx942", 64, 304, 64 << 10),
 }
+TRITON = {"fused", "glued"}  # versions that launch kernels
 CUT = 64  # of the first number of a size, which changes no compiled code
 
 
@@ -134,12 +135,13 @@ def recordings(op: str, target: str, sizes: Iterable[tuple[Any, ...]] | None = N
             if operation.differentiable:
                 for tensor in tensors:
                     tensor.requires_grad_()
-            outputs = call(operation.versions["fused"], *tensors)
-            outputs = [
-                o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(o, torch.Tensor) and o.requires_grad
-            ]
-            if operation.differentiable:
-                torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+            for version in sorted(TRITON & set(operation.versions)):
+                outputs = call(operation.versions[version], *tensors)
+                outputs = [
+                    o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(o, torch.Tensor) and o.requires_grad
+                ]
+                if operation.differentiable:
+                    torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
         for made in launches:
             signature, constants, divisible = _specialised(made)
             function = made.kernel.fn

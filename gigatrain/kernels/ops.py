@@ -14,6 +14,7 @@ from gigatrain.kernels import (
     cross_entropy,
     dropout_add,
     embedding,
+    expert_sort,
     geglu,
     grad_norm,
     linear,
@@ -24,6 +25,7 @@ from gigatrain.kernels import (
     relu2,
     rms_norm,
     rope,
+    router,
     swiglu,
     xielu,
 )
@@ -39,6 +41,8 @@ MODULES = (
     xielu,
     dropout_add,
     linear,
+    router,
+    expert_sort,
     moe,
     attention,
     cross_entropy,
@@ -52,6 +56,10 @@ OPERATIONS = {name: operation for module in MODULES for name, operation in modul
 
 
 _mask = attention.mask
+
+
+def _alone(sums: Tensor) -> Tensor:
+    return sums
 
 
 @dataclass(frozen=True)
@@ -69,11 +77,14 @@ class Ops:
     xielu: Callable[..., Any]
     dropout_add: Callable[..., Any]
     linear: Callable[..., Any]  # of the layers' matrices; not the head's, the router's or the experts'
+    router: Callable[..., Any]
+    expert_sort: Callable[..., Any]  # of slots, where experts are on other ranks than their tokens
     moe: Callable[..., Any]  # all of a mixture of experts behind its router
     experts: Callable[..., Any]  # its part that remains where experts are on other ranks than their tokens
     attention: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
-    mask: Callable[..., Any] = _mask  # who sees whom, as `attention` takes it; not chosen, but replaced together with it
+    mask: Callable[..., Any] = _mask  # who sees whom, with what the chosen `attention` reads of it; replaced together with it
+    together: Callable[..., Any] = _alone  # sums over the ranks that share a sample, with gradients; not chosen, but replaced by parallel/
 
 
 def available() -> dict[str, tuple[str, ...]]:
@@ -95,14 +106,16 @@ def choose(kernels: Mapping[str, str]) -> Ops:
         if name not in names:
             raise PlanError(f"{op} has no implementation {name!r}; choose one of {', '.join(names)}")
         chosen[op] = OPERATIONS[op].versions[name]
-    return Ops(**{field.name: chosen[field.name] for field in fields(Ops) if field.name in chosen})
+    record = {field.name: chosen[field.name] for field in fields(Ops) if field.name in chosen}
+    return Ops(**record, mask=attention.MASKS[kernels.get("attention", "reference")])
 
 
 REFERENCE = choose({})
 
 
 def checked(kernels: Mapping[str, str], worst: dict[str, float]) -> Ops:
-    """As `choose`, with every call of a fused version first judged on its own inputs: outputs and gradients against fp64 and plain torch.
+    """As `choose`, with every call of a fused version, and of any attention but plain torch, first judged on its own inputs: outputs and gradients against
+    fp64 and plain torch.
 
     `worst` receives each operation's largest error as a multiple of what is allowed: twice plain torch's in the same dtype and one rounding of the
     result. For a start on a GPU that the kernels have not met, and never within a run: every call costs three evaluations and a synchronisation.
@@ -110,35 +123,36 @@ def checked(kernels: Mapping[str, str], worst: dict[str, float]) -> Ops:
     """
     chosen = choose(kernels)
 
-    def judged(op: str, version: Callable[..., Any]) -> Callable[..., Any]:
+    def judged(op: str, name: str, version: Callable[..., Any]) -> Callable[..., Any]:
         def call(*inputs: Any, **options: Any) -> Any:
             found = _multiple(OPERATIONS[op].versions["reference"], version, inputs, options)
             worst[op] = max(worst.get(op, 0.0), found)
             if not found <= 1.0:
                 raise KernelError(
-                    f"{op} fused errs {found:.3g} times as much as it may on this device, on inputs {_shapes(inputs)}; "
+                    f"{op} {name} errs {found:.3g} times as much as it may on this device, on inputs {_shapes(inputs)}; "
                     f'set kernels.{op} = "reference", and report it with the device and the versions of torch and triton'
                 )
             return version(*inputs, **options)
 
         return call
 
-    fused = {op: judged(op, getattr(chosen, op)) for op, name in kernels.items() if name == "fused" and hasattr(chosen, op)}
-    return replace(chosen, **fused)
+    foreign = {op: name for op, name in kernels.items() if name in ("fused", "glued") or (op == "attention" and name != "reference")}
+    return replace(chosen, **{op: judged(op, name, getattr(chosen, op)) for op, name in foreign.items() if hasattr(chosen, op)})
 
 
 def _multiple(reference: Callable[..., Any], version: Callable[..., Any], inputs: Sequence[Any], options: Mapping[str, Any]) -> float:
     """The largest error of an output or gradient over what is allowed."""
     results = []
+    count, whole = len(inputs), [*inputs, *options.values()]  # options such as sinks too, whose gradients count
     for function, wide in ((version, False), (reference, False), (reference, True)):
-        given = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+        given = [x.detach() if isinstance(x, Tensor) else x for x in whole]
         given = [x.double() if wide and isinstance(x, Tensor) and x.is_floating_point() else x for x in given]
-        leaves = [x.requires_grad_() for x, was in zip(given, inputs, strict=True) if isinstance(was, Tensor) and was.requires_grad]
+        leaves = [x.requires_grad_() for x, was in zip(given, whole, strict=True) if isinstance(was, Tensor) and was.requires_grad]
         with torch.enable_grad():
-            outputs = function(*given, **options)
-            outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+            outputs = function(*given[:count], **dict(zip(options, given[count:], strict=True)))
+            outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(o, Tensor) and o.requires_grad]
             grads = [torch.linspace(-1.0, 2.0, o.numel(), device=o.device, dtype=torch.float64).view(o.shape).to(o.dtype) for o in outputs]
-            found = torch.autograd.grad(outputs, leaves, grads)
+            found = torch.autograd.grad(outputs, leaves, grads) if outputs else ()
         results.append([*(o.detach() for o in outputs), *found])
     multiples = [0.0]
     for ours, plain, exact in zip(*results, strict=True):

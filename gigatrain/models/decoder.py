@@ -20,12 +20,13 @@ from gigatrain.kernels import linear_cross_entropy
 from gigatrain.kernels.attention import Mask
 from gigatrain.kernels.linear import Linear
 from gigatrain.kernels.ops import REFERENCE, Ops, checked
-from gigatrain.models.moe import MoE
+from gigatrain.models.latent import LatentAttention, Norm, Turn
+from gigatrain.models.moe import CORRECTION, Balance, Gate, MoE, balance
 from gigatrain.models.recompute import Remade, keep_products
 
 Recompute = Literal["none", "lean", "selective", "full"]
 Drop = tuple[float, Tensor]  # probability, and the int64 seed of one mask on the device
-Kind = Literal["embed", "head", "matrix", "expert", "router", "norm", "bias", "scalar"]
+Kind = Literal["embed", "head", "matrix", "expert", "router", "norm", "bias", "scalar", "sink", "state"]
 
 # How tensor parallelism cuts each module: column = outputs, row = inputs, vocab = rows of the vocabulary. What is not listed is whole everywhere.
 LAYOUT: dict[str, Literal["column", "row", "vocab"]] = {
@@ -33,6 +34,8 @@ LAYOUT: dict[str, Literal["column", "row", "vocab"]] = {
     "self_attn.q_proj": "column",
     "self_attn.k_proj": "column",
     "self_attn.v_proj": "column",
+    "self_attn.q_b_proj": "column",
+    "self_attn.kv_b_proj": "column",
     "self_attn.o_proj": "row",
     "mlp.gate_proj": "column",
     "mlp.up_proj": "column",
@@ -42,7 +45,10 @@ LAYOUT: dict[str, Literal["column", "row", "vocab"]] = {
 
 
 def kind_of(name: str) -> Kind:
-    """What a parameter is, by its name: the optimizer groups by it. `matrix` are the layers' matrices (Muon's share), `expert` holds one per expert."""
+    """What a parameter is, by its name: the optimizer groups by it. `matrix` are the layers' matrices (Muon's share), `expert` holds one per expert.
+
+    `state` is no parameter: a buffer that a step moves by rules of its own, the routers' correction biases.
+    """
     if name.startswith("model.embed_tokens"):
         return "embed"
     if name.startswith("lm_head"):
@@ -53,6 +59,10 @@ def kind_of(name: str) -> Kind:
         return "expert"
     if name.endswith(".mlp.gate.weight"):
         return "router"
+    if name.endswith(CORRECTION):
+        return "state"
+    if name.endswith(".sinks"):
+        return "sink"
     if name.endswith(".bias"):
         return "bias"
     return "scalar" if "act_fn" in name else "matrix"
@@ -60,6 +70,8 @@ def kind_of(name: str) -> Kind:
 
 def decays(name: str, embeddings: bool = False) -> bool:
     """Whether weight decay applies: to matrices, also of experts and routers, and if `embeddings` to embedding and head; never to norms, biases and scalars."""
+    if name.endswith("_bias"):  # of experts
+        return False
     return kind_of(name) in ("matrix", "expert", "router") or (embeddings and kind_of(name) in ("embed", "head"))
 
 
@@ -118,8 +130,8 @@ class Tables:
     """
 
     def __init__(self, rope: Rope, arch: Architecture) -> None:
-        self.rope, self.head_dim, self.fp32 = rope, arch.head_dim, arch.rope_fp32
-        self.factor = frequencies(rope, arch.head_dim)[1]
+        self.rope, self.head_dim, self.fp32 = rope, arch.rotary_dim, arch.rope_fp32
+        self.factor = frequencies(rope, arch.rotary_dim)[1]
         self.cache: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def __call__(self, positions_bt: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -150,14 +162,6 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
     return torch.tensor(value, dtype=torch.float32, device="cpu").to(dtype).item()
 
 
-class Norm(nn.Module):
-    """The weight of an RMS norm; the operation itself is one of `Ops`."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels))
-
-
 class Attention(nn.Module):
     """Self-attention of one layer."""
 
@@ -173,17 +177,20 @@ class Attention(nn.Module):
             full = arch.qk_norm == "full"
             self.q_norm = Norm(q if full else arch.head_dim)
             self.k_norm = Norm(kv if full else arch.head_dim)
+        if arch.sinks:
+            self.sinks = nn.Parameter(torch.empty(arch.heads))
 
-    def forward(self, x_btd: Tensor, turn: tuple[Tensor, Tensor, Tensor | None] | None, seen: Mask, again: Remade | None = None) -> Tensor:
+    def forward(self, x_btd: Tensor, turn: Turn | None, seen: Mask, again: Remade | None = None) -> Tensor:
         arch, ops = self.arch, self.ops
         q, k, v = self.q_proj(x_btd), self.k_proj(x_btd), self.v_proj(x_btd)
         turned = self._turned(q, k, turn)
         if again is not None and arch.qk_norm != "none":  # the norm keeps its inputs, and attention would keep what became of them
             again.drop(turned, lambda: self._turned(q, k, turn))
-        out = ops.attention(*turned, v.unflatten(-1, (-1, arch.head_dim)), seen, scale=arch.scale, softcap=arch.attention_softcap)
+        rest = {"sinks_h": self.sinks} if arch.sinks else {}
+        out = ops.attention(*turned, v.unflatten(-1, (-1, arch.head_dim)), seen, scale=arch.scale, softcap=arch.attention_softcap, **rest)
         return self.o_proj(out.flatten(-2))
 
-    def _turned(self, q: Tensor, k: Tensor, turn: tuple[Tensor, Tensor, Tensor | None] | None) -> tuple[Tensor, Tensor]:
+    def _turned(self, q: Tensor, k: Tensor, turn: Turn | None) -> tuple[Tensor, Tensor]:
         """Queries and keys [b, t, h, d] as attention takes them: normed, rotated and scaled."""
         arch, ops = self.arch, self.ops
         if arch.qk_norm == "full":
@@ -208,17 +215,17 @@ class XIELU(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward block of one layer."""
+    """The feed-forward block of one layer, or that of a layer's shared experts, of `width` channels (default: the architecture's)."""
 
-    def __init__(self, arch: Architecture, ops: Ops) -> None:
+    def __init__(self, arch: Architecture, ops: Ops, width: int | None = None) -> None:
         super().__init__()
-        self.activation = getattr(ops, arch.activation)
+        self.activation, width = getattr(ops, arch.activation), width or arch.intermediate
         if arch.gated:
-            self.gate_proj = Linear(arch.hidden, arch.intermediate, bias=arch.mlp_bias, product=ops.linear)
+            self.gate_proj = Linear(arch.hidden, width, bias=arch.mlp_bias, product=ops.linear)
         if arch.activation == "xielu":
             self.act_fn = XIELU()
-        self.up_proj = Linear(arch.hidden, arch.intermediate, bias=arch.mlp_bias, product=ops.linear)
-        self.down_proj = Linear(arch.intermediate, arch.hidden, bias=arch.mlp_bias, product=ops.linear)
+        self.up_proj = Linear(arch.hidden, width, bias=arch.mlp_bias, product=ops.linear)
+        self.down_proj = Linear(width, arch.hidden, bias=arch.mlp_bias, product=ops.linear)
 
     def forward(self, x_btd: Tensor, again: Remade | None = None) -> Tensor:
         up = self.up_proj(x_btd)
@@ -238,14 +245,16 @@ class Layer(nn.Module):
     """Attention and feed-forward, each added to the residual stream.
 
     The sum that ends a block is left to the norm that begins the next one, also across layers: `forward` takes and returns `(delta, residual)`, whose
-    scaled sum is the stream. So every sum that has a norm behind it is one `add_rms_norm`.
+    scaled sum is the stream. So every sum that has a norm behind it is one `add_rms_norm`. A layer of experts that is `watched` also returns what its router
+    saw (`Balance`): as an output, so that recomputation and sharding treat it as they do the others.
     """
 
-    def __init__(self, arch: Architecture, ops: Ops, *, sparse: bool = False) -> None:
+    def __init__(self, arch: Architecture, ops: Ops, *, sparse: bool = False, watched: bool = False) -> None:
         super().__init__()
-        self.arch, self.ops = arch, ops
-        self.self_attn = Attention(arch, ops)
-        self.mlp = MoE(arch, ops) if sparse else MLP(arch, ops)
+        self.arch, self.ops, self.watched = arch, ops, sparse and watched
+        self.self_attn = Attention(arch, ops) if arch.kv_rank is None else LatentAttention(arch, ops)
+        shared = MLP(arch, ops, arch.shared_width) if sparse and arch.shared_experts else None
+        self.mlp = MoE(arch, ops, shared, watched=watched) if sparse else MLP(arch, ops)
         if arch.placement != "post":
             self.input_layernorm = Norm(arch.hidden)
             self.post_attention_layernorm = Norm(arch.hidden)
@@ -257,11 +266,11 @@ class Layer(nn.Module):
         self,
         delta_btd: Tensor | None,
         residual_btd: Tensor,
-        turn: tuple[Tensor, Tensor, Tensor | None] | None,
+        turn: Turn | None,
         seen: Mask,
         drops: tuple[Drop | None, Drop | None] = (None, None),
         again: Remade | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Any, ...]:
         """`drops` are the dropouts of the two sums; with `again`, norm outputs and the activation are dropped and made again in the backward."""
         arch, ops, pre, post = self.arch, self.ops, self.arch.placement != "post", self.arch.placement != "pre"
         stream, x = begin(arch, ops, delta_btd, residual_btd, self.input_layernorm if pre else None, drops[0], again)
@@ -269,10 +278,10 @@ class Layer(nn.Module):
         if post:
             x = ops.rms_norm(x, self.attention_output_norm.weight, arch.norm_eps, arch.norm)
         stream, x = begin(arch, ops, x, stream, self.post_attention_layernorm if pre else None, drops[1], again)
-        x = self.mlp(x, again)
+        x, *balance = self.mlp(x, again) if self.watched else (self.mlp(x, again),)
         if post:
             x = ops.rms_norm(x, self.mlp_output_norm.weight, arch.norm_eps, arch.norm)
-        return x, stream
+        return x, stream, *balance
 
 
 def added(arch: Architecture, ops: Ops, delta_btd: Tensor, residual_btd: Tensor, drop: Drop | None) -> Tensor:
@@ -323,7 +332,9 @@ def initial(
     match kind_of(name):
         case "norm":
             return found.fill_(0.0 if arch.norm == "gemma" else 1.0)
-        case "bias":
+        case "bias" | "sink" | "state":
+            return found.zero_()
+        case "expert" if name.endswith("_bias"):
             return found.zero_()
         case "scalar":  # softplus of it is 0.8, and 0.8 - beta for the negative side
             return found.fill_(math.log(math.expm1(0.8 if name.endswith("alpha_p") else 0.3)))
@@ -339,11 +350,11 @@ def initial(
 class Stack(nn.Module):
     """Embedding, layers and last norm, as far as `part` has them. Layers keep their number in the whole model, in names too."""
 
-    def __init__(self, arch: Architecture, ops: Ops, part: Part) -> None:
+    def __init__(self, arch: Architecture, ops: Ops, part: Part, watched: bool) -> None:
         super().__init__()
         if part.first:
             self.embed_tokens = nn.Embedding(arch.vocab, arch.hidden)
-        self.layers = nn.ModuleDict({str(i): Layer(arch, ops, sparse=arch.sparse_of(i)) for i in part.layers})
+        self.layers = nn.ModuleDict({str(i): Layer(arch, ops, sparse=arch.sparse_of(i), watched=watched) for i in part.layers})
         if part.last:
             self.norm = Norm(arch.hidden)
 
@@ -353,15 +364,25 @@ class Decoder(nn.Module):
 
     Built on any device, `meta` included; weights are undefined until `init_weights` or models/hf.py fills them. Where embedding and head are tied and
     both here, they are one parameter, called model.embed_tokens.weight; a last part without the embedding has it as lm_head.weight.
+
+    `watched`: routers also say what the losses of balance need, and how often each expert was visited is summed in `visits`.
     """
 
     def __init__(
-        self, arch: Architecture, ops: Ops = REFERENCE, *, recompute: Recompute = "none", dropout: float = 0.0, part: Part | None = None
+        self,
+        arch: Architecture,
+        ops: Ops = REFERENCE,
+        *,
+        recompute: Recompute = "none",
+        dropout: float = 0.0,
+        part: Part | None = None,
+        watched: bool = False,
     ) -> None:
         super().__init__()
         self.arch, self.ops, self.recompute, self.dropout = arch, ops, recompute, dropout
         self.part = part or Part(range(arch.layers))
-        self.model = Stack(arch, ops, self.part)
+        self.watched = watched and any(arch.sparse_of(i) for i in self.part.layers)
+        self.model = Stack(arch, ops, self.part, self.watched)
         if self.part.last:
             self.lm_head = nn.Linear(arch.hidden, arch.vocab, bias=False)
         self._tie()
@@ -377,6 +398,22 @@ class Decoder(nn.Module):
         self._tie()
         return self
 
+    def corrections(self) -> dict[str, Tensor]:
+        """The routers' correction biases by name: what a checkpoint keeps beside the parameters."""
+        return {name: buffer for name, buffer in self.named_buffers() if kind_of(name) == "state"}
+
+    def place(self, device: torch.device) -> None:
+        """Give the buffers storage on `device`, zeros, wherever the parameters are."""
+        for gate in self.modules():
+            if isinstance(gate, Gate):
+                gate.place(device)
+
+    def visits(self) -> dict[str, Tensor]:
+        """How often each expert was visited in training since it was last zeroed, int64, under the name of the layer's correction bias; if `watched`."""
+        return {
+            f"{name}.{CORRECTION}": gate.visits for name, gate in self.named_modules() if isinstance(gate, Gate) and gate.visits is not None
+        }
+
     @property
     def layers(self) -> list[nn.Module]:
         """The layers, in order; each may be compiled in place."""
@@ -387,6 +424,8 @@ class Decoder(nn.Module):
         """Draws every weight in place, as `initial` says."""
         for name, parameter in self.named_parameters():
             parameter.copy_(initial(name, parameter.shape, self.arch, std, scale_residual, seed, parameter.device))
+        for correction in self.corrections().values():
+            correction.zero_()
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """`hidden`."""
@@ -399,11 +438,12 @@ class Decoder(nn.Module):
         documents_bt: Tensor | None = None,
         seed: Tensor | None = None,
         carried: tuple[Tensor | None, Tensor] | None = None,
+        watch: list[Balance] | None = None,
     ) -> Any:
         """hidden_btd after the last norm; without the last layer, `(delta_btd, stream_btd)`, which the next part is given as `carried`.
 
         `positions_bt` counts within each document ([1, t] is broadcast; None: 0, 1, ...); `documents_bt` int, each token's document in its row (None:
-        each row is one document); `seed` int64 on the device, of this call's dropout masks.
+        each row is one document); `seed` int64 on the device, of this call's dropout masks; `watch` receives what each router saw.
         """
         delta, stream = (None, self.embedded(tokens_bt)) if carried is None else carried
         arch, tokens, dtype, device = self.arch, tokens_bt.shape[1], stream.dtype, stream.device
@@ -420,7 +460,12 @@ class Decoder(nn.Module):
         for i, layer in zip(self.part.layers, self.layers, strict=True):
             rope = arch.rope_of(i)
             turn = None if rope is None else turns[rope]
-            delta, stream = self._layer(layer, delta, stream, turn, seen[arch.window_of(i)], (drops[2 * i], drops[2 * i + 1]))
+            delta, stream, *balance = self._layer(layer, delta, stream, turn, seen[arch.window_of(i)], (drops[2 * i], drops[2 * i + 1]))
+            for one in balance:
+                if self.training:  # here, where a layer that is computed again is not counted again
+                    cast(MoE, layer.mlp).gate.count(one)
+                if watch is not None:
+                    watch.append(one)
         if not self.part.last:
             return delta, stream
         return begin(arch, self.ops, delta, stream, self.model.norm, drops[-1])[1]
@@ -433,7 +478,7 @@ class Decoder(nn.Module):
 
     def _layer(
         self, layer: nn.Module, delta: Tensor | None, stream: Tensor, turn: Any, seen: Mask, drops: tuple[Drop | None, Drop | None]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Any, ...]:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return layer(delta, stream, turn, seen, drops)
         if self.recompute == "lean":
@@ -465,12 +510,23 @@ class Decoder(nn.Module):
         *,
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
+        router_aux: float = 0.0,
+        router_z: float = 0.0,
         seed: Tensor | None = None,
         carried: tuple[Tensor | None, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`(loss_sum, ce_sum)` over the labels that are not -100, which are already shifted; see kernels/linear_cross_entropy.py."""
-        hidden_btd = self.hidden(tokens_bt, positions_bt, documents_bt, seed, carried)
-        return self.loss_of(hidden_btd, labels_bt, z_loss=z_loss, label_smoothing=label_smoothing)
+        """`(loss_sum, ce_sum)` over the labels that are not -100, which are already shifted; see kernels/linear_cross_entropy.py.
+
+        The losses of the routers (`router_aux`, `router_z`; only if `watched`) are means over the tokens of this call and count once per label, so that
+        the sum over a step's calls, divided by its labels, is their mean.
+        """
+        seen: list[Balance] = []
+        hidden_btd = self.hidden(tokens_bt, positions_bt, documents_bt, seed, carried, seen)
+        loss, cross_entropy = self.loss_of(hidden_btd, labels_bt, z_loss=z_loss, label_smoothing=label_smoothing)
+        if router_aux or router_z:
+            assert self.watched
+            loss = loss + (labels_bt >= 0).sum() * balance(self.ops, self.arch, seen, router_aux, router_z)
+        return loss, cross_entropy
 
     def loss_of(self, hidden_btd: Tensor, labels_bt: Tensor, *, z_loss: float = 0.0, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """The head and the loss, of hidden states after the last norm; as `loss`."""
@@ -486,20 +542,33 @@ class Decoder(nn.Module):
 
 
 def verify(
-    arch: Architecture, kernels: Mapping[str, str], device: torch.device, dtype: torch.dtype, tokens: Sequence[int] = (33, 256)
+    arch: Architecture,
+    kernels: Mapping[str, str],
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: Sequence[int] = (33, 256),
+    *,
+    sequence: int | None = None,
+    packed: bool = False,
+    ranks: int = 1,
 ) -> dict[str, float]:
     """Run two layers of the architecture's real widths on `device` with every fused kernel judged against fp64: what a run does before it starts.
 
     Compiles the kernels too, and returns each operation's error as a multiple of what is allowed. Raises `KernelError`: see kernels/ops.py's `checked`.
     The vocabulary is cut to 16,384, the weights are random, and the loss goes by its smallest chunks, so that 256 tokens are several on any device. An
-    odd number of tokens and a multiple of 16 compile to different code.
+    odd number of tokens and a multiple of 16 compile to different code. With `sequence`, attention is judged on the run's own samples too: see
+    `verify_attention`, for `packed` and `ranks`.
     """
     worst: dict[str, float] = {}
+    if sequence is not None:
+        verify_attention(arch, kernels, device, dtype, sequence, packed=packed, ranks=ranks, worst=worst)
     sparse = {"moe_layers": (True, False)} if arch.moe_layers else {}
     cut = sparse | {"layers": 2, "vocab": min(arch.vocab, 1 << 14), "window_layers": None, "rope_local": None, "window": None}
     small = arch.model_copy(update=cut | {"rope_layers": (True, False) if arch.rope_layers else None})
+    # Versions that take less than any number of tokens are judged on the run's own alone.
+    plain = {} if kernels.get("attention") in EVERY_LENGTH else {"attention": "reference"}
     with torch.device(device), linear_cross_entropy.chunked_finely():
-        model = Decoder(small, checked(kernels, worst), dropout=0.1)
+        model = Decoder(small, checked({**kernels, **plain}, worst), dropout=0.1)
         model.init_weights(0.02, False, 0)
         model.to(dtype)
         generator = torch.Generator(device).manual_seed(0)
@@ -507,4 +576,54 @@ def verify(
             tokens_bt = torch.randint(0, small.vocab, (1, count), generator=generator)
             for training in (True, False):
                 model.train(training).loss(tokens_bt, tokens_bt.roll(-1, 1), seed=torch.zeros((), dtype=torch.int64))
+    return worst
+
+
+EVERY_LENGTH = ("reference", "sdpa", "blocked", "fused")  # of attention: whatever the number of tokens, on any device that they run on
+SCORES = 1 << 26  # of attention that is checked: 0.5 GiB in fp64, of which plain torch holds six or so
+
+
+def verify_attention(
+    arch: Architecture,
+    kernels: Mapping[str, str],
+    device: torch.device,
+    dtype: torch.dtype,
+    sequence: int,
+    *,
+    packed: bool,
+    ranks: int = 1,
+    worst: dict[str, float] | None = None,
+    scores: int = SCORES,
+) -> dict[str, float]:
+    """Judge the chosen attention against plain torch in fp64 on the run's own samples, values and gradients, and with every window of its layers.
+
+    Head size, heads of one of the `ranks` that share them, soft-cap, sinks and dtype are the run's; `packed` gives documents of uneven lengths. Samples are
+    halved until `scores` scores hold them, windows with them. Adds to `worst` and returns it; raises `KernelError`: see kernels/ops.py's `checked`.
+    """
+    worst = {} if worst is None else worst
+    name = kernels.get("attention", "reference")
+    if name == "reference":
+        return worst
+    chosen = checked({"attention": name}, worst)
+    heads, keys = max(1, arch.heads // ranks), max(1, arch.kv_heads // ranks)
+    count, halved = sequence, 1
+    while heads * count * count > scores and count % 2 == 0 and count > 128:
+        count, halved = count // 2, halved * 2
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype).requires_grad_()
+
+    widths = (arch.head_dim, arch.head_dim, getattr(arch, "value_dim", None) or arch.head_dim)
+    q, k, v = (drawn(1, count, number, width) for number, width in zip((heads, keys, keys), widths, strict=True))
+    options: dict[str, Any] = {"scale": arch.scale, "softcap": arch.attention_softcap}
+    if getattr(arch, "sinks", False):
+        options["sinks_h"] = drawn(heads)
+    documents = None
+    if packed:  # a third, a token, and the rest
+        documents = (torch.arange(count, device=device) >= count // 3).int() + (torch.arange(count, device=device) > count // 3).int()
+    for window in {arch.window_of(i) for i in range(arch.layers)}:
+        cut = None if window is None else max(1, window // halved)
+        seen = chosen.mask(None if documents is None else documents[None], cut, count, dtype, device)
+        chosen.attention(q, k, v, seen, **options)
     return worst

@@ -1,8 +1,8 @@
 """Weights in transformers' layout: safetensors files with transformers' names, read and written tensor by tensor.
 
 Names in memory are those of transformers' Llama. `_RENAMED` lists, per trait, what a family calls otherwise on disk; Phi-3 keeps query, key and value,
-and gate and up, as one matrix each. Experts are one tensor in memory, [experts, rows, columns] with gate above up, and three matrices each on disk.
-Nothing is ever unpickled.
+and gate and up, as one matrix each. Experts are one tensor in memory, [experts, rows, columns] with gate above up. On disk they are three matrices each,
+or, for the families without an entry in `_MOE`, tensors too: gpt-oss's with rows and columns exchanged and gate and up in turn. Nothing is ever unpickled.
 """
 
 import json
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,7 @@ from gigatrain.models.decoder import Decoder
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LAYER_TENSOR = re.compile(r"(model\.layers\.\d+\.)(.+)\.(weight|bias)")
 _EXPERTS = re.compile(r"(model\.layers\.\d+\.mlp\.)experts\.(gate_up_proj|down_proj)")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 # Names of the layers' norms on disk, where they differ: llama's second norm stands before the feed-forward block, gemma's after attention.
@@ -38,6 +39,7 @@ _RENAMED: dict[str, dict[str, str]] = {
         "mlp_output_norm": "post_feedforward_layernorm",
     },
     "apertus": {"input_layernorm": "attention_layernorm", "post_attention_layernorm": "feedforward_layernorm"},
+    "gpt_oss": {"mlp.gate": "mlp.router"},
 }
 _FUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "phi3": {
@@ -48,27 +50,43 @@ _FUSED: dict[str, dict[str, tuple[str, ...]]] = {
 # What a family calls the block with experts on disk, and an expert's gate, up and down.
 _MOE: dict[str, tuple[str, tuple[str, str, str]]] = {
     "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
-    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    **dict.fromkeys(("qwen3_moe", "olmoe", "deepseek_v3"), ("mlp", ("gate_proj", "up_proj", "down_proj"))),
 }
+# How gpt-oss stores a layer's experts: rows for columns, and of gate and up the first of each, the second of each, ...
+_FORMS: dict[str, dict[str, tuple[Literal["turned", "paired"], ...]]] = {
+    "gpt_oss": {"gate_up_proj": ("paired", "turned"), "gate_up_proj_bias": ("paired",), "down_proj": ("turned",)}
+}
+_EXPERT_TENSOR = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(\w+)")
 _CONSTANTS = {"act_fn.beta": xielu.BETA, "act_fn.eps": xielu.EPS}  # transformers keeps xIELU's two constants with the weights
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A tensor in memory, or its expert `expert`, or that one's half `half`."""
+    """A tensor in memory, or its expert `expert`, or that one's half `half`; `form`: how what is on disk is made of it, step by step."""
 
     name: str
     expert: int | None = None
     half: int | None = None
+    form: tuple[Literal["turned", "paired"], ...] = ()
 
     def of(self, whole: Tensor) -> Tensor:
-        """What `whole`, the tensor of that name, holds of it."""
+        """What `whole`, the tensor of that name, holds of it, as it is on disk."""
         part = whole if self.expert is None else whole[self.expert]
+        for step in self.form:
+            part = part.transpose(1, 2) if step == "turned" else part.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
         return part if self.half is None else part.chunk(2)[self.half]
+
+    def back(self, stored: Tensor) -> Tensor:
+        """The tensor in memory of a whole one on disk."""
+        for step in reversed(self.form):
+            stored = stored.transpose(1, 2) if step == "turned" else stored.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+        return stored
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
         """Of it, where `whole` is the shape of all of the tensor."""
         part = whole if self.expert is None else whole[1:]
+        if "turned" in self.form:
+            part = (part[0], part[2], part[1])
         return part if self.half is None else (part[0] // 2, *part[1:])
 
 
@@ -76,11 +94,12 @@ def _sources(arch: Architecture, name: str) -> tuple[_Source, ...]:
     """What in memory the tensor `name` on disk is made of, stacked along dim 0."""
     match = _LAYER_TENSOR.fullmatch(name)
     if not match:
-        return (_Source(name),)
+        stacked = _EXPERT_TENSOR.fullmatch(name)
+        return (_Source(name, form=_FORMS.get(arch.family, {}).get(stacked[1], ()) if stacked else ()),)
     layer, module, kind = match.groups()
     if module in (fused := _FUSED.get(arch.family, {})):
         return tuple(_Source(f"{layer}{part}.{kind}") for part in fused[module])
-    if arch.experts:
+    if arch.family in _MOE:
         block, names = _MOE[arch.family]
         if module == f"{block}.gate":
             return (_Source(f"{layer}mlp.gate.{kind}"),)
@@ -98,14 +117,14 @@ def _names(arch: Architecture, memory: Mapping[str, Any]) -> dict[str, tuple[_So
     forward = _RENAMED.get(arch.family, _RENAMED[arch.placement])
     fused = {part: whole for whole, parts in _FUSED.get(arch.family, {}).items() for part in parts}
     block, parts = _MOE.get(arch.family, ("", ("", "", "")))
-    if arch.experts:
+    if arch.family in _MOE:
         forward = {**forward, "mlp.gate": f"{block}.gate"}
     disk: dict[str, tuple[_Source, ...]] = {}
     for name in memory:
         if name == _HEAD and arch.tied:
             continue
         written = [name]
-        if match := _EXPERTS.fullmatch(name):
+        if arch.family in _MOE and (match := _EXPERTS.fullmatch(name)):
             layer = match[1].removesuffix("mlp.")
             mine = parts[:2] if match[2] == "gate_up_proj" else parts[2:]
             written = [f"{layer}{block}.experts.{e}.{part}.weight" for e in range(arch.experts) for part in mine]
@@ -172,7 +191,7 @@ def from_hf(state: Mapping[str, Tensor], arch: Architecture) -> dict[str, Tensor
         elif sources[0].expert is not None:
             memory |= stacks.filled(sources[0], tensor)
         elif len(sources) == 1:
-            memory[sources[0].name] = tensor
+            memory[sources[0].name] = sources[0].back(tensor)
         else:
             parts = tensor.split([sizes[_module(s.name)] for s in sources])
             memory |= {s.name: part for s, part in zip(sources, parts, strict=True)}
@@ -266,7 +285,7 @@ def load_weights(model: Decoder, folder: str | os.PathLike[str]) -> None:
 
     Raises as `read_weights`; nothing is written to the model before names and shapes are known to fit.
     """
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters()) | model.corrections()
     for name, tensor in read_weights(model.arch, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, folder):
         parameters[name].copy_(tensor)
 
@@ -276,12 +295,16 @@ def read_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """`(name in memory, whole tensor)` of every parameter in `shapes`, one in memory at a time; with `part`, the folder may hold others too.
 
+    DeepSeek's files have layers behind the last one, of multi-token prediction: they are passed over, as transformers does.
+
     Raises `CheckpointError` naming the tensors that are missing, unexpected or of another shape, before it gives the first.
     """
     folder = Path(folder)
     files = _files(folder)
     wanted = _names(arch, shapes)
     found = {name for name in files if not name.endswith((*_CONSTANTS, "rotary_emb.inv_freq"))}
+    if arch.family == "deepseek_v3":
+        found -= {name for name in found if (layer := _LAYER.match(name)) and int(layer[1]) >= arch.layers}
     if arch.tied and _HEAD in found:
         found.remove(_HEAD)  # some files repeat the tied head
     if missing := sorted(set(wanted) - found):
@@ -314,6 +337,8 @@ def read_weights(
                 sources, tensor = wanted[name], file.get_tensor(name)
                 if sources[0].expert is not None:
                     yield from stacks.filled(sources[0], tensor).items()
+                elif len(sources) == 1:
+                    yield sources[0].name, sources[0].back(tensor)
                 else:
                     yield from zip((s.name for s in sources), tensor.split([shapes[s.name][0] for s in sources]), strict=True)
 

@@ -76,6 +76,7 @@ def keep_products() -> Any:
         "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
     )
     kept = {getattr(aten, name).default for name in names.split() if hasattr(aten, name)}
+    kept |= {torch.ops.gigatrain.moe.default, torch.ops.gigatrain.experts.default}  # products first of all
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE

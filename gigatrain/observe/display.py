@@ -67,11 +67,13 @@ class Display:
         shape = plan.architecture
         self.line(f"{plan.name}: {plan.summary}" if plan.summary else plan.name)
         what = f"{shape.class_name} (transformers)" if isinstance(shape, Foreign) else shape.family
+        active = ""
         heads = "" if isinstance(shape, Foreign) else f"{shape.heads}/{shape.kv_heads} heads, "
         if not isinstance(shape, Foreign) and shape.experts:
             heads += f"{shape.experts_per_token} of {shape.experts} experts, "
+            active = f" ({shape.active_parameters():,} of them for a token)"
         self.line(
-            f"  model    {what}, {plan.parameters:,} parameters: {shape.layers} layers, hidden {shape.hidden}, {heads}vocabulary {shape.vocab}"
+            f"  model    {what}, {plan.parameters:,} parameters{active}: {shape.layers} layers, hidden {shape.hidden}, {heads}vocabulary {shape.vocab}"
         )
         self.line(
             f"  step     {plan.batch} samples x {plan.sequence} tokens = {plan.tokens_per_step:,} tokens"

@@ -12,7 +12,7 @@ a sample's tokens so that all ranks work alike, else in order. It leaves a micro
 need no communication.
 
 Ulysses. Each rank sends, per layer and sample, forward and again backward: (c - 1) / c of t (h + 2 k') d B bytes, and of t h d B, where k' = lcm(k, c):
-key heads are repeated until they divide. What is kept for the backward is that of attention over T tokens with h / c and k' / c heads.
+key heads are repeated until they divide. Where values have e channels, t ((h + k') d + k' e) B and t h e B. A rank uses the sinks of its heads. What is kept for the backward is that of attention over T tokens with h / c and k' / c heads.
 """
 
 import math
@@ -64,13 +64,34 @@ def ops(chosen: Ops, mesh: Mesh, exchange: Exchange) -> Ops:
     def dropout_add(x: Tensor, residual: Tensor, p: float, seed: Tensor, offset: int = 0) -> Tensor:
         return chosen.dropout_add(x, residual, p, seed + apart, offset)
 
-    return replace(chosen, **found, dropout_add=dropout_add)
+    def together(sums: Tensor) -> Tensor:
+        return _Together.apply(chosen.together(sums), group.group_name)  # type: ignore[return-value]
+
+    return replace(chosen, **found, dropout_add=dropout_add, together=together)
 
 
 def _checked(documents: Tensor | None, window: int | None, tokens: int) -> int | None:
     """The window, if it hides anything of samples of `tokens` tokens."""
     assert documents is None or documents.shape[1] == tokens, "documents are those of the whole sample"
     return None if window is None or window >= tokens else window
+
+
+class _Together(torch.autograd.Function):
+    """The sum over the ranks, of which each has its own labels' part of the loss: gradients are summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return _all_reduce(sums, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _all_reduce(grad, ctx.group), None
+
+
+def _all_reduce(x: Tensor, group: str) -> Tensor:
+    calls = torch.ops._c10d_functional
+    return calls.wait_tensor(calls.all_reduce(x.contiguous(), "sum", group))
 
 
 class _Exchange(torch.autograd.Function):
@@ -97,17 +118,21 @@ def _ulysses(chosen: Ops, group: distributed.ProcessGroup) -> dict[str, Callable
     def mask(documents: Tensor | None, window: int | None, tokens: int, dtype: torch.dtype, device: torch.device) -> Any:
         return chosen.mask(documents, _checked(documents, window, tokens * ranks), tokens * ranks, dtype, device)
 
-    def attention(q_bthd: Tensor, k_btkd: Tensor, v_btkd: Tensor, mask: Any, *, scale: float, softcap: float | None = None) -> Tensor:
+    def attention(
+        q_bthd: Tensor, k_btkd: Tensor, v_btke: Tensor, mask: Any, *, scale: float, softcap: float | None = None, sinks_h: Tensor | None = None
+    ) -> Tensor:
         keys = k_btkd.shape[2]
         if copies := math.lcm(keys, ranks) // keys - 1:
-            k_btkd, v_btkd = (x.repeat_interleave(copies + 1, 2) for x in (k_btkd, v_btkd))
-        parts = [x.unflatten(2, (ranks, -1)) for x in (q_bthd, k_btkd, v_btkd)]
-        sent = torch.cat(parts, 3)  # [b, t, c, heads of one rank, d]: queries, keys and values of consecutive heads, which belong together
-        got = _Exchange.apply(sent.permute(2, 0, 1, 3, 4), name)
+            k_btkd, v_btke = (x.repeat_interleave(copies + 1, 2) for x in (k_btkd, v_btke))
+        parts = [x.unflatten(2, (ranks, -1)) for x in (q_bthd, k_btkd, v_btke)]
+        sent = torch.cat([part.flatten(3) for part in parts], 3)  # [b, t, c, queries, keys and values of consecutive heads, which belong together]
+        got = _Exchange.apply(sent.permute(2, 0, 1, 3), name)
         assert isinstance(got, Tensor)
-        q, k, v = got.transpose(0, 1).flatten(1, 2).split([part.shape[3] for part in parts], 2)
-        out = chosen.attention(q, k, v, mask, scale=scale, softcap=softcap)
-        back = _Exchange.apply(out.unflatten(1, (ranks, -1)).transpose(0, 1), name)  # [c, b, t, h / c, d]
+        pieces = got.transpose(0, 1).flatten(1, 2).split([part[0, 0, 0].numel() for part in parts], 2)
+        q, k, v = (piece.unflatten(2, part.shape[3:]) for piece, part in zip(pieces, parts, strict=True))
+        sinks = {} if sinks_h is None else {"sinks_h": sinks_h.unflatten(0, (ranks, -1))[group.rank()]}
+        out = chosen.attention(q, k, v, mask, scale=scale, softcap=softcap, **sinks)
+        back = _Exchange.apply(out.unflatten(1, (ranks, -1)).transpose(0, 1), name)  # [c, b, t, h / c, e]
         assert isinstance(back, Tensor)
         return back.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
@@ -120,7 +145,9 @@ def _ring(group: distributed.ProcessGroup) -> dict[str, Callable[..., Any]]:
     def mask(documents: Tensor | None, window: int | None, tokens: int, dtype: torch.dtype, device: torch.device) -> Mask:
         return Mask(documents, _checked(documents, window, tokens * ranks))
 
-    def attention(q_bthd: Tensor, k_btkd: Tensor, v_btkd: Tensor, mask: Mask, *, scale: float, softcap: float | None = None) -> Tensor:
-        return ring.attention(q_bthd, k_btkd, v_btkd, mask.documents_bt, mask.window, scale, softcap, name)[0]
+    def attention(
+        q_bthd: Tensor, k_btkd: Tensor, v_btke: Tensor, mask: Mask, *, scale: float, softcap: float | None = None, sinks_h: Tensor | None = None
+    ) -> Tensor:
+        return ring.attention(q_bthd, k_btkd, v_btke, sinks_h, mask.documents_bt, mask.window, scale, softcap, name)[0]
 
     return {"mask": mask, "attention": attention}

@@ -20,7 +20,7 @@ The gradient of an expert is whole on its rank, from the tokens of all ranks alo
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -123,24 +123,33 @@ def _on_host(counts: Sequence[Tensor], rows: Sequence[int]) -> list[list[int]]:
     return [flat[end - len(c) : end] for c, end in zip(counts, ends, strict=True)]
 
 
-def _visited(experts: moe.Experts, x_md: Tensor, arrived_rl: Tensor, gate_up_lfd: Tensor, down_ldi: Tensor) -> Tensor:
+def _visited(
+    experts: moe.Experts, x_md: Tensor, arrived_rl: Tensor, gate_up_lfd: Tensor, down_ldi: Tensor, rest: Mapping[str, Any]
+) -> Tensor:
     """What this rank's experts make of rows that stand rank by rank and, within each, expert by expert; in the same order."""
     ranks, local = arrived_rl.shape
     keys_m = torch.arange(local, device=x_md.device).repeat(ranks).repeat_interleave(arrived_rl.flatten(), output_size=x_md.shape[0])
     order_m, counts_l = moe.sort(keys_m, local)
-    y_md = experts(moe.gather(x_md, order_m, 1), counts_l, gate_up_lfd, down_ldi)
+    y_md = experts(moe.gather(x_md, order_m, 1), counts_l, gate_up_lfd, down_ldi, **rest)
     return moe.spread(y_md, order_m, x_md.shape[0])
 
 
 def _alltoall(
-    experts: moe.Experts, peers: Peers, x_nd: Tensor, weights_nk: Tensor, chosen_nk: Tensor, gate_up_lfd: Tensor, down_ldi: Tensor
+    experts: moe.Experts,
+    peers: Peers,
+    x_nd: Tensor,
+    weights_nk: Tensor,
+    chosen_nk: Tensor,
+    gate_up_lfd: Tensor,
+    down_ldi: Tensor,
+    **rest: Any,
 ) -> Tensor:
     order_m, counts_e = moe.sort(chosen_nk, peers.count * gate_up_lfd.shape[0])
     counts_rl = counts_e.view(peers.count, -1)
     arrived_rl = _received(counts_rl, None, None, peers)
     send, receive = _on_host((counts_rl.sum(1), arrived_rl.sum(1)), (chosen_nk.numel(),) * 2)
     x_md = exchange(moe.gather(x_nd, order_m, chosen_nk.shape[-1]), send, receive, peers)
-    y_md = exchange(_visited(experts, x_md, arrived_rl, gate_up_lfd, down_ldi), receive, send, peers)
+    y_md = exchange(_visited(experts, x_md, arrived_rl, gate_up_lfd, down_ldi, rest), receive, send, peers)
     return moe.combine(y_md, order_m, weights_nk)
 
 
@@ -153,6 +162,7 @@ def _hierarchical(
     chosen_nk: Tensor,
     gate_up_lfd: Tensor,
     down_ldi: Tensor,
+    **rest: Any,
 ) -> Tensor:
     shape, visits, tokens = chosen_nk.shape[:-1], chosen_nk.shape[-1], chosen_nk.shape[:-1].numel()
     local = gate_up_lfd.shape[0]
@@ -177,13 +187,20 @@ def _hierarchical(
     keys_sk = chosen_sk.detach().long() - nodes.index * here
     order_m = moe.sort(keys_sk.where((keys_sk >= 0) & (keys_sk < here), here), here)[0][: sum(send_in)]
     x_md = exchange(moe.gather(x_sd, order_m, visits), send_in, receive_in, inside)
-    y_md = exchange(_visited(experts, x_md, arrived_rl, gate_up_lfd, down_ldi), receive_in, send_in, inside)
+    y_md = exchange(_visited(experts, x_md, arrived_rl, gate_up_lfd, down_ldi, rest), receive_in, send_in, inside)
     y_sd = exchange(moe.combine(y_md, order_m, weights_sk), receive, send, nodes)
     return moe.combine(y_sd, order_s, weights_nk.new_ones(*shape, nodes.count))
 
 
 def _gather(
-    experts: moe.Experts, peers: Peers, x_nd: Tensor, weights_nk: Tensor, chosen_nk: Tensor, gate_up_lfd: Tensor, down_ldi: Tensor
+    experts: moe.Experts,
+    peers: Peers,
+    x_nd: Tensor,
+    weights_nk: Tensor,
+    chosen_nk: Tensor,
+    gate_up_lfd: Tensor,
+    down_ldi: Tensor,
+    **rest: Any,
 ) -> Tensor:
     local, visits = gate_up_lfd.shape[0], chosen_nk.shape[-1]
     x_pnd: Tensor = _Gather.apply(x_nd, peers)  # type: ignore[assignment]
@@ -194,7 +211,7 @@ def _gather(
     order_m = order_m[: keys_pnk.shape[:-1].numel() * min(visits, local)]
     exists_m1 = (torch.arange(order_m.shape[0], device=x_nd.device) < counts_l.sum())[:, None]
     x_md = torch.where(exists_m1, moe.gather(x_pnd, order_m, visits), 0)
-    y_md = torch.where(exists_m1, experts(x_md, counts_l, gate_up_lfd, down_ldi), 0)
+    y_md = torch.where(exists_m1, experts(x_md, counts_l, gate_up_lfd, down_ldi, **rest), 0)
     y_pnd = moe.combine(y_md, order_m, weights_pnk, weights_pnk.dtype)
     return _Scatter.apply(y_pnd, x_nd.dtype, peers)  # type: ignore[return-value]
 

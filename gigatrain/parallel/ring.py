@@ -1,7 +1,7 @@
 """Causal attention of tokens that are spread over ranks: keys and values go round a ring (arXiv:2310.01889), and log-sum-exps merge what each rank gave.
 
-Legend: c ranks, r this one's index; T tokens of a sample, t = T / c of them here; b samples, h query heads, k key heads, d channels, B bytes an element;
-i, j tokens of queries and of keys.
+Legend: c ranks, r this one's index; T tokens of a sample, t = T / c of them here; b samples, h query heads, k key heads, d channels (e of values, where they
+differ: then 2 d is d + e below), B bytes an element; i, j tokens of queries and of keys.
 
 Order of tokens. Causal work grows with the position, so a sample is cut into 2 c chunks of n = T / 2 c tokens, and rank r has chunks r and 2 c - 1 - r
 (zigzag, arXiv:2407.21783): its queries see n^2 (2 c - 1) + n (n + 1) keys, whatever r, and 2 n^2 at each step but the first.
@@ -10,6 +10,7 @@ At step s a rank attends to the keys of rank (r - s) mod c. Partial results of o
 
     l = log(e^l1 + e^l2)        out = e^(l1 - l) out1 + e^(l2 - l) out2
     backward, block by block of keys, with l and out of all keys:
+    l = log(e^l + e^sink), out = e^(l before - l) out: a head's sink, where it has one, is one more term        dsink = - sum of e^(sink - l) rowsum(dout out)
     p = e^(s - l)        dv = p' dout        ds = p (dout v' - rowsum(dout out))        dq = ds k        dk = ds' q
 
 Keys and values travel as they are (key heads are not repeated), in one message a step, which is on its way while the step before computes. In the backward
@@ -145,22 +146,34 @@ class _Sight:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int | None, scale: float, softcap: float | None, group: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    documents: Tensor | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    group: str,
 ) -> Any:
-    """`(out [b, t, h, d], lse [b, h, t])`."""
+    """`(out [b, t, h, e], lse [b, h, t])`."""
     ring = _Neighbours(group)
     sight = _Sight(ring, q.shape[1] // 2, documents, window, q.device)
-    out = q.new_zeros(q.shape, dtype=_wide(q.dtype))
+    out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=_wide(q.dtype))
     lse = out.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"))
-    kv = torch.stack((k, v))
+    kv, widths = torch.cat((k, v), 3), (k.shape[3], v.shape[3])
     for step in range(ring.ranks):
         arriving = ring.pass_on(kv) if step < ring.ranks - 1 else None
         for block, visible in sight.blocks((ring.index - step) % ring.ranks):
-            k_part, v_part = kv[:, :, block.keys]
+            k_part, v_part = kv[:, block.keys].split(widths, 3)
             part = _attend(q[:, block.queries], k_part, v_part, block.sight == "causal", visible, scale, softcap)
             _merge(out[:, block.queries], lse[:, :, block.queries], *part)
         if arriving is not None:
             kv = arriving.arrived()
+    if sinks is not None:
+        total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+        out.mul_(torch.exp(lse - total).transpose(1, 2)[..., None])
+        lse = total
     return out.to(q.dtype), lse
 
 
@@ -177,6 +190,7 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     out: Tensor,
     lse: Tensor,
     documents: Tensor | None,
@@ -184,19 +198,19 @@ def _backward(
     scale: float,
     softcap: float | None,
     group: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ring = _Neighbours(group)
     sight = _Sight(ring, q.shape[1] // 2, documents, window, q.device)
     grad = grad.contiguous()
     dq = q.new_zeros(q.shape, dtype=_wide(q.dtype))
-    kv = torch.stack((k, v))
+    kv, widths = torch.cat((k, v), 3), (k.shape[3], v.shape[3])
     own = torch.zeros_like(kv, dtype=dq.dtype)
     passing: _Passing | None = None  # the sums of the keys that are here next, on their way
     for step in range(ring.ranks):
         arriving = ring.pass_on(kv) if step < ring.ranks - 1 else None
         parts = []
         for block, visible in sight.blocks((ring.index - step) % ring.ranks):
-            rows, (k_part, v_part) = block.queries, kv[:, :, block.keys]
+            rows, (k_part, v_part) = block.queries, kv[:, block.keys].split(widths, 3)
             dq_part, *kv_parts = _attend_backward(
                 grad[:, rows], q[:, rows], k_part, v_part, out[:, rows], lse[:, :, rows], block.sight == "causal", visible, scale, softcap
             )
@@ -205,7 +219,7 @@ def _backward(
         # The rank's own keys begin no journey: their sums come back from the other ranks, and only then are added.
         sums = own if step == 0 else torch.zeros_like(own) if passing is None else passing.arrived()
         for keys, kv_parts in parts:
-            for whole, part in zip(sums, kv_parts, strict=True):
+            for whole, part in zip(sums.split(widths, 3), kv_parts, strict=True):
                 whole[:, keys] += part
         if step:
             passing = ring.pass_on(sums)
@@ -213,35 +227,41 @@ def _backward(
             kv = arriving.arrived()
     if passing is not None:
         own += passing.arrived()
-    dk, dv = own.to(k.dtype)
-    return dq.to(q.dtype), dk, dv
+    dk, dv = (x.contiguous() for x in own.to(k.dtype).split(widths, 3))
+    if sinks is None:
+        return dq.to(q.dtype), dk, dv, q.new_empty(0)
+    delta = (grad.to(lse.dtype) * out).sum(-1).transpose(1, 2)
+    dsinks = -(torch.exp(sinks.to(lse.dtype)[:, None] - lse) * delta).sum((0, 2))
+    return dq.to(q.dtype), dk, dv, dsinks.to(sinks.dtype)
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, documents, *ctx.numbers = inputs
-    ctx.save_for_backward(q, k, v, *output, documents)
+    q, k, v, sinks, documents, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, sinks, *output, documents)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _grads(ctx: Any, grad: Tensor | None, _: None) -> Any:
     if grad is None:
-        return (None,) * 8
+        return (None,) * 9
     *saved, documents = ctx.saved_tensors
-    return *_attention_backward(grad, *saved, documents, *ctx.numbers), None, None, None, None, None
+    *found, dsinks = _attention_backward(grad, *saved, documents, *ctx.numbers)
+    return *found, None if saved[3] is None else dsinks, None, None, None, None, None
 
 
 _attention_backward = launch.operator(
-    "ring_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor? documents, int? window, float scale, float? softcap, str group) -> (Tensor, Tensor, Tensor)",
+    "ring_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor out, Tensor lse, "
+    "Tensor? documents, int? window, float scale, float? softcap, str group) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
-    lambda grad, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+    lambda grad, q, k, v, sinks, *_: (*(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)),
 )
 attention = launch.differentiable(
     launch.operator(
-        "ring_attention(Tensor q, Tensor k, Tensor v, Tensor? documents, int? window, float scale, float? softcap, str group) -> (Tensor, Tensor)",
+        "ring_attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? documents, int? window, float scale, float? softcap, str group) "
+        "-> (Tensor, Tensor)",
         _forward,
-        lambda q, *_: (q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=_wide(q.dtype))),
+        lambda q, k, v, *_: (q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=_wide(q.dtype))),
     ),
     _save,
     _grads,
@@ -255,10 +275,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _kernel(q: Tensor, k: Tensor, masked: bool, softcap: float | None) -> Literal["flash", "efficient", "plain"]:
-    """torch's fused kernels where they serve: neither has soft-caps or fp64, flash has no masks, efficient wants a bias in rows of 32."""
+def _kernel(q: Tensor, k: Tensor, v: Tensor, masked: bool, softcap: float | None) -> Literal["flash", "efficient", "plain"]:
+    """torch's fused kernels where they serve: neither has soft-caps, fp64 or, flash, values of another width; flash has no masks, efficient wants a bias
+    in rows of 32."""
     channels, half = q.shape[-1], q.dtype in (torch.bfloat16, torch.float16)
-    if not q.is_cuda or softcap is not None or channels % 8 or channels > 256 or not (half or q.dtype == torch.float32):
+    if not q.is_cuda or softcap is not None or v.shape[-1] != channels or channels % 8 or channels > 256 or not (half or q.dtype == torch.float32):
         return "plain"
     if half and not masked:
         return "flash"
@@ -268,7 +289,7 @@ def _kernel(q: Tensor, k: Tensor, masked: bool, softcap: float | None) -> Litera
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, visible: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    match _kernel(q, k, visible is not None, softcap):
+    match _kernel(q, k, v, visible is not None, softcap):
         case "flash":
             return _flash(q, k, v, causal, scale)
         case "efficient":
@@ -288,7 +309,7 @@ def _attend_backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, ...]:
-    match _kernel(q, k, visible is not None, softcap):
+    match _kernel(q, k, v, visible is not None, softcap):
         case "flash":
             return _flash_backward(grad, q, k, v, out, lse, causal, scale)
         case "efficient":

@@ -11,6 +11,10 @@ and the elements are a range of the whole, so that a dropout mask is the whole o
 `gather` is an all-gather whose backward is a reduce-scatter, `scatter` is the reverse. So a layer has two of each forward and two of each backward, R - 1
 parts of R of 2 n d bytes in bf16 each, as much as two all-reduces of a layer without shared tokens. What is cut (projections, embedding, head) has its whole
 gradient on its rank; what is not (norms, scalars, biases of the residual stream) meets this rank's tokens or heads alone, and its gradient is partial.
+
+Latent attention gathers between its latents and its heads (models/latent.py): the products to the latents are whole everywhere, of a rank's own tokens, and
+2,112 channels of DeepSeek-V3 travel instead of 7,168. Where queries have no latent, the hidden state travels as in any block, and the products are repeated.
+Experts, shared ones too, are whole on every rank, for its own tokens.
 """
 
 import warnings
@@ -104,6 +108,18 @@ class _Shown(torch.autograd.Function):
         return grad_nd[ctx.first : ctx.first + ctx.rows], None
 
 
+class _Together(torch.autograd.Function):
+    """The sum over the ranks, for a function whose gradient every rank computes whole."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, ranks: Along) -> Tensor:
+        return ranks.sum(sums)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
 class _SpreadNorm(torch.autograd.Function):
     """RMS norm over channels that are spread over the ranks, `kernels/rms_norm.py`'s formulas with the two means over all of them."""
 
@@ -169,7 +185,13 @@ def cut(model: nn.Module, layout: Mapping[str, Cut], arch: Architecture, mesh: M
             continue
         above, _, leaf = name.rpartition(".")
         parent, linear = model.get_submodule(above), cast(nn.Linear, module)  # or an embedding, whose weight is its only parameter too
-        heads = {"q_proj": arch.heads, "k_proj": arch.kv_heads, "v_proj": arch.kv_heads}.get(leaf, ranks.count)
+        heads = {
+            "q_b_proj": arch.heads,
+            "kv_b_proj": arch.heads,
+            "q_proj": arch.heads,
+            "k_proj": arch.kv_heads,
+            "v_proj": arch.kv_heads,
+        }.get(leaf, ranks.count)
         if leaf in ("k_proj", "v_proj") and heads < ranks.count:
             assert ranks.count % heads == 0, "refused by the plan"
             each = linear.weight.shape[0] // heads
@@ -191,7 +213,13 @@ def cut(model: nn.Module, layout: Mapping[str, Cut], arch: Architecture, mesh: M
                     shares[parameter] = _cut(linear, kind, f"{name}.{kind}", dim, ranks, places)
                 uncut.discard(f"{name}.{kind}")
     for name, block in blocks.items():
-        block.register_forward_pre_hook(_entering(ranks))
+        if getattr(block, "kv_a_proj_with_mqa", None) is not None and arch.q_rank is not None:
+            block.gathered = _gathered(ranks)  # between its latents, of this rank's tokens, and its heads: narrower than the hidden state
+        else:
+            block.register_forward_pre_hook(_entering(ranks))
+        if arch.sinks and hasattr(block, "sinks"):
+            _cut(block, "sinks", f"{name}.sinks", 0, ranks, places)
+            uncut.discard(f"{name}.sinks")
         if arch.qk_norm == "full" and hasattr(block, "q_norm"):
             for norm in ("q_norm", "k_norm"):
                 _cut(getattr(block, norm), "weight", f"{name}.{norm}.weight", 0, ranks, places)
@@ -232,6 +260,13 @@ def _entering(ranks: Along) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any,
     return hook
 
 
+def _gathered(ranks: Along) -> Callable[[Tensor], Tensor]:
+    def gathered(x_bsl: Tensor) -> Tensor:
+        return _Gather.apply(x_bsl, ranks)  # type: ignore[return-value]
+
+    return gathered
+
+
 def _spread_norm(ranks: Along) -> Callable[..., Tensor]:
     def rms_norm(x_btc: Tensor, w_c: Tensor, eps: float, style: str) -> Tensor:
         return _SpreadNorm.apply(x_btc, w_c, eps, style, ranks)  # type: ignore[return-value]
@@ -243,7 +278,7 @@ def ops(chosen: Ops, mesh: Mesh) -> Ops:
     """The operations for shared tokens and a cut vocabulary; `chosen` itself where there is one rank.
 
     embedding takes all tokens and gives this rank's; linear_cross_entropy takes this rank's hidden states and all labels, and gives the whole loss on every
-    rank; dropout_add's mask is the part of the whole one that is this rank's.
+    rank; dropout_add's mask is the part of the whole one that is this rank's; `together` sums over the ranks.
     """
     ranks = along(mesh)
     if ranks is None:
@@ -263,7 +298,10 @@ def ops(chosen: Ops, mesh: Mesh) -> Ops:
     def dropout_add(x_bsd: Tensor, residual_bsd: Tensor, p: float, seed_1: Tensor, offset: int = 0) -> Tensor:
         return chosen.dropout_add(x_bsd, residual_bsd, p, seed_1, offset + index * x_bsd.numel())
 
-    return replace(chosen, embedding=embedding, linear_cross_entropy=linear_cross_entropy, dropout_add=dropout_add)
+    def together(sums: Tensor) -> Tensor:
+        return _Together.apply(chosen.together(sums), ranks)  # type: ignore[return-value]
+
+    return replace(chosen, embedding=embedding, linear_cross_entropy=linear_cross_entropy, dropout_add=dropout_add, together=together)
 
 
 def pipeline_products(mesh: Mesh) -> None:

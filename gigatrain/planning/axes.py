@@ -55,6 +55,7 @@ def share(recipe: Recipe, mesh: Mesh) -> tuple[int, int]:
 def check(recipe: Recipe, architecture: Architecture | Foreign, mesh: Mesh, accumulation: int) -> None:
     """Raise PlanError for a mesh that the model, its samples or the engine cannot be cut by, and for ranks to profile that are not there."""
     _check_engine(recipe, mesh)
+    _check_routers(recipe, architecture, mesh)
     if isinstance(architecture, Foreign):
         _check_foreign(recipe, architecture, mesh)
         if recipe.engine.name == "deepspeed":
@@ -149,6 +150,33 @@ def _check_expert(architecture: Architecture, mesh: Mesh) -> None:
         raise PlanError(f"mesh.expert {ranks} shares experts, and the model has none; set mesh.expert = 1")
     if architecture.experts % ranks:
         raise PlanError(f"mesh.expert {ranks} does not divide the model's {architecture.experts} experts; choose a divisor")
+
+
+def _check_routers(recipe: Recipe, architecture: Architecture | Foreign, mesh: Mesh) -> None:
+    loss = recipe.loss
+    if not loss.watches:
+        return
+    asked = {name: getattr(loss, name) for name in ("router_aux", "router_z", "router_bias_rate") if getattr(loss, name)}
+    name, value = next(iter(asked.items()))
+    if isinstance(architecture, Foreign) or not architecture.experts:
+        kind = architecture.model_type if isinstance(architecture, Foreign) else architecture.family
+        raise PlanError(f"loss.{name} {value} is for routers of our own decoders, and {kind!r} has none; set loss.{name} = 0.0")
+    if loss.router_bias_rate and not architecture.correction_bias:
+        raise PlanError(
+            f"loss.router_bias_rate {loss.router_bias_rate} moves the bias that corrects a router's choice, and {architecture.family} has none; set it to "
+            "0.0, and loss.router_aux = 1e-2 if the experts are to be balanced"
+        )
+    if loss.router_bias_rate and recipe.engine.name == "deepspeed":
+        raise PlanError(
+            f'loss.router_bias_rate {loss.router_bias_rate} is an update of the native engine\'s, and engine.name is "deepspeed"; set it to 0.0, or '
+            'engine.name = "native"'
+        )
+    if mesh.pipeline > 1 and (loss.router_aux or loss.router_z):
+        name = "router_aux" if loss.router_aux else "router_z"
+        raise PlanError(
+            f"loss.{name} {getattr(loss, name)} is a loss over all layers at once, and mesh.pipeline {mesh.pipeline} parts them; set mesh.pipeline = 1, or "
+            f"loss.{name} = 0.0"
+        )
 
 
 def _check_foreign(recipe: Recipe, model: Foreign, mesh: Mesh) -> None:

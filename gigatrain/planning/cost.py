@@ -32,34 +32,54 @@ def saved_bytes(architecture: Architecture, size: int, recompute: Recompute, ker
 
     With lean or fused operations: the residual stream after each sum 2 h; norm outputs 2 h, and inputs of norms behind a block 2 h; queries, keys,
     values and attention's output (2 heads + 2 kv_heads) d_head, and queries and keys before their norm; gate, up and the activation 3 i, or 2 i without
-    a gate; in fp32 each norm's rstd and attention's logsumexp. `lean` keeps no norm output, no normed query or key and no activation. `full` keeps h,
-    `selective` the matrix products. References keep more: of a gated activation i, of xIELU 3 i and a mask, of norms and rotation about 4 h and the heads.
-    A layer with experts keeps, of each of k visits, row and result 2 h and gate, up, silu and activation 4 i, in fp32 scores and weights, and two int64.
+    a gate; in fp32 each norm's rstd and attention's logsumexp. Latent attention keeps its latents before and after their norms, and of every head keys and
+    queries, what the latent became (which the values are a part of) and the output. `lean` keeps no norm output, no normed query or key, no key made of a
+    latent and no activation. `full` keeps h, `selective` the matrix products. References keep more: of a gated activation i, of xIELU 3 i and a mask, of
+    norms and rotation about 4 h and the heads.
+    A layer with experts keeps, of each of k visits, row and result 2 h and gate, up, silu and activation 4 i (clamped 7 i), in fp32 scores and weights, and
+    two int64, of a softmax over chosen logits these too, and of sigmoids h in fp32; fused or glued, gate and up 2 i alone, and three int64, and a fused
+    router its logits. Shared experts keep what a dense block of their width does.
     Where some layers have experts, it is the mean layer.
     """
     h, i, d = architecture.hidden, architecture.intermediate, architecture.head_dim
     heads, kv = architecture.heads, architecture.kv_heads
     experts, visits = architecture.experts, architecture.experts_per_token or 0
     pre, post = architecture.placement != "post", architecture.placement != "pre"
-    width, wide = (2 * heads + 2 * kv) * d, 2 if architecture.gated else 1
+    width, wide, shared = (2 * heads + 2 * kv) * d, 2 if architecture.gated else 1, architecture.shared_width
+    latents = (architecture.q_rank or 0) + (architecture.kv_rank or 0)
+    if architecture.kv_rank:
+        expanded = heads * (d - architecture.rotary_dim + architecture.value_dim)
+        width = 2 * latents + architecture.rotary_dim + heads * (2 * d + architecture.value_dim) + expanded
     if recompute == "full":
         return size * h
     if recompute == "selective":
-        block, mixture = size * wide * i, size * (experts + visits * (2 * architecture.expert_width + h))
+        block, mixture = size * wide * i, size * (experts + visits * (2 * architecture.expert_width + h) + wide * shared)
         return size * (3 * h + width) + _mean(architecture, block, mixture)
     normed = {"none": 0, "head": heads + kv, "full": 2}[architecture.qk_norm]
+    normed += (architecture.q_rank is not None) + (architecture.kv_rank is not None)
     kept, block = 2 * h + (2 * h if post else 0) + width, wide * i
     if recompute == "none":
-        kept += (2 * h if pre else 0) + ((heads + kv) * d if normed else 0)
+        kept += (2 * h if pre else 0) + ((heads + kv) * d if normed and not latents else 0)
         block += i
+    elif latents:
+        kept -= latents + heads * d  # normed latents, and keys
     if kernels.get("rms_norm") == "reference":
         kept += 4 * h + width
     mask = 0
     if kernels.get(architecture.activation) == "reference":
-        block += {"swiglu": 1, "geglu": 1, "relu2": 0, "xielu": 3}[architecture.activation] * i
+        block += {"swiglu": 1, "geglu": 1, "relu2": 0, "xielu": 3, "clamped_swiglu": 0}[architecture.activation] * i
         mask = i if architecture.activation == "xielu" else 0
-    mixture = size * visits * (2 * h + 4 * architecture.expert_width) + 4 * experts + 20 * visits
-    mixture += 4 * (visits + 1) if architecture.renormalise else 0
+    clamped = architecture.activation == "clamped_swiglu"
+    mixture = size * visits * (2 * h + (7 if clamped else 4) * architecture.expert_width) + 20 * visits
+    if kernels.get("moe") in ("glued", "fused"):  # gate and up alone; and where each slot's row is
+        mixture = size * visits * 2 * architecture.expert_width + 28 * visits
+    if kernels.get("router") == "fused":
+        mixture += size * experts
+    else:
+        mixture += 4 * experts + (4 * (visits + 1) if architecture.renormalise else 0)
+        mixture += 4 * (experts + visits) if architecture.scoring == "chosen" else 0
+        mixture += 4 * h if architecture.scoring == "sigmoid" and size < 4 else 0  # its product is in fp32
+    mixture += size * shared * block // i  # which is as a dense block
     return size * kept + _mean(architecture, size * block + mask, mixture) + 4 * (2 * pre + 2 * post + normed + heads)
 
 
@@ -89,17 +109,19 @@ def optimizer_bytes(architecture: Architecture, precision: Literal["bf16", "fp32
 def muon_workspace(architecture: Architecture) -> int:
     """Bytes of the largest batch of equal matrices that Muon orthogonalises at once: at most 2 GiB, but one matrix at least (optim/muon.py)."""
     h, i, layers = architecture.hidden, architecture.intermediate, architecture.layers
-    q, kv = architecture.heads * architecture.head_dim, architecture.kv_heads * architecture.head_dim
+    q, kv, wide = architecture.heads * architecture.head_dim, architecture.kv_heads * architecture.head_dim, 2 if architecture.gated else 1
     counts: Counter[tuple[int, int]] = Counter()
-    dense = layers - architecture.sparse_layers
-    for shape, count in (
-        ((q, h), layers),
-        ((kv, h), 2 * layers),
-        ((h, q), layers),
-        ((i, h), (2 if architecture.gated else 1) * dense),
-        ((h, i), dense),
-    ):
-        counts[shape] += count
+    dense, shared = layers - architecture.sparse_layers, architecture.shared_width
+    shapes = [((i, h), wide * dense), ((h, i), dense), ((shared, h), wide * (layers - dense)), ((h, shared), layers - dense)]
+    if (rank := architecture.kv_rank) is None:
+        shapes += [((q, h), layers), ((kv, h), 2 * layers), ((h, q), layers)]
+    else:
+        turned, values, queries = architecture.rotary_dim, architecture.heads * architecture.value_dim, architecture.q_rank
+        shapes += [((rank + turned, h), layers), ((q - architecture.heads * turned + values, rank), layers), ((h, values), layers)]
+        shapes += [((q, h), layers)] if queries is None else [((queries, h), layers), ((q, queries), layers)]
+    for shape, count in shapes:
+        if count and 0 not in shape:
+            counts[shape] += count
     one = {(r, c): 2 * (3 * r * c + 5 * min(r, c) ** 2) for r, c in counts}
     return max(one[shape] * min(count, max(1, (1 << 31) // one[shape])) for shape, count in counts.items())
 
@@ -125,8 +147,8 @@ def memory(
     master weights are narrow and a step has one microbatch, moved in bf16; one microbatch's own gradients exist beside the sum.
 
     Activations: `saved_bytes` per token and layer, and one whole layer's where layers are recomputed. `blocked` attention also keeps its softmax
-    weights, half a square of tokens per head, and `reference` the scores and weights of the whole square. A mask of documents or windows is a square
-    of tokens per sample.
+    weights, half a square of tokens per head, and `reference` the scores and weights of the whole square. Only these and `sdpa` have masks of documents
+    or windows as a square of tokens per sample.
 
     Sharded (FSDP2), weights are fp32 shards or, with narrow masters, bf16 ones; gradients are shards too, and `workspace` has the layers that are gathered
     at once, the embedding and the head, and the gradient on its way. With a pipeline all of a rank's layers are gathered, and the activations of as many
@@ -139,11 +161,15 @@ def memory(
         return _foreign_memory(architecture, device, precision, microbatch, sequence, recompute, optim, kernels, mesh, engine)
     size, muon = 2 if precision == "bf16" else 4, optim.name == "muon"
     hidden, tokens = architecture.hidden, microbatch * sequence // mesh.context
+    if mesh.expert > 1:  # rows that have travelled are kept beside what the experts keep
+        kernels = {**kernels, "moe": "grouped"}
     square = tokens * architecture.heads * sequence // mesh.tensor
-    scores = {"sdpa": 0, "blocked": square * size // 2, "reference": square * (size + 4)}[kernels["attention"]]
+    scores = {"blocked": square * size // 2, "reference": square * (size + 4)}.get(kernels["attention"], 0)
     whole = tokens * saved_bytes(architecture, size, "none", kernels) // mesh.tensor + scores
     kept = tokens * saved_bytes(architecture, size, recompute, kernels) // mesh.tensor + (scores if recompute in ("none", "lean") else 0)
-    masks = tokens * sequence * (1 + size) if documents or architecture.window else 0
+    # Of each window: a square as bool and as bias while it is made; the other versions keep two bounds a token, or fewer numbers.
+    squares = {"reference": 1, "sdpa": 1 + size, "blocked": 1 + size}.get(kernels["attention"], 0)
+    masks = tokens * (sequence * squares or 8) if documents or architecture.window else 0
     vocab = -(-architecture.vocab // mesh.tensor)
     chunk = min(1 << 29 if device == "cuda" else 1 << 21, tokens * vocab)
     per_logit = 2 if kernels["linear_cross_entropy"] == "fused" else 14
@@ -196,9 +222,10 @@ def _foreign_memory(
 
 def held_parameters(architecture: Architecture, mesh: Mesh, sequence: int) -> tuple[int, int, int]:
     """`(dense, experts, of them in the largest layer)` of the pipeline rank that holds most, before they are sharded: tensor and expert parallelism cut
-    matrices, embedding and head; norms and biases stay whole on every tensor rank."""
+    matrices, embedding and head; norms, biases, products to latents and shared experts stay whole on every tensor rank."""
     experts = architecture.expert_parameters()
-    matrices = architecture.matrix_parameters() - experts - architecture.router_parameters()
+    shared = architecture.sparse_layers * 3 * architecture.hidden * architecture.shared_width
+    matrices = architecture.matrix_parameters(routed=False) - architecture.layers * architecture.latent_parameters() - shared
     embedding = architecture.vocab * architecture.hidden
     rest = architecture.parameters() - matrices - experts - embedding * (1 if architecture.tied else 2)
     layer = -(-matrices // mesh.tensor) // architecture.layers + -(-rest // architecture.layers)

@@ -21,7 +21,7 @@ from typing import Any
 from gigatrain.architectures import Architecture
 from gigatrain.errors import PlanError
 from gigatrain.planning import layout
-from gigatrain.planning.plan import IMPLEMENTATIONS, Choice, Plan, gib
+from gigatrain.planning.plan import IMPLEMENTATIONS, TRITON, Choice, Plan, gib
 
 ALIKE = 3  # layers of a stage that are built where all are alike
 RING = {"allgather": 1.0, "reducescatter": 1.0, "allreduce": 2.0, "alltoall": 1.0, "send": 1.0, "broadcast": 1.0}
@@ -266,7 +266,7 @@ def _unasked() -> None:
 def _plain(choice: Choice) -> str:
     """An implementation that runs without a GPU and exchanges what the chosen one does."""
     kept = {"attention": "sdpa", "linear_cross_entropy": "chunked", "adamw": "reference"}.get(choice.op)
-    return kept or next(name for name in IMPLEMENTATIONS[choice.op] if name != "fused")
+    return kept or next(name for name in IMPLEMENTATIONS[choice.op] if name not in TRITON)
 
 
 def _recorder() -> Any:

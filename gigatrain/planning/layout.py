@@ -2,7 +2,7 @@
 
 A pipeline is as fast as its slowest stage, so the layers are cut into runs whose largest cost is least. Costs are FLOPs per token, forward and backward:
 
-    layer      6 * weights + 12 * heads * head_dim * keys        weights: those that a token meets; keys: the tokens it sees on average
+    layer      6 * weights + 6 * heads * (head_dim + value_dim) * keys       weights: those that a token meets; keys: the tokens it sees on average
     embedding  2 * hidden                                        a look-up: scaled once, added once; what it costs is bandwidth
     head       6 * vocab * hidden                                at 128k tokens and 4,096 channels 2.4 layers of Llama 3.1 8B
 
@@ -29,15 +29,13 @@ def costs(architecture: Architecture, sequence: int) -> tuple[float, ...]:
         w = min(window or sequence, sequence)
         return (w * (w + 1) / 2 + (sequence - w) * w) / sequence
 
-    hidden, width = architecture.hidden, architecture.heads * architecture.head_dim
+    width = architecture.heads * (architecture.head_dim + architecture.value_dim)
     found = []
     for layer in range(architecture.layers):
-        weights = 2 * hidden * architecture.head_dim * (architecture.heads + architecture.kv_heads)
+        weights = architecture.attention_parameters() + architecture.feed_forward_parameters(layer, routed=False)
         if architecture.sparse_of(layer):
-            weights += hidden * (architecture.experts + 3 * architecture.expert_width * (architecture.experts_per_token or 0))
-        else:
-            weights += hidden * architecture.intermediate * (3 if architecture.gated else 2)
-        found.append(6.0 * weights + 12.0 * width * keys(architecture.window_of(layer)))
+            weights += architecture.hidden * (architecture.experts + 3 * architecture.expert_width * (architecture.experts_per_token or 0))
+        found.append(6.0 * weights + 6.0 * width * keys(architecture.window_of(layer)))
     found[0] += 2.0 * architecture.hidden
     found[-1] += 6.0 * architecture.vocab * architecture.hidden
     return tuple(found)

@@ -29,7 +29,7 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import axes, cost
+from gigatrain.planning import attention, axes, cost
 
 # Every operation and its implementations, the reference first: kernels/ops.py's, known here without torch (a test holds them equal).
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
@@ -44,9 +44,11 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "xielu": ("reference", "fused"),
     "dropout_add": ("reference", "fused"),
     "linear": ("reference",),
-    "moe": ("reference", "grouped"),
-    "experts": ("reference", "grouped"),
-    "attention": ("reference", "sdpa", "blocked"),
+    "router": ("reference", "fused"),
+    "expert_sort": ("reference", "fused"),
+    "moe": ("reference", "grouped", "glued", "fused"),
+    "experts": ("reference", "grouped", "glued", "fused"),
+    "attention": ("reference", "sdpa", "blocked", *attention.ON_GPU),
     "linear_cross_entropy": ("reference", "chunked", "fused"),
     "grad_norm": ("reference", "fused"),
     "adamw": ("reference", "foreach", "fused"),
@@ -54,10 +56,11 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "muon_momentum": ("reference", "fused"),
     "muon_update": ("reference", "fused"),
 }
+TRITON = ("fused", "glued")  # names of implementations that need a GPU; glued: torch's products with Triton between them
 # Those within a model's layers, which a model of transformers' computes by its own code.
 MODEL = (
-    "embedding", "rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu2", "xielu", "dropout_add", "linear", "moe", "experts",
-    "attention",
+    "embedding", "rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu2", "xielu", "dropout_add", "linear", "router",
+    "expert_sort", "moe", "experts", "attention",
 )  # fmt: skip
 # What a resume may change: no tensor of the run depends on it, but for the order in which ranks and microbatches are summed.
 OPERATIONAL = (
@@ -287,14 +290,31 @@ def _kernels(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -
             raise PlanError(f"kernels.{op}: no operation is called so; {known}")
         if op != "default" and name not in IMPLEMENTATIONS[op]:
             raise PlanError(f"kernels.{op} {name!r}: choose one of {', '.join(IMPLEMENTATIONS[op])}")
-        if name == "fused" and site.device == "cpu":
+        on_gpu = {*TRITON, *attention.ON_GPU}
+        if name in on_gpu and site.device == "cpu":
+            others = " or ".join(one for one in IMPLEMENTATIONS[op] if one not in on_gpu)
+            kernels = "Triton kernels need" if name in TRITON else f"{name} needs"
+            raise PlanError(f'kernels.{op} "{name}": {kernels} a GPU, and {site.name} has none; choose {others}')
+    if isinstance(architecture, Architecture) and site.device == "cuda" and (name := wanted.get("attention")):
+        if why := attention.refusal(name, _attended(recipe, site, architecture)):
             raise PlanError(
-                f'kernels.{op} "fused": Triton kernels need a GPU, and {site.name} has none; choose {" or ".join(IMPLEMENTATIONS[op][:-1])}'
+                f'kernels.attention "{name}": {why}; choose "{attention.chosen(_attended(recipe, site, architecture))[0]}", or leave it out'
             )
     chosen = _rules(recipe, site, architecture) if default == "auto" else {}
     reasons = dict.fromkeys(IMPLEMENTATIONS, ("reference", 'the recipe says kernels = "reference"')) | chosen
     reasons |= {op: (name, "the recipe says so") for op, name in wanted.items() if op != "default"}
     return tuple(Choice(op=op, kernel=kernel, why=why) for op, (kernel, why) in reasons.items())
+
+
+_BEHIND = 0.15  # of the time of a product, what Triton's dense products are at most behind cuBLAS's on Hopper
+
+
+def _spared(hidden: int, width: int) -> float:
+    """What `fused` spares `glued` in bf16, as a share of the products' time: passes over memory at 4.3 TB/s, products at 790 TFLOP/s (an H200's).
+
+    Per visit: rows gathered and read again in forward (4 h bytes), twice in backward (8 h), gate and up read again, dh written and read (8 i); 18 h i FLOPs.
+    """
+    return (12 * hidden + 8 * width) / 4.3e12 / (18 * hidden * width / 790e12)
 
 
 def _rules(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -> dict[str, tuple[str, str]]:
@@ -312,6 +332,10 @@ def _rules(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -> 
     chosen["embedding"] = ("fused", "its gradient is sorted, summed in fp32 and deterministic") if gpu else chosen["embedding"]
     if gpu:
         chosen |= dict.fromkeys(("grad_norm", "adamw", "muon_momentum", "muon_update"), ("fused", "one launch a bucket"))
+        chosen |= dict.fromkeys(
+            ("router", "moe", "experts"), ("fused", "a choice in two launches, products with the activation at their end")
+        )
+        chosen["expert_sort"] = ("fused", "counting sort in three launches")
         chosen["newton_schulz"] = ("fused", "symmetric products or the Gram form, whichever has fewer FLOPs")
     elif (recipe.optim.master, recipe.optim.moments) == ("fp32", "fp32"):
         chosen["adamw"] = ("foreach", "torch's own fused update")
@@ -319,7 +343,14 @@ def _rules(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -> 
     if isinstance(architecture, Foreign):
         within = "the model's own code: transformers' " + architecture.class_name
         return chosen | dict.fromkeys(MODEL, ("reference", within))
-    if architecture.experts:
+    if architecture.experts and gpu:
+        spared = _spared(architecture.hidden, architecture.expert_width)
+        why = f"spares passes over memory worth {100 * spared:.0f} % of its products' time on an H200, by bytes and FLOPs; "
+        why += "Triton's products are taken to be 3 to 15 % slower than torch's" + (
+            "" if spared >= _BEHIND else ': in bf16 "glued" may be faster, measure it'
+        )
+        chosen |= dict.fromkeys(("moe", "experts"), ("fused", why))
+    elif architecture.experts:
         size = 2 if recipe.train.precision == "bf16" else 4
         why = "torch's grouped product, which reads the counts on the device"
         if odd := [n for n in (architecture.hidden, architecture.expert_width) if n * size % 16]:
@@ -328,18 +359,49 @@ def _rules(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -> 
     if architecture.experts and recipe.mesh.expert > 1:
         reads = "no count is read" if recipe.mesh.dispatch == "gather" else "counts are read on the host once per layer and forward"
         chosen["moe"] = (chosen["moe"][0], f"mesh.dispatch {recipe.mesh.dispatch} between ranks, which runs `experts` on each: {reads}")
-    soft = architecture.attention_softcap is not None
-    if compiled:
-        chosen["attention"] = (
-            ("reference", "train.compile, with a soft-cap") if soft else ("sdpa", "train.compile: torch's fused attention")
-        )
-    elif not gpu and recipe.train.precision == "bf16" and recipe.train.sequence <= 2048:
-        chosen["attention"] = ("blocked", "in bf16 on a CPU twice as fast as torch's, at 256 and 1,024 tokens")
-    elif soft:
-        chosen["attention"] = ("blocked", "torch's fused attention has no soft-cap")
-    else:
-        chosen["attention"] = ("sdpa", "torch's fused attention")
+    chosen["attention"] = _attention(recipe, site, architecture)
     return chosen
+
+
+def _attention(recipe: Recipe, site: Site, architecture: Architecture) -> tuple[str, str]:
+    call = _attended(recipe, site, architecture)
+    lacking = " and no ".join(attention.SAID[one] for one in ("softcap", "sinks") if one in call.asks)
+    if recipe.mesh.context > 1 and recipe.mesh.exchange == "ring":
+        return "sdpa" if not lacking else "reference", "parallel/ring.py's own, block by block of the ranks' keys; this one is not called"
+    if recipe.train.compile:
+        return ("reference", f"train.compile, which has no {lacking}") if lacking else ("sdpa", "train.compile: torch's fused attention")
+    if site.device == "cuda":
+        return attention.chosen(call)
+    if recipe.train.precision == "bf16" and recipe.train.sequence <= 2048:
+        return "blocked", "in bf16 on a CPU twice as fast as torch's, at 256 and 1,024 tokens"
+    if lacking:
+        return "blocked", f"torch's fused attention has no {lacking}"
+    return "sdpa", "torch's fused attention"
+
+
+def _attended(recipe: Recipe, site: Site, architecture: Architecture) -> attention.Call:
+    """What attention is asked for on one rank: tensor parallelism and Ulysses cut its heads."""
+    mesh, train = recipe.mesh, recipe.train
+    shared = mesh.tensor * (mesh.context if mesh.exchange == "ulysses" else 1)
+    values = getattr(architecture, "value_dim", architecture.head_dim)
+    asks = {
+        "values": values != architecture.head_dim,
+        "single": train.precision == "fp32",
+        "documents": recipe.data.packing == "stream",
+        "window": any((window := architecture.window_of(i)) and window < train.sequence for i in range(architecture.layers)),
+        "softcap": architecture.attention_softcap is not None,
+        "sinks": getattr(architecture, "sinks", False),
+    }
+    return attention.Call(
+        heads=max(1, architecture.heads // shared),
+        kv_heads=max(1, architecture.kv_heads // shared),
+        channels=architecture.head_dim,
+        values=values,
+        sequence=train.sequence,
+        asks=frozenset(name for name, asked in asks.items() if asked),
+        deterministic=train.deterministic,
+        architecture=None if site.accelerator is None else attention.ACCELERATORS[site.accelerator],
+    )
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,7 @@
 """The engine against plain torch: gradients, updates, and what never reaches the weights."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from gigatrain.kernels.ops import available
 from gigatrain.models.decoder import Decoder, decays
 from gigatrain.optim.adamw import AdamW
 from gigatrain.parallel.mesh import alone
+from gigatrain.planning import cost
 from gigatrain.planning.plan import Choice, plan
 
 VOCAB, T = 320, 16
@@ -441,3 +444,114 @@ def test_forms_that_cannot_be_are_refused(tiny):
         engine(tiny, "train.precision=fp32", "optim.master=bf16+8")
     with pytest.raises(RecipeError, match="optim.moments"):
         engine(tiny, "optim.moments=int4")
+
+
+# ---- Families with experts ----
+
+
+DEEPSEEK = tuple(
+    f"model.architecture.{one}"
+    for one in (
+        *(
+            "family=deepseek_v3",
+            "experts=8",
+            "experts_per_token=2",
+            "kv_heads=4",
+            "head_dim=12",
+            "q_rank=16",
+            "kv_rank=16",
+            "rope_head_dim=4",
+        ),
+        *("value_head_dim=8", "expert_intermediate=16", "groups=4", "groups_per_token=2", "moe_layers=[false,true]", "tied=false"),
+    )
+)
+GPT_OSS = tuple(f"model.architecture.{one}" for one in ("family=gpt_oss", "experts=4", "experts_per_token=2", "window=9"))
+CORRECTION = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.mark.parametrize(
+    "numbers", [DEEPSEEK, tuple(one for one in DEEPSEEK if "q_rank" not in one), GPT_OSS], ids=["deepseek", "wide", "gpt-oss"]
+)
+def test_muon_has_the_matrices_and_the_plan_knows_them(tiny, numbers):
+    """Latents and shared experts are matrices, routers, experts and their biases are not; of equal shapes as many as the plan's workspace says."""
+    found = engine(tiny, *numbers, "optim.name=muon", "train.precision=bf16")
+    (muon,) = (group for group in found.groups if not isinstance(group, AdamW))
+    arch = found.plan.decoder
+    assert sum(view.numel() for view in muon.master.views.values()) == arch.matrix_parameters(routed=False)
+    counts: Counter[tuple[int, ...]] = Counter(tuple(view.shape) for view in muon.master.views.values())
+    largest = max(2 * (3 * r * c + 5 * min(r, c) ** 2) * count for (r, c), count in counts.items())
+    assert cost.muon_workspace(arch) == largest
+    assert found.plan.memory.weights == sum(2 * parameter.numel() for parameter in found.parameters.values())
+    plain = {name for name, parameter in found.parameters.items() if not decays(name)}
+    assert {name for name in plain if "experts" in name} == {name for name in found.parameters if name.endswith(("proj_bias",))}
+    found.forward_backward(batch(rows(4)))
+    assert torch.isfinite(found.step(1.0).grad_norm)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_step_moves_a_correction_towards_experts_that_are_visited_less(tiny, recompute):
+    """Over all microbatches of a step, each token counted once, also where layers are computed twice; a refused step moves nothing."""
+    found = engine(tiny, *DEEPSEEK, "loss.router_bias_rate=0.01", "train.batch=4", "train.microbatch=2", f"train.recompute={recompute}")
+    assert not found.corrections[CORRECTION].any()
+    whole = rows(4)
+    found.forward_backward(batch(*cut(whole, 2, 2)))
+    visits = found.visits[CORRECTION].clone()
+    assert visits.sum() == 4 * T * 2
+    found.step(1.0)
+    assert not found.visits[CORRECTION].any()
+    expected = 0.01 * (visits.double().mean() - visits).sign().float()
+    assert torch.equal(found.corrections[CORRECTION], expected)
+    assert expected.any()
+    assert found.state()["weights"][CORRECTION].tensor.data_ptr() == found.model.corrections()[CORRECTION].data_ptr()
+    found.forward_backward(batch(*cut(whole, 2, 2)))
+    next(iter(found.grads.values()))[0] = float("nan")
+    found.step(1.0)
+    assert torch.equal(found.corrections[CORRECTION], expected)
+    assert not found.visits[CORRECTION].any()
+    found.evaluate([whole])
+    assert not found.visits[CORRECTION].any()
+
+
+def test_a_correction_is_saved_and_loaded(tiny, tmp_path):
+    overrides = (*DEEPSEEK, "loss.router_bias_rate=0.01", "train.precision=bf16")
+    found = engine(tiny, *overrides)
+    for seed in range(3):
+        found.forward_backward(batch(rows(4, seed)))
+        found.step(1.0)
+    moved = found.corrections[CORRECTION].clone()
+    assert moved.dtype == torch.float32
+    assert moved.abs().max() > 0.005
+    other = engine(tiny, *overrides)
+    for group, pieces in other.state().items():
+        for name, piece in pieces.items():
+            piece.tensor.copy_(found.state()[group][name].tensor)
+    other.restored()
+    assert torch.equal(other.model.corrections()[CORRECTION], moved)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("loss.router_aux=0.1",), r"loss\.router_aux 0\.1 is for routers of our own decoders, and 'llama' has none"),
+        (
+            (*DEEPSEEK, "loss.router_z=0.1", "mesh.pipeline=2"),
+            r"loss\.router_z 0\.1 is a loss over all layers at once, and mesh\.pipeline 2 parts them",
+        ),
+        (
+            (*DEEPSEEK, "loss.router_bias_rate=0.1", "engine.name=deepspeed"),
+            r"loss\.router_bias_rate 0\.1 is an update of the native engine's, and engine\.name is \"deepspeed\"",
+        ),
+        (
+            (
+                "model.architecture.family=olmoe",
+                "model.architecture.experts=4",
+                "model.architecture.experts_per_token=2",
+                "loss.router_bias_rate=0.1",
+            ),
+            r"loss\.router_bias_rate 0\.1 moves the bias that corrects a router's choice, and olmoe has none",
+        ),
+    ],
+)
+def test_what_routers_cannot_do_is_refused(tiny, overrides, message):
+    with pytest.raises(PlanError, match=message):
+        plan(load.recipe(tiny, overrides), load.site("laptop"))

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from gigatrain.errors import KernelError
 from gigatrain.kernels import moe
+from gigatrain.kernels import router as routers
 
 
 def drawn(tokens: int = 33, experts: int = 6, visits: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -19,10 +20,14 @@ def drawn(tokens: int = 33, experts: int = 6, visits: int = 3, dtype: torch.dtyp
     return x, router, gate_up, down
 
 
+def route(x: Tensor, router: Tensor, visits: int, renormalise: bool = True) -> tuple[Tensor, Tensor]:
+    return routers.reference(x, router, routers.Router(visits, renormalise=renormalise))[:2]
+
+
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_each_token_is_the_weighted_sum_of_its_experts(renormalise: bool) -> None:
     x, router, gate_up, down = drawn()
-    weights, chosen = moe.route(x, router, 3, renormalise)
+    weights, chosen = route(x, router, 3, renormalise)
     y = moe.reference(x, weights, chosen, gate_up, down)
     for n in range(33):
         scores = (router @ x[n]).softmax(0)
@@ -34,7 +39,7 @@ def test_each_token_is_the_weighted_sum_of_its_experts(renormalise: bool) -> Non
 
 def test_the_router_chooses_in_fp32() -> None:
     x, router, *_ = drawn(dtype=torch.bfloat16)
-    weights, chosen = moe.route(x, router, 3, True)
+    weights, chosen = route(x, router, 3)
     assert (weights.dtype, chosen.dtype) == (torch.float32, torch.int64)
     torch.testing.assert_close(weights.sum(1), torch.ones(33))
 
@@ -56,7 +61,7 @@ def test_an_expert_without_tokens_has_no_gradient_and_no_share(chosen: list[list
         assert sorted(chosen[0]) == leaf.grad.flatten(1).any(1).nonzero().flatten().tolist()
 
 
-@pytest.mark.parametrize("experts", [moe.experts_reference, moe.experts_grouped])
+@pytest.mark.parametrize("experts", [moe.experts_reference, moe.experts_grouped, moe.experts_glued, moe.experts_fused])
 def test_rows_behind_the_counts_change_nothing_else(experts: moe.Experts) -> None:
     x, _, gate_up, down = drawn(20, dtype=torch.float32)
     counts, rest = torch.tensor([4, 0, 3, 2, 0, 5]), 6
@@ -77,19 +82,19 @@ def test_without_reading_counts_the_reference_is_the_same(monkeypatch: pytest.Mo
     for countable in (True, False):
         monkeypatch.setattr(moe, "_countable", lambda counts, countable=countable: countable)
         leaves = [t.clone().requires_grad_() for t in (x, router, gate_up, down)]
-        y = moe.reference(leaves[0], *moe.route(leaves[0], leaves[1], 3, True), *leaves[2:])
+        y = moe.reference(leaves[0], *route(leaves[0], leaves[1], 3), *leaves[2:])
         y.square().sum().backward()
         found.append([y.detach(), *(leaf.grad for leaf in leaves)])
     for read, masked in zip(*found, strict=True):
         torch.testing.assert_close(masked, read)
 
 
-@pytest.mark.parametrize("block", [moe.reference, moe.grouped])
+@pytest.mark.parametrize("block", [moe.reference, moe.grouped, moe.glued, moe.fused])
 def test_nothing_is_read_on_the_host(block: Callable[..., Tensor]) -> None:
     """Fake tensors have no values: whoever reads one raises."""
     with FakeTensorMode() as mode:
         x, router, gate_up, down = (mode.from_tensor(t).requires_grad_() for t in drawn(dtype=torch.bfloat16))
-        y = block(x, *moe.route(x, router, 3, True), gate_up, down)
+        y = block(x, *route(x, router, 3), gate_up, down)
         y.sum().backward()
     assert (y.shape, y.dtype) == ((33, 16), torch.bfloat16)
     assert gate_up.grad is not None
@@ -112,9 +117,9 @@ def test_the_gradient_of_a_token_is_rounded_once() -> None:
 
 def test_tokens_may_stand_in_several_dims() -> None:
     x, router, gate_up, down = drawn(24)
-    flat = moe.reference(x, *moe.route(x, router, 2, True), gate_up, down)
+    flat = moe.reference(x, *route(x, router, 2), gate_up, down)
     deep = x.view(2, 3, 4, 16).clone().requires_grad_()
-    y = moe.reference(deep, *moe.route(deep, router, 2, True), gate_up, down)
+    y = moe.reference(deep, *route(deep, router, 2), gate_up, down)
     assert torch.equal(y.view(24, 16), flat)
     y.sum().backward()
     assert deep.grad is not None
@@ -124,7 +129,7 @@ def test_tokens_may_stand_in_several_dims() -> None:
 def test_refuses_what_the_grouped_product_does_not_take() -> None:
     x, router, gate_up, down = (t.to("meta") for t in drawn())
     with pytest.raises(KernelError, match=r'moe: .* takes bf16, fp16 and fp32, not torch.float64; set kernels.moe = "reference"'):
-        moe.grouped(x, *moe.route(x, router, 3, True), gate_up, down)
+        moe.grouped(x, *route(x, router, 3), gate_up, down)
     odd = [torch.zeros(shape, dtype=torch.bfloat16, device="meta") for shape in ((4, 12), (3, 16, 12), (3, 12, 8))]
     with pytest.raises(KernelError, match="rows of 12 and 8 elements of torch.bfloat16 are not multiples of 16 bytes"):
         moe.experts_grouped(odd[0], torch.zeros(3, dtype=torch.int64, device="meta"), *odd[1:])

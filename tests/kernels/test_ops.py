@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gigatrain.errors import PlanError
-from gigatrain.kernels import attention, linear_cross_entropy, ops, rope
+from gigatrain.kernels import attention, attention_torch, linear_cross_entropy, ops, rope
 from gigatrain.kernels.launch import Sample
 
 DIFFERENTIABLE = {name: operation for name, operation in ops.OPERATIONS.items() if operation.differentiable}
@@ -27,7 +27,9 @@ def version(op: str, name: str) -> Callable[..., Any]:
     return ops.OPERATIONS[op].versions[name]
 
 
-FAST = [(op, name) for op, operation in DIFFERENTIABLE.items() for name in operation.versions if name != "reference"]
+TRITON = ("fused", "glued")  # interpreted here; slow, and without fp64
+AWAITING = {("attention", name) for name in attention_torch.LIMITS}  # torch's own kernels for GPUs: test_attention_torch.py holds what is around them
+FAST = [(op, name) for op, operation in DIFFERENTIABLE.items() for name in operation.versions if name != "reference" and (op, name) not in AWAITING]
 
 
 def run(
@@ -50,7 +52,7 @@ def test_errs_at_most_twice_as_much_as_plain_torch(op: str, name: str, monkeypat
     # Relative squared errors over seeds, of each tensor of each case; tensors of a few numbers, which say more about luck than about the code, are
     # pooled over the cases.
     ours, plain, counted = (defaultdict(float) for _ in range(3))
-    for seed in range(12 if name != "fused" else 3):  # interpreted kernels are slow
+    for seed in range(12 if name not in TRITON else 3):
         torch.manual_seed(seed)
         for case, (inputs, call) in enumerate(samples(op)):
             probe = call(reference, *inputs)
@@ -64,6 +66,9 @@ def test_errs_at_most_twice_as_much_as_plain_torch(op: str, name: str, monkeypat
             largest = max(e.square().sum().item() for e in results[0])
             for i, (e, p, o) in enumerate(zip(*results, strict=True)):
                 assert (o.dtype, o.shape) == (p.dtype, p.shape)
+                if not o.is_floating_point():
+                    assert torch.equal(o, p), f"{op} {name}: tensor {i} of case {case}"
+                    continue
                 key = (i, o.dtype, (case, *(tuple(x.shape) for x in inputs)) if o.numel() >= 64 else "small")
                 size = e.square().sum().item() or largest or 1.0  # what is exactly 0 is judged by its neighbours
                 ours[key] += (o.double() - e).square().sum().item() / size
@@ -74,7 +79,7 @@ def test_errs_at_most_twice_as_much_as_plain_torch(op: str, name: str, monkeypat
         assert error <= max(4 * plain[key], counted[key]), f"{op} {name}: (tensor, dtype, case) {key}"
 
 
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op, name in FAST if name != "fused"])  # which refuse fp64
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, name in FAST if name not in TRITON])
 def test_is_exact_in_double_precision(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     monkeypatch.setitem(linear_cross_entropy._ELEMENTS, "cpu", 1)

@@ -1,5 +1,7 @@
 """Tiny random transformers models of every family, from the real config classes: the oracle of the decoder's tests."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,22 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 SLIDING = ["sliding_attention", "full_attention"]
+OSS = YARN | {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+MISTRAL4 = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+}
 LONG = {"rope_type": "longrope", "rope_theta": 100.0, "factor": 2.0, "short_factor": [1.0, 1.5, 2.0], "long_factor": [1.5, 3.0, 7.0]}
 
 # name: (family, what differs from SIZES)
@@ -136,6 +154,47 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 4,
         },
     ),
+    "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
+    "olmoe-biases": (
+        "Olmoe",
+        {
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            "num_key_value_heads": 4,
+            "rope_parameters": YARN,
+        },
+    ),
+    "deepseek-v3": ("DeepseekV3", DEEPSEEK | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}),
+    "deepseek-v3-plain": (  # no latent of the queries, two shared experts, one group, rotated by halves, no layer dense
+        "DeepseekV3",
+        DEEPSEEK
+        | {"q_lora_rank": None, "n_shared_experts": 2, "n_group": 1, "topk_group": 1, "rope_interleave": False, "first_k_dense_replace": 0}
+        | {"norm_topk_prob": False, "routed_scaling_factor": 1.5, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "deepseek-v3-mscale": (
+        "DeepseekV3",
+        DEEPSEEK | {"attention_bias": True, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}, "routed_scaling_factor": 1.0},
+    ),
+    "mistral4": ("Mistral4", DEEPSEEK | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "rope_parameters": MISTRAL4}),
+    "mistral4-groups": (
+        "Mistral4",
+        DEEPSEEK
+        | {"norm_topk_prob": False, "routed_scaling_factor": 2.0, "rope_parameters": MISTRAL4 | {"mscale": 0.7}, "attention_bias": True},
+    ),
+    "gpt-oss": ("GptOss", {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 5, "rope_parameters": OSS}),
+    "gpt-oss-full": (
+        "GptOss",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 4,
+            "attention_bias": False,
+            "layer_types": ["full_attention"] * 2,
+            "tie_word_embeddings": True,
+        }
+        | {"head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+    ),
     "phi3-window": ("Phi3", {"sliding_window": 5, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64}),
     "phi3-short": ("Phi3", {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 32, "rope_parameters": LONG}),
     "phi3-long": ("Phi3", {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 8, "rope_parameters": LONG}),
@@ -149,12 +208,23 @@ def build(name: str, seed: int = 0, **kwargs: Any) -> Any:
         **(SIZES | {k: v.copy() if isinstance(v, dict) else v for k, v in extra.items()} | kwargs)
     )
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    config._attn_implementation = "eager"
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config)  # the Auto classes do not know mistral4
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "norm" in key or key.endswith("bias") or "alpha" in key:
+            if "norm" in key or key.endswith("bias") or "alpha" in key or "sinks" in key:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     return model.eval()
+
+
+def load(folder: Path, **options: Any) -> Any:
+    """The model in a folder, by the class that its config.json names: what the Auto class does for all that it knows, which mistral4 is not."""
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    auto = transformers.AutoModelForCausalLM
+    return (getattr(transformers, name) if name.startswith("Mistral4") else auto).from_pretrained(folder, **options)
 
 
 class wide_norms:
@@ -182,7 +252,7 @@ class wide_norms:
                 self.hooks += [module.register_forward_pre_hook(widen), module.register_forward_hook(narrow)]
         # inner norms of attention narrow too early for its softmax: widen again after them
         for name, module in self.model.named_modules():
-            if name.endswith(("q_norm", "k_norm")):
+            if name.endswith(("q_norm", "k_norm", "q_a_layernorm", "kv_a_layernorm")):
                 self.hooks.append(module.register_forward_hook(widen))
 
     def __exit__(self, *_: Any) -> None:

@@ -15,10 +15,16 @@ from gigatrain.architectures import Architecture, from_hf_config
 from gigatrain.kernels.ops import REFERENCE, Ops, available, choose
 from gigatrain.models import hf
 from gigatrain.models.decoder import LAYOUT, Decoder, decays, kind_of
+from gigatrain.planning import attention
 
-FAST = choose({op: [name for name in names if name != "fused"][-1] for op, names in available().items()})
+ON_GPU = {"glued", *attention.ON_GPU}
+FAST = choose({op: [name for name in names if name not in ON_GPU][-1] for op, names in available().items()})
 FUSED = choose({"attention": "sdpa", "linear_cross_entropy": "chunked"})
 
+LATENT: dict[str, Any] = {
+    "experts": 4, "experts_per_token": 2, "kv_heads": 3, "head_dim": 12, "kv_rank": 16, "q_rank": 10, "rope_head_dim": 4, "value_head_dim": 6,
+    "expert_intermediate": 16, "groups": 2, "groups_per_token": 2, "moe_layers": (False, True),
+}  # fmt: skip
 MIXTURE: dict[str, Any] = {"family": "qwen3_moe", "experts": 6, "experts_per_token": 2, "expert_intermediate": 16}
 
 
@@ -119,7 +125,10 @@ def test_errs_in_bf16_at_most_twice_as_much_as_transformers(name: str) -> None:
         assert sum(seen) <= 2 * sum(errors["transformers", what]), f"{who} {what}: {seen}, transformers {errors['transformers', what]}"
 
 
-PACKED = ["llama", "mistral-window", "qwen3", "gemma2", "gemma3", "olmo3", "smollm3", "helium", "ministral3", "phi3-window"]
+PACKED = [
+    *("llama", "mistral-window", "qwen3", "gemma2", "gemma3", "olmo3", "smollm3", "helium", "ministral3", "phi3-window"),
+    *("deepseek-v3", "mistral4", "gpt-oss"),
+]
 
 
 @pytest.mark.parametrize("ops", [REFERENCE, FUSED, FAST], ids=["reference", "fused", "fast"])
@@ -149,7 +158,7 @@ def test_packed_documents_equal_documents_apart(name: str, ops: Ops) -> None:
 
 
 @pytest.mark.parametrize("ops", [REFERENCE, FUSED, FAST], ids=["reference", "fused", "fast"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "olmo2", "granite", "apertus", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "olmo2", "granite", "apertus", "qwen3-moe", "deepseek-v3", "gpt-oss"])
 def test_recomputation_changes_nothing(name: str, ops: Ops) -> None:
     model = build(name)
     tokens, labels = batch(model.config.vocab_size)
@@ -259,14 +268,16 @@ def test_initial_weights_have_the_spread_asked_for() -> None:
 def test_every_parameter_is_of_one_kind_and_cut_one_way(name: str) -> None:
     decoder = Decoder(from_hf_config(build(name).config.to_dict()))
     for key, parameter in decoder.named_parameters():
-        kind = kind_of(key)
-        assert (kind in ("norm", "bias", "scalar")) == (parameter.dim() == 1), key
-        assert (kind == "expert") == (parameter.dim() == 3), key
+        kind, of_experts = kind_of(key), key.endswith(("gate_up_proj_bias", "down_proj_bias"))
+        assert (kind in ("norm", "bias", "scalar", "sink")) == (parameter.dim() == 1), key
+        assert (kind == "expert") == (parameter.dim() == 3 or of_experts), key
         assert (kind == "router") == key.endswith("mlp.gate.weight"), key
-        assert decays(key) == (kind in ("matrix", "expert", "router"))
-        assert decays(key, embeddings=True) == (parameter.dim() >= 2)
+        assert decays(key) == (kind in ("matrix", "expert", "router") and not of_experts)
+        assert decays(key, embeddings=True) == (parameter.dim() >= 2 and not of_experts)
         module = key.rpartition(".")[0]
-        assert (sum(module.endswith(suffix) for suffix in LAYOUT) == 1) == (kind in ("embed", "head", "matrix", "bias")), key
+        whole = module.endswith(("q_a_proj", "kv_a_proj_with_mqa", "mlp.gate")) or "shared_experts" in module
+        cut = kind in ("embed", "head", "matrix", "bias") and not whole
+        assert (sum(module.endswith(suffix) for suffix in LAYOUT) == 1) == cut, key
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7])
@@ -320,9 +331,11 @@ def test_flops_per_token_are_those_torch_counts(numbers: dict[str, Any]) -> None
     assert counter.get_total_flops() / tokens.numel() == decoder.arch.flops_per_token(1)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "deepseek_v3", "gpt_oss"])
 def test_each_layer_compiles_whole(family: str) -> None:
-    decoder = fresh(tiny(family, window=None if family == "llama" else 5), FUSED)
+    numbers: dict[str, Any] = {"llama": {}, "deepseek_v3": LATENT}.get(family, {"window": 5})
+    experts = {"experts": 4, "experts_per_token": 2} if family == "gpt_oss" else {}
+    decoder = fresh(tiny(family, **numbers, **experts), FUSED)
     tokens, labels = batch(decoder.arch.vocab)
     loss, grads = gradients(decoder, tokens, labels)
     for layer in decoder.layers:

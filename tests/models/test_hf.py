@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from families import VARIANTS, build
+from families import VARIANTS, build, load
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -15,6 +14,8 @@ from gigatrain.architectures import from_hf_config, to_hf_config
 from gigatrain.errors import CheckpointError
 from gigatrain.models import hf
 from gigatrain.models.decoder import Decoder
+
+STACKED = ["deepseek-v3", "mistral4", "gpt-oss"]
 
 
 def export(decoder: Decoder, folder: Path, **kwargs) -> None:
@@ -55,17 +56,14 @@ def test_reads_and_writes_what_transformers_does(name: str, tmp_path: Path) -> N
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert from_hf_config(hf.read_config(tmp_path / "ours")) == arch
 
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
-    )
-    again, notes = loaded
+    again, notes = load(tmp_path / "ours", output_loading_info=True, attn_implementation="eager")
     assert not any(notes[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokens = torch.randint(0, arch.vocab, (2, 19), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "apertus", "phi3", "olmo2", "mixtral", "qwen3-moe-mixed"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "apertus", "phi3", "olmo2", "mixtral", "qwen3-moe-mixed", *STACKED])
 def test_names_there_and_back(name: str) -> None:
     decoder = Decoder(from_hf_config(build(name).config.to_dict()))
     decoder.init_weights(0.02, False, 0)
@@ -75,7 +73,7 @@ def test_names_there_and_back(name: str) -> None:
     assert all(torch.equal(back[key], state[key]) for key in state)
 
 
-@pytest.mark.parametrize("name", ["llama-tied-mha", "phi3", "apertus", "mixtral"])
+@pytest.mark.parametrize("name", ["llama-tied-mha", "phi3", "apertus", "mixtral", "gpt-oss"])
 def test_shards_hold_the_same(name: str, tmp_path: Path) -> None:
     decoder = Decoder(from_hf_config(build(name).config.to_dict()))
     decoder.init_weights(0.02, False, 0)
@@ -152,6 +150,37 @@ def test_refuses_a_missing_and_an_unexpected_expert(tmp_path: Path) -> None:
     del state[gone]
     with pytest.raises(CheckpointError, match=r"the state lacks experts of model\.layers\.1\.mlp\.experts\.gate_up_proj"):
         hf.from_hf(state, decoder.arch)
+
+
+def test_experts_of_gpt_oss_are_turned_and_paired_on_disk() -> None:
+    """Row by row, so that the two transposes are not each other's mistake."""
+    decoder = Decoder(from_hf_config(build("gpt-oss").config.to_dict()))
+    decoder.init_weights(0.02, False, 0)
+    memory = decoder.state_dict()
+    disk, layer = hf.to_hf(memory, decoder.arch), "model.layers.1.mlp"
+    ours, theirs = memory[f"{layer}.experts.gate_up_proj"], disk[f"{layer}.experts.gate_up_proj"]
+    width = decoder.arch.expert_width
+    assert torch.equal(theirs[2, :, 2 * 7], ours[2, 7])  # the gate of channel 7
+    assert torch.equal(theirs[2, :, 2 * 7 + 1], ours[2, width + 7])  # and its up
+    assert torch.equal(disk[f"{layer}.experts.gate_up_proj_bias"][2, 2 * 7 + 1], memory[f"{layer}.experts.gate_up_proj_bias"][2, width + 7])
+    assert torch.equal(disk[f"{layer}.experts.down_proj"][2], memory[f"{layer}.experts.down_proj"][2].t())
+    assert torch.equal(disk[f"{layer}.router.bias"], memory[f"{layer}.gate.bias"])
+
+
+def test_layers_of_multi_token_prediction_are_passed_over(tmp_path: Path) -> None:
+    decoder = Decoder(from_hf_config(build("deepseek-v3").config.to_dict()))
+    decoder.init_weights(0.02, False, 0)
+    export(decoder, tmp_path)
+    rewrite(
+        tmp_path, lambda t: t.update({"model.layers.2.eh_proj.weight": torch.zeros(48, 96), "model.layers.2.enorm.weight": torch.ones(48)})
+    )
+    other = Decoder(decoder.arch)
+    hf.load_weights(other, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), decoder.parameters(), strict=True))
+    gone = "model.layers.1.mlp.gate.e_score_correction_bias"
+    rewrite(tmp_path, lambda t: t.pop(gone))
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.gate\.e_score_correction_bias"):
+        hf.load_weights(other, tmp_path)
 
 
 def test_refuses_an_unexpected_tensor(llama) -> None:
