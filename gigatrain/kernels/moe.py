@@ -151,13 +151,25 @@ def experts_reference(
     return y_md
 
 
+def reads_counts(dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
+    """Why torch's grouped product on this NVIDIA GPU would read the counts on the host and loop over the experts; None: it does not (torch 2.9 to 2.13)."""
+    if dtype == torch.bfloat16 and capability[0] in (9, 10):
+        return None
+    return (
+        f"torch's grouped product reads the counts on the host but in bf16 on compute capability 9 or 10, not in {dtype} on "
+        f"{'.'.join(map(str, capability))}"
+    )
+
+
 def supports(x_md: Tensor, gate_up_efd: Tensor, down_edi: Tensor) -> str | None:
-    """Why torch's grouped product cannot take these tensors; None: it can."""
+    """Why torch's grouped product cannot take these tensors, or not without waiting; None: it can."""
     if x_md.dtype not in launch.FLOATS:
         return f"torch's grouped product takes bf16, fp16 and fp32, not {x_md.dtype}"
     hidden, width = down_edi.shape[1:]
     if (hidden * x_md.itemsize) % 16 or (width * x_md.itemsize) % 16:
         return f"rows of {hidden} and {width} elements of {x_md.dtype} are not multiples of 16 bytes"
+    if x_md.is_cuda and torch.version.hip is None:
+        return reads_counts(x_md.dtype, torch.cuda.get_device_capability(x_md.device))
     return None
 
 
@@ -203,7 +215,7 @@ def experts_grouped(
         if x_md.device.type == "cpu":
             biases = {"gate_up_bias_ef": gate_up_bias_ef, "down_bias_ed": down_bias_ed}
             return experts_reference(x_md, counts_e, gate_up_efd, down_edi, **biases, activation=activation)
-        raise KernelError(f'moe: {why}; set kernels.moe = "reference" and kernels.experts = "reference"')
+        raise KernelError(f'moe: {why}; set kernels.moe = "fused" and kernels.experts = "fused", or "reference"')
     ends_e = counts_e.cumsum(0).to(torch.int32)
     gate, up = _product(x_md, gate_up_efd, gate_up_bias_ef, ends_e).chunk(2, -1)
     return _product(activated(gate, up, activation), down_edi, down_bias_ed, ends_e)
@@ -525,7 +537,7 @@ def fused(
 ) -> Tensor:
     """As `reference`, in Triton: 7 launches and 8 back. Raises KernelError where `supports_fused` says no."""
     biases = gate_up_bias_ef, down_bias_ed
-    _refused(supports_fused(x_nd, gate_up_efd, down_edi, *biases), "moe", "grouped")
+    _refused(supports_fused(x_nd, gate_up_efd, down_edi, *biases), "moe", "reference")
     return _call(x_nd, weights_nk, chosen_nk, gate_up_efd, down_edi, *biases, activation == "clamped_swiglu", False)[0]
 
 
@@ -543,7 +555,7 @@ def glued(
     """As `reference`, by torch's grouped products with Triton between them. Raises KernelError where `supports` or `supports_fused` says no."""
     biases = gate_up_bias_ef, down_bias_ed
     why = supports_fused(x_nd, gate_up_efd, down_edi, *biases) or supports(x_nd, gate_up_efd, down_edi)
-    _refused(why, "moe", "reference")
+    _refused(why, "moe", "fused")
     return _call(x_nd, weights_nk, chosen_nk, gate_up_efd, down_edi, *biases, activation == "clamped_swiglu", True)[0]
 
 
@@ -559,7 +571,7 @@ def experts_fused(
 ) -> Tensor:
     """As the reference, in Triton. Raises KernelError where `supports_fused` says no."""
     biases = gate_up_bias_ef, down_bias_ed
-    _refused(supports_fused(x_md, gate_up_efd, down_edi, *biases), "experts", "grouped")
+    _refused(supports_fused(x_md, gate_up_efd, down_edi, *biases), "experts", "reference")
     return _call_experts(x_md, counts_e, gate_up_efd, down_edi, *biases, activation == "clamped_swiglu", False)[0]
 
 
@@ -576,7 +588,7 @@ def experts_glued(
     """As the reference, by torch's grouped products with Triton between them. Raises KernelError where `supports` or `supports_fused` says no."""
     biases = gate_up_bias_ef, down_bias_ed
     why = supports_fused(x_md, gate_up_efd, down_edi, *biases) or supports(x_md, gate_up_efd, down_edi)
-    _refused(why, "experts", "reference")
+    _refused(why, "experts", "fused")
     return _call_experts(x_md, counts_e, gate_up_efd, down_edi, *biases, activation == "clamped_swiglu", True)[0]
 
 

@@ -14,6 +14,7 @@ In bf16, per token, layer and forward, with choices spread evenly: `alltoall` mo
 
 Sizes of what ranks exchange depend on the routing, and torch.distributed takes them from the host: `alltoall` and `hierarchical` read them once per layer and
 forward (again where recomputation repeats it), the only host read within a step. `gather` reads nothing, but needs equally many tokens on every rank.
+What is done to rows between two exchanges are operations of the plan's choice, `expert_sort` and `experts`, which take their counts on the device.
 
 The gradient of an expert is whole on its rank, from the tokens of all ranks along `expert`, and is summed over the other data axes. Each rank along
 `tensor` and `context` sends its own tokens to its own group: experts are whole there, and their gradients partial like a norm's.
@@ -123,19 +124,17 @@ def _on_host(counts: Sequence[Tensor], rows: Sequence[int]) -> list[list[int]]:
     return [flat[end - len(c) : end] for c, end in zip(counts, ends, strict=True)]
 
 
-def _visited(
-    experts: moe.Experts, x_md: Tensor, arrived_rl: Tensor, gate_up_lfd: Tensor, down_ldi: Tensor, rest: Mapping[str, Any]
-) -> Tensor:
+def _visited(ops: Ops, x_md: Tensor, arrived_rl: Tensor, gate_up_lfd: Tensor, down_ldi: Tensor, rest: Mapping[str, Any]) -> Tensor:
     """What this rank's experts make of rows that stand rank by rank and, within each, expert by expert; in the same order."""
     ranks, local = arrived_rl.shape
     keys_m = torch.arange(local, device=x_md.device).repeat(ranks).repeat_interleave(arrived_rl.flatten(), output_size=x_md.shape[0])
-    order_m, counts_l = moe.sort(keys_m, local)
-    y_md = experts(moe.gather(x_md, order_m, 1), counts_l, gate_up_lfd, down_ldi, **rest)
+    order_m, counts_l = ops.expert_sort(keys_m, local)
+    y_md = ops.experts(moe.gather(x_md, order_m, 1), counts_l, gate_up_lfd, down_ldi, **rest)
     return moe.spread(y_md, order_m, x_md.shape[0])
 
 
 def _alltoall(
-    experts: moe.Experts,
+    ops: Ops,
     peers: Peers,
     x_nd: Tensor,
     weights_nk: Tensor,
@@ -144,17 +143,17 @@ def _alltoall(
     down_ldi: Tensor,
     **rest: Any,
 ) -> Tensor:
-    order_m, counts_e = moe.sort(chosen_nk, peers.count * gate_up_lfd.shape[0])
+    order_m, counts_e = ops.expert_sort(chosen_nk, peers.count * gate_up_lfd.shape[0])
     counts_rl = counts_e.view(peers.count, -1)
     arrived_rl = _received(counts_rl, None, None, peers)
     send, receive = _on_host((counts_rl.sum(1), arrived_rl.sum(1)), (chosen_nk.numel(),) * 2)
     x_md = exchange(moe.gather(x_nd, order_m, chosen_nk.shape[-1]), send, receive, peers)
-    y_md = exchange(_visited(experts, x_md, arrived_rl, gate_up_lfd, down_ldi, rest), receive, send, peers)
+    y_md = exchange(_visited(ops, x_md, arrived_rl, gate_up_lfd, down_ldi, rest), receive, send, peers)
     return moe.combine(y_md, order_m, weights_nk)
 
 
 def _hierarchical(
-    experts: moe.Experts,
+    ops: Ops,
     nodes: Peers,
     inside: Peers,
     x_nd: Tensor,
@@ -170,8 +169,8 @@ def _hierarchical(
     # A row for every node that a token visits: slot n N + node.
     visited_no = torch.zeros(*shape, nodes.count, dtype=torch.bool, device=x_nd.device).scatter_(-1, chosen_nk // here, True)
     node_o = torch.arange(nodes.count, device=x_nd.device)
-    order_s, rows_o = moe.sort(node_o.where(visited_no, nodes.count), nodes.count)
-    slots_oe = moe.sort(chosen_nk, nodes.count * here)[1].view(nodes.count, here)
+    order_s, rows_o = ops.expert_sort(node_o.where(visited_no, nodes.count), nodes.count)
+    slots_oe = ops.expert_sort(chosen_nk, nodes.count * here)[1].view(nodes.count, here)
     arrived_o = _received(torch.cat((rows_o[:, None], slots_oe), 1), None, None, nodes)
     slots_rl = arrived_o[:, 1:].sum(0).view(inside.count, local)
     arrived_rl = _received(slots_rl, None, None, inside)
@@ -185,15 +184,15 @@ def _hierarchical(
     both = moe.gather(torch.cat((weights_nk, chosen_nk.to(weights_nk.dtype)), -1), order_s, nodes.count)
     weights_sk, chosen_sk = exchange(both, send, receive, nodes).chunk(2, 1)
     keys_sk = chosen_sk.detach().long() - nodes.index * here
-    order_m = moe.sort(keys_sk.where((keys_sk >= 0) & (keys_sk < here), here), here)[0][: sum(send_in)]
+    order_m = ops.expert_sort(keys_sk.where((keys_sk >= 0) & (keys_sk < here), here), here)[0][: sum(send_in)]
     x_md = exchange(moe.gather(x_sd, order_m, visits), send_in, receive_in, inside)
-    y_md = exchange(_visited(experts, x_md, arrived_rl, gate_up_lfd, down_ldi, rest), receive_in, send_in, inside)
+    y_md = exchange(_visited(ops, x_md, arrived_rl, gate_up_lfd, down_ldi, rest), receive_in, send_in, inside)
     y_sd = exchange(moe.combine(y_md, order_m, weights_sk), receive, send, nodes)
     return moe.combine(y_sd, order_s, weights_nk.new_ones(*shape, nodes.count))
 
 
 def _gather(
-    experts: moe.Experts,
+    ops: Ops,
     peers: Peers,
     x_nd: Tensor,
     weights_nk: Tensor,
@@ -206,12 +205,12 @@ def _gather(
     x_pnd: Tensor = _Gather.apply(x_nd, peers)  # type: ignore[assignment]
     weights_pnk: Tensor = _Gather.apply(weights_nk, peers)  # type: ignore[assignment]
     keys_pnk = _gathered(chosen_nk, peers) - peers.index * local
-    order_m, counts_l = moe.sort(keys_pnk.where((keys_pnk >= 0) & (keys_pnk < local), local), local)
+    order_m, counts_l = ops.expert_sort(keys_pnk.where((keys_pnk >= 0) & (keys_pnk < local), local), local)
     # As many rows as there can be at most; those behind the last that there is are undefined, also in the backward, and are masked on both sides.
     order_m = order_m[: keys_pnk.shape[:-1].numel() * min(visits, local)]
     exists_m1 = (torch.arange(order_m.shape[0], device=x_nd.device) < counts_l.sum())[:, None]
     x_md = torch.where(exists_m1, moe.gather(x_pnd, order_m, visits), 0)
-    y_md = torch.where(exists_m1, experts(x_md, counts_l, gate_up_lfd, down_ldi, **rest), 0)
+    y_md = torch.where(exists_m1, ops.experts(x_md, counts_l, gate_up_lfd, down_ldi, **rest), 0)
     y_pnd = moe.combine(y_md, order_m, weights_pnk, weights_pnk.dtype)
     return _Scatter.apply(y_pnd, x_nd.dtype, peers)  # type: ignore[return-value]
 
@@ -224,10 +223,10 @@ def dispatched(ops: Ops, mesh: Mesh, form: Form, ranks_per_node: int) -> Ops:
     if mesh.size("expert") == 1:
         return ops
     if form == "hierarchical":
-        run: Callable[..., Tensor] = partial(_hierarchical, ops.experts, *_levels(mesh, ranks_per_node))
+        run: Callable[..., Tensor] = partial(_hierarchical, ops, *_levels(mesh, ranks_per_node))
     else:
         peers = Peers(mesh.group("expert"), mesh.size("expert"), mesh.index("expert"))
-        run = partial({"alltoall": _alltoall, "gather": _gather}[form], ops.experts, peers)
+        run = partial({"alltoall": _alltoall, "gather": _gather}[form], ops, peers)
     return replace(ops, moe=run)
 
 

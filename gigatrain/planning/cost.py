@@ -74,7 +74,7 @@ def saved_bytes(architecture: Architecture, size: int, recompute: Recompute, ker
     if kernels.get("moe") in ("glued", "fused"):  # gate and up alone; and where each slot's row is
         mixture = size * visits * 2 * architecture.expert_width + 28 * visits
     if kernels.get("router") == "fused":
-        mixture += size * experts
+        mixture += (4 if architecture.scoring == "sigmoid" else size) * experts  # logits, of a product in fp32 for sigmoids
     else:
         mixture += 4 * experts + (4 * (visits + 1) if architecture.renormalise else 0)
         mixture += 4 * (experts + visits) if architecture.scoring == "chosen" else 0

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from gigatrain.errors import KernelError
-from gigatrain.kernels import moe
+from gigatrain.kernels import moe, ops
 from gigatrain.kernels import router as routers
 
 
@@ -128,8 +128,43 @@ def test_tokens_may_stand_in_several_dims() -> None:
 
 def test_refuses_what_the_grouped_product_does_not_take() -> None:
     x, router, gate_up, down = (t.to("meta") for t in drawn())
-    with pytest.raises(KernelError, match=r'moe: .* takes bf16, fp16 and fp32, not torch.float64; set kernels.moe = "reference"'):
+    with pytest.raises(KernelError, match=r'moe: .* takes bf16, fp16 and fp32, not torch.float64; set kernels.moe = "fused"'):
         moe.grouped(x, *route(x, router, 3), gate_up, down)
     odd = [torch.zeros(shape, dtype=torch.bfloat16, device="meta") for shape in ((4, 12), (3, 16, 12), (3, 12, 8))]
     with pytest.raises(KernelError, match="rows of 12 and 8 elements of torch.bfloat16 are not multiples of 16 bytes"):
         moe.experts_grouped(odd[0], torch.zeros(3, dtype=torch.int64, device="meta"), *odd[1:])
+
+
+def test_refuses_a_grouped_product_that_would_read_the_counts() -> None:
+    assert moe.reads_counts(torch.bfloat16, (9, 0)) is None
+    assert moe.reads_counts(torch.bfloat16, (10, 3)) is None
+    for dtype, capability in ((torch.bfloat16, (8, 0)), (torch.float32, (9, 0)), (torch.bfloat16, (12, 0))):
+        why = moe.reads_counts(dtype, capability)
+        assert why is not None
+        assert f"not in {dtype} on {capability[0]}.{capability[1]}" in why
+
+
+@pytest.mark.parametrize("version", ["fused", "glued"])
+def test_refuses_what_its_kernels_do_not_take(version: str) -> None:
+    block = getattr(moe, version)
+    x, router, gate_up, down = drawn()
+    with pytest.raises(KernelError, match="one of bf16, fp16, fp32, not torch.float64"):
+        block(x, *route(x, router, 3), gate_up, down)
+    x, router, gate_up, down = drawn(dtype=torch.bfloat16)
+    with pytest.raises(KernelError, match="one of bf16, fp16, fp32, not torch.bfloat16, torch.bfloat16, torch.float32"):
+        block(x, *route(x, router, 3), gate_up, down.float())
+    with pytest.raises(KernelError, match=r"rows of 16 and matrices \(6, 46, 16\) do not fit \(6, 16, 24\)"):
+        block(x, *route(x, router, 3), gate_up[:, 2:], down)
+
+
+def test_a_checked_start_judges_biases_too() -> None:
+    x, router, gate_up, down = (t.requires_grad_() for t in drawn(9, dtype=torch.float32))
+    biases = [torch.randn(6, width, requires_grad=True) for width in (48, 16)]
+    worst: dict[str, float] = {}
+    checked = ops.checked({"moe": "fused", "router": "fused", "expert_sort": "fused"}, worst)
+    routed = checked.router(x, router, routers.Router(3, "sigmoid", renormalise=True), torch.zeros(6))
+    y = checked.moe(x, routed.weights_nk, routed.chosen_nk, gate_up, down, gate_up_bias_ef=biases[0], down_bias_ed=biases[1])
+    assert y.shape == x.shape
+    assert checked.expert_sort(routed.chosen_nk, 6)[1].tolist() == routed.counts_be.tolist()
+    assert worst["moe"] <= 1
+    assert worst["router"] <= 1

@@ -117,6 +117,22 @@ def test_a_layer_keeps_the_bytes_that_the_plan_says(
     assert found == pytest.approx(cost.saved_bytes(arch, dtype.itemsize, recompute, kernels), rel=0.001)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("version", ["fused", "glued"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES[6:] if family["experts"] != 5], ids=lambda family: family["family"])  # type: ignore[index]
+def test_experts_in_triton_keep_the_bytes_that_the_plan_says(
+    family: dict[str, object], version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less than half of what torch's products keep: no rows, no activation, no results."""
+    plain = cost.saved_bytes(made(2, torch.bfloat16, "none", **family).arch, 2, "none", CHOSEN)
+    kernels = CHOSEN | {"swiglu": "reference", "geglu": "reference", "moe": version, "experts": version, "router": "fused"}
+    monkeypatch.setitem(CHOSEN, "moe", version)
+    monkeypatch.setitem(CHOSEN, "router", "fused")
+    one, three = (kept("none", layers, torch.bfloat16, monkeypatch, **family) for layers in (2, 4))
+    said = cost.saved_bytes(made(2, torch.bfloat16, "none", **family).arch, 2, "none", kernels)
+    assert (three - one) / 2 / 64 == pytest.approx(said, rel=0.005)  # ends of experts, and scalars
+    assert said < plain
+
+
 def test_the_lean_layer_of_llama_keeps_two_thirds() -> None:
     arch = Architecture(family="llama", vocab=128256, hidden=4096, layers=32, heads=32, kv_heads=8, intermediate=14336)
     fused = {"rms_norm": "fused", "swiglu": "fused"}

@@ -18,6 +18,9 @@ from gigatrain.parallel.mesh import Mesh
 from gigatrain.parallel.places import whole
 
 E, K, D, WIDTH = 8, 3, 16, 24  # experts, visits, hidden channels, channels of an expert
+CHOSEN = {"reference": {}, "grouped": {"experts": "grouped"}} | {
+    name: {"experts": name, "expert_sort": "fused"} for name in ("glued", "fused")
+}
 FORMS: list[expert.Form] = ["alltoall", "hierarchical", "gather"]
 
 
@@ -37,14 +40,22 @@ def drawn(tokens: list[int], kind: str, dtype: torch.dtype) -> tuple[list[Tensor
     return [x.to(dtype), weights, chosen], [gate_up.to(dtype), down.to(dtype), dy.to(dtype)]
 
 
-def run(call: Any, x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, dy: Tensor) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in (x, weights, gate_up, down)]
-    y = call(*leaves[:2], chosen, *leaves[2:])
+def run(call: Any, x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, dy: Tensor, *biases: Tensor) -> list[Tensor]:
+    """Output and gradients; with biases the experts are gpt-oss's."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weights, gate_up, down, *biases)]
+    named = dict(zip(("gate_up_bias_ef", "down_bias_ed"), leaves[4:], strict=False))
+    y = call(*leaves[:2], chosen, *leaves[2:4], **named, **({"activation": "clamped_swiglu"} if named else {}))
     y.backward(dy)
     return [y.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[misc]
 
 
-def block(rank: int, form: expert.Form, kind: str, tokens: list[int], dtype: torch.dtype, per_node: int, kernels: str) -> Any:
+def biases_of(biased: bool, dtype: torch.dtype) -> list[Tensor]:
+    """Of all experts."""
+    generator = torch.Generator().manual_seed(11)
+    return [torch.randn(E, width, generator=generator).to(dtype) for width in (2 * WIDTH, D)] if biased else []
+
+
+def block(rank: int, form: expert.Form, kind: str, tokens: list[int], dtype: torch.dtype, per_node: int, kernels: str, biased: bool) -> Any:
     """What this rank's share becomes, and the bytes that it sends to other nodes."""
     sent = {"bytes": 0}
     plain = torch.distributed.all_to_all_single
@@ -58,21 +69,26 @@ def block(rank: int, form: expert.Form, kind: str, tokens: list[int], dtype: tor
 
     expert.distributed.all_to_all_single = counted  # type: ignore[assignment]
     mesh = Mesh(config.Mesh(shard=len(tokens), expert=len(tokens)), rank)
-    ops = expert.dispatched(choose({"experts": kernels}), mesh, form, per_node)
+    ops = expert.dispatched(choose(CHOSEN[kernels]), mesh, form, per_node)
     (x, weights, chosen), (gate_up, down, dy) = drawn(tokens, kind, dtype)
     mine, local = slice(sum(tokens[:rank]), sum(tokens[: rank + 1])), E // len(tokens)
     held = slice(rank * local, (rank + 1) * local)
-    found = run(ops.moe, x[mine], weights[mine], chosen[mine], gate_up[held], down[held], dy[mine])
+    found = run(
+        ops.moe, x[mine], weights[mine], chosen[mine], gate_up[held], down[held], dy[mine], *(b[held] for b in biases_of(biased, dtype))
+    )
     return [t.float().numpy() if t.dtype == torch.bfloat16 else t.numpy() for t in found], sent["bytes"]
 
 
-def compared(form: expert.Form, kind: str, tokens: list[int], dtype: torch.dtype, per_node: int, kernels: str = "reference") -> list[int]:
+def compared(
+    form: expert.Form, kind: str, tokens: list[int], dtype: torch.dtype, per_node: int, kernels: str = "reference", biased: bool = False
+) -> list[int]:
     """Bytes sent between nodes by each rank, after all values and gradients were compared with one process's."""
     (x, weights, chosen), (gate_up, down, dy) = drawn(tokens, kind, dtype)
-    expected = run(moe.reference, x, weights, chosen, gate_up, down, dy)
-    exact = run(moe.reference, *(t.double() if t.is_floating_point() else t for t in (x, weights, chosen, gate_up, down, dy)))
-    ranks = together(len(tokens), block, form, kind, tokens, dtype, per_node, kernels)
-    for at in range(5):  # each rank's tokens and experts, one after the other
+    given = x, weights, chosen, gate_up, down, dy, *biases_of(biased, dtype)
+    expected = run(moe.reference, *given)
+    exact = run(moe.reference, *(t.double() if t.is_floating_point() else t for t in given))
+    ranks = together(len(tokens), block, form, kind, tokens, dtype, per_node, kernels, biased)
+    for at in range(len(exact)):  # each rank's tokens and experts, one after the other
         found = torch.cat([torch.from_numpy(values[at]).double() for values, _ in ranks])
         error, plain = ((t.double() - exact[at]).norm() / (exact[at].norm() + 1e-30) for t in (found, expected[at]))
         if dtype == torch.bfloat16:
@@ -96,6 +112,13 @@ def test_on_two_nodes_of_two_ranks_it_is_one_process(form: expert.Form) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_errs_in_bf16_at_most_twice_as_much(form: expert.Form) -> None:
     compared(form, "spread", [16] * 4, torch.bfloat16, 2, "grouped")
+
+
+@pytest.mark.parametrize("kernels", ["grouped", "glued", "fused"])
+@pytest.mark.parametrize("form", FORMS)
+def test_biases_and_the_clamped_activation(form: expert.Form, kernels: str) -> None:
+    """Triton's kernels where their rows come from other ranks, and there are rows behind those that exist."""
+    compared(form, "few", [9, 9] if form == "gather" else [11, 5], torch.float32, 1, kernels, True)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -98,11 +98,29 @@ def test_a_gpu_gets_the_fused_kernels_and_a_cpu_never_does():
 
 
 @pytest.mark.parametrize(
+    ("hidden", "width", "starts", "ends"),
+    [
+        (2048, 768, "spares passes over memory worth 20 % of its products' time on an H200", "slower than torch's"),
+        (4096, 14336, "spares passes over memory worth 3 % of its products' time", 'in bf16 "glued" may be faster, measure it'),
+    ],
+)
+def test_the_experts_kernel_says_what_it_spares(hidden, width, starts, ends):
+    sizes = {"hidden": hidden, "expert_intermediate": width, "experts": 8, "experts_per_token": 2, "family": "qwen3_moe"}
+    overrides = [f"model.architecture.{name}={value}" for name, value in sizes.items()]
+    found = plan(load.recipe("quickstart", overrides), load.site("one-gpu").model_copy(update={"memory_bytes": 900 << 30}))
+    chosen = {choice.op: choice for choice in found.kernels}
+    assert {chosen[op].kernel for op in ("router", "moe", "experts", "expert_sort")} == {"fused"}
+    assert chosen["moe"].why.startswith(starts)
+    assert chosen["moe"].why.endswith(ends)
+
+
+@pytest.mark.parametrize(
     ("override", "said"),
     [
         ("kernels.rms_nrom=lean", "kernels.rms_nrom: no operation is called so; did you mean rms_norm"),
         ("kernels.attention=flash9", "kernels.attention 'flash9': choose one of reference, sdpa, blocked"),
         ("kernels.rope=fused", 'kernels.rope "fused": Triton kernels need a GPU, and laptop has none; choose reference or lean'),
+        ("kernels.moe=glued", 'kernels.moe "glued": Triton kernels need a GPU, and laptop has none; choose reference or grouped'),
         ("kernels.default=fast", "kernels.default 'fast' is neither auto nor reference"),
     ],
 )
