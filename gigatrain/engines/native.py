@@ -475,7 +475,6 @@ class Native:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    @torch.no_grad()
     def step(self, rate: float) -> Update:
         """Update every group, or, where loss or gradient is not finite on any rank, nothing: decided on the device. With release see engines/released.py."""
         self._forget()
@@ -491,13 +490,12 @@ class Native:
     def _whole(self, microbatches: Sequence[Microbatch], rate: float | Tensor) -> Update:
         """A step from its microbatches to its update: what is recorded."""
         self._backward(microbatches, rate)
-        with torch.no_grad():
-            if self._release is None:
-                return self._update(rate)
-            norm, skip = self._release.finish()
-            self._count(skip == 0)
-            self.trace.mark("rest")
-            return Update(self._nats, self._targets, norm)
+        if self._release is None:
+            return self._update(rate)
+        norm, skip = self._release.finish()
+        self._count(skip == 0)
+        self.trace.mark("rest")
+        return Update(self._nats, self._targets, norm)
 
     def _unmarked(self, microbatches: Sequence[Microbatch], rate: float | Tensor) -> Update:
         """As `_whole`, as one phase: a mark within a recording would be one of the graph's events."""
@@ -507,6 +505,7 @@ class Native:
         finally:
             self.trace = trace
 
+    @torch.no_grad()
     def _update(self, rate: float | Tensor) -> Update:
         self.trace.mark("reduce")
         norm, scale, skip = self._judge()

@@ -51,11 +51,10 @@ class Released:
     ) -> None:
         self._norm = norm
         self.units: dict[str, Unit] = {}
-        self.counts: dict[str, Tensor] = {}  # of the updates of each kind of AdamW's: what its groups all begin a step with, and a checkpoint keeps
+        # Of the updates of each kind of AdamW's groups: what they all begin a step with, and what a checkpoint keeps, whether there are any or not.
+        self.counts = {f"updates.{kind}": torch.zeros((), device=device) for kind in ("decayed", "plain")}
         for group in groups:
             group.grads.drop()
-            if isinstance(group, AdamW):
-                self.counts.setdefault(f"updates.{group.name}", torch.zeros_like(group.bucket.updates))
             for name in group.grads.shapes:
                 unit = self.units.setdefault(unit_of(name), Unit())
                 unit.names.add(name)
