@@ -324,7 +324,7 @@ class Native:
                 if isinstance(layer, linear.Linear) and layer.joined is not None:
                     layer.joined = replace(layer.joined, product=product)
                 else:
-                    layer.product = product
+                    layer.product = product  # type: ignore[arg-type]
                 found |= dict.fromkeys(weights, into)
         return found
 

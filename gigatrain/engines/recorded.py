@@ -70,7 +70,8 @@ class Recorded:
         for buffers, part in zip(one.parts, given, strict=True):
             for buffer, tensor in zip(_tensors(buffers), _tensors(part), strict=True):
                 if buffer is not None:
-                    assert tensor is not None and buffer.shape == tensor.shape, "the plan refuses steps of several shapes"
+                    assert tensor is not None, "both say whether there are documents"
+                    assert buffer.shape == tensor.shape, "the plan refuses steps of several shapes"
                     buffer.copy_(tensor)
         return one
 

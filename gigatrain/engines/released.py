@@ -131,5 +131,3 @@ class Released:
 
 def _master(group: AdamW | Muon) -> Tensor:
     return group.bucket.weight if isinstance(group, AdamW) else group.master.buffer
-
-

@@ -50,9 +50,10 @@ def supports(names: str, *tensors: Tensor) -> str | None:
     return None
 
 
-def tiling(elements: int, *tensors: Tensor) -> tuple[list[Tensor], int, int, int, int]:
-    """`(tensors as [rows, columns], tiles across, tiles in all, height, width)` for tiles of `elements`, a power of two."""
-    if all(t.is_contiguous() for t in tensors):
+def tiling(elements: int, *tensors: Tensor, rows_kept: bool = False) -> tuple[list[Tensor], int, int, int, int]:
+    """`(tensors as [rows, columns], tiles across, tiles in all, height, width)` for tiles of `elements`, a power of two; `rows_kept`: also where all
+    tensors are contiguous, since an output is not."""
+    if not rows_kept and all(t.is_contiguous() for t in tensors):
         flat = [t.reshape(1, -1) for t in tensors]
         return flat, (across := -(-flat[0].shape[1] // elements)), across, 1, elements
     sheets = [launch.rows(t) for t in tensors]
@@ -83,7 +84,7 @@ def run(kernel: Any, name: str, inputs: tuple[Tensor, ...], outputs: int, *more:
     """
     first = inputs[0]
     tuned = launch.configuration(first, name, width_of(first))
-    sheets, across, tiles, height, width = tiling(tuned["elements"], *inputs)
+    sheets, across, tiles, height, width = tiling(tuned["elements"], *inputs, rows_kept=bool(into))
     made = into or tuple(torch.empty(first.shape, dtype=first.dtype, device=first.device) for _ in range(outputs))
     launch.launch(
         kernel, (tiles,), *sheets, *made, *(sheet.stride(0) for sheet in sheets), *sheets[0].shape, across, *more,

@@ -28,7 +28,8 @@ def spanning(views: list[Tensor]) -> Tensor:
     first, rows = views[0], sum(view.shape[0] for view in views)
     at = first.storage_offset()
     for view in views:
-        assert view.is_contiguous() and view.storage_offset() == at, "parameters of one kind lie in the order of their names"
+        assert view.is_contiguous()
+        assert view.storage_offset() == at, "parameters of one kind lie in the order of their names"
         at += view.numel()
     return first.as_strided((rows, first.shape[1]), first.stride())
 
@@ -40,4 +41,6 @@ def join(model: nn.Module, names: tuple[str, ...], whole_od: Tensor) -> None:
     assert isinstance(first, Linear)
     # Attention keeps its values, but not what queries and keys were before their rotation, unless a norm keeps that.
     apart = (len(names) - 1,) if last == "v_proj" and not hasattr(model.get_submodule(owner), "q_norm") else ()
-    first.joined = Joined(whole_od.data, first.product, apart)  # data: other weights of the buffer may change while this one is kept for a backward
+    first.joined = Joined(
+        whole_od.data, first.product, apart
+    )  # data: other weights of the buffer may change while this one is kept for a backward

@@ -37,7 +37,7 @@ def choose(
     kernels: Mapping[str, str],
 ) -> tuple[Fusion, ...]:
     """Each option as the recipe says, or by rule where it says nothing. Raises PlanError for one that is asked for and cannot be."""
-    obstacles = {
+    obstacles: dict[Name, tuple[str, str] | None] = {
         "fuse": _of_layers(recipe, architecture, mesh) or _of_views(recipe, architecture),
         "main_grads": _of_layers(recipe, architecture, mesh) or _of_sums(kernels),
         "graph": _of_graph(recipe, site, architecture, mesh, microbatch, kernels),

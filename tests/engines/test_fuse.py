@@ -8,7 +8,7 @@ from test_meshes import BASE, batch, joined, on
 from gigatrain import load
 from gigatrain.checkpoint import Checkpoints, fill
 from gigatrain.engines.native import Native
-from gigatrain.kernels.linear import Linear, Sum, beside
+from gigatrain.kernels.linear import Linear
 from gigatrain.parallel.mesh import Mesh, alone
 from gigatrain.planning.plan import plan
 
@@ -50,7 +50,9 @@ def same(found, expected, rel, atol):
     whole, plain = joined([pieces for _, pieces in found]), {name: tensor for name, (_, tensor) in expected[1].items()}
     assert whole.keys() == plain.keys()
     for name, tensor in plain.items():
-        if name.endswith("k_proj.bias"):  # it moves all scores of a query alike: its gradient is nothing but rounding errors, which AdamW makes 1
+        if name.endswith(
+            "k_proj.bias"
+        ):  # it moves all scores of a query alike: its gradient is nothing but rounding errors, which AdamW makes 1
             continue
         error = (whole[name] - tensor).norm() / tensor.norm()
         assert error < rel * 5 or (whole[name] - tensor).abs().max() < atol, (name, error)
@@ -166,30 +168,7 @@ def test_gradients_summed_in_the_product_err_less_in_bf16(tiny):
     assert len(exact) == 4 * 7
     for name, expected in exact.items():
         errors = [float((found[name] - expected).norm() / expected.norm()) for found in (ours, plain)]
-        assert errors[0] < 1e-6 < 1e-4 < errors[1], (name, errors)
-
-
-def test_a_sum_replaces_what_was_there_once_a_step_and_then_adds():
-    generator = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(5, 3, width, generator=generator) for width in (4, 6))
-    product, into, told = dy.flatten(0, 1).t() @ x.flatten(0, 1), torch.full((6, 4), float("nan")), []
-    found = Sum(lambda: into, done=lambda: told.append(0))
-    for expected in (product, 2 * product):
-        found.add(dy, x)
-        torch.testing.assert_close(into, expected)
-    found.begun = False
-    found.add(dy, x)
-    torch.testing.assert_close(into, product)
-    assert len(told) == 3
-
-
-def test_outputs_beside_each_other_are_taken_as_they_lie():
-    whole = torch.randn(2, 3, 10)
-    parts = whole.split([4, 2, 4], -1)
-    assert beside(parts).data_ptr() == whole.data_ptr()
-    assert torch.equal(beside(parts), whole)
-    for other in (parts[::-1], (parts[0], parts[1]), [part.contiguous() for part in parts]):
-        assert torch.equal(beside(other), torch.cat(list(other), -1))
+        assert errors[0] < 1e-6 < errors[1] / 100, (name, errors)
 
 
 def test_no_gradient_of_a_layers_matrix_exists_beside_its_sum(tiny):
@@ -213,4 +192,5 @@ def test_buckets_of_copies_leave_behind_the_backward(tiny):
 def started_early(rank, recipe):
     engine = started(recipe, (*on(shard=1, replicate=2), *FUSE, *SUMS), rank, 2)
     engine.forward_backward(batch(engine.plan, 0, rank, 2))
+    assert engine._copies is not None
     return all(waiting == {"started"} for waiting in engine._copies._waiting)

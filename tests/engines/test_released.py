@@ -63,6 +63,7 @@ def test_a_run_may_begin_and_end_to_release_at_a_resume(tiny, tmp_path, override
 def test_no_more_gradients_exist_than_are_planned(tiny, overrides, options, monkeypatch):
     engine = started(tiny, (*overrides, *RELEASE, *options))
     release, most = engine._release, 0
+    assert release is not None
     update = release._update
 
     def size(*tensors):
@@ -82,11 +83,15 @@ def test_no_more_gradients_exist_than_are_planned(tiny, overrides, options, monk
     assert all(group.grads.buffer.numel() == 0 for group in engine.groups)
     assert all(parameter.grad is None for parameter in engine.parameters.values())
     assert most <= engine.plan.memory.gradients
-    assert engine.plan.memory.gradients < 0.75 * made(tiny, (*overrides, *WHOLE, *options)).memory.gradients  # a quarter is the vocabulary's already
+    assert (
+        engine.plan.memory.gradients < 0.75 * made(tiny, (*overrides, *WHOLE, *options)).memory.gradients
+    )  # a quarter is the vocabulary's already
 
 
 def state(engine):
-    return {name: piece.tensor.clone() for named in engine.state().values() for name, piece in named.items() if name not in ("bad", "steps")}
+    return {
+        name: piece.tensor.clone() for named in engine.state().values() for name, piece in named.items() if name not in ("bad", "steps")
+    }
 
 
 @pytest.mark.parametrize("overrides", [(), LEAN, (*BF16, *MUON)], ids=str)
@@ -108,7 +113,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(tiny, overrides):
 
 @pytest.mark.parametrize("overrides", [(), LEAN, (*BF16, *MUON)], ids=str)
 def test_a_gradient_that_is_not_finite_reaches_no_weight_and_nothing_after_it_moves(tiny, overrides):
-    """Born in the backward of layer 2: layer 3 has moved by then, by its own right gradient; layers 2 to 0 and the embedding have not; the step counts as bad."""
+    """Born in the backward of layer 2: layer 3 has moved by then, by its own right gradient; all that comes later has not. The step counts as bad."""
     engine = started(tiny, (*overrides, *RELEASE))
     stepped(engine, 1)
     before = state(engine)
@@ -118,7 +123,11 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight_and_nothing_after_it_mo
     hook.remove()
     after = state(engine)
     assert all(torch.isfinite(tensor.float()).all() for tensor in after.values())
-    moved = {unit_of(name.partition(".")[2] if name.startswith(("exp_avg", "momentum")) else name) for name in before if not torch.equal(before[name], after[name])}
+    moved = {
+        unit_of(name.partition(".")[2] if name.startswith(("exp_avg", "momentum")) else name)
+        for name in before
+        if not torch.equal(before[name], after[name])
+    }
     assert moved == {"model.layers.3", "model.norm.weight"}
     assert engine.bad.tolist() == [1, 1, 1, 1]
     assert all(after[name] == 1 for name in after if name.startswith("updates."))
