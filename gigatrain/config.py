@@ -5,7 +5,7 @@ A recipe says what is wanted, a site says what the machines are. Both are read b
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from gigatrain.architectures import Architecture
 
@@ -173,6 +173,21 @@ class Train(Section):
         description="Share of each block's output that is dropped before the residual sum; masks follow from the seed and the step.",
     )
     compile: bool = Field(default=False, description="torch.compile each layer; costs a start of tens of seconds.")
+    fuse: bool | None = Field(
+        default=None,
+        description="Queries, keys and values are one product, and gate and up another: their weights lie end to end in memory, and unfused on disk. "
+        "Default: where the plan expects a gain.",
+    )
+    main_grads: bool | None = Field(
+        default=None,
+        description="Layers' products add their weights' gradients to the fp32 sums themselves. Default: where the plan expects a gain.",
+    )
+    graph: bool = Field(default=False, description="The whole step is one CUDA graph, recorded after three steps and replayed.")
+    release: bool = Field(
+        default=False,
+        description="Each layer is updated and its gradients freed as soon as its backward has ended (one process, one microbatch, no clipping). A "
+        "gradient that is not finite still reaches no weight, but layers behind it are already updated when it is seen.",
+    )
     deterministic: bool = Field(default=False, description="Only deterministic algorithms: two runs are bitwise equal, also on a GPU.")
     nproc: Ranks | None = Field(
         default=None, description="Processes that `gigatrain train` starts on this machine; under torchrun or Slurm they are there already."
@@ -261,7 +276,9 @@ class Optim(Section):
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
     decay_embeddings: bool = Field(default=False, description="Whether embeddings and the head decay too; norms and biases never do.")
-    clip: Positive | None = Field(default=1.0, description="Global gradient norm above which gradients are scaled down.")
+    clip: Annotated[Positive | None, BeforeValidator(lambda value: None if value is False else value)] = Field(
+        default=1.0, description="Global gradient norm above which gradients are scaled down; false: never."
+    )
     master: Literal["fp32", "bf16+16", "bf16+8"] = Field(
         default="fp32",
         description="How AdamW's master weights are kept beside bf16 weights: fp32, 4 B each; bf16+16, a correction of 2 B that makes the weights exactly "

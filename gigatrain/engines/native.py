@@ -6,9 +6,10 @@ so that any cut of a batch adds up to the gradient of its mean loss per target.
 """
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ from torch import Tensor, distributed
 from gigatrain.architectures import Architecture
 from gigatrain.data.loader import Batch, Microbatch
 from gigatrain.engines import source
+from gigatrain.engines.recorded import Recorded
+from gigatrain.engines.released import Released, unit_of
 from gigatrain.engines.stage import compute
-from gigatrain.kernels import ops
+from gigatrain.kernels import linear, ops
 from gigatrain.kernels.adamw import Rates
 from gigatrain.kernels.ops import OPERATIONS
 from gigatrain.kernels.router import bias_update
+from gigatrain.models import fused
 from gigatrain.models.automodel import Auto
 from gigatrain.models.decoder import LAYOUT, Decoder, Part, kind_of
 from gigatrain.observe.metrics import Update
@@ -145,20 +149,24 @@ class Native:
         self._kernels = {op: OPERATIONS[op].versions[name] for op, name in kernels.items()}
         self._adamw, self._norm = kernels["adamw"], self._kernels["grad_norm"]
         start = self._start(fresh)
-        self.groups = [self._group(name, {name: start[name] for name in names}) for name, names in self._grouped(start).items()]
+        self.groups = [self._group(name, {name: start[name] for name in names}) for name, names in self._grouped(start)]
         del start
         self.grads = {name: self._box(name, view) for group in self.groups for name, view in group.grads.views.items()}
         self._rounded: list[tuple[Tensor, Tensor]] = []  # bf16 weights, and the fp32 ones that they are rounded from after every update
         self._place_weights()
+        self._release = Released(self.groups, self._rounded, self._norm, self.home) if plan.fuses("release") else None
+        self._sums = self._sum_in_products() if plan.fuses("main_grads") else {}  # by the names of the weights
         if isinstance(only := next(iter(self.stages.values())), Auto) and fresh:
             only.verify(documents=plan.data.packing == "stream", device=device)
         self._stretches = self._by_weight()
         self._copies = Copies(mesh, [(group.grads.buffer, group.grads.views) for group in self.groups]) if self._sums_copies else None
         self._sends = False
         self.pipeline = self._pipeline(built.count) if built.count > 1 else None
-        if self._copies is not None and self.pipeline is None:
+        if self._release is not None or (self._copies is not None and self.pipeline is None):
+            arrived = self._arrived if self._release is None else self._release.arrived
             for name, parameter in self.parameters.items():
-                parameter.register_post_accumulate_grad_hook(lambda arrived, name=name: self._arrived(name, arrived))
+                if name not in self._sums:  # autograd calls it for a weight without a gradient too
+                    parameter.register_post_accumulate_grad_hook(functools.partial(arrived, name))
         self.loss = torch.zeros((), device=device)
         self._nats = torch.zeros((), dtype=torch.float64, device=device)
         self._targets = torch.zeros((), dtype=torch.float64, device=device)
@@ -166,6 +174,8 @@ class Native:
         self._updates = torch.zeros((), dtype=torch.int64, device=self.home)
         self._masks = int.from_bytes(hashlib.sha256(f"{plan.seed}/dropout".encode()).digest()[:5], "little")
         self._terms = source.terms(plan)
+        self._recorded = Recorded(self._unmarked, self._targets, device) if plan.fuses("graph") else None
+        self._batch: Batch | None = None  # of a step that is made as a whole, once its rate is known
 
     @property
     def model(self) -> Any:
@@ -174,7 +184,8 @@ class Native:
         return model
 
     def _pipeline(self, count: int) -> Pipeline:
-        sums = self.grads | ({HEAD: self.grads[EMBEDDING]} if self.alias else {})
+        sums = {name: total for name, total in self.grads.items() if name not in self._sums}
+        sums |= {HEAD: self.grads[EMBEDDING]} if self.alias else {}
         return Pipeline(
             self.stages,
             count,
@@ -228,14 +239,15 @@ class Native:
         """What a padded tensor holds of a parameter."""
         return padded[: self.sharded[name].rows] if name in self.sharded else padded
 
-    def _grouped(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """Parameters by the update they get; groups of AdamW are there even if they are empty, so that all ranks have the same."""
-        groups: dict[str, list[str]] = {"muon": []} if self.plan.optim.name == "muon" else {}
-        groups |= {"decayed": [], "plain": []}
+    def _grouped(self, names: Iterable[str]) -> list[tuple[str, list[str]]]:
+        """Parameters by the update they get; groups of AdamW are there even if they are empty, so that all ranks have the same. With release, those of
+        each unit apart."""
+        kinds, releases = (["muon"] if self.plan.optim.name == "muon" else []) + ["decayed", "plain"], self.plan.fuses("release")
+        groups: dict[tuple[str, str], list[str]] = {} if releases else {(kind, ""): [] for kind in kinds}
         model = next(iter(self.stages.values()))
         for name in names:
-            groups[source.group_of(self.plan, model, name)].append(name)
-        return groups
+            groups.setdefault((source.group_of(self.plan, model, name), unit_of(name) if releases else ""), []).append(name)
+        return [(kind, members) for (kind, _), members in groups.items()]
 
     def _group(self, name: str, start: Mapping[str, Tensor]) -> AdamW | Muon:
         optim, plan = self.plan.optim, self.plan
@@ -267,23 +279,77 @@ class Native:
             version=self._adamw,
             gradients=torch.bfloat16 if lean and plan.accumulation == 1 else torch.float32,
             # Stochastic rounding is alike where ranks hold the same box, or copies would drift apart.
-            seed=plan.seed ^ (name == "decayed") << 62 ^ self.mesh.index("pipeline", *WEIGHTS) << 20,
+            seed=plan.seed ^ (name == "decayed") << 62 ^ self.mesh.index("pipeline", *WEIGHTS) << 20 ^ self._number(start) << 40,
         )
 
+    def _number(self, names: Iterable[str]) -> int:
+        """Of the unit that parameters are released with: those of several units must not be rounded by the same random numbers."""
+        first = next(iter(names), None)
+        return list(dict.fromkeys(map(unit_of, self.parameters))).index(unit_of(first)) if first and self.plan.fuses("release") else 0
+
     def _place_weights(self) -> None:
-        """Let every parameter be the storage that its update writes, or round it from there."""
-        placed = [(name, view) for group in self.groups for name, view in _weights(group).items()]
+        """Let every parameter be the storage that its update writes, or round it from there; those of one product end to end, as one matrix."""
+        placed = {name: view for group in self.groups for name, view in _weights(group).items()}
         if self.alias:
-            placed += [(HEAD, view) for name, view in placed if name == EMBEDDING]
-        for name, weight in placed:
+            placed[HEAD] = placed[EMBEDDING]
+        for model, names in self._joined():
+            weights = [f"{name}.weight" for name in names]
+            whole = self._placed(fused.spanning([placed[name] for name in weights]))
+            for name, part in zip(weights, whole.split([placed.pop(name).shape[0] for name in weights]), strict=True):
+                self.parameters[name].data = part
+            fused.join(model, names, whole)
+        for name, weight in placed.items():
             if name in self.sharded:
                 self.sharded[name].keep(weight)
-                continue
-            parameter = self.parameters[name]
-            rounds = self.plan.precision == "bf16" and weight.dtype == torch.float32
-            parameter.data = weight.to(torch.bfloat16) if rounds else weight
-            if rounds:
-                self._rounded.append((parameter, weight))
+            else:
+                self.parameters[name].data = self._placed(weight)
+
+    def _placed(self, weight: Tensor) -> Tensor:
+        """What computes: the weight that an update writes, or its rounding."""
+        if self.plan.precision == "fp32" or weight.dtype != torch.float32:
+            return weight
+        self._rounded.append((rounded := weight.to(torch.bfloat16), weight))
+        return rounded
+
+    def _joined(self) -> Iterator[tuple[Any, tuple[str, ...]]]:
+        """Every stage's sets of layers that are one product."""
+        for model in self.stages.values() if self.plan.fuses("fuse") else ():
+            for names in fused.sets(model):
+                yield model, names
+
+    def _sum_in_products(self) -> dict[str, linear.Sum]:
+        """Let the product of every layer's matrix add the gradient to its sum; what is not computed by one goes the usual way."""
+        found: dict[str, linear.Sum] = {}
+        sets = {name: names for _, names in self._joined() for name in names}
+        for model in self.stages.values():
+            for name, layer in model.named_modules():
+                whole = isinstance(layer, torch.nn.Linear) and hasattr(layer, "product") and not isinstance(layer, tensor.Shared)
+                if not whole or f"{name}.weight" in found:
+                    continue
+                names = sets.get(name, (name,))
+                weights = tuple(f"{one}.weight" for one in names)
+                into = linear.Sum(functools.partial(self._room, weights), done=functools.partial(self._summed, weights))
+                product = functools.partial(linear.summed, into=into)
+                if isinstance(layer, linear.Linear) and layer.joined is not None:
+                    layer.joined = replace(layer.joined, product=product)
+                else:
+                    layer.product = product  # type: ignore[arg-type]
+                found |= dict.fromkeys(weights, into)
+        return found
+
+    def _room(self, names: Sequence[str]) -> Tensor:
+        """The sum of weights that lie end to end."""
+        room = self.grads.__getitem__ if self._release is None else self._release.room
+        return fused.spanning([room(name) for name in names])
+
+    def _summed(self, names: Sequence[str]) -> None:
+        """A product has added the gradients of these weights to their sums."""
+        for name in names:
+            if self._release is not None:
+                self._release.ready(name)
+            elif self._sends:
+                assert self._copies is not None
+                self._copies.ready(name)
 
     def _by_weight(self) -> dict[float, list[Tensor]]:
         """Stretches of the gradient sums by what their squares count in the norm: a box that several ranks hold counts once in all."""
@@ -310,20 +376,31 @@ class Native:
     # ---- A step ----
 
     def forward_backward(self, batch: Batch) -> None:
-        """Gradients of the mean loss per target over the whole step, however it is cut."""
+        """Gradients of the mean loss per target over the whole step, however it is cut. A step that is recorded, or releases its gradients, is made as a
+        whole in `step`, which knows its rate."""
         self._forget()
         self.trace.mark("forward")
+        if self._recorded is not None or self._release is not None:
+            self._batch = batch
+            return
+        self._targets.fill_(batch.targets)
+        self._backward(batch.microbatches)
+
+    def _backward(self, microbatches: Sequence[Microbatch], rate: float | Tensor = 0.0) -> None:
+        """Gradients of a step whose count of targets is there; with release, which needs the rate, also the updates."""
         self._nats.zero_()
         self.loss.zero_()
-        self._targets.fill_(batch.targets)
+        for one in self._sums.values():
+            one.begun = False
         work = None
         if (group := self.mesh.group(*DATA)) is not None:
             work = distributed.all_reduce(self._targets, group=group, async_op=True)  # behind the first forward
-        parts = [context.cut(part, self.mesh, self.plan.mesh.exchange) for part in batch.microbatches]
+        parts = [context.cut(part, self.mesh, self.plan.mesh.exchange) for part in microbatches]
         if self.pipeline is not None:
             share = self._share(work)
             loss, self._nats = self.pipeline.run(parts, share, [self._seed(index) for index in range(len(parts))])
             self.loss += loss
+            self._finish_sums()
             if self._copies is not None:
                 self._copies.begin()
             return
@@ -334,7 +411,11 @@ class Native:
             share = self._share(work) if share is None else share
             loss = loss * share
             self.trace.mark("backward")
-            if self._copies is not None and index == len(parts) - 1:
+            if self._release is not None:
+                assert len(parts) == 1, "refused by the plan"
+                self._release.begin(rate, loss.detach())
+                loss.backward()
+            elif self._copies is not None and index == len(parts) - 1:
                 self._backward_and_send(loss, first=index == 0)
             else:
                 loss.backward()
@@ -365,12 +446,19 @@ class Native:
         """The last backward of a step whose sums are added over copies: each gradient joins its sum as it arrives, and full buckets leave at once."""
         assert self._copies is not None
         if first:
-            for group in self.groups:
-                group.grads.buffer.zero_()
+            torch._foreach_zero_([total for name, total in self.grads.items() if name not in self._sums])
         self._copies.begin()
         self._sends = True
         loss.backward()
         self._sends = False
+        self._finish_sums()
+
+    @torch.no_grad()
+    def _finish_sums(self) -> None:
+        """Sums that no product of this step has written are zero."""
+        for name, one in self._sums.items():
+            if not one.begun:
+                self.grads[name].zero_()
 
     @torch.no_grad()
     def _arrived(self, name: str, parameter: Tensor) -> None:
@@ -384,9 +472,10 @@ class Native:
     def _sum_gradients(self, *, first: bool) -> None:
         """Move the microbatch's gradients into the sums: fp32, or bf16 where a step has one microbatch and nothing is summed."""
         found = {name: shard.local(parameter.grad) for name, parameter in self.parameters.items() if parameter.grad is not None}
-        if first and len(found) < len(self.parameters):
-            for group in self.groups:
-                group.grads.buffer.zero_()
+        if first:
+            for name, total in self.grads.items():
+                if name not in found and not (name in self._sums and self._sums[name].begun):
+                    total.zero_()
         sums = [self.grads[name] for name in found]
         if first:
             torch._foreach_copy_(sums, list(found.values()))
@@ -395,10 +484,39 @@ class Native:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    @torch.no_grad()
     def step(self, rate: float) -> Update:
-        """Update every group, or, where loss or gradient is not finite on any rank, nothing: decided on the device."""
+        """Update every group, or, where loss or gradient is not finite on any rank, nothing: decided on the device. With release see engines/released.py."""
         self._forget()
+        if self._recorded is None and self._release is None:
+            return self._update(rate)
+        batch, self._batch = self._batch, None
+        assert batch is not None, "a step follows a forward_backward"
+        if self._recorded is not None:
+            return self._recorded(batch, rate)
+        self._targets.fill_(batch.targets)
+        return self._whole(batch.microbatches, rate)
+
+    def _whole(self, microbatches: Sequence[Microbatch], rate: float | Tensor) -> Update:
+        """A step from its microbatches to its update: what is recorded."""
+        self._backward(microbatches, rate)
+        if self._release is None:
+            return self._update(rate)
+        norm, skip = self._release.finish()
+        self._balance(skip)
+        self._count(skip == 0)
+        self.trace.mark("rest")
+        return Update(self._nats, self._targets, norm)
+
+    def _unmarked(self, microbatches: Sequence[Microbatch], rate: float | Tensor) -> Update:
+        """As `_whole`, as one phase: a mark within a recording would be one of the graph's events."""
+        trace, self.trace = self.trace, OFF
+        try:
+            return self._whole(microbatches, rate)
+        finally:
+            self.trace = trace
+
+    @torch.no_grad()
+    def _update(self, rate: float | Tensor) -> Update:
         self.trace.mark("reduce")
         norm, scale, skip = self._judge()
         self.trace.mark("optimizer")
@@ -456,7 +574,7 @@ class Native:
         total, row, longest, began = self._bad.unbind()
         row = torch.where(finite, torch.zeros_like(row), row + 1)
         began = torch.where(row > longest, self._updates - row + 1, began)
-        self._bad = torch.stack([total + (~finite).long(), row, torch.maximum(longest, row), began])
+        self._bad.copy_(torch.stack([total + (~finite).long(), row, torch.maximum(longest, row), began]))
         self._updates += 1
 
     @torch.no_grad()
@@ -500,6 +618,8 @@ class Native:
                     optimizer[f"{kind}.{self._canonical(parameter)}"] = self._piece(parameter, held)
         writes = self.mesh.index(*(axis for axis in AXES if axis != "pipeline")) == 0
         weights |= {name: Piece.whole(tensor, writes=writes) for name, tensor in self.corrections.items()}
+        if self._release is not None:
+            optimizer |= {name: self._mark(count) for name, count in self._release.counts.items()}
         return {"weights": weights, "optimizer": optimizer}
 
     def _piece(self, name: str, padded: Tensor) -> Piece:

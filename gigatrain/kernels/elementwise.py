@@ -50,9 +50,10 @@ def supports(names: str, *tensors: Tensor) -> str | None:
     return None
 
 
-def tiling(elements: int, *tensors: Tensor) -> tuple[list[Tensor], int, int, int, int]:
-    """`(tensors as [rows, columns], tiles across, tiles in all, height, width)` for tiles of `elements`, a power of two."""
-    if all(t.is_contiguous() for t in tensors):
+def tiling(elements: int, *tensors: Tensor, rows_kept: bool = False) -> tuple[list[Tensor], int, int, int, int]:
+    """`(tensors as [rows, columns], tiles across, tiles in all, height, width)` for tiles of `elements`, a power of two; `rows_kept`: also where all
+    tensors are contiguous, since an output is not."""
+    if not rows_kept and all(t.is_contiguous() for t in tensors):
         flat = [t.reshape(1, -1) for t in tensors]
         return flat, (across := -(-flat[0].shape[1] // elements)), across, 1, elements
     sheets = [launch.rows(t) for t in tensors]
@@ -64,19 +65,45 @@ def tiling(elements: int, *tensors: Tensor) -> tuple[list[Tensor], int, int, int
     return sheets, across, across * -(-rows // height), height, width
 
 
+def halves(a: Tensor, b: Tensor) -> bool:
+    """Whether a and b lie side by side as the two halves of one tensor's last dim: one product made both (kernels/linear.py's `several`)."""
+    width = a.shape[-1] if a.ndim else 0
+    alike = a.ndim > 1 and (a.shape, a.stride(), a.stride()[-2:]) == (b.shape, b.stride(), (2 * width, 1))
+    return alike and b.storage_offset() == a.storage_offset() + width and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
 def width_of(x: Tensor) -> int:
     """What configurations of element-wise kernels are found by: the channels, for a call's other dimensions vary from step to step."""
     return x.shape[-1] if x.ndim else 1
 
 
-def run(kernel: Any, name: str, inputs: tuple[Tensor, ...], outputs: int, *more: Any) -> tuple[Tensor, ...]:
-    """Launch `kernel(inputs, outputs, strides of the inputs, rows, columns, across, *more, HEIGHT, WIDTH)`, one program per tile; returns the outputs."""
+def run(kernel: Any, name: str, inputs: tuple[Tensor, ...], outputs: int, *more: Any, into: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+    """Launch `kernel(inputs, outputs, strides of the inputs, rows, columns, across, *more, HEIGHT, WIDTH)`, one program per tile; returns the outputs.
+
+    `into` are the outputs where they are not new contiguous tensors of the inputs' shape.
+    """
     first = inputs[0]
     tuned = launch.configuration(first, name, width_of(first))
-    sheets, across, tiles, height, width = tiling(tuned["elements"], *inputs)
-    made = tuple(torch.empty(first.shape, dtype=first.dtype, device=first.device) for _ in range(outputs))
+    sheets, across, tiles, height, width = tiling(tuned["elements"], *inputs, rows_kept=bool(into))
+    made = into or tuple(torch.empty(first.shape, dtype=first.dtype, device=first.device) for _ in range(outputs))
     launch.launch(
         kernel, (tiles,), *sheets, *made, *(sheet.stride(0) for sheet in sheets), *sheets[0].shape, across, *more,
         HEIGHT=height, WIDTH=width, warps=tuned["warps"],
     )  # fmt: skip
     return made
+
+
+def run_halves(kernel: Any, name: str, dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """The gradients of gate and up as the halves of one tensor, as they themselves are: what made both needs no copy to take it up."""
+    width = gate.shape[-1]
+    joint = torch.empty((*gate.shape[:-1], 2 * width), dtype=gate.dtype, device=gate.device)
+    run(kernel, name, (dy, gate, up), 2, 2 * width, into=(joint[..., :width], joint[..., width:]))
+    return joint
+
+
+def gradients(separate: Any, joint: Any, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a gated activation, by the one of its two backward operators that leaves them in the layout of gate and up."""
+    if torch.compiler.is_compiling() or not halves(gate, up):
+        return separate(dy, gate, up)
+    first, second = joint(dy, gate, up).chunk(2, -1)
+    return first, second

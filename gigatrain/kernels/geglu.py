@@ -52,14 +52,14 @@ def _forward(GATE, UP, Y, gate_stride, up_stride, rows, columns, across, HEIGHT:
 
 @triton.jit
 def _backward(
-    DY, GATE, UP, DGATE, DUP, dy_stride, gate_stride, up_stride, rows, columns, across, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
+    DY, GATE, UP, DGATE, DUP, dy_stride, gate_stride, up_stride, rows, columns, across, out_stride, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     row, column, live = tile(tl.program_id(0), rows, columns, across, HEIGHT, WIDTH)
     dy = tl.load(DY + row * dy_stride + column, mask=live, other=0.0).to(tl.float32)
     gate = tl.load(GATE + row * gate_stride + column, mask=live, other=0.0).to(tl.float32)
     up = tl.load(UP + row * up_stride + column, mask=live, other=0.0).to(tl.float32)
     s, rise, slope = _curve(gate)
-    at = row * columns + column
+    at = row * out_stride + column
     tl.store(DUP + at, (dy * gate * s).to(DUP.dtype.element_ty), mask=live)
     tl.store(DGATE + at, (dy * up * (s + gate * rise * slope)).to(DGATE.dtype.element_ty), mask=live)
 
@@ -71,8 +71,13 @@ _geglu = launch.operator(
 )
 _geglu_backward = launch.operator(
     "geglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)",
-    lambda dy, gate, up: elementwise.run(_backward, "geglu.backward", (dy, gate, up), 2),
+    lambda dy, gate, up: elementwise.run(_backward, "geglu.backward", (dy, gate, up), 2, elementwise.width_of(gate)),
     lambda dy, gate, up: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)),
+)
+_geglu_backward_halves = launch.operator(
+    "geglu_backward_halves(Tensor dy, Tensor gate, Tensor up) -> Tensor",
+    lambda dy, gate, up: elementwise.run_halves(_backward, "geglu.backward", dy, gate, up),
+    lambda dy, gate, up: gate.new_empty((*gate.shape[:-1], 2 * gate.shape[-1])),
 )
 
 
@@ -82,7 +87,9 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _grads(ctx: Any, dy: Tensor | None) -> Any:
-    return (None, None) if dy is None else _geglu_backward(dy, *ctx.saved_tensors)
+    if dy is None:
+        return None, None
+    return elementwise.gradients(_geglu_backward, _geglu_backward_halves, dy, *ctx.saved_tensors)
 
 
 _call = launch.differentiable(_geglu, _save, _grads)

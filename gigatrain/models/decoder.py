@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from gigatrain.architectures import Architecture, Rope
 from gigatrain.kernels import linear_cross_entropy
 from gigatrain.kernels.attention import Mask
-from gigatrain.kernels.linear import Linear
+from gigatrain.kernels.linear import Linear, several
 from gigatrain.kernels.ops import REFERENCE, Ops, checked
 from gigatrain.models.latent import LatentAttention, Norm, Turn
 from gigatrain.models.moe import CORRECTION, Balance, Gate, MoE, balance
@@ -182,7 +182,7 @@ class Attention(nn.Module):
 
     def forward(self, x_btd: Tensor, turn: Turn | None, seen: Mask, again: Remade | None = None) -> Tensor:
         arch, ops = self.arch, self.ops
-        q, k, v = self.q_proj(x_btd), self.k_proj(x_btd), self.v_proj(x_btd)
+        q, k, v = several(x_btd, self.q_proj, self.k_proj, self.v_proj)
         turned = self._turned(q, k, turn)
         if again is not None and arch.qk_norm != "none":  # the norm keeps its inputs, and attention would keep what became of them
             again.drop(turned, lambda: self._turned(q, k, turn))
@@ -228,9 +228,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, arch.hidden, bias=arch.mlp_bias, product=ops.linear)
 
     def forward(self, x_btd: Tensor, again: Remade | None = None) -> Tensor:
-        up = self.up_proj(x_btd)
-        if hasattr(self, "gate_proj"):
-            inputs = (self.gate_proj(x_btd), up)
+        gated = hasattr(self, "gate_proj")
+        *gate, up = several(x_btd, *((self.gate_proj,) if gated else ()), self.up_proj)
+        if gated:
+            inputs = (*gate, up)
         elif hasattr(self, "act_fn"):
             inputs = (up, self.act_fn.alpha_p, self.act_fn.alpha_n)
         else:

@@ -110,6 +110,8 @@ class Display:
         )
         for choice in plan.kernels:
             self.line(f"  kernel   {choice.op:22} {choice.kernel:10} {choice.why}")
+        for fusion in plan.fusions:
+            self.line(f"  step     {'train.' + fusion.name:22} {'on' if fusion.on else 'off':10} {fusion.why}")
         self.line(f"  sha256   {plan.sha256}")
 
     def window(self, plan: Plan, window: dict[str, Any]) -> None:

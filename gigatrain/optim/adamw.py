@@ -21,8 +21,23 @@ class Flat:
     """Named tensors laid end to end in one buffer of zeros, so that a group costs one launch and not one per parameter."""
 
     def __init__(self, shapes: Mapping[str, torch.Size], device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self.buffer = torch.zeros(sum(shape.numel() for shape in shapes.values()), dtype=dtype, device=device)
+        self.shapes = dict(shapes)
+        self.buffer = torch.zeros(self.count, dtype=dtype, device=device)
         self.views = views(self.buffer, shapes)
+
+    @property
+    def count(self) -> int:
+        """Elements, whether there is storage for them or not."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def drop(self) -> None:
+        """Give the storage back, until `take`."""
+        self.buffer, self.views = self.buffer.new_empty(0), {}
+
+    def take(self) -> None:
+        """Have storage again, of undefined values."""
+        self.buffer = self.buffer.new_empty(self.count)
+        self.views = views(self.buffer, self.shapes)
 
 
 class AdamW:
@@ -73,8 +88,9 @@ class AdamW:
         if self.grads.buffer.numel() == 0:
             return
         lr = torch.mul(rate, self.lr, out=self._rate) if isinstance(rate, Tensor) else self._rate.fill_(self.lr * rate)
-        # torch's own takes a number in fp64
-        self._update(self.bucket, self.grads.buffer, self.lr * rate if self._foreach else lr, scale, skip, self.rates)
+        # torch's own takes a number in fp64, and on a GPU a tensor in fp32
+        wide = self._foreach and not (isinstance(rate, Tensor) and rate.is_cuda)
+        self._update(self.bucket, self.grads.buffer, self.lr * rate if wide else lr, scale, skip, self.rates)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What a checkpoint keeps, in fp32 and by parameter name whatever the form: master weights; moments and the count of updates made.

@@ -61,8 +61,8 @@ class Pipeline:
 
     stages: this rank's, by number in the whole pipeline (planning/layout.py's `held`), of `count`; each may be sharded by FSDP2, best without dropping
     gathered weights after a forward (`reshard_after_forward=False`), since it would gather them again for every microbatch. sums: the gradient sum of each
-    parameter of this rank, by name, of its shape here; two names may share one. hidden, dtype: of what travels. cut: how many ranks share the tokens
-    between layers (tensor parallelism), where the microbatch has all of them.
+    parameter of this rank, by name, of its shape here; two names may share one, and a parameter whose product sums its gradient has none. hidden, dtype: of
+    what travels. cut: how many ranks share the tokens between layers (tensor parallelism), where the microbatch has all of them.
     """
 
     def __init__(
@@ -87,6 +87,8 @@ class Pipeline:
         self._sharded: list[tuple[Tensor, Tensor]] = []
         for number, module in self.stages.items():
             for name, parameter in module.named_parameters():
+                if name not in sums:
+                    continue
                 kept = self._sharded if isinstance(parameter, DTensor) else self._plain[number]
                 kept.append((parameter, sums[name]))
         self._later: dict[int, list[_Product]] = {number: [] for number in self.stages}

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 from gigatrain.architectures import Architecture
@@ -140,11 +140,14 @@ def memory(
     documents: bool,
     mesh: Mesh,
     engine: Engine,
+    fused: Collection[str] = (),
 ) -> Memory:
     """Memory of the fullest rank.
 
     Per parameter: fp32 keeps 4 B of weights; bf16 keeps 2 B, and the optimizer what `optimizer_bytes` says. Gradients are summed in fp32, or, where
-    master weights are narrow and a step has one microbatch, moved in bf16; one microbatch's own gradients exist beside the sum.
+    master weights are narrow and a step has one microbatch, moved in bf16; one microbatch's own gradients exist beside the sum, but with `main_grads`
+    (of `fused`, the plan's options) those of the layers' matrices do not. With `release` no more of both is there than one layer's, with a tied head's
+    own until the embedding's joins it, or the embedding's. `fuse` and `graph` cost nothing that is counted here.
 
     Activations: `saved_bytes` per token and layer, and one whole layer's where layers are recomputed. `blocked` attention also keeps its softmax
     weights, half a square of tokens per head, and `reference` the scores and weights of the whole square. Only these and `sdpa` have masks of documents
@@ -176,7 +179,7 @@ def memory(
     each = mesh.stages or 1
     live = layout.live(mesh.schedule, 0, mesh.pipeline, each, accumulation) if mesh.pipeline > 1 else 1
     held = -(-architecture.layers // (mesh.pipeline * each)) * live  # layers times microbatches whose activations are there at once
-    states = _states(architecture, precision, optim, accumulation, mesh, engine, sequence)
+    states = _states(architecture, precision, optim, accumulation, mesh, engine, sequence, fused)
     return Memory(
         weights=states[0],
         gradients=states[1],
@@ -253,6 +256,7 @@ def _states(
     mesh: Mesh,
     engine: Engine,
     sequence: int,
+    fused: Collection[str],
 ) -> tuple[int, int, int, int]:
     """Bytes of weights, gradients, optimizer, and of weights and gradients that are gathered for a while."""
     size, total = 2 if precision == "bf16" else 4, architecture.parameters()
@@ -261,12 +265,16 @@ def _states(
     lean = optim.master != "fp32"
     narrow = total - muon if lean and accumulation == 1 else 0
     shards = (mesh.shard or 1) * mesh.context
+    spared = size * architecture.matrix_parameters(routed=False) if "main_grads" in fused else 0
+    gradients = (4 + size) * total - 2 * narrow - spared
+    if "release" in fused:
+        gradients = _released(architecture, size, narrow > 0, muon > 0, spared > 0)
     if shards * mesh.tensor * mesh.pipeline == 1:
-        return size * total, (4 + size) * total - 2 * narrow, optimizer, 0
+        return size * total, gradients, optimizer, 0
     dense, experts, layer = held_parameters(architecture, mesh, sequence)
     if shards == 1:
         share = (dense + experts) / total
-        return size * (dense + experts), math.ceil(((4 + size) * total - 2 * narrow) * share), math.ceil(optimizer * share), 0
+        return size * (dense + experts), math.ceil(gradients * share), math.ceil(optimizer * share), 0
     mine = -(-dense // shards) + -(-experts // (shards // mesh.expert))
     # Shards are fp32 master weights, and gathered in the dtype that computes; narrow masters are bf16 shards and corrections.
     stored = 2 if precision == "bf16" and lean else 4
@@ -275,3 +283,14 @@ def _states(
     gathered = dense + experts if not engine.reshard or mesh.pipeline > 1 else (2 + engine.prefetch) * layer + 2 * ends
     reduced = (size + {"fp32": 4, "bf16": 2}[engine.reduce]) * max(layer, ends)
     return stored * mine, math.ceil((4 + stored - 2 * (narrow > 0)) * mine), math.ceil(beside * mine / total), size * gathered + reduced
+
+
+def _released(architecture: Architecture, size: int, lean: bool, muon: bool, main_grads: bool) -> int:
+    """Bytes of gradients at their most where each layer's are freed with its update: sums of 4 B, or 2 B where `lean` updates take them as they come."""
+    embedding, layers = architecture.vocab * architecture.hidden, architecture.layers
+    ends = embedding * (1 if architecture.tied else 2)
+    matrices = architecture.matrix_parameters(routed=False) // layers
+    layer = (architecture.parameters() - ends) // layers  # the last norm's few included
+    sums = 2 if lean else 4
+    each = sums * layer + (2 * matrices if lean and muon else 0) + size * (layer - (matrices if main_grads else 0))
+    return max(each + (size * embedding if architecture.tied else 0), (sums + size) * embedding)

@@ -29,7 +29,8 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import attention, axes, cost
+from gigatrain.planning import attention, axes, cost, fusions
+from gigatrain.planning.fusions import Fusion, Name
 
 # Every operation and its implementations, the reference first: kernels/ops.py's, known here without torch (a test holds them equal).
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
@@ -80,6 +81,7 @@ OPERATIONAL = (
     "sample",
     "export",
     "memory",
+    "fusions",
 )
 
 
@@ -132,6 +134,7 @@ class Plan(Section):
     sample: Sample
     export: bool
     kernels: tuple[Choice, ...]
+    fusions: tuple[Fusion, ...] = ()
     parameters: int
     flops_per_token: float
     memory: cost.Memory
@@ -141,6 +144,10 @@ class Plan(Section):
         """The architecture of a plan for one of our own decoders."""
         assert isinstance(self.architecture, Architecture)
         return self.architecture
+
+    def fuses(self, name: Name) -> bool:
+        """Whether an option of a step is on."""
+        return any(fusion.on for fusion in self.fusions if fusion.name == name)
 
     def text(self) -> str:
         """Canonical JSON: sorted keys, no spaces; the same plan is the same bytes on every machine."""
@@ -190,6 +197,7 @@ def plan(recipe: Recipe, site: Site, ranks: int | None = None, *, measure: Calla
     tokens_per_step = train.batch * train.sequence
     steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)
     kernels = _kernels(recipe, site, architecture)
+    chosen = fusions.choose(recipe, site, architecture, mesh, microbatch, accumulation, {choice.op: choice.kernel for choice in kernels})
     memory = cost.memory(
         architecture,
         device=site.device,
@@ -203,6 +211,7 @@ def plan(recipe: Recipe, site: Site, ranks: int | None = None, *, measure: Calla
         engine=recipe.engine,
         kernels={choice.op: choice.kernel for choice in kernels},
         documents=recipe.data.packing == "stream",
+        fused=frozenset(fusion.name for fusion in chosen if fusion.on),
     )
     if recipe.tokenizer.train and recipe.tokenizer.train.vocab > architecture.vocab:
         raise PlanError(
@@ -266,6 +275,7 @@ def plan(recipe: Recipe, site: Site, ranks: int | None = None, *, measure: Calla
         sample=recipe.sample,
         export=recipe.export,
         kernels=kernels,
+        fusions=chosen,
         parameters=architecture.parameters(),
         flops_per_token=architecture.flops_per_token(train.sequence),
         memory=memory,

@@ -13,6 +13,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from gigatrain.errors import KernelError
 from gigatrain.kernels import elementwise, geglu, launch, relu2, swiglu, xielu
+from gigatrain.kernels.linear import beside
 
 MODULES = {"swiglu": swiglu, "geglu": geglu, "relu2": relu2, "xielu": xielu}
 GATED = ("swiglu", "geglu")
@@ -288,3 +289,22 @@ def test_refusals_say_why(op: str) -> None:
 def test_on_a_cpu_the_public_function_is_plain_torch(op: str) -> None:
     inputs = leaves(op, 4, 24)
     assert torch.equal(getattr(MODULES[op], op)(*inputs), MODULES[op].reference(*inputs))
+
+
+@pytest.mark.parametrize("op", GATED)
+@pytest.mark.parametrize("shape", [(5, 130), (2, 3, 24), (1, 8), (0, 8)])
+def test_gradients_of_the_halves_of_a_product_are_halves_too(op: str, shape: tuple[int, ...]) -> None:
+    """So that the product's backward takes them as they lie, and their values are those of separate ones."""
+    generator = torch.Generator().manual_seed(3)
+    whole = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator)
+    gate, up = (x.detach().requires_grad_() for x in whole.chunk(2, -1))
+    dy = slopes(torch.empty(shape))
+    y = MODULES[op].fused(gate, up)
+    grads = torch.autograd.grad(y, [gate, up], dy)
+    leaves = [x.detach().clone().requires_grad_() for x in (gate, up)]
+    expected = torch.autograd.grad(MODULES[op].fused(*leaves), leaves, dy)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+    if whole.numel():
+        assert beside(grads).data_ptr() == grads[0].data_ptr()
+    backward = getattr(torch.ops.gigatrain, f"{op}_backward_halves").default
+    torch.library.opcheck(backward, (dy, gate.detach(), up.detach()))
