@@ -45,7 +45,7 @@ def export(folder: Path, target: Path, *, display: Display | None = None) -> int
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         written = Path(temporary) / "export"
         written.mkdir()
-        dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if plan.compute == "bf16" else torch.float32
         weights, tokens = _Rounded(found.tensors("weights"), dtype), _special_tokens(folder / "tokenizer")
         if isinstance(plan.architecture, Foreign):
             numbered = {f"{key}_token_id": value for key, value in tokens.items()}

@@ -222,7 +222,7 @@ def _prepare(plan: Plan) -> None:
             f"the plan is for site {plan.site!r} with a CUDA device, but torch {torch.__version__} finds none; "
             "install a CUDA build of torch, or choose --site laptop"
         )
-    if plan.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if plan.compute == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise RunError(f"{torch.cuda.get_device_name()} has no bf16 arithmetic; --set train.precision=fp32")
 
 
@@ -232,7 +232,7 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
     if isinstance(plan.architecture, Foreign):
         return  # the engine compares such a model with itself
     kernels = {choice.op: choice.kernel for choice in plan.kernels}
-    worst = verify(plan.architecture, kernels, device, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
+    worst = verify(plan.architecture, kernels, device, torch.bfloat16 if plan.compute == "bf16" else torch.float32)
     if worst:
         found = ", ".join(f"{op} {multiple:.2f}" for op, multiple in sorted(worst.items()))
         display.line(f"  verified fused kernels on {torch.cuda.get_device_name(device)}, error over what is allowed: {found}")

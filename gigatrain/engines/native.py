@@ -66,7 +66,7 @@ def build(plan: Plan, mesh: Mesh, cuts: Sequence[range] | None = None) -> Built:
     found = Built({}, count, {})
     for number in numbers:
         part = Part(cuts[number], number == 0, number == count - 1)
-        model = source.blank(plan, chosen, part=part, dtype=torch.bfloat16 if plan.precision == "bf16" else torch.float32)
+        model = source.blank(plan, chosen, part=part, dtype=torch.bfloat16 if plan.compute == "bf16" else torch.float32)
         places = whole(model)
         if isinstance(arch, Architecture):
             tensor.cut(model, LAYOUT, arch, mesh, places)
@@ -86,7 +86,7 @@ def _finish(plan: Plan, mesh: Mesh, model: source.Model, places: Places) -> None
         for layer in model.layers:
             layer.compile(fullgraph=True)
     if shard.shards(mesh):
-        bf16, stored = plan.precision == "bf16", _stored(plan, mesh)
+        bf16, stored = plan.compute == "bf16", _stored(plan, mesh)
         model.to(stored)
         engine = plan.engine.model_copy(update={"reshard": False}) if mesh.size("pipeline") > 1 else plan.engine
         shard.apply(model, mesh, places, engine, compute=torch.bfloat16 if bf16 else torch.float32, stored=stored)
@@ -94,7 +94,7 @@ def _finish(plan: Plan, mesh: Mesh, model: source.Model, places: Places) -> None
 
 def _stored(plan: Plan, mesh: Mesh) -> torch.dtype:
     """What parameters are kept in. Shards are the fp32 master weights themselves, gathered in bf16; narrow masters keep bf16 weights beside corrections."""
-    narrow = plan.precision == "bf16" and (plan.optim.master != "fp32" or not shard.shards(mesh))
+    narrow = plan.compute == "bf16" and (plan.optim.master != "fp32" or not shard.shards(mesh))
     return torch.bfloat16 if narrow else torch.float32
 
 
@@ -138,7 +138,7 @@ class Native:
         self.tied = Tied(mesh, plan.mesh.schedule) if plan.architecture.tied and built.count > 1 else None
         self.alias = self.tied is not None and EMBEDDING in self.parameters and HEAD in self.parameters
         kernels = {choice.op: choice.kernel for choice in plan.kernels}
-        self._kernels = {op: OPERATIONS[op].versions[name] for op, name in kernels.items()}
+        self._kernels = {op: OPERATIONS[op].version(name) for op, name in kernels.items()}
         self._adamw, self._norm = kernels["adamw"], self._kernels["grad_norm"]
         start = self._start(fresh)
         self.groups = [self._group(name, {name: start[name] for name in names}) for name, names in self._grouped(start).items()]
@@ -178,7 +178,7 @@ class Native:
             schedule=self.plan.mesh.schedule,
             compute=self._compute,
             hidden=self.plan.architecture.hidden,
-            dtype=torch.bfloat16 if self.plan.precision == "bf16" else torch.float32,
+            dtype=torch.bfloat16 if self.plan.compute == "bf16" else torch.float32,
             sums=sums,
             cut=self.mesh.size("tensor"),
         )
@@ -254,7 +254,7 @@ class Native:
             lr=optim.lr,
             master=optim.master,
             moments=optim.moments,
-            copy=plan.precision == "bf16" and not lean and self._adamw != "foreach" and not self.sharded,
+            copy=plan.compute == "bf16" and not lean and self._adamw != "foreach" and not self.sharded,
             version=self._adamw,
             gradients=torch.bfloat16 if lean and plan.accumulation == 1 else torch.float32,
             # Stochastic rounding is alike where ranks hold the same box, or copies would drift apart.
@@ -271,7 +271,7 @@ class Native:
                 self.sharded[name].keep(weight)
                 continue
             parameter = self.parameters[name]
-            rounds = self.plan.precision == "bf16" and weight.dtype == torch.float32
+            rounds = self.plan.compute == "bf16" and weight.dtype == torch.float32
             parameter.data = weight.to(torch.bfloat16) if rounds else weight
             if rounds:
                 self._rounded.append((parameter, weight))

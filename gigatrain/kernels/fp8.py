@@ -51,6 +51,7 @@ CASES = [
 SIZES = [
     (8192, columns, kind, "e4m3", kind != "tensor", torch.bfloat16) for columns in (4096, 14336) for kind in ("tensor", "row", "tile", "block")
 ]
+REFUSES = {"sm_80": "no FP8 before compute capability 8.9", "gfx942": "its FP8 is another format (fnuz, e4m3 to 240)"}
 SPACE = {"quantise": [{"height": height, "width": width, "warps": warps} for height in (64, 128) for width in (64, 128) for warps in (4, 8)]}
 
 
@@ -406,5 +407,5 @@ def _traffic(case: Any) -> launch.Traffic:
 
 
 OPERATIONS = {
-    "quantise": launch.Operation({"reference": reference, "fused": fused}, CASES, SIZES, _sample, _traffic, differentiable=False),
+    "quantise": launch.Operation({"reference": reference, "fused": fused}, CASES, SIZES, _sample, _traffic, differentiable=False, refuses=REFUSES),
 }

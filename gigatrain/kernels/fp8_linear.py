@@ -262,4 +262,4 @@ class Watch:
         raise NotImplementedError
 
 
-VERSIONS_OF_LINEAR: dict[str, Callable[..., Tensor]] = {VERSIONS[scaling]: Product(form_of(scaling)) for scaling in VERSIONS}  # type: ignore[arg-type]
+NARROW: dict[str, Callable[..., Tensor]] = {VERSIONS[scaling]: Product(form_of(scaling)) for scaling in VERSIONS}  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigatrain.kernels import launch
+from gigatrain.kernels import fp8_linear, launch
 
 # (tokens, inputs, outputs, bias, dtype)
 CASES = [
@@ -51,4 +51,4 @@ def _traffic(case: Any) -> launch.Traffic:
     return launch.Traffic(read + weight + written, 2 * (read + weight) + written, flops, 2 * flops)
 
 
-OPERATIONS = {"linear": launch.Operation({"reference": reference}, CASES, SIZES, _sample, _traffic)}
+OPERATIONS = {"linear": launch.Operation({"reference": reference}, CASES, SIZES, _sample, _traffic, narrow=fp8_linear.NARROW)}

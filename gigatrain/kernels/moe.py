@@ -13,6 +13,7 @@ The steps are functions of their own, since experts may be on other ranks than t
 Counts and order stay on the device.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gigatrain.errors import KernelError
-from gigatrain.kernels import launch
+from gigatrain.kernels import fp8_experts, launch
 
 # (tokens, experts, visits, hidden, width, kind, dtype)
 CASES = [
@@ -201,7 +202,10 @@ def _traffic(case: Any) -> launch.Traffic:
     return launch.Traffic(2 * rows + weights, 3 * rows + 2 * weights, flops, 2 * flops)
 
 
+NARROW = {"moe": {"fp8_rowwise": functools.partial(_block, fp8_experts.experts)}, "experts": {"fp8_rowwise": fp8_experts.experts}}
 OPERATIONS = {
-    "moe": launch.Operation({"reference": reference, "grouped": grouped}, CASES, SIZES, _sample, _traffic),
-    "experts": launch.Operation({"reference": experts_reference, "grouped": experts_grouped}, CASES, SIZES, _sample_experts, _traffic),
+    "moe": launch.Operation({"reference": reference, "grouped": grouped}, CASES, SIZES, _sample, _traffic, narrow=NARROW["moe"]),
+    "experts": launch.Operation(
+        {"reference": experts_reference, "grouped": experts_grouped}, CASES, SIZES, _sample_experts, _traffic, narrow=NARROW["experts"]
+    ),
 }

@@ -14,6 +14,7 @@ from gigatrain.kernels import (
     cross_entropy,
     dropout_add,
     embedding,
+    fp8,
     geglu,
     grad_norm,
     linear,
@@ -39,6 +40,7 @@ MODULES = (
     xielu,
     dropout_add,
     linear,
+    fp8,
     moe,
     attention,
     cross_entropy,
@@ -86,7 +88,7 @@ def choose(kernels: Mapping[str, str]) -> Ops:
 
     Raises `PlanError` for an operation or an implementation that does not exist.
     """
-    known = {name: tuple(operation.versions) for name, operation in OPERATIONS.items()}
+    known = {name: (*operation.versions, *operation.narrow) for name, operation in OPERATIONS.items()}
     if unknown := sorted(set(kernels) - set(known)):
         raise PlanError(f"no operation is called {', '.join(unknown)}; there are {', '.join(known)}")
     chosen = {}
@@ -94,7 +96,7 @@ def choose(kernels: Mapping[str, str]) -> Ops:
         name = kernels.get(op, "reference")
         if name not in names:
             raise PlanError(f"{op} has no implementation {name!r}; choose one of {', '.join(names)}")
-        chosen[op] = OPERATIONS[op].versions[name]
+        chosen[op] = OPERATIONS[op].version(name)
     return Ops(**{field.name: chosen[field.name] for field in fields(Ops) if field.name in chosen})
 
 
