@@ -15,6 +15,7 @@ overlapped. Quantising reads 2 B and writes 1 B an element and copy; rowwise and
 import argparse
 import csv
 import datetime
+import json
 import math
 import platform
 import subprocess
@@ -95,7 +96,10 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
         made = plan(load.recipe("quickstart", [*MODEL, *sizes, *RUNS[name]]), load.site("laptop"))
         corpus = corpus or build.build(made.data, made.tokenizer)
         began = time.perf_counter()
-        values = losses(made, corpus)
+        known = json.loads(options.curves.read_text()) if options.curves and options.curves.exists() else {}
+        values = known.get(made.identity) or losses(made, corpus)
+        if options.curves:
+            options.curves.write_text(json.dumps({**known, made.identity: values}))
         expected = expected or values
         loss, deviation, worst, at = compare(values, expected, options.window)
         row = dict(
@@ -155,6 +159,7 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=128)
     parser.add_argument("--window", type=int, default=50)
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--curves", type=Path, help="keep every run's losses here, and do not train again what is there")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument("--model", action="store_true", help="print the modelled gain and stop")
     options = parser.parse_args()

@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 
 from gigatrain.architectures import Architecture
 from gigatrain.data.loader import Batch, Microbatch
-from gigatrain.engines import source
+from gigatrain.engines import low, source
 from gigatrain.engines.stage import compute
 from gigatrain.kernels import ops
 from gigatrain.kernels.adamw import Rates
@@ -134,6 +134,7 @@ class Native:
             if isinstance(model, Auto):
                 model.place(device)
             self.parameters |= model.named_parameters()
+        self._delayed = low.delayed(self.stages.values(), device)
         # A tied head on another stage than its embedding: a copy on another rank, or, where both stages are this rank's, another name for the same.
         self.tied = Tied(mesh, plan.mesh.schedule) if plan.architecture.tied and built.count > 1 else None
         self.alias = self.tied is not None and EMBEDDING in self.parameters and HEAD in self.parameters
@@ -396,6 +397,8 @@ class Native:
         for group in self.groups:
             group.step(rate, scale, skip)
         self._round()
+        for scales in self._delayed:
+            scales.advance(low.largest(self.mesh))
         self._count(skip == 0)
         self.trace.mark("rest")
         return Update(self._nats, self._targets, norm)
@@ -466,6 +469,7 @@ class Native:
         """fp32 master weights; moments and counts. What is not stored in fp32 is a copy on the host, until the next step."""
         weights: dict[str, Piece] = {}
         optimizer = {"bad": self._mark(self._bad), "steps": self._mark(self._updates)}
+        optimizer |= {"amax": self._mark(scales.past) for scales in self._delayed}
         for group in self.groups:
             found = group.state() if isinstance(group, AdamW) else (group.master.views, group.state())
             for name, held in found[0].items():
@@ -492,6 +496,8 @@ class Native:
         for group in self.groups:
             if isinstance(group, AdamW):
                 group.restore()
+        for scales in self._delayed:
+            scales.restored()
         self._forget()
         self._round()
 

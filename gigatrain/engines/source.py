@@ -24,7 +24,7 @@ def blank(plan: Plan, ops: Ops, *, part: Part | None = None, dtype: torch.dtype 
     with torch.device("meta"):
         model = Decoder(plan.architecture, ops, recompute=plan.recompute, dropout=plan.dropout, part=part)
     if plan.fp8 is not None:
-        low.lower(model, plan.fp8, plan.recompute, {choice.op: choice.kernel for choice in plan.kernels})
+        low.lower(model, plan.fp8, plan.recompute, {choice.op: choice.kernel for choice in plan.kernels}["quantise"])
     return model
 
 

@@ -77,11 +77,12 @@ def scale_of(amax: Tensor, largest: float, power: bool) -> Tensor:
     return scale
 
 
-def encode(x: Tensor, scale: Tensor, form: str) -> Tensor:
-    """Codes of x, whose scale broadcasts."""
-    wide, largest = x.float(), LARGEST[form]
-    value = (wide * (1.0 / scale)).clamp(-largest, largest)  # which keeps NaN
-    return torch.where(wide.abs() == math.inf, math.nan, value).to(DTYPES[form])
+def encode(x: Tensor, scale: Tensor, form: str, *, given: bool = False) -> Tensor:
+    """Codes of x, whose scale broadcasts. Only a scale that is `given` can be too small, or finite where x is not."""
+    value = x.float() * (1.0 / scale)
+    if given:
+        value = value.clamp_(-LARGEST[form], LARGEST[form]).masked_fill_(x.abs() == math.inf, math.nan)  # clamp keeps NaN
+    return value.to(DTYPES[form])
 
 
 def _amax(x: Tensor, *dims: int) -> Tensor:
@@ -92,7 +93,7 @@ def _amax(x: Tensor, *dims: int) -> Tensor:
 
 
 def _along(x_rc: Tensor, kind: str, form: str, power: bool) -> tuple[Tensor, Tensor]:
-    """`(codes, scales)` of a padded tensor, kinds that share along the sum."""
+    """`(codes_rc, scales)` of a padded tensor, kinds that share along the columns."""
     if kind == "row":
         scale_r1 = scale_of(_amax(x_rc, 1), LARGEST[form], power)
         return encode(x_rc, scale_r1, form), scale_r1
@@ -100,6 +101,16 @@ def _along(x_rc: Tensor, kind: str, form: str, power: bool) -> tuple[Tensor, Ten
     scale = scale_of(_amax(blocks, 2), LARGEST[form], power)
     # In memory the rows' index runs fastest, as cuBLAS reads them.
     return encode(blocks, scale, form).flatten(1), scale.squeeze(2).t().contiguous().t()
+
+
+def _across(x_rc: Tensor, kind: str, form: str, power: bool) -> tuple[Tensor, Tensor]:
+    """`_along` of the transposed tensor; bytes are transposed, not numbers."""
+    if kind == "row":
+        scale_1c = scale_of(_amax(x_rc, 0), LARGEST[form], power)
+        return encode(x_rc, scale_1c, form).t().contiguous(), scale_1c.t()
+    blocks = x_rc.unflatten(0, (-1, BLOCK))
+    scale = scale_of(_amax(blocks, 1), LARGEST[form], power)
+    return encode(blocks, scale, form).flatten(0, 1).t().contiguous(), scale.squeeze(1).t()
 
 
 def reference(
@@ -114,12 +125,12 @@ def reference(
     empty, none = x_rc.new_empty(0, dtype=DTYPES[form]), x_rc.new_empty(0, dtype=torch.float32)
     if kind in ("row", "tile"):
         first = _along(x_rc, kind, form, power) if along else (empty, none)
-        second = _along(x_rc.t(), kind, form, power) if across else (empty, none)
-        return (*first, second[0].contiguous(), second[1], none)
+        second = _across(x_rc, kind, form, power) if across else (empty, none)
+        return (*first, *second, none)
     if kind == "tensor":
         amax_1 = _amax(x_rc, 0, 1).view(1)
         scale = scale_of(amax_1, LARGEST[form], power) if given is None else given
-        codes, other = encode(x_rc, scale, form), scale
+        codes, other = encode(x_rc, scale, form, given=given is not None), scale
     else:
         blocks, amax_1 = x_rc.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)), none
         scale = scale_of(_amax(blocks, 1, 3), LARGEST[form], power)

@@ -22,7 +22,7 @@ anyway (`keep`).
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -161,31 +161,33 @@ def _differentiable(form: Form) -> Callable[..., Tensor]:
     low, codes = form.weight_gradient == "low", form.keep == "codes"
 
     def forward(ctx: Any, x_nd: Tensor, weight_od: Tensor, watch: "Watch | None", *parts: Tensor) -> Tensor:
-        tokens = x_nd.shape[0]
+        shape = x_nd.shape
+        tokens = shape[:-1].numel()
         weight, _, amax_1 = operands(weight_od, form, "weight", across=False, given=None if watch is None else watch.given("weight"))
         if watch is not None:
             watch.saw("weight", amax_1)
         kept = parts[3:] if low and codes else (x_nd,)
         ctx.save_for_backward(weight_od, *kept)
-        ctx.tokens, ctx.watch = tokens, watch
-        return product(Operand(*parts[:3]), weight, form, ("input", "weight"), x_nd.dtype)[:tokens]
+        ctx.shape, ctx.watch = shape, watch
+        return product(Operand(*parts[:3]), weight, form, ("input", "weight"), x_nd.dtype)[:tokens].view(*shape[:-1], -1)
 
-    def backward(ctx: Any, dy_no: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor) -> Any:
         weight_od, *kept = ctx.saved_tensors
+        dy_no, tokens = dy.reshape(-1, dy.shape[-1]), ctx.shape[:-1].numel()
         watch: Watch | None = ctx.watch
         wants_x, wants_w = ctx.needs_input_grad[:2]
         given = {role: None if watch is None else watch.given(role) for role in ("input", "weight", "gradient")}
-        dy, dy_t, amax_1 = operands(dy_no, form, "gradient", along=wants_x, across=wants_w and low, given=given["gradient"])
+        low_dy, dy_t, amax_1 = operands(dy_no, form, "gradient", along=wants_x, across=wants_w and low, given=given["gradient"])
         if watch is not None:
             watch.saw("gradient", amax_1)
         dx = dw = None
         if wants_x:
             _, weight_t, _ = operands(weight_od, form, "weight", along=False, given=given["weight"])
-            dx = product(dy, weight_t, form, ("gradient", "weight"), dy_no.dtype)[: ctx.tokens]
+            dx = product(low_dy, weight_t, form, ("gradient", "weight"), dy_no.dtype)[:tokens].view(ctx.shape)
         if wants_w and not low:
-            dw = dy_no.t() @ kept[0]
+            dw = dy_no.t() @ kept[0].reshape(-1, ctx.shape[-1])
         elif wants_w:
-            x_t = Operand(*kept) if codes else operands(kept[0], form, "input", along=False, given=given["input"])[1]
+            x_t = Operand(*kept) if codes else operands(kept[0].reshape(-1, ctx.shape[-1]), form, "input", along=False, given=given["input"])[1]
             # Both operands are tokens' and their blocks 1 x 128: "input" twice, though of gradients the first.
             dw = product(dy_t, x_t, form, ("gradient", "input"), weight_od.dtype)
         return dx, dw, None, *(None for _ in range(6))
@@ -205,19 +207,21 @@ class Product:
         self.form = form
         self._latest: tuple[Any, int, tuple[Tensor, ...]] | None = None
 
-    def __call__(self, x_nd: Tensor, weight_od: Tensor, bias_o: Tensor | None = None, watch: "Watch | None" = None) -> Tensor:
-        """y_no in x's dtype. Raises KernelError for a weight or a device that the form does not take; the plan has asked before."""
+    def __call__(self, x_nd: Tensor, weight_od: Tensor, bias_o: Tensor | None = None, *, watch: "Watch | None" = None) -> Tensor:
+        """y_no in x's dtype; `watch` has the scales of delayed scaling. Raises KernelError for a weight or a device that the form does not take; the plan has asked before."""
         if why := self.supports(x_nd, weight_od):
             version = VERSIONS[self.form.scaling]
             raise KernelError(f"{version}: {why}; name the matrix in fp8.high, or choose another fp8.scaling")
         if x_nd.numel() == 0:
             return F.linear(x_nd, weight_od, bias_o)
-        flat = x_nd.reshape(-1, x_nd.shape[-1])
         trains = torch.is_grad_enabled() and (x_nd.requires_grad or weight_od.requires_grad)
-        y = _differentiable(self.form)(flat, weight_od, watch, *self._parts(x_nd, flat, trains, watch)).view(*x_nd.shape[:-1], -1)
+        if watch is not None and not trains:
+            watch = replace(watch, records=False)
+        parts = getattr(x_nd, "parts", None)  # of fp8_fused.py's Carried: quantised where it was made
+        y = _differentiable(self.form)(x_nd, weight_od, watch, *(parts or self._parts(x_nd, trains, watch)))
         return y if bias_o is None else y + bias_o
 
-    def _parts(self, x_nd: Tensor, flat: Tensor, trains: bool, watch: "Watch | None") -> tuple[Tensor, ...]:
+    def _parts(self, x_nd: Tensor, trains: bool, watch: "Watch | None") -> tuple[Tensor, ...]:
         form = self.form
         across = trains and form.weight_gradient == "low" and form.keep == "codes"
         traced = torch.compiler.is_compiling()  # which finds equal work itself
@@ -226,7 +230,8 @@ class Product:
             if owner() is x_nd and version == x_nd._version and (not across or parts[3].numel()):
                 return parts
         with torch.no_grad():
-            along, turned, amax_1 = operands(flat.detach(), form, "input", across=across, given=None if watch is None else watch.given("input"))
+            flat = x_nd.detach().reshape(-1, x_nd.shape[-1])
+            along, turned, amax_1 = operands(flat, form, "input", across=across, given=None if watch is None else watch.given("input"))
         if watch is not None:
             watch.saw("input", amax_1)
         parts = (along.codes, along.scales, along.all, turned.codes, turned.scales, turned.all)
@@ -250,16 +255,68 @@ class Product:
         return None if emulated else refused(form.scaling, x_nd.device)
 
 
+_ROLES = {"input": 0, "weight": 1, "gradient": 2}
+
+
+@dataclass(frozen=True)
 class Watch:
-    """Delayed scaling of one layer: scales from the largest magnitudes of past steps, and those of this one (`Delayed`)."""
+    """Delayed scaling of one layer; one that does not record (validation) only gives scales."""
+
+    of: "Delayed"
+    layer: int
+    records: bool = True
 
     def given(self, role: str) -> Tensor | None:
         """The scale for this step; None: the current tensor's own."""
-        raise NotImplementedError
+        at = _ROLES[role]
+        return None if self.of.fresh else self.of.scales[self.layer, at : at + 1]
 
     def saw(self, role: str, amax_1: Tensor) -> None:
-        """Add a magnitude of this step."""
-        raise NotImplementedError
+        """Add a magnitude of this step: a maximum, so that seeing it twice (recomputation) changes nothing."""
+        if self.records:
+            at = _ROLES[role]
+            now = self.of.now[self.layer, at : at + 1]
+            torch.maximum(now, amax_1, out=now)
+
+
+class Delayed:
+    """Scales of a step from the largest magnitudes of the last `history` steps (arXiv:2209.05433): one pass over a tensor, whose own may then saturate.
+
+    `past` [history, layers, 3] is all its state, for a checkpoint; the first step has none, and scales each tensor by its own. What is not finite is not
+    remembered: such a step is refused, and the next one begins from the same scales.
+    """
+
+    def __init__(self, form: Form, layers: int, history: int, device: torch.device | str = "cpu") -> None:
+        self.form, self.fresh = form, True
+        self.past = torch.zeros(history, layers, 3, device=device)
+        self.now = torch.zeros(layers, 3, device=device)
+        self.scales = torch.ones(layers, 3, device=device)
+
+    def to(self, device: torch.device) -> None:
+        """Place it, before the first step."""
+        self.past, self.now, self.scales = (tensor.to(device) for tensor in (self.past, self.now, self.scales))
+
+    @torch.no_grad()
+    def advance(self, largest: Callable[[Tensor], None] | None = None) -> None:
+        """End a step; `largest` makes a tensor the largest over all ranks, in place."""
+        if largest is not None:
+            largest(self.now)
+        seen = torch.where(torch.isfinite(self.now), self.now, self.past[0])
+        self.past.copy_(torch.cat((seen[None], self.past[:-1])))
+        self.now.zero_()
+        self._scale()
+        self.fresh = False
+
+    def restored(self) -> None:
+        """After `past` was filled from a checkpoint."""
+        self.fresh = not bool(self.past.any())
+        self._scale()
+
+    def _scale(self) -> None:
+        amax = self.past.amax(0)
+        for at, number in enumerate(("e4m3", "e4m3", self.form.gradient)):
+            scale = fp8.scale_of(amax[:, at], fp8.LARGEST[number], self.form.power)
+            self.scales[:, at] = torch.where(amax[:, at] == 0, 1.0, scale)  # a layer that nothing has reached yet
 
 
 NARROW: dict[str, Callable[..., Tensor]] = {VERSIONS[scaling]: Product(form_of(scaling)) for scaling in VERSIONS}  # type: ignore[arg-type]

@@ -57,19 +57,12 @@ def mxfp8(x_rk: Tensor, rounding: Literal["up", "floor"] = "up", form: Literal["
 
 def e2m1(x: Tensor, uniform: Tensor | None = None) -> Tensor:
     """Codes 0 to 15 in uint8, saturating; rounded to nearest even, or, with `uniform` in [0, 1), stochastically."""
-    size = x.abs()
-    if uniform is None:
-        # Halfway between two codes the even one: below 0.25 and 1.25 inclusive, from 0.75 and 1.75 on, and so forth.
-        code = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
-        for at, inclusive in ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False)):
-            code += (size >= at) if inclusive else (size > at)
-    else:
-        size = size.clamp(max=6.0)
-        step = torch.where(size < 2.0, 0.5, torch.where(size < 4.0, 1.0, 2.0))
-        index = torch.floor(size / step)
-        index += uniform < size / step - index
-        code = (index + torch.where(size < 2.0, 0.0, torch.where(size < 4.0, 2.0, 4.0))).to(torch.uint8)
-    return code | (torch.signbit(x).to(torch.uint8) << 3)
+    size = x.abs().clamp_(max=6.0)
+    # Two codes between a power of two and the next, from 1 on; below 1 as from 1 to 2.
+    exponent = ((size.view(torch.int32) >> 23) - 127).clamp_(min=0)
+    steps = size * ((128 - exponent) << 23).view(torch.float32)  # size over half the power of two
+    steps = steps.round_() if uniform is None else steps.add_(uniform).floor_()
+    return (steps.to(torch.uint8) + 2 * exponent.to(torch.uint8)) | (torch.signbit(x).to(torch.uint8) << 3)
 
 
 def nvfp4(x_rk: Tensor, uniform_rk: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,16 +75,17 @@ def nvfp4(x_rk: Tensor, uniform_rk: Tensor | None = None) -> tuple[Tensor, Tenso
     amax = _amax(blocks, -1)
     scale = torch.where(amax < math.inf, (amax / 6.0 / all_).clamp(max=448.0), math.nan).to(DTYPES["e4m3"])
     unit = scale.float() * all_
-    # A block whose scale rounds to 0 (2^-10 of the largest, or below) is 0.
-    value = torch.where(unit == 0, 0.0, blocks / unit)
+    # A block whose scale rounds to 0 (2^-10 of the largest, or below) is 0; of one that is not finite the scale says so.
+    value = torch.where(unit > 0, blocks / unit, 0.0)
     codes = e2m1(value.flatten(-2), uniform_rk)
     return codes[..., ::2] | codes[..., 1::2] << 4, scale.squeeze(-1), all_
 
 
 def unpacked(packed: Tensor) -> Tensor:
     """fp32 values of e2m1 codes: [r, k / 2] -> [r, k]."""
-    table = torch.tensor([*VALUES, *(-v for v in VALUES)], device=packed.device)
-    return table[torch.stack((packed & 15, packed >> 4), -1).flatten(-2).int()]
+    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).to(torch.int16)
+    # Half precision's bits hold e2m1's shifted by 9, and 2^14 too small.
+    return ((codes & 7) << 9 | (codes & 8) << 12).view(torch.float16).float().mul_(2.0**14)
 
 
 def widened(codes: Tensor, scales: Tensor, all_: Tensor | None = None) -> Tensor:

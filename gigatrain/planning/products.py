@@ -36,6 +36,7 @@ class Products(Section):
     fast_accumulation: bool
     stochastic: bool
     emulate: bool
+    producers: tuple[Literal["norms", "swiglu"], ...]
     low: tuple[str, ...]
     high: tuple[Kept, ...]
 
@@ -48,8 +49,9 @@ class Products(Section):
         late = f", delayed over {self.history} steps" if self.amax == "delayed" else ""
         wide = ", weight gradients bf16" if self.weight_gradient == "bf16" else ""
         kept = "".join(f"; bf16: {kept.matrix} ({kept.why})" for kept in self.high)
+        made = f", by their producers: {' and '.join(self.producers)}" if self.producers else ""
         how = ", EMULATED (slow: numbers of the format, products in fp32)" if self.emulate else ""
-        return f"{self.scaling} {number}, gradients {gradient}{scales}{late}{wide}{how}; quantised: {', '.join(self.low)}{kept}"
+        return f"{self.scaling} {number}, gradients {gradient}{scales}{late}{wide}{how}; quantised: {', '.join(self.low)}{made}{kept}"
 
 
 def matrices(architecture: Architecture, mesh: Mesh) -> dict[str, tuple[int, int]]:
@@ -113,9 +115,31 @@ def resolve(recipe: Recipe, site: Site, architecture: Architecture | Foreign, me
         fast_accumulation=asked.fast_accumulation,
         stochastic=scaling == "nvfp4" and asked.stochastic,
         emulate=asked.emulate,
+        producers=_producers(recipe, site, architecture, mesh, low),
         low=tuple(low),
         high=tuple(high),
     )
+
+
+def _producers(
+    recipe: Recipe, site: Site, architecture: Architecture, mesh: Mesh, low: list[str]
+) -> tuple[Literal["norms", "swiglu"], ...]:
+    """Which operations quantise what they make (kernels/fp8_fused.py): on a GPU, where nothing but quantised products reads it."""
+    asked, train = recipe.fp8, recipe.train
+    default = recipe.kernels if isinstance(recipe.kernels, str) else recipe.kernels.get("default", "auto")
+    chosen = recipe.kernels if isinstance(recipe.kernels, dict) else {}
+    if site.device == "cpu" or train.compile or train.recompute in ("lean", "selective") or asked.weight_gradient != "low":
+        return ()
+    if asked.scaling in ("mxfp8", "nvfp4") or asked.amax == "delayed" or chosen.get("quantise", "fused" if default == "auto" else default) != "fused":
+        return ()
+    found: list[Literal["norms", "swiglu"]] = []
+    reads = [name for name in matrices(architecture, mesh) if name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))]
+    plain = default == "auto" and not {"rms_norm", "add_rms_norm"} & set(chosen)
+    if architecture.placement == "pre" and mesh.tensor == 1 and plain and not architecture.experts and set(reads) <= set(low):
+        found.append("norms")
+    if architecture.activation == "swiglu" and default == "auto" and "swiglu" not in chosen and "mlp.down_proj" in low:
+        found.append("swiglu")
+    return tuple(found)
 
 
 def _check(recipe: Recipe, site: Site, mesh: Mesh) -> None:
