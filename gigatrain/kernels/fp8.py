@@ -323,17 +323,14 @@ def run(
         scales, turned, other, rows, columns, height, *strides, PRODUCER=producer, KIND=kind, FORM=form, LARGEST_=LARGEST[form], POWER=power,
         HAS=given is not None, ALONG=along, ACROSS=across, HEIGHT=h, WIDTH=w_, warps=tuned["warps"],
     )  # fmt: skip
-    none = empty(0, dtype=torch.float32)
     if kind == "tile":
         scales, other = scales.t(), other.t()
     elif kind == "tensor":
         other = scales.clone()
-    amax = row_bits.view(torch.float32) if kind == "tensor" else none
+    amax = row_bits.view(torch.float32) if kind == "tensor" else empty(0, dtype=torch.float32)
+    first, second = (made if asked else empty(0, dtype=torch.float32) for made, asked in ((scales, along), (other, across)))
     dtype = DTYPES[form]
-    nothing = empty(0, dtype=dtype)
-    return (
-        codes.view(dtype) if along else nothing, scales if along else none, turned.view(dtype) if across else nothing, other if across else none, amax,
-    )  # fmt: skip
+    return codes.view(-1).view(dtype).view(codes.shape if along else 0), first, turned.view(-1).view(dtype).view(turned.shape if across else 0), second, amax
 
 
 def like(x: Tensor, kind: str, form: str, along: bool, across: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -347,11 +344,10 @@ def like(x: Tensor, kind: str, form: str, along: bool, across: bool) -> tuple[Te
         "tile": (fp32(columns // BLOCK, height).t(), fp32(height // BLOCK, columns).t()),
         "block": (fp32(height // BLOCK, columns // BLOCK), fp32(columns // BLOCK, height // BLOCK)),
     }[kind]
-    nothing = x.new_empty(0, dtype=dtype)
     return (
-        x.new_empty(height, columns, dtype=dtype) if along else nothing,
+        x.new_empty(height, columns, dtype=dtype) if along else x.new_empty(0, dtype=dtype),
         scales if along else fp32(0),
-        x.new_empty(columns, height, dtype=dtype) if across else nothing,
+        x.new_empty(columns, height, dtype=dtype) if across else x.new_empty(0, dtype=dtype),
         other if across else fp32(0),
         fp32(1 if kind == "tensor" else 0),
     )
