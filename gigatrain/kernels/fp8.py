@@ -121,7 +121,8 @@ def reference(
     `given` is the scale of a `tensor` (delayed scaling); `amax_1` is that kind's largest magnitude, for the next one.
     """
     rows = x_rc.shape[0]
-    x_rc = torch.nn.functional.pad(x_rc, (0, 0, 0, padded(rows, kind) - rows))
+    if more := padded(rows, kind) - rows:
+        x_rc = torch.nn.functional.pad(x_rc, (0, 0, 0, more))
     empty, none = x_rc.new_empty(0, dtype=DTYPES[form]), x_rc.new_empty(0, dtype=torch.float32)
     if kind in ("row", "tile"):
         first = _along(x_rc, kind, form, power) if along else (empty, none)

@@ -58,11 +58,11 @@ def mxfp8(x_rk: Tensor, rounding: Literal["up", "floor"] = "up", form: Literal["
 def e2m1(x: Tensor, uniform: Tensor | None = None) -> Tensor:
     """Codes 0 to 15 in uint8, saturating; rounded to nearest even, or, with `uniform` in [0, 1), stochastically."""
     size = x.abs().clamp_(max=6.0)
-    # Two codes between a power of two and the next, from 1 on; below 1 as from 1 to 2.
-    exponent = ((size.view(torch.int32) >> 23) - 127).clamp_(min=0)
-    steps = size * ((128 - exponent) << 23).view(torch.float32)  # size over half the power of two
+    # Two codes between a power of two and the next, from 1 on; below 1 as from 1 to 2: counted in halves of that power.
+    exponent = (size.view(torch.int32) >> 23).sub_(127).clamp_(min=0)
+    steps = size.mul_((128 - exponent).bitwise_left_shift_(23).view(torch.float32))
     steps = steps.round_() if uniform is None else steps.add_(uniform).floor_()
-    return (steps.to(torch.uint8) + 2 * exponent.to(torch.uint8)) | (torch.signbit(x).to(torch.uint8) << 3)
+    return steps.to(torch.uint8).add_(exponent.to(torch.uint8), alpha=2).bitwise_or_(torch.signbit(x).view(torch.uint8) << 3)
 
 
 def nvfp4(x_rk: Tensor, uniform_rk: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
