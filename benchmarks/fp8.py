@@ -45,7 +45,22 @@ RUNS: dict[str, tuple[str, ...]] = {
     "nvfp4": (*LOW, "fp8.scaling=nvfp4"),
     "nvfp4, bf16 weight gradients": (*LOW, "fp8.scaling=nvfp4", "fp8.weight_gradient=bf16"),
 }
-KEYS = ("date", "commit", "device", "steps", "batch", "sequence", "parameters", "run", "quantised", "loss", "deviation", "worst_deviation", "at_step", "seconds")
+KEYS = (
+    "date",
+    "commit",
+    "device",
+    "steps",
+    "batch",
+    "sequence",
+    "parameters",
+    "run",
+    "quantised",
+    "loss",
+    "deviation",
+    "worst_deviation",
+    "at_step",
+    "seconds",
+)
 # Tokens a step, hidden, queries, keys and values each, intermediate: a layer of Llama 3 8B.
 TOKENS, SHAPE = 8192, {"q": (4096, 4096), "kv": (2048, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 PEAK, BANDWIDTH = 790e12, 4.3e12
@@ -62,7 +77,9 @@ def losses(made: Plan, corpus: Any) -> list[float]:
 
     torch.manual_seed(made.seed)
     engine = engines.make(made, alone(), torch.device("cpu"), fresh=True)
-    batches = Batches(corpus, sequence=made.sequence, packing=made.data.packing, batch=made.batch, microbatch=made.microbatch, seed=made.seed)
+    batches = Batches(
+        corpus, sequence=made.sequence, packing=made.data.packing, batch=made.batch, microbatch=made.microbatch, seed=made.seed
+    )
     found = []
     for step, batch in zip(range(made.steps), batches, strict=False):
         engine.forward_backward(batch)
@@ -84,7 +101,7 @@ def compare(values: list[float], expected: list[float], window: int) -> tuple[fl
     return ours[-1], ours[-1] / theirs[-1] - 1, apart[worst], worst + window
 
 
-def train(options: argparse.Namespace) -> list[dict[str, Any]]:
+def train(options: argparse.Namespace) -> list[dict[Any, Any]]:
     """One row per run, the first of them bf16's."""
     from gigatrain.data import build
 
@@ -113,7 +130,10 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
                 strict=True,
             )
         )  # fmt: skip
-        print(f"{name:32} loss {loss:.4f}  {100 * deviation:+.3f} %  worst {100 * worst:.3f} % at step {at}  {row['seconds']:.0f} s", flush=True)
+        print(
+            f"{name:32} loss {loss:.4f}  {100 * deviation:+.3f} %  worst {100 * worst:.3f} % at step {at}  {row['seconds']:.0f} s",
+            flush=True,
+        )
         found.append(row)
     return found
 
@@ -129,7 +149,9 @@ def modelled(scaling: str, fused: bool) -> dict[str, float]:
     moved = sum(TOKENS * width * cost for width, cost in inputs.items())
     moved += sum(TOKENS * o * both for o, _ in SHAPE.values())  # gradients of outputs
     moved += sum(o * d * 2 * (reads + 1) for o, d in SHAPE.values())  # weights, once each way
-    if fused:  # norms' outputs and the activation are neither written nor read: 2 B each, and what a second reading costs is the producer's inputs
+    if (
+        fused
+    ):  # norms' outputs and the activation are neither written nor read: 2 B each, and what a second reading costs is the producer's inputs
         moved -= TOKENS * (4096 * 2 + 14336) * 4
     return {"products_s": products / (2 * PEAK), "quantise_s": moved / BANDWIDTH, "bytes": moved}
 

@@ -185,11 +185,12 @@ class FP8(Section):
     )
     amax: Literal["current", "delayed"] = Field(
         default="current",
-        description="tensorwise: the scale of this tensor's largest magnitude, which reads it twice, or of the largest of past steps, which a checkpoint keeps.",
+        description="tensorwise: the scale of a tensor's own largest magnitude, read twice, or of the largest of past steps, which a checkpoint keeps.",
     )
     history: Annotated[int, Field(ge=1, le=1024)] = Field(default=16, description="delayed: how many past steps.")
     gradient: Literal["e4m3", "e5m2"] | None = Field(
-        default=None, description="Format of the gradients of outputs; default: e5m2 of tensorwise, e4m3 of the others, whose scales are near enough."
+        default=None,
+        description="Format of the gradients of outputs; default: e5m2 of tensorwise, e4m3 of the others, whose scales are near enough.",
     )
     scales: Literal["fp32", "power_of_two"] | None = Field(
         default=None, description="Default: power_of_two, rounded up, so that scaling rounds nothing; of tensorwise fp32."
@@ -204,7 +205,8 @@ class FP8(Section):
         description="Outputs and inputs of the smallest matrix that is quantised: below, quantising costs what the product gains (benchmarks/fp8.py's model).",
     )
     high: tuple[str, ...] = Field(
-        default=(), description="Matrices that stay in bf16, by the ends of their names, for instance self_attn.v_proj. Head and router always do."
+        default=(),
+        description="Matrices that stay in bf16, by the ends of their names, for instance self_attn.v_proj. Head and router always do.",
     )
     emulate: bool = Field(
         default=False, description="Operands are rounded to the format and multiplied in fp32: the lane's numbers, slowly, on any device."

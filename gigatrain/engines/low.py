@@ -46,7 +46,9 @@ def lower(model: nn.Module, plan: products.Products, recompute: str, quantise: s
         elif high and name.endswith(high):
             module.product = linear.reference
         else:
-            raise PlanError(f'planning/products.py does not know the matrix {name} of this model; set train.precision = "bf16", and report it')
+            raise PlanError(
+                f'planning/products.py does not know the matrix {name} of this model; set train.precision = "bf16", and report it'
+            )
     if plan.amax == "delayed":
         model.delayed = Delayed(form, len(lowered), plan.history)  # type: ignore[assignment]
         for layer, module in enumerate(lowered):

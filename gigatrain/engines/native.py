@@ -469,7 +469,8 @@ class Native:
         """fp32 master weights; moments and counts. What is not stored in fp32 is a copy on the host, until the next step."""
         weights: dict[str, Piece] = {}
         optimizer = {"bad": self._mark(self._bad), "steps": self._mark(self._updates)}
-        optimizer |= {"amax": self._mark(scales.past) for scales in self._delayed}
+        for scales in self._delayed:
+            optimizer["amax"] = self._mark(scales.past)
         for group in self.groups:
             found = group.state() if isinstance(group, AdamW) else (group.master.views, group.state())
             for name, held in found[0].items():

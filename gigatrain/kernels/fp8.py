@@ -49,10 +49,14 @@ CASES = [
     )
 ]
 SIZES = [
-    (8192, columns, kind, "e4m3", kind != "tensor", torch.bfloat16) for columns in (4096, 14336) for kind in ("tensor", "row", "tile", "block")
+    (8192, columns, kind, "e4m3", kind != "tensor", torch.bfloat16)
+    for columns in (4096, 14336)
+    for kind in ("tensor", "row", "tile", "block")
 ]
 REFUSES = {"sm_80": "no FP8 before compute capability 8.9", "gfx942": "its FP8 is another format (fnuz, e4m3 to 240)"}
-SPACE = {"quantise": [{"height": height, "width": width, "warps": warps} for height in (64, 128) for width in (64, 128) for warps in (4, 8)]}
+SPACE = {
+    "quantise": [{"height": height, "width": width, "warps": warps} for height in (64, 128) for width in (64, 128) for warps in (4, 8)]
+}
 
 
 class Quantised(NamedTuple):
@@ -137,16 +141,20 @@ def reference(
         scale = scale_of(_amax(blocks, 1, 3), LARGEST[form], power)
         codes, scale = encode(blocks, scale, form).flatten(2).flatten(0, 1), scale[:, 0, :, 0]
         other = scale.t().contiguous()
-    return codes if along else empty, scale if along else none, codes.t().contiguous() if across else empty, other if across else none, amax_1
+    return (
+        codes if along else empty,
+        scale if along else none,
+        codes.t().contiguous() if across else empty,
+        other if across else none,
+        amax_1,
+    )
 
 
 def widened(x: Quantised) -> Tensor:
     """What an operand stands for, in fp32."""
     codes, scales = x.codes, x.scales
-    if codes.dtype == torch.float8_e4m3fn and codes.device.type == "cpu" and not torch.compiler.is_compiling():
-        wide = _from_e4m3(codes)
-    else:
-        wide = codes.float()
+    quick = codes.dtype == torch.float8_e4m3fn and codes.device.type == "cpu" and not torch.compiler.is_compiling()
+    wide = _from_e4m3(codes) if quick else codes.float()
     if x.kind in ("tile", "block"):
         wide = wide.unflatten(1, (-1, BLOCK))
         scales = scales.repeat_interleave(BLOCK, 0) if x.kind == "block" else scales
@@ -245,20 +253,20 @@ def _codes(
     x = tl.where(live, x, 0.0)
     bits = _bits(x)
     if KIND == "tensor":
-        if HAS:
-            scale = tl.load(GIVEN + tl.zeros([1, 1], tl.int32))
-        else:
-            scale = _scale(tl.load(ROW + tl.zeros([1, 1], tl.int32)), LARGEST_, POWER)
+        one = tl.zeros([1, 1], tl.int32)
+        scale = tl.load(GIVEN + one)
+        if not HAS:
+            scale = _scale(tl.load(ROW + one), LARGEST_, POWER)
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-            tl.store(SCALES + tl.zeros([1, 1], tl.int32), scale)
+            tl.store(SCALES + one, scale)
         other = scale
     elif KIND == "row":
         scale = _scale(tl.load(ROW + row, mask=row < rows, other=0), LARGEST_, POWER)
         other = _scale(tl.load(COLUMN + column, mask=column < columns, other=0), LARGEST_, POWER)
-        if tl.program_id(1) == 0:
+        if tl.program_id(1) == 0:  # noqa: SIM102 (the inner condition is a constant, the outer is not)
             if ALONG:
                 tl.store(SCALES + row, scale, mask=row < height)
-        if tl.program_id(0) == 0:
+        if tl.program_id(0) == 0:  # noqa: SIM102
             if ACROSS:
                 tl.store(OTHER + column, other, mask=column < columns)
     elif KIND == "tile":
@@ -315,7 +323,10 @@ def run(
     shapes = {
         "tensor": ((1,), (1,)),
         "row": ((height, 1), (columns, 1)),
-        "tile": ((-(-columns // BLOCK), height), (height // BLOCK, columns)),  # transposed: the rows' index runs fastest, as cuBLAS reads them
+        "tile": (
+            (-(-columns // BLOCK), height),
+            (height // BLOCK, columns),
+        ),  # transposed: the rows' index runs fastest, as cuBLAS reads them
         "block": ((height // BLOCK, -(-columns // BLOCK)), (-(-columns // BLOCK), height // BLOCK)),
     }[kind]
     scales, other = (empty(*shape, dtype=torch.float32) for shape in shapes)
@@ -331,7 +342,13 @@ def run(
     amax = row_bits.view(torch.float32) if kind == "tensor" else empty(0, dtype=torch.float32)
     first, second = (made if asked else empty(0, dtype=torch.float32) for made, asked in ((scales, along), (other, across)))
     dtype = DTYPES[form]
-    return codes.view(-1).view(dtype).view(codes.shape if along else 0), first, turned.view(-1).view(dtype).view(turned.shape if across else 0), second, amax
+    return (
+        codes.view(-1).view(dtype).view(codes.shape if along else 0),
+        first,
+        turned.view(-1).view(dtype).view(turned.shape if across else 0),
+        second,
+        amax,
+    )
 
 
 def like(x: Tensor, kind: str, form: str, along: bool, across: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -415,5 +432,7 @@ def _traffic(case: Any) -> launch.Traffic:
 
 
 OPERATIONS = {
-    "quantise": launch.Operation({"reference": reference, "fused": fused}, CASES, SIZES, _sample, _traffic, differentiable=False, refuses=REFUSES),
+    "quantise": launch.Operation(
+        {"reference": reference, "fused": fused}, CASES, SIZES, _sample, _traffic, differentiable=False, refuses=REFUSES
+    ),
 }

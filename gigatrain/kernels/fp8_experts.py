@@ -24,7 +24,7 @@ def _grouped(a_mk: tuple[Tensor, Tensor], b_enk: tuple[Tensor, Tensor], ends_e: 
         wide = fp8.widened(Quantised(b_enk[0].flatten(0, 1), b_enk[1].reshape(-1, 1), "row")).view(b_enk[0].shape)
         return F.grouped_mm(fp8.widened(Quantised(*a_mk, "row")), wide.transpose(1, 2), offs=ends_e).to(dtype)
     rowwise = F.ScalingType.RowWise
-    return F.scaled_grouped_mm(
+    return F.scaled_grouped_mm(  # type: ignore[attr-defined]
         a_mk[0], b_enk[0].transpose(1, 2), a_mk[1].squeeze(1), rowwise, b_enk[1], rowwise, offs=ends_e, output_dtype=dtype
     )
 

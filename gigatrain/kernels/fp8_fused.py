@@ -137,7 +137,9 @@ class Carried(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return Carried(args[0].shape, args[0], args[0].parts)
-        raise KernelError(f'{func} would read a tensor that was written as FP8 codes alone; set kernels.quantise = "reference", and report it')
+        raise KernelError(
+            f'{func} would read a tensor that was written as FP8 codes alone; set kernels.quantise = "reference", and report it'
+        )
 
 
 class _Norm(torch.autograd.Function):

@@ -124,7 +124,7 @@ def _micro(x_rk: Tensor, form: Form, role: Role) -> Operand:
     if form.scaling == "mxfp8":
         codes, scales = mx.mxfp8(x_rk, form=form.gradient if role == "gradient" else "e4m3")
         return Operand(codes, scales, scales.new_empty(0, dtype=torch.float32))
-    uniform = torch.rand(x_rk.shape, device=x_rk.device) if form.stochastic and role == "gradient" else None
+    uniform = mx.drawn(x_rk) if form.stochastic and role == "gradient" else None
     return Operand(*mx.nvfp4(x_rk, uniform))
 
 
@@ -187,7 +187,11 @@ def _differentiable(form: Form) -> Callable[..., Tensor]:
         if wants_w and not low:
             dw = dy_no.t() @ kept[0].reshape(-1, ctx.shape[-1])
         elif wants_w:
-            x_t = Operand(*kept) if codes else operands(kept[0].reshape(-1, ctx.shape[-1]), form, "input", along=False, given=given["input"])[1]
+            x_t = (
+                Operand(*kept)
+                if codes
+                else operands(kept[0].reshape(-1, ctx.shape[-1]), form, "input", along=False, given=given["input"])[1]
+            )
             # Both operands are tokens' and their blocks 1 x 128: "input" twice, though of gradients the first.
             dw = product(dy_t, x_t, form, ("gradient", "input"), weight_od.dtype)
         return dx, dw, None, *(None for _ in range(6))
@@ -208,7 +212,7 @@ class Product:
         self._latest: tuple[Any, int, tuple[Tensor, ...]] | None = None
 
     def __call__(self, x_nd: Tensor, weight_od: Tensor, bias_o: Tensor | None = None, *, watch: "Watch | None" = None) -> Tensor:
-        """y_no in x's dtype; `watch` has the scales of delayed scaling. Raises KernelError for a weight or a device that the form does not take; the plan has asked before."""
+        """y_no in x's dtype; `watch` has the scales of delayed scaling. Raises KernelError for a weight or a device that the form does not take."""
         if why := self.supports(x_nd, weight_od):
             version = VERSIONS[self.form.scaling]
             raise KernelError(f"{version}: {why}; name the matrix in fp8.high, or choose another fp8.scaling")

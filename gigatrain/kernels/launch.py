@@ -71,8 +71,9 @@ class Operation:
     `versions` holds every implementation by name, `reference` first. `cases` are small and odd, `sizes` are what is trained with; both are tuples that
     end with the dtype and begin with a count (tokens, mostly) that may be cut without changing what is compiled. `sample(case, device)` draws the
     tensors that get gradients, and returns with them `call(version, *tensors) -> outputs`; a call casts its constant tensors to fp64 where the first
-    of the given tensors is fp64. `traffic(case)` counts the floor. `narrow` holds implementations that compute in low precision: chosen like the others, and never
-    judged or timed as if their numbers were the same. `refuses` names targets (kernels/compiled.py) that cannot run the fused version, and why.
+    of the given tensors is fp64. `traffic(case)` counts the floor. `narrow` holds implementations that compute in low precision: chosen like the
+    others, and never judged or timed as if their numbers were the same. `refuses` names targets (kernels/compiled.py) that cannot run the fused version,
+    and why.
     """
 
     versions: Mapping[str, Callable[..., Any]]

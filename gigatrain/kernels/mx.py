@@ -65,6 +65,18 @@ def e2m1(x: Tensor, uniform: Tensor | None = None) -> Tensor:
     return steps.to(torch.uint8).add_(exponent.to(torch.uint8), alpha=2).bitwise_or_(torch.signbit(x).view(torch.uint8) << 3)
 
 
+def drawn(x_rk: Tensor) -> Tensor:
+    """Numbers in [0, 1) for rounding stochastically: a hash of each element's bits and place. No state, so that a resumed run rounds as the unbroken one.
+
+    Multiplications and shifts in 32 bits, wrapping.
+    """
+    place = torch.arange(x_rk.numel(), dtype=torch.int32, device=x_rk.device).view(x_rk.shape)
+    bits = x_rk.float().contiguous().view(torch.int32) * -1640531527 + place * -2048144777
+    for _ in range(2):
+        bits = bits.bitwise_xor_((bits >> 16) & 0xFFFF).mul_(0x45D9F3B)
+    return (bits >> 8).bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)
+
+
 def nvfp4(x_rk: Tensor, uniform_rk: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """`(packed [r, k / 2] uint8, scales [r, k / 16] in e4m3, all [1] fp32)`; k must be a multiple of 16."""
     wide = x_rk.float()

@@ -297,7 +297,9 @@ def _kernels(recipe: Recipe, site: Site, architecture: Architecture | Foreign, l
             known = f"did you mean {close[0]}?" if close else f"there are {', '.join(IMPLEMENTATIONS)}"
             raise PlanError(f"kernels.{op}: no operation is called so; {known}")
         if name in NARROW.get(op, ()):
-            raise PlanError(f'kernels.{op} {name!r} computes other numbers, not the same ones faster; set train.precision = "fp8" and fp8.scaling')
+            raise PlanError(
+                f'kernels.{op} {name!r} computes other numbers, not the same ones faster; set train.precision = "fp8" and fp8.scaling'
+            )
         if op != "default" and name not in IMPLEMENTATIONS[op]:
             raise PlanError(f"kernels.{op} {name!r}: choose one of {', '.join(IMPLEMENTATIONS[op])}")
         if name == "fused" and site.device == "cpu":

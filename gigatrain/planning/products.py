@@ -130,7 +130,11 @@ def _producers(
     chosen = recipe.kernels if isinstance(recipe.kernels, dict) else {}
     if site.device == "cpu" or train.compile or train.recompute in ("lean", "selective") or asked.weight_gradient != "low":
         return ()
-    if asked.scaling in ("mxfp8", "nvfp4") or asked.amax == "delayed" or chosen.get("quantise", "fused" if default == "auto" else default) != "fused":
+    if (
+        asked.scaling in ("mxfp8", "nvfp4")
+        or asked.amax == "delayed"
+        or chosen.get("quantise", "fused" if default == "auto" else default) != "fused"
+    ):
         return ()
     found: list[Literal["norms", "swiglu"]] = []
     reads = [name for name in matrices(architecture, mesh) if name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))]
@@ -173,4 +177,6 @@ def _check(recipe: Recipe, site: Site, mesh: Mesh) -> None:
                 if recipe.train.compile
                 else f"mesh.pipeline {mesh.pipeline}"
             )
-            raise PlanError(f'fp8.amax "delayed" keeps magnitudes from step to step, which is not done with {where}; set fp8.amax = "current"')
+            raise PlanError(
+                f'fp8.amax "delayed" keeps magnitudes from step to step, which is not done with {where}; set fp8.amax = "current"'
+            )

@@ -36,7 +36,7 @@ def losses(folder):
 
 def test_each_matrix_has_the_product_that_the_plan_says(tiny):
     found = made(tiny, 'fp8.high=["k_proj"]')
-    engine = engines.make(found, alone(), torch.device("cpu"), fresh=True)
+    engine = Native(found, alone(), torch.device("cpu"))
     products = {name.split(".")[-1]: module.product for name, module in engine.model.named_modules() if isinstance(module, Linear)}
     assert products.pop("k_proj") is linear.reference
     assert products.keys() == {"q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -89,7 +89,7 @@ def test_every_cut_trains_as_one_process_does_but_for_what_shares_a_scale(tiny, 
     overrides = (*BASE, *LOW, "train.batch=4", "train.microbatch=2", *forms)
     ((expected, _, held),) = [trained(0, tiny, overrides, 1, 4)]
     found = together(2, trained, tiny, (*overrides, *MESHES[name]), 2, 4)
-    for (numbers, _, other) in found:
+    for numbers, _, other in found:
         for (loss, _, targets), (known, _, counted) in zip(numbers, expected, strict=True):
             assert targets == counted
             assert loss == pytest.approx(known, rel=2e-3)
@@ -111,10 +111,14 @@ def test_a_gpu_without_the_format_is_refused_at_the_start(tiny, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
-    found = made(tiny, "fp8.scaling=mxfp8", "model.architecture.hidden=64", "model.architecture.head_dim=32", "model.architecture.intermediate=64")
+    found = made(
+        tiny, "fp8.scaling=mxfp8", "model.architecture.hidden=64", "model.architecture.head_dim=32", "model.architecture.intermediate=64"
+    )
     assert found.fp8 is not None
     gpu = found.model_copy(update={"device": "cuda", "fp8": found.fp8.model_copy(update={"emulate": False})})
-    with pytest.raises(RunError, match=r"mxfp8 needs tensor cores with block scales .* NVIDIA H200 has 9.0; choose another, or set fp8.emulate = true"):
+    with pytest.raises(
+        RunError, match=r"mxfp8 needs tensor cores with block scales .* NVIDIA H200 has 9.0; choose another, or set fp8.emulate = true"
+    ):
         loop._prepare(gpu)
     loop._prepare(found.model_copy(update={"device": "cuda"}))  # emulated, it runs
 
@@ -133,7 +137,9 @@ def test_the_check_at_the_start_passes_and_finds_what_is_wrong(tiny, monkeypatch
         return codes, scales, *rest
 
     monkeypatch.setattr(fp8, "fused", off)
-    with pytest.raises(KernelError, match=r"self_attn.q_proj: the fused quantiser's codes or scales of input \(272, 32\) are not those of plain torch"):
+    with pytest.raises(
+        KernelError, match=r"self_attn.q_proj: the fused quantiser's codes or scales of input \(272, 32\) are not those of plain torch"
+    ):
         low.verify(fused, torch.device("cpu"))
     monkeypatch.setattr(fp8, "fused", right)
     product = fp8_linear.product

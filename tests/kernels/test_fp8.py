@@ -85,7 +85,7 @@ def test_fused_codes_and_scales_are_those_of_plain_torch(case: tuple) -> None:
 
 @pytest.mark.parametrize("kind", ["tensor", "row", "tile", "block"])
 def test_what_is_quantised_is_near_what_was_given(kind: fp8.Kind) -> None:
-    """Half a unit in the last place, 2^-4 of a value, or 2^-10 of the scale's unit below the least normal; a power of two for a scale may cost one more bit of range."""
+    """Half a unit in the last place, 2^-4 of a value, or 2^-10 of the scale's unit below the least normal number."""
     torch.manual_seed(1)
     x = torch.randn(256, 384) * torch.logspace(-4, 4, 384)
     for power in (False, True):

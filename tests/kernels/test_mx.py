@@ -41,6 +41,24 @@ def test_e2m1_rounded_stochastically_is_right_on_average_and_exact_where_it_can_
         assert abs(found.mean().item() - x) < 5 * gap / 2 / math.sqrt(20000)
 
 
+def test_draws_are_uniform_follow_from_the_numbers_and_differ_between_places() -> None:
+    torch.manual_seed(2)
+    x = torch.randn(512, 512).bfloat16()
+    draws = mx.drawn(x)
+    assert torch.equal(draws, mx.drawn(x.clone()))
+    for found in (draws, mx.drawn(torch.full((512, 512), 0.3)), mx.drawn(torch.zeros(512, 512)), draws[x > 1]):
+        counts = torch.histc(found, 64, 0.0, 1.0)
+        expected = found.numel() / 64
+        assert ((counts - expected).square().sum() / expected) < 63 + 5 * (2 * 63) ** 0.5  # chi squared, five standard deviations
+    assert abs(torch.corrcoef(torch.stack((draws.flatten()[1:], draws.flatten()[:-1])))[0, 1]) < 5 / 512
+    packed, scales, whole = mx.nvfp4(x, draws)
+    plain = mx.widened(*mx.nvfp4(x)) - x.float()
+    error = mx.widened(packed, scales, whole) - x.float()
+    small = x.abs() < 0.3  # where rounding to nearest takes more from numbers than it gives
+    size = x.float().sign()[small]
+    assert abs((error[small] * size).mean()) < 0.3 * abs((plain[small] * size).mean())
+
+
 def test_e8m0_is_torchs() -> None:
     every = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(mx.power(every)[:255], every.view(torch.float8_e8m0fnu).float()[:255])
@@ -55,7 +73,9 @@ def test_mxfp8_rounds_its_scale_up_so_that_nothing_saturates() -> None:
     codes, scales = mx.mxfp8(x)
     exponents = [int(s) - 127 for s in scales.view(torch.uint8)[:, 0]]
     assert exponents == [0, 1, -8, -127, -127, math.ceil(math.log2(3e38 / 448))]
-    assert torch.equal(codes[:, 3].float(), (x[:, 3].double() * 2.0 ** -torch.tensor(exponents).double()).float().to(torch.float8_e4m3fn).float())
+    assert torch.equal(
+        codes[:, 3].float(), (x[:, 3].double() * 2.0 ** -torch.tensor(exponents).double()).float().to(torch.float8_e4m3fn).float()
+    )
     assert (codes.float().abs() <= 448).all()
 
 

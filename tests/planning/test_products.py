@@ -8,8 +8,18 @@ from gigatrain.planning import products
 from gigatrain.planning.plan import IMPLEMENTATIONS, NARROW, plan
 
 LOW = ("train.precision=fp8", "fp8.emulate=true", "fp8.least=[16, 16]")
-WIDE = ("model.architecture.hidden=256", "model.architecture.heads=8", "model.architecture.kv_heads=4", "model.architecture.intermediate=512")
-MOE = ("model.architecture.family=mixtral", "model.architecture.experts=4", "model.architecture.experts_per_token=2", "model.architecture.tied=false")
+WIDE = (
+    "model.architecture.hidden=256",
+    "model.architecture.heads=8",
+    "model.architecture.kv_heads=4",
+    "model.architecture.intermediate=512",
+)
+MOE = (
+    "model.architecture.family=mixtral",
+    "model.architecture.experts=4",
+    "model.architecture.experts_per_token=2",
+    "model.architecture.tied=false",
+)
 ALL = tuple(f"self_attn.{n}_proj" for n in "qkvo") + tuple(f"mlp.{n}_proj" for n in ("gate", "up", "down"))
 
 
@@ -54,7 +64,9 @@ def test_a_plan_is_another_run_than_bf16_and_than_another_form():
 
 
 def test_matrices_that_do_not_fit_stay_high_by_name_and_with_the_reason():
-    found = made(*LOW, "fp8.scaling=blockwise", "model.architecture.intermediate=384", "model.architecture.hidden=384", 'fp8.high=["o_proj"]')
+    found = made(
+        *LOW, "fp8.scaling=blockwise", "model.architecture.intermediate=384", "model.architecture.hidden=384", 'fp8.high=["o_proj"]'
+    )
     assert found.fp8 is not None
     assert {kept.matrix: kept.why for kept in found.fp8.high} == {
         "self_attn.q_proj": "192 is not a multiple of 128",
@@ -70,7 +82,13 @@ def test_matrices_that_do_not_fit_stay_high_by_name_and_with_the_reason():
 
 
 def test_a_gpu_needs_multiples_of_512_for_blocks():
-    wide = ("train.precision=fp8", "fp8.least=[16, 16]", "fp8.scaling=blockwise", "model.architecture.hidden=512", "model.architecture.intermediate=1024")
+    wide = (
+        "train.precision=fp8",
+        "fp8.least=[16, 16]",
+        "fp8.scaling=blockwise",
+        "model.architecture.hidden=512",
+        "model.architecture.intermediate=1024",
+    )
     found = made(*wide, "model.architecture.heads=8", "model.architecture.kv_heads=4", "model.architecture.head_dim=64", site="one-gpu").fp8
     assert found is not None
     assert [(kept.matrix, kept.why) for kept in found.high] == [
@@ -97,7 +115,9 @@ def test_experts_are_rowwise_or_high():
     assert kernels(low)["experts"] == kernels(low)["moe"] == "fp8_rowwise"
     high = made(*LOW, *WIDE, *MOE, "fp8.scaling=tensorwise")
     assert high.fp8 is not None
-    assert [(kept.matrix, kept.why) for kept in high.fp8.high] == [(products.EXPERTS, "torch's grouped products take rowwise scales, not tensorwise")]
+    assert [(kept.matrix, kept.why) for kept in high.fp8.high] == [
+        (products.EXPERTS, "torch's grouped products take rowwise scales, not tensorwise")
+    ]
     assert kernels(high)["experts"] == "grouped"
 
 
@@ -123,13 +143,19 @@ def test_producers_quantise_on_a_gpu_where_nothing_else_reads():
     ("overrides", "message"),
     [
         (("train.precision=fp8",), "multiplies on tensor cores, and laptop has none; set fp8.emulate = true for its numbers"),
-        (("train.precision=fp8", "fp8.emulate=true"), "would quantise nothing .self_attn.q_proj: 192 x 192 is below fp8.least 1024 x 1024.*lower fp8.least"),
+        (
+            ("train.precision=fp8", "fp8.emulate=true"),
+            "would quantise nothing .self_attn.q_proj: 192 x 192 is below fp8.least 1024 x 1024.*lower fp8.least",
+        ),
         ((*LOW, 'fp8.high=["k_prj"]'), "fp8.high 'k_prj' is the end of no matrix's name; a layer has self_attn.q_proj"),
-        ((*LOW, "fp8.amax=delayed"), 'fp8.amax "delayed" is for tensorwise scales, and fp8.scaling is \'rowwise\''),
-        ((*LOW, "fp8.scaling=tensorwise", "fp8.amax=delayed", "train.compile=true"), 'not done with train.compile; set fp8.amax = "current"'),
+        ((*LOW, "fp8.amax=delayed"), "fp8.amax \"delayed\" is for tensorwise scales, and fp8.scaling is 'rowwise'"),
+        (
+            (*LOW, "fp8.scaling=tensorwise", "fp8.amax=delayed", "train.compile=true"),
+            'not done with train.compile; set fp8.amax = "current"',
+        ),
         ((*LOW, "fp8.gradient=e5m2"), "rowwise products take e4m3 alone; leave fp8.gradient out"),
         ((*LOW, "fp8.scaling=nvfp4", "fp8.scales=fp32"), "nvfp4 has the scales of its format; leave fp8.scales out"),
-        (("kernels.linear=fp8_rowwise",), "computes other numbers, not the same ones faster; set train.precision = \"fp8\""),
+        (("kernels.linear=fp8_rowwise",), 'computes other numbers, not the same ones faster; set train.precision = "fp8"'),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_way_out(overrides, message):
