@@ -88,7 +88,7 @@ class Plain:
         model = Decoder(made.decoder, chosen, recompute=made.recompute)
         model.init_weights(made.init.std, made.init.scale_residual, made.seed)
         model.to(device)
-        bf16 = torch.bfloat16 if made.precision == "bf16" else None
+        bf16 = torch.bfloat16 if made.compute == "bf16" else None
         if ddp:
             self.run: Any = DistributedDataParallel(_Loss(model))
             self.bf16 = bf16

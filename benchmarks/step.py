@@ -264,7 +264,7 @@ def trainer(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
         adam_beta2=plan.optim.betas[1],
         adam_epsilon=plan.optim.eps,
         max_grad_norm=plan.optim.clip or 0.0,
-        bf16=plan.precision == "bf16" and not pure,
+        bf16=plan.compute == "bf16" and not pure,
         use_cpu=plan.device == "cpu",
         dataloader_pin_memory=plan.device == "cuda",
         torch_compile="compile" in job["options"],
@@ -314,7 +314,7 @@ def litgpt(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
         rope_base=int(rope.theta),
         rope_adjustments={**adjusted, "original_max_seq_len": rope.original_positions} if rope.kind == "llama3" else None,
     )
-    precision = "bf16-mixed" if plan.precision == "bf16" else "32-true"
+    precision = "bf16-mixed" if plan.compute == "bf16" else "32-true"
     fabric = lightning.Fabric(accelerator=plan.device, devices=1, precision=precision)
     fabric.launch()
     disk: dict[str, Any] = {}
@@ -381,7 +381,7 @@ def matmul(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
     import torch
 
     gate = Gate(pipe, plan.device)
-    dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if plan.compute == "bf16" else torch.float32
     factors = [[torch.randn(size, size, device=plan.device, dtype=dtype) for _ in range(2)] for size, _ in _products(plan.device)]
     while True:
         gate.begin()
@@ -537,11 +537,11 @@ def unavailable(name: str, plan: Plan) -> str | None:
         return "Liger's kernels need a GPU"
     if "liger" in options and not importlib.util.find_spec("liger_kernel"):
         return "not installed: pip install --no-deps liger-kernel"
-    if base == "trainer-bf16" and plan.precision == "fp32":
+    if base == "trainer-bf16" and plan.compute == "fp32":
         return "bf16 weights have no place in an fp32 run"
     if base == "gigatrain" and "+".join(options) not in VARIANTS:
         return f"there are gigatrain{', gigatrain+'.join(VARIANTS)}"
-    if "leanstate" in options and plan.precision == "fp32":
+    if "leanstate" in options and plan.compute == "fp32":
         return "a split master has no place in an fp32 run"
     if base != "gigatrain" and plan.recompute in ("lean", "selective"):
         return f"has no {plan.recompute} recomputation; --set train.recompute=none or full"
@@ -804,7 +804,7 @@ def _loop_share(peer: Peer) -> float:
 
 
 def _precision(name: str, plan: Plan) -> str:
-    if plan.precision == "fp32":
+    if plan.compute == "fp32":
         return "fp32"
     kinds = {
         "gigatrain+leanstate": "bf16 weights, 24-bit master",

@@ -159,8 +159,10 @@ class Train(Section):
     sequence: Annotated[int, Field(ge=2)] = Field(description="Tokens of one sample.")
     batch: Count = Field(description="Samples of one step, over all ranks.")
     microbatch: Count | None = Field(default=None, description="Samples that one rank computes at a time; default: all of its share.")
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="bf16: bf16 weights and activations, fp32 master weights, gradient sums and losses."
+    precision: Literal["bf16", "fp32", "fp8"] = Field(
+        "bf16",
+        description="bf16: bf16 weights and activations, fp32 master weights, gradient sums and losses. fp8: as bf16, with the layers' products in the low "
+        "precision of `[fp8]`: other numbers, not the same ones faster.",
     )
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     recompute: Literal["none", "lean", "selective", "full"] = Field(
@@ -194,6 +196,11 @@ class Train(Section):
     )
     max_bad_steps: Count = Field(default=8, description="So many steps in a row with a non-finite loss or gradient stop the run.")
 
+    @property
+    def compute(self) -> Literal["bf16", "fp32"]:
+        """What weights and activations are in, outside of products in fp8."""
+        return "fp32" if self.precision == "fp32" else "bf16"
+
     @model_validator(mode="after")
     def consistent(self) -> Self:
         if (self.steps is None) == (self.tokens is None):
@@ -201,6 +208,44 @@ class Train(Section):
         if self.microbatch is not None and self.microbatch > self.batch:
             raise ValueError(f"`microbatch` {self.microbatch} is above `batch` {self.batch}; lower it, or leave it out")
         return self
+
+
+class FP8(Section):
+    """The products of the layers where train.precision is fp8 (kernels/fp8_linear.py has the formulas and their sources)."""
+
+    scaling: Literal["rowwise", "blockwise", "tensorwise", "mxfp8", "nvfp4"] = Field(
+        default="rowwise",
+        description="What shares a scale: a row; 1 x 128 activations and 128 x 128 weights (DeepSeek-V3); a tensor; mxfp8 32 and nvfp4 16 neighbours, in "
+        "the microscaling formats of sm_100.",
+    )
+    amax: Literal["current", "delayed"] = Field(
+        default="current",
+        description="tensorwise: the scale of a tensor's own largest magnitude, read twice, or of the largest of past steps, which a checkpoint keeps.",
+    )
+    history: Annotated[int, Field(ge=1, le=1024)] = Field(default=16, description="delayed: how many past steps.")
+    gradient: Literal["e4m3", "e5m2"] | None = Field(
+        default=None,
+        description="Format of the gradients of outputs; default: e5m2 of tensorwise, e4m3 of the others, whose scales are near enough.",
+    )
+    scales: Literal["fp32", "power_of_two"] | None = Field(
+        default=None, description="Default: power_of_two, rounded up, so that scaling rounds nothing; of tensorwise fp32."
+    )
+    weight_gradient: Literal["low", "bf16"] = Field(
+        default="low", description="bf16 leaves the weight gradient's product in bf16 (torchao's rowwise_with_gw_hp)."
+    )
+    fast_accumulation: bool = Field(default=False, description="The forward's sums stay in the tensor cores' own bits, fewer than fp32's.")
+    stochastic: bool = Field(default=True, description="nvfp4: gradients are rounded stochastically (arXiv:2509.25149).")
+    least: tuple[Count, Count] = Field(
+        default=(1024, 1024),
+        description="Outputs and inputs of the smallest matrix that is quantised: below, quantising costs what the product gains (benchmarks/fp8.py's model).",
+    )
+    high: tuple[str, ...] = Field(
+        default=(),
+        description="Matrices that stay in bf16, by the ends of their names, for instance self_attn.v_proj. Head and router always do.",
+    )
+    emulate: bool = Field(
+        default=False, description="Operands are rounded to the format and multiplied in fp32: the lane's numbers, slowly, on any device."
+    )
 
 
 class Mesh(Section):
@@ -345,6 +390,7 @@ class Recipe(Section):
     data: Data
     train: Train
     optim: Optim
+    fp8: FP8 = FP8()
     schedule: Schedule = Schedule()
     loss: Loss = Loss()
     mesh: Mesh = Mesh()

@@ -46,7 +46,7 @@ def export(folder: Path, target: Path, *, display: Display | None = None) -> int
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         written = Path(temporary) / "export"
         written.mkdir()
-        dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if plan.compute == "bf16" else torch.float32
         weights, tokens = (
             _Rounded(found.tensors("weights"), dtype, foreign=isinstance(plan.architecture, Foreign)),
             _special_tokens(folder / "tokenizer"),

@@ -21,7 +21,7 @@ from gigatrain import engines, export, run
 from gigatrain.checkpoint import Checkpoints, fill, weights_sha256, write_text
 from gigatrain.data import build
 from gigatrain.data.loader import Batches, Validation
-from gigatrain.engines import Engine
+from gigatrain.engines import Engine, low
 from gigatrain.errors import CheckpointError, DataError, RunError
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
@@ -35,7 +35,7 @@ from gigatrain.parallel import ranks
 from gigatrain.parallel.agree import agreed
 from gigatrain.parallel.mesh import Mesh
 from gigatrain.parallel.places import Piece
-from gigatrain.planning.plan import Plan
+from gigatrain.planning.plan import NARROW, Plan
 
 
 def train(plan: Plan, folder: Path, *, start: run.Start = "auto", display: Display | None = None) -> dict[str, Any] | None:
@@ -222,8 +222,10 @@ def _prepare(plan: Plan) -> None:
             f"the plan is for site {plan.site!r} with a CUDA device, but torch {torch.__version__} finds none; "
             "install a CUDA build of torch, or choose --site laptop"
         )
-    if plan.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if plan.compute == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise RunError(f"{torch.cuda.get_device_name()} has no bf16 arithmetic; --set train.precision=fp32")
+    if plan.fp8 is not None and (why := low.refused(plan.fp8, torch.device("cuda", torch.cuda.current_device()))):
+        raise RunError(f'train.precision "fp8" with fp8.scaling {plan.fp8.scaling!r}: {why}; choose another, or set fp8.emulate = true for its numbers')
 
 
 def _verify(plan: Plan, device: torch.device, display: Display) -> None:
@@ -231,13 +233,15 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
     launch.cache_on_this_node()
     if isinstance(plan.architecture, Foreign):
         return  # the engine compares such a model with itself
-    kernels = {choice.op: choice.kernel for choice in plan.kernels}
+    kernels = {choice.op: choice.kernel for choice in plan.kernels if choice.kernel not in NARROW.get(choice.op, ())}
+    if plan.fp8 is not None:
+        low.verify(plan, device)
     shared = plan.mesh.tensor * (plan.mesh.context if plan.mesh.exchange == "ulysses" else 1)
     worst = verify(
         plan.architecture,
         kernels,
         device,
-        torch.bfloat16 if plan.precision == "bf16" else torch.float32,
+        torch.bfloat16 if plan.compute == "bf16" else torch.float32,
         sequence=plan.sequence,
         packed=plan.data.packing == "stream",
         ranks=shared,

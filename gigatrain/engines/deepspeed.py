@@ -84,9 +84,9 @@ class DeepSpeed:
         """DeepSpeed's engine around a model of undefined weights, whose parameters are flattened and partitioned."""
         plan, mesh = self.plan, self.mesh
         chosen = context.ops(ops.choose(kernels), mesh, plan.mesh.exchange)
-        model = source.blank(plan, chosen, dtype=torch.bfloat16 if plan.precision == "bf16" else torch.float32)
+        model = source.blank(plan, chosen, dtype=torch.bfloat16 if plan.compute == "bf16" else torch.float32)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if plan.compute == "bf16" else torch.float32
         config = settings(plan, self.device)
         if isinstance(model, Auto):
             model.place(self.device)
@@ -462,9 +462,9 @@ def settings(plan: Plan, device: torch.device) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": plan.microbatch,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": 0.0,
-        "bf16": {"enabled": plan.precision == "bf16", "check_grad_overflow": False},
+        "bf16": {"enabled": plan.compute == "bf16", "check_grad_overflow": False},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": plan.engine.reduce if plan.precision == "bf16" else "fp32",
+        "communication_data_type": plan.engine.reduce if plan.compute == "bf16" else "fp32",
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # its CPU Adam is compiled at the first use; torch's needs no compiler

@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 
 from gigatrain.architectures import Architecture
 from gigatrain.data.loader import Batch, Microbatch
-from gigatrain.engines import source
+from gigatrain.engines import low, source
 from gigatrain.engines.recorded import Recorded
 from gigatrain.engines.released import Released, unit_of
 from gigatrain.engines.stage import compute
@@ -71,7 +71,7 @@ def build(plan: Plan, mesh: Mesh, cuts: Sequence[range] | None = None) -> Built:
     found = Built({}, count, {})
     for number in numbers:
         part = Part(cuts[number], number == 0, number == count - 1)
-        model = source.blank(plan, chosen, part=part, dtype=torch.bfloat16 if plan.precision == "bf16" else torch.float32)
+        model = source.blank(plan, chosen, part=part, dtype=torch.bfloat16 if plan.compute == "bf16" else torch.float32)
         places = whole(model)
         if isinstance(arch, Architecture):
             tensor.cut(model, LAYOUT, arch, mesh, places)
@@ -91,7 +91,7 @@ def _finish(plan: Plan, mesh: Mesh, model: source.Model, places: Places) -> None
         for layer in model.layers:
             layer.compile(fullgraph=True)
     if shard.shards(mesh):
-        bf16, stored = plan.precision == "bf16", _stored(plan, mesh)
+        bf16, stored = plan.compute == "bf16", _stored(plan, mesh)
         model.to(stored)
         engine = plan.engine.model_copy(update={"reshard": False}) if mesh.size("pipeline") > 1 else plan.engine
         shard.apply(model, mesh, places, engine, compute=torch.bfloat16 if bf16 else torch.float32, stored=stored)
@@ -99,7 +99,7 @@ def _finish(plan: Plan, mesh: Mesh, model: source.Model, places: Places) -> None
 
 def _stored(plan: Plan, mesh: Mesh) -> torch.dtype:
     """What parameters are kept in. Shards are the fp32 master weights themselves, gathered in bf16; narrow masters keep bf16 weights beside corrections."""
-    narrow = plan.precision == "bf16" and (plan.optim.master != "fp32" or not shard.shards(mesh))
+    narrow = plan.compute == "bf16" and (plan.optim.master != "fp32" or not shard.shards(mesh))
     return torch.bfloat16 if narrow else torch.float32
 
 
@@ -142,11 +142,12 @@ class Native:
         decoders = [model for model in self.stages.values() if isinstance(model, Decoder)]
         self.corrections = {name: tensor for model in decoders for name, tensor in model.corrections().items()}
         self.visits = {name: tensor for model in decoders for name, tensor in model.visits().items()}
+        self._delayed = low.delayed(self.stages.values(), device)
         # A tied head on another stage than its embedding: a copy on another rank, or, where both stages are this rank's, another name for the same.
         self.tied = Tied(mesh, plan.mesh.schedule) if plan.architecture.tied and built.count > 1 else None
         self.alias = self.tied is not None and EMBEDDING in self.parameters and HEAD in self.parameters
         kernels = {choice.op: choice.kernel for choice in plan.kernels}
-        self._kernels = {op: OPERATIONS[op].versions[name] for op, name in kernels.items()}
+        self._kernels = {op: OPERATIONS[op].version(name) for op, name in kernels.items()}
         self._adamw, self._norm = kernels["adamw"], self._kernels["grad_norm"]
         start = self._start(fresh)
         self.groups = [self._group(name, {name: start[name] for name in names}) for name, names in self._grouped(start)]
@@ -193,7 +194,7 @@ class Native:
             schedule=self.plan.mesh.schedule,
             compute=self._compute,
             hidden=self.plan.architecture.hidden,
-            dtype=torch.bfloat16 if self.plan.precision == "bf16" else torch.float32,
+            dtype=torch.bfloat16 if self.plan.compute == "bf16" else torch.float32,
             sums=sums,
             cut=self.mesh.size("tensor"),
         )
@@ -275,7 +276,7 @@ class Native:
             lr=optim.lr,
             master=optim.master,
             moments=optim.moments,
-            copy=plan.precision == "bf16" and not lean and self._adamw != "foreach" and not self.sharded,
+            copy=plan.compute == "bf16" and not lean and self._adamw != "foreach" and not self.sharded,
             version=self._adamw,
             gradients=torch.bfloat16 if lean and plan.accumulation == 1 else torch.float32,
             # Stochastic rounding is alike where ranks hold the same box, or copies would drift apart.
@@ -306,7 +307,7 @@ class Native:
 
     def _placed(self, weight: Tensor) -> Tensor:
         """What computes: the weight that an update writes, or its rounding."""
-        if self.plan.precision == "fp32" or weight.dtype != torch.float32:
+        if self.plan.compute == "fp32" or weight.dtype != torch.float32:
             return weight
         self._rounded.append((rounded := weight.to(torch.bfloat16), weight))
         return rounded
@@ -524,6 +525,8 @@ class Native:
             group.step(rate, scale, skip)
         self._balance(skip)
         self._round()
+        for scales in self._delayed:
+            scales.advance(low.largest(self.mesh))
         self._count(skip == 0)
         self.trace.mark("rest")
         return Update(self._nats, self._targets, norm)
@@ -606,6 +609,8 @@ class Native:
         """fp32 master weights; moments and counts. What is not stored in fp32 is a copy on the host, until the next step."""
         weights: dict[str, Piece] = {}
         optimizer = {"bad": self._mark(self._bad), "steps": self._mark(self._updates)}
+        for scales in self._delayed:
+            optimizer["amax"] = self._mark(scales.past)
         for group in self.groups:
             found = group.state() if isinstance(group, AdamW) else (group.master.views, group.state())
             for name, held in found[0].items():
@@ -636,6 +641,8 @@ class Native:
         for group in self.groups:
             if isinstance(group, AdamW):
                 group.restore()
+        for scales in self._delayed:
+            scales.restored()
         self._forget()
         self._round()
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from gigatrain.engines import low
 from gigatrain.foreign import Foreign
 from gigatrain.kernels.ops import Ops
 from gigatrain.models import autoweights, hf
@@ -21,7 +22,10 @@ def blank(plan: Plan, ops: Ops, *, part: Part | None = None, dtype: torch.dtype 
         assert part is None or (part.first and part.last), "the plan refuses a pipeline"
         return Auto(plan.architecture.config, ops, recompute=plan.recompute, dtype=dtype)
     with torch.device("meta"):
-        return Decoder(plan.architecture, ops, recompute=plan.recompute, dropout=plan.dropout, part=part, watched=plan.loss.watches)
+        model = Decoder(plan.architecture, ops, recompute=plan.recompute, dropout=plan.dropout, part=part, watched=plan.loss.watches)
+    if plan.fp8 is not None:
+        low.lower(model, plan.fp8, plan.recompute, {choice.op: choice.kernel for choice in plan.kernels}["quantise"])
+    return model
 
 
 def terms(plan: Plan) -> dict[str, float]:

@@ -127,6 +127,8 @@ def _specialised(made: Launch) -> tuple[dict[str, str], dict[str, Any], tuple[in
 def recordings(op: str, target: str, sizes: Iterable[tuple[Any, ...]] | None = None) -> Iterator[Work]:
     """The distinct launches of an operation's forward and backward at its sizes, on the GPU of a target."""
     operation, gpu = ops.OPERATIONS[op], TARGETS[target]
+    if target in operation.refuses:
+        return
     seen = set()
     for size in operation.sizes if sizes is None else sizes:
         cut = (min(CUT, size[0]), *size[1:])

@@ -13,7 +13,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,9 @@ class Operation:
     `versions` holds every implementation by name, `reference` first. `cases` are small and odd, `sizes` are what is trained with; both are tuples that
     end with the dtype and begin with a count (tokens, mostly) that may be cut without changing what is compiled. `sample(case, device)` draws the
     tensors that get gradients, and returns with them `call(version, *tensors) -> outputs`; a call casts its constant tensors to fp64 where the first
-    of the given tensors is fp64. `traffic(case)` counts the floor.
+    of the given tensors is fp64. `traffic(case)` counts the floor. `narrow` holds implementations that compute in low precision: chosen like the
+    others, and never judged or timed as if their numbers were the same. `refuses` names targets (kernels/compiled.py) that cannot run the fused version,
+    and why.
     """
 
     versions: Mapping[str, Callable[..., Any]]
@@ -80,6 +82,12 @@ class Operation:
     sample: Callable[..., Sample]
     traffic: Callable[..., Traffic]
     differentiable: bool = True
+    narrow: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    refuses: Mapping[str, str] = field(default_factory=dict)
+
+    def version(self, name: str) -> Callable[..., Any]:
+        """The implementation of that name, of either kind."""
+        return (self.narrow if name in self.narrow else self.versions)[name]
 
 
 @dataclass(frozen=True)

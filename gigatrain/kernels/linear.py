@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigatrain.kernels import launch
+from gigatrain.kernels import fp8_linear, launch
 
 # (tokens, inputs, outputs, bias, dtype)
 CASES = [
@@ -183,4 +183,4 @@ def _traffic(case: Any) -> launch.Traffic:
     return launch.Traffic(read + weight + written, 2 * (read + weight) + written, flops, 2 * flops)
 
 
-OPERATIONS = {"linear": launch.Operation({"reference": reference}, CASES, SIZES, _sample, _traffic)}
+OPERATIONS = {"linear": launch.Operation({"reference": reference}, CASES, SIZES, _sample, _traffic, narrow=fp8_linear.NARROW)}

@@ -14,6 +14,7 @@ The steps are functions of their own, since experts may be on other ranks than t
 Counts and order stay on the device.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gigatrain.errors import KernelError
-from gigatrain.kernels import expert_sort, launch
+from gigatrain.kernels import expert_sort, fp8_experts, launch
 from gigatrain.kernels import grouped as rows
 
 # (tokens, experts, visits, hidden, width, how tokens are spread over experts, activation, whether there are biases, dtype)
@@ -646,7 +647,8 @@ def _traffic(case: Any) -> launch.Traffic:
 
 _VERSIONS = {"reference": reference, "grouped": grouped, "glued": glued, "fused": fused}
 _EXPERTS = {"reference": experts_reference, "grouped": experts_grouped, "glued": experts_glued, "fused": experts_fused}
+NARROW = {"moe": {"fp8_rowwise": functools.partial(_block, fp8_experts.experts)}, "experts": {"fp8_rowwise": fp8_experts.experts}}
 OPERATIONS = {
-    "moe": launch.Operation(_VERSIONS, CASES, SIZES, _sample, _traffic),
-    "experts": launch.Operation(_EXPERTS, CASES, SIZES, _sample_experts, _traffic),
+    "moe": launch.Operation(_VERSIONS, CASES, SIZES, _sample, _traffic, narrow=NARROW["moe"]),
+    "experts": launch.Operation(_EXPERTS, CASES, SIZES, _sample_experts, _traffic, narrow=NARROW["experts"]),
 }

@@ -15,6 +15,8 @@ from gigatrain.kernels import (
     dropout_add,
     embedding,
     expert_sort,
+    fp8,
+    fp8_fused,
     geglu,
     grad_norm,
     linear,
@@ -43,6 +45,8 @@ MODULES = (
     linear,
     router,
     expert_sort,
+    fp8,
+    fp8_fused,
     moe,
     attention,
     cross_entropy,
@@ -97,7 +101,7 @@ def choose(kernels: Mapping[str, str]) -> Ops:
 
     Raises `PlanError` for an operation or an implementation that does not exist.
     """
-    known = {name: tuple(operation.versions) for name, operation in OPERATIONS.items()}
+    known = {name: (*operation.versions, *operation.narrow) for name, operation in OPERATIONS.items()}
     if unknown := sorted(set(kernels) - set(known)):
         raise PlanError(f"no operation is called {', '.join(unknown)}; there are {', '.join(known)}")
     chosen = {}
@@ -105,7 +109,7 @@ def choose(kernels: Mapping[str, str]) -> Ops:
         name = kernels.get(op, "reference")
         if name not in names:
             raise PlanError(f"{op} has no implementation {name!r}; choose one of {', '.join(names)}")
-        chosen[op] = OPERATIONS[op].versions[name]
+        chosen[op] = OPERATIONS[op].version(name)
     record = {field.name: chosen[field.name] for field in fields(Ops) if field.name in chosen}
     return Ops(**record, mask=attention.MASKS[kernels.get("attention", "reference")])
 

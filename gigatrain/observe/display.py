@@ -91,6 +91,8 @@ class Display:
             self.line(f"  mesh     {plan.ranks:,} ranks: {shown}{inner}; engine {plan.engine.name}{zero}")
         self.line(f"  site     {plan.site} ({why}); {plan.precision} on {plan.device}, about {gib(plan.memory.total)}")
         self.line(f"  kernels  {chosen}")
+        if plan.fp8 is not None:
+            self.line(f"  fp8      {plan.fp8.describe()}; bf16: head, embedding, norms{', router' if plan.decoder.experts else ''}")
 
     def plan_details(self, plan: Plan) -> None:
         """Memory by part, and every kernel with the reason for it."""
@@ -100,7 +102,7 @@ class Display:
             f"activations about {gib(memory.activations)}, workspace about {gib(memory.workspace)} (recompute: {plan.recompute})"
         )
         kernels = {choice.op: choice.kernel for choice in plan.kernels}
-        size = 2 if plan.precision == "bf16" else 4
+        size = 2 if plan.compute == "bf16" else 4
         if not isinstance(plan.architecture, Foreign):
             kept = {mode: cost.saved_bytes(plan.architecture, size, mode, kernels) for mode in get_args(cost.Recompute)}
             shown = ", ".join(f"{mode} {kept[mode] / 1024:,.1f}" for mode in kept)

@@ -201,7 +201,7 @@ def _check_foreign(recipe: Recipe, model: Foreign, mesh: Mesh) -> None:
         raise PlanError(f"train.dropout {train.dropout} is for our own decoders, and {kind!r} is transformers'; set train.dropout = 0.0")
     if train.compile:
         raise PlanError(f"train.compile is for our own decoders, and {kind!r} is transformers'; set train.compile = false")
-    if train.precision == "bf16" and model.wide:
+    if train.compute == "bf16" and model.wide:
         raise PlanError(f'{kind!r} keeps {model.wide:,} parameters in fp32 whatever the rest is; set train.precision = "fp32"')
 
 

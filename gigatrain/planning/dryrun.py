@@ -235,7 +235,7 @@ def _played(job: dict[str, Any]) -> dict[str, Any]:
     ]
     masters = (
         size_of(bucket.weight for bucket in buckets)
-        if plan.precision == "bf16" and plan.optim.master == "fp32" and not engine.sharded
+        if plan.compute == "bf16" and plan.optim.master == "fp32" and not engine.sharded
         else 0
     )
     weights = size_of(bucket.weight for bucket in buckets)

@@ -38,8 +38,8 @@ def choose(
 ) -> tuple[Fusion, ...]:
     """Each option as the recipe says, or by rule where it says nothing. Raises PlanError for one that is asked for and cannot be."""
     obstacles: dict[Name, tuple[str, str] | None] = {
-        "fuse": _of_layers(recipe, architecture, mesh) or _of_views(recipe, architecture),
-        "main_grads": _of_layers(recipe, architecture, mesh) or _of_sums(kernels),
+        "fuse": _of_layers(recipe, architecture, mesh) or _of_products(kernels) or _of_views(recipe, architecture),
+        "main_grads": _of_layers(recipe, architecture, mesh) or _of_products(kernels),
         "graph": _of_graph(recipe, site, architecture, mesh, microbatch, kernels),
         "release": _of_release(recipe, architecture, mesh, accumulation),
     }
@@ -88,7 +88,7 @@ def _of_layers(recipe: Recipe, architecture: Architecture | Foreign, mesh: Mesh)
 
 
 def _of_views(recipe: Recipe, architecture: Architecture | Foreign) -> tuple[str, str] | None:
-    if isinstance(architecture, Architecture) and architecture.hidden % 8 and recipe.train.precision == "bf16":
+    if isinstance(architecture, Architecture) and architecture.hidden % 8 and recipe.train.compute == "bf16":
         return (
             f"model.architecture.hidden {architecture.hidden} is no multiple of 8, and bf16 matrices whose size is none are laid elsewhere",
             f"set model.architecture.hidden = {-(-architecture.hidden // 8) * 8}",
@@ -96,9 +96,10 @@ def _of_views(recipe: Recipe, architecture: Architecture | Foreign) -> tuple[str
     return None
 
 
-def _of_sums(kernels: Mapping[str, str]) -> tuple[str, str] | None:
+def _of_products(kernels: Mapping[str, str]) -> tuple[str, str] | None:
+    """Products of narrow numbers have codes of one matrix each, and make their weights' gradients of such codes."""
     if kernels["linear"] != "reference":
-        return f'kernels.linear "{kernels["linear"]}" computes its weights\' gradients itself', 'set kernels.linear = "reference"'
+        return f"train.precision fp8 multiplies by {kernels['linear']}, matrix by matrix", 'set train.precision = "bf16"'
     return None
 
 

@@ -29,7 +29,7 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import attention, axes, cost, fusions
+from gigatrain.planning import attention, axes, cost, fusions, products
 from gigatrain.planning.fusions import Fusion, Name
 
 # Every operation and its implementations, the reference first: kernels/ops.py's, known here without torch (a test holds them equal).
@@ -45,6 +45,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "xielu": ("reference", "fused"),
     "dropout_add": ("reference", "fused"),
     "linear": ("reference",),
+    "quantise": ("reference", "fused"),
     "router": ("reference", "fused"),
     "expert_sort": ("reference", "fused"),
     "moe": ("reference", "grouped", "glued", "fused"),
@@ -58,10 +59,12 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "muon_update": ("reference", "fused"),
 }
 TRITON = ("fused", "glued")  # names of implementations that need a GPU; glued: torch's products with Triton between them
+# Versions that compute other numbers, in low precision: chosen by train.precision = "fp8" and its table, never by kernels.
+NARROW: dict[str, tuple[str, ...]] = {"linear": tuple(products.VERSIONS.values()), "moe": ("fp8_rowwise",), "experts": ("fp8_rowwise",)}
 # Those within a model's layers, which a model of transformers' computes by its own code.
 MODEL = (
     "embedding", "rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu2", "xielu", "dropout_add", "linear", "router",
-    "expert_sort", "moe", "experts", "attention",
+    "expert_sort", "quantise", "moe", "experts", "attention",
 )  # fmt: skip
 # What a resume may change: no tensor of the run depends on it, but for the order in which ranks and microbatches are summed.
 OPERATIONAL = (
@@ -118,7 +121,8 @@ class Plan(Section):
     steps: int
     tokens_per_step: int
     tokens: int
-    precision: Literal["bf16", "fp32"]
+    precision: Literal["bf16", "fp32", "fp8"]
+    fp8: products.Products | None = None
     seed: int
     recompute: cost.Recompute
     dropout: float
@@ -138,6 +142,11 @@ class Plan(Section):
     parameters: int
     flops_per_token: float
     memory: cost.Memory
+
+    @property
+    def compute(self) -> Literal["bf16", "fp32"]:
+        """What weights and activations are in, outside of products in fp8."""
+        return "fp32" if self.precision == "fp32" else "bf16"
 
     @property
     def decoder(self) -> Architecture:
@@ -196,12 +205,13 @@ def plan(recipe: Recipe, site: Site, ranks: int | None = None, *, measure: Calla
     axes.check(recipe, architecture, mesh, accumulation)
     tokens_per_step = train.batch * train.sequence
     steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)
-    kernels = _kernels(recipe, site, architecture)
+    low = products.resolve(recipe, site, architecture, mesh)
+    kernels = _kernels(recipe, site, architecture, low)
     chosen = fusions.choose(recipe, site, architecture, mesh, microbatch, accumulation, {choice.op: choice.kernel for choice in kernels})
     memory = cost.memory(
         architecture,
         device=site.device,
-        precision=train.precision,
+        precision=train.compute,
         microbatch=microbatch,
         sequence=train.sequence,
         recompute=train.recompute,
@@ -260,6 +270,7 @@ def plan(recipe: Recipe, site: Site, ranks: int | None = None, *, measure: Calla
         tokens_per_step=tokens_per_step,
         tokens=steps * tokens_per_step,
         precision=train.precision,
+        fp8=low,
         seed=train.seed,
         recompute=train.recompute,
         dropout=train.dropout,
@@ -287,7 +298,7 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
-def _kernels(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -> tuple[Choice, ...]:
+def _kernels(recipe: Recipe, site: Site, architecture: Architecture | Foreign, low: products.Products | None) -> tuple[Choice, ...]:
     """The implementation of each operation, with the reason: by the recipe, else by rules (benchmarks/LOG.md; those for CUDA await a GPU)."""
     wanted = recipe.kernels if isinstance(recipe.kernels, dict) else {"default": recipe.kernels}
     default = wanted.get("default", "auto")
@@ -298,6 +309,10 @@ def _kernels(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -
             close = difflib.get_close_matches(op, IMPLEMENTATIONS, 1)
             known = f"did you mean {close[0]}?" if close else f"there are {', '.join(IMPLEMENTATIONS)}"
             raise PlanError(f"kernels.{op}: no operation is called so; {known}")
+        if name in NARROW.get(op, ()):
+            raise PlanError(
+                f'kernels.{op} {name!r} computes other numbers, not the same ones faster; set train.precision = "fp8" and fp8.scaling'
+            )
         if op != "default" and name not in IMPLEMENTATIONS[op]:
             raise PlanError(f"kernels.{op} {name!r}: choose one of {', '.join(IMPLEMENTATIONS[op])}")
         on_gpu = {*TRITON, *attention.ON_GPU}
@@ -313,6 +328,12 @@ def _kernels(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -
     chosen = _rules(recipe, site, architecture) if default == "auto" else {}
     reasons = dict.fromkeys(IMPLEMENTATIONS, ("reference", 'the recipe says kernels = "reference"')) | chosen
     reasons |= {op: (name, "the recipe says so") for op, name in wanted.items() if op != "default"}
+    if low is not None:
+        how = "train.precision fp8" + (", emulated" if low.emulate else "")
+        if any(name != products.EXPERTS for name in low.low):
+            reasons["linear"] = (products.VERSIONS[low.scaling], f"{how}: {low.scaling}")
+        if products.EXPERTS in low.low:
+            reasons |= dict.fromkeys(("moe", "experts"), ("fp8_rowwise", f"{how}: rowwise, weight gradients bf16"))
     return tuple(Choice(op=op, kernel=kernel, why=why) for op, (kernel, why) in reasons.items())
 
 
@@ -339,6 +360,7 @@ def _rules(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -> 
         elif "lean" in IMPLEMENTATIONS[op]:
             chosen[op] = ("lean", "one backward in few passes, and less is saved for it")
     chosen["linear"] = ("reference", "torch's product")
+    chosen["quantise"] = ("fused", "codes and transposed codes in one pass") if gpu and not compiled else chosen["quantise"]
     chosen["embedding"] = ("fused", "its gradient is sorted, summed in fp32 and deterministic") if gpu else chosen["embedding"]
     if gpu:
         chosen |= dict.fromkeys(("grad_norm", "adamw", "muon_momentum", "muon_update"), ("fused", "one launch a bucket"))
@@ -361,7 +383,7 @@ def _rules(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -> 
         )
         chosen |= dict.fromkeys(("moe", "experts"), ("fused", why))
     elif architecture.experts:
-        size = 2 if recipe.train.precision == "bf16" else 4
+        size = 2 if recipe.train.compute == "bf16" else 4
         why = "torch's grouped product, which reads the counts on the device"
         if odd := [n for n in (architecture.hidden, architecture.expert_width) if n * size % 16]:
             why = f"plain torch: rows of {odd[0]} elements are not multiples of 16 bytes, as torch's grouped product needs them"
@@ -382,7 +404,7 @@ def _attention(recipe: Recipe, site: Site, architecture: Architecture) -> tuple[
         return ("reference", f"train.compile, which has no {lacking}") if lacking else ("sdpa", "train.compile: torch's fused attention")
     if site.device == "cuda":
         return attention.chosen(call)
-    if recipe.train.precision == "bf16" and recipe.train.sequence <= 2048:
+    if recipe.train.compute == "bf16" and recipe.train.sequence <= 2048:
         return "blocked", "in bf16 on a CPU twice as fast as torch's, at 256 and 1,024 tokens"
     if lacking:
         return "blocked", f"torch's fused attention has no {lacking}"
