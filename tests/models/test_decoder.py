@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from gigatrain.architectures import Architecture, from_hf_config
+from gigatrain.config import Mesh
+from gigatrain.kernels.linear import Linear
 from gigatrain.kernels.ops import REFERENCE, Ops, available, choose
 from gigatrain.models import hf
 from gigatrain.models.decoder import LAYOUT, Decoder, decays, kind_of
-from gigatrain.planning import attention
+from gigatrain.planning import attention, products
 
 ON_GPU = {"glued", *attention.ON_GPU}
 FAST = choose({op: [name for name in names if name not in ON_GPU][-1] for op, names in available().items()})
@@ -78,6 +80,18 @@ def gradients(decoder: Decoder, tokens: Tensor, labels: Tensor, *rest: Any, **nu
     loss.backward()
     assert all(p.grad is not None for p in decoder.parameters())
     return loss.detach(), {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_plan_knows_every_matrix_by_its_shape(name: str) -> None:
+    """What planning/products.py chooses among for narrow products, without torch."""
+    arch = from_hf_config(build(name).config.to_dict())
+    with torch.device("meta"):
+        model = Decoder(arch)
+    found = {path.split(".", 3)[3]: tuple(module.weight.shape) for path, module in model.named_modules() if isinstance(module, Linear)}
+    known = products.matrices(arch, Mesh())
+    assert known.pop(products.EXPERTS, None) == ((arch.expert_width, arch.hidden) if arch.experts else None)
+    assert known == found
 
 
 @pytest.mark.parametrize("name", VARIANTS)
