@@ -143,12 +143,12 @@ def on(**axes):
         (4, (*MOE, *on(expert=2, pipeline=2))),
         (2, (*DEEPSEEK, *on(expert=2))),
         (2, (*DEEPSEEK, *on(tensor=2))),
-        (2, (*(one for one in DEEPSEEK if "q_rank" not in one), *on(tensor=2))),
+        pytest.param(2, (*(one for one in DEEPSEEK if "q_rank" not in one), *on(tensor=2)), marks=pytest.mark.long),
         (2, (*DEEPSEEK, *on(pipeline=2), "train.recompute=lean")),
-        (4, (*DEEPSEEK, *on(expert=2, tensor=2))),
+        pytest.param(4, (*DEEPSEEK, *on(expert=2, tensor=2)), marks=pytest.mark.long),
         (2, (*DEEPSEEK, *on(context=2))),
-        (2, (*DEEPSEEK, *on(context=2, exchange="ulysses"))),
-        (2, (*GPT_OSS, *on(context=2))),
+        pytest.param(2, (*DEEPSEEK, *on(context=2, exchange="ulysses")), marks=pytest.mark.long),
+        pytest.param(2, (*GPT_OSS, *on(context=2)), marks=pytest.mark.long),
         (2, (*GPT_OSS, *BALANCED, *on(context=2, exchange="ulysses"))),
         (2, (*GPT_OSS, *on(expert=2))),
         (2, (*GPT_OSS, *on(tensor=2))),
@@ -163,7 +163,9 @@ def on(**axes):
         (4, ("engine.name=deepspeed", "engine.zero=2", *on(context=2))),
         (2, (*MOE, "engine.name=deepspeed", "engine.zero=2")),
         (2, (*MOE, "engine.name=deepspeed", "engine.zero=3")),
-        (2, (*(one for one in DEEPSEEK if "loss" not in one), "engine.name=deepspeed", "engine.zero=3")),
+        pytest.param(
+            2, (*(one for one in DEEPSEEK if "loss" not in one), "engine.name=deepspeed", "engine.zero=3"), marks=pytest.mark.long
+        ),
         (2, ("optim.name=muon", "optim.muon_lr=1e-3")),
         (4, ("optim.name=muon", "optim.muon_lr=1e-3", *on(tensor=2))),
     ],
@@ -188,7 +190,10 @@ def test_a_mesh_gives_the_run_of_one_process(tiny, alone_runs, ranks, overrides)
     if steps == 1:  # an entry of Muon's update is at most 1.2 lr, and a rounding that flips in bf16 (2^-8) moves it by a few such ulps
         assert max((whole[name] - tensor).abs().max().item() for name, tensor in weights.items()) < 4 * 1.2 * 1e-3 * 2**-8
         return
-    assert max(errors.values()) < 5e-6, errors
+    # What began at zero (biases, sinks) is nothing but updates, at most 20 of 1e-4 in size: the same rounding errors are a larger share of it.
+    zero = {name for name in errors if name.endswith(("bias", "sinks"))}
+    assert max(error for name, error in errors.items() if name not in zero) < 5e-6, errors
+    assert max((errors[name] for name in zero), default=0.0) < 5e-5, errors
     together_ = torch.cat([(whole[name] - tensor).flatten() for name, tensor in weights.items()]).norm()
     error = (together_ / torch.cat([tensor.flatten() for tensor in weights.values()]).norm()).item()
     assert error < 1e-6
