@@ -31,7 +31,7 @@ TORCH_FREE = {"errors", "architectures", "foreign", "config", "load", "planning"
 HOMES = {
     "deepspeed": {"engines.deepspeed"},
     "datasets": {"data.sources"},
-    "transformers": {"generate", "models.automodel", "models.autonumbers", "models.autoweights"},
+    "transformers": {"generate", "models.automodel", "models.autonumbers", "models.autoweights", "bench.peers"},
     "accelerate": {"observe.metrics"},
     "matplotlib": {"bench.report"},
     **{peer: {"bench.peers"} for peer in ("liger_kernel", "cut_cross_entropy", "flashoptim", "quack")},

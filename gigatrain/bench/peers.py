@@ -16,7 +16,13 @@ from torch.nn import functional as F
 from gigatrain.errors import KernelError
 
 # What installs each: the distribution whose version a row carries.
-PACKAGES = {"liger": "liger-kernel", "cut-cross-entropy": "cut-cross-entropy", "flashoptim": "flashoptim", "quack": "quack-kernels"}
+PACKAGES = {
+    "liger": "liger-kernel",
+    "cut-cross-entropy": "cut-cross-entropy",
+    "flashoptim": "flashoptim",
+    "quack": "quack-kernels",
+    "transformers": "transformers",
+}
 # What --peers can name: plain torch, torch.compile of it, other functions of torch, the packages, and the matrix products alone.
 PEERS = ("torch", "compile", "native", *PACKAGES, "products")
 
@@ -165,6 +171,45 @@ def _native_dropout_add() -> Callable[..., Any]:
         return residual + F.dropout(x, p)
 
     return dropout_add
+
+
+# ---- Mixtures of experts ----
+
+
+def _plain_experts(peer: str, **wanted: Any) -> None:
+    activation = wanted.pop("activation", "swiglu")
+    _refuse(peer, **wanted)
+    if activation != "swiglu":
+        raise KernelError(f"{peer} has no {activation}")
+
+
+def _liger_moe() -> Callable[..., Any]:
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    def moe(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, **wanted: Any) -> Any:
+        _plain_experts("liger", **wanted)
+        return LigerFusedMoEFunction.apply(x, gate_up, down, chosen.to(torch.int32), weights)
+
+    return moe
+
+
+def _transformers_moe() -> Callable[..., Any]:
+    from types import SimpleNamespace
+
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    def gated(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
+
+    def moe(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, **wanted: Any) -> Tensor:
+        _plain_experts("transformers", **wanted)
+        numbers = {"num_experts": gate_up.shape[0], "gate_up_proj": gate_up, "down_proj": down, "_apply_gate": gated, "has_gate": True}
+        absent = dict.fromkeys(("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel"), False)
+        module: Any = SimpleNamespace(**numbers, **absent)
+        return grouped_mm_experts_forward(module, x, chosen, weights.to(x.dtype))
+
+    return moe
 
 
 # ---- Losses ----
@@ -409,6 +454,10 @@ ADAPTERS = (
         overwrites=True,
     ),
     Adapter("liger", "relu2", functools.partial(_liger_function, "relu_squared", "LigerReLUSquaredFunction")),
+    Adapter("liger", "moe", _liger_moe, "reads the number of tiles on the host"),
+    Adapter(
+        "transformers", "moe", _transformers_moe, "grouped_mm, its default; weights in the tokens' dtype, as Qwen3 has them", gpu=False
+    ),
     Adapter("native", "dropout_add", _native_dropout_add, "F.dropout and a sum, another mask", gpu=False, checked=False),
     Adapter("native", "cross_entropy", _native_cross_entropy, f"F.cross_entropy; {_LOSS_IN_BF16}", gpu=False),
     Adapter("liger", "cross_entropy", _liger_cross_entropy, f"{_IN_FORWARD}; over the logits; {_LOSS_IN_BF16}", overwrites=True),

@@ -33,7 +33,7 @@ COLUMNS = (
 NUMBERS = COLUMNS[COLUMNS.index("us") : COLUMNS.index("note")]
 # A row belongs to a run that has all of these; with it an operation that is done need not be done again.
 IDENTITY = ("commit", "device", "threads", "versions", "settings")
-MEASURED = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "flashoptim", "quack-kernels")
+MEASURED = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "flashoptim", "quack-kernels", "transformers")
 OK = "ok"
 
 Row = dict[str, Any]

@@ -115,6 +115,15 @@ def test_liger_writes_over_what_it_is_said_to_write_over():
         assert not torch.equal(inputs[0], exact.tensors[0])
 
 
+def test_transformers_experts_compute_what_our_reference_does():
+    one = adapter("transformers", "moe")
+    for dtype in (torch.float32, torch.bfloat16):
+        errors, taken, refusals = errors_of(one, dtype=dtype)
+        assert taken == 2
+        assert errors.ratio() < 2, errors.ours
+        assert refusals == {"transformers has no gate_up_bias_ef", "transformers has no clamped_swiglu"}
+
+
 class Bound(Exception):
     """Carries how a call was bound."""
 
@@ -168,6 +177,20 @@ def test_liger_is_called_as_its_forward_wants_it(bound, op, module, name, inputs
     found = caught.value.args[0]
     for key, value in expected.items():
         assert torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value, key
+
+
+def test_ligers_experts_get_their_choice_in_32_bits(bound):
+    bound("liger_kernel.ops.fused_moe", "LigerFusedMoEFunction")
+    x, weights, gate_up, down = torch.randn(4, 8), torch.rand(4, 2), torch.randn(3, 12, 8), torch.randn(3, 8, 6)
+    chosen = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1]])
+    with pytest.raises(Bound) as caught:
+        adapter("liger", "moe").make()(x, weights, chosen, gate_up, down, activation="swiglu")
+    found = caught.value.args[0]
+    assert all(found[name] is given for name, given in {"x": x, "gate_up_proj": gate_up, "down_proj": down}.items())
+    assert found["top_k_weights"] is weights
+    assert found["top_k_index"].dtype == torch.int32
+    with pytest.raises(KernelError, match="liger has no clamped_swiglu"):
+        adapter("liger", "moe").make()(x, weights, chosen, gate_up, down, activation="clamped_swiglu")
 
 
 def test_cut_cross_entropy_is_called_as_it_wants_to_be(monkeypatch):
