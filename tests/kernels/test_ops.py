@@ -27,8 +27,15 @@ def version(op: str, name: str) -> Callable[..., Any]:
     return ops.OPERATIONS[op].versions[name]
 
 
-AWAITING = {("attention", name) for name in attention_torch.LIMITS}  # torch's own kernels for GPUs: test_attention_torch.py holds what is around them
-FAST = [(op, name) for op, operation in DIFFERENTIABLE.items() for name in operation.versions if name != "reference" and (op, name) not in AWAITING]
+AWAITING = {
+    ("attention", name) for name in attention_torch.LIMITS
+}  # torch's own kernels for GPUs: test_attention_torch.py holds what is around them
+FAST = [
+    (op, name)
+    for op, operation in DIFFERENTIABLE.items()
+    for name in operation.versions
+    if name != "reference" and (op, name) not in AWAITING
+]
 
 
 def run(
