@@ -98,6 +98,7 @@ def test_no_tokens_and_no_samples() -> None:
         assert [x.shape for x in torch.autograd.grad(out.sum(), tensors)] == [x.shape for x in tensors]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel", list(SPACE))
 def test_every_configuration_gives_the_right_result(kernel: str) -> None:
     """Triton 6691, fla 595682b8: some configurations only were wrong. Warps and stages mean nothing to the interpreter; a tuner checks them too."""
