@@ -39,7 +39,12 @@ CASES = [
         (1, 19, 4, 2, d, e, *rest, dtype)
         for dtype, (d, e, *rest) in product(
             (torch.float32, torch.bfloat16),
-            ((12, 8, None, False, None, False), (24, 40, 6, True, 3.0, True), (16, 16, None, False, None, True), (8, 8, 3, True, None, True)),
+            (
+                (12, 8, None, False, None, False),
+                (24, 40, 6, True, 3.0, True),
+                (16, 16, None, False, None, True),
+                (8, 8, 3, True, None, True),
+            ),
         )
     ),
 ]
@@ -212,8 +217,8 @@ def attention(
     sinks_h: Tensor | None = None,
 ) -> Tensor:
     """`fused` on a GPU, `blocked` on a CPU; by default causal, and scaled by 1 / sqrt(d). A run's version is chosen in its plan: planning/attention.py."""
-    scale = q_bthd.shape[-1] ** -0.5 if scale is None else scale
-    return (fused if q_bthd.is_cuda else blocked)(q_bthd, k_btkd, v_btke, mask or Mask(), scale=scale, softcap=softcap, sinks_h=sinks_h)
+    options: dict[str, Any] = {"scale": q_bthd.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap, "sinks_h": sinks_h}
+    return (fused if q_bthd.is_cuda else blocked)(q_bthd, k_btkd, v_btke, mask or Mask(), **options)
 
 
 VERSIONS = {

@@ -79,7 +79,9 @@ def _keep(X, start, stride, rows, x, CHANNELS: tl.constexpr, WIDTH: tl.constexpr
     row = start + tl.arange(0, ROWS)
     channel = tl.arange(0, WIDTH)
     live = (row < rows)[:, None] & (channel < CHANNELS)[None]
-    tl.store(X + tl.cast(start, tl.int64) * stride + (tl.arange(0, ROWS)[:, None] * stride + channel[None]), x.to(X.dtype.element_ty), mask=live)
+    tl.store(
+        X + tl.cast(start, tl.int64) * stride + (tl.arange(0, ROWS)[:, None] * stride + channel[None]), x.to(X.dtype.element_ty), mask=live
+    )
 
 
 @triton.jit
@@ -110,7 +112,7 @@ def _forward_part(
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for start in range(low, high, N):
-        k = _tile(K, start, k_stride, tokens, CHANNELS, D, N, EVEN or not HIDE)
+        k = _tile(K, start, k_stride, tokens, CHANNELS, D, N, EVEN or not HIDE)  # type: ignore[arg-type]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAP:
             s = _tanh(s * inner)
@@ -124,7 +126,7 @@ def _forward_part(
         p = tl.exp2(s * factor - pivot[:, None])
         fade = tl.exp2(most - pivot)
         total = total * fade + tl.sum(p, 1)
-        v = _tile(V, start, v_stride, tokens, VALUES, E, N, EVEN or not HIDE)
+        v = _tile(V, start, v_stride, tokens, VALUES, E, N, EVEN or not HIDE)  # type: ignore[arg-type]
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         most = higher
     return acc, total, most
@@ -159,15 +161,18 @@ def _forward(
     low, within, outer, high = _ranges(FIRST, begin, tokens, M, N, BOUNDED)
     if BOUNDED:
         acc, total, most = _forward_part(
-            acc, total, most, q, K, V, low, within, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, True, BOUNDED, EVEN,
+            acc, total, most, q, K, V, low, within, i, first, tokens, k_token, v_token, inner, factor,
+            CHANNELS, D, VALUES, E, N, CAP, True, BOUNDED, EVEN,  # type: ignore[arg-type]
             PRECISION,
         )  # fmt: skip
     acc, total, most = _forward_part(
-        acc, total, most, q, K, V, within, outer, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, False, BOUNDED, EVEN,
+        acc, total, most, q, K, V, within, outer, i, first, tokens, k_token, v_token, inner, factor,
+        CHANNELS, D, VALUES, E, N, CAP, False, BOUNDED, EVEN,  # type: ignore[arg-type]
         PRECISION,
     )  # fmt: skip
     acc, total, most = _forward_part(
-        acc, total, most, q, K, V, outer, high, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, True, BOUNDED, EVEN,
+        acc, total, most, q, K, V, outer, high, i, first, tokens, k_token, v_token, inner, factor,
+        CHANNELS, D, VALUES, E, N, CAP, True, BOUNDED, EVEN,  # type: ignore[arg-type]
         PRECISION,
     )  # fmt: skip
     OUT += (b * tokens * heads + h) * VALUES
@@ -176,7 +181,20 @@ def _forward(
 
 
 @triton.jit
-def _delta(OUT, DOUT, DELTA, rows, tokens, heads, batch_stride, token_stride, head_stride, VALUES: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr):
+def _delta(
+    OUT,
+    DOUT,
+    DELTA,
+    rows,
+    tokens,
+    heads,
+    batch_stride,
+    token_stride,
+    head_stride,
+    VALUES: tl.constexpr,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # of [b, t, h]
     channel = tl.arange(0, E)
     live = (row < rows)[:, None] & (channel < VALUES)[None]
@@ -243,7 +261,7 @@ def _backward_keys(
         FIRST += b * first_batch
         STOP += b * first_batch
         high = tl.load(STOP + tl.minimum(begin + N, tokens) - 1)
-    for member in range(0, group):
+    for member in range(group):
         h = own * group + member
         Q_h = Q + b * q_batch + h * q_head
         DOUT_h = DOUT + b * d_batch + h * d_head
@@ -252,16 +270,16 @@ def _backward_keys(
         if BOUNDED:
             dk, dv = _keys_part(
                 dk, dv, k, v, Q_h, DOUT_h, LSE_h, DELTA_h, FIRST, low, high, j, tokens, q_token, d_token, inner, factor, CHANNELS, D, VALUES,
-                E, M, CAP, True, BOUNDED, EVEN, PRECISION,
+                E, M, CAP, True, BOUNDED, EVEN, PRECISION,  # type: ignore[arg-type]
             )  # fmt: skip
         else:
             dk, dv = _keys_part(
                 dk, dv, k, v, Q_h, DOUT_h, LSE_h, DELTA_h, FIRST, low, tl.minimum(near, high), j, tokens, q_token, d_token, inner, factor, CHANNELS, D,
-                VALUES, E, M, CAP, True, BOUNDED, EVEN, PRECISION,
+                VALUES, E, M, CAP, True, BOUNDED, EVEN, PRECISION,  # type: ignore[arg-type]
             )  # fmt: skip
             dk, dv = _keys_part(
                 dk, dv, k, v, Q_h, DOUT_h, LSE_h, DELTA_h, FIRST, near, high, j, tokens, q_token, d_token, inner, factor, CHANNELS, D, VALUES,
-                E, M, CAP, False, BOUNDED, EVEN, PRECISION,
+                E, M, CAP, False, BOUNDED, EVEN, PRECISION,  # type: ignore[arg-type]
             )  # fmt: skip
     at = b * tokens * key_heads + own
     _keep(DK + at * CHANNELS, begin, key_heads * CHANNELS, tokens, dk * scale, CHANNELS, D, N)
@@ -275,8 +293,8 @@ def _queries_part(
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for start in range(low, high, N):
-        k = _tile(K, start, k_stride, tokens, CHANNELS, D, N, EVEN or not HIDE)
-        v = _tile(V, start, v_stride, tokens, VALUES, E, N, EVEN or not HIDE)
+        k = _tile(K, start, k_stride, tokens, CHANNELS, D, N, EVEN or not HIDE)  # type: ignore[arg-type]
+        v = _tile(V, start, v_stride, tokens, VALUES, E, N, EVEN or not HIDE)  # type: ignore[arg-type]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAP:
             s = _tanh(s * inner)
@@ -317,15 +335,18 @@ def _backward_queries(
     low, within, outer, high = _ranges(FIRST, begin, tokens, M, N, BOUNDED)
     if BOUNDED:
         dq = _queries_part(
-            dq, q, dout, lse, delta, K, V, low, within, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, True, BOUNDED, EVEN,
+            dq, q, dout, lse, delta, K, V, low, within, i, first, tokens, k_token, v_token, inner, factor,
+            CHANNELS, D, VALUES, E, N, CAP, True, BOUNDED, EVEN,  # type: ignore[arg-type]
             PRECISION,
         )  # fmt: skip
     dq = _queries_part(
-        dq, q, dout, lse, delta, K, V, within, outer, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, False, BOUNDED, EVEN,
+        dq, q, dout, lse, delta, K, V, within, outer, i, first, tokens, k_token, v_token, inner, factor,
+        CHANNELS, D, VALUES, E, N, CAP, False, BOUNDED, EVEN,  # type: ignore[arg-type]
         PRECISION,
     )  # fmt: skip
     dq = _queries_part(
-        dq, q, dout, lse, delta, K, V, outer, high, i, first, tokens, k_token, v_token, inner, factor, CHANNELS, D, VALUES, E, N, CAP, True, BOUNDED, EVEN,
+        dq, q, dout, lse, delta, K, V, outer, high, i, first, tokens, k_token, v_token, inner, factor,
+        CHANNELS, D, VALUES, E, N, CAP, True, BOUNDED, EVEN,  # type: ignore[arg-type]
         PRECISION,
     )  # fmt: skip
     _keep(DQ + (b * tokens * heads + h) * CHANNELS, begin, heads * CHANNELS, tokens, dq * scale, CHANNELS, D, M)

@@ -141,7 +141,9 @@ def activate(version: str) -> None:
     name, module, install = _IMPLEMENTATIONS[version]
     start = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
     if start is None:
-        raise KernelError(f'attention: torch {torch.__version__} activates no {name}; install torch>=2.11, or set kernels.attention = "fused"')
+        raise KernelError(
+            f'attention: torch {torch.__version__} activates no {name}; install torch>=2.11, or set kernels.attention = "fused"'
+        )
     if _active is not None:
         raise KernelError(f"attention: {_active} is active in this process, and its backward would meet {version}; start another")
     try:
@@ -169,7 +171,9 @@ def _third_or_fourth(version: str) -> Callable[..., Tensor]:
         return _flash(q_bthd, k_btkd, v_btke, scale) if mask.plain else _end_to_end(_varlen(), q_bthd, k_btkd, v_btke, mask, scale)
 
     call.__name__ = version
-    call.__doc__ = f"{_IMPLEMENTATIONS[version][0]} by torch's own hook, documents and windows included. Raises KernelError where `supports` says no."
+    call.__doc__ = (
+        f"{_IMPLEMENTATIONS[version][0]} by torch's own hook, documents and windows included. Raises KernelError where `supports` says no."
+    )
     return call
 
 
@@ -186,7 +190,7 @@ def varlen(
 
 
 @functools.cache
-def _varlen() -> Callable[..., Tensor]:
+def _varlen() -> Callable[..., Any]:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as failure:
@@ -210,7 +214,7 @@ class _Refusing(torch.autograd.Function):
         return grad, None
 
 
-def _end_to_end(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+def _end_to_end(kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     b, t = q.shape[:2]
     fault = None
     if mask.documents_bt is not None:

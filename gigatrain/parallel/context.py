@@ -12,7 +12,8 @@ a sample's tokens so that all ranks work alike, else in order. It leaves a micro
 need no communication.
 
 Ulysses. Each rank sends, per layer and sample, forward and again backward: (c - 1) / c of t (h + 2 k') d B bytes, and of t h d B, where k' = lcm(k, c):
-key heads are repeated until they divide. Where values have e channels, t ((h + k') d + k' e) B and t h e B. A rank uses the sinks of its heads. What is kept for the backward is that of attention over T tokens with h / c and k' / c heads.
+key heads are repeated until they divide. Where values have e channels, t ((h + k') d + k' e) B and t h e B. A rank uses the sinks of its heads.
+What is kept for the backward is that of attention over T tokens with h / c and k' / c heads.
 """
 
 import math
@@ -119,13 +120,22 @@ def _ulysses(chosen: Ops, group: distributed.ProcessGroup) -> dict[str, Callable
         return chosen.mask(documents, _checked(documents, window, tokens * ranks), tokens * ranks, dtype, device)
 
     def attention(
-        q_bthd: Tensor, k_btkd: Tensor, v_btke: Tensor, mask: Any, *, scale: float, softcap: float | None = None, sinks_h: Tensor | None = None
+        q_bthd: Tensor,
+        k_btkd: Tensor,
+        v_btke: Tensor,
+        mask: Any,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks_h: Tensor | None = None,
     ) -> Tensor:
         keys = k_btkd.shape[2]
         if copies := math.lcm(keys, ranks) // keys - 1:
             k_btkd, v_btke = (x.repeat_interleave(copies + 1, 2) for x in (k_btkd, v_btke))
         parts = [x.unflatten(2, (ranks, -1)) for x in (q_bthd, k_btkd, v_btke)]
-        sent = torch.cat([part.flatten(3) for part in parts], 3)  # [b, t, c, queries, keys and values of consecutive heads, which belong together]
+        sent = torch.cat(
+            [part.flatten(3) for part in parts], 3
+        )  # [b, t, c, queries, keys and values of consecutive heads, which belong together]
         got = _Exchange.apply(sent.permute(2, 0, 1, 3), name)
         assert isinstance(got, Tensor)
         pieces = got.transpose(0, 1).flatten(1, 2).split([part[0, 0, 0].numel() for part in parts], 2)
@@ -146,7 +156,14 @@ def _ring(group: distributed.ProcessGroup) -> dict[str, Callable[..., Any]]:
         return Mask(documents, _checked(documents, window, tokens * ranks))
 
     def attention(
-        q_bthd: Tensor, k_btkd: Tensor, v_btke: Tensor, mask: Mask, *, scale: float, softcap: float | None = None, sinks_h: Tensor | None = None
+        q_bthd: Tensor,
+        k_btkd: Tensor,
+        v_btke: Tensor,
+        mask: Mask,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks_h: Tensor | None = None,
     ) -> Tensor:
         return ring.attention(q_bthd, k_btkd, v_btke, sinks_h, mask.documents_bt, mask.window, scale, softcap, name)[0]
 

@@ -254,14 +254,20 @@ _attention_backward = launch.operator(
     "ring_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor out, Tensor lse, "
     "Tensor? documents, int? window, float scale, float? softcap, str group) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
-    lambda grad, q, k, v, sinks, *_: (*(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)),
+    lambda grad, q, k, v, sinks, *_: (
+        *(x.new_empty(x.shape) for x in (q, k, v)),
+        q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape),
+    ),
 )
 attention = launch.differentiable(
     launch.operator(
         "ring_attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? documents, int? window, float scale, float? softcap, str group) "
         "-> (Tensor, Tensor)",
         _forward,
-        lambda q, k, v, *_: (q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=_wide(q.dtype))),
+        lambda q, k, v, *_: (
+            q.new_empty((*q.shape[:3], v.shape[3])),
+            q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=_wide(q.dtype)),
+        ),
     ),
     _save,
     _grads,
@@ -279,7 +285,14 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, masked: bool, softcap: float | None
     """torch's fused kernels where they serve: neither has soft-caps, fp64 or, flash, values of another width; flash has no masks, efficient wants a bias
     in rows of 32."""
     channels, half = q.shape[-1], q.dtype in (torch.bfloat16, torch.float16)
-    if not q.is_cuda or softcap is not None or v.shape[-1] != channels or channels % 8 or channels > 256 or not (half or q.dtype == torch.float32):
+    if (
+        not q.is_cuda
+        or softcap is not None
+        or v.shape[-1] != channels
+        or channels % 8
+        or channels > 256
+        or not (half or q.dtype == torch.float32)
+    ):
         return "plain"
     if half and not masked:
         return "flash"

@@ -321,10 +321,10 @@ def _kernels(recipe: Recipe, site: Site, architecture: Architecture | Foreign, l
             kernels = "Triton kernels need" if name in TRITON else f"{name} needs"
             raise PlanError(f'kernels.{op} "{name}": {kernels} a GPU, and {site.name} has none; choose {others}')
     if isinstance(architecture, Architecture) and site.device == "cuda" and (name := wanted.get("attention")):
-        if why := attention.refusal(name, _attended(recipe, site, architecture)):
-            raise PlanError(
-                f'kernels.attention "{name}": {why}; choose "{attention.chosen(_attended(recipe, site, architecture))[0]}", or leave it out'
-            )
+        call = _attended(recipe, site, architecture)
+        why = attention.refusal(name, call)
+        if why is not None:
+            raise PlanError(f'kernels.attention "{name}": {why}; choose "{attention.chosen(call)[0]}", or leave it out')
     chosen = _rules(recipe, site, architecture) if default == "auto" else {}
     reasons = dict.fromkeys(IMPLEMENTATIONS, ("reference", 'the recipe says kernels = "reference"')) | chosen
     reasons |= {op: (name, "the recipe says so") for op, name in wanted.items() if op != "default"}

@@ -1,11 +1,10 @@
 """Masks: who sees whom, what each version reads of it, and what documents and windows may not leak."""
 
-import pytest
-import torch
-
 import functools
 from typing import Any
 
+import pytest
+import torch
 from torch import Tensor
 
 from gigatrain.errors import KernelError
@@ -152,7 +151,8 @@ def test_each_version_is_given_what_it_reads_and_no_square_that_it_does_not(name
 def test_a_mask_without_the_versions_part_gives_the_same(name: str) -> None:
     torch.manual_seed(4)
     q, k, v = (torch.randn(2, 11, h, 8) for h in (4, 2, 2))
-    made = [functools.partial(attention.mask, parts=parts) for parts in ((), ("visible", "bias", "bounds"))]
+    every: tuple[tuple[attention_mask.Part, ...], ...] = ((), ("visible", "bias", "bounds"))
+    made = [functools.partial(attention.mask, parts=parts) for parts in every]
     outs = [getattr(attention, name)(q, k, v, one(ROWS, 4, 11, q.dtype, CPU), scale=0.3) for one in made]
     assert torch.equal(*outs)
 
@@ -162,7 +162,9 @@ def test_sinks_take_weight_and_get_a_gradient(name: str) -> None:
     """Of gpt-oss's formula by hand, values and gradients; in bf16 too a sink is summed over all queries before it is rounded."""
     torch.manual_seed(5)
     function: Any = getattr(attention, name)
-    q, k, v, sinks = (torch.randn(*shape, dtype=torch.float32, requires_grad=True) for shape in ((2, 11, 4, 8), (2, 11, 2, 8), (2, 11, 2, 6), (4,)))
+    q, k, v, sinks = (
+        torch.randn(*shape, dtype=torch.float32, requires_grad=True) for shape in ((2, 11, 4, 8), (2, 11, 2, 8), (2, 11, 2, 6), (4,))
+    )
     seen = attention.mask(ROWS, 5, 11, q.dtype, CPU)
     out = function(q, k, v, seen, scale=0.3, softcap=3.0, sinks_h=sinks)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v, sinks)]

@@ -11,14 +11,17 @@ from torch.utils.checkpoint import checkpoint
 
 from gigatrain.errors import KernelError
 from gigatrain.kernels import attention, launch
-from gigatrain.kernels.attention import Mask, fused, mask, reference
+from gigatrain.kernels.attention import Mask, mask, reference
 from gigatrain.kernels.attention_fused import SPACE
 
 CPU = torch.device("cpu")
+fused: Any = attention.fused
 SMALL = {"queries": 16, "keys": 16, "warps": 4, "stages": 1}
 
 
-def inputs(b: int, t: int, h: int, k: int, d: int, e: int | None = None, *, dtype: torch.dtype = torch.bfloat16, sinks: bool = False) -> list[Tensor]:
+def inputs(
+    b: int, t: int, h: int, k: int, d: int, e: int | None = None, *, dtype: torch.dtype = torch.bfloat16, sinks: bool = False
+) -> Any:
     shapes = [(b, t, h, d), (b, t, k, d), (b, t, k, d if e is None else e), *([(h,)] if sinks else [])]
     return [torch.randn(*shape).to(dtype).requires_grad_() for shape in shapes]
 
@@ -95,6 +98,7 @@ def test_no_tokens_and_no_samples() -> None:
         assert [x.shape for x in torch.autograd.grad(out.sum(), tensors)] == [x.shape for x in tensors]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel", list(SPACE))
 def test_every_configuration_gives_the_right_result(kernel: str) -> None:
     """Triton 6691, fla 595682b8: some configurations only were wrong. Warps and stages mean nothing to the interpreter; a tuner checks them too."""
@@ -210,8 +214,8 @@ def test_traces_whole_under_the_compiler() -> None:
     torch.manual_seed(11)
     tensors = inputs(1, 9, 2, 1, 8, dtype=torch.float32)
 
-    def squares(*xs: Tensor) -> Tensor:
-        return fused(*xs, Mask(), scale=0.3).square().sum()
+    def squares(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fused(q, k, v, Mask(), scale=0.3).square().sum()
 
     plain = torch.autograd.grad(squares(*tensors), tensors)
     traced = torch.autograd.grad(torch.compile(squares, fullgraph=True, backend="aot_eager")(*tensors), tensors)
@@ -262,7 +266,12 @@ def test_refuses_what_it_cannot_do_and_names_the_way_out(change: dict[str, Any],
 
 
 def test_a_row_of_its_table_is_filled_up_to_a_power_of_two() -> None:
-    sizes = [({"d": 64, "e": 64}, 128), ({"d": 80, "e": 80}, 256), ({"d": 192, "e": 128}, 512), ({"d": 8, "e": 8}, 32)]
+    sizes: list[tuple[Any, int]] = [
+        ({"d": 64, "e": 64}, 128),
+        ({"d": 80, "e": 80}, 256),
+        ({"d": 192, "e": 128}, 512),
+        ({"d": 8, "e": 8}, 32),
+    ]
     for widths, size in sizes:
         with launch.observed() as asked:
             fused(*inputs(1, 4, 2, 1, **widths), Mask(), scale=1.0)

@@ -12,13 +12,16 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from gigatrain.errors import KernelError
 from gigatrain.kernels import attention, attention_torch
-from gigatrain.kernels.attention import Mask, mask, reference
+from gigatrain.kernels.attention import Mask, mask
 
 CPU = torch.device("cpu")
+reference: Any = attention.reference
+end_to_end: Any = attention_torch._end_to_end
+flex: Any = attention_torch._flex
 ROWS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2], [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 7]], dtype=torch.int32)
 
 
-def inputs(h: int = 4, k: int = 2, d: int = 16, dtype: torch.dtype = torch.float64, t: int = 11) -> list[Tensor]:
+def inputs(h: int = 4, k: int = 2, d: int = 16, dtype: torch.dtype = torch.float64, t: int = 11) -> Any:
     torch.manual_seed(0)
     return [torch.randn(2, t, heads, d, dtype=dtype, requires_grad=True) for heads in (h, k, k)]
 
@@ -41,7 +44,9 @@ def test_calls_have_the_shapes_of_plain_torch_and_a_backward(name: str, kv_heads
     assert [x.shape for x in grads] == [x.shape for x in leaves]
 
 
-def by_documents(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, same: Tensor, most: int, most_k: int, *, scale: float, window_size: Any) -> Tensor:
+def by_documents(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, same: Tensor, most: int, most_k: int, *, scale: float, window_size: Any
+) -> Tensor:
     """What varlen_attn is documented to compute: each stretch by itself, causal where the window says (-1 or more, 0)."""
     assert same is starts
     assert starts.dtype == torch.int32
@@ -63,13 +68,13 @@ def by_documents(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, same: Tensor, 
 def test_documents_laid_end_to_end_are_those_of_the_mask(documents: Tensor | None, window: int | None, ready: bool) -> None:
     leaves = inputs()
     seen = mask(documents, window, 11, torch.float64, CPU, parts=("sequences",) if ready else ())
-    equal(attention_torch._end_to_end(by_documents, *leaves, seen, 0.3), reference(*leaves, seen, scale=0.3), leaves)
+    equal(end_to_end(by_documents, *leaves, seen, 0.3), reference(*leaves, seen, scale=0.3), leaves)
 
 
 def test_too_many_documents_are_a_nan_and_not_a_result() -> None:
     leaves = [x.detach()[:1].requires_grad_() for x in inputs(t=9)]
     crowded = mask(torch.arange(9, dtype=torch.int32)[None], None, 9, torch.float64, CPU, parts=("sequences",))
-    out = attention_torch._end_to_end(by_documents, *leaves, crowded, 0.3)
+    out = end_to_end(by_documents, *leaves, crowded, 0.3)
     assert out.isnan().any()
     assert not torch.isfinite(out.sum())
 
@@ -83,21 +88,23 @@ def test_varlen_of_this_torch_is_found_and_takes_what_is_given() -> None:
     leaves = [torch.empty(2, 64, heads, 32, dtype=torch.bfloat16, device="meta", requires_grad=True) for heads in (4, 2, 2)]
     for seen in (Mask(window=8), Mask(torch.zeros(2, 64, dtype=torch.int32, device="meta"), None, sequences=None)):
         ready = dataclasses.replace(seen, sequences=(torch.empty(17, dtype=torch.int32, device="meta"), torch.empty(1, device="meta")))
-        assert attention_torch._end_to_end(found, *leaves, ready, 0.3).shape == leaves[0].shape
+        assert end_to_end(found, *leaves, ready, 0.3).shape == leaves[0].shape
 
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("documents", [None, ROWS])
 @pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (2.0, True)])
-def test_flex_is_given_the_mask_the_cap_and_the_sinks(documents: Tensor | None, window: int | None, softcap: float | None, sinks: bool) -> None:
+def test_flex_is_given_the_mask_the_cap_and_the_sinks(
+    documents: Tensor | None, window: int | None, softcap: float | None, sinks: bool
+) -> None:
     """FlexAttention uncompiled, which is plain torch, and on a CPU has no backward."""
     leaves = [x.detach() for x in inputs()]
     sink = torch.randn(4, dtype=torch.float64) if sinks else None
     seen = mask(documents, window, 11, torch.float64, CPU, parts=("tiles",))
-    ours = attention_torch._flex(flex_attention, *leaves, seen, 0.3, softcap, sink)
+    ours = flex(flex_attention, *leaves, seen, 0.3, softcap, sink)
     right = reference(*leaves, seen, scale=0.3, softcap=softcap, sinks_h=sink)
     torch.testing.assert_close(ours.to(right.dtype), right, rtol=1e-5, atol=1e-6)  # its softmax is in fp32
-    bare = attention_torch._flex(flex_attention, *leaves, dataclasses.replace(seen, tiles=None), 0.3, softcap, sink)
+    bare = flex(flex_attention, *leaves, dataclasses.replace(seen, tiles=None), 0.3, softcap, sink)
     assert torch.equal(ours, bare)
 
 
@@ -152,7 +159,9 @@ def test_another_flash_attention_is_activated_once_and_for_all(monkeypatch: pyte
     monkeypatch.setattr(attention_torch, "_active", None)
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", started.append)
     monkeypatch.setattr(attention_torch, "_capability", lambda index: 9)
-    with pytest.raises(KernelError, match=r"fa4 needs flash_attn.cute.interface \(No module named 'flash_attn'\): pip install --pre flash-attn-4, or set"):
+    with pytest.raises(
+        KernelError, match=r"fa4 needs flash_attn.cute.interface \(No module named 'flash_attn'\): pip install --pre flash-attn-4, or set"
+    ):
         attention_torch.activate("fa4")
     for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace())

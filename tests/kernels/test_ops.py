@@ -28,8 +28,14 @@ def version(op: str, name: str) -> Callable[..., Any]:
 
 
 TRITON = ("fused", "glued")  # interpreted here; slow, and without fp64
-AWAITING = {("attention", name) for name in attention_torch.LIMITS}  # torch's own kernels for GPUs: test_attention_torch.py holds what is around them
-FAST = [(op, name) for op, operation in DIFFERENTIABLE.items() for name in operation.versions if name != "reference" and (op, name) not in AWAITING]
+# torch's own kernels for GPUs: test_attention_torch.py holds what is around them
+AWAITING = {("attention", name) for name in attention_torch.LIMITS}
+FAST = [
+    (op, name)
+    for op, operation in DIFFERENTIABLE.items()
+    for name in operation.versions
+    if name != "reference" and (op, name) not in AWAITING
+]
 
 
 def run(

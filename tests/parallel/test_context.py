@@ -92,6 +92,34 @@ def test_attention_equals_that_of_one_process(ranks: int, exchange: context.Exch
         ]
 
 
+def _wide_values_and_sinks(rank: int, ranks: int, exchange: context.Exchange) -> Any:
+    """Errors of out, of the gradients of q, k, v and, summed over the ranks, of the sinks; values are wider than keys."""
+    mesh, found = mesh_of(rank, ranks), []
+    generator = torch.Generator().manual_seed(5)
+    widths = ((8, 8), (2, 8), (2, 12), (8, 12))
+    *inputs, grad = (torch.randn(len(ROWS), TOKENS, *width, generator=generator, dtype=torch.float64) for width in widths)
+    sinks = torch.randn(8, generator=generator, dtype=torch.float64)
+    for packed, window, softcap in ((False, None, None), (True, 7, 2.0)):
+        results = []
+        for chosen, cut in ((context.ops(REFERENCE, mesh, exchange), True), (REFERENCE, False)):
+            qkv, upstream = ([mine(x, mesh, exchange) for x in inputs], mine(grad, mesh, exchange)) if cut else (inputs, grad)
+            leaves = [x.clone().requires_grad_() for x in (*qkv, sinks)]
+            seen = chosen.mask(documents_of() if packed else None, window, leaves[0].shape[1], grad.dtype, grad.device)
+            out = chosen.attention(*leaves[:3], seen, scale=0.4, softcap=softcap, sinks_h=leaves[3])
+            given = torch.autograd.grad(out, leaves, upstream)
+            shown = [out.detach(), *given[:3]]
+            results.append([*(shown if cut else [mine(x, mesh, exchange) for x in shown]), given[3]])
+        distributed.all_reduce(results[0][-1])
+        found.append([(ours - right).abs().max().item() for ours, right in zip(*results, strict=True)])
+    return found
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_values_of_another_width_and_sinks_are_those_of_one_process(ranks: int, exchange: context.Exchange) -> None:
+    assert torch.tensor(together(ranks, _wide_values_and_sinks, ranks, exchange)).max() <= 1e-12
+
+
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_attention_in_bf16_errs_at_most_twice_as_much_as_plain_torch(exchange: context.Exchange) -> None:
     found = errors(together(4, _attention, 4, exchange, torch.bfloat16))

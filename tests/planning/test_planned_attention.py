@@ -125,8 +125,14 @@ def test_the_plan_says_what_and_why():
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (("kernels.attention=cudnn",), 'kernels.attention "cudnn": cudnn has no documents packed into one sample; choose "fused", or leave it out'),
-        (("train.precision=bf16", "kernels.attention=sdpa"), "pytorch/pytorch#193893; or name the site's accelerator, if it is none of those"),
+        (
+            ("kernels.attention=cudnn",),
+            'kernels.attention "cudnn": cudnn has no documents packed into one sample; choose "fused", or leave it out',
+        ),
+        (
+            ("train.precision=bf16", "kernels.attention=sdpa"),
+            "pytorch/pytorch#193893; or name the site's accelerator, if it is none of those",
+        ),
         (("model.architecture=gemma-2-2b", "kernels.attention=sdpa"), 'kernels.attention "sdpa": sdpa has no soft-caps; choose "fused"'),
     ],
 )
@@ -144,7 +150,9 @@ def test_a_cpu_is_refused_what_needs_a_gpu():
 def test_masks_take_squares_only_where_they_are_squares():
     site = load.site("one-gpu")
     sizes = {
-        name: plan(load.recipe("quickstart", ["train.sequence=2048", "train.precision=fp32", f"kernels.attention={name}"]), site).memory.activations
+        name: plan(
+            load.recipe("quickstart", ["train.sequence=2048", "train.precision=fp32", f"kernels.attention={name}"]), site
+        ).memory.activations
         for name in ("fused", "sdpa", "blocked")
     }
     assert sizes["fused"] < sizes["sdpa"] < sizes["blocked"]
