@@ -225,7 +225,9 @@ def _prepare(plan: Plan) -> None:
     if plan.compute == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise RunError(f"{torch.cuda.get_device_name()} has no bf16 arithmetic; --set train.precision=fp32")
     if plan.fp8 is not None and (why := low.refused(plan.fp8, torch.device("cuda", torch.cuda.current_device()))):
-        raise RunError(f'train.precision "fp8" with fp8.scaling {plan.fp8.scaling!r}: {why}; choose another, or set fp8.emulate = true for its numbers')
+        raise RunError(
+            f'train.precision "fp8" with fp8.scaling {plan.fp8.scaling!r}: {why}; choose another, or set fp8.emulate = true for its numbers'
+        )
 
 
 def _verify(plan: Plan, device: torch.device, display: Display) -> None:

@@ -234,9 +234,7 @@ def _played(job: dict[str, Any]) -> dict[str, Any]:
         if tensor is not None and key not in ("weight", "copy", "updates", "seed")
     ]
     masters = (
-        size_of(bucket.weight for bucket in buckets)
-        if plan.compute == "bf16" and plan.optim.master == "fp32" and not engine.sharded
-        else 0
+        size_of(bucket.weight for bucket in buckets) if plan.compute == "bf16" and plan.optim.master == "fp32" and not engine.sharded else 0
     )
     weights = size_of(bucket.weight for bucket in buckets)
     return {
