@@ -2,6 +2,7 @@ r"""One training step against its peers: same architecture, initial weights, row
 
     python benchmarks/step.py                                    quickstart's model on this machine
     python benchmarks/step.py --quick --providers gigatrain,trainer
+    python benchmarks/step.py --providers fusions                what a step fuses, on and off, one by one
     python benchmarks/step.py --data random --steps 10 --set model.architecture=llama-3.2-1b --set train.sequence=2048 --set train.batch=2 \
         --set optim.lr=1e-4 --providers gigatrain,trainer,trainer-bf16,trainer+compile
 
@@ -56,13 +57,23 @@ DEFAULT = (
     "trainer+liger", "trainer-bf16+liger", "litgpt", "torchtitan",
 )  # fmt: skip
 
-# Ours with other keys of the recipe, by the provider's name after `gigatrain`: the compiler, plain torch for every operation, the smallest state.
+# Ours with other keys of the recipe, by the provider's name after `gigatrain`: the compiler, plain torch for every operation, the smallest state, and each
+# thing that a step fuses (planning/fusions.py) with none of the others.
+_NONE = ["train.fuse=false", "train.main_grads=false"]
 VARIANTS = {
     "": [],
     "compile": ["train.compile=true", "train.recompute=none"],
     "reference": ["kernels=reference"],
     "leanstate": ["optim.master=bf16+8", "optim.moments=int8"],
+    "unfused": _NONE,
+    "fuse": ["train.fuse=true", "train.main_grads=false"],
+    "maingrad": ["train.fuse=false", "train.main_grads=true"],
+    "graph": [*_NONE, "train.graph=true"],
+    "unclipped": [*_NONE, "optim.clip=false"],
+    "release": [*_NONE, "train.release=true", "optim.clip=false"],
 }
+# Each of them, and the row that it is compared with: release cannot clip.
+AGAINST = {"fuse": "unfused", "maingrad": "unfused", "graph": "unfused", "release": "unclipped"}
 MUON_LR = 1e-3
 # Heading of the printed table: column of the CSV file, and format.
 SHOWN = {
@@ -543,6 +554,10 @@ def unavailable(name: str, plan: Plan) -> str | None:
         return f"there are gigatrain{', gigatrain+'.join(VARIANTS)}"
     if "leanstate" in options and plan.compute == "fp32":
         return "a split master has no place in an fp32 run"
+    if "graph" in options and plan.device == "cpu":
+        return "a CUDA graph needs a GPU"
+    if "release" in options and plan.accumulation > 1:
+        return f"a step has {plan.accumulation} microbatches, whose gradients are kept; --set train.microbatch={plan.batch}"
     if base != "gigatrain" and plan.recompute in ("lean", "selective"):
         return f"has no {plan.recompute} recomputation; --set train.recompute=none or full"
     if base == "litgpt":
@@ -715,7 +730,19 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     whole = [peer for peer in peers if not peer.error]
     rows = _table(planned, whole, _ceiling(ceiling, planned.device), options)
     order = [name for name in names if name in failed]
-    return {"rows": rows, "failed": {name: failed[name] for name in order}, "losses": {peer.name: peer.losses for peer in whole}}
+    by_name = {peer.name: peer for peer in whole}
+    sizes = {peer.name: [answer["peak_bytes"] / 2**20 for answer in peer.answers] for peer in whole}
+    gains = [
+        {
+            "provider": f"gigatrain+{name}",
+            "against": f"gigatrain+{other}",
+            "gain": _ratio(by_name[f"gigatrain+{other}"], by_name[f"gigatrain+{name}"]),
+            "peak_mib": round(max(sizes[f"gigatrain+{name}"]) - max(sizes[f"gigatrain+{other}"]), 1),
+        }
+        for name, other in AGAINST.items()
+        if {f"gigatrain+{name}", f"gigatrain+{other}"} <= set(by_name)
+    ]
+    return {"gains": gains, "rows": rows, "failed": {name: failed[name] for name in order}, "losses": {peer.name: peer.losses for peer in whole}}
 
 
 @contextlib.contextmanager
@@ -861,6 +888,8 @@ def show(found: dict[str, Any]) -> None:
     for row in sorted(rows, key=lambda row: -row["tokens_per_s"]):
         table.add_row(*("-" if row[column] is None else format(row[column], form) for column, form in SHOWN.values()))
     console.print(table)
+    for gain in found["gains"]:
+        console.print(f"{gain['provider']} against {gain['against']}: {gain['gain']:.3f} x tokens/s, {gain['peak_mib']:+,.1f} MiB peak")
     for name, reason in found["failed"].items():
         console.print(f"{name}: {reason}", markup=False)
 
@@ -876,7 +905,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--data", choices=("corpus", "random"), default="corpus", help="the recipe's corpus, or random tokens (default: %(default)s)"
     )
-    parser.add_argument("--providers", help=f"comma-separated; default: {','.join(DEFAULT)}")
+    parser.add_argument("--providers", help=f"comma-separated, or fusions: what a step fuses; default: {','.join(DEFAULT)}")
     parser.add_argument("--quick", action="store_true", help="3 rounds of half as many steps, and nothing that compiles")
     parser.add_argument("--rounds", type=int, help="default: 8")
     parser.add_argument("--steps", type=int, help="timed steps of a round; default: 10, on a GPU 50")
@@ -904,6 +933,8 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(options, name) is None:
             setattr(options, name, size)
     quick = [name for name in DEFAULT if "compile" not in name and name != "litgpt"]  # litgpt compiles always
+    if options.providers == "fusions":
+        options.providers = ",".join(f"gigatrain+{name}" for name in ("unfused", "fuse", "maingrad", "graph", "unclipped", "release"))
     options.providers = options.providers or ",".join(quick if options.quick else DEFAULT)
     try:
         if min(options.rounds, options.steps, options.warmup, options.settle + 1) < 1:

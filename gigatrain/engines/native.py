@@ -156,6 +156,8 @@ class Native:
         self._rounded: list[tuple[Tensor, Tensor]] = []  # bf16 weights, and the fp32 ones that they are rounded from after every update
         self._place_weights()
         self._release = Released(self.groups, self._rounded, self._norm, self.home) if plan.fuses("release") else None
+        if self._release is not None:
+            self.grads = {}  # there are none between two steps, and only `_release` knows them within one
         self._sums = self._sum_in_products() if plan.fuses("main_grads") else {}  # by the names of the weights
         if isinstance(only := next(iter(self.stages.values())), Auto) and fresh:
             only.verify(documents=plan.data.packing == "stream", device=device)

@@ -241,9 +241,9 @@ def _played(job: dict[str, Any]) -> dict[str, Any]:
         "parameters": sum(tensor.numel() for tensor in held),
         "whole": sum(math.prod(engine.places[name].shape) for name in engine.grads),
         "weights": weights // 2 if masters else weights,
-        # The sums, and a microbatch's own beside them.
+        # The sums, and a microbatch's own beside them, but of what its product adds to the sum.
         "gradients": size_of(group.grads.buffer for group in engine.groups)
-        + size_of(shard.local(one) for one in engine.parameters.values()),
+        + size_of(shard.local(one) for name, one in engine.parameters.items() if name not in engine._sums),
         "optimizer": size_of(states) + masters,
         "calls": dict(record.calls),
         "sent": dict(record.sent),

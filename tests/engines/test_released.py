@@ -1,5 +1,7 @@
 """Gradient release: the run of a plain one, less memory, and what holds where a number is not finite."""
 
+import gc
+
 import pytest
 import torch
 from test_fuse import BF16, FUSE, LEAN, MUON, made, same, started, stepped, trained
@@ -86,6 +88,26 @@ def test_no_more_gradients_exist_than_are_planned(tiny, overrides, options, monk
     assert (
         engine.plan.memory.gradients < 0.75 * made(tiny, (*overrides, *WHOLE, *options)).memory.gradients
     )  # a quarter is the vocabulary's already
+
+
+def test_an_engine_that_releases_holds_no_gradients(tiny):
+    def held(*overrides):
+        """Bytes of all storages that came with an engine."""
+        gc.collect()
+        before = {x.untyped_storage()._cdata for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)}
+        engine = started(tiny, (*BF16, "kernels.adamw=reference", *overrides))
+        stepped(engine, 1)
+        gc.collect()
+        found = {}
+        for x in gc.get_objects():
+            if type(x) in (torch.Tensor, torch.nn.Parameter) and (storage := x.untyped_storage())._cdata not in before:
+                found[storage._cdata] = storage.nbytes()
+        return sum(found.values()), engine
+
+    (kept, plain), (without, released) = held(*WHOLE), held(*RELEASE)
+    gradients = sum(group.grads.buffer.numel() * 4 for group in plain.groups)
+    assert released.plan.fuses("release")
+    assert 0.95 * gradients < kept - without < 1.1 * gradients
 
 
 def state(engine):
