@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gigatrain import __version__
-from gigatrain.errors import GigatrainError
+from gigatrain.errors import GigatrainError, PlanError, RecipeError, RunError, SiteError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,7 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options.run(options)
     except GigatrainError as failure:
-        if not failure.shared or os.environ.get("RANK", "0") == "0":  # what all ranks raise is said once
+        # What all ranks raise is said once; what they read alike before they met, once on each node, since another node may have other files.
+        alike = "RANK" if failure.shared else "LOCAL_RANK" if isinstance(failure, (RecipeError, SiteError, PlanError)) else ""
+        if os.environ.get(alike, "0") == "0":
             print(f"gigatrain: {failure}", file=sys.stderr)
         sys.exit(failure.exit_code)
     except MemoryError:
@@ -45,6 +47,8 @@ def _train(options: argparse.Namespace) -> None:
     recipe = load.recipe(options.recipe, options.set)
     site, why = _site(options.site)
     started = os.environ.get("WORLD_SIZE")  # torchrun's, or our own
+    if started and not started.isdecimal():
+        raise RunError(f"the environment's WORLD_SIZE is {started!r} and no count of ranks; torchrun and train.nproc set it, or unset it")
     chosen = plan(recipe, site, int(started) if started else None, measure=_measured)
     if chosen.ranks > 1 and started is None:
         from gigatrain.parallel.spawn import spawn

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -73,6 +75,82 @@ def test_two_processes_make_the_run_of_one_and_another_mesh_goes_on(tiny, alone,
 
 def children(of):
     return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(of)], capture_output=True, text=True, check=False).stdout.split()]
+
+
+def started(recipe, folder):
+    """A run of two processes that would take long, at its first checkpoints, and its ranks."""
+    process = subprocess.Popen(
+        command(recipe, folder, "train.nproc=2", "train.steps=4000"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    end = time.monotonic() + 200
+    while not (folder / "checkpoints" / "step-00000003" / "COMMITTED").exists():
+        assert time.monotonic() < end
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    return process, children(process.pid)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_rank_is_named_in_a_few_lines_and_the_run_goes_on(tiny, tmp_path, lost):
+    folder = tmp_path / "run"
+    process, ranks = started(tiny, folder)
+    os.kill(ranks[lost], signal.SIGKILL)
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 7 or process.returncode == 128 + signal.SIGKILL
+    assert f"rank {lost} of 2 was ended by SIGKILL" in said
+    assert "--resume" in said
+    assert "Traceback" not in said
+    assert len(said.splitlines()) < 12, said
+
+
+def test_ranks_leave_with_the_process_that_started_them(tiny, tmp_path):
+    """Else they would train on unseen, and hold the folder against `--resume`."""
+    folder = tmp_path / "run"
+    process, ranks = started(tiny, folder)
+    process.kill()
+    process.communicate(timeout=90)
+    end = time.monotonic() + 60
+    while any(os.path.exists(f"/proc/{rank}") for rank in ranks):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, r"rank 0 of 2 cannot meet the others at None:None \(MASTER_ADDR:MASTER_PORT\)"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "TAKEN"}, "cannot meet the others .* already in use"),
+        ({"RANK": "a", "WORLD_SIZE": "2"}, "RANK is 'a' and no count"),
+        ({"RANK": "0", "WORLD_SIZE": "a"}, "WORLD_SIZE is 'a' and no count"),
+    ],
+)
+def test_ranks_that_cannot_meet_say_why(tiny, tmp_path, environment, said):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        environment = {name: port if value == "TAKEN" else value for name, value in environment.items()}
+        ended = subprocess.run(
+            command(tiny, tmp_path / "run"), env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False
+        )
+    assert ended.returncode == 7
+    assert "Traceback" not in ended.stderr
+    assert re.search(said, ended.stderr), ended.stderr
+
+
+def test_what_all_ranks_of_a_node_read_alike_is_said_once(tiny, tmp_path):
+    for rank in ("0", "1"):
+        environment = os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        ended = subprocess.run(
+            command(tiny, tmp_path / "run", "mesh.shard=4"), env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert ended.returncode == 4
+        assert ended.stderr.count("is 4 ranks, and 2 are there") == (rank == "0")
+
+
+def test_zero_works_on_one_process_too(tiny, tmp_path):
+    ended = train(tiny, tmp_path / "run", "engine.name=deepspeed", "engine.zero=3", "optim.name=adamw")
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.long

@@ -57,6 +57,8 @@ class DeepSpeed:
         self.plan, self.mesh, self.device, self.trace = plan, mesh, device, OFF
         kernels = {choice.op: choice.kernel for choice in plan.kernels}
         self._norm = OPERATIONS["grad_norm"].versions[kernels["grad_norm"]]
+        if mesh.count == 1:
+            os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # ZeRO-3 reads it in every step, and only starters of many set it
         with _contained(mesh, device):
             library = _library(device)
             _join(library, mesh, device)

@@ -202,7 +202,7 @@ class Auto(nn.Module):
         return self.loss_of(hidden_btd, labels_bt, **terms)
 
     def loss_of(self, hidden_btd: Tensor, labels_bt: Tensor, *, z_loss: float = 0.0, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """The head and the loss of hidden states; as `loss`. A call of the head's own module, whose hooks (ZeRO-3) gather its weights."""
+        """The head and the loss of hidden states; as `loss`. A call of the head's own module, whose hooks gather its weights where they are sharded."""
         return self._head_module(hidden_btd, labels_bt, z_loss=z_loss, label_smoothing=label_smoothing)
 
     def _headed(self, hidden_btd: Tensor, labels_bt: Tensor | None = None, *, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Any:
@@ -500,7 +500,7 @@ def _measured(model: Any, head: nn.Linear) -> Head:
 
 
 def _recomputed(forward: Callable[..., Any], *, selective: bool) -> Callable[..., Any]:
-    """A layer's forward that keeps its inputs (`selective`: and its products) alone; within the module's hooks, so that FSDP gathers once."""
+    """A layer's forward that keeps its inputs (`selective`: and its products) alone; within the module's hooks, so that sharded weights are gathered once."""
     options: dict[str, Any] = {"context_fn": keep_products} if selective else {}
 
     def run(*inputs: Any, **named: Any) -> Any:

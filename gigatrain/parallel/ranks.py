@@ -21,20 +21,27 @@ def world() -> tuple[int, int, int] | None:
     """`(rank, ranks, local rank)` as torchrun and our own starter say it in the environment; None: a process of its own."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
+    said = {name: os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    for name, text in said.items():
+        if not text.isdecimal():
+            raise RunError(
+                f"the environment's {name} is {text!r} and no count; start with torchrun or train.nproc, which set it, or unset RANK and WORLD_SIZE"
+            )
+    return int(said["RANK"]), int(said["WORLD_SIZE"]), int(said["LOCAL_RANK"])
 
 
 @contextlib.contextmanager
 def joined(axes: config.Mesh, ranks: int, device: str) -> Iterator[tuple[Mesh, torch.device]]:
     """This process as one of `ranks`, with its device; the process group ends with the context.
 
-    Raises RunError where other processes were started than the plan has ranks, or where one has no GPU of its own.
+    Raises RunError where other processes were started than the plan has ranks, where one has no GPU of its own, where they do not find each other, and
+    where another rank is gone.
     """
     rank, started, local = world() or (0, 1, 0)
     if started != ranks:
         raise RunError(
             f"the plan has {ranks} ranks and {started} process{'es are' if started > 1 else ' is'} here; start it with torchrun --nproc-per-node {ranks} "
-            f"-m gigatrain train ..., or --set train.nproc={ranks}"
+            f"-m -- gigatrain train ..., or --set train.nproc={ranks}"
         )
     if device == "cuda":
         here = torch.cuda.device_count()
@@ -48,12 +55,31 @@ def joined(axes: config.Mesh, ranks: int, device: str) -> Iterator[tuple[Mesh, t
     mine = not distributed.is_initialized()
     if mine:
         bound: dict[str, Any] = {"device_id": place} if device == "cuda" else {}
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT, **bound)
+        try:
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT, **bound)
+        except (RuntimeError, ValueError) as failure:  # torch's network errors are RuntimeErrors, a missing address is a ValueError
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise RunError(
+                f"rank {rank} of {ranks} cannot meet the others at {where} (MASTER_ADDR:MASTER_PORT): {str(failure).splitlines()[0][:300]}; start all ranks "
+                "with one address, and a port that is free there"
+            ) from None
     try:
         yield Mesh(axes, rank, place, int(os.environ.get("LOCAL_WORLD_SIZE", ranks))), place
+    except RuntimeError as failure:
+        if not _lost(failure):
+            raise
+        raise RunError(
+            f"rank {rank} of {ranks} lost another rank, whose own message says why, or the network between them ({str(failure).splitlines()[0][:200]}); "
+            "committed checkpoints are whole: go on with --resume"
+        ) from None
     finally:
         if mine:
             distributed.destroy_process_group()
+
+
+def _lost(failure: RuntimeError) -> bool:
+    """Whether a collective failed because a rank is gone: torch's own kinds of error, and what gloo says."""
+    return isinstance(failure, (distributed.DistBackendError, distributed.DistNetworkError)) or "gloo/transport" in str(failure)
 
 
 def first(mesh: Mesh, act: Callable[[], Any]) -> Any:

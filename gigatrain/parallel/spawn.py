@@ -1,5 +1,6 @@
 """Several processes of one command on this machine: `train.nproc` without torchrun. Free of torch."""
 
+import ctypes
 import os
 import signal
 import socket
@@ -11,13 +12,24 @@ from types import FrameType
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE_S = 30.0  # what the others get to leave by themselves once one has failed
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def spawn(count: int, arguments: Sequence[str]) -> int:
     """Run `gigatrain ARGUMENTS` as `count` ranks and wait; signals are passed on. Returns 0, or the exit code of the first process that failed.
 
-    Once one has failed the others get SIGTERM, and SIGKILL after `GRACE_S`: a rank that waits for a dead one would wait until its time limit.
+    Once one has failed the others get SIGTERM, and SIGKILL after `GRACE_S`: a rank that waits for a dead one would wait until its time limit. A rank that a
+    signal ended could say nothing itself, so it is named here. If this process is killed the ranks get SIGTERM: else they would go on unseen, and keep
+    the run folder from whoever resumes it.
     """
+    libc, parent = ctypes.CDLL(None) if sys.platform == "linux" else None, os.getpid()
+
+    def tied() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it died before that
+                os._exit(128 + signal.SIGTERM)
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -29,7 +41,7 @@ def spawn(count: int, arguments: Sequence[str]) -> int:
         for rank in range(count):
             environment = {"OMP_NUM_THREADS": threads} | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             command = [sys.executable, "-m", "gigatrain", *arguments]
-            running.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True))
+            running.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=tied))  # noqa: PLW1509 - one thread here
         return _wait(running)
     finally:
         for process in running:
@@ -55,6 +67,13 @@ def _wait(running: Sequence["subprocess.Popen[bytes]"]) -> int:
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.05)
+    for rank, ended in enumerate(codes):
+        if ended is not None and ended < 0:
+            print(
+                f"gigatrain: rank {rank} of {len(running)} was ended by {signal.Signals(-ended).name}{' (out of memory?)' * (ended == -signal.SIGKILL)}; "
+                "the others are stopped, and --resume goes on from the newest checkpoint",
+                file=sys.stderr,
+            )
     end = time.monotonic() + GRACE_S
     said = [process.returncode for process in running if process.returncode and process.returncode > 0]
     for process in running:

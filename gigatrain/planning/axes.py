@@ -3,7 +3,7 @@
 import math
 
 from gigatrain.architectures import Architecture
-from gigatrain.config import Init, Mesh, Recipe
+from gigatrain.config import Engine, Init, Mesh, Recipe
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
 from gigatrain.planning import layout
@@ -53,7 +53,8 @@ def share(recipe: Recipe, mesh: Mesh) -> tuple[int, int]:
 
 
 def check(recipe: Recipe, architecture: Architecture | Foreign, mesh: Mesh, accumulation: int) -> None:
-    """Raise PlanError for a mesh that the model, its samples or the engine cannot be cut by."""
+    """Raise PlanError for a mesh that the model, its samples or the engine cannot be cut by, and for ranks to profile that are not there."""
+    _check_engine(recipe, mesh)
     if isinstance(architecture, Foreign):
         _check_foreign(recipe, architecture, mesh)
         if recipe.engine.name == "deepspeed":
@@ -65,12 +66,26 @@ def check(recipe: Recipe, architecture: Architecture | Foreign, mesh: Mesh, accu
     _check_context(recipe, architecture, mesh)
     _check_expert(architecture, mesh)
     layout.check(architecture.layers, mesh.schedule, mesh.pipeline, mesh.stages or 1, accumulation, compiled=recipe.train.compile)
-    optim, engine = recipe.optim, recipe.engine
+    optim = recipe.optim
     if mesh.pipeline > 1 and architecture.tied and (optim.master, optim.moments) != ("fp32", "fp32"):
         raise PlanError(
             f"a tied embedding has a copy on the last stage (mesh.pipeline {mesh.pipeline}), and optim.master {optim.master!r} with optim.moments "
             f'{optim.moments!r} round each copy at random, so that they would drift apart; set both to "fp32", or mesh.pipeline = 1'
         )
+
+
+def _check_engine(recipe: Recipe, mesh: Mesh) -> None:
+    """Keys that would otherwise do nothing without a word."""
+    engine, absent = recipe.engine, [rank for rank in recipe.profile.ranks if rank >= count(mesh)]
+    if recipe.profile.steps and absent:
+        raise PlanError(f"profile.ranks names {absent[0]}, and the run has ranks 0 to {count(mesh) - 1}; name ranks that it has")
+    ours = {"native": "deepspeed", "deepspeed": "native"}[engine.name]
+    for key in {"deepspeed": ("zero",), "native": ("reshard", "prefetch", "async_tensor")}[ours]:
+        if (value := getattr(engine, key)) != (default := Engine.model_fields[key].default):
+            shown, usual = (str(one).lower() for one in (value, default))
+            raise PlanError(
+                f'engine.{key} {shown} is for engine.name "{ours}", and the engine is "{engine.name}"; leave it out (it is {usual} then), or change the engine'
+            )
     if engine.offload and engine.name == "native" and mesh.context * (mesh.shard or 1) == 1:
         raise PlanError(
             "engine.offload moves shards to the host, and mesh.shard 1 shards nothing; raise mesh.shard, or set engine.offload = false"
