@@ -742,7 +742,12 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         for name, other in AGAINST.items()
         if {f"gigatrain+{name}", f"gigatrain+{other}"} <= set(by_name)
     ]
-    return {"gains": gains, "rows": rows, "failed": {name: failed[name] for name in order}, "losses": {peer.name: peer.losses for peer in whole}}
+    return {
+        "gains": gains,
+        "rows": rows,
+        "failed": {name: failed[name] for name in order},
+        "losses": {peer.name: peer.losses for peer in whole},
+    }
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ class Engine(Protocol):
     def step(self, rate: float) -> Update:
         """Clip, update at `rate` times the peak learning rates, zero.
 
-        A step whose loss or norm is not finite on any rank changes nothing on every rank and is counted in `bad`.
+        A step whose loss or norm is not finite on any rank changes nothing on every rank and is counted in `bad`; with `train.release`, where only the norm
+        is not, layers may have moved by then (engines/released.py).
         """
         ...
 

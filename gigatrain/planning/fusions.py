@@ -63,7 +63,7 @@ _GPU = {
     "main_grads": "8 B of traffic per parameter and microbatch where a gradient and an addition are 12: by bytes 6.5 ms of 7 billion parameters",
 }
 _CPU = {
-    "fuse": "on a CPU a copy of the outputs' gradients costs what one product gains",
+    "fuse": "on a CPU a copy of the outputs' gradients costs more than one product gains",
     "main_grads": "on a CPU a bf16 gradient would be an fp32 product, four times as slow",
 }
 
