@@ -215,10 +215,11 @@ def random_words(start: int, count: int, t: Tensor, seed: Tensor) -> Tensor:
 _CHUNK = {"cpu": 1 << 16, "cuda": 1 << 22}  # elements that plain torch takes at a time: temporaries that a CPU's cache holds, or 16 MB each
 
 
-def _chunks(count: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Elements, and the blocks that they are."""
-    for start in range(0, count, _CHUNK[device.type]):
-        stop = min(start + _CHUNK[device.type], count)
+def _chunks(count: int, like: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Elements, and the blocks that they are; all at once where tensors have no values (a dry run), whose 10^10 elements would be 150,000 chunks."""
+    chunk = max(count, 1) if isinstance(like, torch._subclasses.FakeTensor) else _CHUNK[like.device.type]
+    for start in range(0, count, chunk):
+        stop = min(start + chunk, count)
         yield slice(start, stop), slice(start // BLOCK, -(-stop // BLOCK))
 
 
@@ -227,7 +228,7 @@ def taken(state: State, device: torch.device | str) -> tuple[Tensor, Tensor, Ten
     count = state.weight.numel()
     stored = (state.weight, state.exp_avg, state.exp_avg_sq)
     found = [t if t.dtype == torch.float32 else torch.empty(count, device=device) for t in stored]
-    for at, blocks in _chunks(count, state.weight.device):
+    for at, blocks in _chunks(count, state.weight):
         for whole, own, part in zip(found, stored, _parts(state, at, blocks), strict=True):
             if whole is not own:
                 whole[at] = part
@@ -237,7 +238,7 @@ def taken(state: State, device: torch.device | str) -> tuple[Tensor, Tensor, Ten
 def fill(state: State, p_n: Tensor, m_n: Tensor, v_n: Tensor) -> None:
     """Store fp32 master weights and moments in the state's form, to nearest. What `taken` gave comes back to the same bits."""
     fill_weights(state, 0, p_n)
-    for at, blocks in _chunks(state.weight.numel(), state.weight.device):
+    for at, blocks in _chunks(state.weight.numel(), state.weight):
         m, v = (x[at].to(state.weight.device) for x in (m_n, v_n))
         _store_moment(state.exp_avg, state.exp_avg_scale, at, blocks, m, None, None)
         _store_moment(state.exp_avg_sq, state.exp_avg_sq_scale, at, blocks, v, None, None)
@@ -245,7 +246,7 @@ def fill(state: State, p_n: Tensor, m_n: Tensor, v_n: Tensor) -> None:
 
 def fill_weights(state: State, start: int, p_n: Tensor) -> None:
     """Store fp32 master weights from element `start` on, to nearest."""
-    for at, _ in _chunks(len(p_n), state.weight.device):
+    for at, _ in _chunks(len(p_n), state.weight):
         _store_weight(state, slice(start + at.start, start + at.stop), p_n[at].to(state.weight.device), None, None)
 
 
@@ -289,7 +290,7 @@ def reference(state: State, grad_n: Tensor, lr: Tensor, scale: Tensor, skip: Ten
     first = (1 / (1 - beta1**t)).to(wide)
     second = torch.rsqrt(1 - beta2**t).to(wide)
     keep = skip > 0
-    for at, blocks in _chunks(len(grad_n), grad_n.device):
+    for at, blocks in _chunks(len(grad_n), grad_n):
         p, m, v = _parts(state, at, blocks)
         g = grad_n[at].to(wide) * scale
         m = m + (g - m) * (1 - beta1)

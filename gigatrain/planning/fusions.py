@@ -59,7 +59,7 @@ def choose(
 
 # Models, for an H200 at 4.3 TB/s; the figures of a CPU are measured (benchmarks/LOG.md).
 _GPU = {
-    "fuse": "x is read once, and of its gradient nothing is added up: by bytes 0.14 ms a layer of 4,096 channels, each way, at 8,192 tokens",
+    "fuse": "x is read once, and of its gradient nothing is added up: by bytes 0.14 ms a layer of 4,096 channels, forward and backward, at 8,192 tokens",
     "main_grads": "8 B of traffic per parameter and microbatch where a gradient and an addition are 12: by bytes 6.5 ms of 7 billion parameters",
 }
 _CPU = {
