@@ -445,6 +445,8 @@ def _tuned(kernel: str, x: Tensor, hidden: int) -> dict[str, int]:
     found = launch.configuration(x, kernel, hidden)
     sizes = {name.upper(): value for name, value in found.items() if name not in ("warps", "stages")}
     sizes["INNER"] = max(16, sizes["INNER"] * 2 // x.itemsize)
+    if x.dtype == torch.float32:  # whose products are sums by thread, and spill in wider tiles
+        sizes["COLUMNS"] = min(128, sizes["COLUMNS"])
     return sizes | {"warps": found["warps"], "stages": found["stages"], "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32"}
 
 

@@ -536,7 +536,7 @@ def fused(
     down_bias_ed: Tensor | None = None,
     activation: Activation = "swiglu",
 ) -> Tensor:
-    """As `reference`, in Triton: 7 launches and 8 back. Raises KernelError where `supports_fused` says no."""
+    """As `reference`, in Triton: 7 launches each way, 2 more for the gradients of biases. Raises KernelError where `supports_fused` says no."""
     biases = gate_up_bias_ef, down_bias_ed
     _refused(supports_fused(x_nd, gate_up_efd, down_edi, *biases), "moe", "reference")
     return _call(x_nd, weights_nk, chosen_nk, gate_up_efd, down_edi, *biases, activation == "clamped_swiglu", False)[0]

@@ -44,6 +44,10 @@ class Router:
     wide: bool = False
     losses: bool = False
 
+    def __str__(self) -> str:
+        groups = f"-{self.groups_kept}of{self.groups}" if self.groups > 1 else ""
+        return f"{self.visits}-{self.scores}{groups}{'-wide' if self.wide else ''}{'-losses' if self.losses else ''}"
+
 
 class Routed(NamedTuple):
     """What a router says of its tokens: choice and counts in int64, the rest in fp32 (or fp64), with gradients; the last two None without `losses`."""
@@ -197,14 +201,14 @@ def _forward(
             of_group = keys if BIASED else scores
             of_group = tl.reshape(tl.where(real[None], _orderly(of_group), float("-inf")), [TOKENS, GROUPS, SIZE])
             best = tl.max(of_group, 2)
-            at = tl.argmax(of_group, 2)
-            second = tl.max(tl.where(tl.arange(0, SIZE)[None, None] == at[:, :, None], float("-inf"), of_group), 2)
+            first = tl.argmax(of_group, 2)
+            second = tl.max(tl.where(tl.arange(0, SIZE)[None, None] == first[:, :, None], float("-inf"), of_group), 2)
             best = tl.where((group < groups)[None], _orderly(best + tl.where(size > 1, second, 0.0)), float("-inf"))
             kept = tl.zeros([TOKENS, GROUPS], tl.int32)
             for _ in range(kept_groups):
-                hit = group[None] == tl.argmax(best, 1)[:, None]
-                kept = tl.where(hit, 1, kept)
-                best = tl.where(hit, float("-inf"), best)
+                nearest = group[None] == tl.argmax(best, 1)[:, None]
+                kept = tl.where(nearest, 1, kept)
+                best = tl.where(nearest, float("-inf"), best)
             kept = tl.reshape(tl.broadcast_to(kept[:, :, None], [TOKENS, GROUPS, SIZE]), [TOKENS, GROUPS * SIZE])
             keys = tl.where(real[None] & (kept > 0), _orderly(keys), float("-inf"))
         else:

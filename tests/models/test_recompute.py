@@ -133,6 +133,15 @@ def test_experts_in_triton_keep_the_bytes_that_the_plan_says(
     assert said < plain
 
 
+@pytest.mark.parametrize("recompute", ["lean", "selective"])
+def test_experts_in_triton_have_the_same_gradients_whatever_is_made_again(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in ("moe", "router"):
+        monkeypatch.setitem(CHOSEN, op, "fused")
+    tokens = torch.randint(0, 67, (2, 9), generator=torch.Generator().manual_seed(0))
+    plain, again = (grads(made(2, torch.bfloat16, mode, **FAMILIES[6]), tokens) for mode in ("none", recompute))  # type: ignore[arg-type]
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
 def test_the_lean_layer_of_llama_keeps_two_thirds() -> None:
     arch = Architecture(family="llama", vocab=128256, hidden=4096, layers=32, heads=32, kv_heads=8, intermediate=14336)
     fused = {"rms_norm": "fused", "swiglu": "fused"}
