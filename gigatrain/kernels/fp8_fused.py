@@ -40,14 +40,18 @@ SIZES = [
 
 
 def reference(x: Tensor, other: Tensor, style: str, kind: fp8.Kind, scale: float = 1.0, w: Tensor | None = None) -> tuple[Tensor, ...]:
-    """`(h or nothing, codes, scales, transposed codes, scales)`: the plain operation, then the plain quantiser. `other` is the residual or up."""
+    """`(h or nothing, codes, scales, transposed codes, scales)`: the operation, then the plain quantiser. `other` is the residual or up.
+
+    The operation is the fused one where it runs, since its roundings are part of the codes.
+    """
+    fused_runs = launch.missing(x) is None and x.dtype in launch.FLOATS
     h = x.new_empty(0)
     if style == "swiglu":
-        y = swiglu.fused(x, other)
+        y = (swiglu.fused if fused_runs else swiglu.reference)(x, other)
     elif other.numel():
-        h, y = rms_norm.add_fused(x, other, w, 1e-5, style, scale)  # type: ignore[arg-type]
+        h, y = (rms_norm.add_fused if fused_runs else rms_norm.add_reference)(x, other, w, 1e-5, style, scale)  # type: ignore[arg-type]
     else:
-        y = rms_norm.fused(x, w, 1e-5, style)  # type: ignore[arg-type]
+        y = (rms_norm.fused if fused_runs else rms_norm.reference)(x, w, 1e-5, style)  # type: ignore[arg-type]
     return h, *fp8.reference(y.flatten(0, -2), kind, "e4m3", kind != "tensor")[:4]
 
 

@@ -19,7 +19,6 @@ Kept for the backward: the transposed codes of x, half of bf16's bytes, and the 
 anyway (`keep`).
 """
 
-import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -107,17 +106,20 @@ def operands(
     x_rc: Tensor, form: Form, role: Role, *, along: bool = True, across: bool = True, given: Tensor | None = None
 ) -> tuple[Operand, Operand, Tensor]:
     """x for a sum over c, x transposed for a sum over r (empty if not asked for), and the largest magnitude of a tensorwise one."""
-    none = x_rc.new_empty(0, dtype=torch.float32)
+
+    def nothing() -> Tensor:  # a tensor each time: torch's compiler takes no tensor twice
+        return x_rc.new_empty(0, dtype=torch.float32)
+
     if form.scaling in mx.BLOCKS:
-        made = [_micro(x_rc, form, role) if along else Operand(none, none, none)]
+        first = _micro(x_rc, form, role) if along else Operand(nothing(), nothing(), nothing())
         rows = -x_rc.shape[0] % mx.PADDED
-        made.append(_micro(F.pad(x_rc, (0, 0, 0, rows)).t(), form, role) if across else made[0])
-        return made[0], made[1], none
+        second = _micro(F.pad(x_rc, (0, 0, 0, rows)).t(), form, role) if across else Operand(nothing(), nothing(), nothing())
+        return first, second, nothing()
     version = {"reference": fp8.reference, "fused": fp8.fused, None: fp8.quantise}[form.quantise]
     kind = kind_of(form.scaling, role)
     number = form.gradient if role == "gradient" else "e4m3"
     codes, scales, turned, other, amax_1 = version(x_rc, kind, number, form.power, along, across, given)  # type: ignore[arg-type]
-    return Operand(codes, scales, none), Operand(turned, other, none), amax_1
+    return Operand(codes, scales, nothing()), Operand(turned, other, nothing()), amax_1
 
 
 def _micro(x_rk: Tensor, form: Form, role: Role) -> Operand:
@@ -155,12 +157,12 @@ def product(a_mk: Operand, b_nk: Operand, form: Form, roles: tuple[Role, Role], 
     return F.scaled_mm(a_mk.codes, b_kn, a_mk.scales, recipes[0], sb, recipes[1], output_dtype=dtype, use_fast_accum=fast)
 
 
-@functools.cache
-def _differentiable(form: Form) -> Callable[..., Tensor]:
-    """`(x_nd, weight_od, *parts of both operands of x) -> y_no` for a form."""
-    low, codes = form.weight_gradient == "low", form.keep == "codes"
+class _Product(torch.autograd.Function):
+    """`(x_nd, weight_od, form, watch, *parts of both operands of x) -> y_no`."""
 
-    def forward(ctx: Any, x_nd: Tensor, weight_od: Tensor, watch: "Watch | None", *parts: Tensor) -> Tensor:
+    @staticmethod
+    def forward(ctx: Any, x_nd: Tensor, weight_od: Tensor, form: Form, watch: "Watch | None", *parts: Tensor) -> Tensor:
+        low, codes = form.weight_gradient == "low", form.keep == "codes"
         shape = x_nd.shape
         tokens = shape[:-1].numel()
         weight, _, amax_1 = operands(weight_od, form, "weight", across=False, given=None if watch is None else watch.given("weight"))
@@ -168,10 +170,14 @@ def _differentiable(form: Form) -> Callable[..., Tensor]:
             watch.saw("weight", amax_1)
         kept = parts[3:] if low and codes else (x_nd,)
         ctx.save_for_backward(weight_od, *kept)
-        ctx.shape, ctx.watch = shape, watch
+        ctx.shape, ctx.form, ctx.watch = shape, form, watch
         return product(Operand(*parts[:3]), weight, form, ("input", "weight"), x_nd.dtype)[:tokens].view(*shape[:-1], -1)
 
+    @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
+        form: Form = ctx.form
+        low, codes = form.weight_gradient == "low", form.keep == "codes"
         weight_od, *kept = ctx.saved_tensors
         dy_no, tokens = dy.reshape(-1, dy.shape[-1]), ctx.shape[:-1].numel()
         watch: Watch | None = ctx.watch
@@ -194,14 +200,7 @@ def _differentiable(form: Form) -> Callable[..., Tensor]:
             )
             # Both operands are tokens' and their blocks 1 x 128: "input" twice, though of gradients the first.
             dw = product(dy_t, x_t, form, ("gradient", "input"), weight_od.dtype)
-        return dx, dw, None, *(None for _ in range(6))
-
-    function = type(
-        f"_{form.scaling}",
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(torch.autograd.function.once_differentiable(backward))},
-    )
-    return function.apply  # type: ignore[attr-defined]
+        return dx, dw, None, None, *([None] * 6)
 
 
 class Product:
@@ -222,7 +221,7 @@ class Product:
         if watch is not None and not trains:
             watch = replace(watch, records=False)
         parts = getattr(x_nd, "parts", None)  # of fp8_fused.py's Carried: quantised where it was made
-        y = _differentiable(self.form)(x_nd, weight_od, watch, *(parts or self._parts(x_nd, trains, watch)))
+        y: Any = _Product.apply(x_nd, weight_od, self.form, watch, *(parts or self._parts(x_nd, trains, watch)))
         return y if bias_o is None else y + bias_o
 
     def _parts(self, x_nd: Tensor, trains: bool, watch: "Watch | None") -> tuple[Tensor, ...]:

@@ -134,7 +134,7 @@ def test_producers_quantise_on_a_gpu_where_nothing_else_reads():
     assert found("mesh.tensor=2", ranks=2) == ("swiglu",)
     assert found('fp8.high=["k_proj"]') == ("swiglu",)
     assert found('fp8.high=["down_proj"]') == ("norms",)
-    for without in ("train.recompute=lean", "train.compile=true", "fp8.weight_gradient=bf16", "fp8.scaling=mxfp8", "kernels=reference"):
+    for without in ("train.recompute=lean", "fp8.weight_gradient=bf16", "fp8.scaling=mxfp8", "kernels=reference"):
         assert found(without) == ()
     assert made(*LOW, *WIDE).fp8.producers == ()  # type: ignore[union-attr]
 
@@ -149,9 +149,10 @@ def test_producers_quantise_on_a_gpu_where_nothing_else_reads():
         ),
         ((*LOW, 'fp8.high=["k_prj"]'), "fp8.high 'k_prj' is the end of no matrix's name; a layer has self_attn.q_proj"),
         ((*LOW, "fp8.amax=delayed"), "fp8.amax \"delayed\" is for tensorwise scales, and fp8.scaling is 'rowwise'"),
+        ((*LOW, "train.compile=true"), "is not run with train.compile.*set train.compile = false"),
         (
-            (*LOW, "fp8.scaling=tensorwise", "fp8.amax=delayed", "train.compile=true"),
-            'not done with train.compile; set fp8.amax = "current"',
+            (*LOW, "fp8.scaling=tensorwise", "fp8.amax=delayed", "optim.name=adamw", "engine.name=deepspeed"),
+            'not done with engine.name "deepspeed"',
         ),
         ((*LOW, "fp8.gradient=e5m2"), "rowwise products take e4m3 alone; leave fp8.gradient out"),
         ((*LOW, "fp8.scaling=nvfp4", "fp8.scales=fp32"), "nvfp4 has the scales of its format; leave fp8.scales out"),
