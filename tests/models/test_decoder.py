@@ -15,8 +15,9 @@ from gigatrain.architectures import Architecture, from_hf_config
 from gigatrain.kernels.ops import REFERENCE, Ops, available, choose
 from gigatrain.models import hf
 from gigatrain.models.decoder import LAYOUT, Decoder, decays, kind_of
+from gigatrain.planning.attention import ON_GPU
 
-FAST = choose({op: [name for name in names if name != "fused"][-1] for op, names in available().items()})
+FAST = choose({op: [name for name in names if name not in ON_GPU][-1] for op, names in available().items()})
 FUSED = choose({"attention": "sdpa", "linear_cross_entropy": "chunked"})
 
 MIXTURE: dict[str, Any] = {"family": "qwen3_moe", "experts": 6, "experts_per_token": 2, "expert_intermediate": 16}
