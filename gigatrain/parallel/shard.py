@@ -1,11 +1,12 @@
 """Sharded weights: FSDP2 and HSDP by torch's `fully_shard`, with sums instead of means and storage of our own.
 
 Each layer is one unit, its experts another (over fewer ranks, since ranks of `expert` hold different ones), and what is left (embedding, last norm, head,
-with the loss) the root's. A rank keeps rows chunk by chunk of every parameter; a layer's weights are gathered before its forward and again before its
+with the loss) the root's. A rank keeps rows chunk by chunk of every parameter, or, where a layer's experts are too few to share out, some of each one's
+outputs (`cut_along`); a layer's weights are gathered before its forward and again before its
 backward, and its gradient is reduce-scattered behind the backward of the layer before it. HSDP then sums the shards over the copies.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import Shard
 
 from gigatrain import config
 from gigatrain.parallel.mesh import WEIGHTS, Mesh
@@ -46,11 +48,16 @@ def apply(model: nn.Module, mesh: Mesh, places: Places, engine: config.Engine, *
     options: dict[str, Any] = {"mp_policy": policy, "offload_policy": offload, "reshard_after_forward": engine.reshard}
     together = mesh.torch(WEIGHTS, ("replicate",))
     layers: list[Any] = list(model.layers)  # type: ignore[arg-type]
+    ranks = mesh.size(*(EXPERT_WEIGHTS if mesh.size("expert") > 1 else WEIGHTS))
     for layer in layers:
         experts = getattr(getattr(layer, "mlp", None), "experts", None)
-        if isinstance(experts, nn.Module) and mesh.size("expert") > 1:
-            fully_shard(experts, mesh=mesh.torch(EXPERT_WEIGHTS, ("replicate",)), **options)
+        if isinstance(experts, nn.Module):
+            each = {parameter: cut_along(parameter.shape, ranks) for parameter in experts.parameters()}
+            options["shard_placement_fn"] = lambda parameter, each=each: Shard(each.get(parameter, 0))
+            if mesh.size("expert") > 1:
+                fully_shard(experts, mesh=mesh.torch(EXPERT_WEIGHTS, ("replicate",)), **options)
         fully_shard(layer, mesh=together, **options)
+        options.pop("shard_placement_fn", None)
     options["reshard_after_forward"] = False
     fully_shard(model, mesh=together, **options)  # the head's backward follows its forward at once
     register_fsdp_forward_method(model, "loss")
@@ -64,18 +71,28 @@ def apply(model: nn.Module, mesh: Mesh, places: Places, engine: config.Engine, *
             layer.set_modules_to_backward_prefetch(layers[max(0, at - engine.prefetch) : at][::-1])
     for unit in units(model):
         place = places[unit.name]
-        start, size = chunk(place.size[0], unit.index, unit.count)
-        places[unit.name] = place.cut(0, start, size)
-        assert unit.rows == size, (unit.name, unit.rows, size)
+        start, size = chunk(place.size[unit.dim], unit.index, unit.count)
+        places[unit.name] = place.cut(unit.dim, start, size)
+        assert unit.size == size, (unit.name, unit.size, size)
+
+
+def cut_along(shape: Sequence[int], ranks: int) -> int:
+    """The dim along which `ranks` share experts [E, outputs, ...]: whole experts where each gets as many, else the outputs of each, if those divide.
+
+    Of 4 experts on 8 ranks, for one, torch would leave none to 4 of them, and to the others twice their share.
+    """
+    return 1 if shape[0] % ranks and shape[1] % ranks == 0 else 0
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One sharded parameter: rank `index` of `count` has `rows` rows of it, padded to `padded` elements."""
+    """One sharded parameter: rank `index` of `count` has `size` of it along `dim`; its shard has `rows` rows, padded to `padded` elements."""
 
     name: str
     index: int
     count: int
+    dim: int
+    size: int
     rows: int
     padded: torch.Size
     _torch: Any
@@ -106,6 +123,8 @@ def units(model: nn.Module) -> Iterator[Unit]:
                     names[id(one.sharded_param)],
                     mesh.rank(),
                     mesh.size(),
+                    dim := one.fsdp_placement.dim,
+                    local.shape[dim] if local.numel() else 0,
                     local.shape[0] if local.numel() else 0,
                     one.padded_sharded_param_size,
                     one,

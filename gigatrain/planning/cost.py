@@ -276,6 +276,8 @@ def _states(
         share = (dense + experts) / total
         return size * (dense + experts), math.ceil(gradients * share), math.ceil(optimizer * share), 0
     mine = -(-dense // shards) + -(-experts // (shards // mesh.expert))
+    if experts and (uneven := _most_experts(architecture, mesh, shards // mesh.expert)):
+        mine = -(-dense // shards) + math.ceil(experts * uneven)
     # Shards are fp32 master weights, and gathered in the dtype that computes; narrow masters are bf16 shards and corrections.
     stored = 2 if precision == "bf16" and lean else 4
     beside = optimizer - (4 * total if precision == "bf16" and not lean else 0)
@@ -283,6 +285,14 @@ def _states(
     gathered = dense + experts if not engine.reshard or mesh.pipeline > 1 else (2 + engine.prefetch) * layer + 2 * ends
     reduced = (size + {"fp32": 4, "bf16": 2}[engine.reduce]) * max(layer, ends)
     return stored * mine, math.ceil((4 + stored - 2 * (narrow > 0)) * mine), math.ceil(beside * mine / total), size * gathered + reduced
+
+
+def _most_experts(architecture: Architecture, mesh: Mesh, ranks: int) -> float | None:
+    """The share of a layer's experts that the fullest of `ranks` has, where neither experts nor their outputs divide (parallel/shard.py's `cut_along`)."""
+    local = architecture.experts // mesh.expert
+    if local % ranks == 0 or all(outputs % ranks == 0 for outputs in (2 * architecture.expert_width, architecture.hidden)):
+        return None
+    return -(-local // ranks) / local
 
 
 def _released(architecture: Architecture, size: int, lean: bool, muon: bool, main_grads: bool) -> int:

@@ -41,7 +41,8 @@ def batch(made, step, rank, ranks):
 def trained(rank, recipe, overrides, ranks, steps=20):
     """Losses, norms and the whole final weights of a run of synthetic steps."""
     made = plan(load.recipe(recipe, overrides), load.site("laptop"), ranks)
-    mesh = Mesh(made.mesh, rank) if ranks > 1 else alone()
+    node = 2 if made.mesh.dispatch == "hierarchical" else None
+    mesh = Mesh(made.mesh, rank, node=node) if ranks > 1 else alone()
     engine = engines.make(made, mesh, torch.device("cpu"), fresh=True)
     numbers = []
     for step in range(steps):
@@ -103,6 +104,8 @@ def named(overrides):
     told = [one for one in overrides if one not in numbers or "family" in one]
     return "_".join(one.replace("mesh.", "").replace("model.architecture.", "") for one in told)
 
+FEW = (*(one for one in MOE if "experts=4" not in one), "model.architecture.experts=2")  # fewer than ranks: each one's outputs are shared out
+
 
 def on(**axes):
     return tuple(f"mesh.{axis}={size}" for axis, size in axes.items())
@@ -139,6 +142,9 @@ def on(**axes):
         (2, (*MOE, *on(expert=2))),
         (4, (*MOE, *on(expert=2))),
         (4, (*MOE, *on(expert=2, dispatch="gather", replicate=2))),
+        (4, (*MOE, *on(expert=4, dispatch="hierarchical"))),
+        (4, (*FEW, *on(expert=2))),
+        (4, FEW),
         (4, (*MOE, *on(expert=2, tensor=2))),
         (4, (*MOE, *on(expert=2, pipeline=2))),
         (2, (*DEEPSEEK, *on(expert=2))),
@@ -218,6 +224,15 @@ def copies(rank, recipe, overrides, ranks):
     state = engine.state()
     boxes = {(group, name): (piece.place, piece.tensor.clone(), piece.writes) for group in state for name, piece in state[group].items()}
     return losses, boxes
+
+
+def test_gradients_may_be_summed_in_bf16(tiny):
+    """Fewer bytes and coarser sums: other numbers than in fp32, by no more than bf16 rounds."""
+    settings = (*BASE, "train.precision=bf16")
+    (fine, *_), (coarse, *_) = (together(2, trained, tiny, (*settings, f"engine.reduce={kind}"), 2, 3)[0] for kind in ("fp32", "bf16"))
+    fine, coarse = torch.tensor(fine), torch.tensor(coarse)
+    torch.testing.assert_close(coarse, fine, rtol=2**-8, atol=0)
+    assert (coarse[:, 1] != fine[:, 1]).all()
 
 
 LEAN = ("train.precision=bf16", "optim.master=bf16+8", "optim.moments=int8", "kernels.adamw=reference")
