@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from gigatrain.errors import KernelError, PlanError
-from gigatrain.kernels import fp8_linear, linear
+from gigatrain.kernels import fp8_experts, fp8_linear, linear
 from gigatrain.kernels.fp8_fused import Producers
 from gigatrain.kernels.fp8_linear import Delayed, Form, Product, Role, Watch
 from gigatrain.models.decoder import MLP, Attention, Layer
@@ -89,7 +89,10 @@ def refused(plan: products.Products, device: torch.device) -> str | None:
     """Why the device cannot run the lane; None: it can."""
     if plan.emulate and products.EXPERTS not in plan.low:
         return None
-    return fp8_linear.refused(plan.scaling, device)
+    why = fp8_linear.refused(plan.scaling, device)
+    if why is None and products.EXPERTS in plan.low and (lack := fp8_experts.lacking(device)):
+        why = f'{lack}; set fp8.high = ["{products.EXPERTS}"]'
+    return why
 
 
 def verify(plan: Plan, device: torch.device) -> None:

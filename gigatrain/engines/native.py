@@ -506,6 +506,7 @@ class Native:
             return self._update(rate)
         norm, skip = self._release.finish()
         self._balance(skip)
+        self._rescale()
         self._count(skip == 0)
         self.trace.mark("rest")
         return Update(self._nats, self._targets, norm)
@@ -527,8 +528,7 @@ class Native:
             group.step(rate, scale, skip)
         self._balance(skip)
         self._round()
-        for scales in self._delayed:
-            scales.advance(low.largest(self.mesh))
+        self._rescale()
         self._count(skip == 0)
         self.trace.mark("rest")
         return Update(self._nats, self._targets, norm)
@@ -552,7 +552,8 @@ class Native:
         # Ranks of `replicate` hold equal gradients, those of `tensor` the same loss.
         mine = float(self.mesh.at["tensor"] == 0)
         sums = torch.stack([squares / self.mesh.size("replicate"), self._nats * mine, self.loss.double() * mine])
-        squares, self._nats, loss = self.mesh.sum(sums).unbind()
+        squares, nats, loss = self.mesh.sum(sums).unbind()
+        self._nats.copy_(nats)  # in place: a recorded step reads and writes one tensor
         norm = squares.sqrt().float()
         skip = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         scale = torch.ones_like(norm) if clip is None else clip / torch.clamp(norm, min=clip)
@@ -569,6 +570,11 @@ class Native:
             for name, counts_e in zip(names, counts_le, strict=True):
                 self.corrections[name].copy_(torch.lerp(self.corrections[name], bias_update(counts_e, self.corrections[name], rate), kept))
         torch._foreach_zero_(list(self.visits.values()))
+
+    def _rescale(self) -> None:
+        """Delayed scales of narrow products follow what this step saw."""
+        for scales in self._delayed:
+            scales.advance(low.largest(self.mesh))
 
     def _round(self) -> None:
         """Into the bf16 weights that no update wrote itself."""

@@ -144,6 +144,8 @@ def recordings(op: str, target: str, sizes: Iterable[tuple[Any, ...]] | None = N
                 ]
                 if operation.differentiable:
                     torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+                for tensor in tensors:
+                    tensor.grad = None  # or the next version's would be added to it: gigabytes, of experts
         for made in launches:
             signature, constants, divisible = _specialised(made)
             function = made.kernel.fn

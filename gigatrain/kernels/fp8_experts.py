@@ -16,6 +16,7 @@ from gigatrain.errors import KernelError
 from gigatrain.kernels import fp8
 from gigatrain.kernels.fp8 import Quantised
 from gigatrain.kernels.fp8_linear import refused
+from gigatrain.kernels.grouped import zero_unvisited
 
 
 def _grouped(a_mk: tuple[Tensor, Tensor], b_enk: tuple[Tensor, Tensor], ends_e: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,6 +53,8 @@ class _Product(torch.autograd.Function):
         dy_mn = dy_mn.contiguous()
         dx = _grouped(_rows(dy_mn), _weights(w_enk.transpose(1, 2).contiguous()), ends_e, dy_mn.dtype) if ctx.needs_input_grad[0] else None
         dw = F.grouped_mm(dy_mn.t(), x_mk, offs=ends_e) if ctx.needs_input_grad[1] else None
+        if dw is not None and dw.is_cuda:
+            zero_unvisited(dw, ends_e)  # which torch leaves undefined on sm_100 (pytorch 172439)
         return dx, dw, None
 
 
@@ -59,7 +62,19 @@ def supports(x_md: Tensor, down_edi: Tensor) -> str | None:
     """Why the experts cannot be multiplied so; None: they can."""
     if odd := [n for n in down_edi.shape[1:] if n % 16]:
         return f"{odd[0]} channels are not a multiple of 16"
-    return refused("rowwise", x_md.device)
+    return refused("rowwise", x_md.device) or lacking(x_md.device)
+
+
+def lacking(device: torch.device) -> str | None:
+    """Why the device has no grouped products of FP8; None: it has, or emulates them."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_capability(device)
+    if found[0] in (9, 10):
+        return None
+    return (
+        f"torch's grouped FP8 products need compute capability 9.0 or 10.0, {torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}"
+    )
 
 
 def experts(x_md: Tensor, counts_e: Tensor, gate_up_efd: Tensor, down_edi: Tensor) -> Tensor:

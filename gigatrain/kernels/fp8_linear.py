@@ -74,10 +74,12 @@ def refused(scaling: Scaling, device: torch.device) -> str | None:
     name, has = torch.cuda.get_device_name(device), f"{found[0]}.{found[1]}"
     if scaling in ("mxfp8", "nvfp4"):
         return None if found[0] == 10 else f"{scaling} needs tensor cores with block scales (compute capability 10.0), {name} has {has}"
-    if scaling == "blockwise":
-        return None if found[0] == 9 else f"cuBLAS multiplies 1 x 128 by 128 x 128 scales on compute capability 9.0 only, {name} has {has}"
     if not hasattr(F, "scaled_mm"):
         return f"torch {torch.__version__} has no torch.nn.functional.scaled_mm"
+    if scaling == "blockwise":
+        if tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2])) < (12, 9):
+            return f"cuBLAS multiplies 1 x 128 by 128 x 128 scales from CUDA 12.9 on, and torch was built with {torch.version.cuda}"
+        return None if found[0] == 9 else f"cuBLAS multiplies 1 x 128 by 128 x 128 scales on compute capability 9.0 only, {name} has {has}"
     return None if found >= (8, 9) else f"FP8 needs compute capability 8.9, {name} has {has}"
 
 
@@ -142,6 +144,11 @@ def product(a_mk: Operand, b_nk: Operand, form: Form, roles: tuple[Role, Role], 
     kinds = tuple("" if form.scaling in mx.BLOCKS else kind_of(form.scaling, role) for role in roles)
     if form.emulate or not a_mk.codes.is_cuda:
         return (widened(a_mk, form, kinds[0]) @ widened(b_nk, form, kinds[1]).t()).to(dtype)
+    return multiplied(a_mk, b_nk, form, roles, dtype)
+
+
+def multiplied(a_mk: Operand, b_nk: Operand, form: Form, roles: tuple[Role, Role], dtype: torch.dtype) -> Tensor:
+    """`product` by torch's `F.scaled_mm`, which takes the scales of b [n] or [n / 128, k / 128] transposed, but those of 1 x 128 as they are."""
     b_kn = b_nk.codes.t()
     if form.scaling in mx.BLOCKS:
         four = form.scaling == "nvfp4"
@@ -151,10 +158,13 @@ def product(a_mk: Operand, b_nk: Operand, form: Form, roles: tuple[Role, Role], 
         sa, sb = ([mx.swizzled(x.scales), x.all] if four else mx.swizzled(x.scales) for x in (a_mk, b_nk))
         return F.scaled_mm(a, b, sa, recipe, sb, recipe, swizzle, swizzle, output_dtype=dtype)
     names = {"tensor": "TensorWise", "row": "RowWise", "tile": "BlockWise1x128", "block": "BlockWise128x128"}
+    kinds = tuple(kind_of(form.scaling, role) for role in roles)
     recipes = [getattr(F.ScalingType, names[kind]) for kind in kinds]
-    sb = b_nk.scales if kinds[1] == "tensor" else b_nk.scales.t()
+    # Of rows both are made anew by a view, since torch asks for the strides of their dim of 1 too.
+    sa = a_mk.scales.reshape(-1)[:, None] if kinds[0] == "row" else a_mk.scales
+    sb = b_nk.scales.reshape(-1)[None] if kinds[1] == "row" else b_nk.scales.t() if kinds[1] == "block" else b_nk.scales
     fast = form.fast and roles == ("input", "weight")
-    return F.scaled_mm(a_mk.codes, b_kn, a_mk.scales, recipes[0], sb, recipes[1], output_dtype=dtype, use_fast_accum=fast)
+    return F.scaled_mm(a_mk.codes, b_kn, sa, recipes[0], sb, recipes[1], output_dtype=dtype, use_fast_accum=fast)
 
 
 class _Product(torch.autograd.Function):
@@ -227,7 +237,7 @@ class Product:
     def _parts(self, x_nd: Tensor, trains: bool, watch: "Watch | None") -> tuple[Tensor, ...]:
         form = self.form
         across = trains and form.weight_gradient == "low" and form.keep == "codes"
-        traced = torch.compiler.is_compiling()  # which finds equal work itself
+        traced = torch.compiler.is_compiling() or x_nd.is_inference()  # which finds equal work itself; such tensors have no version
         if not traced and watch is None and self._latest is not None:
             owner, version, parts = self._latest
             if owner() is x_nd and version == x_nd._version and (not across or parts[3].numel()):

@@ -597,7 +597,11 @@ def _drawn(case: Any, device: str) -> tuple[list[Tensor], Tensor, Callable[..., 
     """x, weights, gate_up, down and biases if there are; the choice; and the keywords of a call with given biases."""
     tokens, experts, visits, hidden, width, kind, activation, biased, dtype = case
     x = torch.randn(tokens, hidden, dtype=dtype, device=device)
-    gate_up, down = (torch.randn(experts, *shape, dtype=dtype, device=device) * 0.3 for shape in ((2 * width, hidden), (hidden, width)))
+    shapes = [(experts, *shape) for shape in ((2 * width, hidden), (hidden, width))]
+    if launch.recording():  # values decide nothing, and 3 billion numbers take half a minute to draw
+        gate_up, down = (torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
+    else:
+        gate_up, down = (torch.randn(shape, dtype=dtype, device=device) * 0.3 for shape in shapes)
     scores = torch.randn(tokens, experts, device=device)
     if kind == "one":
         scores[:, experts // 2] += 100.0
@@ -606,9 +610,8 @@ def _drawn(case: Any, device: str) -> tuple[list[Tensor], Tensor, Callable[..., 
     weights, chosen = scores.softmax(-1).topk(visits, -1)
     biases = [torch.randn(experts, count, dtype=dtype, device=device) for count in (2 * width, hidden)] if biased else []
 
-    if (
-        activation == "clamped_swiglu"
-    ):  # g and u are multiples of 1/4, exact in every dtype, so that no rounding moves one over a limit; 1 in 10 is clamped
+    if activation == "clamped_swiglu" and not launch.recording():
+        # g and u are multiples of 1/4, exact in every dtype, so that no rounding moves one over a limit; 1 in 10 is clamped
         x, gate_up = ((t * factor).round() / 2 for t, factor in ((x, 2.0), (gate_up, 27.0 / hidden**0.5)))
         biases = [(b * 4).round() / 4 for b in biases]
 

@@ -565,6 +565,10 @@ def verify(
         verify_attention(arch, kernels, device, dtype, sequence, packed=packed, ranks=ranks, worst=worst)
     sparse = {"moe_layers": (True, False)} if arch.moe_layers else {}
     cut = sparse | {"layers": 2, "vocab": min(arch.vocab, 1 << 14), "window_layers": None, "rope_local": None, "window": None}
+    if arch.experts:  # as many as 4 GiB of fp64 hold, and as the router's groups and choice need
+        room = (1 << 32) // (24 * arch.hidden * arch.expert_width)
+        fewest = max(16, 2 * arch.groups, arch.experts_per_token or 0)
+        cut["experts"] = min(arch.experts, -(-max(fewest, room) // arch.groups) * arch.groups)
     small = arch.model_copy(update=cut | {"rope_layers": (True, False) if arch.rope_layers else None})
     # Versions that take less than any number of tokens are judged on the run's own alone.
     plain = {} if kernels.get("attention") in EVERY_LENGTH else {"attention": "reference"}

@@ -171,6 +171,11 @@ def _check_routers(recipe: Recipe, architecture: Architecture | Foreign, mesh: M
             f'loss.router_bias_rate {loss.router_bias_rate} is an update of the native engine\'s, and engine.name is "deepspeed"; set it to 0.0, or '
             'engine.name = "native"'
         )
+    if recipe.data.packing == "document":
+        raise PlanError(
+            f'loss.{name} {value} balances what routers see, and data.packing "document" shows them padding too, all of which visits the same experts; '
+            f'set data.packing = "stream", or loss.{name} = 0.0'
+        )
     if mesh.pipeline > 1 and (loss.router_aux or loss.router_z):
         name = "router_aux" if loss.router_aux else "router_z"
         raise PlanError(

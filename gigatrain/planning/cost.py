@@ -167,11 +167,12 @@ def memory(
     if mesh.expert > 1:  # rows that have travelled are kept beside what the experts keep
         kernels = {**kernels, "moe": "grouped"}
     square = tokens * architecture.heads * sequence // mesh.tensor
-    scores = {"blocked": square * size // 2, "reference": square * (size + 4)}.get(kernels["attention"], 0)
+    ring = mesh.context > 1 and mesh.exchange == "ring"  # which has attention of its own, by blocks
+    scores = 0 if ring else {"blocked": square * size // 2, "reference": square * (size + 4)}.get(kernels["attention"], 0)
     whole = tokens * saved_bytes(architecture, size, "none", kernels) // mesh.tensor + scores
     kept = tokens * saved_bytes(architecture, size, recompute, kernels) // mesh.tensor + (scores if recompute in ("none", "lean") else 0)
     # Of each window: a square as bool and as bias while it is made; the other versions keep two bounds a token, or fewer numbers.
-    squares = {"reference": 1, "sdpa": 1 + size, "blocked": 1 + size}.get(kernels["attention"], 0)
+    squares = 0 if ring else {"reference": 1, "sdpa": 1 + size, "blocked": 1 + size}.get(kernels["attention"], 0)
     masks = tokens * (sequence * squares or 8) if documents or architecture.window else 0
     vocab = -(-architecture.vocab // mesh.tensor)
     chunk = min(1 << 29 if device == "cuda" else 1 << 21, tokens * vocab)

@@ -206,6 +206,9 @@ def _played(job: dict[str, Any]) -> dict[str, Any]:
     # A dry run's optimizer is AdamW's: Muon's rounds are planned from all ranks' boxes, which nobody sends here.
     optim = plan.optim.model_copy(update={"name": "adamw"})
     plan = plan.model_copy(update={"architecture": arch, "kernels": kernels, "device": "cpu", "compile": False, "optim": optim})
+    # Released gradients are gone when they are counted, and are those of one process, where nothing is sent.
+    fusions = tuple(fusion.model_copy(update={"on": fusion.on and fusion.name != "release"}) for fusion in plan.fusions)
+    plan = plan.model_copy(update={"fusions": fusions})
     plan = plan.model_copy(update={"engine": plan.engine.model_copy(update={"async_tensor": False, "offload": False})})
     distributed.init_process_group("fake", rank=job["rank"], world_size=plan.ranks, store=FakeStore())
     _unasked()

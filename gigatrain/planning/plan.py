@@ -177,6 +177,13 @@ class Plan(Section):
             for part in parents:
                 node = node[part]
             del node[last]
+        # Reasons are words; which attention a rank calls, and what quantises for whom, follow from the heads and matrices that it has on its mesh.
+        tree["kernels"] = [[one["op"], one["kernel"]] for one in tree["kernels"] if one["op"] != "attention"]
+        if self.fp8 is not None:
+            tree["fp8"]["high"] = [one["matrix"] for one in tree["fp8"]["high"]]
+            del tree["fp8"]["producers"]
+        if self.loss.router_aux or self.loss.router_z or (self.fp8 is not None and self.fp8.scaling == "tensorwise"):
+            tree["microbatch"] = self.microbatch  # balance and such scales are of one microbatch
         return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def differences(self, other: "Plan") -> list[str]:

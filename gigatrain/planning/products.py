@@ -3,7 +3,7 @@
 from typing import Literal
 
 from gigatrain.architectures import Architecture
-from gigatrain.config import Mesh, Recipe, Section, Site
+from gigatrain.config import FP8, Mesh, Recipe, Section, Site
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
 
@@ -93,6 +93,10 @@ def resolve(recipe: Recipe, site: Site, architecture: Architecture | Foreign, me
     """The recipe's low-precision lane; None where train.precision is not fp8. Raises PlanError for what cannot be."""
     asked = recipe.fp8
     if recipe.train.precision != "fp8":
+        if asked != FP8():
+            raise PlanError(
+                f'[fp8] is read where train.precision is "fp8", and it is "{recipe.train.precision}"; set it, or remove the table'
+            )
         return None
     if isinstance(architecture, Foreign):
         raise PlanError(
@@ -111,6 +115,10 @@ def resolve(recipe: Recipe, site: Site, architecture: Architecture | Foreign, me
             why = "fp8.high says so"
         elif name == EXPERTS and scaling != "rowwise":
             why = f"torch's grouped products take rowwise scales, not {scaling}"
+        elif name == EXPERTS and asked.scales == "fp32":
+            why = "experts in FP8 have scales of powers of two, and fp8.scales is fp32"
+        elif name == EXPERTS and asked.emulate and site.device != "cpu":
+            why = "experts in FP8 are not emulated on a GPU"
         elif name == EXPERTS and (architecture.expert_bias or architecture.activation != "swiglu"):
             why = "experts with biases or another activation than swiglu have no version in FP8"
         elif outputs < asked.least[0] or inputs < asked.least[1]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import together
-from test_meshes import BASE, joined, trained
+from test_meshes import BASE, batch, joined, trained
 
 from gigatrain import engines, load, loop
 from gigatrain.engines import low
@@ -72,6 +72,20 @@ def test_a_resumed_run_is_the_unbroken_one(tiny, tmp_path, form):
             loop.train(made(tiny, *overrides), broken)
     loop.train(made(tiny, *overrides), broken, start="resume")
     assert losses(broken)[-1] == losses(whole)[-1]
+
+
+def test_delayed_scales_follow_a_released_step_as_any_other(tiny):
+    overrides = (*FORMS["delayed"], "optim.clip=false")
+    found = []
+    for release in ("false", "true"):
+        engine = engines.make(made(tiny, *overrides, f"train.release={release}"), alone(), torch.device("cpu"), fresh=True)
+        assert isinstance(engine, Native)
+        for step in range(3):
+            engine.forward_backward(batch(engine.plan, step, 0, 1))
+            engine.step(1.0)
+        found.append(engine._delayed[0])
+    assert not found[1].fresh
+    assert torch.equal(found[0].scales, found[1].scales)
 
 
 MESHES = {

@@ -104,7 +104,11 @@ def named(overrides):
     told = [one for one in overrides if one not in numbers or "family" in one]
     return "_".join(one.replace("mesh.", "").replace("model.architecture.", "") for one in told)
 
-FEW = (*(one for one in MOE if "experts=4" not in one), "model.architecture.experts=2")  # fewer than ranks: each one's outputs are shared out
+
+FEW = (
+    *(one for one in MOE if "experts=4" not in one),
+    "model.architecture.experts=2",
+)  # fewer than ranks: each one's outputs are shared out
 
 
 def on(**axes):

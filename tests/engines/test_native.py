@@ -534,6 +534,10 @@ def test_a_correction_is_saved_and_loaded(tiny, tmp_path):
     [
         (("loss.router_aux=0.1",), r"loss\.router_aux 0\.1 is for routers of our own decoders, and 'llama' has none"),
         (
+            (*DEEPSEEK, "loss.router_z=0.1", 'data.packing="document"'),
+            r"loss\.router_z 0\.1 balances what routers see, and data\.packing \"document\" shows them padding too",
+        ),
+        (
             (*DEEPSEEK, "loss.router_z=0.1", "mesh.pipeline=2"),
             r"loss\.router_z 0\.1 is a loss over all layers at once, and mesh\.pipeline 2 parts them",
         ),

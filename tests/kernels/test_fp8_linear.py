@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gigatrain.errors import KernelError
 from gigatrain.kernels import fp8_experts, fp8_fused, fp8_linear, moe, ops, rms_norm, swiglu
-from gigatrain.kernels.fp8_linear import Delayed, Product, Watch, form_of, operands, widened
+from gigatrain.kernels.fp8_linear import Delayed, Operand, Product, Watch, form_of, multiplied, operands, widened
 
 SCALINGS = list(fp8_linear.VERSIONS)
 
@@ -156,6 +156,10 @@ def test_what_does_not_fit_is_refused_with_the_way_out() -> None:
 def test_hardware_is_refused_by_what_it_lacks(scaling: fp8_linear.Scaling, capability, why, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    if scaling == "blockwise":
+        monkeypatch.setattr(torch.version, "cuda", "12.8")
+        assert "from CUDA 12.9 on" in (fp8_linear.refused(scaling, torch.device("cuda")) or "")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     found = fp8_linear.refused(scaling, torch.device("cuda"))
     assert (found is None) == (why is None)
     if why is not None:
@@ -239,6 +243,35 @@ def test_no_one_else_reads_what_was_never_written() -> None:
         KernelError, match=r'aten.add.Tensor would read a tensor that was written as FP8 codes alone; set kernels.quantise = "reference"'
     ):
         torch.add(y, 1)
+
+
+@pytest.mark.parametrize("scaling", ["rowwise", "blockwise", "tensorwise"])
+@pytest.mark.parametrize("tokens", [128, 384])
+def test_the_three_products_have_the_scales_that_torch_wants(scaling: str, tokens: int) -> None:
+    """On meta, where torch checks shapes and strides as for a GPU: scales of 1 x 128 are not transposed, of rows and squares they are."""
+    form, (outputs, inputs) = form_of(scaling), (1024, 2048)
+    shapes = {"input": (tokens, inputs), "weight": (outputs, inputs), "gradient": (tokens, outputs)}
+
+    def both(role: str) -> tuple[Operand, Operand]:
+        """As kernels make it, on meta: each tensor with its strides."""
+        made = operands(torch.zeros(shapes[role], dtype=torch.bfloat16), form, role)[:2]  # type: ignore[arg-type]
+        return tuple(Operand(*(getattr(one, key).to("meta") for key in ("codes", "scales", "all"))) for one in made)  # type: ignore[return-value]
+
+    (x, x_across), (w, w_across), (dy, dy_across) = both("input"), both("weight"), both("gradient")
+    for a, b, roles, shape in (
+        (x, w, ("input", "weight"), (tokens, outputs)),
+        (dy, w_across, ("gradient", "weight"), (tokens, inputs)),
+        (dy_across, x_across, ("gradient", "input"), (outputs, inputs)),
+    ):
+        assert multiplied(a, b, form, roles, torch.bfloat16).shape == shape  # type: ignore[arg-type]
+
+
+def test_a_product_works_in_inference_mode() -> None:
+    x, weight = torch.randn(4, 32), torch.randn(16, 32)
+    product = Product(form_of("rowwise"))
+    with torch.inference_mode():
+        found = product(x.clone(), weight)
+    torch.testing.assert_close(found, product(x, weight))
 
 
 # ---- Experts ----

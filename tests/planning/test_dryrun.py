@@ -36,6 +36,11 @@ def test_every_parameter_is_held_once_and_bytes_are_the_plans():
     assert first.calls["allreduce over 128"] == 1  # the step's only one over all ranks
 
 
+def test_released_gradients_are_counted_as_if_kept():
+    found = dry_run(made("optim.clip=false", "train.release=true", "train.microbatch=8"))
+    assert [role.whole for role in found.roles] == [found.plan.parameters]
+
+
 def test_layers_that_are_alike_are_built_thrice_and_multiplied():
     shallow, deep = (made(f"model.architecture.layers={n}", "train.batch=64", "train.microbatch=1", ranks=64) for n in (3, 9))
     small, large = dry_run(shallow), dry_run(deep)

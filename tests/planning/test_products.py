@@ -121,6 +121,32 @@ def test_experts_are_rowwise_or_high():
     assert kernels(high)["experts"] == "grouped"
 
 
+def test_experts_stay_high_where_the_keys_cannot_be_followed():
+    high = made(*LOW, *WIDE, *MOE, "fp8.scales=fp32")
+    assert high.fp8 is not None
+    assert [kept.why for kept in high.fp8.high] == ["experts in FP8 have scales of powers of two, and fp8.scales is fp32"]
+    emulated = made(*LOW, *WIDE, *MOE, site="one-gpu")
+    assert emulated.fp8 is not None
+    assert [kept.why for kept in emulated.fp8.high] == ["experts in FP8 are not emulated on a GPU"]
+
+
+def test_a_table_that_nobody_reads_is_refused():
+    with pytest.raises(PlanError, match=r'\[fp8\] is read where train.precision is "fp8", and it is "bf16"; set it, or remove the table'):
+        made("fp8.scaling=mxfp8")
+
+
+def test_another_mesh_is_the_same_run_though_reasons_differ():
+    one, two = (made("optim.name=adamw", *WIDE, *MOE, *mesh, ranks=2) for mesh in (("mesh.expert=2",), ("mesh.tensor=2",)))
+    assert one.kernels != two.kernels
+    assert one.identity == two.identity
+    low = made(*LOW, *WIDE, *MOE, 'fp8.high=["k_proj"]')
+    assert low.fp8 is not None
+    high = tuple(kept.model_copy(update={"why": "64 x 256 is below fp8.least"}) for kept in low.fp8.high)
+    assert low.model_copy(update={"fp8": low.fp8.model_copy(update={"high": high})}).identity == low.identity
+    balanced = ("optim.name=adamw", *MOE, "loss.router_aux=0.01")
+    assert made(*balanced, "train.microbatch=4").identity != made(*balanced, "train.microbatch=2").identity
+
+
 def test_producers_quantise_on_a_gpu_where_nothing_else_reads():
     gpu = ("train.precision=fp8", "fp8.least=[16, 16]")
 
