@@ -247,7 +247,7 @@ def test_no_one_else_reads_what_was_never_written() -> None:
 
 @pytest.mark.parametrize("scaling", ["rowwise", "blockwise", "tensorwise"])
 @pytest.mark.parametrize("tokens", [128, 384])
-def test_the_three_products_have_the_scales_that_torch_wants(scaling: str, tokens: int) -> None:
+def test_the_three_products_have_the_scales_that_torch_wants(scaling: fp8_linear.Scaling, tokens: int) -> None:
     """On meta, where torch checks shapes and strides as for a GPU: scales of 1 x 128 are not transposed, of rows and squares they are."""
     form, (outputs, inputs) = form_of(scaling), (1024, 2048)
     shapes = {"input": (tokens, inputs), "weight": (outputs, inputs), "gradient": (tokens, outputs)}
