@@ -337,10 +337,17 @@ def _kernels(recipe: Recipe, site: Site, architecture: Architecture | Foreign, l
     reasons |= {op: (name, "the recipe says so") for op, name in wanted.items() if op != "default"}
     if low is not None:
         how = "train.precision fp8" + (", emulated" if low.emulate else "")
+        lowered: dict[str, tuple[str, str]] = {}
         if any(name != products.EXPERTS for name in low.low):
-            reasons["linear"] = (products.VERSIONS[low.scaling], f"{how}: {low.scaling}")
+            lowered["linear"] = (products.VERSIONS[low.scaling], f"{how}: {low.scaling}")
         if products.EXPERTS in low.low:
-            reasons |= dict.fromkeys(("moe", "experts"), ("fp8_rowwise", f"{how}: rowwise, weight gradients bf16"))
+            lowered |= dict.fromkeys(("moe", "experts"), ("fp8_rowwise", f"{how}: rowwise, weight gradients bf16"))
+        if twice := [op for op in lowered if op in wanted]:
+            raise PlanError(
+                f'kernels.{twice[0]} "{wanted[twice[0]]}" and train.precision "fp8" both choose these products; leave kernels.{twice[0]} out, and name '
+                "what is to stay in bf16 in fp8.high"
+            )
+        reasons |= lowered
     return tuple(Choice(op=op, kernel=kernel, why=why) for op, (kernel, why) in reasons.items())
 
 

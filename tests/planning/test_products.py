@@ -130,6 +130,13 @@ def test_experts_stay_high_where_the_keys_cannot_be_followed():
     assert [kept.why for kept in emulated.fp8.high] == ["experts in FP8 are not emulated on a GPU"]
 
 
+def test_two_choices_of_one_product_are_refused():
+    with pytest.raises(
+        PlanError, match=r'kernels.moe "grouped" and train.precision "fp8" both choose these products; leave kernels.moe out'
+    ):
+        made(*LOW, *WIDE, *MOE, "kernels.moe=grouped")
+
+
 def test_a_table_that_nobody_reads_is_refused():
     with pytest.raises(PlanError, match=r'\[fp8\] is read where train.precision is "fp8", and it is "bf16"; set it, or remove the table'):
         made("fp8.scaling=mxfp8")
