@@ -41,6 +41,15 @@ def test_released_gradients_are_counted_as_if_kept():
     assert [role.whole for role in found.roles] == [found.plan.parameters]
 
 
+def test_ranks_share_experts_that_are_fewer_than_they_are():
+    """2 experts of each rank of `expert` over 4 ranks: cut whole, two of those would have one each and two none."""
+    moe = ("family=mixtral", "experts=4", "experts_per_token=2", "tied=false")
+    found = dry_run(made(*(f"model.architecture.{one}" for one in moe), "mesh.expert=2", ranks=8))
+    first, last = found.roles
+    assert first.parameters == pytest.approx(last.parameters, rel=0.02)
+    assert first.weights == pytest.approx(found.plan.memory.weights, rel=0.02)
+
+
 def test_layers_that_are_alike_are_built_thrice_and_multiplied():
     shallow, deep = (made(f"model.architecture.layers={n}", "train.batch=64", "train.microbatch=1", ranks=64) for n in (3, 9))
     small, large = dry_run(shallow), dry_run(deep)
