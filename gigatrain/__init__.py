@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gigatrain import load
-    from gigatrain.config import Recipe, Site
+    from gigatrain.config import Recipe
     from gigatrain.loop import train
     from gigatrain.planning.plan import Plan, plan
+    from gigatrain.site import Site
 
 __all__ = ["Plan", "Recipe", "Site", "load", "plan", "train"]
 __version__ = metadata.version("gigatrain")

@@ -63,7 +63,12 @@ def _train(options: argparse.Namespace) -> None:
         display.plan(chosen, why)
     from gigatrain.loop import train  # torch, 2 s: everything that can be refused without it has been
 
-    train(chosen, folder, start="new" if options.new else "resume" if options.resume else "auto", display=display)
+    train(
+        chosen,
+        folder,
+        start="new" if options.new else "resume" if options.resume else "continue" if options.go_on else "auto",
+        display=display,
+    )
 
 
 def _measured(config: Any) -> Any:
@@ -279,6 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     how = train.add_mutually_exclusive_group()
     how.add_argument("--new", action="store_true", help="start at step 0; what DIR holds is moved to DIR.1")
     how.add_argument("--resume", action="store_true", help="go on from DIR's newest whole checkpoint; an error if there is none")
+    how.add_argument("--continue", action="store_true", dest="go_on", help="go on if DIR has a checkpoint, else begin: what a job says")
 
     planned = command("plan", _plan, "show what a run will do, and start nothing", _PLAN)
     recipe_arguments(planned)

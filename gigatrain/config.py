@@ -1,6 +1,6 @@
-"""Every model of a recipe and of a site: frozen, strict, free of torch.
+"""Every model of a recipe: frozen, strict, free of torch.
 
-A recipe says what is wanted, a site says what the machines are. Both are read by `gigatrain.load`; nobody reads them after `plan()`.
+A recipe says what is wanted, a site (site.py) says what the machines are. Both are read by `gigatrain.load`; nobody reads them after `plan()`.
 """
 
 from typing import Annotated, Literal, Self
@@ -406,17 +406,3 @@ class Recipe(Section):
         "`default`, auto or reference, decides the rest.",
     )
     export: bool = Field(default=True, description="Write export/ (transformers' format) when the run ends.")
-
-
-class Site(Section):
-    """The machines: what a plan may count on."""
-
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
-    summary: str
-    device: Literal["cpu", "cuda"]
-    memory_bytes: Count | None = Field(
-        default=None, description="Memory that one rank may fill; unknown: the plan shows its need and checks nothing."
-    )
-    accelerator: Literal["a100", "h100", "h200", "gh200", "b200", "gb200", "b300", "gb300", "mi300x", "mi325x"] | None = Field(
-        default=None, description="What the GPUs are; unknown: kernels are chosen that work on all of them."
-    )

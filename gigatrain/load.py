@@ -14,9 +14,10 @@ from pydantic import BaseModel, ValidationError
 
 from gigatrain import architectures, foreign
 from gigatrain.architectures import Architecture
-from gigatrain.config import Model, Recipe, Section, Site
+from gigatrain.config import Model, Recipe, Section
 from gigatrain.errors import GigatrainError, RecipeError, SiteError
 from gigatrain.foreign import Foreign
+from gigatrain.site import Site
 
 _PACKAGE = Path(__file__).parent
 
@@ -39,7 +40,7 @@ def sites() -> dict[str, Path]:
 
 
 def recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe: a path, or the name of a shipped one; `overrides` are `dotted.key=value` as given to --set.
+    """Read a recipe: a path (TOML, or the JSON that a job keeps of it), or the name of a shipped one; `overrides` are `dotted.key=value` as given to --set.
 
     Raises RecipeError for a missing file, bad TOML, an unknown key, a wrong type, a value out of range or a contradiction.
     """
@@ -54,7 +55,7 @@ def recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def site(source: str | Path) -> Site:
-    """Read a site: a path, or the name of a shipped one."""
+    """Read a site: a path (TOML, or the JSON that a job keeps of it), or the name of a shipped one."""
     path = _find(source, sites(), "site", SiteError)
     result = _validate(Site, _toml(path, SiteError), str(path), SiteError)
     assert isinstance(result, Site)
@@ -186,7 +187,10 @@ def _find(source: str | Path, known: Mapping[str, Path], what: str, error: type[
 
 def _toml(path: Path, error: type[GigatrainError]) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except json.JSONDecodeError as failure:
+        raise error(f"{path} is not valid JSON: {failure}") from None
     except tomllib.TOMLDecodeError as failure:
         raise error(f"{path} is not valid TOML: {failure}") from None
     except UnicodeDecodeError as failure:

@@ -18,7 +18,7 @@ from gigatrain.parallel import ranks
 from gigatrain.parallel.mesh import Mesh
 from gigatrain.planning.plan import Plan
 
-Start = Literal["new", "resume", "auto"]
+Start = Literal["new", "resume", "auto", "continue"]
 
 
 @dataclass
@@ -64,7 +64,8 @@ def opened(plan: Plan, folder: Path, start: Start) -> Iterator[tuple[Run, bool]]
     """Take the run folder for this process; yields the run and whether it resumes.
 
     `new` starts at step 0 (a run that the folder held is moved aside, never deleted), `resume` needs a checkpoint made under a plan of the
-    same identity, `auto` starts only where the folder holds no run. Raises RunError when the folder is in use or taken, CheckpointError
+    same identity, `auto` starts only where the folder holds no run, and `continue`, for jobs that may be started again, goes on where there is a committed
+    checkpoint and else begins, in the same folder. Raises RunError when the folder is in use or taken, CheckpointError
     when there is nothing to resume or the plan differs.
     """
     folder = folder.absolute()
@@ -79,6 +80,10 @@ def opened(plan: Plan, folder: Path, start: Start) -> Iterator[tuple[Run, bool]]
     except OSError as failure:
         raise RunError(f"{folder} cannot be the run folder: {failure.strerror}; name another with --run") from None
     with _locked(folder):
+        if start == "continue":
+            start = "resume" if any((folder / "checkpoints").glob("step-*/COMMITTED")) else "auto"
+            if start == "auto":
+                (folder / "run.json").unlink(missing_ok=True)  # claimed, and ended before its first save: nothing is lost
         if start == "auto" and (folder / "run.json").is_file():
             raise RunError(f"{folder} already holds a run; go on with --resume, start over with --new, or name another folder with --run")
         if start == "resume":

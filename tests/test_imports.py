@@ -14,10 +14,12 @@ LEVELS = [
     ["errors"],
     ["architectures", "foreign"],
     ["config"],
+    ["site"],
     ["load", "planning"],
+    ["launching"],
     ["kernels", "data", "parallel"],
     ["models", "optim", "tune"],
-    ["engines", "observe", "checkpoint", "bench"],
+    ["engines", "observe", "checkpoint", "bench", "preflight"],
     ["run"],
     ["export"],
     ["generate"],
@@ -27,7 +29,7 @@ LEVELS = [
 ]
 ONLY = {"kernels": {"errors", "kernels"}, "data": {"errors", "config", "data"}}  # can be lifted out and used alone
 NOT = {"models": {"parallel", "data", "engines"}}
-TORCH_FREE = {"errors", "architectures", "foreign", "config", "load", "planning", "cli", "__init__", "__main__"}
+TORCH_FREE = {"errors", "architectures", "foreign", "config", "site", "load", "planning", "launching", "cli", "__init__", "__main__"}
 HOMES = {
     "deepspeed": {"engines.deepspeed"},
     "datasets": {"data.sources"},

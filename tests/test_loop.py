@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from gigatrain import load, loop, run
+from gigatrain.checkpoint import Checkpoints
 from gigatrain.data.loader import Batches
 from gigatrain.engines.native import Native
 from gigatrain.errors import CheckpointError, DataError, RunError
@@ -182,7 +183,8 @@ def test_killed_at_random_moments_the_run_ends_bitwise_equal(tiny, undisturbed, 
             time.sleep(0.001)
         if ended is None:
             os.kill(child, signal.SIGKILL)
-            assert waited(child) == -signal.SIGKILL
+            ended = waited(child)  # 0: it ended by itself between the last look and the signal
+        if ended == -signal.SIGKILL:
             kills += 1
         elif ended == 0 and kills >= 10:
             break
@@ -594,3 +596,33 @@ def test_a_disk_that_fills_up_ends_in_one_message_and_whole_checkpoints(tiny, tm
             assert run.checkpoints(mount / "run").latest()[1] == []
     finally:
         subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_continue_begins_where_nothing_is_and_goes_on_where_a_checkpoint_is(tiny, undisturbed, tmp_path):
+    """What a job says at each of its starts; a folder claimed by a process that died before its first save holds nothing to lose."""
+    folder = tmp_path / "run"
+
+    def dying():
+        Checkpoints.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        trained(tiny, folder, start="continue")
+
+    assert waited(in_child(dying)) == -signal.SIGKILL
+    assert (folder / "run.json").is_file()
+    assert not list(folder.glob("checkpoints/*/COMMITTED"))
+
+    def interrupted():
+        step = Native.step
+
+        def stepping(self, rate):
+            if int(self.state()["optimizer"]["steps"].tensor) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(self, rate)
+
+        Native.step = stepping  # type: ignore[method-assign]
+        assert trained(tiny, folder, start="continue") is None
+
+    assert waited(in_child(interrupted)) == 0
+    summary = trained(tiny, folder, start="continue")
+    assert summary["resumes"] == [6]
+    assert summary["weights_sha256"] == undisturbed[1]["weights_sha256"]
+    assert windows(folder) == windows(undisturbed[0])

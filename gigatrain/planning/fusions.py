@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Literal
 
 from gigatrain.architectures import Architecture
-from gigatrain.config import Mesh, Recipe, Section, Site
+from gigatrain.config import Mesh, Recipe, Section
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
+from gigatrain.site import Site
 
 Name = Literal["fuse", "main_grads", "graph", "release"]
 

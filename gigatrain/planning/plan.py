@@ -23,7 +23,6 @@ from gigatrain.config import (
     Sample,
     Schedule,
     Section,
-    Site,
     Tokenizer,
     Validation,
 )
@@ -31,6 +30,7 @@ from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
 from gigatrain.planning import attention, axes, cost, fusions, products
 from gigatrain.planning.fusions import Fusion, Name
+from gigatrain.site import Site
 
 # Every operation and its implementations, the reference first: kernels/ops.py's, known here without torch (a test holds them equal).
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {

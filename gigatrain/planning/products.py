@@ -3,9 +3,10 @@
 from typing import Literal
 
 from gigatrain.architectures import Architecture
-from gigatrain.config import FP8, Mesh, Recipe, Section, Site
+from gigatrain.config import FP8, Mesh, Recipe, Section
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
+from gigatrain.site import Site
 
 Scaling = Literal["rowwise", "blockwise", "tensorwise", "mxfp8", "nvfp4"]
 # kernels/fp8_linear.py's, known here without torch (a test holds them equal): versions by scaling, and what the dims of a matrix are multiples of.
