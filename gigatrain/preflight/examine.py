@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gigatrain.errors import RunError
-from gigatrain.preflight import burn, findings, gpu, host, storage
+from gigatrain.preflight import burn, findings, gpu, host, network, storage
 from gigatrain.preflight.findings import Check, Clock
 from gigatrain.preflight.verdict import Verdict, node_name
 from gigatrain.site import Site
@@ -73,6 +73,10 @@ def examine(
             verdict.facts.setdefault("hung", []).extend(hung)
         if mine.ranks > 1:
             _keep(verdict, out, "network", clock)
+            joined = _network(site, verdict, run or out, root)
+            found, hung = findings.run(joined.checks(), clock, doing)
+            verdict.findings += found
+            verdict.facts |= {"links": joined.measured, "hung": verdict.facts.get("hung", []) + hung}
         verdict.running = None
         verdict.took_s = round(clock.spent_s, 2)
         _keep(verdict, out, None, clock)
@@ -101,6 +105,18 @@ def _local(
         ("storage", _storage(site, run, free_gib)),
         ("work", [Check("torch", host.imported, 40), *burn.checks(site.device, quick, None, verdict.facts, root)]),
     ]
+
+
+def _network(site: Site, verdict: Verdict, folder: Path | None, root: Path) -> network.Network:
+    """The meeting of a job's nodes, over as many GPUs as torch sees here; what the driver is belongs to what must be equal."""
+    links = 0
+    if site.device == "cuda":
+        import torch
+
+        links = torch.cuda.device_count() if torch.distributed.is_nccl_available() else 0
+    return network.Network(
+        verdict.rank, verdict.ranks, verdict.node, verdict.versions, folder, links=links, nic_gbit_s=site.network.nic_gbit_s.value
+    )
 
 
 def _storage(site: Site, run: Path | None, free_gib: float | None) -> list[Check]:

@@ -43,12 +43,16 @@ def worst(name: str, parts: Sequence[Finding], well: str) -> Finding:
     """The parts of one check (each GPU, each port) as one finding of the worst state; `well` is said where all are ok."""
     if not parts:
         return Finding(name, "ok", well)
-    state: State = max((part.state for part in parts), key=lambda state: WORST.index(state))
+    state: State = max((part.state for part in parts), key=_rank)
     chosen = [part for part in parts if part.state == state]
     if state == "ok":
         return Finding(name, "ok", well, chosen[0].value, chosen[0].limit)
     shown = "; ".join(dict.fromkeys(part.said for part in chosen[:8])) + (f"; and {len(chosen) - 8} more" if len(chosen) > 8 else "")
     return Finding(name, state, shown, chosen[0].value, chosen[0].limit, next((part.way_out for part in chosen if part.way_out), ""))
+
+
+def _rank(state: State) -> int:
+    return WORST.index(state)
 
 
 def health(findings: Sequence[Finding]) -> Health:

@@ -80,7 +80,7 @@ class Gpu:
             try:
                 return getattr(pynvml, f"nvmlDeviceGet{name}")(self.handle, *given)
             except pynvml.NVMLError as failure:
-                if failure.value in UNTOLD:
+                if getattr(failure, "value", None) in UNTOLD:
                     return None
                 raise
 
@@ -269,7 +269,7 @@ def nvlink(gpu: Gpu) -> list[Finding]:
         try:
             state = gpu.NvLinkState(link)
         except pynvml.NVMLError as failure:
-            if failure.value == pynvml.NVML_ERROR_INVALID_ARGUMENT:  # beyond its last link
+            if getattr(failure, "value", None) == pynvml.NVML_ERROR_INVALID_ARGUMENT:  # beyond its last link
                 break
             raise
         if state is not None:

@@ -19,6 +19,7 @@ from typing import Literal
 from gigatrain.errors import RunError
 from gigatrain.preflight import verdict as verdicts
 from gigatrain.preflight.findings import Finding, Health
+from gigatrain.preflight.network import PARTS
 from gigatrain.preflight.verdict import Verdict
 
 TIMES = 5.0
@@ -83,7 +84,7 @@ def judge(folder: Path, nodes: int, expect: Sequence[str] = (), excluded: Path |
     """Read every verdict of `folder`, compare them, choose `nodes` of them and append the bad ones to `excluded`.
 
     The order is that of `expect` (the allocation's), else of the ranks, which Slurm gives by its node list: by topology where the site has one. A fault
-    that more than half of the nodes share (a full file system, a launcher's mistake) is no node's own: it keeps them from training, and nobody is excluded for it.
+    that more than half of the nodes share (a full file system, a launcher's mistake) is no node's own: it keeps them from training, and nobody is excluded.
     Raises RunError where there is no folder.
     """
     if not folder.is_dir():
@@ -124,11 +125,11 @@ def _meeting(read: Mapping[str, Verdict]) -> dict[tuple[str, str], Finding]:
     if met:
         return {}
     return {
-        (node, one.name): Finding(one.name, "warn", f"{one.said} (its host, rank 0, is at fault)", one.value, one.limit)
+        (node, one.name): Finding(one.name, "untested", f"{one.said} (the meeting's host, rank 0, is at fault)", one.value, one.limit)
         for node, found in read.items()
-        if found.rank != 0 or found.running is None
+        if found.rank != 0
         for one in found.findings
-        if one.name == "rendezvous" and one.state == "bad"
+        if one.name in PARTS and one.state == "bad"
     }
 
 
