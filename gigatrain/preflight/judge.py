@@ -107,6 +107,8 @@ def judge(folder: Path, nodes: int, expect: Sequence[str] = (), excluded: Path |
     rows = [_row(node, findings[node]) for node in order]
     judgement = Judgement(rows, [], nodes)
     _choose(judgement)
+    if blamed:
+        judgement.notes.append("the network between the nodes was not tested: the host of their meeting, rank 0, is at fault")
     if outside := sorted(set(read) - set(order)):
         judgement.notes.append(f"not asked for, and left out: {', '.join(outside[:8])}{' …' if len(outside) > 8 else ''}")
     _exclude(judgement, findings, excluded, run)
