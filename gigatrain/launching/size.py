@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from gigatrain.errors import SiteError
-from gigatrain.site import Figure, Site
+from gigatrain.site import Site
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,8 @@ def whole(site: Site) -> int | None:
 
 def assumed(site: Site, *paths: str) -> tuple[str, ...]:
     """`path = value (source)` of each of these figures that is assumed."""
-    found = []
-    for path in paths:
-        figure: Figure = site  # type: ignore[assignment]
-        for part in path.split("."):
-            figure = getattr(figure, part)
-        if figure.basis == "assumed":
-            found.append(f"{path} = {figure.value:,g} ({figure.source})")
-    return tuple(found)
+    figures = dict(site.figures())
+    return tuple(f"{path} = {figures[path].value:,.10g} ({figures[path].source})" for path in paths if figures[path].basis == "assumed")
 
 
 def shown(watts: float) -> str:

@@ -6,10 +6,10 @@ import pytest
 
 from gigatrain.errors import SiteError
 from gigatrain.launching.size import shown, size
-from gigatrain.site import Figure, Node, Power, Site
+from gigatrain.site import Basis, Figure, Node, Power, Site
 
 
-def said(value, basis="declared", source="a test"):
+def said(value, basis: Basis = "declared", source="a test"):
     return Figure(value=value, basis=basis, source=source)
 
 
