@@ -49,6 +49,10 @@ def size(site: Site, nodes: int | None = None, gpus: int | None = None, megawatt
         nodes = math.floor(megawatts * 1e6 / share)
         if nodes == 0:
             raise SiteError(f"{megawatts:g} MW is less than one node of {site.name} draws, {shown(share)}")
+        if (has := whole(site)) is not None and nodes > has:
+            raise SiteError(
+                f"{megawatts:g} MW would feed {nodes:,} nodes, and {site.name} has {has:,}, which draw {shown(has * share)}; give --nodes {has}"
+            )
     per_node = site.ranks_per_node
     if nodes is not None and gpus is not None:
         if gpus % nodes:
