@@ -78,6 +78,11 @@ def size(site: Site, nodes: int | None = None, gpus: int | None = None, megawatt
         assumes += assumed(site, "node.accelerators") if site.node.ranks is None else ()
     assert gpus is not None
     _fits(site, nodes, gpus)
+    most = site.scheduler.max_nodes
+    if most.value is not None and nodes is not None and nodes > most.value:
+        assumes.append(
+            f"{nodes:,} nodes in one job, where its partition or qos gives {most.value:,.0f} ({most.source}): another, or an agreement"
+        )
     watts = None if share is None or nodes is None else nodes * share
     return Size(nodes, gpus, watts, tuple(dict.fromkeys([*assumes, *(notes if watts is not None else ())])))
 
