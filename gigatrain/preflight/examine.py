@@ -5,11 +5,13 @@ The verdict is on disk before each part that may hang, so that a node which neve
 
 import faulthandler
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from gigatrain.errors import RunError
+from gigatrain.planning import hardware
 from gigatrain.preflight import burn, findings, gpu, host, network, storage
 from gigatrain.preflight.findings import Check, Clock
 from gigatrain.preflight.verdict import Verdict, node_name
@@ -59,9 +61,10 @@ def examine(
     `run` is where runs are written (default: `out`, else the site's paths.runs); `quick` burns for half a second; `root` stands for the machine's files.
     """
     mine, clock = task(), Clock(limit_s)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its store warns of every wait that ends in time; read when torch is imported
     verdict = Verdict(node_name(), rank=mine.rank, ranks=mine.ranks, versions=host.versions(root))
     # A call into a driver that keeps Python's lock stops every thread; this one is C's and ends the process, which then has said where it was.
-    faulthandler.dump_traceback_later(limit_s + 10, exit=True)
+    faulthandler.dump_traceback_later(limit_s + 10, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
@@ -73,7 +76,7 @@ def examine(
             verdict.facts.setdefault("hung", []).extend(hung)
         if mine.ranks > 1:
             _keep(verdict, out, "network", clock)
-            joined = _network(site, verdict, run or out, root)
+            joined = _network(site, verdict, run or out, out)
             found, hung = findings.run(joined.checks(), clock, doing)
             verdict.findings += found
             verdict.facts |= {"links": joined.measured, "hung": verdict.facts.get("hung", []) + hung}
@@ -96,18 +99,26 @@ def _local(
 ) -> list[tuple[str, list[Check]]]:
     """What is checked on this node alone, by part."""
     cuda = site.device == "cuda"
-    local = site.name in ("laptop", "one-gpu")  # they say what a run may use, not what the machine has
+    local = site.kind == "local"  # such a site says what a run may use, not what the machine has
     accelerators = site.ranks_per_node if cuda and not local else None
     nic = site.network.nic_gbit_s.value
     return [
         ("host", host.checks(site.device, root, nic)),
         ("gpus", gpu.checks(cuda, accelerators, root)),
         ("storage", _storage(site, run, free_gib)),
-        ("work", [Check("torch", host.imported, 40), *burn.checks(site.device, quick, None, verdict.facts, root)]),
+        ("work", [Check("torch", host.imported, 40), *burn.checks(site.device, quick, reached_tflops(site), verdict.facts, root)]),
     ]
 
 
-def _network(site: Site, verdict: Verdict, folder: Path | None, root: Path) -> network.Network:
+def reached_tflops(site: Site) -> float | None:
+    """What large bf16 products reach on one device of the site's accelerator; None: nobody measured it, or the site does not say what it is."""
+    if site.accelerator is None:
+        return None
+    chip = hardware.chip(site.accelerator)
+    return None if chip.reached_bf16.value is None else chip.reached_bf16.value / chip.devices
+
+
+def _network(site: Site, verdict: Verdict, folder: Path | None, out: Path | None) -> network.Network:
     """The meeting of a job's nodes, over as many GPUs as torch sees here; what the driver is belongs to what must be equal."""
     links = 0
     if site.device == "cuda":
@@ -115,7 +126,7 @@ def _network(site: Site, verdict: Verdict, folder: Path | None, root: Path) -> n
 
         links = torch.cuda.device_count() if torch.distributed.is_nccl_available() else 0
     return network.Network(
-        verdict.rank, verdict.ranks, verdict.node, verdict.versions, folder, links=links, nic_gbit_s=site.network.nic_gbit_s.value
+        verdict.rank, verdict.ranks, verdict.node, verdict.versions, folder, links=links, nic_gbit_s=site.network.nic_gbit_s.value, out=out
     )
 
 

@@ -3,7 +3,8 @@
 Slow is said by robust statistics over nodes of the same hardware. With m the median and s = max(1.4826 MAD, FLOOR m), a node is slow where its figure is
 worse than m by more than 5 s. For normal noise that is one false alarm in three million nodes; the floor of 2 % (CPUs, whose cores are shared: 10 %) means
 that nothing within 10 % (50 %) of the median is ever called slow, so two to four nodes that are about equal never are. Of two nodes no one can say which is
-slow. A node that is 15 % slower is found where the others scatter by less than 2 %. Slow nodes are suspect: a spare is taken instead if there is one.
+slow. A node that is 15 % slower is found where the others scatter by less than 2 % (of three nodes, whose scatter is hardly
+known, one in six is missed). Slow nodes are suspect: a spare is taken instead if there is one.
 """
 
 import fcntl
@@ -98,6 +99,7 @@ def judge(folder: Path, nodes: int, expect: Sequence[str] = (), excluded: Path |
         elif read[node].running is not None:
             said = f"the doctor did not come to its end there: it stopped in {read[node].running}"
             added[node].append(Finding("verdict", "bad", said))
+    order += _unnamed(read, added) if not expect else []
     here = {node: read[node] for node in order if node in read}
     blamed = _meeting(here)
     _compare(here, added)
@@ -113,6 +115,16 @@ def judge(folder: Path, nodes: int, expect: Sequence[str] = (), excluded: Path |
         judgement.notes.append(f"not asked for, and left out: {', '.join(outside[:8])}{' …' if len(outside) > 8 else ''}")
     _exclude(judgement, findings, excluded, run)
     return judgement
+
+
+def _unnamed(read: Mapping[str, Verdict], added: dict[str, list[Finding]]) -> list[str]:
+    """Tasks of the job that left no verdict, where nobody said which nodes there are: known by their rank only, and so never put on a list."""
+    ranks = max((found.ranks for found in read.values()), default=1)
+    missing = sorted(set(range(ranks)) - {found.rank for found in read.values()}) if ranks > 1 else []
+    names = [f"rank {rank}" for rank in missing]
+    for name in names:
+        added[name].append(Finding("verdict", "bad", "it said nothing, and --expect did not say which node it is"))
+    return names
 
 
 def _row(node: str, findings: Sequence[Finding]) -> Row:
@@ -188,7 +200,8 @@ def _exclude(judgement: Judgement, findings: Mapping[str, Sequence[Finding]], ex
     lines: list[str] = []
     for row in judgement.rows:
         own = [f"{one.name}: {one.said}" for one in findings[row.node] if one.state == "bad" and one.name not in shared]
-        if own and excluded is not None:
+        named = row.node in findings and not row.node.startswith("rank ")
+        if own and named and excluded is not None:
             row.excluded = True
             lines.append(json.dumps({"node": row.node, "reason": "; ".join(own)[:1000], "time": verdicts.now(), "run": run}) + "\n")
     if excluded is not None and lines:

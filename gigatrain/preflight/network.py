@@ -1,6 +1,7 @@
 """The nodes of one job together: who came, whose clock, versions, files and links differ, and who hangs; nobody waits for a dead one longer than a limit.
 
-Rank 0 holds a store (torch's TCPStore at MASTER_ADDR:MASTER_PORT). Every node tells what it has seen, rank 0 compares and publishes; a heart beats through a
+Rank 0 holds a store (torch's TCPStore), at MASTER_ADDR:MASTER_PORT, else, in a step of Slurm, where its note in the folder of verdicts says.
+Every node tells what it has seen, rank 0 compares and publishes; a heart beats through a
 connection of its own, so that a node which is stopped is told from one that is only waiting. Links are measured in rounds of pairs, each pair with a process
 group of its own: a hanging node costs its partner of one round one time limit, and no other node anything. `Network` needs no process group to exist.
 """
@@ -42,7 +43,8 @@ PARTS = (
 class Network:
     """This node's part in the meeting; `checks()` are run in order by findings.run, each with what the former learned.
 
-    `now` is the wall clock (a test skews it), `folder` a folder that all nodes should see, `links` how many GPUs to measure with (0: gloo on CPUs).
+    `now` is the wall clock (a test skews it), `folder` a folder that all nodes should see, `out` that of the verdicts, `links` how many GPUs to
+    measure with (0: gloo on CPUs).
     """
 
     def __init__(
@@ -57,9 +59,12 @@ class Network:
         nic_gbit_s: float | None = None,
         join_s: float = JOIN_S,
         now: Callable[[], float] = time.time,
+        out: Path | None = None,
     ) -> None:
         self.rank, self.ranks, self.node, self.versions, self.folder = rank, ranks, node, dict(versions), folder
         self.links, self.nic_gbit_s, self.join_s, self.now = links, nic_gbit_s, join_s, now
+        self.note = meeting_note(out)
+        self.address = ""
         self.store: Any = None
         self.roster: list[int] = []
         self.names: dict[int, str] = {}
@@ -103,23 +108,26 @@ class Network:
         """A store that every node finds, and who came within `join_s`."""
         from torch.distributed import TCPStore
 
-        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-        if not address or not (port or "").isdecimal():
-            said = f"the network was not tested: MASTER_ADDR={address!r}, MASTER_PORT={port!r} in the environment of {self.ranks} tasks"
-            return Finding("rendezvous", "untested", said, None, None, "export both before srun: rank 0's node and a free port")
-        where = f"{address}:{port}"
-        if self.rank == 0 and (found := host.bindable(int(port or 0))).state == "bad":
+        begin = time.monotonic()
+        place = self._place(begin)
+        if isinstance(place, Finding):
+            return place
+        self.address, port = place
+        where = f"{self.address}:{port}"
+        if self.rank == 0 and port and (found := host.bindable(port)).state == "bad":
             return Finding("rendezvous", "bad", f"{found.said}, so no node can find another", found.value, None, found.way_out)
         seconds = datetime.timedelta(seconds=self.join_s)
-        begin = time.monotonic()
         try:
-            self.store = TCPStore(address, int(port or 0), None, self.rank == 0, seconds, wait_for_workers=False)
-            beating = TCPStore(address, int(port or 0), None, False, seconds, wait_for_workers=False)
+            self.store = TCPStore(self.address, port, None, self.rank == 0, seconds, wait_for_workers=False)
+            beating = TCPStore(self.address, self.store.port, None, False, seconds, wait_for_workers=False)
         except (RuntimeError, ValueError) as failure:
             said = f"rank 0's store at {where} was not reached in {time.monotonic() - begin:.0f} s: {str(failure).splitlines()[0][:160]}"
             return Finding(
                 "rendezvous", "bad", said, where, self.join_s, "does rank 0's node run, does its name resolve, is the port open?"
             )
+        if self.rank == 0 and not port:
+            where = f"{self.address}:{self.store.port}"
+            self._leave_note(self.store.port)
         threading.Thread(target=self._beat, args=(beating,), name="doctor heart", daemon=True).start()
         self._tell("here", {"node": self.node, "versions": self.versions, "links": self.links})
         self.store.add("came", 1)
@@ -144,6 +152,37 @@ class Network:
         if absent:
             return Finding("rendezvous", "ok", f"{shown}; without rank {_shown(sorted(absent))}, which never came", len(absent), 0)
         return Finding("rendezvous", "ok", shown, 0, 0)
+
+    def _place(self, begin: float) -> tuple[str, int] | Finding:
+        """Where rank 0's store is, or is to be; port 0: a free one, of which its note will tell the others."""
+        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        if address and port and port.isdecimal():
+            return address, int(port)
+        if self.note is None:
+            said = f"the network was not tested: MASTER_ADDR={address!r}, MASTER_PORT={port!r} in the environment of {self.ranks} tasks"
+            return Finding(
+                "rendezvous",
+                "untested",
+                said,
+                None,
+                None,
+                "export both: rank 0's node and a free port; a step of Slurm with --out needs none",
+            )
+        if self.rank == 0:
+            return socket.gethostname(), 0
+        while time.monotonic() - begin < self.join_s:
+            if told := host.text(self.note):
+                address, port = json.loads(told)
+                return str(address), int(port)
+            time.sleep(0.1)
+        said = f"rank 0 left no note of its store in {self.note} for {self.join_s:g} s"
+        return Finding("rendezvous", "bad", said, None, self.join_s, "does rank 0's node run, is the folder the same there?")
+
+    def _leave_note(self, port: int) -> None:
+        assert self.note is not None
+        new = self.note.with_suffix(".new")
+        new.write_text(json.dumps([self.address, port]))
+        new.replace(self.note)
 
     def _gather_all(self, begin: float) -> None:
         """Rank 0: wait for all, but not longer; then say who is absent and what most have in common."""
@@ -221,13 +260,14 @@ class Network:
             port = self._told("clock", 4)
             if port is None:
                 return Finding("clock", "untested", "rank 0 told no time")
-            offset, error = _offset(os.environ["MASTER_ADDR"], port, self.now)
+            offset, error = _offset(self.address, port, self.now)
         self._tell("offset", offset)
         if self.rank == 0:
             offsets = self._heard("offset", self.roster, 4)
             self.store.set("median", json.dumps([statistics.median(offsets.values()), max(offsets.values(), key=abs), len(offsets)]))
         told = self._told("median", 6)
         if server is not None:
+            server.shutdown(socket.SHUT_RDWR)  # ends the thread that waits for calls
             server.close()
         if told is None:
             return Finding("clock", "untested", "rank 0 told no time")
@@ -484,8 +524,18 @@ class Network:
         self._tell("done", 1)
         if self.rank == 0:
             self._heard("done", self.healthy, 5)
+            if self.note is not None:
+                self.note.unlink(missing_ok=True)
         self.gone.set()
         return []
+
+
+def meeting_note(out: Path | None) -> Path | None:
+    """The file in which rank 0 says where its store is: of this step of this start of this job. None outside Slurm, where an old one could not be told."""
+    step = [os.environ.get(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
+    if out is None or None in step:
+        return None
+    return out / f".meeting-{'-'.join(map(str, step))}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def partners(roster: Sequence[int], rank: int, rounds: int) -> list[int | None]:

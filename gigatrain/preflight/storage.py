@@ -1,5 +1,6 @@
 """What runs are written on: a write that lasts, room, inodes, locks, on the run's file system and on node-local scratch."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -114,8 +115,8 @@ def write(name: str, folder: Path, size: int = PROBE_BYTES) -> Finding:
     except OSError as failure:
         return _refused(name, folder, failure)
     finally:
-        for left in (new, path):
-            left.unlink(missing_ok=True) if folder.is_dir() else None
+        _gone(new)
+        _gone(path)
     rate = len(data) / 1e6 / seconds
     if not same:
         said = f"{folder}: what was read back is not what was written"
@@ -142,7 +143,13 @@ def lock(name: str, folder: Path, flock: Callable[[Any, int], None] = fcntl.floc
             return Finding(name, "bad", f"{folder}: no flock ({failure.strerror})", errno.errorcode.get(failure.errno), "flock", way)
         return _refused(name, folder, failure)
     finally:
-        path.unlink(missing_ok=True) if folder.is_dir() else None
+        _gone(path)
+
+
+def _gone(path: Path) -> None:
+    """Remove what a check left; a file system that refused to write it may refuse this too, which is not what is told."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _refused(name: str, folder: Path, failure: OSError) -> Finding:

@@ -39,13 +39,14 @@ def ask(nvml_library):
     """`ask(faults, accelerators=8)`: every NVML check's finding by name, on eight GPUs with these faults."""
     environment = os.environ | {"LD_LIBRARY_PATH": str(nvml_library)}
     with subprocess.Popen([sys.executable, "-c", _ASKED], stdin=-1, stdout=-1, text=True, env=environment) as process:
-        assert process.stdin
-        assert process.stdout
+        given, answers = process.stdin, process.stdout
+        assert given is not None
+        assert answers is not None
 
         def asked(faults=None, accelerators=8):
-            process.stdin.write(json.dumps([faults or {}, accelerators]) + "\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
+            given.write(json.dumps([faults or {}, accelerators]) + "\n")
+            given.flush()
+            return json.loads(answers.readline())
 
         yield asked
-        process.stdin.close()
+        given.close()

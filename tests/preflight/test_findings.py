@@ -11,6 +11,11 @@ def ok(name="fine"):
     return Check(name, lambda: Finding(name, "ok", "well"))
 
 
+def hangs(never) -> list[Finding]:
+    never.wait()
+    return []
+
+
 def broken():
     raise ValueError("of no use")
 
@@ -25,7 +30,7 @@ def test_a_check_that_raises_is_bad_with_its_error():
 def test_a_check_that_hangs_is_left_behind_at_its_own_limit():
     never = threading.Event()
     begin = time.monotonic()
-    found, hung = findings.run([Check("hangs", lambda: never.wait() and [], 0.2), ok()], Clock(60))
+    found, hung = findings.run([Check("hangs", lambda: hangs(never), 0.2), ok()], Clock(60))
     assert time.monotonic() - begin < 10
     assert [(one.name, one.state, one.limit) for one in found] == [("hangs", "bad", 0.2), ("fine", "ok", None)]
     assert hung == ["hangs"]
@@ -34,7 +39,7 @@ def test_a_check_that_hangs_is_left_behind_at_its_own_limit():
 
 def test_what_the_whole_limit_leaves_no_time_for_is_untested_by_name():
     never = threading.Event()
-    found, hung = findings.run([Check("long", lambda: never.wait() and [], 30), ok("a"), ok("b")], Clock(0.3))
+    found, hung = findings.run([Check("long", lambda: hangs(never), 30), ok("a"), ok("b")], Clock(0.3))
     assert [(one.name, one.state) for one in found] == [("long", "untested"), ("a", "untested"), ("b", "untested")]
     assert hung == ["long"]
     assert "all that was left of 0.3 s" in found[0].said

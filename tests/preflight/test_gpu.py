@@ -79,7 +79,11 @@ LOG = """\
 @pytest.mark.parametrize(
     ("line", "state", "words"),
     [
-        ("Xid (PCI:0000:1b:00): 79, pid='<unknown>', GPU has fallen off the bus.", "bad", "Xid 79 on 0000:1b:00, GPU has fallen off the bus"),
+        (
+            "Xid (PCI:0000:1b:00): 79, pid='<unknown>', GPU has fallen off the bus.",
+            "bad",
+            "Xid 79 on 0000:1b:00, GPU has fallen off the bus",
+        ),
         ("Xid (PCI:0000:9d:00): 74, pid=100, NVLink: fatal error detected on link 6", "bad", "NVLink error"),
         ("Xid (PCI:0000:9d:00): 48, pid=100, An uncorrectable double bit error (DBE)", "bad", "double-bit ECC error"),
         ("Xid (PCI:0000:9d:00): 119, pid=100, Timeout after 6s of waiting for RPC response from GPU0 GSP!", "bad", "GSP timeout"),

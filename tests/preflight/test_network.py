@@ -31,7 +31,9 @@ def node(rank, ranks, port, folder, faults):
     if what == "dead":
         return {}
     checks = mine.checks()
-    if what == "hung":  # stopped by a signal once it has met, as a node whose kernel hangs; another process wakes it so that the test can end
+    if (
+        what == "hung"
+    ):  # stopped by a signal once it has met, as a node whose kernel hangs; another process wakes it so that the test can end
         found, _ = findings.run(checks[:value], findings.Clock(60))
         (folder / f"pid-{rank}").write_text(str(os.getpid()))
         time.sleep(0.3)
@@ -48,10 +50,6 @@ def node(rank, ranks, port, folder, faults):
 
 def met(ranks, folder, faults=None):
     return together(ranks, node, ranks, free_port(), folder, faults or {}, timeout_s=120)
-
-
-def node_of(rank, ranks, port, folder, faults):
-    return node(rank, ranks, port, folder, faults)
 
 
 def states(found):
@@ -95,7 +93,7 @@ def test_a_hung_host_of_the_meeting_leaves_the_others_with_an_end(tmp_path):
 
 @pytest.mark.parametrize(("skew", "state"), [(0.1, "ok"), (2.0, "warn"), (-30.0, "bad")])
 def test_a_clock_that_differs_is_named_by_how_much(tmp_path, skew, state):
-    found = [together_clock for together_clock in together(3, clocks, 3, free_port(), tmp_path, {1: ("skew", skew)})]
+    found = together(3, clocks, 3, free_port(), tmp_path, {1: ("skew", skew)})
     assert [one.state for one in found] == ["ok", state, "ok"]
     assert found[1].value == pytest.approx(-skew, abs=0.05)
     assert ("ahead of" if skew > 0 else "behind") in found[1].said
