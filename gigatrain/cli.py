@@ -278,7 +278,7 @@ def _doctor(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(verdict.json(), indent=2), flush=True)
     else:
-        show.verdict(verdict)
+        show.line(verdict) if out else show.verdict(verdict)
     sys.stdout.flush()
     # In a job the verdict is in its file, and who judges it is not this task. Threads that hang in a driver would hold a plain exit.
     code = HealthError.exit_code if verdict.health == "bad" and out is None else 0

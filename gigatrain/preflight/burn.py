@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,24 @@ CORES = 512
 Touch = Callable[[int, int, Any], None]  # (unit, repetition, result): a test flips bits here
 
 
-def checks(device: str, quick: bool, tflops: float | None, facts: dict[str, Any], root: Path = Path("/")) -> list[Check]:
-    """`tflops` is what a GPU of the site reaches in bf16 (None: unknown); what nodes are compared by goes into `facts`."""
+@dataclass(frozen=True)
+class Usual:
+    """What one device of the site's kind gives, where that is known: reached bf16 TFLOP/s, declared GB/s of its memory and of its links to others."""
+
+    tflops: float | None = None
+    memory_gbyte_s: float | None = None
+    links_gbyte_s: float | None = None
+
+
+def checks(device: str, quick: bool, usual: Usual, facts: dict[str, Any], root: Path = Path("/")) -> list[Check]:
+    """What nodes are compared by goes into `facts`."""
     seconds = 0.5 if quick else 3.0
     made = [Check("torch gpus", lambda: seen(device), 15)]
     if device == "cuda":
         made += [
-            Check("burn", lambda: burn_cuda(seconds, tflops, facts), 20 + seconds),
-            Check("device memory", device_memory, 10),
+            Check("burn", lambda: burn_cuda(seconds, usual.tflops, facts), 20 + seconds),
+            Check("device memory", lambda: device_memory(usual.memory_gbyte_s), 10),
+            Check("gpu links", lambda: gpu_links(usual.links_gbyte_s), 10),
             Check("host to device", host_to_device, 10),
             Check("kernel", kernel, 20),
         ]
@@ -235,7 +246,7 @@ def _unequal(unit: str, names: Sequence[int], answers: Sequence[tuple[str, int, 
     return parts
 
 
-def device_memory() -> Finding:
+def device_memory(usual: float | None = None) -> Finding:
     """Copies within each GPU's memory, in turn; `value` is GB/s (read and write) of the slowest."""
     import torch
 
@@ -245,7 +256,23 @@ def device_memory() -> Finding:
         target = torch.empty_like(source)
         return 2 * _best(lambda: target.copy_(source), source.numel(), place)
 
-    return _rates("device memory", [rate(place) for place in range(torch.cuda.device_count())])
+    return _rates("device memory", [rate(place) for place in range(torch.cuda.device_count())], usual)
+
+
+def gpu_links(usual: float | None = None) -> Finding:
+    """Copies from each GPU to the next one of the node, in turn; `value` is GB/s in one direction of the slowest."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if count < 2:
+        return Finding("gpu links", "untested", f"torch sees {count} GPU{'s' if count != 1 else ''}: there is no other to copy to")
+
+    def rate(place: int) -> float:
+        source = torch.zeros(256 << 20, dtype=torch.uint8, device=f"cuda:{place}")
+        target = torch.empty(source.numel(), dtype=torch.uint8, device=f"cuda:{(place + 1) % count}")
+        return _best(lambda: target.copy_(source), source.numel(), place, (place + 1) % count)
+
+    return _rates("gpu links", [rate(place) for place in range(count)], usual)
 
 
 def host_to_device() -> Finding:
@@ -261,21 +288,26 @@ def host_to_device() -> Finding:
     return _rates("host to device", [rate(place) for place in range(torch.cuda.device_count())])
 
 
-def _best(copy: Callable[[], Any], size: int, place: int) -> float:
-    """GB/s of the fastest of five."""
+def _best(copy: Callable[[], Any], size: int, *places: int) -> float:
+    """GB/s of the fastest of five, from when all `places` are idle to when they are again."""
     import torch
+
+    def idle() -> None:
+        for place in places:
+            torch.cuda.synchronize(place)
 
     seconds = []
     for _ in range(6):
-        torch.cuda.synchronize(place)
+        idle()
         begin = time.perf_counter()
         copy()
-        torch.cuda.synchronize(place)
+        idle()
         seconds.append(time.perf_counter() - begin)
     return size / min(seconds[1:]) / 1e9
 
 
-def _rates(name: str, rates: list[float]) -> Finding:
+def _rates(name: str, rates: list[float], usual: float | None = None) -> Finding:
+    """The slowest of the GPUs, against their neighbours and against 70 % of what is declared (a copy reaches 85 to 95 % of it)."""
     if not rates:
         return Finding(name, "untested", "torch sees no GPU")
     middle = sorted(rates)[len(rates) // 2]
@@ -286,8 +318,11 @@ def _rates(name: str, rates: list[float]) -> Finding:
         for place, rate in enumerate(rates)
         if rate < SLOWER * middle
     ]
-    shown = f"{min(rates):,.0f} to {max(rates):,.0f} GB/s over {len(rates)} GPUs"
-    return worst(name, parts, shown) if parts else Finding(name, "ok", shown, round(min(rates), 1))
+    if usual and min(rates) < 0.7 * usual:
+        said = f"GPU {rates.index(min(rates))}: {min(rates):,.0f} GB/s, {usual:,.0f} are declared for its kind"
+        parts.append(Finding(name, "warn", said, round(min(rates), 1), usual, "clocks, power limit, or links that are down"))
+    shown = f"{min(rates):,.0f} to {max(rates):,.0f} GB/s over {len(rates)} GPUs" + (f"; {usual:,.0f} are declared" if usual else "")
+    return worst(name, parts, shown) if parts else Finding(name, "ok", shown, round(min(rates), 1), usual)
 
 
 def host_memory() -> Finding:

@@ -3,6 +3,7 @@
 The verdict is on disk before each part that may hang, so that a node which never comes back has said where it was.
 """
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -15,7 +16,7 @@ from gigatrain.planning import hardware
 from gigatrain.preflight import burn, findings, gpu, host, network, storage
 from gigatrain.preflight.findings import Check, Clock
 from gigatrain.preflight.verdict import Verdict, node_name
-from gigatrain.site import Site
+from gigatrain.site import Figure, Site
 
 LIMIT_S = 50.0
 NETWORK_S = 22.0  # kept back for the network of a job
@@ -67,7 +68,8 @@ def examine(
     faulthandler.dump_traceback_later(limit_s + 10, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):  # _keep tells it
+                out.mkdir(parents=True, exist_ok=True)
         for part, checks in _local(site, verdict, run or out, quick, free_gib, root):
             _keep(verdict, out, part, clock)
             kept_s = NETWORK_S if mine.ranks > 1 else 0.0
@@ -79,7 +81,7 @@ def examine(
             joined = _network(site, verdict, run or out, out)
             found, hung = findings.run(joined.checks(), clock, doing)
             verdict.findings += found
-            verdict.facts |= {"links": joined.measured, "hung": verdict.facts.get("hung", []) + hung}
+            verdict.facts |= {"links": joined.measured, "hung": verdict.facts.get("hung", []) + hung + joined.left}
         verdict.running = None
         verdict.took_s = round(clock.spent_s, 2)
         _keep(verdict, out, None, clock)
@@ -90,8 +92,14 @@ def examine(
 
 def _keep(verdict: Verdict, out: Path | None, part: str | None, clock: Clock) -> None:
     verdict.running, verdict.took_s = part, round(clock.spent_s, 2)
-    if out is not None:
+    if out is None:
+        return
+    try:
         verdict.write(out)
+    except OSError as failure:  # a full disk, mostly: what was found is still worth telling
+        if not any(one.name == "verdict" for one in verdict.findings):
+            said = f"it cannot be written to {out}: {failure.strerror}"
+            verdict.findings.append(findings.Finding("verdict", "bad", said, None, None, "make room, or give another --out"))
 
 
 def _local(
@@ -106,16 +114,21 @@ def _local(
         ("host", host.checks(site.device, root, nic)),
         ("gpus", gpu.checks(cuda, accelerators, root)),
         ("storage", _storage(site, run, free_gib)),
-        ("work", [Check("torch", host.imported, 40), *burn.checks(site.device, quick, reached_tflops(site), verdict.facts, root)]),
+        ("work", [Check("torch", host.imported, 40), *burn.checks(site.device, quick, usual(site), verdict.facts, root)]),
     ]
 
 
-def reached_tflops(site: Site) -> float | None:
-    """What large bf16 products reach on one device of the site's accelerator; None: nobody measured it, or the site does not say what it is."""
+def usual(site: Site) -> burn.Usual:
+    """What one device of the site's accelerator gives; unknown where the site does not say what it is, or nobody measured it."""
     if site.accelerator is None:
-        return None
+        return burn.Usual()
     chip = hardware.chip(site.accelerator)
-    return None if chip.reached_bf16.value is None else chip.reached_bf16.value / chip.devices
+
+    def each(figure: Figure, scale: float = 1.0) -> float | None:
+        return None if figure.value is None else figure.value * scale / chip.devices
+
+    links = site.network.scale_up_gbyte_s if site.network.scale_up_gbyte_s.known else chip.scale_up_gbyte_s
+    return burn.Usual(each(chip.reached_bf16), each(chip.hbm_tbyte_s, 1000), each(links))
 
 
 def _network(site: Site, verdict: Verdict, folder: Path | None, out: Path | None) -> network.Network:
@@ -126,8 +139,21 @@ def _network(site: Site, verdict: Verdict, folder: Path | None, out: Path | None
 
         links = torch.cuda.device_count() if torch.distributed.is_nccl_available() else 0
     return network.Network(
-        verdict.rank, verdict.ranks, verdict.node, verdict.versions, folder, links=links, nic_gbit_s=site.network.nic_gbit_s.value, out=out
+        verdict.rank,
+        verdict.ranks,
+        verdict.node,
+        verdict.versions,
+        folder,
+        links=links,
+        nic_gbit_s=site.network.nic_gbit_s.value,
+        out=out,
+        fit=_fit(verdict),
     )
+
+
+def _fit(verdict: Verdict) -> bool:
+    """Whether the others may be asked to work with this node; a full disk does not forbid it."""
+    return not any(one.state == "bad" and not one.name.startswith(("run", "scratch")) for one in verdict.findings)
 
 
 def _storage(site: Site, run: Path | None, free_gib: float | None) -> list[Check]:

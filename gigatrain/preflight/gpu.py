@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +20,63 @@ from gigatrain.preflight.host import text
 
 IDLE_CELSIUS = 70  # OLMo refuses 55; sites cooled with warm water idle above that
 RECENT_S = 24 * 3600.0  # a fault older than this may have been mended by a reset: it warns
-# Hardware that has to be reset, drained or replaced; of these a job does not survive.
+# By the immediate action of NVIDIA's catalog: these want a reset, a reboot or a look at the machine.
 XID_BAD = {
     46: "GPU stopped processing",
     48: "double-bit ECC error",
+    54: "auxiliary power is not connected",
     62: "internal micro-controller halt",
-    64: "row remapping failed",
+    64: "memory remapping failed",
     74: "NVLink error",
     79: "GPU has fallen off the bus",
     95: "uncontained memory error",
+    109: "context switch timeout",
     110: "security fault",
     119: "GSP timeout",
     120: "GSP error",
     136: "link training failed",
     140: "unrecovered ECC error",
-    142: "NVENC3 or fabric error",
     143: "GPU initialization error",
-    145: "NVLink RLW error",
-    149: "NVLink NETIR error",
-    150: "NVLink MSE error",
-    154: "GPU recovery action changed",
+    156: "resource retirement waits for a reset",
+    158: "GPU fatal timeout",
+    167: "PCIe fatal timeout",
+    171: "uncorrectable DRAM error",
+    172: "uncorrectable SRAM error",
 }
 XID_WARN = {
-    61: "internal micro-controller breakpoint",
-    63: "row remapping is recorded and waits for a reset",
+    32: "corrupted push buffer, mostly by PCIe",
+    63: "a memory row was remapped",
     92: "many corrected ECC errors",
     94: "contained memory error",
-    109: "context switch timeout",
+    121: "corrected errors of the link to the CPU",
+    155: "NVLink went down",
+    157: "resource retirement failed",
+    168: "errors in protected memory",
 }
-XID_PROGRAM = (8, 13, 31, 32, 43, 44, 45, 68, 69)  # mostly a program's own faults
+XID_NVLINK5 = range(144, 151)  # bad if the line says Fatal, else a warning
+XID_ACTION = 154  # tells in words what the driver wants: "... changed from 0x0 (None) to 0x1 (GPU Reset Required)"
+# Restart the program or ignore, says the catalog: mostly a program's own faults.
+XID_PROGRAM = {
+    8,
+    13,
+    31,
+    *range(37, 46),
+    60,
+    *range(66, 73),
+    75,
+    76,
+    77,
+    80,
+    *range(82, 87),
+    88,
+    89,
+    *range(96, 109),
+    *range(126, 136),
+    137,
+    139,
+    141,
+    142,
+}
 REASONS: tuple[tuple[int, str, State], ...] = (
     (0x08, "hardware slowdown", "bad"),
     (0x40, "hardware thermal slowdown", "bad"),
@@ -157,6 +185,8 @@ def _each(name: str, one: Callable[[Gpu], Sequence[Finding]]) -> Finding:
                     parts.append(gpu.says(name, "bad", str(failure)))
     except pynvml.NVMLError as failure:
         return Finding(name, "untested", f"no NVIDIA GPU: {failure}")
+    if name == "nvlink" and {part.state for part in parts} > {"untested"}:  # the others have links: this one should
+        parts = [replace(part, state="bad", way_out=_WAY) if part.state == "untested" else part for part in parts]
     if not parts:
         return Finding(name, "untested", "these GPUs or this driver do not tell" if gpus else "no NVIDIA GPU")
     return worst(name, parts, "; ".join(dict.fromkeys(re.sub(r"^GPU \d+: ", "", part.said) for part in parts)))
@@ -279,9 +309,7 @@ def nvlink(gpu: Gpu) -> list[Finding]:
     down = [link for link, state in states.items() if not state]
     if len(down) == len(states):
         return [
-            gpu.says(
-                "nvlink", "warn", f"none of {len(states)} NVLinks is active", 0, len(states), "no bridge, or the fabric manager is down"
-            )
+            gpu.says("nvlink", "untested", f"none of its {len(states)} NVLinks is active: no bridge, or no fabric manager", 0, len(states))
         ]
     if down:
         said = f"NVLink {', '.join(map(str, down))} of {len(states)} down"
@@ -383,8 +411,7 @@ def judged_log(lines: Sequence[str], now_s: float) -> Finding:
             if number in XID_PROGRAM:
                 programs += 1
                 continue
-            what = XID_BAD.get(number) or XID_WARN.get(number) or "not in our table; see NVIDIA's Xid catalog"
-            state: State = "bad" if number in XID_BAD else "warn"
+            state, what = _meant(number, words)
             parts.append(_aged(f"Xid {number} on {xid['bus']}, {what}", state, age_s, number))
             continue
         for pattern, what, state in _OTHER:
@@ -396,8 +423,21 @@ def judged_log(lines: Sequence[str], now_s: float) -> Finding:
     return worst("kernel log", parts, f"no hardware error in {len(lines):,} lines{note}")
 
 
+def _meant(number: int, words: str) -> tuple[State, str]:
+    """How bad an Xid is, and what it says."""
+    if number in XID_NVLINK5:
+        return ("bad" if re.search(r"\bFatal\b", words) else "warn"), "NVLink error: " + words.partition(f"): {number},")[2].strip()[:80]
+    if number == XID_ACTION:
+        wanted = re.search(r"to 0x\w+ \(([^)]*)\)", words)
+        action = wanted[1] if wanted else "?"
+        return ("ok" if action == "None" else "warn" if action == "Drain P2P" else "bad"), f"the driver wants: {action}"
+    if number in XID_BAD:
+        return "bad", XID_BAD[number]
+    return "warn", XID_WARN.get(number, "not in our table; see NVIDIA's Xid catalog")
+
+
 def _aged(said: str, state: State, age_s: float | None, value: int | None) -> Finding:
-    if age_s is not None and age_s > RECENT_S:
+    if age_s is not None and age_s > RECENT_S and state != "ok":
         return Finding("kernel log", "warn", f"{said}, {age_s / 86400:.0f} days ago", value, None, "if the GPU was reset since, nothing")
     return Finding("kernel log", state, said, value, None, _WAY)
 

@@ -109,6 +109,9 @@ def judge(folder: Path, nodes: int, expect: Sequence[str] = (), excluded: Path |
     rows = [_row(node, findings[node]) for node in order]
     judgement = Judgement(rows, [], nodes)
     _choose(judgement)
+    untested = [{one.name for one in found.findings if one.state == "untested"} for found in here.values()]
+    if everywhere := set.intersection(*untested) if untested else set():
+        judgement.notes.append(f"not tested on any node: {', '.join(sorted(everywhere))}")
     if blamed:
         judgement.notes.append("the network between the nodes was not tested: the host of their meeting, rank 0, is at fault")
     if outside := sorted(set(read) - set(order)):

@@ -44,7 +44,8 @@ class Network:
     """This node's part in the meeting; `checks()` are run in order by findings.run, each with what the former learned.
 
     `now` is the wall clock (a test skews it), `folder` a folder that all nodes should see, `out` that of the verdicts, `links` how many GPUs to
-    measure with (0: gloo on CPUs).
+    measure with (0: gloo on CPUs). A node that is not `fit` (its GPU computes wrong, or hangs) meets, compares, and stays away from the links. `left` names
+    what hung in a thread and was left behind.
     """
 
     def __init__(
@@ -60,21 +61,30 @@ class Network:
         join_s: float = JOIN_S,
         now: Callable[[], float] = time.time,
         out: Path | None = None,
+        fit: bool = True,
     ) -> None:
         self.rank, self.ranks, self.node, self.versions, self.folder = rank, ranks, node, dict(versions), folder
         self.links, self.nic_gbit_s, self.join_s, self.now = links, nic_gbit_s, join_s, now
         self.note = meeting_note(out)
+        self.fit, self.unfit = fit, []
+        self.left: list[str] = []
         self.address = ""
         self.store: Any = None
         self.roster: list[int] = []
         self.names: dict[int, str] = {}
         self.common: dict[str, tuple[str, int]] = {}
-        self.healthy: list[int] = []
+        self.members: list[int] = []  # of the roster, those that are fit
+        self.healthy: list[int] = []  # of these, those whose links work
         self.measured: dict[str, float] = {}
         self.latency_us: float | None = None
         self.gone = threading.Event()
         self.busy: str | None = None
         self.met = False
+
+    @property
+    def transfer_s(self) -> float:
+        """How long one group may take: NCCL's first of each GPU takes seconds to find its way."""
+        return 12.0 if self.links else TRANSFER_S
 
     def checks(self) -> list[Check]:
         def part(name: str, run: Callable[[], Finding | Sequence[Finding]], limit_s: float) -> Check:
@@ -97,8 +107,8 @@ class Network:
             part("clock", self.clock, 8),
             part("versions equal", self.equal, 4),
             part("visible", self.visible, 14),
-            part("links", self.pairs, 20),
-            part("all-reduce", self.all_reduce, 14),
+            part("links", self.pairs, 12 + 2 * self.transfer_s),
+            part("all-reduce", self.all_reduce, 8 + self.transfer_s),
             part("leave", self.leave, 6),
         ]
 
@@ -129,7 +139,7 @@ class Network:
             where = f"{self.address}:{self.store.port}"
             self._leave_note(self.store.port)
         threading.Thread(target=self._beat, args=(beating,), name="doctor heart", daemon=True).start()
-        self._tell("here", {"node": self.node, "versions": self.versions, "links": self.links})
+        self._tell("here", {"node": self.node, "versions": self.versions, "links": self.links, "fit": self.fit})
         self.store.add("came", 1)
         if self.rank == 0:
             self._gather_all(begin)
@@ -144,7 +154,8 @@ class Network:
                 "rendezvous", "bad", said, round(time.monotonic() - begin, 1), self.join_s, "slow to start: its file system or its cores"
             )
         self.roster = [rank for rank in range(self.ranks) if rank not in absent]
-        self.healthy = list(self.roster)
+        self.unfit = told["unfit"]
+        self.healthy = self.members = [rank for rank in self.roster if rank not in self.unfit]
         self.common = {name: (value, count) for name, (value, count) in told["common"].items()}
         self.links = told["links"]
         self.met = True
@@ -195,8 +206,9 @@ class Network:
             value, count = Counter(one["versions"].get(name, "none") for one in there.values()).most_common(1)[0]
             common[name] = (value, count)
         absent = [rank for rank in range(self.ranks) if rank not in there]
-        links = min(one["links"] for one in there.values())
-        self.store.set("roster", json.dumps({"absent": absent, "common": common, "links": links}))
+        unfit = [rank for rank, one in there.items() if not one["fit"]]
+        links = min((one["links"] for one in there.values() if one["fit"]), default=0)
+        self.store.set("roster", json.dumps({"absent": absent, "unfit": unfit, "common": common, "links": links}))
 
     def _beat(self, store: Any) -> None:
         count = 0
@@ -377,11 +389,13 @@ class Network:
 
     def pairs(self) -> list[Finding]:
         """Bandwidth and latency with one partner a round; `value` is the best of the rounds in GB/s, so that a slow partner is not this node's fault."""
-        if len(self.roster) < 2:
-            return [Finding("links", "untested", "no other node met")]
+        if not self.fit:
+            return [Finding("links", "untested", "this node is bad already and stays away from the others")]
+        if len(self.members) < 2:
+            return [Finding("links", "untested", "no other fit node met")]
         results: dict[str, Any] = {}
         hung: set[int] = set()
-        for turn, partner in enumerate(partners(self.roster, self.rank, ROUNDS)):
+        for turn, partner in enumerate(partners(self.members, self.rank, 2 if self.links else ROUNDS)):
             if partner is None or partner in hung:
                 continue
             why = self._wait_for(partner, turn)
@@ -397,11 +411,9 @@ class Network:
             results[str(partner)] = why
         self._tell("pairs", results)
         if self.rank == 0:
-            told = self._heard("pairs", self.roster, 8)
-            blamed = self._blamed(told)
-            self.healthy = [rank for rank in self.roster if rank not in blamed]
+            blamed = self._blamed(self._heard("pairs", self.members, 3 + self.transfer_s))
             self.store.set("blamed", json.dumps(blamed))
-        blamed = self._told("blamed", 12)
+        blamed = self._told("blamed", 7 + self.transfer_s)
         return self._links(results, [] if blamed is None else blamed)
 
     def _wait_for(self, partner: int, turn: int) -> str | None:
@@ -417,7 +429,7 @@ class Network:
 
     def _blamed(self, told: Mapping[int, Mapping[str, Any]]) -> list[int]:
         """Nodes that reported nothing, and those none of whose pairs worked though a partner that did report is well otherwise."""
-        silent = [rank for rank in self.roster if rank not in told]
+        silent = [rank for rank in self.members if rank not in told]
         blamed = set(silent)
         for rank, results in told.items():
             others = {int(partner): found for partner, found in results.items() if int(partner) not in silent}
@@ -426,7 +438,7 @@ class Network:
         return sorted(blamed)
 
     def _links(self, results: Mapping[str, Any], blamed: Sequence[int]) -> list[Finding]:
-        self.healthy = [rank for rank in self.roster if rank not in blamed]
+        self.healthy = [rank for rank in self.members if rank not in blamed]
         well = {self._name(int(partner)): found for partner, found in results.items() if isinstance(found, dict)}
         failed = {int(partner): why for partner, why in results.items() if not isinstance(why, dict)}
         self.measured = {name: found["gbyte_s"] for name, found in well.items()}
@@ -471,7 +483,7 @@ class Network:
             )
         results: dict[str, Any] = {}
         try:
-            self._group_measured("all", members, 8.0, "all", results)
+            self._group_measured("all", members, self.transfer_s, "all", results)
         except (RuntimeError, TimeoutError) as failure:
             hung = [self._name(rank) for rank in self._stale([rank for rank in members if rank != self.rank])]
             whose = f"{', '.join(hung)} hangs" if hung else str(failure).splitlines()[0][:160]
@@ -484,14 +496,36 @@ class Network:
     def _group_measured(self, prefix: str, members: Sequence[int], limit_s: float, name: str, results: dict[str, Any]) -> None:
         """All-reduces over a group of these members' own: GB/s that each sends over all its links (NCCL's bus bandwidth), and the time of a small one.
 
-        Raises RuntimeError or TimeoutError where the group does not come together or does not end in time.
+        Raises RuntimeError or TimeoutError where the group does not come together or does not end in time. It works in a thread: NCCL's first call waits
+        for its peer without a limit.
         """
+        found: dict[str, Any] = {}
+        done = threading.Event()
+
+        def work() -> None:
+            try:
+                found["well"] = self._reductions(prefix, members, limit_s)
+            except BaseException as failure:
+                found["failure"] = failure
+            done.set()
+
+        threading.Thread(target=work, name=f"doctor {prefix}", daemon=True).start()
+        if not done.wait(limit_s + 2):
+            self.left.append(prefix)
+            raise TimeoutError(f"the group did not come together in {limit_s:g} s")
+        if "failure" in found:
+            raise found["failure"]
+        results[name] = found["well"]
+
+    def _reductions(self, prefix: str, members: Sequence[int], limit_s: float) -> dict[str, float]:
         import torch
         from torch.distributed import PrefixStore, ProcessGroupGloo
 
         place, count = members.index(self.rank), len(members)
-        limit = datetime.timedelta(seconds=limit_s)
         devices = [torch.device("cuda", link) for link in range(self.links)] or [torch.device("cpu")]
+        # NCCL's watchdog would end the process of a healthy node whose partner hangs; our own limit is _reduced's.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
         groups: list[Any] = []
         try:
             for link, device in enumerate(devices):
@@ -501,20 +535,18 @@ class Network:
 
                     torch.cuda.set_device(device)
                     options = ProcessGroupNCCL.Options()
-                    options._timeout = limit
+                    options._timeout = datetime.timedelta(minutes=10)
                     groups.append(ProcessGroupNCCL(store, place, count, options))
                 else:
-                    groups.append(ProcessGroupGloo(store, place, count, limit))
+                    groups.append(ProcessGroupGloo(store, place, count, datetime.timedelta(seconds=limit_s)))
             size = SIZE_CUDA if self.links else SIZE_CPU
             large = [torch.ones(size // 4, device=device) for device in devices]
             small = [torch.ones(2, device=device) for device in devices]
             _reduced(groups, small, limit_s)  # connects
             tiny = min(_reduced(groups[:1], small[:1], limit_s) for _ in range(10))
             seconds = min(_reduced(groups, large, limit_s) for _ in range(4))
-            results[name] = {
-                "gbyte_s": len(devices) * size * 2 * (count - 1) / count / seconds / 1e9,
-                "latency_us": tiny * 1e6,
-            }
+            sent = len(devices) * size * 2 * (count - 1) / count
+            return {"gbyte_s": sent / seconds / 1e9, "latency_us": tiny * 1e6}
         finally:
             for group in groups:
                 group.abort() if self.links else group.shutdown()

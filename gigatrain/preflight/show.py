@@ -33,6 +33,16 @@ def verdict(found: Verdict, console: Console | None = None) -> None:
     console.print(Text(f"{found.node} is {found.health}", style=_HEALTH[found.health]), Text(f"({shown}; {found.took_s:.1f} s)"))
 
 
+def line(found: Verdict, console: Console | None = None) -> None:
+    """A verdict in a job's log: one line, and the reasons."""
+    console = console or Console(highlight=False, soft_wrap=True)
+    untested = sum(one.state == "untested" for one in found.findings)
+    why = "".join(f"\n  {reason}" for reason in found.reasons)
+    console.print(
+        Text(f"{found.node} is {found.health} ({untested} checks untested; {found.took_s:.1f} s){why}", style=_HEALTH[found.health])
+    )
+
+
 def judgement(found: Judgement, console: Console | None = None) -> None:
     """One line a node that is not healthy or not chosen, and how many are well."""
     console = console or Console(stderr=True, highlight=False)

@@ -54,5 +54,5 @@ def test_what_needs_a_gpu_says_so_here():
     assert burn.seen("cuda").state == "bad"  # a build without CUDA on a site with GPUs
     assert burn.burn_cuda(0.1, None, {}).state == "untested"
     assert isinstance(burn.host_memory().value, float)
-    names = [check.name for check in burn.checks("cpu", True, None, {})]
+    names = [check.name for check in burn.checks("cpu", True, burn.Usual(), {})]
     assert names == ["torch gpus", "burn", "kernel", "host memory"]

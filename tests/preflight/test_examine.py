@@ -10,7 +10,7 @@ import pytest
 
 from gigatrain import cli, load
 from gigatrain.errors import RunError
-from gigatrain.preflight import examine, findings, network
+from gigatrain.preflight import burn, examine, findings, network
 
 TASK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "MASTER_ADDR", "MASTER_PORT")
 
@@ -115,6 +115,22 @@ def test_a_job_keeps_its_local_verdict_while_the_network_hangs(tmp_path, monkeyp
     assert [one.state for one in found.findings if one.name == "rendezvous"] == ["bad"]
 
 
+def test_a_full_disk_under_the_verdict_itself_is_told(tmp_path, capsys):
+    full = tmp_path / "full"
+    full.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "doctor", str(full)], capture_output=True, check=False).returncode:
+        pytest.skip("mounting takes root")
+    try:
+        (full / "ballast").write_bytes(bytes(64 << 10))
+        cli.main(["doctor", "--quick", "--site", "laptop", "--out", str(full), "--free-gib", "0"])
+        out = capsys.readouterr().out
+        assert "here is bad" in out
+        assert f"verdict: it cannot be written to {full}: No space left on device" in out
+        assert "run write" in out
+    finally:
+        subprocess.run(["umount", str(full)], check=True)
+
+
 def test_who_this_task_is(monkeypatch):
     assert examine.task() == examine.Task(0, 1)
     monkeypatch.setenv("SLURM_PROCID", "0")  # a batch script
@@ -142,5 +158,5 @@ def test_an_unset_variable_of_the_sites_paths_is_named(monkeypatch):
 
 
 def test_what_a_sites_gpu_reaches_is_the_tables():
-    assert examine.reached_tflops(load.site("dgx-h100")) == pytest.approx(794.5)
-    assert examine.reached_tflops(load.site("laptop")) is None
+    assert examine.usual(load.site("dgx-h100")) == burn.Usual(794.5, 3350.0, 450.0)
+    assert examine.usual(load.site("laptop")) == burn.Usual()

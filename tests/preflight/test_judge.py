@@ -144,6 +144,13 @@ def test_where_the_meetings_host_is_silent_the_others_are_not_blamed(tmp_path):
     assert judged(tmp_path, 1, expect=["n0", "n1", "n2"]).chosen == ["n0"]
 
 
+def test_what_no_node_could_test_is_said_once(tmp_path):
+    for rank in range(3):
+        found = [Finding("ecc", "untested", "no GPU"), Finding("pcie", "untested" if rank else "ok", "no GPU")]
+        write(tmp_path, f"n{rank}", rank, findings=found)
+    assert judged(tmp_path, 3).notes == ["not tested on any node: ecc"]
+
+
 def test_a_verdict_comes_back_as_it_was_written(tmp_path):
     made = Verdict(
         "n0", [Finding("a", "warn", "said", 1.5, "x", "do")], "network", rank=2, ranks=4, facts={"digest": "aa"}, versions={"torch": "2"}

@@ -26,7 +26,14 @@ def node(rank, ranks, port, folder, faults):
     versions = VERSIONS | (value if what == "versions" else {})
     skew = value if what == "skew" else 0.0
     mine = network.Network(
-        rank, ranks, f"n{rank}", versions, value if what == "folder" else folder, join_s=3.0, now=lambda: time.time() + skew
+        rank,
+        ranks,
+        f"n{rank}",
+        versions,
+        value if what == "folder" else folder,
+        join_s=3.0,
+        now=lambda: time.time() + skew,
+        fit=what != "unfit",
     )
     if what == "dead":
         return {}
@@ -82,6 +89,14 @@ def test_a_peer_that_hangs_is_named_and_costs_the_others_seconds(tmp_path):
         assert "over 3 nodes" in found[rank]["all-reduce"].said, found[rank]
         assert found[rank]["took_s"] < 40
     assert "n2 does not answer" in found[1]["links"].said + found[3]["links"].said + found[0]["links"].said
+
+
+def test_a_node_that_is_bad_already_stays_away_from_the_links(tmp_path):
+    found = met(3, tmp_path, {1: ("unfit", None)})
+    assert (found[1]["links"].state, found[1]["all-reduce"].state, found[1]["clock"].state) == ("untested", "untested", "ok")
+    for rank in (0, 2):
+        assert set(states(found[rank]).values()) == {"ok"}
+        assert "over 2 nodes" in found[rank]["all-reduce"].said
 
 
 def test_a_hung_host_of_the_meeting_leaves_the_others_with_an_end(tmp_path):
