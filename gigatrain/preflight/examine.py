@@ -64,6 +64,7 @@ def examine(
     mine, clock = task(), Clock(limit_s)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its store warns of every wait that ends in time; read when torch is imported
     verdict = Verdict(node_name(), rank=mine.rank, ranks=mine.ranks, versions=host.versions(root))
+    errors = host.counters(root)
     # A call into a driver that keeps Python's lock stops every thread; this one is C's and ends the process, which then has said where it was.
     faulthandler.dump_traceback_later(limit_s + 10, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
@@ -82,6 +83,8 @@ def examine(
             found, hung = findings.run(joined.checks(), clock, doing)
             verdict.findings += found
             verdict.facts |= {"links": joined.measured, "hung": verdict.facts.get("hung", []) + hung + joined.left}
+        found, _ = findings.run([Check("network errors", lambda: host.grown(errors, root), 5)], Clock(5), doing)
+        verdict.findings += found
         verdict.running = None
         verdict.took_s = round(clock.spent_s, 2)
         _keep(verdict, out, None, clock)

@@ -19,10 +19,18 @@ from gigatrain.preflight.findings import Check, Finding, worst
 OPEN_FILES = 4096
 SHM_BYTES = 1 << 30  # NCCL and data workers share memory through it; containers are born with 64 MiB
 MODULES = ("nvidia", "nvidia_peermem", "gdrdrv", "mlx5_core", "ib_core", "amdgpu", "lustre", "cxi_ss1", "efa")
-# Of an InfiniBand port, since it came up: what a healthy link does not count, and what it may. Names of the kernel's infiniband sysfs counters.
-FATAL = ("link_downed", "local_link_integrity_errors", "excessive_buffer_overrun_errors")
-NOTED = ("symbol_error", "link_error_recovery", "port_rcv_errors", "port_rcv_remote_physical_errors")
-MANY = {"link_downed": 0, "symbol_error": 1000, "link_error_recovery": 0, "port_rcv_errors": 1000, "port_rcv_remote_physical_errors": 1000}
+# Counters of an InfiniBand port (names of the kernel's sysfs), and how many since the machine was started are too many: a switch that was restarted counts as a
+# link that went down, so what is counted while the doctor works says more (`grown`).
+MANY = {
+    "link_downed": 10,
+    "link_error_recovery": 10,
+    "local_link_integrity_errors": 10,
+    "excessive_buffer_overrun_errors": 10,
+    "symbol_error": 1000,
+    "port_rcv_errors": 1000,
+    "port_rcv_remote_physical_errors": 1000,
+}
+MANY_ETHERNET = {"rx_errors": 1000, "tx_errors": 1000, "rx_crc_errors": 1000}
 
 
 def checks(device: str, root: Path = Path("/"), nic_gbit_s: float | None = None) -> list[Check]:
@@ -185,11 +193,10 @@ def _port(port: Path, rate: float, usual: float, nic_gbit_s: float | None) -> It
     elif nic_gbit_s and rate < 0.99 * nic_gbit_s:
         said = f"{name} runs at {rate:g} Gbit/s, the site says {nic_gbit_s:g}"
         yield Finding("network cards", "warn", said, rate, nic_gbit_s, "network.nic_gbit_s of the site, or the link")
-    for counter in (*FATAL, *NOTED):
-        count = int(text(port / "counters" / counter) or 0)
-        if count > MANY.get(counter, 0):
-            said = f"{name} counted {count:,} {counter} since it came up"
-            yield Finding("network cards", "warn", said, count, MANY.get(counter, 0), way)
+    for counter, many in MANY.items():
+        count = _count(port / "counters" / counter)
+        if count > many:
+            yield Finding("network cards", "warn", f"{name} counted {count:,} {counter} since it came up", count, many, way)
 
 
 def _ethernet(root: Path) -> Iterator[Finding]:
@@ -202,12 +209,40 @@ def _ethernet(root: Path) -> Iterator[Finding]:
             continue
         speed = text(card / "speed")
         shown = f" at {int(speed) / 1000:g} Gbit/s" if speed and speed.isdecimal() else ", its speed is not told"
-        counts = {name: int(text(card / "statistics" / name) or 0) for name in ("rx_errors", "tx_errors", "rx_crc_errors")}
-        bad = {name: count for name, count in counts.items() if count > 1000}
+        counts = {name: _count(card / "statistics" / name) for name in MANY_ETHERNET}
+        bad = {name: count for name, count in counts.items() if count > MANY_ETHERNET[name]}
         for name, count in bad.items():
             yield Finding("network cards", "warn", f"{card.name} counted {count:,} {name}", count, 1000, "a cable or a transceiver")
         if not bad:
             yield Finding("network cards", "ok", f"{card.name} is up{shown}")
+
+
+def _count(path: Path) -> int:
+    found = text(path) or ""
+    return int(found) if found.isdecimal() else 0
+
+
+def counters(root: Path = Path("/")) -> dict[str, int]:
+    """Every error counter of every network port now."""
+    infiniband = ((port, port / "counters", MANY) for port in (root / "sys/class/infiniband").glob("*/ports/*"))
+    ethernet = ((card, card / "statistics", MANY_ETHERNET) for card in (root / "sys/class/net").glob("*") if (card / "device").exists())
+    return {
+        f"{(port.parent.parent.name + ':' if port.parent.name == 'ports' else '') + port.name} {name}": _count(folder / name)
+        for port, folder, names in (*infiniband, *ethernet)
+        for name in names
+    }
+
+
+def grown(before: dict[str, int], root: Path = Path("/")) -> Finding:
+    """What was counted since `before`, while the doctor worked: a healthy link counts nothing in a minute."""
+    after = counters(root)
+    more = {name: after[name] - count for name, count in before.items() if after.get(name, count) > count}
+    if not before:
+        return Finding("network errors", "untested", "no network card with counters")
+    if not more:
+        return Finding("network errors", "ok", f"none of {len(before)} error counters grew")
+    shown = ", ".join(f"{name} +{count:,}" for name, count in sorted(more.items())[:8])
+    return Finding("network errors", "warn", shown, sum(more.values()), 0, "a cable, a transceiver or a switch port: exclude the node")
 
 
 def imported() -> Finding:

@@ -25,6 +25,7 @@ from gigatrain.preflight.verdict import Verdict
 
 TIMES = 5.0
 FLOOR = {"cuda": 0.02, "cpu": 0.10}
+DISK_FLOOR = 0.16  # a synced write scatters much: only one that is slower than a fifth of the median stands out
 # Findings whose value is a figure of the node's own, and which way is better. On CPUs the nodes of a test share cores and one loopback: only the burn.
 COMPARED: dict[str, Literal["higher", "lower"]] = {
     "burn": "higher",
@@ -32,7 +33,9 @@ COMPARED: dict[str, Literal["higher", "lower"]] = {
     "host to device": "higher",
     "host memory": "higher",
     "links": "higher",
+    "gpu links": "higher",
     "latency": "lower",
+    "scratch write": "higher",
 }
 COMPARED_CPU = ("burn",)
 
@@ -165,7 +168,7 @@ def _compare(read: Mapping[str, Verdict], added: dict[str, list[Finding]]) -> No
                 for one in read[node].findings
                 if one.name == name and one.state in ("ok", "warn") and isinstance(one.value, (int, float))
             }
-            for node, share in slow(figures, better, FLOOR.get(device, FLOOR["cuda"])).items():
+            for node, share in slow(figures, better, DISK_FLOOR if name == "scratch write" else FLOOR.get(device, FLOOR["cuda"])).items():
                 middle = statistics.median(figures.values())
                 said = f"{name} is {share:.0%} of the median of {len(figures)} nodes ({figures[node]:g}, median {middle:g})"
                 added[node].append(Finding(f"slow {name}", "warn", said, figures[node], middle, "exclude the node if it stays so"))

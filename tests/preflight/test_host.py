@@ -12,7 +12,7 @@ def made_port(root, name="mlx5_0", number=1, state="4: ACTIVE", rate="400 Gb/sec
     (folder / "counters").mkdir(parents=True)
     for file, value in {"state": state, "phys_state": "5: LinkUp", "rate": rate, "link_layer": "InfiniBand"}.items():
         (folder / file).write_text(value + "\n")
-    for counter in (*host.FATAL, *host.NOTED):
+    for counter in host.MANY:
         (folder / "counters" / counter).write_text(f"{counters.get(counter, 0)}\n")
     return folder
 
@@ -29,7 +29,8 @@ def test_healthy_ports_say_their_rate(tmp_path):
     [
         ({"state": "1: DOWN"}, "bad", "mlx5_3:1 is 1: DOWN"),
         ({"rate": "200 Gb/sec (4X HDR)"}, "bad", "mlx5_3:1 runs at 200 Gbit/s, 400 are wanted"),
-        ({"link_downed": 3}, "warn", "mlx5_3:1 counted 3 link_downed"),
+        ({"link_downed": 30}, "warn", "mlx5_3:1 counted 30 link_downed"),
+        ({"link_downed": 2}, "ok", "no errors"),  # a switch was restarted
         ({"symbol_error": 900_000}, "warn", "900,000 symbol_error"),
         ({"symbol_error": 10}, "ok", "no errors"),
     ],
@@ -47,6 +48,18 @@ def test_ports_slower_than_the_site_says_warn(tmp_path):
     assert "the site says 400" in host.cards(tmp_path, 400).said
     assert host.cards(tmp_path, 200).state == "ok"
     assert host.cards(tmp_path).state == "ok"
+
+
+def test_errors_that_grow_while_the_doctor_works_warn(tmp_path):
+    folder = made_port(tmp_path, link_downed=2)
+    before = host.counters(tmp_path)
+    assert before["mlx5_0:1 link_downed"] == 2
+    assert host.grown(before, tmp_path).said == f"none of {len(host.MANY)} error counters grew"
+    (folder / "counters/link_downed").write_text("3\n")
+    (folder / "counters/symbol_error").write_text("40\n")
+    found = host.grown(before, tmp_path)
+    assert (found.state, found.said) == ("warn", "mlx5_0:1 link_downed +1, mlx5_0:1 symbol_error +40")
+    assert host.grown({}, tmp_path).state == "untested"
 
 
 def test_ethernet_counts_where_there_is_no_infiniband(tmp_path):
