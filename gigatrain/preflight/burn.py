@@ -139,7 +139,9 @@ def burn_cuda(seconds: float, tflops: float | None, facts: dict[str, Any], touch
     if not count:
         return Finding("burn", "untested", "torch sees no GPU")
     draw = torch.Generator().manual_seed(SEED)
-    host = [torch.randn(size, size, generator=draw).bfloat16() for _ in range(2)]
+    tile = min(size, 1024)  # drawing all of it on a CPU would take seconds
+    shapes = ((size, 2 * size), (2 * size, size))  # long sums, so that comparing each result costs 4 % and not 8
+    host = [torch.randn(tile, tile, generator=draw).bfloat16().repeat(rows // tile, columns // tile) for rows, columns in shapes]
     begin = threading.Barrier(count)
     answers: list[tuple[str, int, int, float]] = [("", 0, 0, 0.0)] * count
 
@@ -170,7 +172,7 @@ def burn_cuda(seconds: float, tflops: float | None, facts: dict[str, Any], touch
     sampler.start()
     _together(work, count)
     sampler.cancel()
-    rates = [2 * size**3 * repetitions / took / 1e12 for _, repetitions, _, took in answers]
+    rates = [4 * size**3 * repetitions / took / 1e12 for _, repetitions, _, took in answers]
     names = sorted({torch.cuda.get_device_name(place) for place in range(count)})
     facts |= {"hardware": ", ".join(names), "digest": _judge_digest(answers), "device": "cuda"}
     parts = _unequal("GPU", range(count), answers) + [part for part in hot if part.state != "ok"]
@@ -279,6 +281,8 @@ def host_to_device() -> Finding:
     """Copies from pinned host memory to each GPU, in turn; `value` is GB/s of the slowest. Its link's lanes and generation show here."""
     import torch
 
+    if not torch.cuda.device_count():
+        return _rates("host to device", [])
     source = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
 
     def rate(place: int) -> float:
@@ -348,6 +352,8 @@ def kernel() -> Finding:
 
     if not launch.INSTALLED:
         return Finding("kernel", "bad", "Triton is not installed", None, None, "pip install triton; torch's GPU builds bring it")
+    if not torch.cuda.device_count():
+        return Finding("kernel", "untested", "torch sees no GPU")
     x = torch.randn(64, 1024, device="cuda", dtype=torch.bfloat16)
     w = torch.ones(1024, device="cuda", dtype=torch.bfloat16)
     begin = time.perf_counter()

@@ -41,6 +41,12 @@ def test_a_core_that_is_always_wrong_is_found_by_the_others():
     assert "its product is" in found.said
 
 
+def test_slow_gpus_are_named_beside_their_neighbours_and_what_is_usual():
+    assert burn._rates("device memory", [3000.0] * 7 + [2000.0]).said == "GPU 7: 2,000 GB/s, its neighbours 3,000"
+    assert burn._rates("device memory", [2000.0] * 8, 3350).state == "warn"
+    assert burn._rates("device memory", [3000.0] * 8, 3350).said == "3,000 to 3,000 GB/s over 8 GPUs; 3,350 are declared"
+
+
 def test_the_odd_one_is_named_where_most_agree():
     answers = [("aa", 10, 0, 1.0)] * 7 + [("bb", 10, 0, 1.0)]
     [found] = burn._unequal("GPU", range(8), answers)
@@ -52,7 +58,8 @@ def test_the_odd_one_is_named_where_most_agree():
 def test_what_needs_a_gpu_says_so_here():
     assert burn.seen("cpu").state == "untested"
     assert burn.seen("cuda").state == "bad"  # a build without CUDA on a site with GPUs
-    assert burn.burn_cuda(0.1, None, {}).state == "untested"
+    without = [burn.burn_cuda(0.1, None, {}), burn.device_memory(), burn.gpu_links(), burn.host_to_device(), burn.kernel()]
+    assert [one.state for one in without] == ["untested"] * 5
     assert isinstance(burn.host_memory().value, float)
     names = [check.name for check in burn.checks("cpu", True, burn.Usual(), {})]
     assert names == ["torch gpus", "burn", "kernel", "host memory"]
