@@ -1,6 +1,7 @@
 """The commands: they read arguments, call the library and print; no logic."""
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -112,23 +113,30 @@ def _temperature(text: str) -> float:
 
 def _plan(options: argparse.Namespace) -> None:
     from gigatrain import load
+    from gigatrain.launching.size import size
     from gigatrain.planning.plan import plan
 
     site, why = _site(options.site)
-    chosen = plan(load.recipe(options.recipe, options.set), site, options.gpus, measure=_measured)
+    asked = (options.nodes, options.gpus, options.megawatts)
+    sized = None if asked == (None, None, None) else size(site, *asked)
+    chosen = plan(load.recipe(options.recipe, options.set), site, sized.ranks if sized else None, measure=_measured)
+    sized = sized or size(site, gpus=chosen.ranks)
     tried = None
     if options.dry_run:
         from gigatrain.planning.dryrun import dry_run
 
         tried = dry_run(chosen)
     if options.json:
-        found = chosen.model_dump(mode="json", by_alias=True) | {"sha256": chosen.sha256}
+        found = chosen.model_dump(mode="json", by_alias=True) | {"sha256": chosen.sha256, "size": dataclasses.asdict(sized)}
         print(json.dumps(found | ({"dry_run": tried.json()} if tried else {}), indent=2))
         return
+    from gigatrain.observe import sites
     from gigatrain.observe.display import Display
 
     display = Display()
     display.plan(chosen, why)
+    for line in sites.on_site(site, sized):
+        display.line(line)
     display.plan_details(chosen)
     for line in tried.lines() if tried else ():
         display.line(line)
@@ -172,13 +180,17 @@ def _recipes(options: argparse.Namespace) -> None:
 
 def _sites(options: argparse.Namespace) -> None:
     from gigatrain import load
+    from gigatrain.observe import sites
 
-    rows = [load.site(path).model_dump(mode="json") for path in load.sites().values()]
-    if options.json:
-        print(json.dumps(rows, indent=2))
+    paths = load.sites()
+    if options.name in paths or (options.name and Path(options.name).is_file()):
+        site, path = load.site(options.name), str(paths.get(options.name, options.name))
+        print(json.dumps(sites.as_json(site, path), indent=2) if options.json else "\n".join(sites.describe(site, path)))
         return
-    for row in rows:
-        print(f"{row['name']:12} {row['device']:6} {row['summary']}")
+    found = sites.chosen([load.site(path) for path in paths.values()], options.name or "")
+    if not found:
+        load.site(options.name)  # refuses it, with the nearest name
+    print(json.dumps([site.model_dump(mode="json") for site in found], indent=2) if options.json else "\n".join(sites.table(found)))
 
 
 def _data_build(options: argparse.Namespace) -> None:
@@ -293,13 +305,20 @@ def _parser() -> argparse.ArgumentParser:
         "--gpus", metavar="N", type=_ranks, help="ranks that it would run on (default: train.nproc, else what the mesh needs)"
     )
     planned.add_argument(
+        "--nodes", metavar="N", type=_ranks, help="nodes of the site; with --gpus for a site that does not say what one holds"
+    )
+    planned.add_argument("--megawatts", metavar="M", type=float, help="as many nodes as M MW of the facility feed, cooling included")
+    planned.add_argument(
         "--dry-run", action="store_true", help="build every kind of rank and step it on fake tensors: boxes, bytes, collectives"
     )
     planned.add_argument("--json", action="store_true", help="the whole plan as JSON")
 
-    for name, run, help in (("recipes", _recipes, "list the shipped recipes"), ("sites", _sites, "list the shipped sites")):
-        made = command(name, run, help, f"{help[0].upper()}{help[1:]}, with the numbers that tell them apart.")
-        made.add_argument("--json", action="store_true", help="as JSON, for programs")
+    recipes = command("recipes", _recipes, "list the shipped recipes", "List the shipped recipes, with the numbers that tell them apart.")
+    recipes.add_argument("--json", action="store_true", help="as JSON, for programs")
+
+    sites = command("sites", _sites, "the machines: what is known of them, and how surely", _SITES)
+    sites.add_argument("name", nargs="?", metavar="NAME", help="a site or its file: all of it; else a word that those listed have")
+    sites.add_argument("--json", action="store_true", help="as JSON, for programs")
 
     data = commands.add_parser("data", help="prepare data", description="Prepare data ahead of a run.")
     build = command("build", _data_build, "tokenise a recipe's data ahead", _DATA, data.add_subparsers(metavar="COMMAND", required=True))
@@ -363,7 +382,18 @@ Resolve a recipe on a site into a plan: every number concrete, the memory it nee
 
   gigatrain plan quickstart
   gigatrain plan my.toml --site one-gpu --set train.microbatch=4
+  gigatrain plan my.toml --site jupiter --nodes 64            what it assumes of the site is said, what it lacks refused
+  gigatrain plan my.toml --site jupiter --megawatts 0.5
   gigatrain plan my.toml --json | jq .memory"""
+_SITES = """\
+The machines that runs are planned for and launched on. Every number is measured, declared by its operator or maker, assumed with a reason, or unknown by name.
+
+  gigatrain sites                                             one line each
+  gigatrain sites gh200                                       those that have the word: a name, a country (FR), a kind, an accelerator
+  gigatrain sites jupiter                                     every figure with its unit, basis and source
+  gigatrain sites my-site.toml --json
+
+A site of your own is one TOML file: copy the nearest of them (its path is shown), and give it as --site FILE."""
 _DATA = """\
 Tokenise a recipe's data into Megatron .bin/.idx shards, in parallel; a build that is killed goes on where it was.
 A later `gigatrain train` of the same data and tokenizer finds them.

@@ -141,6 +141,7 @@ class Scheduler(Section):
     switches: Count | None = Field(default=None, description="--switches: at most so many leaf switches where a job fits under them.")
     segment: Count | None = Field(default=None, description="--segment: nodes of one scale-up domain that belong together (Slurm 24.05).")
     max_time_s: Known = Field(default=UNKNOWN, description="The partition's time limit.")
+    max_nodes: Known = Field(default=UNKNOWN, description="Nodes that one job may have there; a plan for more says so.")
     lead_s: Count = Field(
         default=300, description="How long before the limit a job is told to save (--signal=B:USR1@); Slurm may be 60 s late."
     )

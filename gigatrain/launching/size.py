@@ -49,6 +49,10 @@ def size(site: Site, nodes: int | None = None, gpus: int | None = None, megawatt
         nodes = math.floor(megawatts * 1e6 / share)
         if nodes == 0:
             raise SiteError(f"{megawatts:g} MW is less than one node of {site.name} draws, {shown(share)}")
+        if (has := whole(site)) is not None and nodes > has:
+            raise SiteError(
+                f"{megawatts:g} MW would feed {nodes:,} nodes, and {site.name} has {has:,}, which draw {shown(has * share)}; give --nodes {has}"
+            )
     per_node = site.ranks_per_node
     if nodes is not None and gpus is not None:
         if gpus % nodes:
@@ -74,6 +78,11 @@ def size(site: Site, nodes: int | None = None, gpus: int | None = None, megawatt
         assumes += assumed(site, "node.accelerators") if site.node.ranks is None else ()
     assert gpus is not None
     _fits(site, nodes, gpus)
+    most = site.scheduler.max_nodes
+    if most.value is not None and nodes is not None and nodes > most.value:
+        assumes.append(
+            f"{nodes:,} nodes in one job, where its partition or qos gives {most.value:,.0f} ({most.source}): another, or an agreement"
+        )
     watts = None if share is None or nodes is None else nodes * share
     return Size(nodes, gpus, watts, tuple(dict.fromkeys([*assumes, *(notes if watts is not None else ())])))
 

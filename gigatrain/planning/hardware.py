@@ -56,7 +56,7 @@ class Machine(Section):
 
 
 _MLE = "stas00/ml-engineering compute/accelerator/README.md at 744d01e1 (2026-08-22)"
-_UNITS = {"hbm_bytes": 1e9}  # the table gives GB of 10^9 bytes
+_UNITS = {"hbm_bytes": 2.0**30}  # memory is sold in GB of 2^30 bytes: nvidia-smi shows 97,871 MiB of a GH200's 96 GB, 99.6 %
 
 
 def _chip(
@@ -262,7 +262,7 @@ def chip(name: str) -> Chip:
 def memory_bytes(site: Site) -> tuple[int | None, str]:
     """`(bytes that one rank may fill, where they are from)`: the site's own, else the accelerator's by device; `(None, "")` where neither says.
 
-    A data sheet's GB are taken as 10^9 bytes: devices report about 5 % more, which the driver, NCCL and fragments take.
+    It is an upper bound: what the driver, NCCL and fragments take of it is not taken off, so that nothing is refused that would fit.
     """
     if site.memory_bytes is not None:
         return site.memory_bytes, "the site says so"

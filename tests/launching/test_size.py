@@ -60,7 +60,7 @@ def test_the_best_known_watts_are_taken():
         (BOOSTER, {"nodes": 2, "gpus": 16}, "8 GPUs a node are asked for, and a node of made has 4"),
         (BOOSTER, {"megawatts": 0.0001}, "less than one node of made draws, 2,970 W"),
         (BOOSTER, {"megawatts": float("nan")}, "is not between"),
-        (BOOSTER, {"megawatts": 1.0}, "made has 100 nodes, and 336 are asked for"),
+        (BOOSTER, {"megawatts": 1.0}, "1 MW would feed 336 nodes, and made has 100, which draw 297.0 kW; give --nodes 100"),
         (made(), {"nodes": 2}, "does not say how many GPUs a node has .* give --gpus as well"),
         (made(), {"megawatts": 1.0}, "power.node_watts are unknown; give --nodes"),
         (made(accelerators=said(8)), {"gpus": 9}, "has 8 accelerators, and 9 are asked for"),

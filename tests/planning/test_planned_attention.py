@@ -105,7 +105,7 @@ def test_every_guard_names_its_thread_and_meets_a_call():
 
 
 def made(*overrides, accelerator=None, device="cuda"):
-    site = load.site("one-gpu" if device == "cuda" else "laptop").model_copy(update={"accelerator": accelerator})
+    site = load.site("one-gpu" if device == "cuda" else "laptop").model_copy(update={"accelerator": accelerator, "memory_bytes": 1 << 40})
     chosen = plan(load.recipe("quickstart", overrides), site)
     return next((choice.kernel, choice.why) for choice in chosen.kernels if choice.op == "attention")
 
