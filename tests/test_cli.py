@@ -9,7 +9,23 @@ import pytest
 
 from gigatrain import cli
 
-COMMANDS = [[], ["train"], ["plan"], ["recipes"], ["sites"], ["data"], ["data", "build"], ["export"], ["generate"], ["schema"], ["version"]]
+COMMANDS = [
+    [],
+    ["train"],
+    ["plan"],
+    ["launch"],
+    ["job"],
+    ["job", "begin"],
+    ["job", "after"],
+    ["recipes"],
+    ["sites"],
+    ["data"],
+    ["data", "build"],
+    ["export"],
+    ["generate"],
+    ["schema"],
+    ["version"],
+]
 
 
 def ran(*arguments, cwd=None, code=0):
