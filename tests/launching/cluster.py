@@ -6,6 +6,7 @@ the configuration stands beside its lines.
 
 import contextlib
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -72,6 +73,7 @@ class Cluster:
         self.root, self.count = root, count
         self.environment = {"SLURM_CONF": str(root / "slurm.conf")}
         self.nodes = [f"n{number}" for number in range(1, count + 1)]
+        self.user = pwd.getpwuid(os.getuid()).pw_name
 
     def start(self) -> None:
         """Write the configuration and start everything; returns once every node is idle."""
@@ -95,8 +97,7 @@ class Cluster:
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=20000 State=UNKNOWN"
             for node, port in zip(self.nodes, ports[1:], strict=True)
         ]
-        user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-        text = _CONFIGURATION.format(host=host, port=ports[0], user=user, root=self.root, nodes="\n".join(lines), count=self.count)
+        text = _CONFIGURATION.format(host=host, port=ports[0], user=self.user, root=self.root, nodes="\n".join(lines), count=self.count)
         (self.root / "slurm.conf").write_text(text)
         self._run(
             "munged",
@@ -127,13 +128,13 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """What a power loss leaves of a node: nothing. Its daemon, the daemons of its steps and all their processes get SIGKILL at once."""
-        daemon = self._pid(f"slurmd.{node}")
-        doomed = {daemon} | {pid for pid, said in _environments().items() if f"SLURMD_NODENAME={node}".encode() in said}
-        spool = str(self.root / "spool" / node)
-        doomed |= {pid for pid in _pids() if _name(pid) == "slurmstepd" and _holds(pid, spool)}
-        for pid in doomed - {0, os.getpid()}:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        spool, mark = str(self.root / "spool" / node), f"SLURMD_NODENAME={node}".encode()
+        daemons = [pid for pid in _pids() if _name(pid) == "slurmstepd" and _holds(pid, spool)]
+        # The daemons first: they would report the death of what they watch, which a node without power does not.
+        for doomed in ([self._pid(f"slurmd.{node}"), *daemons], [pid for pid in _pids() if mark in _environment(pid)]):
+            for pid in set(doomed) - {0, os.getpid()}:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def scratch(self, node: str) -> Path:
         """The node's own folder, whose name tasks have in GIGATRAIN_TEST_SCRATCH."""
@@ -184,18 +185,16 @@ class Cluster:
         """Kill everything that was started, jobs and their processes included."""
         marks = (f"SLURM_CONF={self.root}/".encode(), str(self.root / "scratch").encode())
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            subprocess.run(
-                ["scancel", "--user", str(os.getuid()), "--signal=KILL"], env=self.env(), capture_output=True, check=False, timeout=10
-            )
+            subprocess.run(["scancel", "--user", self.user, "--signal=KILL"], env=self.env(), capture_output=True, check=False, timeout=10)
         for name in ("slurmctld", *(f"slurmd.{node}" for node in self.nodes)):
             with contextlib.suppress(ProcessLookupError):
                 if pid := self._pid(name):
                     os.kill(pid, signal.SIGKILL)
         for pid in _pids():
-            if _holds(pid, str(self.root / "spool")) or any(mark in _environment(pid) for mark in marks):
-                if pid != os.getpid():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+            ours = _holds(pid, str(self.root / "spool")) or any(mark in _environment(pid) for mark in marks)
+            if ours and pid != os.getpid():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(OSError, ValueError, ProcessLookupError):
             os.kill(int((self.root / "munge" / "pid").read_text()), signal.SIGTERM)
 
@@ -253,10 +252,6 @@ def _environment(pid: int) -> bytes:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/environ").read_bytes()
     return b""
-
-
-def _environments() -> dict[int, bytes]:
-    return {pid: _environment(pid) for pid in _pids()}
 
 
 def _holds(pid: int, folder: str) -> bool:
