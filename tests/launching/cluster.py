@@ -24,8 +24,8 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits until credentials of its former life have expired: two minutes by default.
-AuthInfo=socket={root}/munge/socket,cred_expire=4
+# A requeued job waits until credentials of its former life have expired: two minutes by default, and 5 s is the least that is taken.
+AuthInfo=socket={root}/munge/socket,cred_expire=5
 MpiDefault=none
 ProctrackType=proctrack/pgid
 TaskPlugin=task/none
@@ -214,11 +214,13 @@ class Cluster:
 def running(root: Path, count: int = 4) -> Iterator[Cluster]:
     """A cluster that is up within the context, and gone after it whatever happens in it."""
     made = Cluster(root, count)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # pytest cleans up after Ctrl-C, and after nothing else
     try:
         made.start()
         yield made
     finally:
         made.stop()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _found(name: str) -> str | None:
