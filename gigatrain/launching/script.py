@@ -162,7 +162,8 @@ def _step(job: Job, tasks: int) -> list[str]:
 
 
 def _array(words: list[str]) -> str:
-    return f"({' '.join(shlex.quote(word) for word in words)})"
+    # shlex leaves commas bare, and shellcheck takes those of an array for a slip.
+    return f"({' '.join(f"'{word}'" if ',' in word and shlex.quote(word) == word else shlex.quote(word) for word in words)})"
 
 
 def _environment(job: Job) -> str:
