@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,28 +57,28 @@ def _train(options: argparse.Namespace) -> None:
         raise RunError(f"the environment's WORLD_SIZE is {started!r} and no count of ranks; torchrun and train.nproc set it, or unset it")
     chosen = plan(recipe, site, int(started) if started else None, measure=_measured)
     if chosen.ranks > 1 and started is None:
+        from gigatrain.observe import logs
         from gigatrain.parallel.spawn import spawn
 
-        folder = _run_folder(options, recipe.name)
-        sys.exit(spawn(chosen.ranks, ["train", *options.arguments[1:], "--run", str(folder)]))
+        folder, began = _run_folder(options, recipe.name), time.time()
+        arguments = ["train", *options.arguments[1:], "--run", str(folder)]
+        sys.exit(spawn(chosen.ranks, arguments, lambda: logs.first_failure(folder, logs.attempt(), since=began)))
     folder = _run_folder(options, recipe.name)
     from gigatrain.observe.display import Display
+    from gigatrain.observe.logs import Log
 
-    display = Display()
-    if os.environ.get("RANK", "0") == "0":
-        display.plan(chosen, why)
-    from gigatrain.loop import train  # torch, 2 s: everything that can be refused without it has been
+    with Log(folder, new=options.new) as log:  # from here on what is printed, torch's own words included, is in the rank's log
+        display = Display(log=log)
+        if os.environ.get("RANK", "0") == "0":
+            display.plan(chosen, why)
+        from gigatrain.loop import train  # torch, 2 s: everything that can be refused without it has been
 
-    summary = train(
-        chosen,
-        folder,
-        start="new" if options.new else "resume" if options.resume else "continue" if options.go_on else "auto",
-        display=display,
-    )
-    if summary is None and "GIGATRAIN_ATTEMPT" in os.environ and os.environ.get("RANK", "0") == "0":
-        from gigatrain.launching import job
+        start = "new" if options.new else "resume" if options.resume else "continue" if options.go_on else "auto"
+        summary = train(chosen, folder, start=start, display=display, log=log)
+        if summary is None and "GIGATRAIN_ATTEMPT" in os.environ and os.environ.get("RANK", "0") == "0":
+            from gigatrain.launching import job
 
-        job.record(folder, "left")  # saved because of a signal: the job's script is to know
+            job.record(folder, "left")  # saved because of a signal: the job's script is to know
 
 
 def _measured(config: Any) -> Any:
@@ -208,6 +209,7 @@ def _job_begin(options: argparse.Namespace) -> None:
 
 def _job_after(options: argparse.Namespace) -> None:
     from gigatrain.launching import restart
+    from gigatrain.observe import logs
 
     verdict = restart.after(
         Path(options.run_folder),
@@ -219,6 +221,8 @@ def _job_after(options: argparse.Namespace) -> None:
     )
     for text in verdict.screen(options.run_folder):
         print(text, file=sys.stderr)
+    if verdict.word in ("again", "stop") and (why := logs.first_failure(Path(options.run_folder), logs.attempt())):
+        print(why, file=sys.stderr)
     bad = restart.excluded(Path(options.excluded)) if options.excluded else []
     print(verdict.word, verdict.code, ",".join(bad))
 

@@ -162,8 +162,8 @@ def _step(job: Job, tasks: int) -> list[str]:
 
 
 def _array(words: list[str]) -> str:
-    # shlex leaves commas bare, and shellcheck takes those of an array for a slip.
-    return f"({' '.join(f"'{word}'" if ',' in word and shlex.quote(word) == word else shlex.quote(word) for word in words)})"
+    quoted = [shlex.quote(word) for word in words]  # it leaves commas bare, and shellcheck takes those of an array for a slip
+    return "(" + " ".join(f"'{word}'" if "," in word and "'" not in word else word for word in quoted) + ")"
 
 
 def _environment(job: Job) -> str:
