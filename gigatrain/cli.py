@@ -113,6 +113,13 @@ def _ranks(text: str) -> int:
     return number
 
 
+def _gib(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000000000")
+    return number
+
+
 def _temperature(text: str) -> float:
     number = float(text)
     if not 0 <= number <= 1e6:
@@ -342,6 +349,39 @@ def _bench_kernels(options: argparse.Namespace) -> None:
     )
 
 
+def _doctor(options: argparse.Namespace) -> None:
+    from gigatrain.errors import HealthError
+    from gigatrain.preflight import show
+
+    if options.judge:
+        from gigatrain.preflight.judge import judge
+
+        expect = [name for name in (options.expect or "").split(",") if name]
+        judgement = judge(
+            Path(options.judge), options.nodes, expect, Path(options.excluded) if options.excluded else None, options.run_folder or ""
+        )
+        show.judgement(judgement)
+        if judgement.short:
+            raise HealthError(judgement.short)
+        print(",".join(judgement.chosen))
+        return
+    from gigatrain.preflight.examine import examine
+
+    out, run = (Path(text).expanduser() if text else None for text in (options.out, options.run_folder))
+    verdict = examine(_site(options.site)[0], out, run, options.quick, options.free_gib, options.limit_s)
+    if options.json:
+        print(json.dumps(verdict.json(), indent=2), flush=True)
+    else:
+        show.line(verdict) if out else show.verdict(verdict)
+    sys.stdout.flush()
+    # In a job the verdict is in its file, and who judges it is not this task. Threads that hang in a driver would hold a plain exit.
+    code = HealthError.exit_code if verdict.health == "bad" and out is None else 0
+    if verdict.facts.get("hung"):
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
 def _schema(options: argparse.Namespace) -> None:
     from gigatrain import load
 
@@ -499,6 +539,21 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--fresh", action="store_true", help="measure again what the CSV has from this commit, device and versions")
     kernels.add_argument("--json", action="store_true", help="the rows as JSON, for programs")
 
+    doctor = command("doctor", _doctor, "say whether this machine, or a job's, can train", _DOCTOR)
+    doctor.add_argument("--site", metavar="SITE", help="what the machine should be (default: this machine as it is)")
+    doctor.add_argument(
+        "--run", metavar="DIR", dest="run_folder", help="where runs are written (default: DIR of --out, else the site's paths.runs)"
+    )
+    doctor.add_argument("--out", metavar="DIR", help="write the verdict to DIR/NODE.json, and leave with 0 whatever it is")
+    doctor.add_argument("--quick", action="store_true", help="work the hardware for half a second, not three")
+    doctor.add_argument("--free-gib", metavar="GIB", type=_gib, help="room that a run needs (default: 4; 1 on node-local scratch)")
+    doctor.add_argument("--limit-s", metavar="S", type=_ranks, default=50, help="seconds for everything (default: 50)")
+    doctor.add_argument("--json", action="store_true", help="the verdict as JSON")
+    doctor.add_argument("--judge", metavar="DIR", help="judge the verdicts of DIR; prints the nodes that train, as one comma list")
+    doctor.add_argument("--nodes", metavar="N", type=_ranks, default=1, help="with --judge: nodes that train (default: 1)")
+    doctor.add_argument("--expect", metavar="A,B", help="with --judge: nodes that should have a verdict, in order")
+    doctor.add_argument("--excluded", metavar="FILE", help="with --judge: bad nodes are appended here, a JSON object a line")
+
     schema = command("schema", _schema, "print the JSON Schema of recipes", _SCHEMA)
     schema.add_argument("of", nargs="?", choices=("recipe", "site"), default="recipe", help="of what (default: recipe)")
 
@@ -575,6 +630,16 @@ Forward, backward and both; cold inputs, graphs and host, rounds in turn; the fl
   gigatrain bench kernels --quick                             a few minutes on a CPU: what has no GPU to run on is named
   gigatrain bench kernels --check                             errors of every version over every case
   gigatrain bench kernels --plots pictures                    from the CSV, anywhere"""
+_DOCTOR = """\
+Say whether this machine can train: driver, GPUs, ECC, Xids, clocks, links, equal products on all GPUs, disks, network; under a minute.
+What could not be tested is named, with the reason. Leaves with 9 if the machine is bad.
+
+  gigatrain doctor                                            this machine, on one screen
+  gigatrain doctor --site jupiter --json                      against what the site says a node has
+  srun --ntasks-per-node=1 gigatrain doctor --site S --out D  on every node of a job, and the network between them
+  gigatrain doctor --judge D --nodes 16 --excluded bad.jsonl  which 16 of them train; the bad ones are put on the list
+
+A job's tasks find each other by MASTER_ADDR and MASTER_PORT."""
 _SCHEMA = """\
 Print the JSON Schema of a recipe (or site), so that editors complete and check TOML files.
 

@@ -50,3 +50,9 @@ class KernelError(GigatrainError):
     """A fused kernel cannot run these inputs here; the reference of the same operation can."""
 
     exit_code = 8
+
+
+class HealthError(GigatrainError):
+    """Machines that are not fit to train: this one, or too few of a job's."""
+
+    exit_code = 9
