@@ -254,7 +254,7 @@ trap 'tell TERM' TERM
 await() {
     while wait "$1"; code=$?; kill -0 "$1" 2>/dev/null; do :; done
 }
-say() { echo "$(date -u +%FT%TZ) job $job: $*"; }
+say() { echo "$(date -u +%FT%T.%3NZ) job $job: $*"; }
 listed() { local IFS=,; echo "$*"; }
 
 §guard# ---- Attempts --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from gigatrain.launching.slurm import seconds as slurm_seconds
 
 pytestmark = pytest.mark.slurm
 TINY = ("--set", "validation.every=0", "--set", "export=false", "--set", "report.every=5", "--set", "checkpoint.every=20")
-STEPS = ("--set", "train.steps=600")
+STEPS = ("--set", "train.steps=400")
 
 
 def until(true, limit_s, what):

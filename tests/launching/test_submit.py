@@ -130,3 +130,10 @@ def test_a_sweep_has_a_folder_and_a_plan_a_run(tiny, site, tmp_path):
     assert [str(run) for run in made.runs] == [str(tmp_path / "sweep" / f"tiny-{index}") for index in (0, 1)]
     assert [one.optim.lr for one in made.recipes] == [1e-3, 2e-3]
     assert made.job.sweep == 2
+
+
+def test_shards_are_in_the_sites_cache_unless_the_recipe_says_where(tiny, site, tmp_path):
+    where = Path(site())
+    where.write_text(where.read_text().replace("[paths]", '[paths]\ncache = "$TEST_SCRATCH/cache"'))
+    assert prepared("quickstart", str(where)).recipes[0].data.folder == str(tmp_path / "cache" / "data")
+    assert prepared(tiny, str(where)).recipes[0].data.folder == load.recipe(tiny).data.folder
