@@ -8,6 +8,7 @@ rendering, sbatch, and what the job's script does before its ranks start. Needs 
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import statistics
@@ -93,7 +94,7 @@ def once(cluster: loopback.Cluster, folder: Path, recipe: Path, nodes: int, laun
         event = json.loads(line)
         marks.setdefault(event["event"], event["time_s"])
     at = [began_at, began_at + imports_s, submitted_at, started_at, ranks_at, marks["start"], marks["steps"], marks["report"]]
-    return [after - before for before, after in zip(at, at[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(at)]
 
 
 def _seconds(text: str) -> float:
