@@ -154,7 +154,8 @@ def _cores(job: Job, tasks: int) -> int | None:
 def _step(job: Job, tasks: int) -> list[str]:
     """Options of an srun of `tasks` a node: what srun does not take over from sbatch (since 22.05 not --cpus-per-task), and how tasks are bound."""
     cores, bind = _cores(job, tasks), job.site.scheduler.bind
-    found = [f"--ntasks-per-node={tasks}", "--distribution=block"]
+    # A step whose node died may never end for Slurm, and would hold its other nodes against the next one: so steps may overlap.
+    found = ["--overlap", f"--ntasks-per-node={tasks}", "--distribution=block"]
     found += [f"--cpus-per-task={cores}"] if cores else []
     if bind == "none" or tasks == 1:  # one task that starts the others must have every core of its node
         found.append("--cpu-bind=none")

@@ -30,16 +30,13 @@ HOSTILE = [
 
 
 def site(**scheduler):
-    environment = scheduler.pop("environment", {})
-    more = {name: scheduler.pop(name) for name in ("device", "node", "accelerator") if name in scheduler}
-    return Site(
-        **{"name": "here", "summary": "", "device": "cpu", "scheduler": {"kind": "slurm"} | scheduler, "environment": environment} | more
-    )
+    more = {name: scheduler.pop(name) for name in ("device", "node", "environment") if name in scheduler}
+    return Site.model_validate({"name": "here", "summary": "", "device": "cpu", "scheduler": {"kind": "slurm"} | scheduler} | more)
 
 
 def job(where=None, **more):
-    facts = {"name": "tiny", "run": "/runs/a", "recipe": "/runs/a/launch/recipe.json", "workdir": "/work", "python": "/usr/bin/python3"}
-    return Job(**facts | {"site": where or site(), "nodes": 2, "ranks_per_node": 4} | more)
+    paths = {"run": "/runs/a", "recipe": "/runs/a/launch/recipe.json", "workdir": "/work", "python": "/usr/bin/python3"}
+    return Job.model_validate(paths | {"name": "tiny", "site": where or site(), "nodes": 2, "ranks_per_node": 4} | more)
 
 
 def shellcheck(text, *more):

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launches import Launches
 
 from gigatrain.launching import job as jobs
 from gigatrain.launching import restart
@@ -54,8 +55,6 @@ def trained(run, step, limit_s=90):
 @pytest.fixture(scope="module")
 def undisturbed(slurm, tiny, tmp_path_factory):
     """The weights of two ranks on two nodes that nobody disturbed."""
-    from conftest import Launches
-
     launches = Launches(slurm, tmp_path_factory.mktemp("undisturbed"))
     job, run = launches(tiny, "--site", launches.site(), "--nodes", 2, "--no-preflight", *TINY, *STEPS)
     summary = finished(slurm, job, run)
@@ -106,7 +105,7 @@ def test_the_time_limit_ends_a_job_and_not_the_run(launches, cluster, tiny):
     assert cluster.state(job)["TimeLimit"] == "00:10:00"
     trained(run, 60)
     # However slow this machine is: less than `lead_s` is left from now on, and enough to save.
-    minutes = (slurm_seconds(cluster.state(job)["RunTime"]) + 40) // 60 + 1
+    minutes = ((slurm_seconds(cluster.state(job)["RunTime"]) or 0) + 40) // 60 + 1
     cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
     until(lambda: verdicts(run), 60, "the job was told of its limit")
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
