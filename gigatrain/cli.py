@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,10 @@ def _train(options: argparse.Namespace) -> None:
     from gigatrain import load
     from gigatrain.planning.plan import plan
 
+    if os.environ.get("GIGATRAIN_LAUNCHER") == "srun":
+        from gigatrain.launching import slurm
+
+        os.environ.update(slurm.rank_environment(os.environ))
     recipe = load.recipe(options.recipe, options.set)
     site, why = _site(options.site)
     started = os.environ.get("WORLD_SIZE")  # torchrun's, or our own
@@ -52,24 +57,28 @@ def _train(options: argparse.Namespace) -> None:
         raise RunError(f"the environment's WORLD_SIZE is {started!r} and no count of ranks; torchrun and train.nproc set it, or unset it")
     chosen = plan(recipe, site, int(started) if started else None, measure=_measured)
     if chosen.ranks > 1 and started is None:
+        from gigatrain.observe import logs
         from gigatrain.parallel.spawn import spawn
 
-        folder = _run_folder(options, recipe.name)
-        sys.exit(spawn(chosen.ranks, ["train", *options.arguments[1:], "--run", str(folder)]))
+        folder, began = _run_folder(options, recipe.name), time.time()
+        arguments = ["train", *options.arguments[1:], "--run", str(folder)]
+        sys.exit(spawn(chosen.ranks, arguments, lambda: logs.first_failure(folder, logs.attempt(), since=began)))
     folder = _run_folder(options, recipe.name)
     from gigatrain.observe.display import Display
+    from gigatrain.observe.logs import Log
 
-    display = Display()
-    if os.environ.get("RANK", "0") == "0":
-        display.plan(chosen, why)
-    from gigatrain.loop import train  # torch, 2 s: everything that can be refused without it has been
+    with Log(folder, new=options.new) as log:  # from here on what is printed, torch's own words included, is in the rank's log
+        display = Display(log=log)
+        if os.environ.get("RANK", "0") == "0":
+            display.plan(chosen, why)
+        from gigatrain.loop import train  # torch, 2 s: everything that can be refused without it has been
 
-    train(
-        chosen,
-        folder,
-        start="new" if options.new else "resume" if options.resume else "continue" if options.go_on else "auto",
-        display=display,
-    )
+        start = "new" if options.new else "resume" if options.resume else "continue" if options.go_on else "auto"
+        summary = train(chosen, folder, start=start, display=display, log=log)
+        if summary is None and "GIGATRAIN_ATTEMPT" in os.environ and os.environ.get("RANK", "0") == "0":
+            from gigatrain.launching import job
+
+            job.record(folder, "left")  # saved because of a signal: the job's script is to know
 
 
 def _measured(config: Any) -> Any:
@@ -147,6 +156,91 @@ def _plan(options: argparse.Namespace) -> None:
     display.plan_details(chosen)
     for line in tried.lines() if tried else ():
         display.line(line)
+
+
+def _launch(options: argparse.Namespace) -> None:
+    from gigatrain.launching import submit
+    from gigatrain.launching.slurm import clock
+
+    prepared = submit.prepare(
+        submit.Request(
+            recipe=options.recipe,
+            site=options.site,
+            overrides=tuple(options.set),
+            nodes=options.nodes,
+            gpus=options.gpus,
+            megawatts=options.megawatts,
+            spares=options.spares,
+            time_s=options.time,
+            account=options.account,
+            launcher=options.launcher,
+            preflight=options.preflight,
+            folder=options.run_folder,
+            resume=options.resume,
+            sweep=tuple(options.sweep),
+            chain=options.chain,
+        ),
+        measure=_measured,
+    )
+    made, large = prepared.job, prepared.size
+    if options.dry_run and not options.json:
+        for text in prepared.files.values():
+            print(text, end="")
+        return
+    numbers = [] if options.dry_run else submit.launch(prepared).jobs
+    if options.json:
+        found = {"run": made.run, "jobs": numbers, "runs": [str(run) for run in prepared.runs], "job": made.model_dump(mode="json")}
+        print(
+            json.dumps(
+                found | {"watts": large.watts, "assumes": large.assumes} | ({"files": prepared.files} if options.dry_run else {}), indent=2
+            )
+        )
+        return
+    spares = f" and {made.spares} spare" if made.spares else ""
+    limit = f", {clock(made.time_s)} each" if made.time_s else ""
+    print(f"job {' then '.join(numbers)}: {made.name} on {made.site.name}, {made.nodes} x {made.ranks_per_node} ranks{spares}{limit}")
+    for text in large.assumes:
+        print(f"  assumes  {text}")
+    for run, change in zip(prepared.runs, prepared.changes, strict=True):
+        print(f"  run      {run}  {'  '.join(change)}".rstrip())
+    print(f"  script   {made.run}/launch/job.sh" if "job.sh" in prepared.files else f"  files    {made.run}/launch")
+    print(f"  follow   gigatrain logs {made.run} -f    gigatrain watch {made.run}    gigatrain ps")
+    print(f"  end      gigatrain cancel {made.run}")
+
+
+def _job_begin(options: argparse.Namespace) -> None:
+    from gigatrain.launching import restart
+
+    print(restart.begin(Path(options.run_folder), dict(os.environ)))
+
+
+def _job_after(options: argparse.Namespace) -> None:
+    from gigatrain.launching import restart
+    from gigatrain.observe import logs
+
+    verdict = restart.after(
+        Path(options.run_folder),
+        options.code,
+        signal=None if options.signal == "none" else options.signal,
+        held=[node for node in options.held.split(",") if node],
+        chosen=[node for node in options.chosen.split(",") if node],
+        excluded=Path(options.excluded) if options.excluded else None,
+    )
+    for text in verdict.screen(options.run_folder):
+        print(text, file=sys.stderr)
+    if verdict.word in ("again", "stop") and (why := logs.first_failure(Path(options.run_folder), logs.attempt())):
+        print(why, file=sys.stderr)
+    bad = restart.excluded(Path(options.excluded)) if options.excluded else []
+    print(verdict.word, verdict.code, ",".join(bad))
+
+
+def _duration(text: str) -> int:
+    from gigatrain.launching.slurm import seconds
+
+    found = seconds(text)
+    if text.count(":") != 2 or not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HH:MM:SS or D-HH:MM:SS")
+    return found
 
 
 def _site(name: str | None) -> tuple[Any, str]:
@@ -338,6 +432,52 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--resume", action="store_true", help="go on from DIR's newest whole checkpoint; an error if there is none")
     how.add_argument("--continue", action="store_true", dest="go_on", help="go on if DIR has a checkpoint, else begin: what a job says")
 
+    launched = command("launch", _launch, "train as a job of a site", _LAUNCH)
+    recipe_arguments(launched)
+    launched.add_argument(
+        "--site", metavar="SITE", required=True, help="where: a site file, or the name of a shipped one (`gigatrain sites`)"
+    )
+    launched.add_argument("--nodes", metavar="N", type=_ranks, help="nodes that train")
+    launched.add_argument("--gpus", metavar="G", type=_ranks, help="or ranks that train")
+    launched.add_argument("--megawatts", metavar="M", type=float, help="or what the run may draw at the site, cooling included")
+    launched.add_argument(
+        "--spares", metavar="K", type=_count, default=0, help="nodes beside them, that take the place of bad ones (default: 0)"
+    )
+    launched.add_argument(
+        "--time", metavar="HH:MM:SS", type=_duration, help="limit of one job; the run goes on in the next (default: the site's longest)"
+    )
+    launched.add_argument("--account", metavar="A", help="what is billed (default: the site's, else SBATCH_ACCOUNT)")
+    launched.add_argument(
+        "--launcher",
+        choices=("torchrun", "srun"),
+        default="torchrun",
+        help="who starts the ranks: torchrun, one a node (default), or srun itself",
+    )
+    launched.add_argument("--no-preflight", dest="preflight", action="store_false", help="do not examine the nodes before each attempt")
+    launched.add_argument("--run", metavar="DIR", dest="run_folder", help="the run folder (default: the site's paths.runs/NAME-DATE-TIME)")
+    launched.add_argument("--resume", action="store_true", help="go on with the run in DIR in a new job")
+    launched.add_argument(
+        "--sweep", metavar="KEY=V1,V2", action="append", default=[], help="a run for each value, as one array; several: each with each"
+    )
+    launched.add_argument(
+        "--chain", metavar="K", type=_ranks, default=1, help="K jobs, each after the one before, where none may requeue itself"
+    )
+    launched.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
+    launched.add_argument("--json", action="store_true", help="what was submitted, as JSON")
+
+    in_job = commands.add_parser(
+        "job", help="what a job's script asks", description="What a job's script asks; not meant for people."
+    ).add_subparsers(metavar="COMMAND", required=True)
+    begun = command("begin", _job_begin, "before an attempt", _JOB, in_job)
+    begun.add_argument("run_folder", metavar="RUN", help="the run folder")
+    ended = command("after", _job_after, "after an attempt", _JOB, in_job)
+    ended.add_argument("run_folder", metavar="RUN", help="the run folder")
+    ended.add_argument("--code", type=int, required=True, help="what the ranks ended with")
+    ended.add_argument("--signal", default="none", help="what the script was told: USR1, TERM or none")
+    ended.add_argument("--held", default="", help="nodes of the allocation, by commas")
+    ended.add_argument("--chosen", default="", help="those that trained")
+    ended.add_argument("--excluded", help="the site's list of bad nodes")
+
     planned = command("plan", _plan, "show what a run will do, and start nothing", _PLAN)
     recipe_arguments(planned)
     planned.add_argument("--site", metavar="SITE", help="where it would run (default: this machine)")
@@ -432,6 +572,22 @@ Train a recipe: tokenise its data (kept for the next run), train, validate, save
 
 SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint at the end of the step and leave.
 The run folder holds plan.json, metrics.jsonl, summary.json, checkpoints/, export/ and tensorboard/."""
+_LAUNCH = """\
+From a recipe and a site to a job in its queue: planned, checked, submitted; it saves before its time limit, requeues itself and replaces bad nodes.
+
+  gigatrain launch my.toml --site jupiter --nodes 16 --time 06:00:00
+  gigatrain launch my.toml --site jupiter --nodes 16 --spares 2 --dry-run      print the script, submit nothing
+  gigatrain launch my.toml --site aion --megawatts 20                          as many nodes as that feeds
+  gigatrain launch my.toml --site leonardo --nodes 4 --run $WORK/mine --resume go on in a new job
+  gigatrain launch my.toml --site lumi --nodes 1 --sweep optim.lr=1e-3,2e-3,4e-3
+
+RUN/launch holds what was submitted: job.sh, recipe and site as they were, and history.jsonl with every attempt and why it ended."""
+_JOB = """\
+job.sh asks `begin` whether anything is left to do (go ATTEMPT PORT FOLDER | done | stop CODE), and `after` what comes next:
+done, again, requeue, leave or stop, the exit code, and the nodes to exclude. The reasons are in RUN/launch/history.jsonl.
+
+  gigatrain job begin runs/mine
+  gigatrain job after runs/mine --code 1 --held n1,n2"""
 _PLAN = """\
 Resolve a recipe on a site into a plan: every number concrete, the memory it needs, the kernel of each operation. Starts nothing.
 

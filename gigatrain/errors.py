@@ -2,10 +2,12 @@
 
 
 class GigatrainError(Exception):
-    """Base of the errors that are the user's to mend; `exit_code` is what the CLI leaves with, `shared` an error that all ranks of a run raise."""
+    """Base of the errors that are the user's to mend; `exit_code` is what the CLI leaves with, `shared` an error that all ranks of a run raise,
+    `secondary` one that only says that another rank is gone, which knows why."""
 
     exit_code = 1
     shared = False
+    secondary = False
 
 
 class RecipeError(GigatrainError):
