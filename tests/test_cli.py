@@ -9,7 +9,20 @@ import pytest
 
 from gigatrain import cli
 
-COMMANDS = [[], ["train"], ["plan"], ["recipes"], ["sites"], ["data"], ["data", "build"], ["export"], ["generate"], ["schema"], ["version"]]
+COMMANDS = [
+    [],
+    ["train"],
+    ["plan"],
+    ["recipes"],
+    ["sites"],
+    ["data"],
+    ["data", "build"],
+    ["export"],
+    ["generate"],
+    ["schema"],
+    ["version"],
+    ["watch"],
+]
 
 
 def ran(*arguments, cwd=None, code=0):

@@ -30,6 +30,7 @@ from gigatrain.observe import hang
 from gigatrain.parallel.spawn import SPAWNED
 
 TAIL_BYTES = 1 << 16
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _MARK = re.compile(rb"^\[gigatrain\] rank (\d+) of (\d+) on (\S+), pid (\d+), (begins|ends) (\S+)(?:: code (\d+))?$", re.MULTILINE)
 
 
@@ -340,7 +341,7 @@ def first_failure(run: Path, number: int | None = None, *, since: float = 0.0) -
             lines.append(f"{_named(ranks)} {what}")
     told = found[0]["rank"] if found and not found[0]["secondary"] else quiet[0][0] if quiet else found[0]["rank"]
     lines.append(f"its log: {folder_of(run, number) / f'rank-{told:05d}.log'}")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def hung(run: Path, number: int | None = None) -> str | None:
@@ -415,6 +416,11 @@ def _named(ranks: Iterable[int]) -> str:
     shown = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans[:8])
     shown += f" and {sum(last - first + 1 for first, last in spans[8:])} more" if len(spans) > 8 else ""
     return f"rank{'s' if len(ordered) > 1 else ''} {shown}"
+
+
+def printable(text: str) -> str:
+    """Without what would move the cursor or colour a terminal: words of a rank, a model or a file name are shown, not obeyed."""
+    return _CONTROL.sub("", text)
 
 
 def _ours(failure: BaseException) -> bool:
