@@ -93,7 +93,7 @@ class Log:
             (self.folder / "errors").mkdir(parents=True, exist_ok=True)
             for stale in (self.error, self.stuck):  # of an earlier process of this attempt, which the log still has
                 stale.unlink(missing_ok=True)
-            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as failure:
             self._lost(failure)
             return
@@ -129,8 +129,11 @@ class Log:
                 os.write(self._file, text.encode("utf-8", "replace"))
 
     def mark(self, what: str, code: int | None = None) -> None:
-        end = "" if code is None else f": code {code}"
-        self.write(f"[gigatrain] rank {self.rank} of {self.ranks} on {self.node}, pid {os.getpid()}, {what} {_now()}{end}\n")
+        end, begin = "" if code is None else f": code {code}", ""
+        with contextlib.suppress(OSError):  # a mark is a line of its own, whatever came before
+            if self._file >= 0 and (size := os.fstat(self._file).st_size) and os.pread(self._file, 1, size - 1) != b"\n":
+                begin = "\n"
+        self.write(f"{begin}[gigatrain] rank {self.rank} of {self.ranks} on {self.node}, pid {os.getpid()}, {what} {_now()}{end}\n")
 
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
         code = _code(failure)
@@ -385,8 +388,8 @@ def _records(run: Path, number: int | None) -> Iterator[dict[str, Any]]:
     for path in sorted((folder_of(run, number) / "errors").glob("rank-*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # half written by a rank that was killed meanwhile
             record = json.loads(path.read_text(encoding="utf-8"))
-            assert isinstance(record["message"], str)
-            assert isinstance(record["traceback"], str)
+            if not all(isinstance(record[key], str) for key in ("time", "node", "type", "message", "traceback")):
+                continue
             yield record | {"time_s": float(record["time_s"]), "monotonic_s": float(record["monotonic_s"]), "rank": int(record["rank"])}
 
 
