@@ -245,8 +245,12 @@ class Progress:
         self.path = None if run is None else run / "logs" / "progress.jsonl"
         self.process = os.urandom(6).hex()
         self.seconds: dict[str, float] = {}
+        self.waiting: str | None = None  # of a run that is finished nothing is told, unless it trains again
 
     def __enter__(self) -> Self:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if self.path is not None and json.loads((self.path.parent.parent / "summary.json").read_bytes()).get("wall_s") is not None:
+                self.waiting = ""
         self.add("start", node=self.log.node)
         return self
 
@@ -280,6 +284,11 @@ class Progress:
             "process": self.process,
         }
         line = json.dumps(row | more | ({"seconds": seconds} if seconds else {})) + "\n"
+        if self.waiting is not None:
+            if event != "steps":
+                self.waiting += line
+                return
+            line, self.waiting = self.waiting + line, None
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b") as file:

@@ -268,15 +268,16 @@ def test_nothing_of_the_environment_is_in_a_log(tmp_path):
 
 
 def test_progress_survives_a_torn_line(tmp_path):
+    path = tmp_path / "logs" / "progress.jsonl"
     with logs.Progress(logs.Log(tmp_path), tmp_path) as progress:
         progress.report(2, 64, 0.5)
-    with progress.path.open("a") as file:
+    with path.open("a") as file:
         file.write('{"time_s": 1, "eve')
     with logs.Progress(logs.Log(tmp_path), tmp_path):
         pass
     from gigatrain.observe.watch import Tail
 
-    rows, _ = Tail(progress.path).rows()
+    rows, _ = Tail(path).rows()
     assert [row["event"] for row in rows] == ["start", "report", "end", "start", "end"]
     assert rows[1]["seconds"] == {"training": 0.5}
 
