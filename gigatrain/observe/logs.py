@@ -66,6 +66,7 @@ class Log:
         self.node = platform.node() or "unknown"
         self.pulse = hang.Pulse()
         self.owned = self._entered = self._faults = False
+        self._waiting: list[str] = []  # lines that were shown before there was a file
         self.screen: TextIO | None = None  # a terminal, for what must be seen live
         self._early = "GIGATRAIN_ATTEMPT" in os.environ and not new
         self._before: tuple[int, int] | None = None
@@ -99,6 +100,8 @@ class Log:
             return
         self.owned = True
         self.mark("begins")
+        self.write("".join(self._waiting))
+        self._waiting.clear()
         if not faulthandler.is_enabled():  # a segmentation fault leaves its stacks too
             faulthandler.enable(self._file)
             self._faults = True
@@ -123,7 +126,9 @@ class Log:
         return self._file
 
     def write(self, text: str) -> None:
-        """Into the file only; a disk that refuses costs the line and not the run."""
+        """Into the file only, once there is one; a disk that refuses costs the line and not the run."""
+        if self._entered and not self.owned:
+            self._waiting.append(text)
         if self._file >= 0:
             with contextlib.suppress(OSError):
                 os.write(self._file, text.encode("utf-8", "replace"))
@@ -139,7 +144,8 @@ class Log:
         code = _code(failure)
         record = self._failed(failure) if isinstance(failure, Exception) else None
         self._restore()
-        self.mark("ends", code)
+        if self.owned:
+            self.mark("ends", code)
         if self._faults:
             faulthandler.disable()
         if self._file >= 0:

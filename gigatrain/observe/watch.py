@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gigatrain.errors import RunError
+from gigatrain.errors import GigatrainError, RunError
 from gigatrain.observe import logs
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 WINDOWS = 120  # of losses that are kept for the line
 QUIET_S = 120.0  # without news a run that has not ended is called silent; longer where its reports are further apart
 SPARKS = "▁▂▃▄▅▆▇█"
+SHOWN = 12  # lines of a failure
+ASKED_S = 20.0  # between two questions to the scheduler
 CLASSES = ("training", "redone", "validation", "checkpoint", "starting", "stopped", "other")
 
 
@@ -84,6 +86,7 @@ class Reader:
         self._events: list[dict[str, Any]] = []
         self._job: list[dict[str, Any]] = []
         self._tokens_s = [0.0, 0.0]
+        self._scheduler: tuple[float, dict[str, Any] | None] = (-ASKED_S, None)
 
     def seen(self) -> dict[str, Any]:
         """The run now, as JSON values: what `gigatrain watch --json` prints."""
@@ -132,13 +135,14 @@ class Reader:
             "mfu_why": why,
             "eta_s": _eta_s(events, step, steps, window) if state == "running" else None,
             "goodput": goodput,
-            "restarts": _restarts(events),
+            "restarts": _restarts(events, self._job),
             "slowest_ranks": slow,
             "slowest_why": unknown,
             "checkpoint": self._checkpoint(now),
             "power_watts": None,  # until a run measures it
             "power_why": "not measured",
             "job": {key: self._job[-1].get(key) for key in ("time", "event")} if self._job else None,
+            "scheduler": self._asked() if state != "finished" else None,
             "failed_ranks": len(found),
             "failure": told,
             "hung_ranks": len(hang),
@@ -191,6 +195,19 @@ class Reader:
             with contextlib.suppress(OSError, ValueError):
                 found.append((int(path.parent.name.removeprefix("step-")), path.stat().st_mtime))
         return {"step": max(found)[0], "age_s": round(max(0.0, now - max(found)[1]), 1)} if found else None
+
+    def _asked(self) -> dict[str, Any] | None:
+        """What the scheduler says of the run's job, asked seldom; None of a run that is no job."""
+        asked_s, said = self._scheduler
+        if not (self.run / "launch" / "job.json").is_file() or time.monotonic() - asked_s < ASKED_S:
+            return said
+        try:
+            states, notes = importlib.import_module("gigatrain.launching.follow").ps(self.run)
+            said = {"job": states[0].job, "state": states[0].state, "reason": states[0].reason or "; ".join(notes)} if states else None
+        except (ImportError, AttributeError, OSError, GigatrainError) as failure:
+            said = {"job": None, "state": "unknown", "reason": str(failure)}
+        self._scheduler = (time.monotonic(), said)
+        return said
 
     def _mfu(self, plan: Mapping[str, Any], speed: float | None) -> tuple[float | None, str]:
         """Model FLOP/s over the ranks' dense bf16 rate, whatever precision they compute in."""
@@ -263,12 +280,15 @@ def _goodput(sessions: list[list[dict[str, Any]]], now: float | None) -> dict[st
     }
 
 
-def _restarts(sessions: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _restarts(sessions: list[list[dict[str, Any]]], job: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each process after the first, from which step it went on, and why the one before it ended."""
     found = []
     for before, session in pairwise(sessions):
         began, end = _began(session), before[-1]
         why = str(end.get("why")) if end["event"] == "end" else "left no word: killed, or its node was lost"
+        judged = [row for row in job if row.get("event") == "judged" and row.get("attempt") == before[0].get("attempt")]
+        if judged and isinstance(judged[-1].get("why"), str) and before[0].get("attempt") != session[0].get("attempt"):
+            why = judged[-1]["why"]  # by the job's script, which saw the ranks end
         found.append(
             {"time_s": session[0]["time_s"], "attempt": session[0].get("attempt"), "step": began["step"] if began else None, "why": why}
         )
@@ -358,9 +378,13 @@ def lines(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if seen["hang"]:
         add("HANG", seen["hang"], "bold red")
     if seen["failure"]:
-        add("FAILED", seen["failure"], "bold red")
+        told = seen["failure"].splitlines()  # a long traceback is in the log, whose name is its last line
+        add("FAILED", "\n".join(told if len(told) <= SHOWN else [told[0], "  ...", *told[2 - SHOWN :]]), "bold red")
     if seen["job"]:
         add("job", f"{seen['job']['event']} {seen['job']['time']}")
+    if seen["scheduler"]:
+        asked = seen["scheduler"]
+        add("scheduler", f"{asked['job'] or 'job'} {asked['state']}" + (f": {asked['reason']}" if asked["reason"] else ""))
     if seen["step"] is not None:
         share = f" ({seen['step'] / seen['steps']:.1%})" if seen["steps"] else ""
         eta = f", {span(seen['eta_s'])} to go" if seen["eta_s"] is not None else ""
@@ -388,7 +412,8 @@ def lines(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         if len(seen["restarts"]) > 4:
             add("restarts", f"{len(seen['restarts'])} in all")
         shown = ", ".join(f"rank {row['rank']} {row['own_s'] * 1e3:.1f} ms" for row in seen["slowest_ranks"])
-        add("slowest", f"{shown} of data and forward" if shown else seen["slowest_why"])
+        if (seen["ranks"] or 2) > 1:
+            add("slowest", f"{shown} of data and forward" if shown else seen["slowest_why"])
     if seen["checkpoint"]:
         add("checkpoint", f"step {seen['checkpoint']['step']:,}, {span(seen['checkpoint']['age_s'])} ago")
     add("power", "not measured" if seen["power_watts"] is None else f"{seen['power_watts']:,.0f} W")
@@ -410,7 +435,7 @@ def watch(run: Path, *, once: bool = False, as_json: bool = False, every_s: floa
     from rich.console import Console
     from rich.live import Live
 
-    reader, console = Reader(run), Console(highlight=False, soft_wrap=True)
+    reader, console = Reader(run), Console(highlight=False)
     seen = reader.seen()
     if as_json:
         print(json.dumps(seen, indent=1))

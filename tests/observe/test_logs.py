@@ -109,13 +109,16 @@ from pathlib import Path
 from gigatrain.observe.display import Display
 from gigatrain.observe.logs import Log
 with Log(Path(sys.argv[1])) as log:
+    display = Display(log=log)
+    display.line("before the folder is ours")
     log.own()
-    with Display(log=log) as display:
+    with display:
         display.line("a line that stays")
         for done in range(4):
             display.advance("train", done, 4, "loss 1")
             print("printed beside the bar")
             time.sleep(0.15)
+        display.advance("train", 4, 4, "loss 1")
 """
     screen, inside = pty.openpty()
     process = subprocess.Popen(
@@ -137,9 +140,73 @@ with Log(Path(sys.argv[1])) as log:
     assert "━".encode() in seen
     kept = text(tmp_path)
     assert kept.count(b"printed beside the bar\n") == 4
+    assert b"before the folder is ours\n" in kept
     assert b"a line that stays\n" in kept
+    assert b"train 4/4  loss 1\n" in kept
     assert b"\x1b" not in kept
     assert "━".encode() not in kept
+
+
+def test_a_second_train_into_the_folder_is_refused_and_leaves_it_alone(tiny, tmp_path):
+    folder = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "gigatrain",
+        "train",
+        str(tiny),
+        "--run",
+        str(folder),
+        "--set",
+        "train.steps=2",
+        "--set",
+        "export=false",
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 7
+    assert ended.stderr.count("already holds a run") == 1
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_our_own_starter_shows_the_first_failure_last_and_nothing_else(tiny, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(_PATCH)
+    folder = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "gigatrain",
+        "train",
+        str(tiny),
+        "--run",
+        str(folder),
+        "--set",
+        "train.nproc=2",
+        "--set",
+        "export=false",
+    ]
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}{os.pathsep}{Path(__file__).parent.parent.parent}"
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": path})
+    assert ended.returncode == 5, ended.stderr
+    lines = ended.stderr.splitlines()
+    assert lines[0].startswith("gigatrain: rank 1 of 2 on ")
+    assert lines[1:3] == ["a shard is torn; mend it", "rank 0 stopped because of another"]
+    assert len(lines) == 4
+
+
+_PATCH = """
+import os, sys
+if os.environ.get("RANK") == "1":
+    from gigatrain.errors import DataError
+
+    from gigatrain.engines.native import Native
+
+    def failing(self, batch):
+        raise DataError("a shard is torn; mend it")
+
+    Native.forward_backward = failing
+"""
 
 
 def record(folder, rank, at, *, ranks=4, secondary=False, ours=False, node="a", message="why", offset=0.0):

@@ -244,6 +244,30 @@ def test_mfu_where_the_rate_is_known_only(tmp_path, monkeypatch):
     assert Reader(folder).seen()["mfu_why"] == "the rate of abacus is unknown"
 
 
+def test_the_scheduler_is_asked_seldom_and_only_for_jobs(tmp_path, monkeypatch):
+    import types
+
+    calls = []
+
+    def ps(folder):
+        calls.append(folder)
+        return [types.SimpleNamespace(job="41", state="requeued", reason="the node was lost\x1b[2J")], []
+
+    monkeypatch.setitem(sys.modules, "gigatrain.launching.follow", types.SimpleNamespace(ps=ps))
+    folder = made(tmp_path / "run", KILLED, [window(50)])
+    assert Reader(folder).seen()["scheduler"] is None
+    (folder / "launch").mkdir()
+    (folder / "launch" / "job.json").write_text("{}")
+    history = [{"time": "T", "event": "judged", "attempt": 0, "verdict": "again", "why": "node n2 was lost"}]
+    (folder / "launch" / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in history))
+    reader = Reader(folder)
+    for _ in range(3):
+        text = said(reader.seen())
+    assert calls == [folder]
+    assert "scheduler 41 requeued: the node was lost\n" in text
+    assert "before it: node n2 was lost" in text
+
+
 def test_sparks_and_spans():
     assert spark([1, 2, 3, None, 8]) == "▁▂▃ █"
     assert spark([3, 3]) == "▁▁"
