@@ -81,6 +81,19 @@ def _train(options: argparse.Namespace) -> None:
             job.record(folder, "left")  # saved because of a signal: the job's script is to know
 
 
+def _watch(options: argparse.Namespace) -> None:
+    folder = Path(options.run_folder).expanduser()
+    if options.serve:
+        from gigatrain.observe import prometheus
+
+        given = Path(options.token_file).expanduser() if options.token_file else None
+        prometheus.serve(folder, options.serve, given, lambda text: print(text, flush=True))
+        return
+    from gigatrain.observe.watch import watch
+
+    watch(folder, once=options.once, as_json=options.json)
+
+
 def _measured(config: Any) -> Any:
     """The numbers of a model that is not of our families; torch and transformers, 4 s."""
     from gigatrain.models.autonumbers import numbers
@@ -505,6 +518,14 @@ def _parser() -> argparse.ArgumentParser:
     recipe_arguments(build)
     build.add_argument("--json", action="store_true", help="the manifest as JSON")
 
+    watched = command("watch", _watch, "follow a run: loss, speed, goodput, errors", _WATCH)
+    watched.add_argument("run_folder", metavar="RUN", help="a run folder")
+    way = watched.add_mutually_exclusive_group()
+    way.add_argument("--once", action="store_true", help="show it once and leave")
+    way.add_argument("--json", action="store_true", help="what is known now, as JSON")
+    way.add_argument("--serve", metavar="[HOST:]PORT", help="serve it to Prometheus instead (default host: 127.0.0.1)")
+    watched.add_argument("--token-file", metavar="FILE", help="with --serve: holds the bearer token (else GIGATRAIN_TOKEN, else a new one)")
+
     exported = command("export", _export, "write a run's model for transformers", _EXPORT)
     exported.add_argument("run_folder", metavar="RUN", help="a run folder")
     exported.add_argument("folder", metavar="DIR", help="where the model goes")
@@ -611,6 +632,17 @@ A later `gigatrain train` of the same data and tokenizer finds them.
 
   gigatrain data build quickstart
   gigatrain data build my.toml --set data.workers=16 --json"""
+_WATCH = """\
+Follow a run from its folder, wherever that can be read: live in a terminal, until it is finished or Ctrl-C. The run is not touched.
+Goodput is the time of steps that were kept over wall-clock since the first start; what is not known is said to be so.
+
+  gigatrain watch runs/mine
+  gigatrain watch runs/mine --once
+  gigatrain watch runs/mine --json | jq .goodput
+  gigatrain watch runs/mine --serve 9400                      Prometheus metrics on this machine; the token's file is printed
+  gigatrain watch runs/mine --serve 10.1.2.3:9400 --token-file ~/token
+
+launch/grafana.json is a dashboard for these metrics. A recipe's report.prometheus = 9400 serves them from the run itself."""
 _EXPORT = """\
 Write the newest checkpoint of a run as a folder for transformers: safetensors, config.json, tokenizer.
 

@@ -373,8 +373,9 @@ class Report(Section):
     )
     prometheus: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         default=None,
-        description="Port on 127.0.0.1 of rank 0's node that serves Prometheus metrics while the run lives (`gigatrain watch --serve`).",
+        description="Port of rank 0's node that serves Prometheus metrics while the run lives; `gigatrain watch --serve` is the same.",
     )
+    prometheus_host: str = Field(default="127.0.0.1", description="The interface that serves them; each asks for a bearer token.")
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
     project: str = Field(default="gigatrain", description="The trackers' project name.")
 

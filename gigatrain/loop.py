@@ -26,7 +26,7 @@ from gigatrain.errors import CheckpointError, DataError, RunError
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
-from gigatrain.observe import hang, trace
+from gigatrain.observe import hang, prometheus, trace
 from gigatrain.observe.display import Display
 from gigatrain.observe.health import Health
 from gigatrain.observe.logs import Log, Progress
@@ -63,6 +63,8 @@ def _train(
         log.own()
         stack.enter_context(hang.Watch(log, plan.report.hang_s))
         progress = stack.enter_context(Progress(log, folder if mesh.rank == 0 else None))
+        if mesh.rank == 0:
+            stack.enter_context(prometheus.served(folder, plan.report.prometheus_host, plan.report.prometheus, display.line))
         log.pulse.mark("corpus")
         corpus = _corpus(plan, this, resumes, mesh, display, log)
         train_on, held = corpus.totals("train"), corpus.totals("validation")

@@ -26,6 +26,7 @@ COMMANDS = [
     ["schema"],
     ["version"],
     ["doctor"],
+    ["watch"],
 ]
 
 

@@ -23,7 +23,7 @@ def test_the_wheel_carries_recipes_sites_and_code(tmp_path):
     shipped = {path.relative_to(ROOT).as_posix() for folder in ("recipes", "launch/sites") for path in (ROOT / folder).rglob("*.toml")}
     assert shipped
     assert {f"gigatrain/{name}" for name in shipped} <= names
-    assert {"gigatrain/loop.py", "gigatrain/kernels/ops.py"} <= names
+    assert {"gigatrain/loop.py", "gigatrain/kernels/ops.py", "gigatrain/observe/tee.py", "gigatrain/launch/grafana.json"} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "runs/"))]
     code = "import gigatrain, sys; from gigatrain import load; assert gigatrain.__file__.startswith(sys.argv[1]); print(*load.recipes(), *load.sites())"
     ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path / "site", capture_output=True, text=True, check=True)

@@ -71,13 +71,18 @@ class Display:
             self.progress.update(self.tasks[what], completed=done, total=total, numbers=numbers)
             if done >= total:
                 self.progress.stop_task(self.tasks[what])
-            return
+            if not isinstance(self.console, _Logged):
+                return
         now = time.monotonic()
         begin, first = self.began.setdefault(what, (now, done))
         if now - self.shown_s >= 5 or done >= total:
             self.shown_s = now
             eta = (now - begin) / (done - first) * (total - done) if done > first else None
-            self.line(f"{what} {done:,}/{total:,}  {numbers}" + (f"  ETA {eta:.0f} s" if eta else ""))
+            text = f"{what} {done:,}/{total:,}  {numbers}" + (f"  ETA {eta:.0f} s" if eta else "")
+            if isinstance(self.console, _Logged):
+                self.console.log.write(f"{text}\n")  # the bar is on the screen
+            else:
+                self.line(text)
 
     def plan(self, plan: Plan, why: str) -> None:
         """What will happen, on a few lines."""

@@ -30,6 +30,7 @@ from gigatrain.observe import hang
 from gigatrain.parallel.spawn import SPAWNED
 
 TAIL_BYTES = 1 << 16
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _MARK = re.compile(rb"^\[gigatrain\] rank (\d+) of (\d+) on (\S+), pid (\d+), (begins|ends) (\S+)(?:: code (\d+))?$", re.MULTILINE)
 
 
@@ -65,6 +66,7 @@ class Log:
         self.node = platform.node() or "unknown"
         self.pulse = hang.Pulse()
         self.owned = self._entered = self._faults = False
+        self._waiting: list[str] = []  # lines that were shown before there was a file
         self.screen: TextIO | None = None  # a terminal, for what must be seen live
         self._early = "GIGATRAIN_ATTEMPT" in os.environ and not new
         self._before: tuple[int, int] | None = None
@@ -92,12 +94,14 @@ class Log:
             (self.folder / "errors").mkdir(parents=True, exist_ok=True)
             for stale in (self.error, self.stuck):  # of an earlier process of this attempt, which the log still has
                 stale.unlink(missing_ok=True)
-            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as failure:
             self._lost(failure)
             return
         self.owned = True
         self.mark("begins")
+        self.write("".join(self._waiting))
+        self._waiting.clear()
         if not faulthandler.is_enabled():  # a segmentation fault leaves its stacks too
             faulthandler.enable(self._file)
             self._faults = True
@@ -122,20 +126,26 @@ class Log:
         return self._file
 
     def write(self, text: str) -> None:
-        """Into the file only; a disk that refuses costs the line and not the run."""
+        """Into the file only, once there is one; a disk that refuses costs the line and not the run."""
+        if self._entered and not self.owned:
+            self._waiting.append(text)
         if self._file >= 0:
             with contextlib.suppress(OSError):
                 os.write(self._file, text.encode("utf-8", "replace"))
 
     def mark(self, what: str, code: int | None = None) -> None:
-        end = "" if code is None else f": code {code}"
-        self.write(f"[gigatrain] rank {self.rank} of {self.ranks} on {self.node}, pid {os.getpid()}, {what} {_now()}{end}\n")
+        end, begin = "" if code is None else f": code {code}", ""
+        with contextlib.suppress(OSError):  # a mark is a line of its own, whatever came before
+            if self._file >= 0 and (size := os.fstat(self._file).st_size) and os.pread(self._file, 1, size - 1) != b"\n":
+                begin = "\n"
+        self.write(f"{begin}[gigatrain] rank {self.rank} of {self.ranks} on {self.node}, pid {os.getpid()}, {what} {_now()}{end}\n")
 
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
         code = _code(failure)
         record = self._failed(failure) if isinstance(failure, Exception) else None
         self._restore()
-        self.mark("ends", code)
+        if self.owned:
+            self.mark("ends", code)
         if self._faults:
             faulthandler.disable()
         if self._file >= 0:
@@ -241,8 +251,12 @@ class Progress:
         self.path = None if run is None else run / "logs" / "progress.jsonl"
         self.process = os.urandom(6).hex()
         self.seconds: dict[str, float] = {}
+        self.waiting: str | None = None  # of a run that is finished nothing is told, unless it trains again
 
     def __enter__(self) -> Self:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if self.path is not None and json.loads((self.path.parent.parent / "summary.json").read_bytes()).get("wall_s") is not None:
+                self.waiting = ""
         self.add("start", node=self.log.node)
         return self
 
@@ -276,6 +290,11 @@ class Progress:
             "process": self.process,
         }
         line = json.dumps(row | more | ({"seconds": seconds} if seconds else {})) + "\n"
+        if self.waiting is not None:
+            if event != "steps":
+                self.waiting += line
+                return
+            line, self.waiting = self.waiting + line, None
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b") as file:
@@ -340,7 +359,7 @@ def first_failure(run: Path, number: int | None = None, *, since: float = 0.0) -
             lines.append(f"{_named(ranks)} {what}")
     told = found[0]["rank"] if found and not found[0]["secondary"] else quiet[0][0] if quiet else found[0]["rank"]
     lines.append(f"its log: {folder_of(run, number) / f'rank-{told:05d}.log'}")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def hung(run: Path, number: int | None = None) -> str | None:
@@ -384,8 +403,8 @@ def _records(run: Path, number: int | None) -> Iterator[dict[str, Any]]:
     for path in sorted((folder_of(run, number) / "errors").glob("rank-*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # half written by a rank that was killed meanwhile
             record = json.loads(path.read_text(encoding="utf-8"))
-            assert isinstance(record["message"], str)
-            assert isinstance(record["traceback"], str)
+            if not all(isinstance(record[key], str) for key in ("time", "node", "type", "message", "traceback")):
+                continue
             yield record | {"time_s": float(record["time_s"]), "monotonic_s": float(record["monotonic_s"]), "rank": int(record["rank"])}
 
 
@@ -415,6 +434,11 @@ def _named(ranks: Iterable[int]) -> str:
     shown = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans[:8])
     shown += f" and {sum(last - first + 1 for first, last in spans[8:])} more" if len(spans) > 8 else ""
     return f"rank{'s' if len(ordered) > 1 else ''} {shown}"
+
+
+def printable(text: str) -> str:
+    """Without what would move the cursor or colour a terminal: words of a rank, a model or a file name are shown, not obeyed."""
+    return _CONTROL.sub("", text)
 
 
 def _ours(failure: BaseException) -> bool:

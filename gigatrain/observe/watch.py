@@ -1,0 +1,451 @@
+"""A run as it is seen from outside: everything from its folder, by anybody who can read it, while it runs or years later. Free of torch.
+
+`Reader.seen()` is the one reading: `gigatrain watch` draws it and observe/prometheus.py serves it. Files may grow meanwhile, end in half a line, or be
+replaced by a resume; what the folder does not say is None, never guessed.
+
+Goodput is the time of the steps that the run kept over the wall-clock since its first process had the folder. The rest of that time, by class: `redone`,
+steps that a restart did again; `validation`; `checkpoint`; `starting`, from having the folder to the first step; `stopped`, from a process's last word to the
+next one's first, with what a killed one did after its last report; `other`, what is left.
+"""
+
+import contextlib
+import datetime
+import importlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gigatrain.errors import GigatrainError, RunError
+from gigatrain.observe import logs
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+WINDOWS = 120  # of losses that are kept for the line
+QUIET_S = 120.0  # without news a run that has not ended is called silent; longer where its reports are further apart
+SPARKS = "▁▂▃▄▅▆▇█"
+SHOWN = 12  # lines of a failure
+ASKED_S = 20.0  # between two questions to the scheduler
+CLASSES = ("training", "redone", "validation", "checkpoint", "starting", "stopped", "other")
+
+
+class Tail:
+    """The whole lines of a JSONL file, read on where the last read ended; from its start if the file was replaced or cut."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._place: tuple[int, int] | None = None  # device and inode
+        self._offset = 0
+
+    def rows(self) -> tuple[list[dict[str, Any]], bool]:
+        """New objects, and whether those given before are void. A line that is no JSON object is left out, and half a line waits."""
+        try:
+            with self.path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                place = (status.st_dev, status.st_ino)
+                afresh = place != self._place or status.st_size < self._offset
+                if afresh:
+                    self._place, self._offset = place, 0
+                file.seek(self._offset)
+                data = file.read()
+        except OSError:
+            afresh, self._place, self._offset = self._place is not None, None, 0
+            return [], afresh
+        whole = data.rfind(b"\n") + 1
+        self._offset += whole
+        return list(_objects(data[:whole])), afresh
+
+
+def _objects(data: bytes) -> Iterator[dict[str, Any]]:
+    for line in data.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(row := json.loads(line), dict):
+                yield row
+
+
+class Reader:
+    """Reads a run's folder again and again, each time only what is new."""
+
+    def __init__(self, run: Path, now: Callable[[], float] = time.time) -> None:
+        """Raises RunError where there is no folder, or one that is not a run's."""
+        if not run.is_dir():
+            raise RunError(f"{run} is no folder; a run's is what `gigatrain train` prints last, or --run names")
+        known = ("run.json", "logs", "launch", "metrics.jsonl", ".lock")
+        if any(run.iterdir()) and not any((run / name).exists() for name in known):
+            raise RunError(f"{run} is not a run folder: it has none of {', '.join(known[:-1])}")
+        self.run, self.now = run, now
+        self._metrics, self._progress, self._history = (
+            Tail(run / name) for name in ("metrics.jsonl", "logs/progress.jsonl", "launch/history.jsonl")
+        )
+        self._windows: list[dict[str, Any]] = []
+        self._validations: list[dict[str, Any]] = []
+        self._events: list[dict[str, Any]] = []
+        self._job: list[dict[str, Any]] = []
+        self._tokens_s = [0.0, 0.0]
+        self._scheduler: tuple[float, dict[str, Any] | None] = (-ASKED_S, None)
+
+    def seen(self) -> dict[str, Any]:
+        """The run now, as JSON values: what `gigatrain watch --json` prints."""
+        self._read()
+        now, plan, record = self.now(), _json(self.run / "plan.json"), _json(self.run / "run.json")
+        summary = _json(self.run / "summary.json")
+        window = self._windows[-1] if self._windows else {}
+        validation = self._validations[-1] if self._validations else {}
+        events = _sessions(self._events)
+        last = self._events[-1] if self._events else {}
+        news_s = self._news_s(now)
+        steps = _number(plan, "steps")
+        step = _number(window, "step")
+        state = self._state(summary, last, news_s)
+        speed, mean = _number(window, "tokens_per_s"), self._tokens_s[0] / self._tokens_s[1] if self._tokens_s[1] else None
+        goodput = _goodput(events, now if state == "running" else None)
+        mfu, why = self._mfu(plan, speed)
+        found, hang = logs.failures(self.run), logs.hangs(self.run)
+        number = logs.newest(self.run)
+        told = logs.first_failure(self.run) if state in ("ended", "silent") and found else None
+        slow, unknown = _slowest(self.run)
+        return {
+            "run": str(self.run),
+            "id": record.get("id"),
+            "name": plan.get("name") or record.get("name"),
+            "site": plan.get("site"),
+            "state": state,
+            "why": last.get("why") if state in ("ended", "finished") else None,
+            "news_s": news_s,
+            "attempt": number,
+            "ranks": _number(plan, "ranks"),
+            "step": step,
+            "steps": steps,
+            "tokens": _number(window, "tokens"),
+            "loss": _number(window, "loss"),
+            "losses": [row.get("loss") for row in self._windows[-WINDOWS:]],
+            "grad_norm": _number(window, "grad_norm"),
+            "lr": _number(window, "lr"),
+            "bad_steps": _number(window, "bad_steps"),
+            "step_s": _number(window, "step_s"),
+            "val_loss": _number(validation, "val_loss"),
+            "val_step": _number(validation, "step"),
+            "tokens_per_s": speed,
+            "tokens_per_s_mean": mean,
+            "mfu": mfu,
+            "mfu_why": why,
+            "eta_s": _eta_s(events, step, steps, window) if state == "running" else None,
+            "goodput": goodput,
+            "restarts": _restarts(events, self._job),
+            "slowest_ranks": slow,
+            "slowest_why": unknown,
+            "checkpoint": self._checkpoint(now),
+            "power_watts": None,  # until a run measures it
+            "power_why": "not measured",
+            "job": {key: self._job[-1].get(key) for key in ("time", "event")} if self._job else None,
+            "scheduler": self._asked() if state != "finished" else None,
+            "failed_ranks": len(found),
+            "failure": told,
+            "hung_ranks": len(hang),
+            "hang": logs.hung(self.run) if hang else None,
+        }
+
+    def _read(self) -> None:
+        rows, afresh = self._metrics.rows()
+        if afresh:
+            self._windows, self._validations, self._tokens_s = [], [], [0.0, 0.0]
+        for row in rows:
+            if _number(row, "step") is None:
+                continue
+            if "val_loss" in row:
+                self._validations = [row]
+            elif "tokens" in row:
+                self._windows = [*self._windows[-WINDOWS:], row]
+                speed, step_s = _number(row, "tokens_per_s"), _number(row, "step_s")
+                if speed and step_s:  # windows are of one length but for the last of a process: a mean over steps
+                    self._tokens_s[0] += speed * step_s
+                    self._tokens_s[1] += step_s
+        for tail, name in ((self._progress, "_events"), (self._history, "_job")):
+            rows, afresh = tail.rows()
+            kept = [row for row in rows if isinstance(row.get("event"), str) and (name == "_job" or _number(row, "time_s") is not None)]
+            setattr(self, name, kept if afresh else getattr(self, name) + kept)
+
+    def _state(self, summary: Mapping[str, Any], last: Mapping[str, Any], news_s: float | None) -> str:
+        if summary.get("wall_s") is not None:
+            return "finished"
+        if not self._events and not self._windows:
+            return "not begun"
+        if last.get("event") == "end":
+            return "ended"
+        reports = [row["time_s"] for row in self._events[-20:] if row["event"] == "report"]
+        apart = max((after - before for before, after in pairwise(reports)), default=0.0)
+        return "running" if news_s is not None and news_s < max(QUIET_S, 5 * apart) else "silent"
+
+    def _news_s(self, now: float) -> float | None:
+        """Since the run last wrote anything that it writes often."""
+        times = [self._events[-1]["time_s"]] if self._events else []
+        for name in ("metrics.jsonl", "logs/progress.jsonl", "trace/rank-00000.jsonl"):
+            with contextlib.suppress(OSError):
+                times.append((self.run / name).stat().st_mtime)
+        return round(max(0.0, now - max(times)), 1) if times else None
+
+    def _checkpoint(self, now: float) -> dict[str, Any] | None:
+        """The newest whole one."""
+        found = []
+        for path in (self.run / "checkpoints").glob("step-*/COMMITTED"):
+            with contextlib.suppress(OSError, ValueError):
+                found.append((int(path.parent.name.removeprefix("step-")), path.stat().st_mtime))
+        return {"step": max(found)[0], "age_s": round(max(0.0, now - max(found)[1]), 1)} if found else None
+
+    def _asked(self) -> dict[str, Any] | None:
+        """What the scheduler says of the run's job, asked seldom; None of a run that is no job."""
+        asked_s, said = self._scheduler
+        if not (self.run / "launch" / "job.json").is_file() or time.monotonic() - asked_s < ASKED_S:
+            return said
+        try:
+            states, notes = importlib.import_module("gigatrain.launching.follow").ps(self.run)
+            said = {"job": states[0].job, "state": states[0].state, "reason": states[0].reason or "; ".join(notes)} if states else None
+        except (ImportError, AttributeError, OSError, GigatrainError) as failure:
+            said = {"job": None, "state": "unknown", "reason": str(failure)}
+        self._scheduler = (time.monotonic(), said)
+        return said
+
+    def _mfu(self, plan: Mapping[str, Any], speed: float | None) -> tuple[float | None, str]:
+        """Model FLOP/s over the ranks' dense bf16 rate, whatever precision they compute in."""
+        flops, ranks = _number(plan, "flops_per_token"), _number(plan, "ranks")
+        if speed is None or flops is None or not ranks:
+            return None, "no window yet"
+        site = _json(self.run / "launch" / "site.json")
+        name = site.get("accelerator")
+        if plan.get("device") != "cuda" or not isinstance(name, str):
+            return None, "the accelerator's rate is unknown"
+        try:
+            chip = importlib.import_module("gigatrain.planning.hardware").CHIPS[name]
+            rate = chip.tflops("bf16").value
+        except (ImportError, AttributeError, KeyError):
+            rate = None
+        if not rate:
+            return None, f"the rate of {name} is unknown"
+        return flops * speed / (ranks * rate * 1e12 / getattr(chip, "devices", 1)), ""
+
+
+def _sessions(events: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Events by process, up to the one that finished the run: what only looked at it later is no part of it."""
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for event in events:
+        found.setdefault(event.get("process"), []).append(event)
+        if event["event"] == "end" and event.get("why") == "finished":
+            break
+    return list(found.values())
+
+
+def _began(session: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Its first step's event; None if it never came to one."""
+    return next((event for event in session if event["event"] == "steps" and _number(event, "step") is not None), None)
+
+
+def _goodput(sessions: list[list[dict[str, Any]]], now: float | None) -> dict[str, Any] | None:
+    """Seconds by class since the first process had the folder, until `now` (None: the last event), and the share that was kept."""
+    if not sessions:
+        return None
+    seconds = dict.fromkeys(CLASSES, 0.0)
+    for index, session in enumerate(sessions):
+        later = [began["step"] for began in map(_began, sessions[index + 1 :]) if began]
+        cut = min(later, default=float("inf"))  # what lies behind it was done again
+        began = _began(session)
+        at = began["step"] if began else 0
+        starting = (began or session[-1])["time_s"] - session[0]["time_s"]
+        for event in session:
+            spent = event.get("seconds")
+            spent = spent if isinstance(spent, dict) else {}
+            for what in ("validation", "checkpoint"):
+                seconds[what] += _number(spent, what) or 0.0
+            if event is began:
+                starting -= sum(value for value in spent.values() if isinstance(value, (int, float)))
+            if event["event"] == "report" and (step := _number(event, "step")) is not None:
+                trained = _number(spent, "training") or 0.0
+                kept = min(1.0, max(0.0, (cut - at) / (step - at))) if step > at else 0.0
+                seconds["training"] += trained * kept
+                seconds["redone"] += trained * (1 - kept)
+                at = step
+        seconds["starting"] += max(0.0, starting)
+        if index:
+            seconds["stopped"] += max(0.0, session[0]["time_s"] - sessions[index - 1][-1]["time_s"])
+    end = sessions[-1][-1]["time_s"]
+    wall_s = max(0.0, max(now or end, end) - sessions[0][0]["time_s"])
+    seconds["other"] = max(0.0, wall_s - sum(seconds.values()))
+    return {
+        "wall_s": round(wall_s, 3),
+        "share": min(1.0, seconds["training"] / wall_s) if wall_s else None,
+        "seconds": {what: round(spent, 3) for what, spent in seconds.items()},
+    }
+
+
+def _restarts(sessions: list[list[dict[str, Any]]], job: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each process after the first, from which step it went on, and why the one before it ended."""
+    found = []
+    for before, session in pairwise(sessions):
+        began, end = _began(session), before[-1]
+        why = str(end.get("why")) if end["event"] == "end" else "left no word: killed, or its node was lost"
+        judged = [row for row in job if row.get("event") == "judged" and row.get("attempt") == before[0].get("attempt")]
+        if judged and isinstance(judged[-1].get("why"), str) and before[0].get("attempt") != session[0].get("attempt"):
+            why = judged[-1]["why"]  # by the job's script, which saw the ranks end
+        found.append(
+            {"time_s": session[0]["time_s"], "attempt": session[0].get("attempt"), "step": began["step"] if began else None, "why": why}
+        )
+    return found
+
+
+def _eta_s(sessions: list[list[dict[str, Any]]], step: float | None, steps: float | None, window: Mapping[str, Any]) -> float | None:
+    """Steps that are left, at what a step has taken in this process, validations and saves included."""
+    if step is None or steps is None:
+        return None
+    per = _number(window, "step_s")
+    began = _began(sessions[-1]) if sessions else None
+    if began is not None:
+        done = [event for event in sessions[-1] if event["event"] == "report" and (_number(event, "step") or 0) > began["step"]]
+        if done:
+            per = (done[-1]["time_s"] - began["time_s"]) / (done[-1]["step"] - began["step"])
+    return None if per is None else round((steps - step) * per, 1)
+
+
+def _slowest(run: Path) -> tuple[list[dict[str, Any]], str]:
+    """Ranks by their own seconds of a step (data and forward, where they do not wait for others), slowest first, over the last steps they recorded."""
+    paths = sorted((run / "trace").glob("rank-*.jsonl"))
+    if len(paths) < 2:
+        return [], "not known: only rank 0 records its steps (profile.ranks names more)" if paths else "not known: no trace"
+    found = []
+    for path in paths[:256]:
+        with contextlib.suppress(OSError, ValueError):
+            with path.open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(max(0, size - 16384))
+                rows = list(_objects(file.read(16384)))
+            own = sorted(
+                sum(row["phases"].get(phase, 0.0) for phase in ("data", "forward")) for row in rows if isinstance(row.get("phases"), dict)
+            )
+            if own:
+                found.append({"rank": int(path.stem.removeprefix("rank-")), "own_s": own[len(own) // 2]})
+    return sorted(found, key=lambda row: -row["own_s"])[:5], ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object, or nothing."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if isinstance(found := json.loads(path.read_text(encoding="utf-8")), dict):
+            return found
+    return {}
+
+
+def _number(row: Mapping[str, Any], key: str) -> Any:
+    """A number of a row; what is missing or something else is None."""
+    value = row.get(key)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def spark(values: list[Any], width: int = 48) -> str:
+    """The last `width` numbers as blocks; what is no number is a blank."""
+    shown = values[-width:]
+    numbers = [value for value in shown if isinstance(value, (int, float))]
+    if not numbers:
+        return ""
+    low, high = min(numbers), max(numbers)
+    scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(SPARKS[round((value - low) * scale)] if isinstance(value, (int, float)) else " " for value in shown)
+
+
+def span(seconds: float | None) -> str:
+    """A duration as people say it."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h" if minutes < 2880 else f"{minutes / 1440:.1f} days"
+
+
+def lines(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What there is to say, each as a title, a text and a style."""
+    state = {"silent": f"no news for {span(seen['news_s'])}", "ended": f"ended: {seen['why']}", "finished": "finished"}.get(
+        seen["state"], seen["state"]
+    )
+    style = {"running": "green", "finished": "green", "silent": "bold red", "ended": "bold yellow"}.get(seen["state"], "yellow")
+    ranks = f", {seen['ranks']:,} rank{'s' * (seen['ranks'] > 1)}" if seen["ranks"] else ""
+    found = [(seen["name"] or "run", f"{state}{ranks}; {seen['run']}", style)]
+
+    def add(title: str, text: str, style: str = "") -> None:
+        found.append((title, text, style))
+
+    if seen["hang"]:
+        add("HANG", seen["hang"], "bold red")
+    if seen["failure"]:
+        told = seen["failure"].splitlines()  # a long traceback is in the log, whose name is its last line
+        add("FAILED", "\n".join(told if len(told) <= SHOWN else [told[0], "  ...", *told[2 - SHOWN :]]), "bold red")
+    if seen["job"]:
+        add("job", f"{seen['job']['event']} {seen['job']['time']}")
+    if seen["scheduler"]:
+        asked = seen["scheduler"]
+        add("scheduler", f"{asked['job'] or 'job'} {asked['state']}" + (f": {asked['reason']}" if asked["reason"] else ""))
+    if seen["step"] is not None:
+        share = f" ({seen['step'] / seen['steps']:.1%})" if seen["steps"] else ""
+        eta = f", {span(seen['eta_s'])} to go" if seen["eta_s"] is not None else ""
+        add("step", f"{seen['step']:,} of {seen['steps'] or 0:,}{share}, {seen['tokens'] or 0:,} tokens{eta}")
+        loss = "not finite" if seen["loss"] is None else f"{seen['loss']:.4f}"
+        add("loss", f"{loss}  {spark(seen['losses'])}")
+    if seen["val_loss"] is not None:
+        add("validation", f"{seen['val_loss']:.4f} at step {seen['val_step']:,}")
+    if seen["bad_steps"]:
+        add("refused", f"{seen['bad_steps']:,} updates that were not finite", "yellow")
+    if seen["tokens_per_s"] is not None:
+        mean = f", {seen['tokens_per_s_mean']:,.0f} in the mean" if seen["tokens_per_s_mean"] else ""
+        add("tokens/s", f"{seen['tokens_per_s']:,.0f} now{mean}")
+        add("MFU", f"{seen['mfu']:.1%} of dense bf16" if seen["mfu"] is not None else f"unknown: {seen['mfu_why']}")
+    if seen["goodput"]:
+        parts = ", ".join(
+            f"{what} {span(spent)}" for what, spent in seen["goodput"]["seconds"].items() if spent >= 0.5 or what == "training"
+        )
+        share = seen["goodput"]["share"]
+        add("goodput", f"{'unknown' if share is None else f'{share:.1%}'} of {span(seen['goodput']['wall_s'])}: {parts}")
+        for one in seen["restarts"][-4:]:
+            when = datetime.datetime.fromtimestamp(one["time_s"], datetime.UTC).isoformat(timespec="seconds")
+            begun = "before its first step" if one["step"] is None else f"at step {one['step']:,}"
+            add("restart", f"{when} attempt {one['attempt']}, {begun}; before it: {one['why']}")
+        if len(seen["restarts"]) > 4:
+            add("restarts", f"{len(seen['restarts'])} in all")
+        shown = ", ".join(f"rank {row['rank']} {row['own_s'] * 1e3:.1f} ms" for row in seen["slowest_ranks"])
+        if (seen["ranks"] or 2) > 1:
+            add("slowest", f"{shown} of data and forward" if shown else seen["slowest_why"])
+    if seen["checkpoint"]:
+        add("checkpoint", f"step {seen['checkpoint']['step']:,}, {span(seen['checkpoint']['age_s'])} ago")
+    add("power", "not measured" if seen["power_watts"] is None else f"{seen['power_watts']:,.0f} W")
+    if seen["failed_ranks"] and not seen["failure"]:
+        add("errors", f"{seen['failed_ranks']} ranks left one in {seen['run']}/logs", "yellow")
+    return [(logs.printable(title), logs.printable(text), style) for title, text, style in found]
+
+
+def drawn(seen: Mapping[str, Any]) -> "Group":
+    """`lines` for a terminal."""
+    from rich.console import Group
+    from rich.text import Text
+
+    return Group(*(Text.assemble((f"{title:<11}", "bold"), (text, style)) for title, text, style in lines(seen)))
+
+
+def watch(run: Path, *, once: bool = False, as_json: bool = False, every_s: float = 1.0) -> None:
+    """Shows the run in the terminal until Ctrl-C or its end; `once`, and where there is no terminal, shows it once."""
+    from rich.console import Console
+    from rich.live import Live
+
+    reader, console = Reader(run), Console(highlight=False)
+    seen = reader.seen()
+    if as_json:
+        print(json.dumps(seen, indent=1))
+        return
+    if once or not console.is_terminal:
+        for title, text, _ in lines(seen):
+            print(f"{title:<11}{text}")
+        return
+    with Live(drawn(seen), console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        while seen["state"] not in ("finished",):
+            time.sleep(every_s)
+            seen = reader.seen()
+            live.update(drawn(seen), refresh=True)

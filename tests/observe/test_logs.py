@@ -1,0 +1,362 @@
+"""Each rank's words in its own file, whatever printed them, and the failure that came first above all others."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gigatrain.errors import DataError, RunError
+from gigatrain.observe import logs
+
+SPEAK = """
+import ctypes, os, sys
+from pathlib import Path
+from gigatrain.observe.logs import Log
+with Log(Path(sys.argv[1])) as log:
+    print("before", flush=True)
+    if "refused" in sys.argv:
+        from gigatrain.errors import RunError
+        raise SystemExit(7)
+    log.own()
+    print("python")
+    print("python's errors", file=sys.stderr)
+    sys.stdout.flush()
+    libc = ctypes.CDLL(None)
+    libc.write(1, b"from C\\n", 7)
+    os.write(2, b"\\x1b[31mred\\x1b[0m \\xff\\xfe\\x00 half a line")
+    if "crash" in sys.argv:
+        os.abort()
+"""
+
+
+def spoke(folder, *words, code=0, **environment):
+    ended = subprocess.run(
+        [sys.executable, "-c", SPEAK, str(folder), *words], capture_output=True, check=False, env=os.environ | environment, timeout=60
+    )
+    assert ended.returncode == code, ended.stderr
+    return ended
+
+
+def text(folder, rank=0, attempt=0):
+    return (folder / "logs" / f"attempt-{attempt:03d}" / f"rank-{rank:05d}.log").read_bytes()
+
+
+def test_rank_0_is_in_its_file_and_on_the_screen_byte_by_byte(tmp_path):
+    ended = spoke(tmp_path)
+    assert ended.stdout == b"before\npython\nfrom C\n"
+    assert ended.stderr == b"python's errors\n\x1b[31mred\x1b[0m \xff\xfe\x00 half a line"
+    kept = text(tmp_path)
+    for words in (b"before\n", b"python\n", b"python's errors\n", b"from C\n", b"\x1b[31mred\x1b[0m \xff\xfe\x00 half a line"):
+        assert words in kept
+    assert not logs.silent(tmp_path)  # it ended, even behind half a line
+    assert logs.first_failure(tmp_path) is None
+
+
+def test_other_ranks_are_in_their_files_only_and_a_new_start_is_appended(tmp_path):
+    for _ in range(2):
+        ended = spoke(tmp_path, RANK="3", WORLD_SIZE="8")
+        assert ended.stdout == b"before\n"  # the folder was nobody's then
+        assert ended.stderr == b""
+    assert text(tmp_path, 3).count(b"from C\n") == 2
+    assert text(tmp_path, 3).count(b"rank 3 of 8") == 4
+
+
+def test_a_jobs_attempt_has_a_folder_of_its_own_and_logs_from_the_start(tmp_path):
+    ended = spoke(tmp_path, RANK="3", WORLD_SIZE="8", GIGATRAIN_ATTEMPT="2")
+    assert ended.stdout == b""
+    assert b"before\n" in text(tmp_path, 3, 2)
+    assert logs.newest(tmp_path) == 2
+
+
+def test_who_is_refused_the_folder_leaves_nothing_in_it(tmp_path):
+    assert spoke(tmp_path, "refused", code=7).stdout == b"before\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_words_of_a_crash_reach_screen_and_file(tmp_path):
+    ended = spoke(tmp_path, "crash", code=-6)
+    assert ended.stderr.endswith(b"half a line") or b"half a line" in ended.stderr
+    deadline = time.monotonic() + 10
+    while b"half a line" not in text(tmp_path):
+        assert time.monotonic() < deadline
+    assert b"Fatal Python error: Aborted" in text(tmp_path)  # faulthandler's stacks
+    assert logs.silent(tmp_path)[0][0] == 0
+    assert "rank 0 left no word" in str(logs.first_failure(tmp_path))
+
+
+def test_an_attempt_that_is_no_number_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("GIGATRAIN_ATTEMPT", "../../etc")
+    with pytest.raises(RunError, match="GIGATRAIN_ATTEMPT is '../../etc' and no count"):
+        logs.Log(tmp_path)
+
+
+def test_a_file_that_cannot_be_written_is_said_and_stops_nobody(tmp_path):
+    (tmp_path / "logs").write_text("in the way")
+    ended = spoke(tmp_path)
+    assert ended.stdout == b"before\npython\nfrom C\n"
+    assert b"LOG NOT WRITTEN" in ended.stderr
+
+
+def test_the_bar_moves_in_a_terminal_and_the_log_has_lines_only(tmp_path):
+    program = """
+import sys, time
+from pathlib import Path
+from gigatrain.observe.display import Display
+from gigatrain.observe.logs import Log
+with Log(Path(sys.argv[1])) as log:
+    display = Display(log=log)
+    display.line("before the folder is ours")
+    log.own()
+    with display:
+        display.line("a line that stays")
+        for done in range(4):
+            display.advance("train", done, 4, "loss 1")
+            print("printed beside the bar")
+            time.sleep(0.15)
+        display.advance("train", 4, 4, "loss 1")
+"""
+    screen, inside = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=inside, stderr=inside, env=os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    )
+    os.close(inside)
+    seen = b""
+    while True:
+        try:
+            data = os.read(screen, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not data:
+            break
+        seen += data
+    assert process.wait(30) == 0
+    os.close(screen)
+    assert b"\x1b[2K" in seen  # it was drawn again in its place
+    assert "━".encode() in seen
+    kept = text(tmp_path)
+    assert kept.count(b"printed beside the bar\n") == 4
+    assert b"before the folder is ours\n" in kept
+    assert b"a line that stays\n" in kept
+    assert b"train 4/4  loss 1\n" in kept
+    assert b"\x1b" not in kept
+    assert "━".encode() not in kept
+
+
+def test_a_second_train_into_the_folder_is_refused_and_leaves_it_alone(tiny, tmp_path):
+    folder = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "gigatrain",
+        "train",
+        str(tiny),
+        "--run",
+        str(folder),
+        "--set",
+        "train.steps=2",
+        "--set",
+        "export=false",
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 7
+    assert ended.stderr.count("already holds a run") == 1
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_our_own_starter_shows_the_first_failure_last_and_nothing_else(tiny, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(_PATCH)
+    folder = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "gigatrain",
+        "train",
+        str(tiny),
+        "--run",
+        str(folder),
+        "--set",
+        "train.nproc=2",
+        "--set",
+        "export=false",
+    ]
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}{os.pathsep}{Path(__file__).parent.parent.parent}"
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": path})
+    assert ended.returncode == 5, ended.stderr
+    lines = ended.stderr.splitlines()
+    assert lines[0].startswith("gigatrain: rank 1 of 2 on ")
+    assert lines[1:3] == ["a shard is torn; mend it", "rank 0 stopped because of another"]
+    assert len(lines) == 4
+
+
+_PATCH = """
+import os, sys
+if os.environ.get("RANK") == "1":
+    from gigatrain.errors import DataError
+
+    from gigatrain.engines.native import Native
+
+    def failing(self, batch):
+        raise DataError("a shard is torn; mend it")
+
+    Native.forward_backward = failing
+"""
+
+
+def record(folder, rank, at, *, ranks=4, secondary=False, ours=False, node="a", message="why", offset=0.0):
+    errors = logs.folder_of(folder, 0) / "errors"
+    errors.mkdir(parents=True, exist_ok=True)
+    row = {
+        "time": "T",
+        "time_s": 100.0 + at,
+        "monotonic_s": at + offset,
+        "rank": rank,
+        "ranks": ranks,
+        "node": node,
+        "step": 7,
+        "phase": "forward",
+    }
+    row |= {"type": "DataError", "message": message, "traceback": "Traceback\n  at home\n", "ours": ours, "secondary": secondary}
+    (errors / f"rank-{rank:05d}.json").write_text(json.dumps(row))
+
+
+def marked(folder, rank, ended, *, node="a", ranks=4, more=""):
+    path = logs.folder_of(folder, 0) / f"rank-{rank:05d}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(f"[gigatrain] rank {rank} of {ranks} on {node}, pid 1, begins T\n{more}")
+        if ended:
+            file.write(f"[gigatrain] rank {rank} of {ranks} on {node}, pid 1, ends T: code 1\n")
+
+
+def test_the_first_primary_failure_is_above_all_others(tmp_path):
+    for rank in range(4):
+        marked(tmp_path, rank, True)
+    record(tmp_path, 0, 1.0, secondary=True)  # heard of it first, and is still no cause
+    record(tmp_path, 2, 3.0, message="a shard is torn\x1b[2J")
+    record(tmp_path, 3, 4.0)
+    record(tmp_path, 1, 5.0, secondary=True)
+    said = str(logs.first_failure(tmp_path)).splitlines()
+    assert said[0] == "rank 2 of 4 on a failed first (T, at step 7): DataError"
+    assert said[1] == "a shard is torn"
+    assert said[2:4] == ["rank 3 failed too", "ranks 0-1 stopped because of another"]
+    assert said[-1].endswith("attempt-000/rank-00002.log")
+    assert logs.first_failure(tmp_path, since=200.0) is None
+
+
+def test_within_a_node_time_is_its_monotonic_clock(tmp_path):
+    record(tmp_path, 0, 1.0)
+    record(tmp_path, 1, 2.0)
+    path = logs.folder_of(tmp_path, 0) / "errors" / "rank-00001.json"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps(row | {"time_s": row["time_s"] - 60}))  # the wall clock was set back in between
+    assert [row["rank"] for row in logs.failures(tmp_path)] == [0, 1]
+
+
+def test_a_rank_that_was_killed_is_told_by_what_its_log_lacks(tmp_path):
+    for rank in range(4):
+        marked(tmp_path, rank, rank not in (1, 2), node="bc"[rank > 1], more="words\n" * 50_000)
+    record(tmp_path, 0, 1.0, secondary=True)
+    record(tmp_path, 3, 1.0, secondary=True)
+    said = str(logs.first_failure(tmp_path))
+    assert said.startswith("ranks 1-2 left no word: killed (out of memory?), or the node was lost (b, c)")
+    assert "ranks 0, 3 stopped because of another" in said
+
+
+def test_torn_and_hostile_records_are_left_out(tmp_path):
+    record(tmp_path, 2, 3.0)
+    errors = logs.folder_of(tmp_path, 0) / "errors"
+    for rank, data in enumerate((b'{"time_s": 1', b"\xff\xfe", b"[]", b'{"time_s": 1, "message": 3, "traceback": ""}'), start=3):
+        (errors / f"rank-{rank:05d}.json").write_bytes(data)
+    assert [row["rank"] for row in logs.failures(tmp_path)] == [2]
+
+
+FAILS = """
+import os, sys
+from gigatrain.engines.native import Native
+steps, forward = [], Native.forward_backward
+def failing(self, batch):
+    steps.append(batch)
+    if len(steps) == 4 and os.environ.get("RANK") == "1":
+        KIND
+    return forward(self, batch)
+Native.forward_backward = failing
+from gigatrain.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("kind", "code"), [("raise AssertionError('our own mistake')", 1), ("os.abort()", None)])
+def test_of_two_real_ranks_the_one_that_fails_is_named(tiny, tmp_path, kind, code):
+    """Under torchrun's environment, each rank started by hand; the other loses it and says so in its file, not on the screen."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    folder = tmp_path / "run"
+    arguments = ["train", str(tiny), "--run", str(folder), "--set", "export=false", "--set", "train.nproc=2"]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILS.replace("KIND", kind), *arguments],
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in running]
+    assert running[0].returncode == 7, said
+    assert code is None or running[1].returncode == code
+    found = str(logs.first_failure(folder))
+    assert "rank 0 stopped because of another" in found
+    if code:
+        assert found.startswith("rank 1 of 2 on ")
+        assert "at step 3" in found.splitlines()[0]
+        assert "our own mistake" in found
+        assert "AssertionError: our own mistake" in (folder / "logs" / "attempt-000" / "rank-00001.log").read_text()
+    else:
+        assert found.startswith("rank 1 left no word")
+    assert "lost another rank" in text(folder).decode()
+    assert said[1][0] == ""
+
+
+def test_nothing_of_the_environment_is_in_a_log(tmp_path):
+    spoke(tmp_path, WANDB_API_KEY="s3cr3t-token-value")
+    assert b"s3cr3t" not in text(tmp_path)
+
+
+def test_progress_survives_a_torn_line(tmp_path):
+    path = tmp_path / "logs" / "progress.jsonl"
+    with logs.Progress(logs.Log(tmp_path), tmp_path) as progress:
+        progress.report(2, 64, 0.5)
+    with path.open("a") as file:
+        file.write('{"time_s": 1, "eve')
+    with logs.Progress(logs.Log(tmp_path), tmp_path):
+        pass
+    from gigatrain.observe.watch import Tail
+
+    rows, _ = Tail(path).rows()
+    assert [row["event"] for row in rows] == ["start", "report", "end", "start", "end"]
+    assert rows[1]["seconds"] == {"training": 0.5}
+
+
+def test_an_error_of_the_user_is_in_the_log_without_a_traceback(tmp_path):
+    def failing():
+        with logs.Log(Path(tmp_path)) as log:
+            log.own()
+            raise DataError("mend it")
+
+    with pytest.raises(DataError):
+        failing()
+    assert b"gigatrain: mend it\n" in text(tmp_path)
+    assert b"Traceback" not in text(tmp_path)
+    assert b"code 5\n" in text(tmp_path)
