@@ -5,16 +5,20 @@ BIN := $(VENV)/bin
 TABLE ?= benchmarks/results/compiled.csv
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: train test long compiled check lint types install clean
+.PHONY: train test long slurm compiled check lint types install clean
 
 train: $(VENV)/installed
 	$(BIN)/gigatrain train recipes/quickstart.toml
 
 test: $(VENV)/tested
-	$(PYTEST) -m "not long"
+	$(PYTEST) -m "not long and not slurm"
 
 long: $(VENV)/tested
-	$(PYTEST) -m long
+	$(PYTEST) -m "long and not slurm"
+
+# Jobs on a real Slurm on loopback, started by the tests; one process, since they share its nodes. Needs: apt-get install slurm-wlm munge shellcheck
+slurm: $(VENV)/tested
+	$(BIN)/python -m pytest -m slurm
 
 # Every fused kernel for GPUs that are not here: registers, spills, shared memory, 16-byte loads.
 compiled: $(VENV)/tested

@@ -1,6 +1,7 @@
 """The commands: they read arguments, call the library and print; no logic."""
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -44,6 +45,10 @@ def _train(options: argparse.Namespace) -> None:
     from gigatrain import load
     from gigatrain.planning.plan import plan
 
+    if os.environ.get("GIGATRAIN_LAUNCHER") == "srun":
+        from gigatrain.launching import slurm
+
+        os.environ.update(slurm.rank_environment(os.environ))
     recipe = load.recipe(options.recipe, options.set)
     site, why = _site(options.site)
     started = os.environ.get("WORLD_SIZE")  # torchrun's, or our own
@@ -63,12 +68,16 @@ def _train(options: argparse.Namespace) -> None:
         display.plan(chosen, why)
     from gigatrain.loop import train  # torch, 2 s: everything that can be refused without it has been
 
-    train(
+    summary = train(
         chosen,
         folder,
         start="new" if options.new else "resume" if options.resume else "continue" if options.go_on else "auto",
         display=display,
     )
+    if summary is None and "GIGATRAIN_ATTEMPT" in os.environ and os.environ.get("RANK", "0") == "0":
+        from gigatrain.launching import job
+
+        job.record(folder, "left")  # saved because of a signal: the job's script is to know
 
 
 def _measured(config: Any) -> Any:
@@ -112,26 +121,115 @@ def _temperature(text: str) -> float:
 
 def _plan(options: argparse.Namespace) -> None:
     from gigatrain import load
+    from gigatrain.launching.size import size
     from gigatrain.planning.plan import plan
 
     site, why = _site(options.site)
-    chosen = plan(load.recipe(options.recipe, options.set), site, options.gpus, measure=_measured)
+    asked = (options.nodes, options.gpus, options.megawatts)
+    sized = None if asked == (None, None, None) else size(site, *asked)
+    chosen = plan(load.recipe(options.recipe, options.set), site, sized.ranks if sized else None, measure=_measured)
+    sized = sized or size(site, gpus=chosen.ranks)
     tried = None
     if options.dry_run:
         from gigatrain.planning.dryrun import dry_run
 
         tried = dry_run(chosen)
     if options.json:
-        found = chosen.model_dump(mode="json", by_alias=True) | {"sha256": chosen.sha256}
+        found = chosen.model_dump(mode="json", by_alias=True) | {"sha256": chosen.sha256, "size": dataclasses.asdict(sized)}
         print(json.dumps(found | ({"dry_run": tried.json()} if tried else {}), indent=2))
         return
+    from gigatrain.observe import sites
     from gigatrain.observe.display import Display
 
     display = Display()
     display.plan(chosen, why)
+    for line in sites.on_site(site, sized):
+        display.line(line)
     display.plan_details(chosen)
     for line in tried.lines() if tried else ():
         display.line(line)
+
+
+def _launch(options: argparse.Namespace) -> None:
+    from gigatrain.launching import submit
+    from gigatrain.launching.slurm import clock
+
+    prepared = submit.prepare(
+        submit.Request(
+            recipe=options.recipe,
+            site=options.site,
+            overrides=tuple(options.set),
+            nodes=options.nodes,
+            gpus=options.gpus,
+            megawatts=options.megawatts,
+            spares=options.spares,
+            time_s=options.time,
+            account=options.account,
+            launcher=options.launcher,
+            preflight=options.preflight,
+            folder=options.run_folder,
+            resume=options.resume,
+            sweep=tuple(options.sweep),
+            chain=options.chain,
+        ),
+        measure=_measured,
+    )
+    made, large = prepared.job, prepared.size
+    if options.dry_run and not options.json:
+        for text in prepared.files.values():
+            print(text, end="")
+        return
+    numbers = [] if options.dry_run else submit.launch(prepared).jobs
+    if options.json:
+        found = {"run": made.run, "jobs": numbers, "runs": [str(run) for run in prepared.runs], "job": made.model_dump(mode="json")}
+        print(
+            json.dumps(
+                found | {"watts": large.watts, "assumes": large.assumes} | ({"files": prepared.files} if options.dry_run else {}), indent=2
+            )
+        )
+        return
+    spares = f" and {made.spares} spare" if made.spares else ""
+    limit = f", {clock(made.time_s)} each" if made.time_s else ""
+    print(f"job {' then '.join(numbers)}: {made.name} on {made.site.name}, {made.nodes} x {made.ranks_per_node} ranks{spares}{limit}")
+    for text in large.assumes:
+        print(f"  assumes  {text}")
+    for run, change in zip(prepared.runs, prepared.changes, strict=True):
+        print(f"  run      {run}  {'  '.join(change)}".rstrip())
+    print(f"  script   {made.run}/launch/job.sh" if "job.sh" in prepared.files else f"  files    {made.run}/launch")
+    print(f"  follow   gigatrain logs {made.run} -f    gigatrain watch {made.run}    gigatrain ps")
+    print(f"  end      gigatrain cancel {made.run}")
+
+
+def _job_begin(options: argparse.Namespace) -> None:
+    from gigatrain.launching import restart
+
+    print(restart.begin(Path(options.run_folder), dict(os.environ)))
+
+
+def _job_after(options: argparse.Namespace) -> None:
+    from gigatrain.launching import restart
+
+    verdict = restart.after(
+        Path(options.run_folder),
+        options.code,
+        signal=None if options.signal == "none" else options.signal,
+        held=[node for node in options.held.split(",") if node],
+        chosen=[node for node in options.chosen.split(",") if node],
+        excluded=Path(options.excluded) if options.excluded else None,
+    )
+    for text in verdict.screen(options.run_folder):
+        print(text, file=sys.stderr)
+    bad = restart.excluded(Path(options.excluded)) if options.excluded else []
+    print(verdict.word, verdict.code, ",".join(bad))
+
+
+def _duration(text: str) -> int:
+    from gigatrain.launching.slurm import seconds
+
+    found = seconds(text)
+    if text.count(":") != 2 or not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HH:MM:SS or D-HH:MM:SS")
+    return found
 
 
 def _site(name: str | None) -> tuple[Any, str]:
@@ -172,13 +270,17 @@ def _recipes(options: argparse.Namespace) -> None:
 
 def _sites(options: argparse.Namespace) -> None:
     from gigatrain import load
+    from gigatrain.observe import sites
 
-    rows = [load.site(path).model_dump(mode="json") for path in load.sites().values()]
-    if options.json:
-        print(json.dumps(rows, indent=2))
+    paths = load.sites()
+    if options.name in paths or (options.name and Path(options.name).is_file()):
+        site, path = load.site(options.name), str(paths.get(options.name, options.name))
+        print(json.dumps(sites.as_json(site, path), indent=2) if options.json else "\n".join(sites.describe(site, path)))
         return
-    for row in rows:
-        print(f"{row['name']:12} {row['device']:6} {row['summary']}")
+    found = sites.chosen([load.site(path) for path in paths.values()], options.name or "")
+    if not found:
+        load.site(options.name)  # refuses it, with the nearest name
+    print(json.dumps([site.model_dump(mode="json") for site in found], indent=2) if options.json else "\n".join(sites.table(found)))
 
 
 def _data_build(options: argparse.Namespace) -> None:
@@ -286,6 +388,52 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--resume", action="store_true", help="go on from DIR's newest whole checkpoint; an error if there is none")
     how.add_argument("--continue", action="store_true", dest="go_on", help="go on if DIR has a checkpoint, else begin: what a job says")
 
+    launched = command("launch", _launch, "train as a job of a site", _LAUNCH)
+    recipe_arguments(launched)
+    launched.add_argument(
+        "--site", metavar="SITE", required=True, help="where: a site file, or the name of a shipped one (`gigatrain sites`)"
+    )
+    launched.add_argument("--nodes", metavar="N", type=_ranks, help="nodes that train")
+    launched.add_argument("--gpus", metavar="G", type=_ranks, help="or ranks that train")
+    launched.add_argument("--megawatts", metavar="M", type=float, help="or what the run may draw at the site, cooling included")
+    launched.add_argument(
+        "--spares", metavar="K", type=_count, default=0, help="nodes beside them, that take the place of bad ones (default: 0)"
+    )
+    launched.add_argument(
+        "--time", metavar="HH:MM:SS", type=_duration, help="limit of one job; the run goes on in the next (default: the site's longest)"
+    )
+    launched.add_argument("--account", metavar="A", help="what is billed (default: the site's, else SBATCH_ACCOUNT)")
+    launched.add_argument(
+        "--launcher",
+        choices=("torchrun", "srun"),
+        default="torchrun",
+        help="who starts the ranks: torchrun, one a node (default), or srun itself",
+    )
+    launched.add_argument("--no-preflight", dest="preflight", action="store_false", help="do not examine the nodes before each attempt")
+    launched.add_argument("--run", metavar="DIR", dest="run_folder", help="the run folder (default: the site's paths.runs/NAME-DATE-TIME)")
+    launched.add_argument("--resume", action="store_true", help="go on with the run in DIR in a new job")
+    launched.add_argument(
+        "--sweep", metavar="KEY=V1,V2", action="append", default=[], help="a run for each value, as one array; several: each with each"
+    )
+    launched.add_argument(
+        "--chain", metavar="K", type=_ranks, default=1, help="K jobs, each after the one before, where none may requeue itself"
+    )
+    launched.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
+    launched.add_argument("--json", action="store_true", help="what was submitted, as JSON")
+
+    in_job = commands.add_parser(
+        "job", help="what a job's script asks", description="What a job's script asks; not meant for people."
+    ).add_subparsers(metavar="COMMAND", required=True)
+    begun = command("begin", _job_begin, "before an attempt", _JOB, in_job)
+    begun.add_argument("run_folder", metavar="RUN", help="the run folder")
+    ended = command("after", _job_after, "after an attempt", _JOB, in_job)
+    ended.add_argument("run_folder", metavar="RUN", help="the run folder")
+    ended.add_argument("--code", type=int, required=True, help="what the ranks ended with")
+    ended.add_argument("--signal", default="none", help="what the script was told: USR1, TERM or none")
+    ended.add_argument("--held", default="", help="nodes of the allocation, by commas")
+    ended.add_argument("--chosen", default="", help="those that trained")
+    ended.add_argument("--excluded", help="the site's list of bad nodes")
+
     planned = command("plan", _plan, "show what a run will do, and start nothing", _PLAN)
     recipe_arguments(planned)
     planned.add_argument("--site", metavar="SITE", help="where it would run (default: this machine)")
@@ -293,13 +441,20 @@ def _parser() -> argparse.ArgumentParser:
         "--gpus", metavar="N", type=_ranks, help="ranks that it would run on (default: train.nproc, else what the mesh needs)"
     )
     planned.add_argument(
+        "--nodes", metavar="N", type=_ranks, help="nodes of the site; with --gpus for a site that does not say what one holds"
+    )
+    planned.add_argument("--megawatts", metavar="M", type=float, help="as many nodes as M MW of the facility feed, cooling included")
+    planned.add_argument(
         "--dry-run", action="store_true", help="build every kind of rank and step it on fake tensors: boxes, bytes, collectives"
     )
     planned.add_argument("--json", action="store_true", help="the whole plan as JSON")
 
-    for name, run, help in (("recipes", _recipes, "list the shipped recipes"), ("sites", _sites, "list the shipped sites")):
-        made = command(name, run, help, f"{help[0].upper()}{help[1:]}, with the numbers that tell them apart.")
-        made.add_argument("--json", action="store_true", help="as JSON, for programs")
+    recipes = command("recipes", _recipes, "list the shipped recipes", "List the shipped recipes, with the numbers that tell them apart.")
+    recipes.add_argument("--json", action="store_true", help="as JSON, for programs")
+
+    sites = command("sites", _sites, "the machines: what is known of them, and how surely", _SITES)
+    sites.add_argument("name", nargs="?", metavar="NAME", help="a site or its file: all of it; else a word that those listed have")
+    sites.add_argument("--json", action="store_true", help="as JSON, for programs")
 
     data = commands.add_parser("data", help="prepare data", description="Prepare data ahead of a run.")
     build = command("build", _data_build, "tokenise a recipe's data ahead", _DATA, data.add_subparsers(metavar="COMMAND", required=True))
@@ -358,12 +513,39 @@ Train a recipe: tokenise its data (kept for the next run), train, validate, save
 
 SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint at the end of the step and leave.
 The run folder holds plan.json, metrics.jsonl, summary.json, checkpoints/, export/ and tensorboard/."""
+_LAUNCH = """\
+From a recipe and a site to a job in its queue: planned, checked, submitted; it saves before its time limit, requeues itself and replaces bad nodes.
+
+  gigatrain launch my.toml --site jupiter --nodes 16 --time 06:00:00
+  gigatrain launch my.toml --site jupiter --nodes 16 --spares 2 --dry-run      print the script, submit nothing
+  gigatrain launch my.toml --site aion --megawatts 20                          as many nodes as that feeds
+  gigatrain launch my.toml --site leonardo --nodes 4 --run $WORK/mine --resume go on in a new job
+  gigatrain launch my.toml --site lumi --nodes 1 --sweep optim.lr=1e-3,2e-3,4e-3
+
+RUN/launch holds what was submitted: job.sh, recipe and site as they were, and history.jsonl with every attempt and why it ended."""
+_JOB = """\
+job.sh asks `begin` whether anything is left to do (go ATTEMPT PORT FOLDER | done | stop CODE), and `after` what comes next:
+done, again, requeue, leave or stop, the exit code, and the nodes to exclude. The reasons are in RUN/launch/history.jsonl.
+
+  gigatrain job begin runs/mine
+  gigatrain job after runs/mine --code 1 --held n1,n2"""
 _PLAN = """\
 Resolve a recipe on a site into a plan: every number concrete, the memory it needs, the kernel of each operation. Starts nothing.
 
   gigatrain plan quickstart
   gigatrain plan my.toml --site one-gpu --set train.microbatch=4
+  gigatrain plan my.toml --site jupiter --nodes 64            what it assumes of the site is said, what it lacks refused
+  gigatrain plan my.toml --site jupiter --megawatts 0.5
   gigatrain plan my.toml --json | jq .memory"""
+_SITES = """\
+The machines that runs are planned for and launched on. Every number is measured, declared by its operator or maker, assumed with a reason, or unknown by name.
+
+  gigatrain sites                                             one line each
+  gigatrain sites gh200                                       those that have the word: a name, a country (FR), a kind, an accelerator
+  gigatrain sites jupiter                                     every figure with its unit, basis and source
+  gigatrain sites my-site.toml --json
+
+A site of your own is one TOML file: copy the nearest of them (its path is shown), and give it as --site FILE."""
 _DATA = """\
 Tokenise a recipe's data into Megatron .bin/.idx shards, in parallel; a build that is killed goes on where it was.
 A later `gigatrain train` of the same data and tokenizer finds them.

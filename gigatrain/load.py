@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
@@ -272,6 +273,9 @@ def _explain(model: type[BaseModel], failure: ValidationError, where: str) -> st
         else:
             shown = "" if isinstance(problem["input"], dict) else f" (it is {json.dumps(problem['input'], default=str)[:80]})"
             message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "literal_error" and isinstance(problem["input"], str):
+                close = nearest(problem["input"], re.findall(r"'([^']*)'", message))
+                message += close if close != "." else ""
             lines.append(f"{path or 'top level'}: {message[:1].lower()}{message[1:]}{shown}")
     return f"{where} is refused:\n" + "\n".join(f"  {line}" for line in lines)
 

@@ -4,13 +4,17 @@ One TOML file a site (launch/sites/). Every number is a `Figure`: a value, its b
 plan that needs an unknown number refuses by name.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from gigatrain.config import Count, Section
 
-Accelerator = Literal["a100", "h100", "h200", "gh200", "b200", "gb200", "b300", "gb300", "mi300x", "mi325x"]
+Accelerator = Literal[  # planning/hardware.py says what each is
+    "a100", "a100-40", "a100-64", "mi250x", "h100", "h100-64", "h100-pcie", "h100-nvl", "gh200", "gh200-144", "h200", "b200", "gb200", "b300", "gb300",
+    "mi300x", "mi325x", "mi350x", "mi355x", "mi430x", "mi455x", "rubin",
+]  # fmt: skip
 Basis = Literal["measured", "declared", "assumed", "unknown"]
 BASES = {
     "measured": "a meter or a benchmark on this system gave it",
@@ -51,7 +55,14 @@ def _named(value: Any) -> Any:
     return {"basis": "unknown"} if value == "unknown" else value
 
 
-Known = Annotated[Figure, BeforeValidator(_named)]
+class _OrTheWord:
+    """In the JSON Schema: the table, or the word "unknown"."""
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [handler(core), {"const": "unknown"}]}
+
+
+Known = Annotated[Figure, BeforeValidator(_named), _OrTheWord()]
 
 
 class Node(Section):
@@ -108,7 +119,9 @@ class Grid(Section):
 class Scheduler(Section):
     """How a job is asked for."""
 
-    kind: Literal["none", "slurm", "kubernetes", "ssh"] = "none"
+    kind: Literal["none", "slurm", "kubernetes", "ssh", "unknown"] = Field(
+        default="none", description="none: what is typed here runs here."
+    )
     source: str = Field(default="", description="Where this was read.")
     partition: str | None = Field(default=None, description="Slurm partition; several, by commas, are heterogeneous.")
     account: str | None = Field(default=None, description="What is billed; else --account or SBATCH_ACCOUNT.")
@@ -128,6 +141,7 @@ class Scheduler(Section):
     switches: Count | None = Field(default=None, description="--switches: at most so many leaf switches where a job fits under them.")
     segment: Count | None = Field(default=None, description="--segment: nodes of one scale-up domain that belong together (Slurm 24.05).")
     max_time_s: Known = Field(default=UNKNOWN, description="The partition's time limit.")
+    max_nodes: Known = Field(default=UNKNOWN, description="Nodes that one job may have there; a plan for more says so.")
     lead_s: Count = Field(
         default=300, description="How long before the limit a job is told to save (--signal=B:USR1@); Slurm may be 60 s late."
     )
@@ -162,7 +176,8 @@ class Site(Section):
     notes: str = ""
     device: Literal["cpu", "cuda"] = Field(description="What torch calls it; ROCm's devices are `cuda` too.")
     memory_bytes: Count | None = Field(
-        default=None, description="Memory that one rank may fill; unknown: the plan shows its need and checks nothing."
+        default=None,
+        description="Memory that one rank may fill; left out: the accelerator's by its data sheet, else the plan shows its need and checks nothing.",
     )
     accelerator: Accelerator | None = Field(
         default=None, description="What the GPUs are; unknown: kernels are chosen that work on all of them."
@@ -179,8 +194,28 @@ class Site(Section):
     paths: Paths = Paths()
     environment: dict[str, str] = Field(default={}, description="Of every rank: NCCL, RCCL, libfabric.")
 
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        nodes, each, total = self.nodes.value, self.node.accelerators.value, self.accelerators.value
+        if nodes and each and total and nodes * each > total:
+            raise ValueError(f"{nodes:,.0f} nodes of {each:,.0f} accelerators are {nodes * each:,.0f}, and accelerators says {total:,.0f}")
+        return self
+
     @property
     def ranks_per_node(self) -> int | None:
         """Processes of a node: `node.ranks`, else one per accelerator, else unknown."""
         count = self.node.accelerators.value
         return self.node.ranks or (int(count) if count else None)
+
+    def figures(self) -> Iterator[tuple[str, Figure]]:
+        """`(dotted path, figure)` of every number with a basis, the unknown ones too, in the order of the file."""
+        yield from _figures(self)
+
+
+def _figures(section: BaseModel, before: str = "") -> Iterator[tuple[str, Figure]]:
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Figure):
+            yield before + name, value
+        elif isinstance(value, Section):
+            yield from _figures(value, f"{before}{name}.")

@@ -9,7 +9,23 @@ import pytest
 
 from gigatrain import cli
 
-COMMANDS = [[], ["train"], ["plan"], ["recipes"], ["sites"], ["data"], ["data", "build"], ["export"], ["generate"], ["schema"], ["version"]]
+COMMANDS = [
+    [],
+    ["train"],
+    ["plan"],
+    ["launch"],
+    ["job"],
+    ["job", "begin"],
+    ["job", "after"],
+    ["recipes"],
+    ["sites"],
+    ["data"],
+    ["data", "build"],
+    ["export"],
+    ["generate"],
+    ["schema"],
+    ["version"],
+]
 
 
 def ran(*arguments, cwd=None, code=0):
@@ -149,6 +165,41 @@ def test_recipes_and_sites_for_people_and_programs(capsys):
     assert {"name", "parameters", "active", "tokens", "family", "summary"} == set(rows[0])
     assert "laptop" in printed(capsys, "sites")
     assert {"cpu", "cuda"} == {row["device"] for row in json.loads(printed(capsys, "sites", "--json"))}
+
+
+def test_one_site_is_shown_whole_and_many_by_a_word(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "100")
+    out = printed(capsys, "sites", "jupiter")
+    assert max(len(line) for line in out.splitlines()) <= 100
+    assert "15.80 MW  measured: HPL of 1.000 EFLOP/s" in out
+    assert "power.facility_watts" in out.split("unknown  ")[-1]
+    assert "694 W for each H100-equivalent" in printed(capsys, "sites", "aion")
+    mine = tmp_path / "mine.toml"
+    mine.write_text('name = "mine"\nsummary = ""\ndevice = "cuda"\n[node]\nranks = 2\n')
+    assert json.loads(printed(capsys, "sites", mine, "--json"))["derived"]["ranks_per_node"] == 2
+    assert [line.split()[0] for line in printed(capsys, "sites", "gh200").splitlines()[1:4]] == ["alps", "arrhenius", "jupiter"]
+    assert {row["country"] for row in json.loads(printed(capsys, "sites", "fr", "--json"))} == {"FR"}
+    assert 'did you mean "jupiter"' in refused(capsys, "sites", "juptier")[1]
+
+
+def test_a_plan_on_a_site_says_what_it_takes_and_refuses_what_is_not_there(capsys):
+    asked = ("plan", "quickstart", "--set", "train.batch=2048", "--site")
+    out = printed(capsys, *asked, "jupiter", "--nodes", "64")
+    assert "size     64 nodes x 4 ranks; 189.0 kW of the facility" in out
+    assert "room     96.00 GiB a rank: an NVIDIA GH200 96 GB" in out
+    assert "assumes  power.pue = 1.1 (no figure found" in out
+    found = json.loads(printed(capsys, *asked, "jupiter", "--megawatts", "0.19", "--json"))
+    assert (found["ranks"], found["size"]["nodes"]) == (256, 64)
+    assert "how many make a node is unknown" in printed(capsys, *asked, "aion", "--gpus", "256")
+    assert "64 nodes x 8 ranks" in printed(capsys, *asked, "slurm", "--nodes", "64", "--gpus", "512")
+    for arguments, said in (
+        (("jupiter", "--nodes", "6000"), "jupiter has 5,884 nodes, and 6,000 are asked for"),
+        (("aion", "--nodes", "3"), "give --gpus as well"),
+        (("aion", "--megawatts", "200"), "694 W for each of 288,000 H100-equivalents"),
+        (("leonardo", "--gpus", "42"), "take 40 or 44"),
+    ):
+        code, message = refused(capsys, *asked, *arguments)
+        assert (code, said in message) == (3, True), message
 
 
 def test_a_plan_for_people_and_programs(capsys):

@@ -4,11 +4,16 @@
 doctor said of each node. Logs of ranks are in `RUN/logs/attempt-NNN/`.
 """
 
-from typing import Annotated, Literal
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from gigatrain.config import Count, Section
+from gigatrain.errors import RunError
 from gigatrain.site import Site
 
 Launcher = Literal["torchrun", "srun"]
@@ -33,8 +38,58 @@ class Job(Section):
     time_s: Count | None = Field(default=None, description="The job's time limit; none: the partition's own.")
     account: str | None = None
     exclude: tuple[str, ...] = Field(default=(), description="Nodes that are known to be bad.")
+    preflight: bool = Field(default=True, description="Whether every node is examined before each attempt (`gigatrain doctor`).")
+    chain: Count = Field(
+        default=1, description="Jobs submitted at once, each after the one before: for sites where none may requeue itself."
+    )
+    sweep: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Runs of a sweep, one array task each: task I runs `run`/NAME-I, and nothing else is at `run`."
+    )
     environment: dict[str, str] = Field(default={}, description="Beside the site's, of every rank.")
 
     @property
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
+
+
+def load(run: Path) -> Job:
+    """The job of a run folder; RunError if it was never launched."""
+    from gigatrain.load import read_json
+
+    path = run / "launch" / "job.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as failure:
+        raise RunError(f"{run} was not launched: {path} cannot be read ({failure.strerror}); `gigatrain launch` makes it") from None
+    found = read_json(Job, text, str(path), RunError)
+    assert isinstance(found, Job)
+    return found
+
+
+def record(run: Path, event: str, **facts: Any) -> None:
+    """Append one event to the run's history: a line of JSON with its time. One write, so that writers do not mix."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    line = json.dumps({"time": now, "event": event} | {name: value for name, value in facts.items() if value is not None})
+    path = run / "launch" / "history.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    """Every event of the run, oldest first; a line that a crash cut short is left out."""
+    try:
+        lines = (run / "launch" / "history.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            found.append(event)
+    return found

@@ -8,19 +8,9 @@ site names none, the accelerator. Whatever is chosen, a run compares it with pla
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-# Accelerators that a site may name, and their architecture. Compute capabilities: NVIDIA's table; AMD's by the names of its compiler.
-ACCELERATORS = {
-    "a100": "sm_80",
-    "h100": "sm_90",
-    "h200": "sm_90",
-    "gh200": "sm_90",
-    "b200": "sm_100",
-    "gb200": "sm_100",
-    "b300": "sm_103",
-    "gb300": "sm_103",
-    "mi300x": "gfx942",
-    "mi325x": "gfx942",
-}
+from gigatrain.planning import hardware
+
+ACCELERATORS = hardware.ARCHITECTURES  # accelerators that a site may name, and their architecture; None: not known
 # What each of torch's kernels takes, as kernels/attention_torch.py's `LIMITS` has it (a test holds them equal): widest head, what it is a multiple of, and
 # what else it can.
 LIMITS: Mapping[str, tuple[int, int, frozenset[str]]] = {
@@ -44,7 +34,7 @@ ON_GPU = ("fused", *LIMITS)
 
 @dataclass(frozen=True)
 class Call:
-    """What a run asks of attention on one rank. `asks` are keys of `SAID`; `architecture` is the accelerator's, None: the site does not say."""
+    """What a run asks of attention on one rank. `asks` are keys of `SAID`; `architecture` is the accelerator's, None: unknown."""
 
     heads: int
     kv_heads: int
@@ -173,7 +163,7 @@ def chosen(call: Call) -> tuple[str, str]:
         else:
             order = ("flash", "sdpa", "fused") if architecture == "sm_80" else ("sdpa", "fused")
         if architecture is None:
-            reasons["sdpa"] += ": the site names no accelerator, and this runs on all of them"
+            reasons["sdpa"] += ": the accelerator or its architecture is unknown, and this runs on all of them"
     refused = []
     for version in order:
         if (why := refusal(version, call)) is None:

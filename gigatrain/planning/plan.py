@@ -28,7 +28,7 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import attention, axes, cost, fusions, products
+from gigatrain.planning import attention, axes, cost, fusions, hardware, products
 from gigatrain.planning.fusions import Fusion, Name
 from gigatrain.site import Site
 
@@ -247,9 +247,11 @@ def plan(recipe: Recipe, site: Site, ranks: int | None = None, *, measure: Calla
         raise PlanError(
             'train.recompute "lean" and train.compile exclude each other: the compiler decides what it keeps; set recompute = "none" or "selective"'
         )
-    if site.memory_bytes is not None and memory.total > site.memory_bytes:
+    room, why = hardware.memory_bytes(site)
+    if room is not None and memory.total > room:
+        said = f" ({why})" if site.memory_bytes is None else ""
         raise PlanError(
-            f"the run needs {gib(memory.total)} on {site.name}, which has {gib(site.memory_bytes)}: weights {gib(memory.weights)}, "
+            f"the run needs {gib(memory.total)} on {site.name}, which has {gib(room)}{said}: weights {gib(memory.weights)}, "
             f"gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}, activations about {gib(memory.activations)}, "
             f"workspace about {gib(memory.workspace)}; "
             'lower train.microbatch or train.sequence, or set train.recompute = "full"'

@@ -42,7 +42,7 @@ def test_a_site_may_name_the_accelerators_that_are_known():
         ({"architecture": "sm_100"}, "cudnn", "sm_100"),
         ({"architecture": "sm_80"}, "flash", "FlashAttention 2"),
         ({"architecture": "gfx942"}, "sdpa", "by torch's choice"),
-        ({"architecture": None}, "sdpa", "the site names no accelerator, and this runs on all of them"),
+        ({"architecture": None}, "sdpa", "the accelerator or its architecture is unknown, and this runs on all of them"),
         ({"architecture": None, "kv_heads": 4}, "fused", "193893"),  # what torch chooses may be cuDNN, and the GPU a B200
         ({"kv_heads": 4}, "cudnn", "plain causality"),
         ({"architecture": "sm_100", "kv_heads": 4}, "flash", "not cudnn: cuDNN is silently wrong on B200"),
@@ -105,7 +105,7 @@ def test_every_guard_names_its_thread_and_meets_a_call():
 
 
 def made(*overrides, accelerator=None, device="cuda"):
-    site = load.site("one-gpu" if device == "cuda" else "laptop").model_copy(update={"accelerator": accelerator})
+    site = load.site("one-gpu" if device == "cuda" else "laptop").model_copy(update={"accelerator": accelerator, "memory_bytes": 1 << 40})
     chosen = plan(load.recipe("quickstart", overrides), site)
     return next((choice.kernel, choice.why) for choice in chosen.kernels if choice.op == "attention")
 
