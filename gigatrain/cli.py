@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -171,6 +172,8 @@ def _launch(options: argparse.Namespace) -> None:
             resume=options.resume,
             sweep=tuple(options.sweep),
             chain=options.chain,
+            hosts=options.hosts,
+            form=options.form,
         ),
         measure=_measured,
     )
@@ -189,6 +192,12 @@ def _launch(options: argparse.Namespace) -> None:
         )
         return
     spares = f" and {made.spares} spare" if made.spares else ""
+    if not numbers:
+        from gigatrain.launching import kubernetes
+
+        print(f"nothing was submitted: {kubernetes.unreachable()}; {made.run}/launch/job.yaml is written. To submit it:")
+        print(f"  {shlex.join(kubernetes.command(made))}")
+        return
     limit = f", {clock(made.time_s)} each" if made.time_s else ""
     print(f"job {' then '.join(numbers)}: {made.name} on {made.site.name}, {made.nodes} x {made.ranks_per_node} ranks{spares}{limit}")
     for text in large.assumes:
@@ -418,6 +427,15 @@ def _parser() -> argparse.ArgumentParser:
     launched.add_argument(
         "--chain", metavar="K", type=_ranks, default=1, help="K jobs, each after the one before, where none may requeue itself"
     )
+    launched.add_argument(
+        "--hosts", metavar="FILE", help="without a scheduler: hosts that ssh reaches, one a line; the first is where ranks meet"
+    )
+    launched.add_argument(
+        "--as",
+        dest="form",
+        choices=("jobset", "trainjob"),
+        help="as a manifest of Kubernetes (default there: jobset), whatever the site's scheduler",
+    )
     launched.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
     launched.add_argument("--json", action="store_true", help="what was submitted, as JSON")
 
@@ -521,6 +539,9 @@ From a recipe and a site to a job in its queue: planned, checked, submitted; it 
   gigatrain launch my.toml --site aion --megawatts 20                          as many nodes as that feeds
   gigatrain launch my.toml --site leonardo --nodes 4 --run $WORK/mine --resume go on in a new job
   gigatrain launch my.toml --site lumi --nodes 1 --sweep optim.lr=1e-3,2e-3,4e-3
+  gigatrain launch quickstart --site laptop                                    in the background of this machine
+  gigatrain launch my.toml --site my-site.toml --hosts hosts.txt               on each host through ssh, without a scheduler
+  gigatrain launch my.toml --site my-cluster.toml --nodes 4 --as trainjob      a Kubeflow TrainJob in RUN/launch/job.yaml
 
 RUN/launch holds what was submitted: job.sh, recipe and site as they were, and history.jsonl with every attempt and why it ended."""
 _JOB = """\

@@ -6,19 +6,19 @@ Sources: the API types of kubernetes-sigs/jobset (v1alpha2) and kubeflow/trainer
 """
 
 import hashlib
+import json
 import re
 import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from gigatrain.errors import RunError, SiteError
 from gigatrain.launching import yamltext
 from gigatrain.launching.job import Job
 
-Form = Literal["jobset", "trainjob"]
 RESOURCES = {"jobset": "jobsets.jobset.x-k8s.io", "trainjob": "trainjobs.trainer.kubeflow.org"}
 PORT = 29500  # of the rendezvous: each pod has an address of its own, so it is free
 RESTARTS = 20
@@ -26,15 +26,6 @@ _SETTINGS = "/etc/gigatrain"  # where a pod sees the ConfigMap
 _LIMIT_BYTES = 1_000_000  # etcd takes 1 MiB an object
 _ATTEMPT = "jobset.sigs.k8s.io/restart-attempt"  # the label that JobSet gives each pod
 _AMD = ("mi",)  # what the accelerators are called whose resource is amd.com/gpu
-
-
-class Submitted(NamedTuple):
-    """What became of a manifest: `context` None where kubectl has none, and nothing was sent."""
-
-    path: Path
-    name: str
-    context: str | None
-    said: str
 
 
 def name(job: Job) -> str:
@@ -47,12 +38,12 @@ def name(job: Job) -> str:
     return f"{slug[:33].rstrip('-')}-{hashlib.sha256(job.run.encode()).hexdigest()[:6]}"
 
 
-def manifest(job: Job, settings: Mapping[str, str], form: Form = "jobset") -> str:
+def manifest(job: Job, settings: Mapping[str, str]) -> str:
     """The job as YAML; `settings` are the files `recipe.json` and `site.json`.
 
     Raises SiteError where the site does not say what a pod needs: its image, the claim of the run folders, what its accelerators are called.
     """
-    documents = [_config(job, settings), *(_jobset(job) if form == "jobset" else _trainjob(job))]
+    documents = [_config(job, settings), *(_jobset(job) if job.form == "jobset" else _trainjob(job))]
     head = (
         f"{job.name} on {job.site.name}: {job.nodes} pod(s) of {job.ranks_per_node} rank(s), run folder {job.run}",
         f"Written by gigatrain launch from job.json beside it. To submit it by hand: {shlex.join(command(job))}",
@@ -70,36 +61,68 @@ def in_pods(job: Job) -> Job:
     return job.model_copy(update={"workdir": str(PurePosixPath(job.run).parent), "python": "python3"})
 
 
-def write(job: Job, settings: Mapping[str, str], form: Form = "jobset") -> Path:
-    """RUN/launch/job.yaml."""
-    path = Path(job.run) / "launch" / "job.yaml"
-    text = manifest(job, settings, form)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
+def files(job: Job, settings: Mapping[str, str]) -> dict[str, str]:
+    """What RUN/launch holds for the cluster."""
+    return {"job.yaml": manifest(job, settings)}
 
 
-def submit(job: Job, path: Path) -> Submitted:
-    """`kubectl apply` where kubectl is there and has a context; else nothing is sent, and `said` tells why.
+def submit(job: Job) -> list[str]:
+    """`kubectl apply`, and the name of what it made; nothing where kubectl is missing or has no context (`unreachable` says which).
 
     Raises RunError with kubectl's own words where the cluster refuses.
     """
-    context, why = _context()
-    if context is None:
-        return Submitted(path, name(job), None, why)
-    ended = subprocess.run(command(job), capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    if ended.returncode:
-        raise RunError(f"{shlex.join(command(job))} (context {context}) failed: {ended.stderr.strip()[:1500]}")
-    return Submitted(path, name(job), context, ended.stdout.strip())
+    if unreachable():
+        return []
+    kubectl(*command(job)[1:])
+    return [name(job)]
 
 
-def _context() -> tuple[str | None, str]:
+def unreachable() -> str:
+    """Why nothing can be sent to a cluster from here; empty where it can."""
     if shutil.which("kubectl") is None:
-        return None, "kubectl is not installed here"
+        return "kubectl is not installed here"
     ended = subprocess.run(["kubectl", "config", "current-context"], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    if ended.returncode or not ended.stdout.strip():
-        return None, "kubectl has no current context (kubectl config use-context NAME)"
-    return ended.stdout.strip(), ""
+    return "kubectl has no current context (kubectl config use-context NAME)" if ended.returncode or not ended.stdout.strip() else ""
+
+
+def kubectl(*arguments: str) -> str:
+    """Standard output of kubectl; RunError with its own words."""
+    try:
+        ended = subprocess.run(
+            ["kubectl", "--request-timeout=30s", *arguments], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+        )
+    except OSError as failure:
+        raise RunError(f"kubectl cannot be started: {failure.strerror}") from None
+    if ended.returncode:
+        raise RunError(f"kubectl {shlex.join(arguments)} failed: {ended.stderr.strip()[:1500]}")
+    return ended.stdout
+
+
+def found(job: Job) -> dict[str, Any] | None:
+    """The cluster's object of this run; None where there is none. RunError where another run's has its name."""
+    resource = RESOURCES[job.form]
+    said = kubectl(*_namespace(job), "get", f"{resource}/{name(job)}", "--ignore-not-found", "-o", "json")
+    if not said.strip():
+        return None
+    whole = json.loads(said)
+    if (owner := whole["metadata"].get("annotations", {}).get("gigatrain/run")) != job.run:
+        raise RunError(f"{resource}/{name(job)} is of run {owner!r}, not of {job.run}; it is left alone")
+    return whole
+
+
+def state(whole: Mapping[str, Any]) -> tuple[str, str]:
+    """`(state, reason)` of a JobSet or TrainJob in our words, from its conditions."""
+    true = {one["type"]: one for one in whole.get("status", {}).get("conditions", []) if one.get("status") == "True"}
+    for kind, word in (("Failed", "failed"), ("Completed", "finished"), ("Complete", "finished"), ("Suspended", "queued")):
+        if kind in true:
+            return word, str(true[kind].get("message") or true[kind].get("reason") or "")
+    return "running", ""
+
+
+def delete(job: Job) -> None:
+    """Its pods get SIGTERM, save and have `scheduler.lead_s` to leave."""
+    if found(job) is not None:
+        kubectl(*_namespace(job), "delete", "--wait=false", f"{RESOURCES[job.form]}/{name(job)}")
 
 
 def _namespace(job: Job) -> list[str]:
@@ -225,7 +248,11 @@ def _pod(job: Job) -> dict[str, Any]:
         **({"priorityClassName": scheduler.qos} if scheduler.qos else {}),
         **({"nodeSelector": _selector(scheduler.constraint)} if scheduler.constraint else {}),
         **_affinity(job.exclude),
-        "initContainers": [{"name": "doctor", **container, "command": ["bash", "-c", _literal(_doctor(job))]}],
+        **(
+            {"initContainers": [{"name": "doctor", **container, "command": ["bash", "-c", _literal(_doctor(job))]}]}
+            if job.preflight
+            else {}
+        ),
         "containers": [
             {
                 "name": "node",
@@ -283,7 +310,6 @@ def _accelerators(job: Job) -> dict[str, Any]:
 def _environment(job: Job) -> list[dict[str, Any]]:
     given = {
         "OMP_NUM_THREADS": "1",
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, job.site.scheduler.lead_s - 10)),  # torchrun kills its ranks 30 s after SIGTERM else
         **job.site.environment,
         **job.environment,
     }
@@ -333,12 +359,12 @@ run={run}
 printf -v attempt 'attempt-%03d' "$GIGATRAIN_ATTEMPT"
 mkdir -p "$run/logs/$attempt"
 status=0
-{shlex.quote(job.python)} -m torch.distributed.run \\
+{shlex.quote(job.python)} -m gigatrain.launching.agent \\
   --nnodes {job.nodes} --nproc-per-node {job.ranks_per_node} --node-rank "$JOB_COMPLETION_INDEX" \\
-  --master-addr {name(job)}-node-0-0.{name(job)} --master-port {PORT} --max-restarts 0 \\
+  --master-addr {name(job)}-node-0-0.{name(job)} --master-port {PORT} --max-restarts 0 --shutdown-timeout 20 \\
   -m -- gigatrain {train} &
 torchrun=$!
-# The pod's SIGTERM reaches this shell: torchrun passes it on, the ranks save and leave.
+# The pod's SIGTERM reaches this shell; the agent passes it on, and the ranks save and leave.
 trap 'kill -TERM "$torchrun"' TERM
 while wait "$torchrun" || status=$?; kill -0 "$torchrun" 2>/dev/null; do status=0; done
 # Ranks that saved after a signal leave with 0, and so a pod is only done if the run is.

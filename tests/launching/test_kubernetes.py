@@ -89,7 +89,7 @@ def test_a_jobset_is_what_its_api_takes():
 
 
 def test_a_trainjob_brings_its_own_runtime():
-    found = read(kubernetes.manifest(job(), SETTINGS, "trainjob"))
+    found = read(kubernetes.manifest(job(form="trainjob"), SETTINGS))
     assert set(found) == {"ConfigMap", "TrainingRuntime", "TrainJob"}
     assert found["TrainJob"]["spec"]["trainer"] == {"numNodes": 4, "numProcPerNode": 8}
     assert found["TrainJob"]["spec"]["runtimeRef"]["name"] == found["TrainingRuntime"]["metadata"]["name"]
