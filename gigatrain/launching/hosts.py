@@ -150,15 +150,8 @@ def commands(job: Job, attempt: str, port: int) -> list[list[str]]:
             *(f"--master-addr={first}", f"--master-port={port}", "--max-restarts=0", f"--shutdown-timeout={int(tether.GRACE_S) - 5}"),
             *("-m", "--", "gigatrain", *train),
         ]
-        held = [
-            "env",
-            *(f"{name}={value}" for name, value in environment.items()),
-            job.python,
-            "-m",
-            "gigatrain.launching.tether",
-            job.workdir,
-            *agent,
-        ]
+        given = [f"{name}={value}" for name, value in environment.items()]
+        held = [job.python, "-m", "gigatrain.launching.tether", job.workdir, *given, "--", *agent]
         found.append(
             [
                 "ssh",
@@ -238,6 +231,12 @@ def main(run: Path) -> int:
     fresh = path.with_suffix(".new")
     fresh.write_text(json.dumps({"pid": os.getpid(), "start": _start(os.getpid()), "host": socket.gethostname()}))
     fresh.replace(path)
+    end = time.monotonic() + _BEGIN_S
+    while not any(event["event"] == "submitted" and event.get("job") == str(os.getpid()) for event in jobs.history(run)):
+        if time.monotonic() > end:
+            print("gigatrain: whoever began this job ended before it wrote that down; nothing is started", flush=True)
+            return 1
+        time.sleep(0.02)  # else a stop of the submission before this one would hold for this one too
     while True:
         verdict, *facts = restart.begin(
             run, {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": ",".join(job.hosts) or socket.gethostname()}
@@ -253,9 +252,15 @@ def main(run: Path) -> int:
                 nodes[-1].say(told[-1])
             code = nodes[-1].wait()
         judged = restart.after(run, code, signal=told[-1] if told else None, chosen=nodes[-1].names if nodes else ())
-        for line in judged.screen(str(run)):
-            print(line, flush=True)
-        if told or judged.word != "again":
+        # There is no queue to go back to: what is to begin again does so here, unless somebody told the job to leave.
+        leaves = bool(told) and judged.word in ("again", "requeue", "leave")
+        said = (
+            [f"gigatrain: told to leave by {told[-1]}: {judged.why}; go on with: gigatrain requeue {run}"]
+            if leaves
+            else judged.screen(str(run))
+        )
+        print("\n".join(said), flush=True)
+        if leaves or judged.word in ("done", "stop", "leave"):
             return judged.code
 
 

@@ -1,4 +1,4 @@
-"""A command at the end of a pipe: `python -m gigatrain.launching.tether FOLDER COMMAND...`, which is how a host is held through ssh. Free of torch.
+"""A command at the end of a pipe: `python -m gigatrain.launching.tether FOLDER NAME=VALUE... -- COMMAND...`: a host held through ssh. Torch-free.
 
 ssh passes no signals on, and what it started goes on when it dies. So this end reads lines from its standard input, `USR1`, `TERM` or `KILL`, and does that to
 the command; the end of the input is TERM. What is left `GRACE_S` after TERM is killed, with everything that it started.
@@ -16,16 +16,27 @@ from collections.abc import Sequence
 from gigatrain.launching.agent import children
 
 GRACE_S = 30.0  # what ranks get to leave by themselves: a save, or the news that another rank is gone
-_PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl: what a dead agent leaves behind becomes ours, and is found
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl: if this end is killed the command still hears of it
+_PR_SET_CHILD_SUBREAPER = 36  # what a dead agent leaves behind becomes ours, and is found
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command in its folder until it has ended; its exit code, 128 + N for a signal N."""
-    folder, *command = arguments
+    """Run the command in its folder, with these variables, until it has ended; its exit code, 128 + N for a signal N."""
+    folder, *rest = arguments
+    given, command = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
     os.chdir(folder)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    for pair in given:
+        name, _, value = pair.partition("=")
+        os.environ[name] = value
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None:
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+    def tied() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=tied)  # noqa: PLW1509 - one thread here
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: _do("USR1" if number == signal.SIGUSR1 else "TERM", process))
     threading.Thread(target=_listen, args=(process,), daemon=True).start()
