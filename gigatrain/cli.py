@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,28 +58,28 @@ def _train(options: argparse.Namespace) -> None:
         raise RunError(f"the environment's WORLD_SIZE is {started!r} and no count of ranks; torchrun and train.nproc set it, or unset it")
     chosen = plan(recipe, site, int(started) if started else None, measure=_measured)
     if chosen.ranks > 1 and started is None:
+        from gigatrain.observe import logs
         from gigatrain.parallel.spawn import spawn
 
-        folder = _run_folder(options, recipe.name)
-        sys.exit(spawn(chosen.ranks, ["train", *options.arguments[1:], "--run", str(folder)]))
+        folder, began = _run_folder(options, recipe.name), time.time()
+        arguments = ["train", *options.arguments[1:], "--run", str(folder)]
+        sys.exit(spawn(chosen.ranks, arguments, lambda: logs.first_failure(folder, logs.attempt(), since=began)))
     folder = _run_folder(options, recipe.name)
     from gigatrain.observe.display import Display
+    from gigatrain.observe.logs import Log
 
-    display = Display()
-    if os.environ.get("RANK", "0") == "0":
-        display.plan(chosen, why)
-    from gigatrain.loop import train  # torch, 2 s: everything that can be refused without it has been
+    with Log(folder, new=options.new) as log:  # from here on what is printed, torch's own words included, is in the rank's log
+        display = Display(log=log)
+        if os.environ.get("RANK", "0") == "0":
+            display.plan(chosen, why)
+        from gigatrain.loop import train  # torch, 2 s: everything that can be refused without it has been
 
-    summary = train(
-        chosen,
-        folder,
-        start="new" if options.new else "resume" if options.resume else "continue" if options.go_on else "auto",
-        display=display,
-    )
-    if summary is None and "GIGATRAIN_ATTEMPT" in os.environ and os.environ.get("RANK", "0") == "0":
-        from gigatrain.launching import job
+        start = "new" if options.new else "resume" if options.resume else "continue" if options.go_on else "auto"
+        summary = train(chosen, folder, start=start, display=display, log=log)
+        if summary is None and "GIGATRAIN_ATTEMPT" in os.environ and os.environ.get("RANK", "0") == "0":
+            from gigatrain.launching import job
 
-        job.record(folder, "left")  # saved because of a signal: the job's script is to know
+            job.record(folder, "left")  # saved because of a signal: the job's script is to know
 
 
 def _measured(config: Any) -> Any:
@@ -110,6 +111,13 @@ def _ranks(text: str) -> int:
     number = int(text)
     if not 1 <= number <= 1 << 20:
         raise argparse.ArgumentTypeError(f"{text} is not between 1 and 1048576")
+    return number
+
+
+def _gib(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000000000")
     return number
 
 
@@ -217,6 +225,7 @@ def _job_begin(options: argparse.Namespace) -> None:
 
 def _job_after(options: argparse.Namespace) -> None:
     from gigatrain.launching import restart
+    from gigatrain.observe import logs
 
     verdict = restart.after(
         Path(options.run_folder),
@@ -228,6 +237,8 @@ def _job_after(options: argparse.Namespace) -> None:
     )
     for text in verdict.screen(options.run_folder):
         print(text, file=sys.stderr)
+    if verdict.word in ("again", "stop") and (why := logs.first_failure(Path(options.run_folder), logs.attempt())):
+        print(why, file=sys.stderr)
     bad = restart.excluded(Path(options.excluded)) if options.excluded else []
     print(verdict.word, verdict.code, ",".join(bad))
 
@@ -345,6 +356,39 @@ def _bench_kernels(options: argparse.Namespace) -> None:
         fresh=options.fresh,
         as_json=options.json,
     )
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from gigatrain.errors import HealthError
+    from gigatrain.preflight import show
+
+    if options.judge:
+        from gigatrain.preflight.judge import judge
+
+        expect = [name for name in (options.expect or "").split(",") if name]
+        judgement = judge(
+            Path(options.judge), options.nodes, expect, Path(options.excluded) if options.excluded else None, options.run_folder or ""
+        )
+        show.judgement(judgement)
+        if judgement.short:
+            raise HealthError(judgement.short)
+        print(",".join(judgement.chosen))
+        return
+    from gigatrain.preflight.examine import examine
+
+    out, run = (Path(text).expanduser() if text else None for text in (options.out, options.run_folder))
+    verdict = examine(_site(options.site)[0], out, run, options.quick, options.free_gib, options.limit_s)
+    if options.json:
+        print(json.dumps(verdict.json(), indent=2), flush=True)
+    else:
+        show.line(verdict) if out else show.verdict(verdict)
+    sys.stdout.flush()
+    # In a job the verdict is in its file, and who judges it is not this task. Threads that hang in a driver would hold a plain exit.
+    code = HealthError.exit_code if verdict.health == "bad" and out is None else 0
+    if verdict.facts.get("hung"):
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def _schema(options: argparse.Namespace) -> None:
@@ -513,6 +557,21 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--fresh", action="store_true", help="measure again what the CSV has from this commit, device and versions")
     kernels.add_argument("--json", action="store_true", help="the rows as JSON, for programs")
 
+    doctor = command("doctor", _doctor, "say whether this machine, or a job's, can train", _DOCTOR)
+    doctor.add_argument("--site", metavar="SITE", help="what the machine should be (default: this machine as it is)")
+    doctor.add_argument(
+        "--run", metavar="DIR", dest="run_folder", help="where runs are written (default: DIR of --out, else the site's paths.runs)"
+    )
+    doctor.add_argument("--out", metavar="DIR", help="write the verdict to DIR/NODE.json, and leave with 0 whatever it is")
+    doctor.add_argument("--quick", action="store_true", help="work the hardware for half a second, not three")
+    doctor.add_argument("--free-gib", metavar="GIB", type=_gib, help="room that a run needs (default: 4; 1 on node-local scratch)")
+    doctor.add_argument("--limit-s", metavar="S", type=_ranks, default=50, help="seconds for everything (default: 50)")
+    doctor.add_argument("--json", action="store_true", help="the verdict as JSON")
+    doctor.add_argument("--judge", metavar="DIR", help="judge the verdicts of DIR; prints the nodes that train, as one comma list")
+    doctor.add_argument("--nodes", metavar="N", type=_ranks, default=1, help="with --judge: nodes that train (default: 1)")
+    doctor.add_argument("--expect", metavar="A,B", help="with --judge: nodes that should have a verdict, in order")
+    doctor.add_argument("--excluded", metavar="FILE", help="with --judge: bad nodes are appended here, a JSON object a line")
+
     schema = command("schema", _schema, "print the JSON Schema of recipes", _SCHEMA)
     schema.add_argument("of", nargs="?", choices=("recipe", "site"), default="recipe", help="of what (default: recipe)")
 
@@ -592,6 +651,16 @@ Forward, backward and both; cold inputs, graphs and host, rounds in turn; the fl
   gigatrain bench kernels --quick                             a few minutes on a CPU: what has no GPU to run on is named
   gigatrain bench kernels --check                             errors of every version over every case
   gigatrain bench kernels --plots pictures                    from the CSV, anywhere"""
+_DOCTOR = """\
+Say whether this machine can train: driver, GPUs, ECC, Xids, clocks, links, equal products on all GPUs, disks, network; under a minute.
+What could not be tested is named, with the reason. Leaves with 9 if the machine is bad.
+
+  gigatrain doctor                                            this machine, on one screen
+  gigatrain doctor --site jupiter --json                      against what the site says a node has
+  srun --ntasks-per-node=1 gigatrain doctor --site S --out D  on every node of a job, and the network between them
+  gigatrain doctor --judge D --nodes 16 --excluded bad.jsonl  which 16 of them train; the bad ones are put on the list
+
+A job's tasks find each other by MASTER_ADDR and MASTER_PORT."""
 _SCHEMA = """\
 Print the JSON Schema of a recipe (or site), so that editors complete and check TOML files.
 

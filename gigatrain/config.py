@@ -367,6 +367,14 @@ class Report(Section):
     """What is shown and recorded."""
 
     every: Count = Field(default=10, description="Steps of one window: host and device meet once a window, never within a step.")
+    hang_s: Annotated[float, Field(ge=0, le=86400)] = Field(
+        default=300.0,
+        description="So many seconds without progress of a rank are told in its log, with stacks; 0: never. Collectives end after 600.",
+    )
+    prometheus: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        default=None,
+        description="Port on 127.0.0.1 of rank 0's node that serves Prometheus metrics while the run lives (`gigatrain watch --serve`).",
+    )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
     project: str = Field(default="gigatrain", description="The trackers' project name.")
 

@@ -2,10 +2,12 @@
 
 
 class GigatrainError(Exception):
-    """Base of the errors that are the user's to mend; `exit_code` is what the CLI leaves with, `shared` an error that all ranks of a run raise."""
+    """Base of the errors that are the user's to mend; `exit_code` is what the CLI leaves with, `shared` an error that all ranks of a run raise,
+    `secondary` one that only says that another rank is gone, which knows why."""
 
     exit_code = 1
     shared = False
+    secondary = False
 
 
 class RecipeError(GigatrainError):
@@ -48,3 +50,9 @@ class KernelError(GigatrainError):
     """A fused kernel cannot run these inputs here; the reference of the same operation can."""
 
     exit_code = 8
+
+
+class HealthError(GigatrainError):
+    """Machines that are not fit to train: this one, or too few of a job's."""
+
+    exit_code = 9

@@ -26,9 +26,10 @@ from gigatrain.errors import CheckpointError, DataError, RunError
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
-from gigatrain.observe import trace
+from gigatrain.observe import hang, trace
 from gigatrain.observe.display import Display
 from gigatrain.observe.health import Health
+from gigatrain.observe.logs import Log, Progress
 from gigatrain.observe.metrics import Metrics, percentile, versions
 from gigatrain.optim import schedule
 from gigatrain.parallel import ranks
@@ -38,28 +39,39 @@ from gigatrain.parallel.places import Piece
 from gigatrain.planning.plan import NARROW, Plan
 
 
-def train(plan: Plan, folder: Path, *, start: run.Start = "auto", display: Display | None = None) -> dict[str, Any] | None:
+def train(
+    plan: Plan, folder: Path, *, start: run.Start = "auto", display: Display | None = None, log: Log | None = None
+) -> dict[str, Any] | None:
     """One run, from its plan to its export; returns its summary, or None when a signal ended it early.
 
-    Raises DataError, CheckpointError and RunError; whatever it raises, committed checkpoints are whole.
+    `log`, which the command has opened, begins once the folder is this run's. Raises DataError, CheckpointError and RunError; whatever it raises,
+    committed checkpoints are whole.
     """
+    log = log or Log(folder)
     with contextlib.ExitStack() as stack:
         mesh, device = stack.enter_context(ranks.joined(plan.mesh, plan.ranks, plan.device))
         display = stack.enter_context((display or Display()) if mesh.rank == 0 else Display(Console(file=io.StringIO())))
-        return _train(plan, folder, start, mesh, device, display)
+        return _train(plan, folder, start, mesh, device, display, log)
 
 
-def _train(plan: Plan, folder: Path, start: run.Start, mesh: Mesh, device: torch.device, display: Display) -> dict[str, Any] | None:
+def _train(
+    plan: Plan, folder: Path, start: run.Start, mesh: Mesh, device: torch.device, display: Display, log: Log
+) -> dict[str, Any] | None:
     began = time.monotonic()
-    with run.joined(plan, folder, start, mesh) as (this, resumes):
-        corpus = _corpus(plan, this, resumes, mesh, display)
+    with contextlib.ExitStack() as stack:
+        this, resumes = stack.enter_context(run.joined(plan, folder, start, mesh))
+        log.own()
+        stack.enter_context(hang.Watch(log, plan.report.hang_s))
+        progress = stack.enter_context(Progress(log, folder if mesh.rank == 0 else None))
+        log.pulse.mark("corpus")
+        corpus = _corpus(plan, this, resumes, mesh, display, log)
         train_on, held = corpus.totals("train"), corpus.totals("validation")
         display.line(
             f"  data     {train_on['documents']:,} documents, {train_on['tokens']:,} tokens, read {plan.tokens / train_on['tokens']:.2f} times; "
             f"{held['documents']:,} documents held out"
         )
         try:
-            summary = _steps(plan, folder, this, resumes, corpus, mesh, device, display, began)
+            summary = _steps(plan, folder, this, resumes, corpus, mesh, device, display, began, log, progress)
         except torch.OutOfMemoryError as failure:
             raise RunError(f"out of memory: {str(failure).splitlines()[0]}; {_LESS}") from None
         except RuntimeError as failure:
@@ -68,6 +80,7 @@ def _train(plan: Plan, folder: Path, start: run.Start, mesh: Mesh, device: torch
             raise RunError(f"out of memory: {str(failure).splitlines()[0][-200:]}; {_LESS}") from None
         if summary is None or mesh.rank:
             return summary
+        log.pulse.mark("export")
         finished = summary["wall_s"] is not None
         if plan.export and not (finished and (folder / "export").is_dir()):
             export.export(folder, folder / "export", display=display)
@@ -91,8 +104,11 @@ def _steps(
     device: torch.device,
     display: Display,
     began: float,
+    log: Log,
+    progress: Progress,
 ) -> dict[str, Any] | None:
     """From the first step, or the newest checkpoint, to the last checkpoint; returns the summary, or None after a signal."""
+    log.pulse.mark("build")
     _prepare(plan)
     if device.type == "cuda":
         _verify(plan, device, display)
@@ -123,7 +139,9 @@ def _steps(
         metrics = stack.enter_context(Metrics(plan, writes, device, step=this.step, show=lambda window: display.window(plan, window)))
         metrics.load(kept)
         health = stack.enter_context(Health(plan, mesh))
-        times = trace.opened(plan.profile, folder, device, rank=mesh.rank, ranks=mesh.count, step=this.step, say=display.line)
+        times = trace.opened(
+            plan.profile, folder, device, rank=mesh.rank, ranks=mesh.count, step=this.step, say=display.line, pulse=log.pulse
+        )
         engine.trace = stack.enter_context(times)
         before = this.elapsed_s
 
@@ -134,13 +152,13 @@ def _steps(
             kept = metrics.state()
             this.tokens = metrics.tokens
             state = {"run": this.state(), "data": batches.state(), "metrics": kept}
-            with times.phase("checkpoint"):
+            with times.phase("checkpoint"), progress.spent("checkpoint"):
                 _save(saves, this.step, plan, engine, state, display, must=must)
 
         def validate() -> None:
             if held is not None and _validates_at(plan, this.step) and metrics.validated < this.step:
-                with times.phase("validation"):
-                    found = _validate(engine, held, health)
+                with times.phase("validation"), progress.spent("validation"):
+                    found = _validate(engine, held, health, times)
                 if found is not None:
                     metrics.validated = this.step
                     metrics.write({"step": this.step} | found)
@@ -150,6 +168,7 @@ def _steps(
             validate()  # a signal may have come before it
         else:
             save(must=True)  # step 0: from here on, a kill at any moment leaves something to resume
+        progress.add("steps", step=this.step)
         metrics.clock.restart()
         while this.step < plan.steps and not health.wants_out:
             times.begin(this.step)
@@ -167,6 +186,7 @@ def _steps(
                 health.check_bad(bad, lambda step: _samples(plan, batches, step))
                 health.agree()
                 times.window()
+                progress.report(this.step, this.tokens, metrics.window_s)
             if _validates_at(plan, this.step):
                 validate()
                 metrics.clock.restart()
@@ -176,6 +196,7 @@ def _steps(
         save(must=True)
         unvalidated = held is not None and metrics.validated < plan.steps  # a signal cut the last validation short
         if this.step < plan.steps or unvalidated:
+            progress.why = health.signal or "signal"
             display.line(f"{health.signal}: saved at step {this.step} of {plan.steps}; go on with --resume --run {folder}")
             return None
         this.elapsed_s = before
@@ -185,7 +206,7 @@ def _steps(
 _LESS = 'lower train.microbatch or train.sequence, or --set train.recompute=full; "gigatrain plan" shows what the run needs'
 
 
-def _corpus(plan: Plan, this: run.Run, resumes: bool, mesh: Mesh, display: Display) -> build.Corpus:
+def _corpus(plan: Plan, this: run.Run, resumes: bool, mesh: Mesh, display: Display, log: Log) -> build.Corpus:
     """The corpus that the run began with, if it is still there; else rank 0 builds it and the others open it. A resume then compares its hash."""
 
     def built() -> str:
@@ -193,13 +214,17 @@ def _corpus(plan: Plan, this: run.Run, resumes: bool, mesh: Mesh, display: Displ
         if resumes and before is not None and (before / "manifest.json").is_file():
             corpus = build.Corpus.open(before, weights, check=True)
         else:
-            corpus = build.build(plan.data, plan.tokenizer, progress=display.advance)
+            corpus = build.build(plan.data, plan.tokenizer, progress=shown)
         if corpus.vocab > plan.architecture.vocab:
             raise RunError(
                 f"the tokenizer has {corpus.vocab} ids and the model embeds {plan.architecture.vocab}; "
                 f"--set model.architecture.vocab={corpus.vocab}, or use the model's own tokenizer"
             )
         return str(corpus.folder)
+
+    def shown(*numbers: Any) -> None:
+        log.pulse.beats += 1
+        display.advance(*numbers)
 
     weights = tuple(source.weight for source in plan.data.sources)
     folder = Path(ranks.first(mesh, built))
@@ -309,13 +334,14 @@ def _validates_at(plan: Plan, step: int) -> bool:
     return step == plan.steps or (plan.validation.every > 0 and step > 0 and step % plan.validation.every == 0)
 
 
-def _validate(engine: Engine, held: Validation, health: Health) -> dict[str, Any] | None:
+def _validate(engine: Engine, held: Validation, health: Health, times: trace.Trace) -> dict[str, Any] | None:
     """Loss per target on the held-out documents, and bits per byte of their text where the bytes are known; None when a signal cut it short."""
 
     def until_signal() -> Iterator[Any]:
         for part in held:
             if health.wants_out:
                 return
+            times.alive()
             yield part
 
     nats, targets = engine.evaluate(until_signal()).tolist()

@@ -25,6 +25,7 @@ COMMANDS = [
     ["generate"],
     ["schema"],
     ["version"],
+    ["doctor"],
 ]
 
 

@@ -162,7 +162,8 @@ def _step(job: Job, tasks: int) -> list[str]:
 
 
 def _array(words: list[str]) -> str:
-    return f"({' '.join(shlex.quote(word) for word in words)})"
+    quoted = [shlex.quote(word) for word in words]  # it leaves commas bare, and shellcheck takes those of an array for a slip
+    return "(" + " ".join(f"'{word}'" if "," in word and "'" not in word else word for word in quoted) + ")"
 
 
 def _environment(job: Job) -> str:
@@ -242,10 +243,8 @@ gigatrain() {
 # USR1, saves and leaves: srun passes it on to its tasks. What runs does so in the background, so that it is heard at once.
 
 told="" step=""
-tell() {
-    told=$1
-    [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null
-}
+pass_on() { [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null; }
+tell() { [ -n "$told" ] || { told=$1; pass_on; }; }
 trap 'tell USR1' USR1
 trap 'tell TERM' TERM
 
@@ -284,7 +283,7 @@ while true; do
         ranks=(--nodes="$nodes" --nodelist="$chosen" --no-kill=off --kill-on-bad-exit=1 --wait=0)
         train=(train "$run/launch/recipe.json" --site "$run/launch/site.json" --run "$run" --continue)
 §train
-        [ -z "$told" ] || tell "$told" # it came just before
+        [ -z "$told" ] || pass_on # it came just before
         await "$step"
         step=""
         say "attempt $attempt ended with code $code"
@@ -292,7 +291,10 @@ while true; do
 
     # 4. What now? done | again, in this allocation | requeue | leave it to the next job or to a person | stop
     verdict="" code_now="" bad=""
-    read -r verdict code_now bad < <(gigatrain job after "$run" --code "$code" --signal "${told:-none}" --held "$(listed "${held[@]}")" --chosen "$chosen" --excluded "$excluded")
+    read -r verdict code_now bad < <(
+        gigatrain job after "$run" --code "$code" --signal "${told:-none}" \
+            --held "$(listed "${held[@]}")" --chosen "$chosen" --excluded "$excluded"
+    )
     case "$verdict" in
         again) ;;
         requeue)
@@ -331,11 +333,9 @@ _TORCHRUN = r"""        srun "${ranks[@]}" "${rank[@]}" --ntasks="$nodes" "${con
             "$python" -m gigatrain.launching.agent --nnodes="$nodes" --nproc-per-node="$ranks_per_node" --max-restarts=0 §numa\
             --rdzv-backend=c10d --rdzv-endpoint="$address:$port" --rdzv-id="$job-$attempt" --shutdown-timeout=§stop_s \
             -m -- gigatrain "${train[@]}" &
-        step=$!
-"""
+        step=$!"""
 _SRUN = r"""        export GIGATRAIN_LAUNCHER=srun MASTER_ADDR=$address MASTER_PORT=$port
         srun "${ranks[@]}" "${rank[@]}" --ntasks=$((nodes * ranks_per_node)) "${contained[@]}" "${inside[@]}" \
             "$python" -m gigatrain "${train[@]}" &
         step=$!
-        unset GIGATRAIN_LAUNCHER MASTER_ADDR MASTER_PORT
-"""
+        unset GIGATRAIN_LAUNCHER MASTER_ADDR MASTER_PORT"""

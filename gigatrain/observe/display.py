@@ -5,17 +5,34 @@ import time
 from typing import Any, Self, get_args
 
 from rich.console import Console
+from rich.control import Control
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gigatrain.foreign import Foreign
+from gigatrain.observe.logs import Log
 from gigatrain.planning import cost
 from gigatrain.planning.plan import Plan, gib
+
+
+class _Logged(Console):
+    """A terminal whose lines, but not its moving bar, are written to the log too."""
+
+    log: Log
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        super().print(*objects, **how)
+        if objects and not any(isinstance(one, Control) for one in objects):
+            self.log.write(" ".join(getattr(one, "plain", None) or str(one) for one in objects) + "\n")
 
 
 class Display:
     """Shows progress of the corpus build and of the run; lines above the bar stay."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, log: Log | None = None) -> None:
+        """`log`: of a rank whose standard output passes through its log; a terminal behind it is still shown a bar that moves."""
+        if log is not None and log.screen is not None:
+            console = _Logged(file=log.screen, highlight=False, soft_wrap=True)
+            console.log = log
         self.console = console or Console(stderr=False, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal
         self.progress = Progress(

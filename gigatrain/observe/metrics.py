@@ -68,6 +68,7 @@ class Metrics:
         self.clock = Clock(device)
         self.step_s = array("d")
         self.timed = (0, 0.0)  # targets and seconds of steps, over every process of the run
+        self.window_s = 0.0  # seconds of the steps of the last window
         self.tokens = 0  # of the whole run, as of the last report or `state`
         self.untimed = 0  # of `tokens`, those that another process timed
         self.validated = 0  # the last step whose validation was written
@@ -116,7 +117,7 @@ class Metrics:
         """The one synchronisation of a window: writes and shows its numbers; returns the engine's counts of refused updates."""
         nats, targets, norms, updates, largest, tokens, *counts = torch.cat([self.sums, bad.double()]).tolist()
         durations = self.clock.take_s()
-        seconds = sum(durations)
+        seconds = self.window_s = sum(durations)
         self.step_s.extend(durations)
         self.tokens = int(tokens)
         timed = self.tokens - self.untimed

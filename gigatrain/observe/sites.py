@@ -94,7 +94,7 @@ def on_site(site: Site, sized: Size) -> list[str]:
     lines = []
     if site.kind != "local":
         nodes = (
-            f"{sized.nodes:,} nodes x {sized.ranks_per_node:,} ranks"
+            f"{sized.nodes:,} {'node' if sized.nodes == 1 else 'nodes'} x {sized.ranks_per_node:,} ranks"
             if sized.nodes
             else f"{sized.ranks:,} ranks; how many make a node is unknown"
         )

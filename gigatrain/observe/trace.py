@@ -37,6 +37,7 @@ import torch
 
 from gigatrain import config
 from gigatrain.checkpoint import write_text
+from gigatrain.observe.hang import Pulse
 from gigatrain.observe.metrics import percentile
 
 PHASES = ("data", "forward", "backward", "reduce", "optimizer", "validation", "checkpoint", "profile", "rest")
@@ -44,7 +45,7 @@ MEMORY_EVENTS = 200_000  # allocations and frees that a snapshot's history goes 
 
 
 class Trace:
-    """What the loop and the engines tell their phases to; this one keeps nothing, for ranks that do not record."""
+    """What the loop and the engines tell their phases to; this one keeps nothing, and OFF is for engines without a loop."""
 
     def __enter__(self) -> Self:
         return self
@@ -66,6 +67,9 @@ class Trace:
     def current(self) -> str:
         """The phase that it is now."""
         return "rest"
+
+    def alive(self) -> None:
+        """The phase goes on, and part of it is done."""
 
     def window(self) -> None:
         """Write the steps that have ended and whose times are known; waits for nothing."""
@@ -93,6 +97,27 @@ class Phase:
         self._trace.mark(self._after)
 
 
+class Pulsed(Trace):
+    """The trace of a rank that does not record: it only counts its `Pulse` on."""
+
+    def __init__(self, pulse: Pulse) -> None:
+        self.pulse = pulse
+
+    def begin(self, step: int) -> None:
+        self.pulse.begin(step)
+        self.pulse.phase = "rest"
+
+    def mark(self, phase: str) -> None:
+        self.pulse.mark(phase)
+
+    @property
+    def current(self) -> str:
+        return self.pulse.phase
+
+    def alive(self) -> None:
+        self.pulse.beats += 1
+
+
 class _Step(NamedTuple):
     first: int  # its first mark's place in the list
     step: int
@@ -100,7 +125,7 @@ class _Step(NamedTuple):
     profiled: bool
 
 
-class Recorder(Trace):
+class Recorder(Pulsed):
     """The trace of a rank that records: marks in two lists within a window, resolved and written at its end."""
 
     def __init__(
@@ -112,7 +137,9 @@ class Recorder(Trace):
         rank: int = 0,
         step: int = 0,
         say: Callable[[str], None] = print,
+        pulse: Pulse | None = None,
     ) -> None:
+        super().__init__(pulse or Pulse())
         self.folder, self.rank, self.say, self.device = folder / "trace", rank, say, device
         self.cuda = device.type == "cuda"
         self._due = frozenset(profile.steps) if rank in profile.ranks else frozenset()
@@ -134,6 +161,7 @@ class Recorder(Trace):
             self._file = path.open("a", encoding="utf-8")
 
     def mark(self, phase: str) -> None:
+        self.pulse.mark(phase)
         self._phases.append(phase)
         self._times.append(self._now())
         if self._profiler is not None:
@@ -150,6 +178,7 @@ class Recorder(Trace):
 
     def begin(self, step: int) -> None:
         self._end()
+        self.pulse.begin(step)
         profiled = step in self._due and self._profile()
         self._steps.append(_Step(len(self._phases), step, time.time(), profiled))
         self.mark("rest")
@@ -285,8 +314,9 @@ def opened(
     ranks: int,
     step: int,
     say: Callable[[str], None],
+    pulse: Pulse | None = None,
 ) -> Trace:
-    """This rank's trace: a Recorder for rank 0 and those of `profile.ranks`, else OFF. `step`: how many the run has done already."""
+    """This rank's trace: a Recorder for rank 0 and those of `profile.ranks`, else one that is only alive. `step`: how many the run has done already."""
     writers = {0, *profile.ranks}
     if rank == 0:  # what a resumed run lives through again, of ranks that no longer record; the others see to theirs
         for path in (folder / "trace").glob("rank-*.jsonl"):
@@ -294,7 +324,9 @@ def opened(
             if number >= ranks or number not in writers:
                 with contextlib.suppress(OSError):
                     _drop_from(path, step)
-    return Recorder(profile, folder, device, rank=rank, step=step, say=say) if rank in writers else OFF
+    if rank in writers:
+        return Recorder(profile, folder, device, rank=rank, step=step, say=say, pulse=pulse)
+    return OFF if pulse is None else Pulsed(pulse)
 
 
 class Share(NamedTuple):

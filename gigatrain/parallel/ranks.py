@@ -68,10 +68,12 @@ def joined(axes: config.Mesh, ranks: int, device: str) -> Iterator[tuple[Mesh, t
     except RuntimeError as failure:
         if not _lost(failure):
             raise
-        raise RunError(
+        lost = RunError(
             f"rank {rank} of {ranks} lost another rank, whose own message says why, or the network between them ({str(failure).splitlines()[0][:200]}); "
             "committed checkpoints are whole: go on with --resume"
-        ) from None
+        )
+        lost.secondary = True
+        raise lost from None
     finally:
         if mine:
             distributed.destroy_process_group()

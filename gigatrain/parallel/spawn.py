@@ -7,20 +7,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SPAWNED = "GIGATRAIN_SPAWNED"  # tells the ranks that `spawn` says for all of them why they failed
 GRACE_S = 30.0  # what the others get to leave by themselves once one has failed
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
-def spawn(count: int, arguments: Sequence[str]) -> int:
+def spawn(count: int, arguments: Sequence[str], why: Callable[[], str | None] = lambda: None) -> int:
     """Run `gigatrain ARGUMENTS` as `count` ranks and wait; signals are passed on. Returns 0, or the exit code of the first process that failed.
 
     Once one has failed the others get SIGTERM, and SIGKILL after `GRACE_S`: a rank that waits for a dead one would wait until its time limit. A rank that a
     signal ended could say nothing itself, so it is named here. If this process is killed the ranks get SIGTERM: else they would go on unseen, and keep
-    the run folder from whoever resumes it.
+    the run folder from whoever resumes it. `why`, asked once all have ended and one had failed, is the last word: what the ranks themselves left about it.
     """
     libc, parent = ctypes.CDLL(None) if sys.platform == "linux" else None, os.getpid()
 
@@ -34,7 +35,7 @@ def spawn(count: int, arguments: Sequence[str]) -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     threads = str(max(1, len(os.sched_getaffinity(0)) // count))
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    shared = {SPAWNED: "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     running: list[subprocess.Popen[bytes]] = []
     before = {number: signal.signal(number, lambda number, frame: _pass_on(running, number, frame)) for number in _PASSED_ON}
     try:
@@ -42,13 +43,23 @@ def spawn(count: int, arguments: Sequence[str]) -> int:
             environment = {"OMP_NUM_THREADS": threads} | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             command = [sys.executable, "-m", "gigatrain", *arguments]
             running.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=tied))  # noqa: PLW1509 - one thread here
-        return _wait(running)
+        code = _wait(running)
+        if code:
+            _end(running)
+            if said := why():
+                print(f"gigatrain: {said}", file=sys.stderr)
+        return code
     finally:
-        for process in running:
-            if process.poll() is None:
-                process.kill()
+        _end(running)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end(running: Sequence["subprocess.Popen[bytes]"]) -> None:
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def _pass_on(running: Sequence["subprocess.Popen[bytes]"], number: int, _: FrameType | None) -> None:

@@ -24,8 +24,8 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits until credentials of its former life have expired: two minutes by default.
-AuthInfo=socket={root}/munge/socket,cred_expire=4
+# A requeued job waits until credentials of its former life have expired: two minutes by default, and 5 s is the least that is taken.
+AuthInfo=socket={root}/munge/socket,cred_expire=5
 MpiDefault=none
 ProctrackType=proctrack/pgid
 TaskPlugin=task/none
@@ -128,10 +128,11 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """What a power loss leaves of a node: nothing. Its daemon, the daemons of its steps and all their processes get SIGKILL at once."""
-        spool, mark = str(self.root / "spool" / node), f"SLURMD_NODENAME={node}".encode()
-        daemons = [pid for pid in _pids() if _name(pid) == "slurmstepd" and _holds(pid, spool)]
+        mark = f"SLURMD_NODENAME={node}".encode()
+        processes = [pid for pid in _pids() if mark in _environment(pid)]
+        daemons = [parent for parent in map(_parent, processes) if _name(parent) == "slurmstepd"]
         # The daemons first: they would report the death of what they watch, which a node without power does not.
-        for doomed in ([self._pid(f"slurmd.{node}"), *daemons], [pid for pid in _pids() if mark in _environment(pid)]):
+        for doomed in ([self._pid(f"slurmd.{node}"), *daemons], processes):
             for pid in set(doomed) - {0, os.getpid()}:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -214,11 +215,13 @@ class Cluster:
 def running(root: Path, count: int = 4) -> Iterator[Cluster]:
     """A cluster that is up within the context, and gone after it whatever happens in it."""
     made = Cluster(root, count)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # pytest cleans up after Ctrl-C, and after nothing else
     try:
         made.start()
         yield made
     finally:
         made.stop()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _found(name: str) -> str | None:
@@ -235,7 +238,18 @@ def _ports(count: int) -> list[int]:
 
 
 def _alive(pid: int) -> bool:
-    return pid > 0 and os.path.exists(f"/proc/{pid}") and _name(pid) == "slurmd"
+    return pid > 0 and _name(pid) == "slurmd" and _stat(pid)[0] != "Z"
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent, ... of a process."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    return ["Z", "0"]
+
+
+def _parent(pid: int) -> int:
+    return int(_stat(pid)[1])
 
 
 def _pids() -> list[int]:

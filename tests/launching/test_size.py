@@ -6,7 +6,7 @@ import pytest
 
 from gigatrain.errors import SiteError
 from gigatrain.launching.size import shown, size
-from gigatrain.site import Basis, Figure, Node, Power, Site
+from gigatrain.site import Basis, Figure, Node, Power, Scheduler, Site
 
 
 def said(value, basis: Basis = "declared", source="a test"):
@@ -93,6 +93,13 @@ def test_two_devices_of_a_package_are_two_ranks():
 def test_an_assumed_count_is_named():
     site = made(node=Node(accelerators=said(4, "assumed", "as its sister has")))
     assert size(site, nodes=2).assumes == ("node.accelerators = 4 (as its sister has)",)
+
+
+def test_more_nodes_than_a_job_may_have_are_said():
+    site = made(node=Node(accelerators=said(4)), scheduler=Scheduler(max_nodes=said(2, source="the user guide")))
+    assert size(site, nodes=2).assumes == ()
+    (line,) = size(site, nodes=3).assumes
+    assert line == "3 nodes in one job, where its partition or qos gives 2 (the user guide): another, or an agreement"
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_a_table_has_a_line_a_site_and_counts_by_basis(monkeypatch):
 def test_a_plan_names_what_the_accelerator_s_memory_rests_on():
     site = load.site("dgx-h100").model_copy(update={"accelerator": "a100-40"})
     lines = sites.on_site(site, size(site, nodes=1))
-    assert lines[0] == "  size     1 nodes x 8 ranks; what they draw is unknown"
+    assert lines[0] == "  size     1 node x 8 ranks; what they draw is unknown"
     assert lines[1].startswith("  room     40.00 GiB a rank: an NVIDIA A100 SXM4 40 GB; assumed: ")
     assert lines[2] == "  assumes  40.00 GiB in an accelerator (NVIDIA's A100 data sheet, recalled, not re-read)"
     assert sites.on_site(load.site("laptop"), size(load.site("laptop"), gpus=2)) == []

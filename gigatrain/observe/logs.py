@@ -1,0 +1,441 @@
+"""What each rank prints, in a file of its own, and why a run failed, in one place. Free of torch.
+
+    RUN/logs/attempt-000/rank-00003.log            all that rank 3 printed, also from C libraries; a new start of the same attempt is appended
+    RUN/logs/attempt-000/errors/rank-00003.json    why it failed, as `record` writes it
+    RUN/logs/attempt-000/errors/rank-00003-hang.txt   where it hung (observe/hang.py)
+    RUN/logs/progress.jsonl                        by rank 0: when which step was done (`Progress`)
+
+Rank 0 is on the screen too. A log begins and ends with a mark; one without its end is of a rank that was killed, or still runs. Before the run folder is
+known to be this run's, nothing is written into it, except by a job's attempt (GIGATRAIN_ATTEMPT), whose folder of logs nobody else has.
+"""
+
+import contextlib
+import datetime
+import faulthandler
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from gigatrain.errors import GigatrainError, RunError
+from gigatrain.observe import hang
+from gigatrain.parallel.spawn import SPAWNED
+
+TAIL_BYTES = 1 << 16
+_MARK = re.compile(rb"^\[gigatrain\] rank (\d+) of (\d+) on (\S+), pid (\d+), (begins|ends) (\S+)(?:: code (\d+))?$", re.MULTILINE)
+
+
+def attempt() -> int:
+    """The number that a job gives to each of its starts (GIGATRAIN_ATTEMPT); 0 outside of jobs."""
+    said = os.environ.get("GIGATRAIN_ATTEMPT", "0")
+    if not (said.isascii() and said.isdecimal() and len(said) < 7):
+        raise RunError(f"the environment's GIGATRAIN_ATTEMPT is {said[:40]!r} and no count; a job's script sets it, or unset it")
+    return int(said)
+
+
+def folder_of(run: Path, number: int) -> Path:
+    """Where an attempt's logs are."""
+    return run / "logs" / f"attempt-{number:03d}"
+
+
+def newest(run: Path) -> int | None:
+    """The last attempt that left logs; None: none did."""
+    found = [path.name.removeprefix("attempt-") for path in (run / "logs").glob("attempt-*")]
+    return max((int(name) for name in found if name.isdecimal()), default=None)
+
+
+class Log:
+    """This rank's log, as a `with` statement round all that it does; `own` says that the run folder is this run's, from where on it is written."""
+
+    def __init__(self, run: Path, *, new: bool = False) -> None:
+        """`new`: the run that the folder holds will be moved aside, so even a job's log waits until it is."""
+        said = [os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))]
+        self.rank, self.ranks = (int(text) if text.isdecimal() else 0 for text in said)  # what is no count is refused where ranks meet
+        self.run, self.attempt = run.absolute(), attempt()
+        self.folder = folder_of(self.run, self.attempt)
+        self.path = self.folder / f"rank-{self.rank:05d}.log"
+        self.node = platform.node() or "unknown"
+        self.pulse = hang.Pulse()
+        self.owned = self._entered = self._faults = False
+        self.screen: TextIO | None = None  # a terminal, for what must be seen live
+        self._early = "GIGATRAIN_ATTEMPT" in os.environ and not new
+        self._before: tuple[int, int] | None = None
+        self._tee: subprocess.Popen[bytes] | None = None
+        self._control = -1
+        self._file = -1
+        self._environment: dict[str, str | None] = {}
+
+    def __enter__(self) -> Self:
+        self._entered = True
+        for name, value in hang.environment(str(self.folder)).items():
+            self._environment[name] = os.environ.get(name)
+            os.environ.setdefault(name, value)
+        if self.rank == 0:
+            self._split()
+        if self._early:
+            self.own()
+        return self
+
+    def own(self) -> None:
+        """From here on this rank's words go to its file, those that rank 0 said before included."""
+        if self.owned or not self._entered:
+            return
+        try:
+            (self.folder / "errors").mkdir(parents=True, exist_ok=True)
+            for stale in (self.error, self.stuck):  # of an earlier process of this attempt, which the log still has
+                stale.unlink(missing_ok=True)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as failure:
+            self._lost(failure)
+            return
+        self.owned = True
+        self.mark("begins")
+        if not faulthandler.is_enabled():  # a segmentation fault leaves its stacks too
+            faulthandler.enable(self._file)
+            self._faults = True
+        if self.rank:
+            self._redirect(self._file, self._file)
+        elif self._control >= 0:
+            with contextlib.suppress(OSError):
+                os.write(self._control, os.fsencode(self.path))
+            self._close_control()
+
+    @property
+    def error(self) -> Path:
+        return self.folder / "errors" / f"rank-{self.rank:05d}.json"
+
+    @property
+    def stuck(self) -> Path:
+        return self.folder / "errors" / f"rank-{self.rank:05d}-hang.txt"
+
+    @property
+    def descriptor(self) -> int:
+        """Of the file, for who writes past Python; -1 if there is none."""
+        return self._file
+
+    def write(self, text: str) -> None:
+        """Into the file only; a disk that refuses costs the line and not the run."""
+        if self._file >= 0:
+            with contextlib.suppress(OSError):
+                os.write(self._file, text.encode("utf-8", "replace"))
+
+    def mark(self, what: str, code: int | None = None) -> None:
+        end = "" if code is None else f": code {code}"
+        self.write(f"[gigatrain] rank {self.rank} of {self.ranks} on {self.node}, pid {os.getpid()}, {what} {_now()}{end}\n")
+
+    def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
+        code = _code(failure)
+        record = self._failed(failure) if isinstance(failure, Exception) else None
+        self._restore()
+        self.mark("ends", code)
+        if self._faults:
+            faulthandler.disable()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        for name, value in self._environment.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        if record is not None and self._said_elsewhere(record):
+            sys.exit(code)
+
+    def _said_elsewhere(self, record: Mapping[str, Any]) -> bool:
+        """Whether the screen hears of this failure from another: our starter, the job's end, or the rank that this one lost."""
+        if not self.owned:
+            return False
+        return SPAWNED in os.environ or (self.rank > 0 and ("GIGATRAIN_ATTEMPT" in os.environ or record["secondary"]))
+
+    def _failed(self, failure: Exception) -> dict[str, Any]:
+        """Into the log, and as a record for `first_failure`."""
+        secondary = bool(getattr(failure, "secondary", False) or (getattr(failure, "shared", False) and self.rank > 0))
+        lines = "".join(traceback.format_exception(failure))
+        record = {
+            "time": _now(),
+            "time_s": time.time(),
+            "monotonic_s": time.monotonic(),
+            "rank": self.rank,
+            "ranks": self.ranks,
+            "node": self.node,
+            "step": self.pulse.step,
+            "phase": self.pulse.phase,
+            "type": type(failure).__name__,
+            "message": str(failure)[-20_000:],
+            "traceback": lines[-100_000:],
+            "ours": _ours(failure),
+            "secondary": secondary,
+        }
+        self.write(lines if record["ours"] else f"gigatrain: {failure}\n")
+        if self.owned:
+            with contextlib.suppress(OSError):  # a full disk; the log, or the screen, has it then
+                whole = self.error.with_suffix(f".{os.getpid()}")
+                whole.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                whole.replace(self.error)
+        return record
+
+    def _split(self) -> None:
+        """Rank 0: standard output and error go through a process that copies them to where they went and to the log."""
+        out, errors, (control, self._control) = os.pipe(), os.pipe(), os.pipe()
+        given = [out[0], errors[0], control]
+        try:
+            tee = [sys.executable, "-I", "-S", str(Path(__file__).with_name("tee.py")), *map(str, given)]
+            self._tee = subprocess.Popen(tee, pass_fds=given, stdin=subprocess.DEVNULL, start_new_session=True)
+            if os.isatty(1):
+                self.screen = os.fdopen(os.dup(1), "w", encoding=getattr(sys.stdout, "encoding", None) or "utf-8", errors="replace")
+            self._redirect(out[1], errors[1])
+        except OSError as failure:  # no processes, no memory
+            self._close_control()
+            self._lost(failure)
+        finally:
+            for descriptor in (*given, out[1], errors[1]):
+                os.close(descriptor)
+
+    def _redirect(self, out: int, errors: int) -> None:
+        _flush()
+        self._before = (os.dup(1), os.dup(2))
+        os.dup2(out, 1)
+        os.dup2(errors, 2)
+
+    def _restore(self) -> None:
+        _flush()
+        if self._before is not None:
+            for number, saved in zip((1, 2), self._before, strict=True):
+                os.dup2(saved, number)
+                os.close(saved)
+            self._before = None
+        self._close_control()
+        if self._tee is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a child that outlives us still prints
+                self._tee.wait(5)
+            self._tee = None
+        if self.screen is not None:
+            self.screen.close()
+            self.screen = None
+
+    def _close_control(self) -> None:
+        if self._control >= 0:
+            os.close(self._control)
+            self._control = -1
+
+    def _lost(self, failure: OSError) -> None:
+        print(f"gigatrain: LOG NOT WRITTEN {self.path}: {failure.strerror}; training goes on", file=sys.stderr)
+
+
+class Progress:
+    """RUN/logs/progress.jsonl: what rank 0 knows of the run's time, one object an event, for `gigatrain watch`; metrics.jsonl has no clock in it.
+
+    {"time_s": ..., "event": "start" | "steps" | "report" | "end", "attempt": 0, "ranks": 8, "process": "3f2a...", ...}: a process has the run; it begins to
+    train at `step`; it did `step` steps and has seen `tokens`, and since the last event so much time went into each of `seconds`; it ended, and `why`.
+    Written outside of steps; a disk that refuses costs lines and not the run.
+    """
+
+    def __init__(self, log: Log, run: Path | None) -> None:
+        """`run` None: a rank that writes nothing."""
+        self.log, self.why = log, "finished"
+        self.path = None if run is None else run / "logs" / "progress.jsonl"
+        self.process = os.urandom(6).hex()
+        self.seconds: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        self.add("start", node=self.log.node)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, _: TracebackType | None) -> None:
+        self.add("end", why=self.why if kind is None else kind.__name__)
+
+    @contextlib.contextmanager
+    def spent(self, what: str) -> Iterator[None]:
+        """The time inside went into `what`."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - begin
+
+    def report(self, step: int, tokens: int, training_s: float) -> None:
+        """A window ended; its steps took `training_s`."""
+        self.seconds["training"] = self.seconds.get("training", 0.0) + training_s
+        self.add("report", step=step, tokens=tokens)
+
+    def add(self, event: str, **more: Any) -> None:
+        """An event, with the seconds spent since the last."""
+        if self.path is None:
+            return
+        seconds, self.seconds = {what: round(spent, 4) for what, spent in self.seconds.items()}, {}
+        row = {
+            "time_s": round(time.time(), 3),
+            "event": event,
+            "attempt": self.log.attempt,
+            "ranks": self.log.ranks,
+            "process": self.process,
+        }
+        line = json.dumps(row | more | ({"seconds": seconds} if seconds else {})) + "\n"
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                if file.seek(0, os.SEEK_END):  # a line that a kill cut short is not glued to this one
+                    file.seek(-1, os.SEEK_END)
+                    line = line if file.read(1) == b"\n" else f"\n{line}"
+                file.write(line.encode())
+
+
+def failures(run: Path, number: int | None = None, *, since: float = 0.0) -> list[dict[str, Any]]:
+    """What ranks of an attempt (default: the newest) recorded, primary failures first, each kind in the order in which they happened.
+
+    Between ranks of one node time is that node's monotonic clock; between nodes it is wall-clock, which is as good as their synchronisation.
+    """
+    found = [record for record in _records(run, number) if record["time_s"] >= since]
+    offsets: dict[str, float] = {}
+    for record in found:
+        offsets.setdefault(record["node"], record["time_s"] - record["monotonic_s"])
+    return sorted(found, key=lambda record: (record["secondary"], record["monotonic_s"] + offsets[record["node"]], record["rank"]))
+
+
+def silent(run: Path, number: int | None = None) -> list[tuple[int, str]]:
+    """Ranks of an attempt, and their nodes, whose log has no end: they were killed, their node is gone, or they still run."""
+    number = newest(run) if number is None else number
+    if number is None:
+        return []
+    found = []
+    for path in sorted(folder_of(run, number).glob("rank-*.log")):
+        marks = _marks(path)
+        if marks and marks[-1][4] == b"begins":
+            found.append((int(marks[-1][0]), marks[-1][2].decode("utf-8", "replace")))
+    return found
+
+
+def first_failure(run: Path, number: int | None = None, *, since: float = 0.0) -> str | None:
+    """Why an attempt (default: the newest) failed: the first rank that failed by itself, above all others; None if nothing failed.
+
+    Call it when the ranks have ended: one that still runs has left no word of its end either. `since` leaves
+    out what was recorded before that time (seconds since 1970).
+    """
+    number = newest(run) if number is None else number
+    if number is None:
+        return None
+    found, quiet = failures(run, number, since=since), silent(run, number)
+    if not found and not quiet:
+        return None
+    lines = []
+    if found and not (found[0]["secondary"] and quiet):
+        first = found[0]
+        where = f", at step {first['step']}" if first["step"] is not None else f", in {first['phase']}"
+        lines.append(f"rank {first['rank']} of {first['ranks']} on {first['node']} failed first ({first['time']}{where}): {first['type']}")
+        lines += first["traceback"].rstrip().splitlines() if first["ours"] else first["message"].splitlines()
+    if quiet:
+        nodes = dict.fromkeys(node for _, node in quiet)
+        more = f" and {len(nodes) - 8} more" if len(nodes) > 8 else ""
+        lines.append(
+            f"{_named(rank for rank, _ in quiet)} left no word: killed (out of memory?), or the node was lost ({', '.join(list(nodes)[:8])}{more})"
+        )
+    others = found[1:] if lines and found and not (found[0]["secondary"] and quiet) else found
+    for secondary, what in ((False, "failed too"), (True, "stopped because of another")):
+        if ranks := [record["rank"] for record in others if record["secondary"] == secondary]:
+            lines.append(f"{_named(ranks)} {what}")
+    told = found[0]["rank"] if found and not found[0]["secondary"] else quiet[0][0] if quiet else found[0]["rank"]
+    lines.append(f"its log: {folder_of(run, number) / f'rank-{told:05d}.log'}")
+    return "\n".join(lines)
+
+
+def hung(run: Path, number: int | None = None) -> str | None:
+    """Which ranks of an attempt wait in which phase, and which say nothing; None if no rank reported a hang."""
+    found = hangs(run, number)
+    if not found:
+        return None
+    by_phase: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+    for record in found:
+        by_phase.setdefault((record["phase"], record["step"]), []).append(record)
+    lines = []
+    for (phase, step), records in sorted(by_phase.items(), key=lambda item: -len(item[1])):
+        longest = max(record["seconds"] for record in records)
+        lines.append(f"{_named(record['rank'] for record in records)}: no progress for {longest:.0f} s in {phase}, after step {step or 0}")
+    quiet = sorted(set(range(found[0]["ranks"])) - {record["rank"] for record in found})
+    if quiet:
+        lines.append(f"{_named(quiet)}: no report of a hang: at work, stopped, or lost; look there first")
+    lines.append(f"stacks: {found[0]['path']}")
+    return "\n".join(lines)
+
+
+def hangs(run: Path, number: int | None = None) -> list[dict[str, Any]]:
+    """The hangs that ranks of an attempt reported and that are not over, by rank."""
+    number = newest(run) if number is None else number
+    found = []
+    if number is not None:
+        for path in sorted((folder_of(run, number) / "errors").glob("rank-*-hang.txt")):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                with path.open(encoding="utf-8", errors="replace") as file:
+                    record = json.loads(file.readline(65536))
+                found.append(
+                    {key: record[key] for key in ("time", "rank", "ranks", "node", "step", "phase", "seconds")} | {"path": str(path)}
+                )
+    return found
+
+
+def _records(run: Path, number: int | None) -> Iterator[dict[str, Any]]:
+    number = newest(run) if number is None else number
+    if number is None:
+        return
+    for path in sorted((folder_of(run, number) / "errors").glob("rank-*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # half written by a rank that was killed meanwhile
+            record = json.loads(path.read_text(encoding="utf-8"))
+            assert isinstance(record["message"], str)
+            assert isinstance(record["traceback"], str)
+            yield record | {"time_s": float(record["time_s"]), "monotonic_s": float(record["monotonic_s"]), "rank": int(record["rank"])}
+
+
+def _marks(path: Path) -> list[Sequence[bytes]]:
+    """The marks at the end of a log; if its last bytes have none, those at its beginning."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            if found := _MARK.findall(file.read(TAIL_BYTES)):
+                return found
+            file.seek(0)
+            return [mark for mark in _MARK.findall(file.read(TAIL_BYTES)) if mark[4] == b"begins"]
+    except OSError:
+        return []
+
+
+def _named(ranks: Iterable[int]) -> str:
+    """`rank 3`, `ranks 0-2, 7`: runs of numbers, at most eight of them."""
+    ordered = sorted(set(ranks))
+    spans: list[list[int]] = []
+    for rank in ordered:
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    shown = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans[:8])
+    shown += f" and {sum(last - first + 1 for first, last in spans[8:])} more" if len(spans) > 8 else ""
+    return f"rank{'s' if len(ordered) > 1 else ''} {shown}"
+
+
+def _ours(failure: BaseException) -> bool:
+    """Whether it is a mistake of ours, whose traceback is needed; what a user can mend is said in a message."""
+    named = isinstance(failure, OSError) and failure.strerror is not None
+    return not (isinstance(failure, (GigatrainError, MemoryError, KeyboardInterrupt)) or named)
+
+
+def _code(failure: BaseException | None) -> int:
+    if failure is None:
+        return 0
+    if isinstance(failure, SystemExit):
+        return failure.code if isinstance(failure.code, int) else int(failure.code is not None)
+    return 130 if isinstance(failure, KeyboardInterrupt) else getattr(failure, "exit_code", 1)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()

@@ -1,0 +1,170 @@
+"""The script of a job: readable, checked by shellcheck, and harmless whatever the names in it are, as real bash sees it."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gigatrain import load
+from gigatrain.errors import SiteError
+from gigatrain.launching import script
+from gigatrain.launching.job import Job
+from gigatrain.site import Site
+
+# Names that a folder, a value or an option may have and that must stay what they are.
+HOSTILE = [
+    "; $(touch PWNED)",
+    "`touch PWNED`",
+    "a'b",
+    'a"b$(touch PWNED)"',
+    "'; touch PWNED; '",
+    "comma,colon:and=more",
+    "-leading --dash",
+    "space  and\\backslash",
+    "*?[a-z]{1,2}~",
+    "é→😀",
+    "#hash %j %%",
+    "$HOME ${HOME} !! &&|| > PWNED",
+]
+
+
+def site(**scheduler):
+    environment = scheduler.pop("environment", {})
+    more = {name: scheduler.pop(name) for name in ("device", "node", "accelerator") if name in scheduler}
+    return Site(
+        **{"name": "here", "summary": "", "device": "cpu", "scheduler": {"kind": "slurm"} | scheduler, "environment": environment} | more
+    )
+
+
+def job(where=None, **more):
+    facts = {"name": "tiny", "run": "/runs/a", "recipe": "/runs/a/launch/recipe.json", "workdir": "/work", "python": "/usr/bin/python3"}
+    return Job(**facts | {"site": where or site(), "nodes": 2, "ranks_per_node": 4} | more)
+
+
+def shellcheck(text):
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed; CI installs it")
+    ended = subprocess.run(["shellcheck", "--shell=bash", "-"], input=text, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout
+
+
+def options(made):
+    return [line.removeprefix("#SBATCH ") for line in script.render(made).splitlines() if line.startswith("#SBATCH")]
+
+
+FULL = site(
+    device="cuda",
+    partition="a,b",
+    account="eu-42",
+    qos="normal",
+    constraint="gpu&nvme",
+    gpu_type="h100",
+    cpus_per_task=True,
+    bind="closest",
+    switches=1,
+    segment=2,
+    options=("--hint=nomultithread", "--mail-user=me@here.eu"),
+    modules=("CUDA/12", "NCCL"),
+    container="apptainer",
+    image="/images/torch 2.sif",
+    node={"cores": {"value": 64, "basis": "declared", "source": "test"}},
+    environment={"NCCL_IB_HCA": "mlx5_0,mlx5_1", "NCCL_DEBUG": "WARN"},
+)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+@pytest.mark.parametrize("preflight", [True, False])
+def test_every_form_passes_shellcheck(launcher, preflight):
+    for where in (site(), FULL, site(container="pyxis", image="nvcr.io#nvidia/pytorch:25.09-py3"), site(bind="cores")):
+        for more in ({}, {"sweep": 3}, {"spares": 2, "exclude": ("n7", "n9"), "time_s": 93784, "account": "mine"}):
+            shellcheck(script.render(job(where, launcher=launcher, preflight=preflight, **more)))
+
+
+@pytest.mark.parametrize("name", sorted(name for name, path in load.sites().items() if load.site(path).scheduler.kind == "slurm"))
+def test_every_shipped_site_has_a_script_that_passes_shellcheck(name, monkeypatch):
+    where = load.site(name)
+    shellcheck(script.render(job(where, ranks_per_node=where.ranks_per_node or 4)))
+
+
+def test_what_is_asked_of_slurm():
+    found = options(job(FULL, spares=1, exclude=("n7",), time_s=93784, launcher="srun"))
+    assert set(found) >= {
+        "--nodes=3",
+        "--ntasks-per-node=4",
+        "--cpus-per-task=16",
+        "--partition=a,b",
+        "--account=eu-42",
+        "--qos=normal",
+        '"--constraint=gpu&nvme"',
+        "--gres=gpu:h100:4",
+        "--exclusive",
+        "--switches=1",
+        "--segment=2",
+        "--exclude=n7",
+        "--time=26:03:04",
+        "--signal=B:USR1@300",
+        "--requeue",
+        "--no-kill",
+        "--open-mode=append",
+        "--hint=nomultithread",
+        "--output=/runs/a/logs/job-%j.out",
+    }
+    assert not any("export" in option for option in found)  # --export=ALL,K=V takes a comma in a value for the next variable
+    assert "--gpus-per-node=4" in options(job(site(device="cuda", gpus="gpus-per-node")))
+    assert not any("gpu" in option for option in options(job(site(device="cuda", gpus="none"))))
+    assert not any("segment" in option for option in options(job()))
+    assert "--no-requeue" in options(job(chain=3))
+    assert "--no-requeue" in options(job(site(requeue=False)))
+    assert "--array=0-2" in options(job(sweep=3))
+    assert "--account=mine" in options(job(FULL, account="mine"))
+
+
+def test_binding_and_containers():
+    text = script.render(job(FULL))
+    assert "--numa-binding=node" in text  # torchrun binds each rank to its GPU's NUMA node
+    assert "inside=(apptainer exec --nv --bind=/runs --bind=/work '/images/torch 2.sif')" in text
+    text = script.render(job(FULL, launcher="srun"))
+    assert "--cpu-bind=rank_ldom --gpu-bind=none" in text  # every rank sees all GPUs and takes that of its local rank
+    text = script.render(job(site(container="pyxis", image="torch")))
+    assert "contained=(--container-image=torch '--container-mounts=/runs:/runs,/work:/work')" in text
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: job(run="/runs/a\nb"),
+        lambda: job(workdir="/work\r"),
+        lambda: job(site(partition="debug\n#SBATCH --uid=0")),
+        lambda: job(account="a\x85b"),
+        lambda: job(site(options=("--comment=a\nb",))),
+        lambda: job(site(options=("rm",))),
+        lambda: job(site(modules=("a\nb",))),
+        lambda: job(site(environment={"A": "a\nb"})),
+        lambda: job(site(environment={"A B": "c"})),
+        lambda: job(site(container="pyxis", image="x"), run="/runs/a,/etc:/etc"),
+        lambda: job(site(container="apptainer")),
+        lambda: job(site(cpus_per_task=True)),
+    ],
+)
+def test_what_no_script_can_hold_is_refused(made):
+    with pytest.raises(SiteError):
+        script.render(made())
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_are_what_they_are_to_real_bash(name, tmp_path):
+    """The head of the script, up to the first command that does something, with every value printed."""
+    where = site(environment={"NAMED": name}, modules=(name,), container="apptainer", image=name)
+    inside = name.replace(",", "").replace(":", "")
+    made = job(where, run=f"/runs/{inside}", workdir="/tmp", python=f"/py {name}", exclude=(name,), preflight=False)
+    head = script.render(made).partition("# ---- Signals")[0]
+    shown = 'printf "%s\\0" "$run" "$python" "$exclude" "$excluded" "$NAMED" "${inside[@]: -1}" "${loaded[@]}"'
+    text = 'loaded=(); module() { loaded+=("$2"); }\nSLURM_JOB_ID=7\n' + head + "\n" + shown
+    ended = subprocess.run(["bash", "-c", text], cwd=tmp_path, capture_output=True, check=False, env={"PATH": "/usr/bin:/bin"})
+    assert ended.returncode == 0, ended.stderr
+    said = ended.stdout.decode().split("\0")[:-1]
+    assert said == [f"/runs/{inside}", f"/py {name}", name, "/runs/excluded-here.jsonl", name, name, name]
+    assert not list(tmp_path.iterdir())
+    assert not Path("/tmp/PWNED").exists()
+    shellcheck(script.render(made))

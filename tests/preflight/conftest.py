@@ -1,0 +1,52 @@
+"""A driver for machines without one: our stub of libnvidia-ml, compiled once, that the real nvidia-ml-py loads in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# One process for all questions: each line is a JSON pair (faults, wanted accelerators); each answer the findings by name.
+_ASKED = """
+import json, os, sys
+from pathlib import Path
+from gigatrain.preflight import findings, gpu
+for line in sys.stdin:
+    faults, accelerators = json.loads(line)
+    names = {"FAKE_" + name: value for name, value in faults.items()}
+    os.environ.update(names)
+    found, _ = findings.run(gpu.checks(True, accelerators, Path("/nonexistent")), findings.Clock(60))
+    print(json.dumps({one.name: one.json() for one in found}), flush=True)
+    for name in names:
+        del os.environ[name]
+"""
+
+
+@pytest.fixture(scope="session")
+def nvml_library(tmp_path_factory) -> Path:
+    """The folder of the stub, for LD_LIBRARY_PATH."""
+    folder = tmp_path_factory.mktemp("nvml")
+    source = Path(__file__).parent / "fakenvml.c"
+    command = ["gcc", "-shared", "-fPIC", "-Wall", "-Wl,-soname,libnvidia-ml.so.1", "-o", str(folder / "libnvidia-ml.so.1"), str(source)]
+    subprocess.run(command, check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ask(nvml_library):
+    """`ask(faults, accelerators=8)`: every NVML check's finding by name, on eight GPUs with these faults."""
+    environment = os.environ | {"LD_LIBRARY_PATH": str(nvml_library)}
+    with subprocess.Popen([sys.executable, "-c", _ASKED], stdin=-1, stdout=-1, text=True, env=environment) as process:
+        given, answers = process.stdin, process.stdout
+        assert given is not None
+        assert answers is not None
+
+        def asked(faults=None, accelerators=8):
+            given.write(json.dumps([faults or {}, accelerators]) + "\n")
+            given.flush()
+            return json.loads(answers.readline())
+
+        yield asked
+        given.close()
