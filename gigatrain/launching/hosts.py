@@ -223,7 +223,7 @@ def main(run: Path) -> int:
     def heard(number: int, _: FrameType | None) -> None:
         told.append(signal.Signals(number).name.removeprefix("SIG"))
         for one in nodes[-1:]:
-            one.say("USR1" if number == signal.SIGUSR1 else "TERM")
+            one.say({signal.SIGUSR1: "USR1", signal.SIGINT: "KILL"}.get(signal.Signals(number), "TERM"))
 
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, heard)
@@ -249,7 +249,7 @@ def main(run: Path) -> int:
         if not told:
             nodes.append(Nodes(job, attempt, int(port)))
             if told:  # it came just before
-                nodes[-1].say(told[-1])
+                nodes[-1].say("KILL" if told[-1] == "INT" else told[-1])
             code = nodes[-1].wait()
         judged = restart.after(run, code, signal=told[-1] if told else None, chosen=nodes[-1].names if nodes else ())
         # There is no queue to go back to: what is to begin again does so here, unless somebody told the job to leave.

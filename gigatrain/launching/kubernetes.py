@@ -119,10 +119,13 @@ def state(whole: Mapping[str, Any]) -> tuple[str, str]:
     return "running", ""
 
 
-def delete(job: Job) -> None:
-    """Its pods get SIGTERM, save and have `scheduler.lead_s` to leave."""
-    if found(job) is not None:
-        kubectl(*_namespace(job), "delete", "--wait=false", f"{RESOURCES[job.form]}/{name(job)}")
+def delete(job: Job, *, wait: bool = False, now: bool = False) -> bool:
+    """Its pods get SIGTERM, save and have `scheduler.lead_s` to leave; with `now` they are killed. False where there is nothing to delete."""
+    if found(job) is None:
+        return False
+    at_once = ["--now"] if now else []
+    kubectl(*_namespace(job), "delete", f"--wait={str(wait).lower()}", *at_once, f"{RESOURCES[job.form]}/{name(job)}")
+    return True
 
 
 def _namespace(job: Job) -> list[str]:
