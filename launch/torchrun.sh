@@ -27,8 +27,13 @@ done
 [ "$node" -lt "$nodes" ] || refuse "NODE_RANK is $node, and of NNODES=$nodes machines the last is $((nodes - 1))"
 [ "$nodes" = 1 ] || [ -n "${MASTER_ADDR:-}" ] || refuse "NNODES is $nodes: set MASTER_ADDR to the first machine's address, the same on all"
 
-# One process a GPU. Where the driver shows none, one; a CPU is shared by more with NPROC.
-ranks=${NPROC:-$({ nvidia-smi --list-gpus || rocm-smi --showuniqueid --csv | grep '^card'; } 2>/dev/null | wc -l)}
+# One process a GPU that may be seen. Where there is none, one; a CPU is shared by more with NPROC.
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    seen=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cE '^[^-]' || true)
+else
+    seen=$({ nvidia-smi --list-gpus || rocm-smi --showuniqueid --csv; } 2>/dev/null | grep -cE '^(GPU |card)' || true)
+fi
+ranks=${NPROC:-$seen}
 [ "$ranks" -gt 0 ] || ranks=1
 
 # Every rank needs the same run folder, and would else name one by its own clock.

@@ -151,6 +151,8 @@ def log(run: Path, *, rank: int = 0, attempt: int | None = None) -> tuple[Path |
     for number in [attempt] if attempt is not None else reversed(found):
         folder = run / "logs" / f"attempt-{number:03}"
         path = folder / f"rank-{rank:05}.log"
+        if not path.is_file() and rank == 0 and (folder / "node-00000.log").is_file():
+            path = folder / "node-00000.log"  # of hosts: what the first one said before its rank began
         if path.is_file():
             return path, number
         if rank and any(folder.glob("rank-*.log")):
