@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gigatrain.errors import RunError
-from gigatrain.launching import follow, hosts, job
+from gigatrain.launching import follow, hosts, job, restart
 
 SMALL = ("--set", "validation.every=0", "--set", "export=false", "--set", "report.every=1", "--set", "checkpoint.every=20")
 LONG = ("--set", "train.steps=4000")
@@ -146,6 +146,8 @@ def test_jobs_of_slurm_are_followed_cancelled_and_queued_again(launches, cluster
     launches.command("requeue", run)
     until(lambda: any(event.get("verdict") == "requeue" for event in job.history(run)))
     until(lambda: rows()[run.name]["state"] == "running" and rows()[run.name]["attempts"] == 2)
+    saved = restart.committed(run)
+    until(lambda: rows()[run.name]["step"] > saved)
     launches.command("cancel", run)
     assert cluster.ended(number) in ("COMPLETED", "FAILED")
     last = job.history(run)[-1]
