@@ -145,8 +145,9 @@ def after(
         lost=lost,
     )
     verdict = judge(outcome, may_requeue=made.site.scheduler.requeue and made.chain == 1)
-    for node in lost if excluded else ():
-        exclude(excluded, node, "did not answer", run)
+    if excluded and not (run / "launch" / f"attempt-{attempt:03}" / "doctor").is_dir():  # who judged the nodes has written it down
+        for node in lost:
+            exclude(excluded, node, "did not answer", run)
     jobs.record(
         run,
         "judged",

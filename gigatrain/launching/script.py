@@ -47,6 +47,8 @@ def render(job: Job) -> str:
         nodes=job.nodes,
         ranks_per_node=job.ranks_per_node,
         exclude=shlex.quote(",".join(job.exclude)),
+        guard=_GUARD if job.spares else "",
+        watch="\n" + _WATCH if job.spares else "",
         excluded=shlex.quote(str(Path(job.run).parent / f"excluded-{site.name}.jsonl")),
         modules="".join(f"module load {shlex.quote(line(name, 'scheduler.modules'))}\n" for name in scheduler.modules),
         environment=_environment(job),
@@ -101,7 +103,7 @@ def options(job: Job) -> list[str]:
         )
     found += ["--exclusive"] * scheduler.exclusive
     found.append("--requeue" if scheduler.requeue and job.chain == 1 else "--no-requeue")
-    found.append("--no-kill")
+    found += ["--no-kill"] * (job.spares > 0)  # without one Slurm itself had better requeue a job that has lost a node
     found += [line(option, "scheduler.options") for option in scheduler.options]
     for option in scheduler.options:
         if not option.startswith("-"):
@@ -252,10 +254,10 @@ trap 'tell TERM' TERM
 await() {
     while wait "$1"; code=$?; kill -0 "$1" 2>/dev/null; do :; done
 }
-say() { echo "$(date -u +%FT%TZ) job $job: $*"; }
+say() { echo "$(date -u +%FT%T.%3NZ) job $job: $*"; }
 listed() { local IFS=,; echo "$*"; }
 
-# ---- Attempts --------------------------------------------------------------------------------------------------------
+§guard# ---- Attempts --------------------------------------------------------------------------------------------------------
 
 while true; do
     # 1. Is anything left to do, and which attempt is this?
@@ -272,7 +274,7 @@ while true; do
 
     # 2. Who is there? One task a node; a node that is gone does not end the others' (--no-kill).
     mapfile -t held < <(scontrol show hostnames "$(squeue --noheader --jobs="$job" --format=%N)")
-    each=(--nodes="${#held[@]}" --ntasks="${#held[@]}" --nodelist="$(listed "${held[@]}")" --no-kill --kill-on-bad-exit=0 --wait=0)
+    each=(--nodes="${#held[@]}" --ntasks="${#held[@]}" --nodelist="$(listed "${held[@]}")" --no-kill --kill-on-bad-exit=0 --wait=0)§watch
 §examine
     # 3. Train on the chosen ones. Here a lost rank, or node, ends the step.
     if [ -n "$chosen" ] && [ -z "$told" ]; then
@@ -316,6 +318,25 @@ while true; do
     esac
 done
 """
+_GUARD = r"""# ---- Who watches this script -----------------------------------------------------------------------------------------
+# A job with --no-kill outlives the node that this script runs on, and would hold the others until its limit, doing nothing.
+# So a task on a second node looks twice a minute whether the first is still part of the job, and requeues it if not.
+
+guard=""
+watch() {
+    while sleep 30; do
+        has=$(squeue --noheader --jobs="$1" --states=RUNNING --format=%N) || continue
+        [ -n "$has" ] || continue
+        scontrol show hostnames "$has" | grep -qxF "$2" || scontrol requeue "$1"
+    done
+}
+
+"""
+_WATCH = r"""    if [ "${#held[@]}" -gt 1 ] && { [ -z "$guard" ] || ! kill -0 "$guard" 2>/dev/null; }; then
+        srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="${held[1]}" --no-kill --quiet \
+            bash -c "$(declare -f watch); watch \"\$@\"" watch "$job" "$SLURMD_NODENAME" >/dev/null 2>&1 </dev/null &
+        guard=$!
+    fi"""
 _ROLL_CALL = r"""    timeout §roll_call_s srun "${each[@]}" "${node[@]}" printenv SLURMD_NODENAME >"$run/$here/present" &
     await "$!"
     mapfile -t present < <(printf '%s\n' "${held[@]}" | grep -Fxf "$run/$here/present")
@@ -325,7 +346,7 @@ _ROLL_CALL = r"""    timeout §roll_call_s srun "${each[@]}" "${node[@]}" printe
 _DOCTOR = r"""    timeout §doctor_s srun "${each[@]}" "${node[@]}" "${contained[@]}" "${inside[@]}" \
         "$python" -m gigatrain doctor --site "$run/launch/site.json" --out "$run/$here/doctor" &
     await "$!"
-    chosen=$(gigatrain doctor --judge "$run/$here/doctor" --nodes "$nodes" --excluded "$excluded")
+    chosen=$(gigatrain doctor --judge "$run/$here/doctor" --nodes "$nodes" --expect "$(listed "${held[@]}")" --excluded "$excluded")
     code=$?
     [ "$code" -eq 0 ] || chosen=""
 """

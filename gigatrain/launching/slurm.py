@@ -114,7 +114,7 @@ def outside(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-_QUEUED = "%i|%T|%u|%P|%D|%M|%l|%S|%N|%j|%r"  # what may hold odd characters comes last
+_QUEUED = "\x1f".join(("%i", "%T", "%u", "%P", "%D", "%M", "%l", "%S", "%N", "%j", "%r"))  # a separator that no name has
 
 
 def queued(*ids: str, user: str | None = None) -> list[Queued]:
@@ -128,7 +128,7 @@ def queued(*ids: str, user: str | None = None) -> list[Queued]:
         raise
     found = []
     for line in said.splitlines():
-        part = line.split("|", 10)
+        part = line.split("\x1f")
         if len(part) == 11:
             identity, state, owner, partition, nodes, elapsed, limit, start, node_list, name, reason = part
             found.append(

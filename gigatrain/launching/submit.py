@@ -105,7 +105,7 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
         )
     if request.chain > 1 and not backend.chains:
         raise SiteError(f"{site.name} is run by {site.scheduler.kind!r}, where no job waits for another; leave out --chain")
-    recipes = tuple(load.recipe(request.recipe, [*request.overrides, *change]) for change in changes)
+    recipes = tuple(_cached(load.recipe(request.recipe, [*request.overrides, *change]), site) for change in changes)
     name = recipes[0].name
     nodes, gpus = _here(request, site, recipes[0], hosts) if site.scheduler.kind in ("none", "ssh") else (request.nodes, request.gpus)
     large = size(site, nodes=nodes, gpus=gpus, megawatts=request.megawatts)
@@ -246,6 +246,13 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(value) if not isinstance(value, float) else repr(value)
+
+
+def _cached(recipe: Recipe, site: Site) -> Recipe:
+    """The recipe with its shards in the site's cache, unless it says itself where they are: homes are small, and on some sites not on the nodes."""
+    if site.paths.cache is None or "folder" in recipe.data.model_fields_set:
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"folder": f"{site.paths.cache}/data"})})
 
 
 def _folder(request: Request, site: Site, name: str, now: datetime.datetime) -> Path:
