@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -192,6 +193,8 @@ def _launch(options: argparse.Namespace) -> None:
             resume=options.resume,
             sweep=tuple(options.sweep),
             chain=options.chain,
+            hosts=options.hosts,
+            form=options.form,
         ),
         measure=_measured,
     )
@@ -210,6 +213,12 @@ def _launch(options: argparse.Namespace) -> None:
         )
         return
     spares = f" and {made.spares} spare" if made.spares else ""
+    if not numbers:
+        from gigatrain.launching import kubernetes
+
+        print(f"nothing was submitted: {kubernetes.unreachable()}; {made.run}/launch/job.yaml is written. To submit it:")
+        print(f"  {shlex.join(kubernetes.command(made))}")
+        return
     limit = f", {clock(made.time_s)} each" if made.time_s else ""
     print(f"job {' then '.join(numbers)}: {made.name} on {made.site.name}, {made.nodes} x {made.ranks_per_node} ranks{spares}{limit}")
     for text in large.assumes:
@@ -219,6 +228,69 @@ def _launch(options: argparse.Namespace) -> None:
     print(f"  script   {made.run}/launch/job.sh" if "job.sh" in prepared.files else f"  files    {made.run}/launch")
     print(f"  follow   gigatrain logs {made.run} -f    gigatrain watch {made.run}    gigatrain ps")
     print(f"  end      gigatrain cancel {made.run}")
+
+
+def _ps(options: argparse.Namespace) -> None:
+    from gigatrain.launching import follow
+
+    states, notes = follow.ps(Path(options.folder))
+    if options.json:
+        print(json.dumps({"runs": [state.json() for state in states], "notes": notes}, indent=2))
+        return
+    for line in follow.lines(states) if states else [f"no runs in {options.folder}"]:
+        print(line)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _logs(options: argparse.Namespace) -> None:
+    from gigatrain.launching import follow
+
+    run = Path(options.run_folder)
+    path, number = follow.log(run, rank=options.rank, attempt=options.attempt)
+    failure = follow.ended(run) and _failure(run, number)
+    outputs = follow.outputs(run)
+    if options.json:
+        found = {"attempt": number, "log": path and str(path), "outputs": [str(output) for output in outputs], "failure": failure or None}
+        print(json.dumps(found, indent=2))
+        return
+    if failure:
+        print(failure, end="\n\n")
+    if options.errors:
+        print(
+            "" if failure else f"no rank of {'any attempt' if number is None else f'attempt {number}'} has said why it failed",
+            end="\n" * (not failure),
+        )
+        return
+    if options.follow:
+        for text in follow.follow(run, rank=options.rank):
+            print(text, end="", flush=True)
+        return
+    for output in outputs[-1:]:
+        print(f"==> {output}\n{follow.tail(output)}")
+    print(f"==> {path}\n{follow.tail(path)}" if path else "no rank has printed anything yet", end="" if path else "\n")
+
+
+def _failure(run: Path, number: int | None) -> str | None:
+    from gigatrain.observe import logs
+
+    return logs.first_failure(run, number)
+
+
+def _cancel(options: argparse.Namespace) -> None:
+    from gigatrain.launching import follow
+
+    _told(options, follow.cancel(Path(options.run_folder).absolute(), now=options.now))
+
+
+def _requeue(options: argparse.Namespace) -> None:
+    from gigatrain.launching import follow
+
+    _told(options, follow.requeue(Path(options.run_folder).absolute()))
+
+
+def _told(options: argparse.Namespace, done: dict[str, Any]) -> None:
+    print(json.dumps(done, indent=2) if options.json else f"job {' '.join(done['jobs'])}: {done['how']}    gigatrain ps {done['run']}")
 
 
 def _job_begin(options: argparse.Namespace) -> None:
@@ -475,8 +547,40 @@ def _parser() -> argparse.ArgumentParser:
     launched.add_argument(
         "--chain", metavar="K", type=_ranks, default=1, help="K jobs, each after the one before, where none may requeue itself"
     )
+    launched.add_argument(
+        "--hosts", metavar="FILE", help="without a scheduler: hosts that ssh reaches, one a line; the first is where ranks meet"
+    )
+    launched.add_argument(
+        "--as",
+        dest="form",
+        choices=("jobset", "trainjob"),
+        help="as a manifest of Kubernetes (default there: jobset), whatever the site's scheduler",
+    )
     launched.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
     launched.add_argument("--json", action="store_true", help="what was submitted, as JSON")
+
+    shown = command("ps", _ps, "every run, and what its job does", _PS)
+    shown.add_argument(
+        "folder", metavar="DIR", nargs="?", default="runs", help="the folder of the run folders, or one of them (default: runs)"
+    )
+    shown.add_argument("--json", action="store_true", help="as JSON, for programs")
+
+    logged = command("logs", _logs, "what the ranks of a run print", _LOGS)
+    logged.add_argument("run_folder", metavar="RUN", help="the run folder")
+    logged.add_argument("-f", "--follow", action="store_true", help="go on as they print, over attempts, until the job is gone")
+    logged.add_argument("--rank", metavar="R", type=_count, default=0, help="another rank than 0")
+    logged.add_argument("--attempt", metavar="A", type=_count, help="another attempt than the last")
+    logged.add_argument("--errors", action="store_true", help="only why it failed, by the rank that failed first")
+    logged.add_argument("--json", action="store_true", help="where the logs are and why it failed, as JSON")
+
+    cancelled = command("cancel", _cancel, "end the job of a run, saved", _CANCEL)
+    cancelled.add_argument("run_folder", metavar="RUN", help="the run folder")
+    cancelled.add_argument("--now", action="store_true", help="do not save first: steps since the last checkpoint are lost")
+    cancelled.add_argument("--json", action="store_true", help="what was done, as JSON")
+
+    again = command("requeue", _requeue, "start the job of a run again", _REQUEUE)
+    again.add_argument("run_folder", metavar="RUN", help="the run folder")
+    again.add_argument("--json", action="store_true", help="what was done, as JSON")
 
     in_job = commands.add_parser(
         "job", help="what a job's script asks", description="What a job's script asks; not meant for people."
@@ -601,8 +705,36 @@ From a recipe and a site to a job in its queue: planned, checked, submitted; it 
   gigatrain launch my.toml --site aion --megawatts 20                          as many nodes as that feeds
   gigatrain launch my.toml --site leonardo --nodes 4 --run $WORK/mine --resume go on in a new job
   gigatrain launch my.toml --site lumi --nodes 1 --sweep optim.lr=1e-3,2e-3,4e-3
+  gigatrain launch quickstart --site laptop                                    in the background of this machine
+  gigatrain launch my.toml --site my-site.toml --hosts hosts.txt               on each host through ssh, without a scheduler
+  gigatrain launch my.toml --site my-cluster.toml --nodes 4 --as trainjob      a Kubeflow TrainJob in RUN/launch/job.yaml
 
 RUN/launch holds what was submitted: job.sh, recipe and site as they were, and history.jsonl with every attempt and why it ended."""
+_PS = """\
+Every run of a folder: what its job does (queued, running, saving, requeued), or how it ended and why; the newest news first.
+Asked are the run folders, and Slurm (squeue, sacct), kubectl or this machine's processes, whoever runs them.
+
+  gigatrain ps                        all of runs/
+  gigatrain ps $SCRATCH/runs
+  gigatrain ps --json | jq '.runs[] | select(.state == "failed")'"""
+_LOGS = """\
+What a run's first rank printed in its last attempt; why it failed, by the rank that failed first, stands above all.
+
+  gigatrain logs runs/mine            the end of rank 0's log, and of the job's own output
+  gigatrain logs runs/mine -f         go on as it prints, until the job is gone
+  gigatrain logs runs/mine --rank 7 --attempt 2
+  gigatrain logs runs/mine --errors   only the reason"""
+_CANCEL = """\
+End the job of a run: it saves a checkpoint and leaves, and is not queued again. A job that still waits is taken out of the queue.
+
+  gigatrain cancel runs/mine
+  gigatrain cancel runs/mine --now    at once, without saving
+  gigatrain requeue runs/mine         goes on where it was"""
+_REQUEUE = """\
+Start the job of a run again, from its newest checkpoint: one that runs saves and goes back into its queue, one that is gone is submitted anew.
+
+  gigatrain requeue runs/mine
+  gigatrain ps runs/mine"""
 _JOB = """\
 job.sh asks `begin` whether anything is left to do (go ATTEMPT PORT FOLDER | done | stop CODE), and `after` what comes next:
 done, again, requeue, leave or stop, the exit code, and the nodes to exclude. The reasons are in RUN/launch/history.jsonl.

@@ -130,7 +130,7 @@ class Scheduler(Section):
     gpus: Literal["gres", "gpus-per-node", "none"] = Field(
         default="gres", description="How accelerators are asked for; none: nodes come whole."
     )
-    gpu_type: str | None = Field(default=None, description="The type in --gres=gpu:TYPE:N.")
+    gpu_type: str | None = Field(default=None, description="The type in --gres=gpu:TYPE:N; of Kubernetes the resource, such as nvidia.com/gpu.")
     exclusive: bool = True
     cpus_per_task: bool = Field(
         default=False, description="Ask for node.cores shared over the tasks of a node; some sites bind to one core else."
@@ -150,6 +150,10 @@ class Scheduler(Section):
     modules: tuple[str, ...] = Field(default=(), description="Loaded in the job, in this order.")
     container: Literal["none", "apptainer", "pyxis"] = "none"
     image: str | None = Field(default=None, description="The container's image; may name an environment variable.")
+    namespace: str | None = Field(default=None, description="Of Kubernetes; else that of kubectl's context.")
+    claim: str | None = Field(default=None, description="The PersistentVolumeClaim that holds paths.runs; every pod mounts it.")
+    queue: str | None = Field(default=None, description="Kueue's LocalQueue, where the cluster has Kueue.")
+    topology: str | None = Field(default=None, description="The node label of Kueue's topology under which a job's pods belong together.")
 
 
 class Paths(Section):

@@ -45,6 +45,10 @@ class Job(Section):
     sweep: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Runs of a sweep, one array task each: task I runs `run`/NAME-I, and nothing else is at `run`."
     )
+    hosts: tuple[str, ...] = Field(
+        default=(), description="Where ssh starts the nodes, the first one being where the ranks meet; none: this machine."
+    )
+    form: Literal["jobset", "trainjob"] = Field(default="jobset", description="What Kubernetes is handed.")
     environment: dict[str, str] = Field(default={}, description="Beside the site's, of every rank.")
 
     @property

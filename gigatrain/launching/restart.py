@@ -35,6 +35,7 @@ class Outcome:
     signal: str | None = None  # what the script was told: USR1 or TERM
     left: bool = False  # the ranks saved and left because of a signal
     finished: bool = False
+    cancelled: bool = False  # by `gigatrain cancel`, which is written down before the signal is sent
     before: int = -1
     step: int = -1
     stalled: int = 0  # attempts before this one, in a row, that gained no step
@@ -72,6 +73,8 @@ def judge(outcome: Outcome, *, may_requeue: bool = True) -> Verdict:
         said, code = str(outcome.failure.get("message", "")), getattr(kind, "exit_code", 1)
     if outcome.finished:
         return Verdict("done", "the run is finished")
+    if outcome.cancelled:
+        return Verdict("stop", f"it was cancelled, and it is {_at(outcome.step)}")
     if code in _FATAL:
         return Verdict("stop", f"{_FATAL[code]} is wrong, and would be the next time: {said or f'exit code {code}'}", code)
     if code == 7 and said and not _PASSES.search(said):
@@ -102,6 +105,8 @@ def begin(run: Path, environment: dict[str, str]) -> str:
         return "done"
     events = jobs.history(run)
     since = _since(events, "submitted")
+    if any(event["event"] == "cancelled" for event in since):
+        return "stop 0"
     stopped = next((event for event in since if event["event"] == "judged" and event.get("verdict") == "stop"), None)
     if stopped:
         return f"stop {stopped.get('exit_code', 1)}"
@@ -132,6 +137,7 @@ def after(
         signal=signal,
         left=any(event["event"] == "left" for event in since),
         finished=(run / "summary.json").is_file(),
+        cancelled=any(event["event"] == "cancelled" for event in _since(events, "submitted")),
         before=started.get("step", -1),
         step=committed(run),
         stalled=stalled(_since(events, "submitted")),

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 from gigatrain import load
 from gigatrain.config import Recipe
 from gigatrain.errors import CheckpointError, PlanError, RecipeError, RunError, SiteError
+from gigatrain.launching import hosts as ssh
 from gigatrain.launching import job as jobs
-from gigatrain.launching import restart, script, slurm
+from gigatrain.launching import kubernetes, restart, script, slurm
 from gigatrain.launching.job import Job
 from gigatrain.launching.size import Size, size
 from gigatrain.planning.plan import Plan, plan
@@ -43,6 +44,8 @@ class Request:
     resume: bool = False
     sweep: tuple[str, ...] = ()  # KEY=V1,V2,... each
     chain: int = 1
+    hosts: str | None = None  # a file: the hosts that ssh starts the nodes on
+    form: str | None = None  # "jobset" or "trainjob": as a manifest of Kubernetes, whatever the site's scheduler is
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Prepared:
 class Backend:
     """What a kind of scheduler needs to give: its files for a job, and how they are handed in (the ids of the jobs that it made, in order)."""
 
-    files: Callable[[Job], dict[str, str]]
+    files: Callable[[Job, Mapping[str, str]], dict[str, str]]  # the second: recipe.json and site.json
     submit: Callable[[Job], list[str]]
     sweeps: bool = False  # whether it has arrays
     chains: bool = False  # whether a job can wait for another
@@ -88,6 +91,12 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
     Raises RecipeError, SiteError, PlanError, RunError (a folder that is taken, a job that still runs), CheckpointError (another plan than the run's).
     """
     site = resolved(load.site(request.site))
+    if request.hosts and request.form:
+        raise SiteError("--hosts starts the nodes through ssh, --as writes a manifest of Kubernetes; give one of them")
+    hosts = ssh.read(request.hosts) if request.hosts else []
+    if hosts or request.form:
+        kind = "ssh" if hosts else "kubernetes"
+        site = site.model_copy(update={"scheduler": site.scheduler.model_copy(update={"kind": kind})})
     backend = backend_of(site)
     changes = sweep(request.sweep)
     if request.sweep and not backend.sweeps:
@@ -98,7 +107,8 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
         raise SiteError(f"{site.name} is run by {site.scheduler.kind!r}, where no job waits for another; leave out --chain")
     recipes = tuple(_cached(load.recipe(request.recipe, [*request.overrides, *change]), site) for change in changes)
     name = recipes[0].name
-    large = size(site, nodes=request.nodes, gpus=request.gpus, megawatts=request.megawatts)
+    nodes, gpus = _here(request, site, recipes[0], hosts) if site.scheduler.kind in ("none", "ssh") else (request.nodes, request.gpus)
+    large = size(site, nodes=nodes, gpus=gpus, megawatts=request.megawatts)
     if large.nodes is None or large.ranks_per_node is None:
         raise SiteError(
             f"{site.name} does not say how many GPUs a node has (node.accelerators or node.ranks); give --nodes as well as --gpus"
@@ -123,8 +133,12 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
         preflight=request.preflight,
         chain=request.chain,
         sweep=len(changes) if request.sweep else 0,
+        hosts=tuple(host.name for host in hosts),
+        form="trainjob" if request.form == "trainjob" else "jobset",
     )
-    files = backend.files(made)
+    if site.scheduler.kind == "kubernetes":
+        made = kubernetes.in_pods(made)
+    files = backend.files(made, _settings(recipes[0], site))
     taken = folder.exists() and any(folder.iterdir())
     if taken and not request.resume:
         raise RunError(f"{folder} already holds something; go on with the run there with --resume, or name another folder with --run")
@@ -143,8 +157,8 @@ def launch(prepared: Prepared) -> Launched:
             launch_folder.mkdir(parents=True, exist_ok=True)
             (run / "logs").mkdir(exist_ok=True)
             one = made.model_copy(update={"run": str(run), "recipe": str(launch_folder / "recipe.json"), "sweep": 0})
-            _write(launch_folder / "recipe.json", prepared.recipes[index].model_dump_json(by_alias=True, indent=1))
-            _write(launch_folder / "site.json", made.site.model_dump_json(by_alias=True, indent=1))
+            for name, text in _settings(prepared.recipes[index], made.site).items():
+                _write(launch_folder / name, text)
             _write(launch_folder / "job.json", one.model_dump_json(by_alias=True, indent=1))
         (folder / "launch").mkdir(exist_ok=True)
         (folder / "logs").mkdir(exist_ok=True)
@@ -159,7 +173,7 @@ def launch(prepared: Prepared) -> Launched:
         if new:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    for index, run in enumerate(prepared.runs):
+    for index, run in enumerate(prepared.runs if numbers else ()):
         submitted(run, [f"{number}_{index}" for number in numbers] if made.sweep else numbers)
     if made.sweep:
         submitted(folder, numbers)
@@ -288,6 +302,8 @@ def _resumable(folder: Path, made: Job, plans: Sequence[Plan]) -> None:
             "resume with the recipe, the --set and the number of ranks that it began with, or name another folder with --run"
         )
     last = next((event for event in reversed(jobs.history(folder)) if event["event"] == "submitted"), None)
+    if last and made.site.scheduler.kind in ("none", "ssh") and (pid := ssh.alive(folder)):
+        raise RunError(f"the job of this run, process {pid}, is alive; wait for it, or end it with: gigatrain cancel {folder}")
     if last and made.site.scheduler.kind == "slurm" and shutil.which("squeue"):
         alive = [
             one
@@ -304,7 +320,27 @@ def _write(path: Path, text: str) -> None:
         path.chmod(0o755)
 
 
-def _slurm_files(made: Job) -> dict[str, str]:
+def _settings(recipe: Recipe, site: Site) -> dict[str, str]:
+    """Recipe and site as they are: what a rank reads."""
+    return {
+        "recipe.json": json.dumps(recipe.model_dump(mode="json", by_alias=True), indent=1) + "\n",
+        "site.json": json.dumps(site.model_dump(mode="json", by_alias=True), indent=1) + "\n",
+    }
+
+
+def _here(request: Request, site: Site, recipe: Recipe, hosts: Sequence[ssh.Host]) -> tuple[int | None, int | None]:
+    """Nodes and ranks where nobody hands nodes out: this machine or the hosts of the file, each with as many ranks as are asked for."""
+    nodes = len(hosts) or 1
+    if request.nodes not in (None, nodes) or request.megawatts is not None or request.spares:
+        raise SiteError(
+            f"{nodes} machine(s) are named here, so --nodes, --megawatts and --spares have no meaning; --hosts FILE names others"
+        )
+    slots = hosts[0].slots if hosts else None
+    gpus = request.gpus or (slots * nodes if slots else None) or recipe.train.nproc
+    return nodes, gpus or (None if site.ranks_per_node else nodes)
+
+
+def _slurm_files(made: Job, _: Mapping[str, str]) -> dict[str, str]:
     return {"job.sh": script.render(made)}
 
 
@@ -316,4 +352,13 @@ def _slurm_submit(made: Job) -> list[str]:
     return numbers
 
 
-BACKENDS: dict[str, Backend] = {"slurm": Backend(_slurm_files, _slurm_submit, sweeps=True, chains=True)}
+def _no_files(made: Job, _: Mapping[str, str]) -> dict[str, str]:
+    return {}
+
+
+BACKENDS: dict[str, Backend] = {
+    "slurm": Backend(_slurm_files, _slurm_submit, sweeps=True, chains=True),
+    "kubernetes": Backend(kubernetes.files, kubernetes.submit),
+    "ssh": Backend(_no_files, ssh.submit),
+    "none": Backend(_no_files, ssh.submit),
+}
