@@ -6,6 +6,7 @@
 import datetime
 import json
 import re
+import signal as signals
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,15 +79,25 @@ def judge(outcome: Outcome, *, may_requeue: bool = True) -> Verdict:
         return Verdict("stop", f"it would end the same way again: {said}", code)
     gained = outcome.step > max(outcome.before, 0)
     if not gained and outcome.stalled >= RESTARTS:
-        return Verdict(
-            "stop", f"{RESTARTS} restarts and no step gained: the newest checkpoint is {_at(outcome.step)} as before", NO_PROGRESS
-        )
+        why = f"{RESTARTS} restarts and no step gained, it is {_at(outcome.step)}; the last one ended with {_exit(outcome)}: {said}"
+        return Verdict("stop", why.rstrip(": "), NO_PROGRESS)
     if outcome.signal or outcome.left:
         return Verdict(elsewhere, f"a signal ended it ({outcome.signal or 'of Slurm, to the ranks'}), and it is {_at(outcome.step)}")
     if outcome.code == TOO_FEW:
         gone = f": no answer from {', '.join(outcome.lost)}" if outcome.lost else ""
         return Verdict(elsewhere, f"too few healthy nodes are left in this allocation{gone}")
-    return Verdict("again", f"the ranks ended with exit code {outcome.code}, and it is {_at(outcome.step)}; {said}".rstrip("; "))
+    return Verdict("again", f"the ranks ended with {_exit(outcome)}, and it is {_at(outcome.step)}; {said}".rstrip("; "))
+
+
+def _exit(outcome: Outcome) -> str:
+    """`exit code 139 (SIGSEGV)`, `too few healthy nodes`."""
+    if outcome.code == TOO_FEW:
+        return "too few healthy nodes"
+    try:
+        name = f" ({signals.Signals(outcome.code - 128).name})" if outcome.code > 128 else ""
+    except ValueError:
+        name = ""
+    return f"exit code {outcome.code}{name}"
 
 
 def _at(step: int) -> str:

@@ -10,7 +10,7 @@ import shlex
 import string
 from pathlib import Path
 
-from gigatrain.errors import SiteError
+from gigatrain.errors import RunError, SiteError
 from gigatrain.launching import slurm
 from gigatrain.launching.job import Job
 
@@ -108,6 +108,10 @@ def options(job: Job) -> list[str]:
     for option in scheduler.options:
         if not option.startswith("-"):
             raise SiteError(f"scheduler.options has {option!r}, which is no option of sbatch: each begins with -")
+    if "\\" in job.run:
+        raise RunError(
+            f"the run folder {job.run!r} has a backslash, which Slurm takes out of the path of a job's output; name another with --run"
+        )
     # Slurm puts the job's id in place of %j; a % of the folder's own name is doubled.
     folder = line(job.run, "the run folder").replace("%", "%%")
     found.append(log.replace(job.run, f"--output={folder}", 1))
