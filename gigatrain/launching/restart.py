@@ -151,7 +151,7 @@ def after(
     )
     verdict = judge(outcome, may_requeue=made.site.scheduler.requeue and made.chain == 1)
     if excluded and not (run / "launch" / f"attempt-{attempt:03}" / "doctor").is_dir():  # who judged the nodes has written it down
-        for node in lost:
+        for node in set(lost) - set(excluded_nodes(excluded)):
             exclude(excluded, node, "did not answer", run)
     jobs.record(
         run,
@@ -207,7 +207,7 @@ def exclude(path: Path, node: str, why: str, run: Path) -> None:
         file.write(json.dumps({"node": node, "reason": why, "time": now, "run": str(run)}).encode() + b"\n")
 
 
-def excluded(path: Path, *, now: datetime.datetime | None = None) -> list[str]:
+def excluded_nodes(path: Path, *, now: datetime.datetime | None = None) -> list[str]:
     """Nodes on the site's list that are younger than `EXCLUDED_DAYS`, each once."""
     now = now or datetime.datetime.now(datetime.UTC)
     found: list[str] = []

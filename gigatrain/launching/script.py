@@ -264,6 +264,7 @@ listed() { local IFS=,; echo "$*"; }
 
 §guard# ---- Attempts --------------------------------------------------------------------------------------------------------
 
+mapfile -t given < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # Slurm takes away what it finds down
 while true; do
     # 1. Is anything left to do, and which attempt is this?
     verdict="" attempt="" port="" here=""
@@ -300,7 +301,7 @@ while true; do
     verdict="" code_now="" bad=""
     read -r verdict code_now bad < <(
         gigatrain job after "$run" --code "$code" --signal "${told:-none}" \
-            --held "$(listed "${held[@]}")" --chosen "$chosen" --excluded "$excluded"
+            --held "$(listed "${given[@]}")" --chosen "$chosen" --excluded "$excluded"
     )
     case "$verdict" in
         again) ;;

@@ -72,7 +72,7 @@ def test_a_node_is_lost_and_a_spare_takes_its_place_in_the_same_allocation(undis
     assert summary["weights_sha256"] == undisturbed
     last = [event for event in jobs.history(run) if event["event"] == "judged"][-1]
     assert last["nodes"] == "n1,n3"
-    assert "n2" in restart.excluded(run.parent / "excluded-loopback.jsonl")
+    assert "n2" in restart.excluded_nodes(run.parent / "excluded-loopback.jsonl")
 
 
 def test_the_node_of_the_script_is_lost_and_another_node_requeues_the_job(undisturbed, launches, cluster, tiny):
@@ -157,7 +157,7 @@ def test_a_node_that_fails_its_examination_is_replaced_by_a_spare(undisturbed, l
     assert [event["nodes"] for event in jobs.history(run) if event["event"] == "judged"] == ["n1,n3"]
     assert summary["weights_sha256"] == undisturbed
     assert {path.stem for path in (run / "launch" / "attempt-000" / "doctor").glob("n*.json")} == {"n1", "n2", "n3"}
-    assert restart.excluded(run.parent / "excluded-loopback.jsonl") == ["n2"]
+    assert restart.excluded_nodes(run.parent / "excluded-loopback.jsonl") == ["n2"]
     script = launches.command("launch", tiny, "--site", launches.site(), "--nodes", 2, "--dry-run")
     assert "#SBATCH --exclude=n2" in script  # the next launch leaves it out
 
