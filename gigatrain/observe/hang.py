@@ -121,14 +121,15 @@ class Watch:
         log.write(f"[gigatrain] {said}; stacks follow, and are in {log.stuck}\n")
         with contextlib.suppress(ValueError, OSError):
             faulthandler.dump_traceback(log.descriptor, all_threads=True)
+        with contextlib.suppress(Exception):  # torch's own, and of any kind: the stacks matter more
+            if collectives := _collectives():
+                log.stuck.with_name(f"rank-{log.rank:05d}-collectives.json").write_bytes(collectives)
         whole = log.stuck.with_suffix(f".{os.getpid()}")
         with whole.open("w", encoding="utf-8") as file:
             file.write(f"{json.dumps(record)}\n{said}\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        whole.replace(log.stuck)
-        if collectives := _collectives():
-            log.stuck.with_name(f"rank-{log.rank:05d}-collectives.json").write_bytes(collectives)
+        whole.replace(log.stuck)  # who sees it finds all the rest
 
     def _went_on(self, idle_s: float) -> None:
         self.reported_s = 0.0

@@ -158,7 +158,7 @@ class Log:
 
     def _said_elsewhere(self, record: Mapping[str, Any]) -> bool:
         """Whether the screen hears of this failure from another: our starter, the job's end, or the rank that this one lost."""
-        if not self.owned:
+        if not self.owned or not self.error.exists():  # a full disk: nobody else could tell
             return False
         return SPAWNED in os.environ or (self.rank > 0 and ("GIGATRAIN_ATTEMPT" in os.environ or record["secondary"]))
 

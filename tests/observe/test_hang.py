@@ -95,6 +95,7 @@ def test_of_two_ranks_the_one_that_was_stopped_is_found_by_the_other(tiny, tmp_p
         *(part for one in sets for part in ("--set", one)),
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    stopped = None
     try:
         progress = folder / "logs" / "progress.jsonl"
         until(lambda: progress.exists() and progress.read_text().count('"report"') > 20, 120)
@@ -111,6 +112,8 @@ def test_of_two_ranks_the_one_that_was_stopped_is_found_by_the_other(tiny, tmp_p
         until(lambda: not logs.hangs(folder), 60)
         assert not (folder / "logs" / "attempt-000" / "errors" / "rank-00001-hang.txt").exists()
     finally:
+        if stopped is not None:
+            os.kill(int(stopped), signal.SIGCONT)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said

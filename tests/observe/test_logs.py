@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import time
@@ -332,6 +333,23 @@ def test_of_two_real_ranks_the_one_that_fails_is_named(tiny, tmp_path, kind, cod
 def test_nothing_of_the_environment_is_in_a_log(tmp_path):
     spoke(tmp_path, WANDB_API_KEY="s3cr3t-token-value")
     assert b"s3cr3t" not in text(tmp_path)
+
+
+def test_a_failure_that_no_file_could_keep_is_said_on_the_screen(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIGATRAIN_SPAWNED", "1")
+
+    def failing(full):
+        with logs.Log(tmp_path) as log:
+            log.own()
+            if full:
+                shutil.rmtree(log.error.parent)
+            raise DataError("mend it")
+
+    with pytest.raises(SystemExit) as ended:  # our starter says it
+        failing(False)
+    assert ended.value.code == 5
+    with pytest.raises(DataError):
+        failing(True)
 
 
 def test_progress_survives_a_torn_line(tmp_path):
