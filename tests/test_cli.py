@@ -26,6 +26,10 @@ COMMANDS = [
     ["schema"],
     ["version"],
     ["doctor"],
+    ["ps"],
+    ["logs"],
+    ["cancel"],
+    ["requeue"],
 ]
 
 
