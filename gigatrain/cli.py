@@ -302,7 +302,7 @@ def _job_after(options: argparse.Namespace) -> None:
         print(text, file=sys.stderr)
     if verdict.word in ("again", "stop") and (why := logs.first_failure(Path(options.run_folder), logs.attempt())):
         print(why, file=sys.stderr)
-    bad = restart.excluded(Path(options.excluded)) if options.excluded else []
+    bad = restart.excluded_nodes(Path(options.excluded)) if options.excluded else []
     print(verdict.word, verdict.code, ",".join(bad))
 
 

@@ -6,6 +6,7 @@
 import datetime
 import json
 import re
+import signal as signals
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,15 +82,25 @@ def judge(outcome: Outcome, *, may_requeue: bool = True) -> Verdict:
         return Verdict("stop", f"it would end the same way again: {said}", code)
     gained = outcome.step > max(outcome.before, 0)
     if not gained and outcome.stalled >= RESTARTS:
-        return Verdict(
-            "stop", f"{RESTARTS} restarts and no step gained: the newest checkpoint is {_at(outcome.step)} as before", NO_PROGRESS
-        )
+        why = f"{RESTARTS} restarts and no step gained, it is {_at(outcome.step)}; the last one ended with {_exit(outcome)}: {said}"
+        return Verdict("stop", why.rstrip(": "), NO_PROGRESS)
     if outcome.signal or outcome.left:
         return Verdict(elsewhere, f"a signal ended it ({outcome.signal or 'of Slurm, to the ranks'}), and it is {_at(outcome.step)}")
     if outcome.code == TOO_FEW:
         gone = f": no answer from {', '.join(outcome.lost)}" if outcome.lost else ""
         return Verdict(elsewhere, f"too few healthy nodes are left in this allocation{gone}")
-    return Verdict("again", f"the ranks ended with exit code {outcome.code}, and it is {_at(outcome.step)}; {said}".rstrip("; "))
+    return Verdict("again", f"the ranks ended with {_exit(outcome)}, and it is {_at(outcome.step)}; {said}".rstrip("; "))
+
+
+def _exit(outcome: Outcome) -> str:
+    """`exit code 139 (SIGSEGV)`, `too few healthy nodes`."""
+    if outcome.code == TOO_FEW:
+        return "too few healthy nodes"
+    try:
+        name = f" ({signals.Signals(outcome.code - 128).name})" if outcome.code > 128 else ""
+    except ValueError:
+        name = ""
+    return f"exit code {outcome.code}{name}"
 
 
 def _at(step: int) -> str:
@@ -146,7 +157,7 @@ def after(
     )
     verdict = judge(outcome, may_requeue=made.site.scheduler.requeue and made.chain == 1)
     if excluded and not (run / "launch" / f"attempt-{attempt:03}" / "doctor").is_dir():  # who judged the nodes has written it down
-        for node in lost:
+        for node in set(lost) - set(excluded_nodes(excluded)):
             exclude(excluded, node, "did not answer", run)
     jobs.record(
         run,
@@ -202,7 +213,7 @@ def exclude(path: Path, node: str, why: str, run: Path) -> None:
         file.write(json.dumps({"node": node, "reason": why, "time": now, "run": str(run)}).encode() + b"\n")
 
 
-def excluded(path: Path, *, now: datetime.datetime | None = None) -> list[str]:
+def excluded_nodes(path: Path, *, now: datetime.datetime | None = None) -> list[str]:
     """Nodes on the site's list that are younger than `EXCLUDED_DAYS`, each once."""
     now = now or datetime.datetime.now(datetime.UTC)
     found: list[str] = []

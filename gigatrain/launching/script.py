@@ -10,7 +10,7 @@ import shlex
 import string
 from pathlib import Path
 
-from gigatrain.errors import SiteError
+from gigatrain.errors import RunError, SiteError
 from gigatrain.launching import slurm
 from gigatrain.launching.job import Job
 
@@ -108,6 +108,10 @@ def options(job: Job) -> list[str]:
     for option in scheduler.options:
         if not option.startswith("-"):
             raise SiteError(f"scheduler.options has {option!r}, which is no option of sbatch: each begins with -")
+    if "\\" in job.run:
+        raise RunError(
+            f"the run folder {job.run!r} has a backslash, which Slurm takes out of the path of a job's output; name another with --run"
+        )
     # Slurm puts the job's id in place of %j; a % of the folder's own name is doubled.
     folder = line(job.run, "the run folder").replace("%", "%%")
     found.append(log.replace(job.run, f"--output={folder}", 1))
@@ -154,7 +158,8 @@ def _cores(job: Job, tasks: int) -> int | None:
 def _step(job: Job, tasks: int) -> list[str]:
     """Options of an srun of `tasks` a node: what srun does not take over from sbatch (since 22.05 not --cpus-per-task), and how tasks are bound."""
     cores, bind = _cores(job, tasks), job.site.scheduler.bind
-    found = [f"--ntasks-per-node={tasks}", "--distribution=block"]
+    # A step whose node died may never end for Slurm, and would hold its other nodes against the next one: so steps may overlap.
+    found = ["--overlap", f"--ntasks-per-node={tasks}", "--distribution=block"]
     found += [f"--cpus-per-task={cores}"] if cores else []
     if bind == "none" or tasks == 1:  # one task that starts the others must have every core of its node
         found.append("--cpu-bind=none")
@@ -259,6 +264,7 @@ listed() { local IFS=,; echo "$*"; }
 
 §guard# ---- Attempts --------------------------------------------------------------------------------------------------------
 
+mapfile -t given < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # Slurm takes away what it finds down
 while true; do
     # 1. Is anything left to do, and which attempt is this?
     verdict="" attempt="" port="" here=""
@@ -295,7 +301,7 @@ while true; do
     verdict="" code_now="" bad=""
     read -r verdict code_now bad < <(
         gigatrain job after "$run" --code "$code" --signal "${told:-none}" \
-            --held "$(listed "${held[@]}")" --chosen "$chosen" --excluded "$excluded"
+            --held "$(listed "${given[@]}")" --chosen "$chosen" --excluded "$excluded"
     )
     case "$verdict" in
         again) ;;
