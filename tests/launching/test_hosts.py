@@ -122,7 +122,7 @@ def sshd(tmp_path_factory):
     process.wait(10)
 
 
-@pytest.mark.long
+@pytest.mark.slurm
 @pytest.mark.ssh
 def test_hostile_values_are_words_to_a_real_sshd(sshd, tmp_path):
     target = made(
@@ -196,7 +196,7 @@ def test_this_machine_in_the_background(tiny, tmp_path):
     assert not hosts.tell(run, signal.SIGUSR1)
 
 
-@pytest.mark.long
+@pytest.mark.slurm
 @pytest.mark.ssh
 def test_two_hosts_end_with_the_weights_of_one(farm, tiny, undisturbed):
     run = launched(tiny, "--site", "farm.toml", "--hosts", "hosts.txt", "--run", farm / "run", folder=farm)  # examined first
@@ -204,7 +204,7 @@ def test_two_hosts_end_with_the_weights_of_one(farm, tiny, undisturbed):
     assert weights(run) == undisturbed
 
 
-@pytest.mark.long
+@pytest.mark.slurm
 @pytest.mark.ssh
 def test_a_dead_host_is_named_and_the_next_attempt_ends_well(farm, tiny, undisturbed):
     """SIGKILL to everything on the second host once the run has saved."""
@@ -226,7 +226,7 @@ def test_a_dead_host_is_named_and_the_next_attempt_ends_well(farm, tiny, undistu
     assert not [entry for entry in Path("/proc").iterdir() if entry.name.isdecimal() and str(run) in _words(entry)], "ranks are left behind"
 
 
-@pytest.mark.long
+@pytest.mark.slurm
 @pytest.mark.ssh
 def test_a_host_that_cannot_be_reached_is_named_and_not_tried_for_ever(farm, tiny):
     (farm / "hosts.txt").write_text("127.0.0.1\nno-such-host.invalid\n")
@@ -236,7 +236,7 @@ def test_a_host_that_cannot_be_reached_is_named_and_not_tried_for_ever(farm, tin
     assert "no-such-host.invalid was the first to fail (ssh itself failed" in (run / "logs" / "job.out").read_text()
 
 
-@pytest.mark.long
+@pytest.mark.slurm
 @pytest.mark.ssh
 def test_a_host_that_the_doctor_finds_bad_does_not_train(farm, tiny):
     """The site says that its nodes have GPUs; these have none."""
