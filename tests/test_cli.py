@@ -27,6 +27,10 @@ COMMANDS = [
     ["version"],
     ["doctor"],
     ["watch"],
+    ["ps"],
+    ["logs"],
+    ["cancel"],
+    ["requeue"],
 ]
 
 

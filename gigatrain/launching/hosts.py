@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -137,10 +138,15 @@ def _start(pid: int) -> str | None:
         return None
 
 
+def doctors(job: Job, attempt: str) -> list[list[str]]:
+    """What examines each node: it leaves with 9 where the node is bad."""
+    doctor = [job.python, "-m", "gigatrain", "doctor", "--site", str(Path(job.run) / "launch" / "site.json"), "--run", job.run]
+    return [_held(job, attempt, node, doctor) for node in range(job.nodes)]
+
+
 def commands(job: Job, attempt: str, port: int) -> list[list[str]]:
-    """What starts each node's torchrun: on this machine directly, else through ssh, whose remote shell sees every argument quoted."""
+    """What starts each node's torchrun."""
     first = (job.hosts or ("127.0.0.1",))[0].rpartition("@")[2].strip("[]")
-    environment = {**job.site.environment, **job.environment, "GIGATRAIN_ATTEMPT": attempt}
     train = ["train", job.recipe, "--site", str(Path(job.run) / "launch" / "site.json"), "--run", job.run, "--continue"]
     found = []
     for node in range(job.nodes):
@@ -150,35 +156,31 @@ def commands(job: Job, attempt: str, port: int) -> list[list[str]]:
             *(f"--master-addr={first}", f"--master-port={port}", "--max-restarts=0", f"--shutdown-timeout={int(tether.GRACE_S) - 5}"),
             *("-m", "--", "gigatrain", *train),
         ]
-        given = [f"{name}={value}" for name, value in environment.items()]
-        held = [job.python, "-m", "gigatrain.launching.tether", job.workdir, *given, "--", *agent]
-        found.append(
-            [
-                "ssh",
-                "-T",
-                "-o",
-                "BatchMode=yes",
-                "-o",
-                "ServerAliveInterval=15",
-                *job.site.scheduler.options,
-                job.hosts[node],
-                shlex.join(held),
-            ]
-            if job.hosts
-            else held
-        )
+        found.append(_held(job, attempt, node, agent))
     return found
 
 
-class Nodes:
-    """The nodes of one attempt, each a tether's pipe."""
+def _held(job: Job, attempt: str, node: int, command: Sequence[str]) -> list[str]:
+    """A node's command at the end of a tether: on this machine directly, else through ssh, whose remote shell sees every argument quoted."""
+    environment = {**job.site.environment, **job.environment, "GIGATRAIN_ATTEMPT": attempt}
+    given = [f"{name}={value}" for name, value in environment.items()]
+    held = [job.python, "-m", "gigatrain.launching.tether", job.workdir, *given, "--", *command]
+    if not job.hosts:
+        return held
+    # No questions: there is nobody to answer. A host that is silent for 45 s is gone.
+    ssh = ["ssh", "-T", "-oBatchMode=yes", "-oServerAliveInterval=15"]
+    return [*ssh, *job.site.scheduler.options, job.hosts[node], shlex.join(held)]
 
-    def __init__(self, job: Job, attempt: str, port: int) -> None:
+
+class Nodes:
+    """A command on every node of an attempt, each a tether's pipe."""
+
+    def __init__(self, job: Job, attempt: str, commands: Sequence[Sequence[str]]) -> None:
         self.names = list(job.hosts) or [socket.gethostname()]
         folder = Path(job.run) / "logs" / f"attempt-{attempt}"
         folder.mkdir(parents=True, exist_ok=True)
         self.running: list[subprocess.Popen[bytes]] = []
-        for node, command in enumerate(commands(job, attempt, port)):
+        for node, command in enumerate(commands):
             with (folder / f"node-{node:05}.log").open("ab") as log:
                 self.running.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True))
 
@@ -246,8 +248,12 @@ def main(run: Path) -> int:
         attempt, port, folder = facts
         (run / folder).mkdir(parents=True, exist_ok=True)
         code = 0
-        if not told:
-            nodes.append(Nodes(job, attempt, int(port)))
+        # Hosts are examined first; on this machine `gigatrain doctor` says the same to whoever asks.
+        steps = [doctors(job, attempt)] if job.preflight and job.hosts else []
+        for step in [*steps, commands(job, attempt, int(port))]:
+            if told or code:
+                break
+            nodes.append(Nodes(job, attempt, step))
             if told:  # it came just before
                 nodes[-1].say("KILL" if told[-1] == "INT" else told[-1])
             code = nodes[-1].wait()

@@ -22,6 +22,7 @@ from gigatrain.launching.job import Job
 RESOURCES = {"jobset": "jobsets.jobset.x-k8s.io", "trainjob": "trainjobs.trainer.kubeflow.org"}
 PORT = 29500  # of the rendezvous: each pod has an address of its own, so it is free
 RESTARTS = 20
+SAVED = 75  # exit code of a pod whose ranks saved because of a signal
 _SETTINGS = "/etc/gigatrain"  # where a pod sees the ConfigMap
 _LIMIT_BYTES = 1_000_000  # etcd takes 1 MiB an object
 _ATTEMPT = "jobset.sigs.k8s.io/restart-attempt"  # the label that JobSet gives each pod
@@ -215,7 +216,10 @@ def _set(job: Job) -> dict[str, Any]:
                         "backoffLimit": 0,  # a pod that fails alone would leave the others in a collective: all start again, together
                         **({"activeDeadlineSeconds": job.time_s} if job.time_s else {}),
                         "podFailurePolicy": {
-                            "rules": [{"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
+                            "rules": [
+                                {"action": "FailJob", "onExitCodes": {"containerName": "node", "operator": "In", "values": [SAVED]}},
+                                {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                            ]
                         },
                         "template": {**_annotations(job), "spec": _pod(job)},
                     },
@@ -345,7 +349,7 @@ def _affinity(exclude: Sequence[str]) -> dict[str, Any]:
 
 def _doctor(job: Job) -> str:
     """Each pod looks at its own node first: a sick one fails the pod, and the set starts again elsewhere or is refused once more."""
-    doctor = shlex.join([job.python, "-m", "gigatrain", "doctor", "--site", f"{_SETTINGS}/site.json"])
+    doctor = shlex.join([job.python, "-m", "gigatrain", "doctor", "--site", f"{_SETTINGS}/site.json", "--run", job.run])
     return f"""\
 set -euo pipefail
 exec {doctor}
@@ -368,9 +372,11 @@ status=0
   -m -- gigatrain {train} &
 torchrun=$!
 # The pod's SIGTERM reaches this shell; the agent passes it on, and the ranks save and leave.
-trap 'kill -TERM "$torchrun"' TERM
+told=
+trap 'told=1; kill -TERM "$torchrun"' TERM
 while wait "$torchrun" || status=$?; kill -0 "$torchrun" 2>/dev/null; do status=0; done
-# Ranks that saved after a signal leave with 0, and so a pod is only done if the run is.
-if [ "$JOB_COMPLETION_INDEX" = 0 ] && [ "$status" = 0 ] && [ ! -f "$run/summary.json" ]; then status=75; fi
+# Ranks that saved after a signal leave with 0, but a pod is only done if the run is.
+# The first pod knows; the others may end before its last words.
+if [ "$status" = 0 ] && [ ! -f "$run/summary.json" ] && {{ [ "$JOB_COMPLETION_INDEX" = 0 ] || [ -n "$told" ]; }}; then status={SAVED}; fi
 exit "$status"
 """

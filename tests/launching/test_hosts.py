@@ -122,6 +122,7 @@ def sshd(tmp_path_factory):
     process.wait(10)
 
 
+@pytest.mark.slurm
 @pytest.mark.ssh
 def test_hostile_values_are_words_to_a_real_sshd(sshd, tmp_path):
     target = made(
@@ -195,17 +196,21 @@ def test_this_machine_in_the_background(tiny, tmp_path):
     assert not hosts.tell(run, signal.SIGUSR1)
 
 
+@pytest.mark.slurm
 @pytest.mark.ssh
 def test_two_hosts_end_with_the_weights_of_one(farm, tiny, undisturbed):
-    run = launched(tiny, "--site", "farm.toml", "--hosts", "hosts.txt", "--run", farm / "run", folder=farm)
+    run = launched(tiny, "--site", "farm.toml", "--hosts", "hosts.txt", "--run", farm / "run", folder=farm)  # examined first
     assert over(run)["verdict"] == "done"
     assert weights(run) == undisturbed
 
 
+@pytest.mark.slurm
 @pytest.mark.ssh
 def test_a_dead_host_is_named_and_the_next_attempt_ends_well(farm, tiny, undisturbed):
     """SIGKILL to everything on the second host once the run has saved."""
-    run = launched(tiny, "--site", "farm.toml", "--hosts", "hosts.txt", "--run", farm / "run", "--set", "train.steps=60", folder=farm)
+    run = launched(
+        tiny, "--site", "farm.toml", "--hosts", "hosts.txt", "--run", farm / "run", "--no-preflight", "--set", "train.steps=60", folder=farm
+    )
     until(
         lambda: (run / "checkpoints" / "step-00000003" / "COMMITTED").is_file() or any((run / "checkpoints").glob("step-*[1-9]*/COMMITTED"))
     )
@@ -219,6 +224,28 @@ def test_a_dead_host_is_named_and_the_next_attempt_ends_well(farm, tiny, undistu
     verdicts = [event["verdict"] for event in job.history(run) if event["event"] == "judged"]
     assert verdicts == ["again", "done"]
     assert not [entry for entry in Path("/proc").iterdir() if entry.name.isdecimal() and str(run) in _words(entry)], "ranks are left behind"
+
+
+@pytest.mark.slurm
+@pytest.mark.ssh
+def test_a_host_that_cannot_be_reached_is_named_and_not_tried_for_ever(farm, tiny):
+    (farm / "hosts.txt").write_text("127.0.0.1\nno-such-host.invalid\n")
+    run = launched(tiny, "--site", "farm.toml", "--hosts", "hosts.txt", "--run", farm / "run", "--no-preflight", folder=farm)
+    last = over(run, 200)
+    assert (last["verdict"], "3 restarts and no step gained" in last["why"]) == ("stop", True)
+    assert "no-such-host.invalid was the first to fail (ssh itself failed" in (run / "logs" / "job.out").read_text()
+
+
+@pytest.mark.slurm
+@pytest.mark.ssh
+def test_a_host_that_the_doctor_finds_bad_does_not_train(farm, tiny):
+    """The site says that its nodes have GPUs; these have none."""
+    site = (farm / "farm.toml").read_text().replace('device = "cpu"', 'device = "cuda"\naccelerator = "h200"')
+    (farm / "farm.toml").write_text(site)
+    run = launched(tiny, "--site", "farm.toml", "--hosts", "hosts.txt", "--gpus", "2", "--run", farm / "run", folder=farm)
+    last = over(run, 200)
+    assert (last["verdict"], last["code"]) == ("stop", 9)
+    assert not (run / "run.json").exists()
 
 
 def _with_descendants(pid: int) -> list[int]:

@@ -193,10 +193,50 @@ def test_two_pods_save_at_sigterm_fail_and_then_finish(tiny, tmp_path):
         time.sleep(0.1)
     for one in pods:
         one.send_signal(signal.SIGTERM)
-    assert all(one.wait(90) != 0 for one in pods)
+    assert [one.wait(90) for one in pods] == [kubernetes.SAVED] * 2
     saved = max(int(path.parent.name.split("-")[1]) for path in (tmp_path / "run" / "checkpoints").glob("step-*/COMMITTED"))
     assert 0 < saved < 150
     again = _pods(target, settings, tmp_path)
     assert [one.wait(180) for one in again] == [0, 0]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["steps"], summary["resumes"]) == (150, [saved])
+
+
+def test_launch_writes_the_manifest_and_says_how_to_submit_it(tiny, tmp_path):
+    """Through the command, where kubectl has no context: nothing is sent in silence, and nothing is said to be submitted."""
+    (tmp_path / "pods.toml").write_text(
+        'name = "pods"\nsummary = "s"\ndevice = "cpu"\n[node]\nranks = 2\n[scheduler]\nkind = "kubernetes"\nimage = "registry/gigatrain:1"\nclaim = "runs"\n'
+    )
+    environment = os.environ | {"KUBECONFIG": str(tmp_path / "none")}
+
+    def launch(*arguments):
+        command = [sys.executable, "-m", "gigatrain", "launch", str(tiny), "--site", "pods.toml", "--nodes", "2", *arguments]
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    said = launch("--run", "runs/a", "--as", "trainjob")
+    assert said.startswith("nothing was submitted: kubectl ")
+    assert f"kubectl apply -f {tmp_path}/runs/a/launch/job.yaml" in said
+    found = read((tmp_path / "runs" / "a" / "launch" / "job.yaml").read_text())
+    assert set(found) == {"ConfigMap", "TrainingRuntime", "TrainJob"}
+    assert json.loads(found["ConfigMap"]["data"]["recipe.json"])["name"] == "tiny"
+    assert found["ConfigMap"]["data"]["recipe.json"] == (tmp_path / "runs" / "a" / "launch" / "recipe.json").read_text()
+    inner = pod(found)["template"]["spec"]["containers"][0]
+    assert (inner["workingDir"], inner["volumeMounts"][0]["mountPath"]) == (str(tmp_path / "runs"), str(tmp_path / "runs"))
+    assert set(read(launch("--run", "runs/b", "--dry-run"))) == {"ConfigMap", "JobSet"}
+    assert not (tmp_path / "runs" / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("conditions", "state"),
+    [
+        ([], ("running", "")),
+        ([{"type": "Suspended", "status": "True", "reason": "SuspendedJobs"}], ("queued", "SuspendedJobs")),
+        ([{"type": "Suspended", "status": "False"}, {"type": "Completed", "status": "True", "message": "all"}], ("finished", "all")),
+        ([{"type": "Complete", "status": "True"}], ("finished", "")),
+        ([{"type": "Failed", "status": "True", "message": "max number of restarts"}], ("failed", "max number of restarts")),
+    ],
+)  # fmt: skip
+def test_conditions_in_our_words(conditions, state):
+    assert kubernetes.state({"status": {"conditions": conditions}}) == state

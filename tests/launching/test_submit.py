@@ -80,7 +80,8 @@ def test_a_scheduler_that_refuses_leaves_nothing(tiny, site, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("scheduler", "more", "error", "said"),
     [
-        ({"kind": "none"}, {}, SiteError, "scheduler.kind 'none'"),
+        ({"kind": "unknown"}, {}, SiteError, "scheduler.kind 'unknown'"),
+        ({"kind": "none"}, {}, SiteError, "1 machine.s. are named here"),
         ({}, {"nodes": None}, SiteError, "how large"),
         (
             {"max_time_s": {"value": 3600, "basis": "declared", "source": "x"}},
