@@ -99,7 +99,7 @@ def test_a_node_is_lost_without_a_spare_and_the_job_goes_on_elsewhere(undisturbe
 
 def test_the_time_limit_ends_a_job_and_not_the_run(launches, cluster, tiny):
     """The same run, undisturbed, is on the other nodes meanwhile. Slurm looks at limits every half minute."""
-    steps = (*TINY, "--set", "train.steps=1600", "--nodes", 2, "--no-preflight")
+    steps = (*TINY, "--set", "train.steps=1200", "--nodes", 2, "--no-preflight")
     job, run = launches(tiny, "--site", launches.site(lead_s=100), "--time", "00:10:00", *steps, "--run", "limited")
     other, whole = launches(tiny, "--site", launches.site(), *steps, "--run", "whole")
     assert cluster.state(job)["TimeLimit"] == "00:10:00"
@@ -112,7 +112,7 @@ def test_the_time_limit_ends_a_job_and_not_the_run(launches, cluster, tiny):
     summary, expected = finished(cluster, job, run), finished(cluster, other, whole)
     first = next(event for event in jobs.history(run) if event["event"] == "judged")
     assert (first["signal"], first["code"]) == ("USR1", 0), story(run)
-    assert 60 <= first["step"] < 1600
+    assert 60 <= first["step"] < 1200
     assert "left" in [event["event"] for event in jobs.history(run)]  # the ranks saved, and were not killed
     assert verdicts(run) == ["requeue", "done"], story(run)
     assert verdicts(whole) == ["done"]
