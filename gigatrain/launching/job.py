@@ -76,8 +76,10 @@ def record(run: Path, event: str, **facts: Any) -> None:
     line = json.dumps({"time": now, "event": event} | {name: value for name, value in facts.items() if value is not None})
     path = run / "launch" / "history.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(line.encode() + b"\n")
+    with path.open("a+b") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        torn = file.read(1) not in (b"", b"\n")  # a line that a crash cut short is not glued to this one
+        file.write(b"\n" * torn + line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
