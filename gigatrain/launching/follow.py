@@ -20,8 +20,6 @@ from gigatrain.launching import job as jobs
 from gigatrain.launching.job import Job
 
 LIVE = ("queued", "requeued", "running", "saving")
-_WAITS = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
-_RUNS = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
 _TAIL_BYTES = 1 << 20  # of a log that is shown, not followed
 _POLL_S = 0.3
 
@@ -98,7 +96,7 @@ def cancel(run: Path, *, now: bool = False) -> dict[str, Any]:
         queued = _ours(run, made, slurm.queued(*_ids(jobs.history(run))))
         jobs.record(run, "cancelled", now=now or None)  # first: the job's script asks for it once its ranks have ended
         for one in reversed(queued):  # the links of a chain from its end, so that none begins
-            if one.state in _WAITS or now:
+            if one.state in slurm.WAITS or now:
                 slurm.cancel(one.id)
             else:
                 slurm.cancel(one.id, signal="USR1", batch=True)
@@ -127,17 +125,16 @@ def requeue(run: Path) -> dict[str, Any]:
         raise RunError(f"job {state.job} of {run} is {state.state} already{f' ({state.reason})' * bool(state.reason)}")
     if state.state == "running":
         if kind == "slurm" and made.site.scheduler.requeue and made.chain == 1:
-            (one,) = _ours(run, made, [one for one in slurm.queued(*_ids(jobs.history(run))) if one.state in _RUNS])[:1] or (None,)
+            (one,) = _ours(run, made, [one for one in slurm.queued(*_ids(jobs.history(run))) if one.state in slurm.RUNS])[:1] or (None,)
             if one is not None:
                 slurm.cancel(one.id, signal="USR1", batch=True)  # its script saves, and queues itself again
                 return {"run": str(run), "jobs": [one.id], "how": "saves, and is queued again"}
         raise RunError(f"job {state.job} of {run} runs; end it first: gigatrain cancel {run}")
     if kind == "kubernetes":
         kubernetes.delete(made, wait=True)
-    numbers = submit.BACKENDS[kind].submit(made)
+    numbers = submit.hand_in(made)
     if not numbers:
         raise RunError(f"nothing was submitted: {kubernetes.unreachable()}")
-    submit.submitted(run, numbers)
     return {"run": str(run), "jobs": numbers, "how": "a new job"}
 
 
@@ -294,7 +291,7 @@ def _ask_slurm(seen: Sequence[_Seen], notes: list[str]) -> None:
         for one in seen:
             one.state.reason = "squeue does not answer here"
         return
-    gone = [one for one in seen if not any(queued[number].state in (*_WAITS, *_RUNS) for number in one.ids if number in queued)]
+    gone = [one for one in seen if not any(queued[number].state in slurm.ALIVE for number in one.ids if number in queued)]
     accounts: dict[str, slurm.Accounted] = {}
     if gone:
         try:
@@ -302,8 +299,8 @@ def _ask_slurm(seen: Sequence[_Seen], notes: list[str]) -> None:
         except RunError as failure:
             notes.append(f"no accounts of jobs that have ended: {failure}")
     for one in seen:
-        live = [queued[number] for number in one.ids if number in queued and queued[number].state in (*_WAITS, *_RUNS)]
-        live.sort(key=lambda row: row.state in _WAITS)  # what runs first
+        live = [queued[number] for number in one.ids if number in queued and queued[number].state in slurm.ALIVE]
+        live.sort(key=lambda row: row.state in slurm.WAITS)  # what runs first
         if not live:
             ended = [queued[number].state for number in one.ids if number in queued] or [
                 accounts[number].state for number in one.ids if number in accounts
@@ -312,7 +309,7 @@ def _ask_slurm(seen: Sequence[_Seen], notes: list[str]) -> None:
             continue
         row, state = live[0], one.state
         state.job = row.id
-        if row.state in _WAITS:
+        if row.state in slurm.WAITS:
             state.state, state.reason = "requeued" if one.state.attempts and _current(one.events) == row.id else "queued", row.reason
         else:
             limit = one.job.site.scheduler.lead_s if one.job else 0
@@ -383,7 +380,7 @@ def _cancelled(one: _Seen) -> bool:
 
 def _ours(run: Path, made: Job, queued: Sequence[slurm.Queued]) -> list[slurm.Queued]:
     """Those that still are, each checked: the scheduler itself must say that its output goes into this run (or the sweep's folder)."""
-    found = [one for one in queued if one.state in (*_WAITS, *_RUNS)]
+    found = [one for one in queued if one.state in slurm.ALIVE]
     for one in found:
         said = slurm.run("scontrol", "show", "job", one.id)
         output = next((line.partition("=")[2] for line in said.splitlines() if line.strip().startswith("StdOut=")), "")

@@ -63,8 +63,7 @@ class Prepared:
     @property
     def runs(self) -> list[Path]:
         """The run folders: one, or those of a sweep."""
-        folder = Path(self.job.run)
-        return [folder / f"{self.job.name}-{index}" for index in range(self.job.sweep)] if self.job.sweep else [folder]
+        return runs_of(self.job)
 
 
 @dataclass(frozen=True)
@@ -166,23 +165,61 @@ def launch(prepared: Prepared) -> Launched:
             _write(folder / "launch" / "job.json", made.model_dump_json(by_alias=True, indent=1))
         for name, text in prepared.files.items():
             _write(folder / "launch" / name, text)
-        numbers = BACKENDS[made.site.scheduler.kind].submit(made)
+        return Launched(prepared, hand_in(made))
     except OSError as failure:
         raise RunError(f"{folder} cannot be written: {failure.strerror}; name another folder with --run") from None
-    except RunError:
-        if new:
+    except RunError as failure:
+        if new and not isinstance(failure, Undone | slurm.NoAnswer):  # else a job may be there, and write into it
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    for index, run in enumerate(prepared.runs if numbers else ()):
-        submitted(run, [f"{number}_{index}" for number in numbers] if made.sweep else numbers)
+
+
+class Undone(RunError):
+    """A chain that was refused half-way: `numbers` are the jobs that were made, `left` those of them that could not be taken back."""
+
+    def __init__(self, message: str, numbers: Sequence[str], left: Sequence[str]) -> None:
+        super().__init__(message)
+        self.numbers, self.left = list(numbers), list(left)
+
+
+def hand_in(made: Job) -> list[str]:
+    """Submit a job whose files are written, and write down that it was (again): what a job reads as leave to go on after a stop.
+
+    Raises RunError where it was refused, Undone for half a chain and NoAnswer where nobody knows; of those two the history tells.
+    """
+    folder = Path(made.run)
+    runs = [folder, *runs_of(made)] if made.sweep else [folder]
+    try:
+        numbers = BACKENDS[made.site.scheduler.kind].submit(made)
+    except Undone as failure:
+        _submitted(made, failure.left or failure.numbers)
+        for run in runs if not failure.left else ():
+            jobs.record(run, "cancelled")  # what began meanwhile sees it, and ends
+        raise
+    except slurm.NoAnswer as failure:
+        for run in runs:
+            jobs.record(run, "unanswered", why=str(failure))
+        raise slurm.NoAnswer(
+            f"{failure}. It may have taken the job all the same: `squeue --me --name {made.name}` shows it; "
+            f"before you launch again, end it with scancel. {folder} is kept"
+        ) from None
+    if numbers:
+        _submitted(made, numbers)
+    return numbers
+
+
+def _submitted(made: Job, numbers: Sequence[str]) -> None:
+    for index, run in enumerate(runs_of(made)):
+        each = [f"{number}_{index}" for number in numbers] if made.sweep else numbers
+        jobs.record(run, "submitted", job=each[0], chain=list(each[1:]) or None)
     if made.sweep:
-        submitted(folder, numbers)
-    return Launched(prepared, numbers)
+        jobs.record(Path(made.run), "submitted", job=numbers[0], chain=list(numbers[1:]) or None)
 
 
-def submitted(run: Path, numbers: Sequence[str]) -> None:
-    """Write down that a run was handed in (again): what a job reads as leave to go on after a stop."""
-    jobs.record(run, "submitted", job=numbers[0], chain=list(numbers[1:]) or None)
+def runs_of(made: Job) -> list[Path]:
+    """The run folders of a job: one, or those of a sweep."""
+    folder = Path(made.run)
+    return [folder / f"{made.name}-{index}" for index in range(made.sweep)] if made.sweep else [folder]
 
 
 def backend_of(site: Site) -> Backend:
@@ -296,7 +333,7 @@ def _resumable(folder: Path, made: Job, plans: Sequence[Plan]) -> None:
     record = folder / "run.json"
     if not record.is_file() and not (folder / "launch" / "job.json").is_file():
         raise CheckpointError(f"{folder} holds no run, so there is nothing to resume; leave out --resume")
-    if record.is_file() and (said := json.loads(record.read_text(encoding="utf-8")).get("identity")) != plans[0].identity:
+    if record.is_file() and (said := _identity(record)) != plans[0].identity:
         raise CheckpointError(
             f"{folder} was started under another plan ({str(said)[:12]}, this is {plans[0].identity[:12]}); "
             "resume with the recipe, the --set and the number of ranks that it began with, or name another folder with --run"
@@ -305,13 +342,23 @@ def _resumable(folder: Path, made: Job, plans: Sequence[Plan]) -> None:
     if last and made.site.scheduler.kind in ("none", "ssh") and (pid := ssh.alive(folder)):
         raise RunError(f"the job of this run, process {pid}, is alive; wait for it, or end it with: gigatrain cancel {folder}")
     if last and made.site.scheduler.kind == "slurm" and shutil.which("squeue"):
-        alive = [
-            one
-            for one in slurm.queued(str(last["job"]), *last.get("chain", []))
-            if one.state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
-        ]
+        alive = [one for one in slurm.queued(str(last["job"]), *last.get("chain", [])) if one.state in slurm.ALIVE]
         if alive:
             raise RunError(f"job {alive[0].id} of this run is {alive[0].state}; wait for it, or end it with: gigatrain cancel {folder}")
+
+
+def _identity(record: Path) -> str:
+    """Of the plan that a run began with, from its run.json."""
+    try:
+        said = json.loads(record.read_text(encoding="utf-8"))
+        return str(said["identity"])
+    except OSError as failure:
+        raise CheckpointError(f"{record} cannot be read: {failure.strerror}") from None
+    except (ValueError, TypeError, KeyError) as failure:
+        raise CheckpointError(
+            f"{record} is not what a run writes ({type(failure).__name__}: {failure}), so whose run this is is unknown; "
+            "mend it from a copy, or begin in another folder with --run"
+        ) from None
 
 
 def _write(path: Path, text: str) -> None:
@@ -348,8 +395,28 @@ def _slurm_submit(made: Job) -> list[str]:
     path, numbers = Path(made.run) / "launch" / "job.sh", []
     for _ in range(made.chain):
         after = [f"--dependency=afterany:{numbers[-1]}"] if numbers else []
-        numbers.append(slurm.submit(path, *after))
+        try:
+            numbers.append(slurm.submit(path, *after))
+        except RunError as failure:
+            if not numbers:
+                raise
+            raise _taken_back(made, numbers, failure) from None
     return numbers
+
+
+def _taken_back(made: Job, numbers: Sequence[str], failure: RunError) -> Undone:
+    """The first links of a chain, out of the queue again: half of one is not what was asked for."""
+    left = []
+    for number in reversed(numbers):  # from the end, so that none begins
+        try:
+            slurm.cancel(number)
+        except RunError:
+            left.insert(0, number)
+    back = [number for number in numbers if number not in left]
+    said = f"job {len(numbers) + 1} of {made.chain}: {failure}"
+    said += f"; {', '.join(back)} before it {'was' if len(back) == 1 else 'were'} cancelled" if back else ""
+    said += f"; {', '.join(left)} could not be cancelled and will run: gigatrain cancel {made.run}" if left else ""
+    return Undone(f"{said}. {made.run} is kept, with what was submitted in launch/history.jsonl", numbers, left)
 
 
 def _no_files(made: Job, _: Mapping[str, str]) -> dict[str, str]:

@@ -138,3 +138,69 @@ def test_shards_are_in_the_sites_cache_unless_the_recipe_says_where(tiny, site, 
     where.write_text(where.read_text().replace("[paths]", '[paths]\ncache = "$TEST_SCRATCH/cache"'))
     assert prepared("quickstart", str(where)).recipes[0].data.folder == str(tmp_path / "cache" / "data")
     assert prepared(tiny, str(where)).recipes[0].data.folder == load.recipe(tiny).data.folder
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Commands of Slurm as scripts of the test's own, each of which writes down what it was asked."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def written(**scripts):
+        for name, text in scripts.items():
+            (folder / name).write_text(
+                f'#!/bin/bash\necho "{name} $*" >>{folder}/asked\nasked=$(grep -c "^{name} " {folder}/asked)\n{text}\n'
+            )
+            (folder / name).chmod(0o755)
+        return lambda: (folder / "asked").read_text().splitlines()
+
+    return written
+
+
+REFUSES_THE_SECOND = 'if [ "$asked" = 2 ]; then echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1; fi; echo 4$asked'
+
+
+def test_half_a_chain_is_taken_back_and_what_was_made_is_written_down(tiny, site, tmp_path, commands):
+    asked = commands(sbatch=REFUSES_THE_SECOND, scancel="")
+    run = tmp_path / "runs" / "chain"
+    with pytest.raises(RunError, match=r"job 2 of 3: sbatch refused .*QOSMax.*; 41 before it was cancelled"):
+        submit.launch(prepared(tiny, site(), chain=3, folder=str(run)))
+    assert asked()[-1] == "scancel 41"
+    assert [(event["event"], event.get("job")) for event in jobs.history(run)] == [("submitted", "41"), ("cancelled", None)]
+
+
+def test_a_job_that_cannot_be_taken_back_is_named_and_kept(tiny, site, tmp_path, commands):
+    commands(
+        sbatch=REFUSES_THE_SECOND,
+        scancel="exit 1",
+        squeue="printf '41\\037SUSPENDED\\037u\\037p\\0372\\0371:00\\0371:00\\037N/A\\037n1\\037x\\037None\\n'",
+    )
+    run = tmp_path / "runs" / "chain"
+    with pytest.raises(RunError, match=r"41 could not be cancelled and will run: gigatrain cancel"):
+        submit.launch(prepared(tiny, site(), chain=2, folder=str(run)))
+    assert [(event["event"], event.get("job")) for event in jobs.history(run)] == [("submitted", "41")]
+    with pytest.raises(RunError, match="job 41 of this run is SUSPENDED"):  # which holds its nodes, and comes back
+        prepared(tiny, site(), resume=True, folder=str(run))
+
+
+@pytest.mark.parametrize(
+    "sbatch", ["sleep 20", 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1']
+)
+def test_an_answer_that_never_came_may_have_been_yes(tiny, site, tmp_path, commands, monkeypatch, sbatch):
+    commands(sbatch=sbatch.replace("sleep", "exec sleep"))
+    monkeypatch.setattr(submit.slurm.run, "__kwdefaults__", {"limit_s": 0.5, "environment": None})
+    run = tmp_path / "runs" / "slow"
+    with pytest.raises(RunError, match="It may have taken the job all the same"):
+        submit.launch(prepared(tiny, site(), folder=str(run)))
+    assert [event["event"] for event in jobs.history(run)] == ["unanswered"]
+    assert (run / "launch" / "job.sh").is_file()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '"x"'])
+def test_a_record_that_is_not_one_is_a_users_error(tiny, site, tmp_path, text):
+    run = tmp_path / "runs" / "bad"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(text)
+    with pytest.raises(CheckpointError, match="run.json is not what a run writes"):
+        prepared(tiny, site(), resume=True, folder=str(run))
