@@ -226,8 +226,10 @@ def _launch(options: argparse.Namespace) -> None:
     for run, change in zip(prepared.runs, prepared.changes, strict=True):
         print(f"  run      {run}  {'  '.join(change)}".rstrip())
     print(f"  script   {made.run}/launch/job.sh" if "job.sh" in prepared.files else f"  files    {made.run}/launch")
-    print(f"  follow   gigatrain logs {made.run} -f    gigatrain watch {made.run}    gigatrain ps")
-    print(f"  end      gigatrain cancel {made.run}")
+    where = shlex.quote(made.run if made.sweep else str(Path(made.run).parent))
+    one = shlex.quote(str(prepared.runs[0]))
+    print(f"  follow   gigatrain ps {where}    gigatrain logs {one} -f    gigatrain watch {one}")
+    print(f"  end      gigatrain cancel {shlex.quote(made.run)}")
 
 
 def _ps(options: argparse.Namespace) -> None:
@@ -246,7 +248,9 @@ def _ps(options: argparse.Namespace) -> None:
 def _logs(options: argparse.Namespace) -> None:
     from gigatrain.launching import follow
 
-    run = Path(options.run_folder)
+    run, hint = follow.first(Path(options.run_folder))
+    if hint:
+        print(f"gigatrain: {hint}", file=sys.stderr)
     path, number = follow.log(run, rank=options.rank, attempt=options.attempt)
     failure = follow.ended(run) and _failure(run, number)
     outputs = follow.outputs(run)

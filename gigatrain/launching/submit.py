@@ -128,13 +128,15 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
         launcher=request.launcher,
         time_s=time_s,
         account=request.account,
-        exclude=tuple(restart.excluded_nodes(folder.parent / f"excluded-{site.name}.jsonl")),
         preflight=request.preflight,
         chain=request.chain,
         sweep=len(changes) if request.sweep else 0,
         hosts=tuple(host.name for host in hosts),
         form="trainjob" if request.form == "trainjob" else "jobset",
     )
+    if request.resume and (folder / "launch" / "job.json").is_file():
+        made = made.model_copy(update={"excluded_in": jobs.load(folder).excluded_in})
+    made = made.model_copy(update={"exclude": tuple(restart.excluded_nodes(made.excluded))})
     if site.scheduler.kind == "kubernetes":
         made = kubernetes.in_pods(made)
     files = backend.files(made, _settings(recipes[0], site))
@@ -156,6 +158,8 @@ def launch(prepared: Prepared) -> Launched:
             launch_folder.mkdir(parents=True, exist_ok=True)
             (run / "logs").mkdir(exist_ok=True)
             one = made.model_copy(update={"run": str(run), "recipe": str(launch_folder / "recipe.json"), "sweep": 0})
+            if made.sweep:
+                one = one.model_copy(update={"excluded_in": str(folder.parent)})
             for name, text in _settings(prepared.recipes[index], made.site).items():
                 _write(launch_folder / name, text)
             _write(launch_folder / "job.json", one.model_dump_json(by_alias=True, indent=1))
@@ -206,6 +210,21 @@ def hand_in(made: Job) -> list[str]:
     if numbers:
         _submitted(made, numbers)
     return numbers
+
+
+def complete(made: Job) -> None:
+    """Write what the scheduler is handed, where a run has none of its own: of a sweep's run only the sweep's has been written."""
+    launch_folder = Path(made.run) / "launch"
+    try:
+        settings = {name: (launch_folder / name).read_text(encoding="utf-8") for name in ("recipe.json", "site.json")}
+        fresh = made.model_copy(update={"exclude": tuple(restart.excluded_nodes(made.excluded))})
+        for name, text in backend_of(made.site).files(fresh, settings).items():
+            if not (launch_folder / name).is_file():
+                _write(launch_folder / name, text)
+    except OSError as failure:
+        raise RunError(
+            f"{failure.filename} is needed to start the job again: {failure.strerror}; `gigatrain launch --resume` writes it"
+        ) from None
 
 
 def _submitted(made: Job, numbers: Sequence[str]) -> None:
