@@ -174,7 +174,6 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _launch(options: argparse.Namespace) -> None:
     from gigatrain.launching import submit
-    from gigatrain.launching.slurm import clock
 
     prepared = submit.prepare(
         submit.Request(
@@ -200,8 +199,8 @@ def _launch(options: argparse.Namespace) -> None:
     )
     made, large = prepared.job, prepared.size
     if options.dry_run and not options.json:
-        for text in prepared.files.values():
-            print(text, end="")
+        print("\n".join(submit.summary(prepared)), file=sys.stderr)
+        print(submit.preview(prepared), end="")
         return
     numbers = [] if options.dry_run else submit.launch(prepared).jobs
     if options.json:
@@ -212,19 +211,13 @@ def _launch(options: argparse.Namespace) -> None:
             )
         )
         return
-    spares = f" and {made.spares} spare" if made.spares else ""
     if not numbers:
         from gigatrain.launching import kubernetes
 
         print(f"nothing was submitted: {kubernetes.unreachable()}; {made.run}/launch/job.yaml is written. To submit it:")
         print(f"  {shlex.join(kubernetes.command(made))}")
         return
-    limit = f", {clock(made.time_s)} each" if made.time_s else ""
-    print(f"job {' then '.join(numbers)}: {made.name} on {made.site.name}, {made.nodes} x {made.ranks_per_node} ranks{spares}{limit}")
-    for text in large.assumes:
-        print(f"  assumes  {text}")
-    for run, change in zip(prepared.runs, prepared.changes, strict=True):
-        print(f"  run      {run}  {'  '.join(change)}".rstrip())
+    print(f"job {' then '.join(numbers)}: " + "\n".join(submit.summary(prepared)))
     print(f"  script   {made.run}/launch/job.sh" if "job.sh" in prepared.files else f"  files    {made.run}/launch")
     where = shlex.quote(made.run if made.sweep else str(Path(made.run).parent))
     one = shlex.quote(str(prepared.runs[0]))

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import tomllib
@@ -20,7 +21,7 @@ from gigatrain.launching import hosts as ssh
 from gigatrain.launching import job as jobs
 from gigatrain.launching import kubernetes, restart, script, slurm
 from gigatrain.launching.job import Job
-from gigatrain.launching.size import Size, size
+from gigatrain.launching.size import Size, shown, size
 from gigatrain.planning.plan import Plan, plan
 from gigatrain.site import Site
 
@@ -72,6 +73,7 @@ class Backend:
 
     files: Callable[[Job, Mapping[str, str]], dict[str, str]]  # the second: recipe.json and site.json
     submit: Callable[[Job], list[str]]
+    preview: Callable[[Job], str] | None = None  # where there are no files: the commands that would be run
     sweeps: bool = False  # whether it has arrays
     chains: bool = False  # whether a job can wait for another
 
@@ -89,13 +91,15 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
 
     Raises RecipeError, SiteError, PlanError, RunError (a folder that is taken, a job that still runs), CheckpointError (another plan than the run's).
     """
-    site = resolved(load.site(request.site))
+    site = resolved(load.site(request.site), runs=request.folder is None and not request.resume, account=request.account)
     if request.hosts and request.form:
         raise SiteError("--hosts starts the nodes through ssh, --as writes a manifest of Kubernetes; give one of them")
     hosts = ssh.read(request.hosts) if request.hosts else []
     if hosts or request.form:
         kind = "ssh" if hosts else "kubernetes"
-        site = site.model_copy(update={"scheduler": site.scheduler.model_copy(update={"kind": kind})})
+        # Options are those of the site's own scheduler: sbatch's mean nothing to ssh, or something else.
+        options = site.scheduler.options if site.scheduler.kind == kind else ()
+        site = site.model_copy(update={"scheduler": site.scheduler.model_copy(update={"kind": kind, "options": options})})
     backend = backend_of(site)
     changes = sweep(request.sweep)
     if request.sweep and not backend.sweeps:
@@ -251,25 +255,34 @@ def backend_of(site: Site) -> Backend:
     return BACKENDS[site.scheduler.kind]
 
 
-def resolved(site: Site) -> Site:
-    """The site with the environment's variables put in where it names them, but for paths.local, which is a node's own."""
-    paths = site.paths.model_copy(
-        update={name: expanded(text, f"{site.name}: paths.{name}") for name in ("runs", "cache") if (text := getattr(site.paths, name))}
-    )
+def resolved(site: Site, *, runs: bool = True, account: str | None = None) -> Site:
+    """The site with the environment's variables put in where it names them, but for paths.local, which is a node's own.
+
+    `account`, where one is given, stands for $SBATCH_ACCOUNT, as it does for Slurm. Without `runs` paths.runs is left as it is: a run folder was named.
+    """
+    own = "set it in a site file of your own (`gigatrain sites NAME` shows this one's path)"
+    paths = {"cache": own, **({"runs": "name the folder with --run"} if runs else {})}
+    given = {
+        name: expanded(text, f"{site.name}: paths.{name}", way, account)
+        for name, way in paths.items()
+        if (text := getattr(site.paths, name))
+    }
     scheduler = site.scheduler
     if scheduler.image:
-        scheduler = scheduler.model_copy(update={"image": expanded(scheduler.image, f"{site.name}: scheduler.image")})
-    return site.model_copy(update={"paths": paths, "scheduler": scheduler})
+        scheduler = scheduler.model_copy(update={"image": expanded(scheduler.image, f"{site.name}: scheduler.image", own, account)})
+    return site.model_copy(update={"paths": site.paths.model_copy(update=given), "scheduler": scheduler})
 
 
-def expanded(text: str, what: str) -> str:
-    """`$NAME` and `${NAME}` by the environment, `~` by the home; SiteError for a variable that is not set."""
+def expanded(text: str, what: str, way: str, account: str | None = None) -> str:
+    """`$NAME` and `${NAME}` by the environment, `~` by the home; SiteError for a variable that is not set, `way` being the other way out."""
+    known = {**os.environ, **({"SBATCH_ACCOUNT": account} if account else {})}
 
     def value(found: re.Match[str]) -> str:
         name = found[1] or found[2]
-        if not os.environ.get(name):
-            raise SiteError(f"{what} is {text!r}, and the environment has no {name}; export {name}=..., or name the folder with --run")
-        return os.environ[name]
+        if not known.get(name):
+            billed = ", give --account" * (name == "SBATCH_ACCOUNT")
+            raise SiteError(f"{what} is {text!r}, and the environment has no {name}; export {name}=...{billed}, or {way}")
+        return known[name]
 
     return os.path.expanduser(re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, text))
 
@@ -438,6 +451,38 @@ def _taken_back(made: Job, numbers: Sequence[str], failure: RunError) -> Undone:
     return Undone(f"{said}. {made.run} is kept, with what was submitted in launch/history.jsonl", numbers, left)
 
 
+def summary(prepared: Prepared) -> list[str]:
+    """What a reader should know before it waits in a queue, one line each: how large, for how long, what is assumed, what is left out."""
+    made, large = prepared.job, prepared.size
+    spares = f" and {made.spares} spare" if made.spares else ""
+    limit = f", {slurm.clock(made.time_s)} each" if made.time_s else ""
+    draws = f", {shown(large.watts)} at the facility" if large.watts is not None else ""
+    lines = [f"{made.name} on {made.site.name}, {made.nodes} x {made.ranks_per_node} ranks{spares}{limit}{draws}"]
+    lines += [f"  assumes  {text}" for text in large.assumes]
+    if made.exclude:
+        lines.append(f"  excludes {len(made.exclude)} node{'s' * (len(made.exclude) > 1)} ({made.excluded})")
+        has = made.site.nodes.value
+        if has is not None and has - len(made.exclude) < made.nodes + made.spares:
+            lines.append(
+                f"  warning  {made.site.name} has {has:,.0f} nodes, and {made.nodes + made.spares:,} are asked for: they can never be had "
+                "without those; take out the lines of the nodes that are mended"
+            )
+    for run, change in zip(prepared.runs, prepared.changes, strict=True):
+        lines.append(f"  run      {run}  {'  '.join(change)}".rstrip())
+    return lines
+
+
+def preview(prepared: Prepared) -> str:
+    """What would be handed in: the scheduler's files, or the commands that start every node."""
+    show = backend_of(prepared.job.site).preview
+    return show(prepared.job) if show else "".join(prepared.files.values())
+
+
+def _ssh_preview(made: Job) -> str:
+    steps = [*(ssh.doctors(made, "000") if made.preflight and made.hosts else []), *ssh.commands(made, "000", 29500)]
+    return "# The first attempt; each attempt gets a free port in place of 29500.\n" + "".join(f"{shlex.join(step)}\n" for step in steps)
+
+
 def _no_files(made: Job, _: Mapping[str, str]) -> dict[str, str]:
     return {}
 
@@ -445,6 +490,6 @@ def _no_files(made: Job, _: Mapping[str, str]) -> dict[str, str]:
 BACKENDS: dict[str, Backend] = {
     "slurm": Backend(_slurm_files, _slurm_submit, sweeps=True, chains=True),
     "kubernetes": Backend(kubernetes.files, kubernetes.submit),
-    "ssh": Backend(_no_files, ssh.submit),
-    "none": Backend(_no_files, ssh.submit),
+    "ssh": Backend(_no_files, ssh.submit, _ssh_preview),
+    "none": Backend(_no_files, ssh.submit, _ssh_preview),
 }

@@ -2,14 +2,15 @@
 
 import datetime
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
-from gigatrain import load
+from gigatrain import cli, load
 from gigatrain.errors import CheckpointError, PlanError, RecipeError, RunError, SiteError
 from gigatrain.launching import job as jobs
-from gigatrain.launching import submit
+from gigatrain.launching import restart, submit
 from gigatrain.launching.submit import Request
 
 NOW = datetime.datetime(2026, 11, 26, 12, 0, 0)
@@ -204,3 +205,40 @@ def test_a_record_that_is_not_one_is_a_users_error(tiny, site, tmp_path, text):
     (run / "run.json").write_text(text)
     with pytest.raises(CheckpointError, match="run.json is not what a run writes"):
         prepared(tiny, site(), resume=True, folder=str(run))
+
+
+def test_a_folder_that_is_named_needs_no_variable_and_an_account_stands_for_slurms(tiny, site, tmp_path, monkeypatch):
+    monkeypatch.delenv("SBATCH_ACCOUNT", raising=False)
+    where = Path(site())
+    where.write_text(where.read_text().replace("$TEST_SCRATCH/runs", "/scratch/$SBATCH_ACCOUNT/runs"))
+    run = str(tmp_path / "mine")
+    assert prepared(tiny, str(where), folder=run).job.run == run
+    assert prepared(tiny, str(where), account="p1").job.run == "/scratch/p1/runs/tiny-20261126-120000"
+    with pytest.raises(SiteError, match="export SBATCH_ACCOUNT=..., give --account, or name the folder with --run"):
+        prepared(tiny, str(where))
+    where.write_text(where.read_text().replace("[paths]", '[paths]\ncache = "$TEST_NONE/cache"'))
+    with pytest.raises(SiteError, match=r"paths.cache .*export TEST_NONE=..., or set it in a site file of your own"):
+        prepared(tiny, str(where), folder=run)
+
+
+def test_a_dry_run_shows_what_a_job_would_be(tiny, site, tmp_path, capsys):
+    """Its size and what is left out to people, the script or the commands of the hosts to programs."""
+    where = Path(site(options=["--hint=nomultithread"]))
+    where.write_text(where.read_text().replace("[node]", 'nodes = { value = 3, basis = "assumed", source = "x" }\n[node]'))
+    restart.exclude(tmp_path / "excluded-here.jsonl", "bad1", "test", tmp_path)
+    arguments = ["launch", str(tiny), "--site", str(where), "--run", str(tmp_path / "mine"), "--dry-run"]
+    cli.main([*arguments, "--nodes", "2", "--spares", "1"])
+    said = capsys.readouterr()
+    assert said.out.startswith("#!/bin/bash")
+    assert "tiny on here, 2 x 2 ranks and 1 spare" in said.err
+    assert f"excludes 1 node ({tmp_path}/excluded-here.jsonl)" in said.err
+    assert "here has 3 nodes, and 3 are asked for: they can never be had" in said.err
+    (tmp_path / "hosts").write_text("n1\nn2\n")
+    cli.main([*arguments, "--hosts", str(tmp_path / "hosts"), "--gpus", "4"])
+    said = capsys.readouterr()
+    lines = [line for line in said.out.splitlines() if not line.startswith("#")]
+    assert [shlex.split(line)[:2] for line in lines] == [["ssh", "-T"]] * 4  # the doctor and the ranks, on each
+    assert "--hint" not in said.out  # sbatch's, which ssh would take for its own
+    assert "tiny on here, 2 x 2 ranks" in said.err
+    cli.main(["launch", "quickstart", "--site", "laptop", "--dry-run"])
+    assert "gigatrain.launching.agent" in capsys.readouterr().out
