@@ -156,6 +156,8 @@ def launch(prepared: Prepared) -> Launched:
     """Freeze recipe and site in RUN/launch, hand the job in, and write down that it was. What a refusal leaves of a new run folder is removed."""
     made, folder = prepared.job, Path(prepared.job.run)
     new = not folder.exists()
+    if prepared.resumed and (before := _in_cluster(folder)) is not None:
+        kubernetes.delete(before, wait=True)  # it has ended, and the cluster would take the same manifest for nothing new
     try:
         for index, run in enumerate(prepared.runs):
             launch_folder = run / "launch"
@@ -373,10 +375,23 @@ def _resumable(folder: Path, made: Job, plans: Sequence[Plan]) -> None:
     last = next((event for event in reversed(jobs.history(folder)) if event["event"] == "submitted"), None)
     if last and made.site.scheduler.kind in ("none", "ssh") and (pid := ssh.alive(folder)):
         raise RunError(f"the job of this run, process {pid}, is alive; wait for it, or end it with: gigatrain cancel {folder}")
+    if (before := _in_cluster(folder)) is not None and (whole := kubernetes.found(before)) is not None:
+        state, why = kubernetes.state(whole)
+        if state in ("running", "queued"):
+            raise RunError(
+                f"{kubernetes.name(before)} of this run is {state}{f' ({why})' * bool(why)}; wait for it, or end it with: gigatrain cancel {folder}"
+            )
     if last and made.site.scheduler.kind == "slurm" and shutil.which("squeue"):
         alive = [one for one in slurm.queued(str(last["job"]), *last.get("chain", [])) if one.state in slurm.ALIVE]
         if alive:
             raise RunError(f"job {alive[0].id} of this run is {alive[0].state}; wait for it, or end it with: gigatrain cancel {folder}")
+
+
+def _in_cluster(folder: Path) -> Job | None:
+    """The job that the run had on Kubernetes, where a cluster can be asked for it."""
+    if not (folder / "launch" / "job.json").is_file() or (made := jobs.load(folder)).site.scheduler.kind != "kubernetes":
+        return None
+    return None if kubernetes.unreachable() else made
 
 
 def _identity(record: Path) -> str:
