@@ -199,7 +199,7 @@ def _launch(options: argparse.Namespace) -> None:
     )
     made, large = prepared.job, prepared.size
     if options.dry_run and not options.json:
-        print("\n".join(submit.summary(prepared)), file=sys.stderr)
+        print("\n".join([*submit.summary(prepared), *_unbuilt(prepared)]), file=sys.stderr)
         print(submit.preview(prepared), end="")
         return
     numbers = [] if options.dry_run else submit.launch(prepared).jobs
@@ -217,12 +217,22 @@ def _launch(options: argparse.Namespace) -> None:
         print(f"nothing was submitted: {kubernetes.unreachable()}; {made.run}/launch/job.yaml is written. To submit it:")
         print(f"  {shlex.join(kubernetes.command(made))}")
         return
-    print(f"job {' then '.join(numbers)}: " + "\n".join(submit.summary(prepared)))
+    print(f"job {' then '.join(numbers)}: " + "\n".join([*submit.summary(prepared), *_unbuilt(prepared)]))
     print(f"  script   {made.run}/launch/job.sh" if "job.sh" in prepared.files else f"  files    {made.run}/launch")
     where = shlex.quote(made.run if made.sweep else str(Path(made.run).parent))
     one = shlex.quote(str(prepared.runs[0]))
     print(f"  follow   gigatrain ps {where}    gigatrain logs {one} -f    gigatrain watch {one}")
     print(f"  end      gigatrain cancel {shlex.quote(made.run)}")
+
+
+def _unbuilt(prepared: Any) -> list[str]:
+    """Lines on data that a job must tokenise first; pods see other folders than this machine."""
+    from gigatrain.data import build
+
+    if prepared.job.site.scheduler.kind == "kubernetes":
+        return []
+    found = [build.missing(recipe.data, recipe.tokenizer) for recipe in prepared.recipes[:1]]
+    return [f"  data     {text}" for text in found if text]
 
 
 def _ps(options: argparse.Namespace) -> None:
@@ -382,6 +392,10 @@ def _data_build(options: argparse.Namespace) -> None:
     from gigatrain.observe.display import Display
 
     recipe = load.recipe(options.recipe, options.set)
+    if options.site:
+        from gigatrain.launching import submit
+
+        recipe = submit.cached(recipe, submit.resolved(load.site(options.site), runs=False, account=options.account))
     if options.json:
         print(json.dumps(build.build(recipe.data, recipe.tokenizer).manifest, indent=2))
         return
@@ -617,6 +631,8 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="prepare data", description="Prepare data ahead of a run.")
     build = command("build", _data_build, "tokenise a recipe's data ahead", _DATA, data.add_subparsers(metavar="COMMAND", required=True))
     recipe_arguments(build)
+    build.add_argument("--site", metavar="SITE", help="where `gigatrain launch` with this --site will look: in the site's paths.cache")
+    build.add_argument("--account", metavar="A", help="with --site: stands for $SBATCH_ACCOUNT in its paths")
     build.add_argument("--json", action="store_true", help="the manifest as JSON")
 
     watched = command("watch", _watch, "follow a run: loss, speed, goodput, errors", _WATCH)
@@ -713,6 +729,7 @@ Asked are the run folders, and Slurm (squeue, sacct), kubectl or this machine's 
 
   gigatrain ps                        all of runs/
   gigatrain ps $SCRATCH/runs
+  gigatrain ps runs/my-sweep          the runs of one sweep
   gigatrain ps --json | jq '.runs[] | select(.state == "failed")'"""
 _LOGS = """\
 What a run's first rank printed in its last attempt; why it failed, by the rank that failed first, stands above all.
@@ -726,6 +743,7 @@ End the job of a run: it saves a checkpoint and leaves, and is not queued again.
 
   gigatrain cancel runs/mine
   gigatrain cancel runs/mine --now    at once, without saving
+  gigatrain cancel runs/my-sweep      every run of a sweep
   gigatrain requeue runs/mine         goes on where it was"""
 _REQUEUE = """\
 Start the job of a run again, from its newest checkpoint: one that runs saves and goes back into its queue, one that is gone is submitted anew.
@@ -760,7 +778,8 @@ Tokenise a recipe's data into Megatron .bin/.idx shards, in parallel; a build th
 A later `gigatrain train` of the same data and tokenizer finds them.
 
   gigatrain data build quickstart
-  gigatrain data build my.toml --set data.workers=16 --json"""
+  gigatrain data build my.toml --set data.workers=16 --json
+  gigatrain data build my.toml --site jupiter                 into the site's cache, where its jobs look"""
 _WATCH = """\
 Follow a run from its folder, wherever that can be read: live in a terminal, until it is finished or Ctrl-C. The run is not touched.
 Goodput is the time of steps that were kept over wall-clock since the first start; what is not known is said to be so.

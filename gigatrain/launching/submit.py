@@ -3,6 +3,7 @@
 import datetime
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gigatrain import load
+from gigatrain.architectures import Architecture
 from gigatrain.config import Recipe
 from gigatrain.errors import CheckpointError, PlanError, RecipeError, RunError, SiteError
 from gigatrain.launching import hosts as ssh
@@ -22,6 +24,7 @@ from gigatrain.launching import job as jobs
 from gigatrain.launching import kubernetes, restart, script, slurm
 from gigatrain.launching.job import Job
 from gigatrain.launching.size import Size, shown, size
+from gigatrain.planning import cost
 from gigatrain.planning.plan import Plan, plan
 from gigatrain.site import Site
 
@@ -108,7 +111,7 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
         )
     if request.chain > 1 and not backend.chains:
         raise SiteError(f"{site.name} is run by {site.scheduler.kind!r}, where no job waits for another; leave out --chain")
-    recipes = tuple(_cached(load.recipe(request.recipe, [*request.overrides, *change]), site) for change in changes)
+    recipes = tuple(cached(load.recipe(request.recipe, [*request.overrides, *change]), site) for change in changes)
     name = recipes[0].name
     nodes, gpus = _here(request, site, recipes[0], hosts) if site.scheduler.kind in ("none", "ssh") else (request.nodes, request.gpus)
     large = size(site, nodes=nodes, gpus=gpus, megawatts=request.megawatts)
@@ -319,7 +322,7 @@ def _toml(value: Any) -> str:
     return json.dumps(value) if not isinstance(value, float) else repr(value)
 
 
-def _cached(recipe: Recipe, site: Site) -> Recipe:
+def cached(recipe: Recipe, site: Site) -> Recipe:
     """The recipe with its shards in the site's cache, unless it says itself where they are: homes are small, and on some sites not on the nodes."""
     if site.paths.cache is None or "folder" in recipe.data.model_fields_set:
         return recipe
@@ -482,9 +485,29 @@ def summary(prepared: Prepared) -> list[str]:
                 f"  warning  {made.site.name} has {has:,.0f} nodes, and {made.nodes + made.spares:,} are asked for: they can never be had "
                 "without those; take out the lines of the nodes that are mended"
             )
+    lines += [f"  warning  {text}" for text in dict.fromkeys(filter(None, (_late(one, made.site) for one in prepared.plans)))]
     for run, change in zip(prepared.runs, prepared.changes, strict=True):
         lines.append(f"  run      {run}  {'  '.join(change)}".rstrip())
     return lines
+
+
+def _late(one: Plan, site: Site) -> str | None:
+    """Whether a save surely takes longer than a job has for it; None where that is not known, which is nearly everywhere.
+
+    Of a checkpoint's bytes only the least are counted, master weights and moments, and of what Slurm gives before the limit the 60 s that it may be late
+    are taken off.
+    """
+    speed, scheduler = site.storage.write_gbyte_s.value, site.scheduler
+    if not speed or not isinstance(one.architecture, Architecture) or scheduler.kind not in ("slurm", "kubernetes"):
+        return None
+    size = cost.optimizer_bytes(one.architecture, one.compute, one.optim) + (4 * one.parameters if one.compute == "fp32" else 0)
+    needs, has = size / (speed * 1e9), scheduler.lead_s - 60
+    if needs <= has:
+        return None
+    return (
+        f"a checkpoint of at least {size / 1e9:,.0f} GB takes {needs:,.0f} s at {speed:g} GB/s (storage.write_gbyte_s), and a job has {max(0, has)} s "
+        f"for it before it is ended (scheduler.lead_s {scheduler.lead_s} less 60); raise lead_s to {math.ceil(needs) + 60}"
+    )
 
 
 def preview(prepared: Prepared) -> str:

@@ -242,3 +242,28 @@ def test_a_dry_run_shows_what_a_job_would_be(tiny, site, tmp_path, capsys):
     assert "tiny on here, 2 x 2 ranks" in said.err
     cli.main(["launch", "quickstart", "--site", "laptop", "--dry-run"])
     assert "gigatrain.launching.agent" in capsys.readouterr().out
+
+
+def test_data_built_ahead_is_what_a_job_reads(tiny, site, tmp_path, capsys):
+    """`data build --site` and `launch --site` look in the same place, and launch says so where nothing is there yet."""
+    recipe = tmp_path / "mine.toml"
+    kept = [line for line in tiny.read_text().splitlines() if not line.startswith("folder")]
+    recipe.write_text("\n".join(kept))
+    where = Path(site())
+    where.write_text(where.read_text().replace("[paths]", '[paths]\ncache = "$TEST_SCRATCH/cache"'))
+    arguments = ["launch", str(recipe), "--site", str(where), "--nodes", "2", "--dry-run"]
+    cli.main(arguments)
+    assert f"data     no corpus in {tmp_path}/cache/data/" in capsys.readouterr().err
+    cli.main(["data", "build", str(recipe), "--site", str(where), "--json"])
+    cli.main(arguments)
+    assert "no corpus" not in capsys.readouterr().err
+
+
+def test_a_save_that_surely_takes_longer_than_a_job_has_is_said(tiny, site):
+    where = Path(site(lead_s=61))
+    text = where.read_text()
+    for speed, said in (("0.000001", True), ("1", False)):
+        where.write_text(text + f'[storage]\nwrite_gbyte_s = {{ value = {speed}, basis = "assumed", source = "x" }}\n')
+        assert any("a job has 1 s for it" in line for line in submit.summary(prepared(tiny, str(where)))) == said
+    where.write_text(text)
+    assert not any("storage.write_gbyte_s" in line for line in submit.summary(prepared(tiny, str(where))))
