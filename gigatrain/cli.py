@@ -174,7 +174,6 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _launch(options: argparse.Namespace) -> None:
     from gigatrain.launching import submit
-    from gigatrain.launching.slurm import clock
 
     prepared = submit.prepare(
         submit.Request(
@@ -200,8 +199,8 @@ def _launch(options: argparse.Namespace) -> None:
     )
     made, large = prepared.job, prepared.size
     if options.dry_run and not options.json:
-        for text in prepared.files.values():
-            print(text, end="")
+        print("\n".join([*submit.summary(prepared), *_unbuilt(prepared)]), file=sys.stderr)
+        print(submit.preview(prepared), end="")
         return
     numbers = [] if options.dry_run else submit.launch(prepared).jobs
     if options.json:
@@ -212,22 +211,28 @@ def _launch(options: argparse.Namespace) -> None:
             )
         )
         return
-    spares = f" and {made.spares} spare" if made.spares else ""
     if not numbers:
         from gigatrain.launching import kubernetes
 
         print(f"nothing was submitted: {kubernetes.unreachable()}; {made.run}/launch/job.yaml is written. To submit it:")
         print(f"  {shlex.join(kubernetes.command(made))}")
         return
-    limit = f", {clock(made.time_s)} each" if made.time_s else ""
-    print(f"job {' then '.join(numbers)}: {made.name} on {made.site.name}, {made.nodes} x {made.ranks_per_node} ranks{spares}{limit}")
-    for text in large.assumes:
-        print(f"  assumes  {text}")
-    for run, change in zip(prepared.runs, prepared.changes, strict=True):
-        print(f"  run      {run}  {'  '.join(change)}".rstrip())
+    print(f"job {' then '.join(numbers)}: " + "\n".join([*submit.summary(prepared), *_unbuilt(prepared)]))
     print(f"  script   {made.run}/launch/job.sh" if "job.sh" in prepared.files else f"  files    {made.run}/launch")
-    print(f"  follow   gigatrain logs {made.run} -f    gigatrain watch {made.run}    gigatrain ps")
-    print(f"  end      gigatrain cancel {made.run}")
+    where = shlex.quote(made.run if made.sweep else str(Path(made.run).parent))
+    one = shlex.quote(str(prepared.runs[0]))
+    print(f"  follow   gigatrain ps {where}    gigatrain logs {one} -f    gigatrain watch {one}")
+    print(f"  end      gigatrain cancel {shlex.quote(made.run)}")
+
+
+def _unbuilt(prepared: Any) -> list[str]:
+    """Lines on data that a job must tokenise first; pods see other folders than this machine."""
+    from gigatrain.data import build
+
+    if prepared.job.site.scheduler.kind == "kubernetes":
+        return []
+    found = [build.missing(recipe.data, recipe.tokenizer) for recipe in prepared.recipes[:1]]
+    return [f"  data     {text}" for text in found if text]
 
 
 def _ps(options: argparse.Namespace) -> None:
@@ -246,7 +251,9 @@ def _ps(options: argparse.Namespace) -> None:
 def _logs(options: argparse.Namespace) -> None:
     from gigatrain.launching import follow
 
-    run = Path(options.run_folder)
+    run, hint = follow.first(Path(options.run_folder))
+    if hint:
+        print(f"gigatrain: {hint}", file=sys.stderr)
     path, number = follow.log(run, rank=options.rank, attempt=options.attempt)
     failure = follow.ended(run) and _failure(run, number)
     outputs = follow.outputs(run)
@@ -385,6 +392,10 @@ def _data_build(options: argparse.Namespace) -> None:
     from gigatrain.observe.display import Display
 
     recipe = load.recipe(options.recipe, options.set)
+    if options.site:
+        from gigatrain.launching import submit
+
+        recipe = submit.cached(recipe, submit.resolved(load.site(options.site), runs=False, account=options.account))
     if options.json:
         print(json.dumps(build.build(recipe.data, recipe.tokenizer).manifest, indent=2))
         return
@@ -620,6 +631,8 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="prepare data", description="Prepare data ahead of a run.")
     build = command("build", _data_build, "tokenise a recipe's data ahead", _DATA, data.add_subparsers(metavar="COMMAND", required=True))
     recipe_arguments(build)
+    build.add_argument("--site", metavar="SITE", help="where `gigatrain launch` with this --site will look: in the site's paths.cache")
+    build.add_argument("--account", metavar="A", help="with --site: stands for $SBATCH_ACCOUNT in its paths")
     build.add_argument("--json", action="store_true", help="the manifest as JSON")
 
     watched = command("watch", _watch, "follow a run: loss, speed, goodput, errors", _WATCH)
@@ -716,6 +729,7 @@ Asked are the run folders, and Slurm (squeue, sacct), kubectl or this machine's 
 
   gigatrain ps                        all of runs/
   gigatrain ps $SCRATCH/runs
+  gigatrain ps runs/my-sweep          the runs of one sweep
   gigatrain ps --json | jq '.runs[] | select(.state == "failed")'"""
 _LOGS = """\
 What a run's first rank printed in its last attempt; why it failed, by the rank that failed first, stands above all.
@@ -729,6 +743,7 @@ End the job of a run: it saves a checkpoint and leaves, and is not queued again.
 
   gigatrain cancel runs/mine
   gigatrain cancel runs/mine --now    at once, without saving
+  gigatrain cancel runs/my-sweep      every run of a sweep
   gigatrain requeue runs/mine         goes on where it was"""
 _REQUEUE = """\
 Start the job of a run again, from its newest checkpoint: one that runs saves and goes back into its queue, one that is gone is submitted anew.
@@ -763,7 +778,8 @@ Tokenise a recipe's data into Megatron .bin/.idx shards, in parallel; a build th
 A later `gigatrain train` of the same data and tokenizer finds them.
 
   gigatrain data build quickstart
-  gigatrain data build my.toml --set data.workers=16 --json"""
+  gigatrain data build my.toml --set data.workers=16 --json
+  gigatrain data build my.toml --site jupiter                 into the site's cache, where its jobs look"""
 _WATCH = """\
 Follow a run from its folder, wherever that can be read: live in a terminal, until it is finished or Ctrl-C. The run is not touched.
 Goodput is the time of steps that were kept over wall-clock since the first start; what is not known is said to be so.

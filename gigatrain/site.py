@@ -18,7 +18,7 @@ Accelerator = Literal[  # planning/hardware.py says what each is
 Basis = Literal["measured", "declared", "assumed", "unknown"]
 BASES = {
     "measured": "a meter or a benchmark on this system gave it",
-    "declared": "the operator or the vendor says so",
+    "declared": "the operator or the vendor says so, or is quoted as saying so",
     "assumed": "taken from alike systems or from memory; a plan that uses it says so",
     "unknown": "not public, or not found",
 }
@@ -201,6 +201,10 @@ class Site(Section):
         nodes, each, total = self.nodes.value, self.node.accelerators.value, self.accelerators.value
         if nodes and each and total and nodes * each > total:
             raise ValueError(f"{nodes:,.0f} nodes of {each:,.0f} accelerators are {nodes * each:,.0f}, and accelerators says {total:,.0f}")
+        if self.accelerator == "mi250x" and self.scheduler.bind == "closest":
+            raise ValueError(
+                'scheduler.bind "closest" takes device n to sit beside NUMA domain n, which on an MI250X node it does not; set bind = "none"'
+            )
         return self
 
     @property

@@ -63,7 +63,8 @@ def test_figures_agree_with_each_other(name):
     ("name", "path", "value", "basis"),
     [
         ("aion", "h100e", 288_000, "declared"),
-        ("aion", "power.facility_watts", 200e6, "declared"),
+        ("aion", "power.facility_watts", 200e6, "assumed"),
+        ("aion", "power.cap_watts", 200e6, "assumed"),
         ("jupiter", "power.it_watts", 15.8e6, "measured"),
         ("jupiter", "power.device_watts", 680, "declared"),
         ("leonardo", "power.it_watts", 7_493_740, "measured"),
@@ -91,6 +92,16 @@ def test_megawatts_become_nodes_where_the_figures_are_and_are_refused_elsewhere(
     assert aion.power.facility_watts.value is not None
     assert aion.h100e.value is not None
     assert aion.power.facility_watts.value / aion.h100e.value == pytest.approx(694.4, abs=0.05)
+
+
+def test_equivalents_rest_on_what_their_count_and_rate_rest_on():
+    """Worked out as count x rate / 989: as sure as the count, and assumed where the rate is another accelerator's."""
+    for name in SHIPPED:
+        site = load.site(name)
+        if "/ 989 TFLOP/s, dense bf16 of" in site.h100e.source:
+            assert site.h100e.basis == site.accelerators.basis, name
+        elif site.accelerators.known and site.h100e.known:
+            assert site.h100e.basis == "assumed", name
 
 
 def test_every_site_plans_the_quickstart_without_torch():
@@ -126,6 +137,7 @@ def test_the_schema_takes_every_shipped_site_and_no_typo():
             '[node]\naccelerators = { value = 4, basis = "declared", source = "x" }',
             "3 nodes of 4 accelerators are 12, and accelerators says 8",
         ),
+        ('accelerator = "mi250x"\n[scheduler]\nbind = "closest"', 'which on an MI250X node it does not; set bind = "none"'),
     ],
 )  # fmt: skip
 def test_a_wrong_site_is_refused_by_key(tmp_path, text, said):

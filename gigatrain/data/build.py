@@ -165,10 +165,7 @@ def build(data: config.Data, spec: config.Tokenizer, *, progress: Progress | Non
     damaged or refused by `data.bad`, if a weight is too small for a slot, if the disk is full, if no training token is left, or if
     `data.validation` asks for held-out documents and there is none.
     """
-    parts = [part for number, source in enumerate(data.sources) for part in sources.parts(number, source, data.shard_bytes)]
-    existing = tokenizer.load(spec.source) if spec.source is not None else None
-    identity = _identity(data, spec, existing, parts)
-    key = _digest(identity)[:24]
+    parts, existing, identity, key = _named(data, spec)
     weights = tuple(source.weight for source in data.sources)
     slot_counts(weights)  # refuses a weight now, not after hours of tokenising
     folder = Path(data.folder).expanduser().absolute() / key
@@ -198,6 +195,27 @@ def build(data: config.Data, spec: config.Tokenizer, *, progress: Progress | Non
     except OSError as error:
         raise shards.full_disk(error, folder) from error
     return _opened(folder, weights, data, check)
+
+
+def missing(data: config.Data, spec: config.Tokenizer) -> str | None:
+    """Why a run that begins now would tokenise first, in one line; None where its corpus is there. Builds and downloads nothing."""
+    if any(source.kind == "hub" for source in data.sources) or (spec.source and not Path(spec.source).expanduser().exists()):
+        return f"whether it is in {data.folder} is not looked up, since its sources or tokenizer are on the hub"
+    try:
+        folder = Path(data.folder).expanduser().absolute() / _named(data, spec)[3]
+    except DataError as failure:
+        return f"cannot be looked for from here: {failure}"
+    if (folder / "manifest.json").is_file():
+        return None
+    return f"no corpus in {folder} yet: the job builds it first, with its nodes waiting; `gigatrain data build` with the same --site does so ahead"
+
+
+def _named(data: config.Data, spec: config.Tokenizer) -> tuple[list[sources.Part], tokenizer.Tokenizer | None, dict[str, Any], str]:
+    """The parts of what `data` names, the tokenizer that exists, what decides the tokens, and the folder's name that follows from it."""
+    parts = [part for number, source in enumerate(data.sources) for part in sources.parts(number, source, data.shard_bytes)]
+    existing = tokenizer.load(spec.source) if spec.source is not None else None
+    identity = _identity(data, spec, existing, parts)
+    return parts, existing, identity, _digest(identity)[:24]
 
 
 def _opened(folder: Path, weights: tuple[float, ...], data: config.Data, check: bool) -> Corpus:

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,8 +21,6 @@ from gigatrain.launching import job as jobs
 from gigatrain.launching.job import Job
 
 LIVE = ("queued", "requeued", "running", "saving")
-_WAITS = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
-_RUNS = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
 _TAIL_BYTES = 1 << 20  # of a log that is shown, not followed
 _POLL_S = 0.3
 
@@ -62,7 +61,7 @@ def ps(folder: Path) -> tuple[list[State], list[str]]:
     if not folder.is_dir():
         raise RunError(f"{folder} is no folder; name the one that holds the run folders, or start a run: gigatrain train quickstart")
     folders = [folder] if _is_run(folder) else sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
-    seen = [one for path in folders for one in (_seen(path),) if one.job is None or not one.job.sweep]
+    seen = [_seen(run) for path in folders for run in runs(path)]
     notes: list[str] = []
     _ask_slurm([one for one in seen if one.state.state == "unknown" and _kind(one) == "slurm"], notes)
     for one in seen:
@@ -71,6 +70,24 @@ def ps(folder: Path) -> tuple[list[State], list[str]]:
     return sorted((one.state for one in seen), key=lambda state: state.age_s if state.age_s is not None else float("inf")), list(
         dict.fromkeys(notes)
     )
+
+
+def runs(folder: Path) -> list[Path]:
+    """The runs of a run folder: itself, or those of the sweep that it is."""
+    try:
+        made = jobs.load(folder) if (folder / "launch" / "job.json").is_file() else None
+    except GigatrainError:  # it is shown, with what is wrong with it
+        made = None
+    return [folder / f"{made.name}-{index}" for index in range(made.sweep)] if made and made.sweep else [folder]
+
+
+def first(folder: Path) -> tuple[Path, str]:
+    """The run to show where one can be shown, and a hint: of a sweep the first that has printed something."""
+    found = runs(folder)
+    if found == [folder]:
+        return folder, ""
+    chosen = next((run for run in found if any((run / "logs").glob("attempt-*/*.log"))), found[0])
+    return chosen, f"{folder} is a sweep of {len(found)} runs, this is {chosen.name}; the others: gigatrain ps {folder}"
 
 
 def lines(states: Sequence[State]) -> list[str]:
@@ -89,20 +106,18 @@ def cancel(run: Path, *, now: bool = False) -> dict[str, Any]:
 
     Raises RunError where there is no job of this run to end, and where a job with its id is another's.
     """
+    run = Path(os.path.realpath(run))
+    if runs(run) != [run]:
+        return _cancel_sweep(run, now)
     made, state = _launched(run), _one(run)
     if state.state not in LIVE:
         raise RunError(f"{run} has no job to cancel: it is {state.state}{f' ({state.reason})' * bool(state.reason)}")
     kind = made.site.scheduler.kind
     done: dict[str, Any] = {"run": str(run), "jobs": [], "how": "at once" if now else "saves and leaves"}
     if kind == "slurm":
-        queued = _ours(run, made, slurm.queued(*_ids(jobs.history(run))))
+        queued = _ours([run], slurm.queued(*_ids(jobs.history(run))))
         jobs.record(run, "cancelled", now=now or None)  # first: the job's script asks for it once its ranks have ended
-        for one in reversed(queued):  # the links of a chain from its end, so that none begins
-            if one.state in _WAITS or now:
-                slurm.cancel(one.id)
-            else:
-                slurm.cancel(one.id, signal="USR1", batch=True)
-            done["jobs"].append(one.id)
+        done["jobs"] = _end(queued, now)
     elif kind == "kubernetes":
         jobs.record(run, "cancelled", now=now or None)
         kubernetes.delete(made, now=now)
@@ -114,11 +129,38 @@ def cancel(run: Path, *, now: bool = False) -> dict[str, Any]:
     return done
 
 
+def _cancel_sweep(sweep: Path, now: bool) -> dict[str, Any]:
+    """End the jobs of every run of a sweep that has one; each is checked before any is touched."""
+    states, notes = ps(sweep)
+    live = [Path(state.run) for state in states if state.state in LIVE]
+    if unknown := [state for state in states if state.state == "unknown"]:
+        raise RunError(f"what became of {unknown[0].run} is unknown: {'; '.join(notes) or unknown[0].reason}")
+    if not live:
+        counts = Counter(state.state for state in states)
+        said = ", ".join(f"{count} {state}" for state, count in counts.items())
+        raise RunError(f"{sweep} has no job to cancel: of its runs are {said}")
+    ids = [number for run in live for number in _ids(jobs.history(run))]
+    queued = _ours(live, slurm.queued(*ids))
+    for run in live:
+        jobs.record(run, "cancelled", now=now or None)
+    return {"run": str(sweep), "jobs": _end(queued, now), "how": "at once" if now else "saves and leaves"}
+
+
+def _end(queued: Sequence[slurm.Queued], now: bool) -> list[str]:
+    for one in reversed(queued):  # the links of a chain from its end, so that none begins
+        if one.state in slurm.WAITS or now:
+            slurm.cancel(one.id)
+        else:
+            slurm.cancel(one.id, signal="USR1", batch=True)
+    return [one.id for one in reversed(queued)]
+
+
 def requeue(run: Path) -> dict[str, Any]:
     """Start a run's job again, from its newest checkpoint: through the queue if its job is there (it saves first), else as a new job.
 
     Raises RunError where the run is finished, or its job waits already.
     """
+    run = Path(os.path.realpath(run))
     made, state = _launched(run), _one(run)
     kind = made.site.scheduler.kind
     if state.state == "finished":
@@ -127,17 +169,17 @@ def requeue(run: Path) -> dict[str, Any]:
         raise RunError(f"job {state.job} of {run} is {state.state} already{f' ({state.reason})' * bool(state.reason)}")
     if state.state == "running":
         if kind == "slurm" and made.site.scheduler.requeue and made.chain == 1:
-            (one,) = _ours(run, made, [one for one in slurm.queued(*_ids(jobs.history(run))) if one.state in _RUNS])[:1] or (None,)
+            (one,) = _ours([run], [one for one in slurm.queued(*_ids(jobs.history(run))) if one.state in slurm.RUNS])[:1] or (None,)
             if one is not None:
                 slurm.cancel(one.id, signal="USR1", batch=True)  # its script saves, and queues itself again
                 return {"run": str(run), "jobs": [one.id], "how": "saves, and is queued again"}
         raise RunError(f"job {state.job} of {run} runs; end it first: gigatrain cancel {run}")
     if kind == "kubernetes":
         kubernetes.delete(made, wait=True)
-    numbers = submit.BACKENDS[kind].submit(made)
+    submit.complete(made)
+    numbers = submit.hand_in(made)
     if not numbers:
         raise RunError(f"nothing was submitted: {kubernetes.unreachable()}")
-    submit.submitted(run, numbers)
     return {"run": str(run), "jobs": numbers, "how": "a new job"}
 
 
@@ -294,7 +336,7 @@ def _ask_slurm(seen: Sequence[_Seen], notes: list[str]) -> None:
         for one in seen:
             one.state.reason = "squeue does not answer here"
         return
-    gone = [one for one in seen if not any(queued[number].state in (*_WAITS, *_RUNS) for number in one.ids if number in queued)]
+    gone = [one for one in seen if not any(queued[number].state in slurm.ALIVE for number in one.ids if number in queued)]
     accounts: dict[str, slurm.Accounted] = {}
     if gone:
         try:
@@ -302,8 +344,8 @@ def _ask_slurm(seen: Sequence[_Seen], notes: list[str]) -> None:
         except RunError as failure:
             notes.append(f"no accounts of jobs that have ended: {failure}")
     for one in seen:
-        live = [queued[number] for number in one.ids if number in queued and queued[number].state in (*_WAITS, *_RUNS)]
-        live.sort(key=lambda row: row.state in _WAITS)  # what runs first
+        live = [queued[number] for number in one.ids if number in queued and queued[number].state in slurm.ALIVE]
+        live.sort(key=lambda row: row.state in slurm.WAITS)  # what runs first
         if not live:
             ended = [queued[number].state for number in one.ids if number in queued] or [
                 accounts[number].state for number in one.ids if number in accounts
@@ -312,7 +354,7 @@ def _ask_slurm(seen: Sequence[_Seen], notes: list[str]) -> None:
             continue
         row, state = live[0], one.state
         state.job = row.id
-        if row.state in _WAITS:
+        if row.state in slurm.WAITS:
             state.state, state.reason = "requeued" if one.state.attempts and _current(one.events) == row.id else "queued", row.reason
         else:
             limit = one.job.site.scheduler.lead_s if one.job else 0
@@ -381,15 +423,20 @@ def _cancelled(one: _Seen) -> bool:
     return last == "cancelled"
 
 
-def _ours(run: Path, made: Job, queued: Sequence[slurm.Queued]) -> list[slurm.Queued]:
-    """Those that still are, each checked: the scheduler itself must say that its output goes into this run (or the sweep's folder)."""
-    found = [one for one in queued if one.state in (*_WAITS, *_RUNS)]
-    for one in found:
-        said = slurm.run("scontrol", "show", "job", one.id)
-        output = next((line.partition("=")[2] for line in said.splitlines() if line.strip().startswith("StdOut=")), "")
-        folders = [str(run / "logs"), str(run.parent / "logs")] if "_" in one.id else [str(run / "logs")]
-        if os.path.dirname(output) not in folders:
-            raise RunError(f"job {one.id} is not of {run}: Slurm says that its output goes to {output!r}; it is left alone")
+def _ours(own: Sequence[Path], queued: Sequence[slurm.Queued]) -> list[slurm.Queued]:
+    """Those that still are, each checked: the scheduler itself must say that its output goes into one of these runs (or the folder of their sweep).
+
+    An array is asked for once, whatever it has of tasks. Paths are compared as the file system sees them: a user's may go through a link.
+    """
+    found = [one for one in queued if one.state in slurm.ALIVE]
+    for number in dict.fromkeys(one.id.partition("_")[0] for one in found):
+        array = any(one.id.startswith(f"{number}_") for one in found)
+        folders = {os.path.realpath(each / "logs") for run in own for each in ((run, run.parent) if array else (run,))}
+        said = [line.strip() for line in slurm.run("scontrol", "show", "job", number).splitlines()]
+        outputs = {line.partition("=")[2] for line in said if line.startswith("StdOut=")} or {""}
+        for output in outputs:
+            if os.path.realpath(os.path.dirname(output)) not in folders:
+                raise RunError(f"job {number} is not of {own[0]}: Slurm says that its output goes to {output!r}; it is left alone")
     return found
 
 

@@ -45,6 +45,10 @@ class Job(Section):
     sweep: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Runs of a sweep, one array task each: task I runs `run`/NAME-I, and nothing else is at `run`."
     )
+    excluded_in: str | None = Field(
+        default=None,
+        description="The folder of the site's list of bad nodes, where that is not the one above `run`: a sweep's run has its sweep's.",
+    )
     hosts: tuple[str, ...] = Field(
         default=(), description="Where ssh starts the nodes, the first one being where the ranks meet; none: this machine."
     )
@@ -54,6 +58,11 @@ class Job(Section):
     @property
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
+
+    @property
+    def excluded(self) -> Path:
+        """The site's list of bad nodes."""
+        return (Path(self.excluded_in) if self.excluded_in else Path(self.run).parent) / f"excluded-{self.site.name}.jsonl"
 
 
 def load(run: Path) -> Job:

@@ -1,7 +1,7 @@
 """A job as a Kubernetes manifest: a JobSet, or a Kubeflow TrainJob with a runtime of its own, from the same `Job` as the sbatch script.
 
 One pod a node, found by its index under a headless service; torchrun in each; recipe and site travel in a ConfigMap, run folders lie on the site's claim.
-Any pod's failure starts the set again, from the newest checkpoint, at most `RESTARTS` times; an evicted pod does so too and is not counted.
+Any pod's failure, an eviction too, starts the set again from the newest checkpoint, at most `RESTARTS` times; an error that would come again ends it at once.
 Sources: the API types of kubernetes-sigs/jobset (v1alpha2) and kubeflow/trainer (v1alpha1).
 """
 
@@ -21,7 +21,8 @@ from gigatrain.launching.job import Job
 
 RESOURCES = {"jobset": "jobsets.jobset.x-k8s.io", "trainjob": "trainjobs.trainer.kubeflow.org"}
 PORT = 29500  # of the rendezvous: each pod has an address of its own, so it is free
-RESTARTS = 20
+RESTARTS = 20  # then `gigatrain requeue` makes a new set, whose count begins at 0
+FATAL = (2, 3, 4, 5, 6)  # exit codes of a wrong recipe, site, plan, corpus or checkpoint: the next time is the same
 SAVED = 75  # exit code of a pod whose ranks saved because of a signal
 _SETTINGS = "/etc/gigatrain"  # where a pod sees the ConfigMap
 _LIMIT_BYTES = 1_000_000  # etcd takes 1 MiB an object
@@ -200,8 +201,9 @@ def _set(job: Job) -> dict[str, Any]:
         "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
         "failurePolicy": {
             "maxRestarts": RESTARTS,
-            # The pods' own failure policy fails the job at an eviction, and only then; that is the cluster's doing and not counted.
-            "rules": [{"name": "evicted", "action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            # The pods' own failure policy fails the job at an error that comes again, and only then. That an eviction is counted like any other failure
+            # is the price: a JobSet is told only that the policy failed the job, not by which rule.
+            "rules": [{"name": "fatal", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
         },
         "replicatedJobs": [
             {
@@ -216,10 +218,8 @@ def _set(job: Job) -> dict[str, Any]:
                         "backoffLimit": 0,  # a pod that fails alone would leave the others in a collective: all start again, together
                         **({"activeDeadlineSeconds": job.time_s} if job.time_s else {}),
                         "podFailurePolicy": {
-                            "rules": [
-                                {"action": "FailJob", "onExitCodes": {"containerName": "node", "operator": "In", "values": [SAVED]}},
-                                {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                            ]
+                            # Of the doctor's container too: no containerName.
+                            "rules": [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": list(FATAL)}}]
                         },
                         "template": {**_annotations(job), "spec": _pod(job)},
                     },

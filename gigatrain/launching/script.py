@@ -49,7 +49,7 @@ def render(job: Job) -> str:
         exclude=shlex.quote(",".join(job.exclude)),
         guard=_GUARD if job.spares else "",
         watch="\n" + _WATCH if job.spares else "",
-        excluded=shlex.quote(str(Path(job.run).parent / f"excluded-{site.name}.jsonl")),
+        excluded=shlex.quote(str(job.excluded)),
         modules="".join(f"module load {shlex.quote(line(name, 'scheduler.modules'))}\n" for name in scheduler.modules),
         environment=_environment(job),
         container=_container(job),
@@ -194,7 +194,7 @@ def _container(job: Job) -> str:
     if not scheduler.image:
         raise SiteError(f"{job.site.name}: scheduler.container is {scheduler.container!r} and scheduler.image names no image")
     image = line(scheduler.image, "scheduler.image")
-    folders = list(dict.fromkeys([str(Path(job.run).parent), job.workdir]))
+    folders = list(dict.fromkeys([str(Path(job.run).parent), str(job.excluded.parent), job.workdir]))
     if scheduler.container == "apptainer":
         gpu = [] if job.site.device == "cpu" else ["--rocm" if (job.site.accelerator or "").startswith("mi") else "--nv"]
         words = ["apptainer", "exec", *gpu, *(f"--bind={folder}" for folder in folders), image]

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from gigatrain.errors import RunError
 
+WAITS = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+RUNS = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
+ALIVE = WAITS + RUNS  # states of a job that may still write into its run folder
 LIMIT_S = 60.0  # of one command: a controller that does not answer within its own MessageTimeout (10 s) and some retries will not
 _WAYS_OUT = (  # what Slurm says -> what to do about it
     (r"invalid partition", "scheduler.partition of the site names none of this cluster's partitions; `sinfo` lists them"),
@@ -23,6 +26,14 @@ _WAYS_OUT = (  # what Slurm says -> what to do about it
         r"invalid generic resource|invalid gres",
         "these nodes declare other GPUs; `sinfo -o '%N %G'` lists them: scheduler.gpus and scheduler.gpu_type",
     ),
+    (
+        r"invalid node name",
+        "an excluded node is not of this cluster: take its line out of excluded-SITE.jsonl beside the run folders",
+    ),
+    (
+        r"reqnodenotavail|requested nodes are not available|requested node configuration is not available",
+        "nodes are down, reserved or excluded (excluded-SITE.jsonl beside the run folders); `sinfo -R` says which and why",
+    ),
     (r"time limit", "ask for less with --time; `sinfo -o '%P %l'` lists the limits"),
     (r"more processors|node count|node configuration", "fewer nodes with --nodes; `sinfo` shows what the partition has"),
     (
@@ -32,6 +43,10 @@ _WAYS_OUT = (  # what Slurm says -> what to do about it
     (r"access/permission denied|permission denied", "this is another user's job, or the site does not allow it"),
     (r"invalid job id", "Slurm has forgotten that job or never had it; `gigatrain ps` shows what is known of the run"),
 )
+
+
+class NoAnswer(RunError):
+    """Slurm did not say whether it did what it was asked: it may have."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +100,15 @@ def run(*command: str, limit_s: float = LIMIT_S, environment: Mapping[str, str] 
             env=environment,
         )
     except subprocess.TimeoutExpired:
-        raise RunError(
+        raise NoAnswer(
             f"{command[0]} did not answer within {limit_s:.0f} s; `scontrol ping` says whether Slurm's controller is up"
         ) from None
     if ended.returncode == 0:
         return ended.stdout
     said = " ".join(line.strip() for line in (ended.stderr or ended.stdout).splitlines() if line.strip())[:600]
     way = next((f"; {hint}" for pattern, hint in _WAYS_OUT if re.search(pattern, said, re.IGNORECASE)), "")
-    raise RunError(f"{command[0]} refused (exit code {ended.returncode}): {said or 'without a word'}{way}")
+    kind = NoAnswer if re.search(r"timed out", said, re.IGNORECASE) else RunError  # "Socket timed out on send/recv operation": it was sent
+    raise kind(f"{command[0]} refused (exit code {ended.returncode}): {said or 'without a word'}{way}")
 
 
 def submit(script: Path, *options: str) -> str:

@@ -3,8 +3,10 @@
 import datetime
 import itertools
 import json
+import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import tomllib
@@ -14,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from gigatrain import load
+from gigatrain.architectures import Architecture
 from gigatrain.config import Recipe
 from gigatrain.errors import CheckpointError, PlanError, RecipeError, RunError, SiteError
 from gigatrain.launching import hosts as ssh
 from gigatrain.launching import job as jobs
 from gigatrain.launching import kubernetes, restart, script, slurm
 from gigatrain.launching.job import Job
-from gigatrain.launching.size import Size, size
+from gigatrain.launching.size import Size, shown, size
+from gigatrain.planning import cost
 from gigatrain.planning.plan import Plan, plan
 from gigatrain.site import Site
 
@@ -63,8 +67,7 @@ class Prepared:
     @property
     def runs(self) -> list[Path]:
         """The run folders: one, or those of a sweep."""
-        folder = Path(self.job.run)
-        return [folder / f"{self.job.name}-{index}" for index in range(self.job.sweep)] if self.job.sweep else [folder]
+        return runs_of(self.job)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Backend:
 
     files: Callable[[Job, Mapping[str, str]], dict[str, str]]  # the second: recipe.json and site.json
     submit: Callable[[Job], list[str]]
+    preview: Callable[[Job], str] | None = None  # where there are no files: the commands that would be run
     sweeps: bool = False  # whether it has arrays
     chains: bool = False  # whether a job can wait for another
 
@@ -90,13 +94,15 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
 
     Raises RecipeError, SiteError, PlanError, RunError (a folder that is taken, a job that still runs), CheckpointError (another plan than the run's).
     """
-    site = resolved(load.site(request.site))
+    site = resolved(load.site(request.site), runs=request.folder is None and not request.resume, account=request.account)
     if request.hosts and request.form:
         raise SiteError("--hosts starts the nodes through ssh, --as writes a manifest of Kubernetes; give one of them")
     hosts = ssh.read(request.hosts) if request.hosts else []
     if hosts or request.form:
         kind = "ssh" if hosts else "kubernetes"
-        site = site.model_copy(update={"scheduler": site.scheduler.model_copy(update={"kind": kind})})
+        # Options are those of the site's own scheduler: sbatch's mean nothing to ssh, or something else.
+        options = site.scheduler.options if site.scheduler.kind == kind else ()
+        site = site.model_copy(update={"scheduler": site.scheduler.model_copy(update={"kind": kind, "options": options})})
     backend = backend_of(site)
     changes = sweep(request.sweep)
     if request.sweep and not backend.sweeps:
@@ -105,7 +111,7 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
         )
     if request.chain > 1 and not backend.chains:
         raise SiteError(f"{site.name} is run by {site.scheduler.kind!r}, where no job waits for another; leave out --chain")
-    recipes = tuple(_cached(load.recipe(request.recipe, [*request.overrides, *change]), site) for change in changes)
+    recipes = tuple(cached(load.recipe(request.recipe, [*request.overrides, *change]), site) for change in changes)
     name = recipes[0].name
     nodes, gpus = _here(request, site, recipes[0], hosts) if site.scheduler.kind in ("none", "ssh") else (request.nodes, request.gpus)
     large = size(site, nodes=nodes, gpus=gpus, megawatts=request.megawatts)
@@ -129,13 +135,15 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
         launcher=request.launcher,
         time_s=time_s,
         account=request.account,
-        exclude=tuple(restart.excluded_nodes(folder.parent / f"excluded-{site.name}.jsonl")),
         preflight=request.preflight,
         chain=request.chain,
         sweep=len(changes) if request.sweep else 0,
         hosts=tuple(host.name for host in hosts),
         form="trainjob" if request.form == "trainjob" else "jobset",
     )
+    if request.resume and (folder / "launch" / "job.json").is_file():
+        made = made.model_copy(update={"excluded_in": jobs.load(folder).excluded_in})
+    made = made.model_copy(update={"exclude": tuple(restart.excluded_nodes(made.excluded))})
     if site.scheduler.kind == "kubernetes":
         made = kubernetes.in_pods(made)
     files = backend.files(made, _settings(recipes[0], site))
@@ -151,12 +159,16 @@ def launch(prepared: Prepared) -> Launched:
     """Freeze recipe and site in RUN/launch, hand the job in, and write down that it was. What a refusal leaves of a new run folder is removed."""
     made, folder = prepared.job, Path(prepared.job.run)
     new = not folder.exists()
+    if prepared.resumed and (before := _in_cluster(folder)) is not None:
+        kubernetes.delete(before, wait=True)  # it has ended, and the cluster would take the same manifest for nothing new
     try:
         for index, run in enumerate(prepared.runs):
             launch_folder = run / "launch"
             launch_folder.mkdir(parents=True, exist_ok=True)
             (run / "logs").mkdir(exist_ok=True)
             one = made.model_copy(update={"run": str(run), "recipe": str(launch_folder / "recipe.json"), "sweep": 0})
+            if made.sweep:
+                one = one.model_copy(update={"excluded_in": str(folder.parent)})
             for name, text in _settings(prepared.recipes[index], made.site).items():
                 _write(launch_folder / name, text)
             _write(launch_folder / "job.json", one.model_dump_json(by_alias=True, indent=1))
@@ -166,23 +178,76 @@ def launch(prepared: Prepared) -> Launched:
             _write(folder / "launch" / "job.json", made.model_dump_json(by_alias=True, indent=1))
         for name, text in prepared.files.items():
             _write(folder / "launch" / name, text)
-        numbers = BACKENDS[made.site.scheduler.kind].submit(made)
+        return Launched(prepared, hand_in(made))
     except OSError as failure:
         raise RunError(f"{folder} cannot be written: {failure.strerror}; name another folder with --run") from None
-    except RunError:
-        if new:
+    except RunError as failure:
+        if new and not isinstance(failure, Undone | slurm.NoAnswer):  # else a job may be there, and write into it
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    for index, run in enumerate(prepared.runs if numbers else ()):
-        submitted(run, [f"{number}_{index}" for number in numbers] if made.sweep else numbers)
+
+
+class Undone(RunError):
+    """A chain that was refused half-way: `numbers` are the jobs that were made, `left` those of them that could not be taken back."""
+
+    def __init__(self, message: str, numbers: Sequence[str], left: Sequence[str]) -> None:
+        super().__init__(message)
+        self.numbers, self.left = list(numbers), list(left)
+
+
+def hand_in(made: Job) -> list[str]:
+    """Submit a job whose files are written, and write down that it was (again): what a job reads as leave to go on after a stop.
+
+    Raises RunError where it was refused, Undone for half a chain and NoAnswer where nobody knows; of those two the history tells.
+    """
+    folder = Path(made.run)
+    runs = [folder, *runs_of(made)] if made.sweep else [folder]
+    try:
+        numbers = BACKENDS[made.site.scheduler.kind].submit(made)
+    except Undone as failure:
+        _submitted(made, failure.left or failure.numbers)
+        for run in runs if not failure.left else ():
+            jobs.record(run, "cancelled")  # what began meanwhile sees it, and ends
+        raise
+    except slurm.NoAnswer as failure:
+        for run in runs:
+            jobs.record(run, "unanswered", why=str(failure))
+        raise slurm.NoAnswer(
+            f"{failure}. It may have taken the job all the same: `squeue --me --name {made.name}` shows it; "
+            f"before you launch again, end it with scancel. {folder} is kept"
+        ) from None
+    if numbers:
+        _submitted(made, numbers)
+    return numbers
+
+
+def complete(made: Job) -> None:
+    """Write what the scheduler is handed, where a run has none of its own: of a sweep's run only the sweep's has been written."""
+    launch_folder = Path(made.run) / "launch"
+    try:
+        settings = {name: (launch_folder / name).read_text(encoding="utf-8") for name in ("recipe.json", "site.json")}
+        fresh = made.model_copy(update={"exclude": tuple(restart.excluded_nodes(made.excluded))})
+        for name, text in backend_of(made.site).files(fresh, settings).items():
+            if not (launch_folder / name).is_file():
+                _write(launch_folder / name, text)
+    except OSError as failure:
+        raise RunError(
+            f"{failure.filename} is needed to start the job again: {failure.strerror}; `gigatrain launch --resume` writes it"
+        ) from None
+
+
+def _submitted(made: Job, numbers: Sequence[str]) -> None:
+    for index, run in enumerate(runs_of(made)):
+        each = [f"{number}_{index}" for number in numbers] if made.sweep else numbers
+        jobs.record(run, "submitted", job=each[0], chain=list(each[1:]) or None)
     if made.sweep:
-        submitted(folder, numbers)
-    return Launched(prepared, numbers)
+        jobs.record(Path(made.run), "submitted", job=numbers[0], chain=list(numbers[1:]) or None)
 
 
-def submitted(run: Path, numbers: Sequence[str]) -> None:
-    """Write down that a run was handed in (again): what a job reads as leave to go on after a stop."""
-    jobs.record(run, "submitted", job=numbers[0], chain=list(numbers[1:]) or None)
+def runs_of(made: Job) -> list[Path]:
+    """The run folders of a job: one, or those of a sweep."""
+    folder = Path(made.run)
+    return [folder / f"{made.name}-{index}" for index in range(made.sweep)] if made.sweep else [folder]
 
 
 def backend_of(site: Site) -> Backend:
@@ -195,25 +260,34 @@ def backend_of(site: Site) -> Backend:
     return BACKENDS[site.scheduler.kind]
 
 
-def resolved(site: Site) -> Site:
-    """The site with the environment's variables put in where it names them, but for paths.local, which is a node's own."""
-    paths = site.paths.model_copy(
-        update={name: expanded(text, f"{site.name}: paths.{name}") for name in ("runs", "cache") if (text := getattr(site.paths, name))}
-    )
+def resolved(site: Site, *, runs: bool = True, account: str | None = None) -> Site:
+    """The site with the environment's variables put in where it names them, but for paths.local, which is a node's own.
+
+    `account`, where one is given, stands for $SBATCH_ACCOUNT, as it does for Slurm. Without `runs` paths.runs is left as it is: a run folder was named.
+    """
+    own = "set it in a site file of your own (`gigatrain sites NAME` shows this one's path)"
+    paths = {"cache": own, **({"runs": "name the folder with --run"} if runs else {})}
+    given = {
+        name: expanded(text, f"{site.name}: paths.{name}", way, account)
+        for name, way in paths.items()
+        if (text := getattr(site.paths, name))
+    }
     scheduler = site.scheduler
     if scheduler.image:
-        scheduler = scheduler.model_copy(update={"image": expanded(scheduler.image, f"{site.name}: scheduler.image")})
-    return site.model_copy(update={"paths": paths, "scheduler": scheduler})
+        scheduler = scheduler.model_copy(update={"image": expanded(scheduler.image, f"{site.name}: scheduler.image", own, account)})
+    return site.model_copy(update={"paths": site.paths.model_copy(update=given), "scheduler": scheduler})
 
 
-def expanded(text: str, what: str) -> str:
-    """`$NAME` and `${NAME}` by the environment, `~` by the home; SiteError for a variable that is not set."""
+def expanded(text: str, what: str, way: str, account: str | None = None) -> str:
+    """`$NAME` and `${NAME}` by the environment, `~` by the home; SiteError for a variable that is not set, `way` being the other way out."""
+    known = {**os.environ, **({"SBATCH_ACCOUNT": account} if account else {})}
 
     def value(found: re.Match[str]) -> str:
         name = found[1] or found[2]
-        if not os.environ.get(name):
-            raise SiteError(f"{what} is {text!r}, and the environment has no {name}; export {name}=..., or name the folder with --run")
-        return os.environ[name]
+        if not known.get(name):
+            billed = ", give --account" * (name == "SBATCH_ACCOUNT")
+            raise SiteError(f"{what} is {text!r}, and the environment has no {name}; export {name}=...{billed}, or {way}")
+        return known[name]
 
     return os.path.expanduser(re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, text))
 
@@ -248,7 +322,7 @@ def _toml(value: Any) -> str:
     return json.dumps(value) if not isinstance(value, float) else repr(value)
 
 
-def _cached(recipe: Recipe, site: Site) -> Recipe:
+def cached(recipe: Recipe, site: Site) -> Recipe:
     """The recipe with its shards in the site's cache, unless it says itself where they are: homes are small, and on some sites not on the nodes."""
     if site.paths.cache is None or "folder" in recipe.data.model_fields_set:
         return recipe
@@ -296,7 +370,7 @@ def _resumable(folder: Path, made: Job, plans: Sequence[Plan]) -> None:
     record = folder / "run.json"
     if not record.is_file() and not (folder / "launch" / "job.json").is_file():
         raise CheckpointError(f"{folder} holds no run, so there is nothing to resume; leave out --resume")
-    if record.is_file() and (said := json.loads(record.read_text(encoding="utf-8")).get("identity")) != plans[0].identity:
+    if record.is_file() and (said := _identity(record)) != plans[0].identity:
         raise CheckpointError(
             f"{folder} was started under another plan ({str(said)[:12]}, this is {plans[0].identity[:12]}); "
             "resume with the recipe, the --set and the number of ranks that it began with, or name another folder with --run"
@@ -304,14 +378,37 @@ def _resumable(folder: Path, made: Job, plans: Sequence[Plan]) -> None:
     last = next((event for event in reversed(jobs.history(folder)) if event["event"] == "submitted"), None)
     if last and made.site.scheduler.kind in ("none", "ssh") and (pid := ssh.alive(folder)):
         raise RunError(f"the job of this run, process {pid}, is alive; wait for it, or end it with: gigatrain cancel {folder}")
+    if (before := _in_cluster(folder)) is not None and (whole := kubernetes.found(before)) is not None:
+        state, why = kubernetes.state(whole)
+        if state in ("running", "queued"):
+            raise RunError(
+                f"{kubernetes.name(before)} of this run is {state}{f' ({why})' * bool(why)}; wait for it, or end it with: gigatrain cancel {folder}"
+            )
     if last and made.site.scheduler.kind == "slurm" and shutil.which("squeue"):
-        alive = [
-            one
-            for one in slurm.queued(str(last["job"]), *last.get("chain", []))
-            if one.state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
-        ]
+        alive = [one for one in slurm.queued(str(last["job"]), *last.get("chain", [])) if one.state in slurm.ALIVE]
         if alive:
             raise RunError(f"job {alive[0].id} of this run is {alive[0].state}; wait for it, or end it with: gigatrain cancel {folder}")
+
+
+def _in_cluster(folder: Path) -> Job | None:
+    """The job that the run had on Kubernetes, where a cluster can be asked for it."""
+    if not (folder / "launch" / "job.json").is_file() or (made := jobs.load(folder)).site.scheduler.kind != "kubernetes":
+        return None
+    return None if kubernetes.unreachable() else made
+
+
+def _identity(record: Path) -> str:
+    """Of the plan that a run began with, from its run.json."""
+    try:
+        said = json.loads(record.read_text(encoding="utf-8"))
+        return str(said["identity"])
+    except OSError as failure:
+        raise CheckpointError(f"{record} cannot be read: {failure.strerror}") from None
+    except (ValueError, TypeError, KeyError) as failure:
+        raise CheckpointError(
+            f"{record} is not what a run writes ({type(failure).__name__}: {failure}), so whose run this is is unknown; "
+            "mend it from a copy, or begin in another folder with --run"
+        ) from None
 
 
 def _write(path: Path, text: str) -> None:
@@ -348,8 +445,80 @@ def _slurm_submit(made: Job) -> list[str]:
     path, numbers = Path(made.run) / "launch" / "job.sh", []
     for _ in range(made.chain):
         after = [f"--dependency=afterany:{numbers[-1]}"] if numbers else []
-        numbers.append(slurm.submit(path, *after))
+        try:
+            numbers.append(slurm.submit(path, *after))
+        except RunError as failure:
+            if not numbers:
+                raise
+            raise _taken_back(made, numbers, failure) from None
     return numbers
+
+
+def _taken_back(made: Job, numbers: Sequence[str], failure: RunError) -> Undone:
+    """The first links of a chain, out of the queue again: half of one is not what was asked for."""
+    left = []
+    for number in reversed(numbers):  # from the end, so that none begins
+        try:
+            slurm.cancel(number)
+        except RunError:
+            left.insert(0, number)
+    back = [number for number in numbers if number not in left]
+    said = f"job {len(numbers) + 1} of {made.chain}: {failure}"
+    said += f"; {', '.join(back)} before it {'was' if len(back) == 1 else 'were'} cancelled" if back else ""
+    said += f"; {', '.join(left)} could not be cancelled and will run: gigatrain cancel {made.run}" if left else ""
+    return Undone(f"{said}. {made.run} is kept, with what was submitted in launch/history.jsonl", numbers, left)
+
+
+def summary(prepared: Prepared) -> list[str]:
+    """What a reader should know before it waits in a queue, one line each: how large, for how long, what is assumed, what is left out."""
+    made, large = prepared.job, prepared.size
+    spares = f" and {made.spares} spare" if made.spares else ""
+    limit = f", {slurm.clock(made.time_s)} each" if made.time_s else ""
+    draws = f", {shown(large.watts)} at the facility" if large.watts is not None else ""
+    lines = [f"{made.name} on {made.site.name}, {made.nodes} x {made.ranks_per_node} ranks{spares}{limit}{draws}"]
+    lines += [f"  assumes  {text}" for text in large.assumes]
+    if made.exclude:
+        lines.append(f"  excludes {len(made.exclude)} node{'s' * (len(made.exclude) > 1)} ({made.excluded})")
+        has = made.site.nodes.value
+        if has is not None and has - len(made.exclude) < made.nodes + made.spares:
+            lines.append(
+                f"  warning  {made.site.name} has {has:,.0f} nodes, and {made.nodes + made.spares:,} are asked for: they can never be had "
+                "without those; take out the lines of the nodes that are mended"
+            )
+    lines += [f"  warning  {text}" for text in dict.fromkeys(filter(None, (_late(one, made.site) for one in prepared.plans)))]
+    for run, change in zip(prepared.runs, prepared.changes, strict=True):
+        lines.append(f"  run      {run}  {'  '.join(change)}".rstrip())
+    return lines
+
+
+def _late(one: Plan, site: Site) -> str | None:
+    """Whether a save surely takes longer than a job has for it; None where that is not known, which is nearly everywhere.
+
+    Of a checkpoint's bytes only the least are counted, master weights and moments, and of what Slurm gives before the limit the 60 s that it may be late
+    are taken off.
+    """
+    speed, scheduler = site.storage.write_gbyte_s.value, site.scheduler
+    if not speed or not isinstance(one.architecture, Architecture) or scheduler.kind not in ("slurm", "kubernetes"):
+        return None
+    size = cost.optimizer_bytes(one.architecture, one.compute, one.optim) + (4 * one.parameters if one.compute == "fp32" else 0)
+    needs, has = size / (speed * 1e9), scheduler.lead_s - 60
+    if needs <= has:
+        return None
+    return (
+        f"a checkpoint of at least {size / 1e9:,.0f} GB takes {needs:,.0f} s at {speed:g} GB/s (storage.write_gbyte_s), and a job has {max(0, has)} s "
+        f"for it before it is ended (scheduler.lead_s {scheduler.lead_s} less 60); raise lead_s to {math.ceil(needs) + 60}"
+    )
+
+
+def preview(prepared: Prepared) -> str:
+    """What would be handed in: the scheduler's files, or the commands that start every node."""
+    show = backend_of(prepared.job.site).preview
+    return show(prepared.job) if show else "".join(prepared.files.values())
+
+
+def _ssh_preview(made: Job) -> str:
+    steps = [*(ssh.doctors(made, "000") if made.preflight and made.hosts else []), *ssh.commands(made, "000", 29500)]
+    return "# The first attempt; each attempt gets a free port in place of 29500.\n" + "".join(f"{shlex.join(step)}\n" for step in steps)
 
 
 def _no_files(made: Job, _: Mapping[str, str]) -> dict[str, str]:
@@ -359,6 +528,6 @@ def _no_files(made: Job, _: Mapping[str, str]) -> dict[str, str]:
 BACKENDS: dict[str, Backend] = {
     "slurm": Backend(_slurm_files, _slurm_submit, sweeps=True, chains=True),
     "kubernetes": Backend(kubernetes.files, kubernetes.submit),
-    "ssh": Backend(_no_files, ssh.submit),
-    "none": Backend(_no_files, ssh.submit),
+    "ssh": Backend(_no_files, ssh.submit, _ssh_preview),
+    "none": Backend(_no_files, ssh.submit, _ssh_preview),
 }

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from gigatrain import cli
 from gigatrain.errors import RunError
-from gigatrain.launching import follow, hosts, job, restart
+from gigatrain.launching import follow, hosts, job, restart, submit
 
 SMALL = ("--set", "validation.every=0", "--set", "export=false", "--set", "report.every=1", "--set", "checkpoint.every=20")
 LONG = ("--set", "train.steps=4000")
@@ -121,6 +122,108 @@ def test_a_process_number_that_is_used_again_is_not_the_run(tiny, tmp_path):
         follow.cancel(run)
     record.write_text(json.dumps(said | {"host": "elsewhere"}))
     assert "can be seen only there" in gigatrain("cancel", run, cwd=tmp_path, code=7)
+
+
+QUEUE = """#!/bin/bash
+echo "${0##*/} $*" >>FOLDER/asked
+case "${0##*/}" in
+    squeue) [ -f FOLDER/queue ] && cat FOLDER/queue ;;
+    scontrol) printf 'JobId=41 ArrayTaskId=0\\n   StdOut=%s\\n' "$(cat FOLDER/output)" ;;
+    sbatch) grep -h '^excluded=' "${@: -1}" >>FOLDER/asked; echo 52 ;;
+esac
+"""
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """Slurm's commands as a script: squeue says what the test puts in it, and all that is asked is written down."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("squeue", "scontrol", "scancel", "sbatch", "sacct"):
+        (folder / name).write_text(QUEUE.replace("FOLDER", str(folder)))
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def holds(output, **states):
+        rows = [
+            "\x1f".join((identity.strip("j"), state, "u", "p", "1", "1:00", "1:00:00", "N/A", "n1", "x", "None"))
+            for identity, state in states.items()
+        ]
+        (folder / "queue").write_text("".join(f"{row}\n" for row in rows))
+        (folder / "output").write_text(str(output))
+        return lambda: (folder / "asked").read_text().splitlines()
+
+    return holds
+
+
+@pytest.fixture
+def sweep(tiny, tmp_path, queue):
+    """A sweep of two runs, as `launch` leaves it: job 52."""
+    site = tmp_path / "here.toml"
+    site.write_text(
+        f'name = "here"\nsummary = "s"\ndevice = "cpu"\n[node]\nranks = 1\n[paths]\nruns = "{tmp_path}/runs"\n[scheduler]\nkind = "slurm"\n'
+    )
+    queue("")
+    folder = tmp_path / "runs" / "lr"
+    made = submit.prepare(submit.Request(str(tiny), str(site), nodes=1, sweep=("optim.lr=1e-3,2e-3",), folder=str(folder)))
+    assert submit.launch(made).jobs == ["52"]
+    return folder
+
+
+def test_a_sweep_is_listed_followed_and_cancelled_as_a_whole(sweep, queue, capsys):
+    asked = queue(sweep / "logs" / "job-52_0.out", j52_0="RUNNING", j52_1="PENDING")
+    for folder in (sweep, sweep.parent):
+        assert {(Path(one.run).name, one.state) for one in follow.ps(folder)[0]} == {("tiny-0", "running"), ("tiny-1", "queued")}
+    assert follow.first(sweep)[0] == sweep / "tiny-0"
+    cli.main(["logs", str(sweep)])
+    said = capsys.readouterr()
+    assert (said.out, "is a sweep of 2 runs, this is tiny-0" in said.err) == ("no rank has printed anything yet\n", True)
+    assert follow.cancel(sweep)["jobs"] == ["52_1", "52_0"]
+    assert [line for line in asked() if line.startswith("scancel")] == ["scancel 52_1", "scancel --signal=USR1 --batch 52_0"]
+    assert {job.history(sweep / f"tiny-{index}")[-1]["event"] for index in (0, 1)} == {"cancelled"}
+    queue("")
+    with pytest.raises(RunError, match="has no job to cancel: of its runs are 2 cancelled"):
+        follow.cancel(sweep)
+
+
+def test_a_run_of_a_sweep_is_queued_again_by_itself(sweep, queue):
+    """The sweep's script is an array's; the run gets one of its own, and the site's list of bad nodes stays beside the sweep."""
+    asked = queue("")
+    restart.exclude(sweep.parent / "excluded-here.jsonl", "bad1", "test", sweep)
+    assert follow.requeue(sweep / "tiny-0")["jobs"] == ["52"]
+    script = (sweep / "tiny-0" / "launch" / "job.sh").read_text()
+    assert "--array" not in script
+    assert "#SBATCH --exclude=bad1" in script
+    assert asked()[-1] == f"excluded={sweep.parent}/excluded-here.jsonl # where those that are found to be bad are written down"
+    assert job.history(sweep / "tiny-0")[-1]["job"] == "52"
+
+
+def test_a_run_is_the_same_by_whatever_path(sweep, queue, tmp_path):
+    queue(sweep / "logs" / "job-52_0.out", j52_0="RUNNING")
+    (tmp_path / "link").symlink_to(sweep / "tiny-0")
+    assert follow.cancel(tmp_path / "link")["jobs"] == ["52_0"]
+    assert follow.cancel(sweep / "tiny-1" / ".." / "tiny-0", now=True)["jobs"] == ["52_0"]
+    queue("/elsewhere/logs/job-52_0.out", j52_0="RUNNING")
+    with pytest.raises(RunError, match="job 52 is not of"):
+        follow.cancel(sweep / "tiny-0")
+
+
+@pytest.mark.slurm
+def test_a_sweep_of_slurm_is_cancelled_and_one_of_its_runs_is_queued_again(launches, cluster, tiny):
+    number, sweep = launches(
+        *(tiny, "--site", launches.site(), "--nodes", 1, "--no-preflight", *SMALL, *LONG),
+        *("--sweep", "optim.lr=1e-3,2e-3", "--run", launches.folder / "runs" / "lr"),
+    )
+    trains(sweep / "tiny-0")
+    trains(sweep / "tiny-1")
+    found = json.loads(launches.command("ps", sweep, "--json"))["runs"]
+    assert {(row["state"], row["job"]) for row in found} == {("running", f"{number}_0"), ("running", f"{number}_1")}
+    launches.command("cancel", sweep)
+    until(lambda: {one["state"] for one in json.loads(launches.command("ps", sweep, "--json"))["runs"]} == {"cancelled"})
+    again = json.loads(launches.command("requeue", sweep / "tiny-0", "--json"))["jobs"]
+    until(lambda: json.loads(launches.command("ps", sweep / "tiny-0", "--json"))["runs"][0]["state"] == "running")
+    launches.command("cancel", sweep, "--now")
+    assert cluster.ended(again[0]) == "CANCELLED"
 
 
 @pytest.mark.slurm

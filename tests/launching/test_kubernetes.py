@@ -1,5 +1,6 @@
 """Manifests against the models that Kubeflow generates from the APIs themselves, and the pods' script through real bash and torchrun."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,8 +15,8 @@ import yaml
 from kubeflow_trainer_api import models
 
 from gigatrain import load
-from gigatrain.errors import SiteError
-from gigatrain.launching import kubernetes
+from gigatrain.errors import CheckpointError, DataError, PlanError, RecipeError, RunError, SiteError
+from gigatrain.launching import kubernetes, submit
 from gigatrain.launching.job import Job
 from gigatrain.site import Figure, Node, Scheduler, Site
 
@@ -86,6 +87,52 @@ def test_a_jobset_is_what_its_api_takes():
     assert inner["initContainers"][0]["name"] == "doctor"
     assert {"name": "runs", "persistentVolumeClaim": {"claimName": "runs"}} in inner["volumes"]
     assert spec["template"]["metadata"]["annotations"] == {"kueue.x-k8s.io/podset-preferred-topology": "cloud/block"}
+
+
+def test_an_error_that_comes_again_ends_the_set_and_every_other_restart_is_counted():
+    found = read(kubernetes.manifest(job(), SETTINGS))
+    assert pod(found)["podFailurePolicy"]["rules"] == [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2, 3, 4, 5, 6]}}]
+    policy = found["JobSet"]["spec"]["failurePolicy"]
+    assert policy["rules"] == [{"name": "fatal", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    assert policy["maxRestarts"] == 20
+    assert {kind.exit_code for kind in (RecipeError, SiteError, PlanError, DataError, CheckpointError)} == set(kubernetes.FATAL)
+
+
+KUBECTL = """#!/bin/bash
+echo "$*" >>FOLDER/asked
+case "$*" in
+    *current-context*) echo here ;;
+    *" get "*) [ ! -f FOLDER/whole ] || cat FOLDER/whole ;;
+    *" delete "*) rm FOLDER/whole ;;
+esac
+"""
+
+
+def test_resume_looks_for_the_set_that_is_there(tiny, tmp_path, monkeypatch):
+    """One that lives is not joined by another; one that has ended is deleted, since applying it again would start nothing."""
+    where = tmp_path / "bin"
+    where.mkdir()
+    (where / "kubectl").write_text(KUBECTL.replace("FOLDER", str(where)))
+    (where / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{where}:{os.environ['PATH']}")
+    (tmp_path / "pods.toml").write_text(
+        'name = "pods"\nsummary = "s"\ndevice = "cpu"\n[node]\nranks = 2\n[scheduler]\nkind = "kubernetes"\nimage = "registry/gigatrain:1"\nclaim = "runs"\n'
+    )
+    run = tmp_path / "run"
+    request = submit.Request(str(tiny), str(tmp_path / "pods.toml"), nodes=2, folder=str(run))
+    submit.launch(submit.prepare(request))
+    again = dataclasses.replace(request, resume=True)
+    whole = {"metadata": {"annotations": {"gigatrain/run": str(run)}}, "status": {}}
+    (where / "whole").write_text(json.dumps(whole))
+    with pytest.raises(RunError, match="of this run is running; wait for it, or end it with: gigatrain cancel"):
+        submit.prepare(again)
+    (where / "whole").write_text(json.dumps(whole | {"status": {"conditions": [{"type": "Failed", "status": "True"}]}}))
+    submit.launch(submit.prepare(again))
+    verbs = [
+        next(word for word in line.split() if word in ("get", "delete", "apply", "config"))
+        for line in (where / "asked").read_text().splitlines()
+    ]
+    assert [verb for verb in verbs if verb in ("delete", "apply")] == ["apply", "delete", "apply"]
 
 
 def test_a_trainjob_brings_its_own_runtime():

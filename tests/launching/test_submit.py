@@ -2,14 +2,15 @@
 
 import datetime
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
-from gigatrain import load
+from gigatrain import cli, load
 from gigatrain.errors import CheckpointError, PlanError, RecipeError, RunError, SiteError
 from gigatrain.launching import job as jobs
-from gigatrain.launching import submit
+from gigatrain.launching import restart, submit
 from gigatrain.launching.submit import Request
 
 NOW = datetime.datetime(2026, 11, 26, 12, 0, 0)
@@ -138,3 +139,131 @@ def test_shards_are_in_the_sites_cache_unless_the_recipe_says_where(tiny, site, 
     where.write_text(where.read_text().replace("[paths]", '[paths]\ncache = "$TEST_SCRATCH/cache"'))
     assert prepared("quickstart", str(where)).recipes[0].data.folder == str(tmp_path / "cache" / "data")
     assert prepared(tiny, str(where)).recipes[0].data.folder == load.recipe(tiny).data.folder
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Commands of Slurm as scripts of the test's own, each of which writes down what it was asked."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def written(**scripts):
+        for name, text in scripts.items():
+            (folder / name).write_text(
+                f'#!/bin/bash\necho "{name} $*" >>{folder}/asked\nasked=$(grep -c "^{name} " {folder}/asked)\n{text}\n'
+            )
+            (folder / name).chmod(0o755)
+        return lambda: (folder / "asked").read_text().splitlines()
+
+    return written
+
+
+REFUSES_THE_SECOND = 'if [ "$asked" = 2 ]; then echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1; fi; echo 4$asked'
+
+
+def test_half_a_chain_is_taken_back_and_what_was_made_is_written_down(tiny, site, tmp_path, commands):
+    asked = commands(sbatch=REFUSES_THE_SECOND, scancel="")
+    run = tmp_path / "runs" / "chain"
+    with pytest.raises(RunError, match=r"job 2 of 3: sbatch refused .*QOSMax.*; 41 before it was cancelled"):
+        submit.launch(prepared(tiny, site(), chain=3, folder=str(run)))
+    assert asked()[-1] == "scancel 41"
+    assert [(event["event"], event.get("job")) for event in jobs.history(run)] == [("submitted", "41"), ("cancelled", None)]
+
+
+def test_a_job_that_cannot_be_taken_back_is_named_and_kept(tiny, site, tmp_path, commands):
+    commands(
+        sbatch=REFUSES_THE_SECOND,
+        scancel="exit 1",
+        squeue="printf '41\\037SUSPENDED\\037u\\037p\\0372\\0371:00\\0371:00\\037N/A\\037n1\\037x\\037None\\n'",
+    )
+    run = tmp_path / "runs" / "chain"
+    with pytest.raises(RunError, match=r"41 could not be cancelled and will run: gigatrain cancel"):
+        submit.launch(prepared(tiny, site(), chain=2, folder=str(run)))
+    assert [(event["event"], event.get("job")) for event in jobs.history(run)] == [("submitted", "41")]
+    with pytest.raises(RunError, match="job 41 of this run is SUSPENDED"):  # which holds its nodes, and comes back
+        prepared(tiny, site(), resume=True, folder=str(run))
+
+
+@pytest.mark.parametrize(
+    "sbatch", ["sleep 20", 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1']
+)
+def test_an_answer_that_never_came_may_have_been_yes(tiny, site, tmp_path, commands, monkeypatch, sbatch):
+    commands(sbatch=sbatch.replace("sleep", "exec sleep"))
+    monkeypatch.setattr(submit.slurm.run, "__kwdefaults__", {"limit_s": 0.5, "environment": None})
+    run = tmp_path / "runs" / "slow"
+    with pytest.raises(RunError, match="It may have taken the job all the same"):
+        submit.launch(prepared(tiny, site(), folder=str(run)))
+    assert [event["event"] for event in jobs.history(run)] == ["unanswered"]
+    assert (run / "launch" / "job.sh").is_file()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '"x"'])
+def test_a_record_that_is_not_one_is_a_users_error(tiny, site, tmp_path, text):
+    run = tmp_path / "runs" / "bad"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(text)
+    with pytest.raises(CheckpointError, match="run.json is not what a run writes"):
+        prepared(tiny, site(), resume=True, folder=str(run))
+
+
+def test_a_folder_that_is_named_needs_no_variable_and_an_account_stands_for_slurms(tiny, site, tmp_path, monkeypatch):
+    monkeypatch.delenv("SBATCH_ACCOUNT", raising=False)
+    where = Path(site())
+    where.write_text(where.read_text().replace("$TEST_SCRATCH/runs", "/scratch/$SBATCH_ACCOUNT/runs"))
+    run = str(tmp_path / "mine")
+    assert prepared(tiny, str(where), folder=run).job.run == run
+    assert prepared(tiny, str(where), account="p1").job.run == "/scratch/p1/runs/tiny-20261126-120000"
+    with pytest.raises(SiteError, match="export SBATCH_ACCOUNT=..., give --account, or name the folder with --run"):
+        prepared(tiny, str(where))
+    where.write_text(where.read_text().replace("[paths]", '[paths]\ncache = "$TEST_NONE/cache"'))
+    with pytest.raises(SiteError, match=r"paths.cache .*export TEST_NONE=..., or set it in a site file of your own"):
+        prepared(tiny, str(where), folder=run)
+
+
+def test_a_dry_run_shows_what_a_job_would_be(tiny, site, tmp_path, capsys):
+    """Its size and what is left out to people, the script or the commands of the hosts to programs."""
+    where = Path(site(options=["--hint=nomultithread"]))
+    where.write_text(where.read_text().replace("[node]", 'nodes = { value = 3, basis = "assumed", source = "x" }\n[node]'))
+    restart.exclude(tmp_path / "excluded-here.jsonl", "bad1", "test", tmp_path)
+    arguments = ["launch", str(tiny), "--site", str(where), "--run", str(tmp_path / "mine"), "--dry-run"]
+    cli.main([*arguments, "--nodes", "2", "--spares", "1"])
+    said = capsys.readouterr()
+    assert said.out.startswith("#!/bin/bash")
+    assert "tiny on here, 2 x 2 ranks and 1 spare" in said.err
+    assert f"excludes 1 node ({tmp_path}/excluded-here.jsonl)" in said.err
+    assert "here has 3 nodes, and 3 are asked for: they can never be had" in said.err
+    (tmp_path / "hosts").write_text("n1\nn2\n")
+    cli.main([*arguments, "--hosts", str(tmp_path / "hosts"), "--gpus", "4"])
+    said = capsys.readouterr()
+    lines = [line for line in said.out.splitlines() if not line.startswith("#")]
+    assert [shlex.split(line)[:2] for line in lines] == [["ssh", "-T"]] * 4  # the doctor and the ranks, on each
+    assert "--hint" not in said.out  # sbatch's, which ssh would take for its own
+    assert "tiny on here, 2 x 2 ranks" in said.err
+    cli.main(["launch", "quickstart", "--site", "laptop", "--dry-run"])
+    assert "gigatrain.launching.agent" in capsys.readouterr().out
+
+
+def test_data_built_ahead_is_what_a_job_reads(tiny, site, tmp_path, capsys):
+    """`data build --site` and `launch --site` look in the same place, and launch says so where nothing is there yet."""
+    recipe = tmp_path / "mine.toml"
+    kept = [line for line in tiny.read_text().splitlines() if not line.startswith("folder")]
+    recipe.write_text("\n".join(kept))
+    where = Path(site())
+    where.write_text(where.read_text().replace("[paths]", '[paths]\ncache = "$TEST_SCRATCH/cache"'))
+    arguments = ["launch", str(recipe), "--site", str(where), "--nodes", "2", "--dry-run"]
+    cli.main(arguments)
+    assert f"data     no corpus in {tmp_path}/cache/data/" in capsys.readouterr().err
+    cli.main(["data", "build", str(recipe), "--site", str(where), "--json"])
+    cli.main(arguments)
+    assert "no corpus" not in capsys.readouterr().err
+
+
+def test_a_save_that_surely_takes_longer_than_a_job_has_is_said(tiny, site):
+    where = Path(site(lead_s=61))
+    text = where.read_text()
+    for speed, said in (("0.000001", True), ("1", False)):
+        where.write_text(text + f'[storage]\nwrite_gbyte_s = {{ value = {speed}, basis = "assumed", source = "x" }}\n')
+        assert any("a job has 1 s for it" in line for line in submit.summary(prepared(tiny, str(where)))) == said
+    where.write_text(text)
+    assert not any("storage.write_gbyte_s" in line for line in submit.summary(prepared(tiny, str(where))))
