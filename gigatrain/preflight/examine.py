@@ -117,12 +117,18 @@ def _local(
     local = site.kind == "local"  # such a site says what a run may use, not what the machine has
     accelerators = site.ranks_per_node if cuda and not local else None
     nic = site.network.nic_gbit_s.value
+    packages = None if accelerators is None else accelerators // _devices(site)
     return [
-        ("host", host.checks(site.device, root, nic)),
+        ("host", host.checks(site.device, root, nic, packages, verdict.ranks)),
         ("gpus", gpu.checks(cuda, accelerators, root)),
         ("storage", _storage(site, run, free_gib)),
         ("work", [Check("torch", host.imported, 40), *burn.checks(site.device, quick, usual(site), verdict.facts, root)]),
     ]
+
+
+def _devices(site: Site) -> int:
+    """How many devices of torch's one accelerator is, which has a network card of its own."""
+    return hardware.chip(site.accelerator).devices if site.accelerator else 1
 
 
 def usual(site: Site) -> burn.Usual:
@@ -153,7 +159,7 @@ def _network(site: Site, verdict: Verdict, folder: Path | None, out: Path | None
         folder,
         links=links,
         nic_gbit_s=site.network.nic_gbit_s.value,
-        devices=hardware.chip(site.accelerator).devices if site.accelerator else 1,
+        devices=_devices(site),
         out=out,
         fit=_fit(verdict),
     )

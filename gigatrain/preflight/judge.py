@@ -53,6 +53,7 @@ LASTING = (
     "gpus",
     "amd gpus",
     "burn",
+    "under load",
     "burn equality",
     "network cards",
     "memory",

@@ -2,7 +2,7 @@
 
 import torch
 
-from gigatrain.preflight import burn
+from gigatrain.preflight import burn, gpu
 
 
 def flip(place, repetition):
@@ -45,6 +45,17 @@ def test_slow_gpus_are_named_beside_their_neighbours_and_what_is_usual():
     assert burn._rates("device memory", [3000.0] * 7 + [2000.0]).said == "GPU 7: 2,000 GB/s, its neighbours 3,000"
     assert burn._rates("device memory", [2000.0] * 8, 3350).state == "warn"
     assert burn._rates("device memory", [3000.0] * 8, 3350).said == "3,000 to 3,000 GB/s over 8 GPUs; 3,350 are declared"
+
+
+def test_gpus_far_from_the_buffer_are_said_and_not_judged():
+    found = burn.noted("host to device", [55.0] * 4 + [38.0] * 4)
+    assert (found.state, found.value, found.way_out) == ("ok", 38.0, "")
+    assert "GPU 4: 38 GB/s, its neighbours 55" in found.said
+
+
+def test_looks_that_were_never_taken_are_untested():
+    assert burn.under_load([]).state == "untested"
+    assert burn.under_load(gpu.loaded(3, lambda: False)).state == "untested"
 
 
 def test_the_odd_one_is_named_where_most_agree():
