@@ -154,14 +154,9 @@ def burn_cuda(
     tile = min(size, 1024)  # drawing all of it on a CPU would take seconds
     shapes = ((size, 2 * size), (2 * size, size))  # long sums, so that comparing each result costs 4 % and not 8
     host = [torch.randn(tile, tile, generator=draw).bfloat16().repeat(rows // tile, columns // tile) for rows, columns in shapes]
-    working, over = threading.Event(), threading.Event()
+    working = threading.Event()
     begin = threading.Barrier(count, working.set)
     answers: list[tuple[str, int, int, float]] = [("", 0, 0, 0.0)] * count
-
-    def while_working() -> bool:
-        """Wait for the next look at the GPUs, of three spread over the burn; False once it is over."""
-        working.wait()
-        return not over.wait(seconds * 0.28)
 
     def work(place: int) -> None:
         device = torch.device("cuda", place)
@@ -184,15 +179,7 @@ def burn_cuda(
         digest = hashlib.sha256(first.view(torch.int16).cpu().numpy().tobytes()).hexdigest()[:16]
         answers[place] = (digest, repetitions, int(unequal), took)
 
-    seen: list[Finding] = []
-    sampler = threading.Thread(target=lambda: seen.extend(gpu.loaded(3, while_working)), name="doctor sampler", daemon=True)
-    sampler.start()
-    try:
-        _together(work, count)
-    finally:
-        over.set()
-        working.set()
-    sampler.join(2)
+    seen = watched(seconds, working, lambda: _together(work, count))
     if looks is not None:
         looks += seen
     rates = [4 * size**3 * repetitions / took / 1e12 for _, repetitions, _, took in answers]
@@ -212,6 +199,31 @@ def burn_cuda(
     if parts:
         return worst("burn", parts, shown)
     return Finding("burn", "ok", shown, round(min(rates), 1), tflops)
+
+
+def watched(
+    seconds: float,
+    working: threading.Event,
+    work: Callable[[], None],
+    look: Callable[[int, Callable[[], bool]], list[Finding]] = gpu.loaded,
+) -> list[Finding]:
+    """What three looks find, spread over the `seconds` of `work` from when it sets `working`: before that the GPUs idle and CUDA starts."""
+    over = threading.Event()
+    seen: list[Finding] = []
+
+    def while_working() -> bool:
+        working.wait()
+        return not over.wait(seconds * 0.28)
+
+    sampler = threading.Thread(target=lambda: seen.extend(look(3, while_working)), name="doctor sampler", daemon=True)
+    sampler.start()
+    try:
+        work()
+    finally:
+        over.set()
+        working.set()
+    sampler.join(2)
+    return seen
 
 
 def under_load(looks: Sequence[Finding]) -> Finding:

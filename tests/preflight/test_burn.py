@@ -1,5 +1,8 @@
 """Equal work on equal cores: equal to the bit, and one flipped bit is found whatever core and time it comes from."""
 
+import threading
+import time
+
 import torch
 
 from gigatrain.preflight import burn, gpu
@@ -56,6 +59,27 @@ def test_gpus_far_from_the_buffer_are_said_and_not_judged():
 def test_looks_that_were_never_taken_are_untested():
     assert burn.under_load([]).state == "untested"
     assert burn.under_load(gpu.loaded(3, lambda: False)).state == "untested"
+
+
+def test_gpus_are_looked_at_while_they_work_and_not_before():
+    working, found = threading.Event(), []
+
+    def look(samples, wait):
+        while len(found) < samples and wait():
+            found.append(working.is_set())
+        return []
+
+    def work():
+        time.sleep(0.2)  # CUDA starts
+        assert not found
+        working.set()
+        time.sleep(1.0)
+
+    burn.watched(0.2, working, work, look)
+    assert found == [True] * 3
+    found.clear()
+    burn.watched(0.2, threading.Event(), lambda: time.sleep(0.1), look)  # it failed before it worked
+    assert not found
 
 
 def test_the_odd_one_is_named_where_most_agree():
