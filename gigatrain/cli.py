@@ -685,7 +685,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--out", metavar="DIR", help="write the verdict to DIR/NODE.json, and leave with 0 whatever it is")
     doctor.add_argument("--quick", action="store_true", help="work the hardware for half a second, not three")
     doctor.add_argument("--free-gib", metavar="GIB", type=_gib, help="room that a run needs (default: 4; 1 on node-local scratch)")
-    doctor.add_argument("--limit-s", metavar="S", type=_ranks, default=50, help="seconds for everything (default: 50)")
+    doctor.add_argument("--limit-s", metavar="S", type=_ranks, default=54, help="seconds for everything (default: 54)")
     doctor.add_argument("--json", action="store_true", help="the verdict as JSON")
     doctor.add_argument("--judge", metavar="DIR", help="judge the verdicts of DIR; prints the nodes that train, as one comma list")
     doctor.add_argument("--nodes", metavar="N", type=_ranks, default=1, help="with --judge: nodes that train (default: 1)")

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,10 @@ def checks(device: str, quick: bool, usual: Usual, facts: dict[str, Any], root: 
     seconds = 0.5 if quick else 3.0
     made = [Check("torch gpus", lambda: seen(device), 15)]
     if device == "cuda":
+        looks: list[Finding] = []
         made += [
-            Check("burn", lambda: burn_cuda(seconds, usual.tflops, facts), 20 + seconds),
+            Check("burn", lambda: burn_cuda(seconds, usual.tflops, facts, looks=looks), 20 + seconds),
+            Check("under load", lambda: under_load(looks), 1),
             Check("device memory", lambda: device_memory(usual.memory_gbyte_s), 10),
             Check("gpu links", lambda: gpu_links(usual.links_gbyte_s), 10),
             Check("host to device", host_to_device, 10),
@@ -131,8 +133,18 @@ def burn_cpu(seconds: float, facts: dict[str, Any], root: Path = Path("/"), touc
     return worst("burn", _unequal("core", cores, answers) or [Finding("burn", "ok", "", round(rate, 1))], shown)
 
 
-def burn_cuda(seconds: float, tflops: float | None, facts: dict[str, Any], touch: Touch | None = None, size: int = SIZE_CUDA) -> Finding:
-    """The same bf16 product on all GPUs at once; `value` is TFLOP/s of the slowest, against `tflops` and against each other; throttling while hot."""
+def burn_cuda(
+    seconds: float,
+    tflops: float | None,
+    facts: dict[str, Any],
+    touch: Touch | None = None,
+    size: int = SIZE_CUDA,
+    looks: list[Finding] | None = None,
+) -> Finding:
+    """The same bf16 product on all GPUs at once; `value` is TFLOP/s of the slowest, against `tflops` and against each other.
+
+    What the driver says of the GPUs meanwhile is appended to `looks`: for `under_load`.
+    """
     import torch
 
     count = torch.cuda.device_count()
@@ -142,7 +154,8 @@ def burn_cuda(seconds: float, tflops: float | None, facts: dict[str, Any], touch
     tile = min(size, 1024)  # drawing all of it on a CPU would take seconds
     shapes = ((size, 2 * size), (2 * size, size))  # long sums, so that comparing each result costs 4 % and not 8
     host = [torch.randn(tile, tile, generator=draw).bfloat16().repeat(rows // tile, columns // tile) for rows, columns in shapes]
-    begin = threading.Barrier(count)
+    working = threading.Event()
+    begin = threading.Barrier(count, working.set)
     answers: list[tuple[str, int, int, float]] = [("", 0, 0, 0.0)] * count
 
     def work(place: int) -> None:
@@ -166,16 +179,13 @@ def burn_cuda(seconds: float, tflops: float | None, facts: dict[str, Any], touch
         digest = hashlib.sha256(first.view(torch.int16).cpu().numpy().tobytes()).hexdigest()[:16]
         answers[place] = (digest, repetitions, int(unequal), took)
 
-    hot: list[Finding] = []
-    sampler = threading.Timer(seconds * 0.6 + 1.0, lambda: hot.extend(_under_load()))
-    sampler.daemon = True
-    sampler.start()
-    _together(work, count)
-    sampler.cancel()
+    seen = watched(seconds, working, lambda: _together(work, count))
+    if looks is not None:
+        looks += seen
     rates = [4 * size**3 * repetitions / took / 1e12 for _, repetitions, _, took in answers]
     names = sorted({torch.cuda.get_device_name(place) for place in range(count)})
     facts |= {"hardware": ", ".join(names), "digest": _judge_digest(answers), "device": "cuda"}
-    parts = _unequal("GPU", range(count), answers) + [part for part in hot if part.state != "ok"]
+    parts = _unequal("GPU", range(count), answers)
     middle = sorted(rates)[count // 2]
     for place, rate in enumerate(rates):
         if rate < SLOWER * middle:
@@ -189,6 +199,38 @@ def burn_cuda(seconds: float, tflops: float | None, facts: dict[str, Any], touch
     if parts:
         return worst("burn", parts, shown)
     return Finding("burn", "ok", shown, round(min(rates), 1), tflops)
+
+
+def watched(
+    seconds: float,
+    working: threading.Event,
+    work: Callable[[], None],
+    look: Callable[[int, Callable[[], bool]], list[Finding]] = gpu.loaded,
+) -> list[Finding]:
+    """What three looks find, spread over the `seconds` of `work` from when it sets `working`: before that the GPUs idle and CUDA starts."""
+    over = threading.Event()
+    seen: list[Finding] = []
+
+    def while_working() -> bool:
+        working.wait()
+        return not over.wait(seconds * 0.28)
+
+    sampler = threading.Thread(target=lambda: seen.extend(look(3, while_working)), name="doctor sampler", daemon=True)
+    sampler.start()
+    try:
+        work()
+    finally:
+        over.set()
+        working.set()
+    sampler.join(2)
+    return seen
+
+
+def under_load(looks: Sequence[Finding]) -> Finding:
+    """Throttling and PCIe links while the burn ran."""
+    if not looks:
+        return Finding("under load", "untested", "the driver was not asked while the GPUs worked, or did not tell")
+    return worst("under load", looks, "not slowed down, PCIe links at full width and generation")
 
 
 def _together(work: Callable[[int], None], count: int) -> None:
@@ -208,21 +250,6 @@ def _together(work: Callable[[int], None], count: int) -> None:
         thread.join()
     if failures:
         raise failures[0]
-
-
-def _under_load() -> list[Finding]:
-    import pynvml
-
-    try:
-        with gpu.nvml() as gpus:
-            parts = [part for one in gpus for part in gpu.throttle(one)]
-            for one in gpus:
-                now, most = one.CurrPcieLinkGeneration(), one.MaxPcieLinkGeneration()
-                if now and most and now < most:
-                    parts.append(one.says("pcie", "warn", f"PCIe generation {now} of {most} under load", now, most, "a riser or a slot"))
-            return parts
-    except pynvml.NVMLError:
-        return []
 
 
 def _judge_digest(answers: Sequence[tuple[str, int, int, float]]) -> str | None:
@@ -262,7 +289,10 @@ def device_memory(usual: float | None = None) -> Finding:
 
 
 def gpu_links(usual: float | None = None) -> Finding:
-    """Copies from each GPU to the next one of the node, in turn; `value` is GB/s in one direction of the slowest."""
+    """Copies from each GPU to the next one of the node, in turn; `value` is GB/s in one direction of the slowest.
+
+    `usual` is of one GPU over all its links: to one peer it all goes through a switch, without one a part, and where nobody knows there is no limit.
+    """
     import torch
 
     count = torch.cuda.device_count()
@@ -274,11 +304,21 @@ def gpu_links(usual: float | None = None) -> Finding:
         target = torch.empty(source.numel(), dtype=torch.uint8, device=f"cuda:{(place + 1) % count}")
         return _best(lambda: target.copy_(source), source.numel(), place, (place + 1) % count)
 
-    return _rates("gpu links", [rate(place) for place in range(count)], usual)
+    return _rates("gpu links", [rate(place) for place in range(count)], to_one_peer(usual, *gpu.switched()))
+
+
+def to_one_peer(usual: float | None, switch: bool | None, gpus: int) -> float | None:
+    """GB/s that one of `gpus` has to another where it has `usual` over all its links."""
+    if usual is None or switch is None or gpus < 2:
+        return None
+    return usual if switch else usual / (gpus - 1)
 
 
 def host_to_device() -> Finding:
-    """Copies from pinned host memory to each GPU, in turn; `value` is GB/s of the slowest. Its link's lanes and generation show here."""
+    """Copies from pinned host memory to each GPU, in turn; `value` is GB/s of the slowest. Its link's lanes and generation show here.
+
+    The buffer is on one NUMA node, so GPUs of the other are slower by design: their difference is said, and only nodes are compared.
+    """
     import torch
 
     if not torch.cuda.device_count():
@@ -289,7 +329,13 @@ def host_to_device() -> Finding:
         target = torch.empty(source.numel(), dtype=torch.uint8, device=f"cuda:{place}")
         return _best(lambda: target.copy_(source, non_blocking=True), source.numel(), place)
 
-    return _rates("host to device", [rate(place) for place in range(torch.cuda.device_count())])
+    return noted("host to device", [rate(place) for place in range(torch.cuda.device_count())])
+
+
+def noted(name: str, rates: list[float]) -> Finding:
+    """The GPUs' rates, none of them judged."""
+    found = _rates(name, rates)
+    return replace(found, state="ok", value=round(min(rates), 1), limit=None, way_out="") if rates else found
 
 
 def _best(copy: Callable[[], Any], size: int, *places: int) -> float:

@@ -9,6 +9,10 @@ from typing import Any, Literal
 
 State = Literal["ok", "warn", "bad", "untested"]
 Health = Literal["healthy", "suspect", "bad"]
+RAISED, HUNG = (
+    "the check itself failed",
+    "does it hang again? then something of this node does",
+)  # ways out that tell these from what was found
 WORST: tuple[State, ...] = ("ok", "untested", "warn", "bad")  # the later one wins where several parts make one finding
 
 
@@ -32,11 +36,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """A function that gives one finding, or several, and how long it may take."""
+    """A function that gives one finding, or several, and how long it may take; not `alone`: other nodes may be why it does not end."""
 
     name: str
     run: Callable[[], Finding | Sequence[Finding]]
     limit_s: float = 10.0
+    alone: bool = True
 
 
 def worst(name: str, parts: Sequence[Finding], well: str) -> Finding:
@@ -79,8 +84,8 @@ class Clock:
 def run(checks: Sequence[Check], clock: Clock, doing: Callable[[str], None] = lambda name: None) -> tuple[list[Finding], list[str]]:
     """The findings of every check in order, and the names of those that were given up because they hung.
 
-    A check that raises is bad with its error, one that takes longer than its limit is bad and left behind in its thread, one that no time was left for is
-    untested.
+    A check that raises is bad with its error, one that takes longer than its limit is bad and left behind in its thread. Where the whole had less time left
+    than its limit, it is bad after half of that or more, else it warns (untested where others may be the reason); one that no time was left for is untested.
     `doing` hears the name of each as it begins.
     """
     found: list[Finding] = []
@@ -98,8 +103,8 @@ def run(checks: Sequence[Check], clock: Clock, doing: Callable[[str], None] = la
             hung.append(check.name)
             cut = limit_s < check.limit_s
             said = f"gave no answer in {limit_s:.1f} s" + (f", all that was left of {clock.limit_s:g} s" if cut else "")
-            # What the others ate up is not this check's fault.
-            found.append(Finding(check.name, "untested" if cut else "bad", said, round(limit_s, 1), check.limit_s))
+            state: State = "bad" if not cut else "untested" if not check.alone else "bad" if limit_s >= check.limit_s / 2 else "warn"
+            found.append(Finding(check.name, state, said, round(limit_s, 1), check.limit_s, HUNG))
         else:
             found.extend(answer)
     return found, hung
@@ -117,9 +122,7 @@ def _in_thread(check: Check, limit_s: float) -> list[Finding] | None:
         except BaseException as failure:
             place = traceback.extract_tb(failure.__traceback__)[-1]
             where = f" ({place.filename.rsplit('/', 1)[-1]}:{place.lineno})"
-            answer[:] = [
-                Finding(check.name, "bad", f"{type(failure).__name__}: {failure}"[:300] + where, way_out="the check itself failed")
-            ]
+            answer[:] = [Finding(check.name, "bad", f"{type(failure).__name__}: {failure}"[:300] + where, way_out=RAISED)]
         done.set()
 
     threading.Thread(target=work, name=f"doctor {check.name}", daemon=True).start()

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -78,7 +79,11 @@ XID_PROGRAM = {
     142,
 }
 REASONS: tuple[tuple[int, str, State], ...] = (
-    (0x08, "hardware slowdown", "bad"),
+    (
+        0x08,
+        "hardware slowdown",
+        "warn",
+    ),  # alone also a power protection that trips, or a change of clocks: bad with one of the next two, or if it lasts
     (0x40, "hardware thermal slowdown", "bad"),
     (0x80, "power brake", "bad"),
     (0x20, "software thermal slowdown", "warn"),
@@ -92,7 +97,16 @@ RECOVERY = {
     6: "reset the bus",
     7: "reboot the system",
 }
-UNTOLD = (pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND, pynvml.NVML_ERROR_NO_PERMISSION)
+UNTOLD = (
+    pynvml.NVML_ERROR_NOT_SUPPORTED,
+    pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
+    pynvml.NVML_ERROR_NO_PERMISSION,
+    pynvml.NVML_ERROR_DEPRECATED,
+    pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH,
+)
+CHIP_TO_CHIP = re.compile(
+    r"\bG[HB][23]00\b"
+)  # joined to their CPU by NVLink-C2C: NVML may tell a placeholder (generation 1, x1) of their PCIe link
 _WAY = "exclude the node and reset the GPU (nvidia-smi --gpu-reset); replace it if it comes again"
 
 
@@ -102,10 +116,13 @@ class Gpu:
 
     index: int
     handle: Any
+    refused: pynvml.NVMLError | None = None  # why there is no handle: lost, or another job's
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*given: Any) -> Any:
             try:
+                if self.refused is not None:
+                    raise self.refused
                 return getattr(pynvml, f"nvmlDeviceGet{name}")(self.handle, *given)
             except pynvml.NVMLError as failure:
                 if getattr(failure, "value", None) in UNTOLD:
@@ -128,12 +145,19 @@ class Gpu:
 
 @contextmanager
 def nvml() -> Iterator[list[Gpu]]:
-    """Every GPU of the driver, whatever CUDA_VISIBLE_DEVICES says; raises pynvml.NVMLError without a driver or for a GPU that is gone."""
+    """Every GPU of the driver, whatever CUDA_VISIBLE_DEVICES says, those it refuses too; raises pynvml.NVMLError without a driver."""
     pynvml.nvmlInit()
     try:
-        yield [Gpu(index, pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(pynvml.nvmlDeviceGetCount())]
+        yield [_opened(index) for index in range(pynvml.nvmlDeviceGetCount())]
     finally:
         pynvml.nvmlShutdown()
+
+
+def _opened(index: int) -> Gpu:
+    try:
+        return Gpu(index, pynvml.nvmlDeviceGetHandleByIndex(index))
+    except pynvml.NVMLError as failure:
+        return Gpu(index, None, failure)
 
 
 def checks(wanted: bool | None, accelerators: int | None, root: Path = Path("/")) -> list[Check]:
@@ -152,25 +176,33 @@ def counted(wanted: bool | None, accelerators: int | None, root: Path = Path("/"
         with nvml() as gpus:
             driver = pynvml.nvmlSystemGetDriverVersion()
             cuda = pynvml.nvmlSystemGetCudaDriverVersion()
-            names = sorted({str(gpu.Name()) for gpu in gpus})
+            names, parts = set(), []
+            for gpu in gpus:
+                try:
+                    name = gpu.Name()
+                    if name is not None:
+                        names.add(str(name))
+                    elif gpu.refused is not None:
+                        parts.append(gpu.says("gpus", "untested", str(gpu.refused)))
+                except pynvml.NVMLError as failure:
+                    parts.append(gpu.says("gpus", "bad", str(failure)))
     except pynvml.NVMLError as failure:
         kind = "bad" if wanted and not _amd_cards(root) else "untested"
         said = f"no NVIDIA GPU: {failure}" + ("; the site says that a node has GPUs" if kind == "bad" else "")
         return Finding("gpus", kind, said, 0, accelerators, "nvidia-smi; is the driver loaded?" if kind == "bad" else "")
-    shown = f"{len(gpus)} x {', '.join(names) or 'nothing'}, driver {driver}, which runs CUDA {cuda // 1000}.{cuda % 1000 // 10}"
-    if len(gpus) != (accelerators or len(gpus)) or not gpus:
-        gone = "a GPU fell off the bus, or the job did not ask for all" if len(gpus) < (accelerators or 1) else "is it the right site?"
-        return Finding(
-            "gpus",
-            "bad" if len(gpus) < (accelerators or 1) else "warn",
-            f"{shown}; the site says {accelerators}",
-            len(gpus),
-            accelerators,
-            gone,
-        )
+    count = len(gpus) - len(parts)
+    names = sorted(names)
+    refused = "".join(f"; {part.said}" for part in parts)
+    shown = f"{count} x {', '.join(names) or 'nothing'}, driver {driver}, which runs CUDA {cuda // 1000}.{cuda % 1000 // 10}{refused}"
+    if any(part.state == "bad" for part in parts):
+        return Finding("gpus", "bad", shown, count, accelerators or len(gpus), _WAY)
+    if count != (accelerators or count) or not count:
+        few = count < (accelerators or 1)
+        gone = "a GPU fell off the bus, or the job did not ask for all" if few else "is it the right site?"
+        return Finding("gpus", "bad" if few else "warn", f"{shown}; the site says {accelerators}", count, accelerators, gone)
     if len(names) > 1:
         return Finding("gpus", "warn", shown, ", ".join(names), "one kind", "the slowest sets the pace")
-    return Finding("gpus", "ok", shown, len(gpus), accelerators)
+    return Finding("gpus", "ok", shown, count, accelerators)
 
 
 def _each(name: str, one: Callable[[Gpu], Sequence[Finding]]) -> Finding:
@@ -185,8 +217,8 @@ def _each(name: str, one: Callable[[Gpu], Sequence[Finding]]) -> Finding:
                     parts.append(gpu.says(name, "bad", str(failure)))
     except pynvml.NVMLError as failure:
         return Finding(name, "untested", f"no NVIDIA GPU: {failure}")
-    if name == "nvlink" and {part.state for part in parts} > {"untested"}:  # the others have links: this one should
-        parts = [replace(part, state="bad", way_out=_WAY) if part.state == "untested" else part for part in parts]
+    if name == "nvlink":
+        parts = _beside(parts)
     if not parts:
         return Finding(name, "untested", "these GPUs or this driver do not tell" if gpus else "no NVIDIA GPU")
     return worst(name, parts, "; ".join(dict.fromkeys(re.sub(r"^GPU \d+: ", "", part.said) for part in parts)))
@@ -240,8 +272,16 @@ def throttle(gpu: Gpu) -> list[Finding]:
         reasons = gpu.CurrentClocksThrottleReasons()
     if reasons is None:
         return []
+    hard = reasons & (0x40 | 0x80)
     parts = [
-        gpu.says("throttle", state, f"slowed down: {what}", what, "none", "cooling or power supply: exclude the node")
+        gpu.says(
+            "throttle",
+            "bad" if hard and bit == 0x08 else state,
+            f"slowed down: {what}",
+            what,
+            "none",
+            "cooling or power supply: exclude the node",
+        )
         for bit, what, state in REASONS
         if reasons & bit
     ]
@@ -282,14 +322,96 @@ def power(gpu: Gpu) -> list[Finding]:
 
 
 def pcie(gpu: Gpu) -> list[Finding]:
-    """Lanes and generation of its link; the generation may be low while idle, so only a burn (under load) judges that."""
+    """Lanes and generation of its link; both may be low while idle, so only a burn (under load) judges them."""
+    if CHIP_TO_CHIP.search(name := str(gpu.Name())):
+        return [gpu.says("pcie", "untested", f"{name} is joined to its CPU by C2C, not by PCIe")]
     width, most = gpu.CurrPcieLinkWidth(), gpu.MaxPcieLinkWidth()
     if width is None or most is None:
         return []
     if width < most:
-        return [gpu.says("pcie", "bad", f"PCIe x{width} of x{most}", width, most, "a riser, a slot or a cable: exclude the node")]
+        return [
+            gpu.says("pcie", "warn", f"PCIe x{width} of x{most} while idle", width, most, "a riser, a slot or a cable; the burn judges it")
+        ]
     generation, best = gpu.CurrPcieLinkGeneration(), gpu.MaxPcieLinkGeneration()
     return [gpu.says("pcie", "ok", f"PCIe x{width}, up to generation {best} ({generation} now, idle)", width, most)]
+
+
+def pcie_loaded(gpu: Gpu) -> list[Finding]:
+    """Lanes and generation while it works: nothing saves power now."""
+    if CHIP_TO_CHIP.search(str(gpu.Name())):
+        return []
+    parts = []
+    width, most = gpu.CurrPcieLinkWidth(), gpu.MaxPcieLinkWidth()
+    if width and most and width < most:
+        parts.append(
+            gpu.says("pcie", "bad", f"PCIe x{width} of x{most} under load", width, most, "a riser, a slot or a cable: exclude the node")
+        )
+    now, best = gpu.CurrPcieLinkGeneration(), gpu.MaxPcieLinkGeneration()
+    if now and best and now < best:
+        parts.append(gpu.says("pcie", "warn", f"PCIe generation {now} of {best} under load", now, best, "a riser or a slot"))
+    return parts
+
+
+def loaded(samples: int, wait: Callable[[], bool]) -> list[Finding]:
+    """Throttling and PCIe links of all GPUs, looked at up to `samples` times: after each `wait()`, while that is True.
+
+    A hardware slowdown without heat or power brake is bad only where every one of at least three looks saw it.
+    """
+    parts: dict[str, Finding] = {}
+    seen: Counter[str] = Counter()
+    taken = 0
+    try:
+        with nvml() as gpus:
+            while taken < samples and wait():
+                taken += 1
+                for gpu in gpus:
+                    try:
+                        found = [*throttle(gpu), *pcie_loaded(gpu)]
+                    except pynvml.NVMLError as failure:
+                        found = [gpu.says("under load", "bad", f"{failure} under load")]
+                    parts |= {part.said: part for part in found}
+                    seen.update({part.said for part in found})
+    except pynvml.NVMLError:
+        return []
+    lasting = [part for part in parts.values() if part.value == REASONS[0][1] and seen[part.said] == taken >= 3]
+    return [replace(part, state="bad") if part in lasting else part for part in parts.values()]
+
+
+def switched() -> tuple[bool | None, int]:
+    """`(whether NVLink switches join this node's GPUs, how many GPUs it has)`; None where the driver does not tell."""
+    kinds = set()
+    try:
+        with nvml() as gpus:
+            for gpu in gpus[:1]:
+                for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
+                    if gpu.NvLinkState(link):
+                        kinds.add(gpu.NvLinkRemoteDeviceType(link))
+    except pynvml.NVMLError as failure:
+        if getattr(failure, "value", None) != pynvml.NVML_ERROR_INVALID_ARGUMENT:  # beyond its last link
+            return None, 0
+    kinds &= {pynvml.NVML_NVLINK_DEVICE_TYPE_GPU, pynvml.NVML_NVLINK_DEVICE_TYPE_SWITCH}
+    return (pynvml.NVML_NVLINK_DEVICE_TYPE_SWITCH in kinds if kinds else None), len(gpus)
+
+
+def _beside(parts: Sequence[Finding]) -> list[Finding]:
+    """NVLinks that are down, judged by the node's other GPUs: cards that a bridge joins by a part of their links, or in pairs, have as few on most."""
+    active = {place: part.value for place, part in enumerate(parts) if part.state != "warn" and isinstance(part.value, int)}
+    counts = Counter(active.values()).most_common(2)
+    if len(active) < 2 or not any(active.values()):
+        return list(parts)
+    tied = len(counts) > 1 and counts[0][1] == counts[1][1]
+    usual = counts[0][0]
+
+    def judged(place: int, part: Finding) -> Finding:
+        if place not in active or part.state == "ok":
+            return part
+        if active[place] < usual and not tied:
+            return replace(part, state="bad", way_out=_WAY)
+        return replace(
+            part, state="warn", said=f"{part.said}, as on others of this node", way_out="bridges that join a part only, or a fault"
+        )
+
+    return [judged(place, part) for place, part in enumerate(parts)]
 
 
 def nvlink(gpu: Gpu) -> list[Finding]:
@@ -378,7 +500,8 @@ _OTHER: tuple[tuple[re.Pattern[str], str, State], ...] = (
     ),
     (re.compile(r"EDAC .*\bUE\b"), "memory had an uncorrected error", "bad"),
     (re.compile(r"amdgpu.*(uncorrectable|GPU reset begin|ring .* timeout)", re.I), "an AMD GPU failed", "bad"),
-    (re.compile(r"AER: .*(Fatal)", re.I), "a PCIe device reported a fatal error", "warn"),
+    (re.compile(r"AER: .*Non-?Fatal", re.I), "a PCIe device reported an error that is not fatal", "warn"),
+    (re.compile(r"AER: .*Fatal", re.I), "a PCIe device reported a fatal error", "warn"),
     (re.compile(r"EXT4-fs error|XFS .*(Corruption|shutdown)|I/O error, dev (nvme|sd)", re.I), "a local disk failed", "warn"),
     (re.compile(r"mlx5_core.*(device's health compromised|Health issue)", re.I), "a network card reported a failure", "bad"),
 )

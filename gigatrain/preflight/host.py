@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib
+import ipaddress
 import os
 import platform
 import resource
@@ -33,13 +34,16 @@ MANY = {
 MANY_ETHERNET = {"rx_errors": 1000, "tx_errors": 1000, "rx_crc_errors": 1000}
 
 
-def checks(device: str, root: Path = Path("/"), nic_gbit_s: float | None = None) -> list[Check]:
+def checks(
+    device: str, root: Path = Path("/"), nic_gbit_s: float | None = None, accelerators: int | None = None, ranks: int = 1
+) -> list[Check]:
+    """Of a node whose `accelerators` have `nic_gbit_s` each, one of `ranks`."""
     return [
         Check("versions", lambda: versions_found(root), 10),
         Check("limits", lambda: limits(root), 5),
         Check("memory", lambda: memory(root), 5),
-        Check("ports", ports, 5),
-        Check("network cards", lambda: cards(root, nic_gbit_s if device == "cuda" else None), 10),
+        Check("ports", lambda: ports(ranks), 5),
+        Check("network cards", lambda: cards(root, nic_gbit_s if device == "cuda" else None, accelerators), 10),
     ]
 
 
@@ -124,8 +128,8 @@ def memory(root: Path = Path("/")) -> Finding:
     return worst("memory", parts, f"{(free or 0) >> 30:,} of {(total or 0) >> 30:,} GiB available, {known}")
 
 
-def ports() -> Finding:
-    """A port of this host's own name can be bound, and reached by that name: what a rendezvous does."""
+def ports(ranks: int = 1) -> Finding:
+    """A port of this host's own name can be bound, and reached by that name: what a rendezvous does; of several `ranks` not on the loopback."""
     name = socket.gethostname()
     way = f"{name} must resolve to an address of this node (/etc/hosts or DNS)"
     try:
@@ -140,9 +144,16 @@ def ports() -> Finding:
             port = server.getsockname()[1]
     except OSError as failure:
         return Finding("ports", "bad", f"no port of {name} ({address[4][0]}) can be bound and reached: {failure}", None, None, way)
+    if ranks > 1 and loopback(str(address[4][0])) and not os.environ.get("GLOO_SOCKET_IFNAME"):
+        said = f"{name} is {address[4][0]}, the loopback: gloo would tell it to other nodes, which cannot reach it"
+        return Finding("ports", "warn", said, str(address[4][0]), None, f"{way}, or export GLOO_SOCKET_IFNAME")
     return Finding(
         "ports", "ok", f"{name} is {address[4][0]}, port {port} bound and reached in {1e3 * (time.perf_counter() - begin):.1f} ms"
     )
+
+
+def loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def bindable(port: int) -> Finding:
@@ -156,15 +167,29 @@ def bindable(port: int) -> Finding:
         )
 
 
-def cards(root: Path = Path("/"), nic_gbit_s: float | None = None) -> Finding:
-    """State, rate and error counters of InfiniBand and RoCE ports; without any, of Ethernet cards."""
+def cards(root: Path = Path("/"), nic_gbit_s: float | None = None, accelerators: int | None = None) -> Finding:
+    """State, rate and error counters of InfiniBand and RoCE ports; without any, of Ethernet cards.
+
+    A port slower than the site's is a fault only where the others do not give `accelerators` their `nic_gbit_s` each: else it is another card, for storage.
+    """
     folder = root / "sys/class/infiniband"
     found = sorted(folder.glob("*/ports/*")) if folder.is_dir() else []
     if found:
         rates = [_rate(port) for port in found]
         usual = max(rates, default=0.0)
-        parts = [part for port, rate in zip(found, rates, strict=True) for part in _port(port, rate, usual, nic_gbit_s)]
-        return worst("network cards", parts, f"{len(found)} InfiniBand or RoCE ports active at {usual:g} Gbit/s, no errors")
+        fast = [
+            rate
+            for port, rate in zip(found, rates, strict=True)
+            if "ACTIVE" in (text(port / "state") or "") and rate >= 0.99 * _wanted(usual, nic_gbit_s)
+        ]
+        enough = sum(fast) >= 0.99 * nic_gbit_s * accelerators if nic_gbit_s and accelerators else None
+        parts = [part for port, rate in zip(found, rates, strict=True) for part in _port(port, rate, usual, nic_gbit_s, enough)]
+        more = "; " + "; ".join(part.said for part in parts) if parts else ""
+        return worst(
+            "network cards",
+            parts,
+            f"{len(fast) if enough else len(found)} InfiniBand or RoCE ports active at {usual:g} Gbit/s, no errors{more}",
+        )
     parts = list(_ethernet(root))
     well = "; ".join(part.said for part in parts) or "no network card but the loopback"
     finding = worst("network cards", parts, well)
@@ -178,7 +203,12 @@ def _rate(port: Path) -> float:
     return float(rate) if rate.replace(".", "", 1).isdecimal() else 0.0
 
 
-def _port(port: Path, rate: float, usual: float, nic_gbit_s: float | None) -> Iterator[Finding]:
+def _wanted(usual: float, nic_gbit_s: float | None) -> float:
+    """The rate of a port: the site's, or that of the fastest where the site does not say or none has it."""
+    return nic_gbit_s if nic_gbit_s and nic_gbit_s <= usual * 1.01 else usual
+
+
+def _port(port: Path, rate: float, usual: float, nic_gbit_s: float | None, enough: bool | None) -> Iterator[Finding]:
     name = f"{port.parent.parent.name}:{port.name}"
     state, physical = text(port / "state") or "unknown", text(port / "phys_state") or "unknown"
     way = "a cable, a transceiver or a switch port: exclude the node"
@@ -187,9 +217,13 @@ def _port(port: Path, rate: float, usual: float, nic_gbit_s: float | None) -> It
         kind = "warn" if "Disabled" in physical or "Polling" in physical else "bad"
         yield Finding("network cards", kind, f"{name} is {state} ({physical})", state, "4: ACTIVE", way)
         return
-    wanted = nic_gbit_s if nic_gbit_s and nic_gbit_s <= usual * 1.01 else usual
-    if rate < 0.99 * wanted and (text(port / "link_layer") == "InfiniBand" or rate < 0.5 * wanted):
-        yield Finding("network cards", "bad", f"{name} runs at {rate:g} Gbit/s, {wanted:g} are wanted", rate, wanted, way)
+    wanted = _wanted(usual, nic_gbit_s)
+    if rate < 0.99 * wanted and enough:
+        yield Finding("network cards", "ok", f"{name} runs at {rate:g} Gbit/s, beside those that the GPUs need", rate, wanted)
+    elif rate < 0.99 * wanted and (text(port / "link_layer") == "InfiniBand" or rate < 0.5 * wanted):
+        # Where nobody says how many of which speed there should be, or no port has the site's, it may be a slower card.
+        kind = "bad" if enough is False and wanted == nic_gbit_s else "warn"
+        yield Finding("network cards", kind, f"{name} runs at {rate:g} Gbit/s, {wanted:g} are wanted", rate, wanted, way)
     elif nic_gbit_s and rate < 0.99 * nic_gbit_s:
         said = f"{name} runs at {rate:g} Gbit/s, the site says {nic_gbit_s:g}"
         yield Finding("network cards", "warn", said, rate, nic_gbit_s, "network.nic_gbit_s of the site, or the link")

@@ -19,13 +19,14 @@ from typing import Literal
 
 from gigatrain.errors import RunError
 from gigatrain.preflight import verdict as verdicts
-from gigatrain.preflight.findings import Finding, Health
+from gigatrain.preflight.findings import HUNG, RAISED, Finding, Health, State
 from gigatrain.preflight.network import PARTS
 from gigatrain.preflight.verdict import Verdict
 
 TIMES = 5.0
 FLOOR = {"cuda": 0.02, "cpu": 0.10}
-DISK_FLOOR = 0.16  # a synced write scatters much: only one that is slower than a fifth of the median stands out
+# A synced write scatters much: only one that is slower than a fifth of the median stands out. A latency depends on how many switches the pairs are apart.
+FLOORS = {"scratch write": 0.16, "latency": 0.20}
 # Findings whose value is a figure of the node's own, and which way is better. On CPUs the nodes of a test share cores and one loopback: only the burn.
 COMPARED: dict[str, Literal["higher", "lower"]] = {
     "burn": "higher",
@@ -38,6 +39,30 @@ COMPARED: dict[str, Literal["higher", "lower"]] = {
     "scratch write": "higher",
 }
 COMPARED_CPU = ("burn",)
+# Work on the device: what was done on some nodes and not on another is doubtful there.
+WORKED = ("torch gpus", "burn", "device memory", "gpu links", "host to device", "kernel", "host memory")
+# What is wrong with a node's own parts, and will be tomorrow. All else (late, silent, another clock or version, the run's folder) costs this attempt only.
+LASTING = (
+    "ecc",
+    "recovery",
+    "throttle",
+    "temperature",
+    "pcie",
+    "nvlink",
+    "kernel log",
+    "gpus",
+    "amd gpus",
+    "burn",
+    "under load",
+    "burn equality",
+    "network cards",
+    "memory",
+    "links",
+    "scratch",
+    "scratch space",
+    "scratch write",
+    "scratch lock",
+)
 
 
 @dataclass
@@ -85,10 +110,11 @@ def slow(figures: Mapping[str, float], better: Literal["higher", "lower"] = "hig
 
 
 def judge(folder: Path, nodes: int, expect: Sequence[str] = (), excluded: Path | None = None, run: str = "") -> Judgement:
-    """Read every verdict of `folder`, compare them, choose `nodes` of them and append the bad ones to `excluded`.
+    """Read every verdict of `folder`, compare them, choose `nodes` of them and append those whose fault lasts (LASTING) to `excluded`.
 
     The order is that of `expect` (the allocation's), else of the ranks, which Slurm gives by its node list: by topology where the site has one. A fault
-    that more than half of the nodes share (a full file system, a launcher's mistake) is no node's own: it keeps them from training, and nobody is excluded.
+    that more than half of the nodes share (a full file system, a launcher's mistake) is no node's own: it keeps them from training, and nobody is excluded;
+    a warning that as many share (a limit of the site's, a port that is not cabled) puts none of them behind the others.
     Raises RunError where there is no folder.
     """
     if not folder.is_dir():
@@ -111,7 +137,9 @@ def judge(folder: Path, nodes: int, expect: Sequence[str] = (), excluded: Path |
     }
     rows = [_row(node, findings[node]) for node in order]
     judgement = Judgement(rows, [], nodes)
-    _choose(judgement)
+    _choose(judgement, findings)
+    if told := _all_reduce(here.values()):
+        judgement.notes.append(told)
     untested = [{one.name for one in found.findings if one.state == "untested"} for found in here.values()]
     if everywhere := set.intersection(*untested) if untested else set():
         judgement.notes.append(f"not tested on any node: {', '.join(sorted(everywhere))}")
@@ -153,8 +181,23 @@ def _meeting(read: Mapping[str, Verdict]) -> dict[tuple[str, str], Finding]:
     }
 
 
+def _all_reduce(read: Iterable[Verdict]) -> str | None:
+    """What the all-reduce over all nodes reached, where that is less than half of what the site's network gives: no node's fault that it could tell."""
+    found = [one for verdict in read for one in verdict.findings if one.name == "all-reduce" and one.state == "ok"]
+    low = [one for one in found if isinstance(one.value, float) and isinstance(one.limit, float) and one.value < 0.5 * one.limit]
+    return f"all-reduce: {low[0].said}; the slowest node and the longest way set it" if low else None
+
+
 def _compare(read: Mapping[str, Verdict], added: dict[str, list[Finding]]) -> None:
-    """Add to each node what only the others show: a slow figure, another result of the burn."""
+    """Add to each node what only the others show: work that it did not do, a slow figure, another result of the burn."""
+    states = {node: {one.name: one.state for one in found.findings} for node, found in read.items()}
+    done = {name for told in states.values() for name in WORKED if told.get(name, "untested") != "untested"}
+    for node, told in states.items():
+        if missed := [name for name in WORKED if name in done and told.get(name) == "untested"]:
+            said = f"{', '.join(missed)}: tested on other nodes, not on this one"
+            added[node].append(
+                Finding("work", "warn", said, len(missed), 0, "a GPU or a file system that is slow to start; see its verdict")
+            )
     alike: dict[tuple[str, str], list[str]] = defaultdict(list)
     for node, found in read.items():
         alike[str(found.facts.get("hardware")), str(found.facts.get("device", "cpu"))].append(node)
@@ -168,7 +211,7 @@ def _compare(read: Mapping[str, Verdict], added: dict[str, list[Finding]]) -> No
                 for one in read[node].findings
                 if one.name == name and one.state in ("ok", "warn") and isinstance(one.value, (int, float))
             }
-            for node, share in slow(figures, better, DISK_FLOOR if name == "scratch write" else FLOOR.get(device, FLOOR["cuda"])).items():
+            for node, share in slow(figures, better, FLOORS.get(name, FLOOR.get(device, FLOOR["cuda"]))).items():
                 middle = statistics.median(figures.values())
                 said = f"{name} is {share:.0%} of the median of {len(figures)} nodes ({figures[node]:g}, median {middle:g})"
                 added[node].append(Finding(f"slow {name}", "warn", said, figures[node], middle, "exclude the node if it stays so"))
@@ -183,9 +226,20 @@ def _compare(read: Mapping[str, Verdict], added: dict[str, list[Finding]]) -> No
                     added[node].append(Finding("burn equality", "bad", said, found[0], usual[0], "it computes wrong numbers: exclude it"))
 
 
-def _choose(judgement: Judgement) -> None:
-    healthy = [row for row in judgement.rows if row.health == "healthy"][: judgement.wanted]
-    suspects = [row for row in judgement.rows if row.health == "suspect"][: judgement.wanted - len(healthy)]
+def _shared(findings: Mapping[str, Sequence[Finding]], state: State) -> set[str]:
+    """Names of what more than half of the nodes have in this state."""
+    counts = Counter(name for found in findings.values() for name in {one.name for one in found if one.state == state})
+    return {name for name, count in counts.items() if count >= 2 and count * 2 > len(findings)}
+
+
+def _choose(judgement: Judgement, findings: Mapping[str, Sequence[Finding]]) -> None:
+    shared = _shared(findings, "warn")
+    fit = [row for row in judgement.rows if row.health != "bad"]
+    own = {row.node for row in fit if any(one.state == "warn" and one.name not in shared for one in findings[row.node])}
+    healthy = [row for row in fit if row.node not in own][: judgement.wanted]
+    suspects = [row for row in fit if row.node in own][: judgement.wanted - len(healthy)]
+    if shared:
+        judgement.notes.append(f"warnings of more than half of the nodes, which put none behind another: {', '.join(sorted(shared))}")
     for row in (*healthy, *suspects):
         row.chosen = True
     judgement.chosen = [row.node for row in judgement.rows if row.chosen]
@@ -195,17 +249,15 @@ def _choose(judgement: Judgement) -> None:
 
 
 def _exclude(judgement: Judgement, findings: Mapping[str, Sequence[Finding]], excluded: Path | None, run: str) -> None:
-    """Append the bad nodes to the site's list, each with its own reasons; several jobs may append at once."""
-    faults = {node: {one.name for one in found if one.state == "bad"} for node, found in findings.items()}
-    counts = Counter(name for names in faults.values() for name in names)
-    shared = {name for name, count in counts.items() if count >= 2 and count * 2 > len(judgement.rows)}
+    """Append the nodes whose fault lasts to the site's list, each with its own reasons; several jobs may append at once."""
+    shared = _shared(findings, "bad")
     if shared:
         judgement.notes.append(
             f"shared by more than half of the nodes, so no node's own fault and no reason to exclude one: {', '.join(sorted(shared))}"
         )
     lines: list[str] = []
     for row in judgement.rows:
-        own = [f"{one.name}: {one.said}" for one in findings[row.node] if one.state == "bad" and one.name not in shared]
+        own = [f"{one.name}: {one.said}" for one in findings[row.node] if _lasting(one) and one.name not in shared]
         named = row.node in findings and not row.node.startswith("rank ")
         if own and named and excluded is not None:
             row.excluded = True
@@ -213,6 +265,11 @@ def _exclude(judgement: Judgement, findings: Mapping[str, Sequence[Finding]], ex
     if excluded is not None and lines:
         excluded.parent.mkdir(parents=True, exist_ok=True)
         _append(excluded, lines)
+
+
+def _lasting(finding: Finding) -> bool:
+    """A check that hung or failed itself has found nothing: the next attempt asks again."""
+    return finding.state == "bad" and finding.name in LASTING and finding.way_out not in (HUNG, RAISED)
 
 
 def _append(path: Path, lines: Iterable[str]) -> None:

@@ -10,14 +10,17 @@ import pytest
 
 # One process for all questions: each line is a JSON pair (faults, wanted accelerators); each answer the findings by name.
 _ASKED = """
-import json, os, sys
+import dataclasses, json, os, sys
 from pathlib import Path
-from gigatrain.preflight import findings, gpu
+from gigatrain.preflight import burn, findings, gpu
 for line in sys.stdin:
     faults, accelerators = json.loads(line)
     names = {"FAKE_" + name: value for name, value in faults.items()}
     os.environ.update(names)
     found, _ = findings.run(gpu.checks(True, accelerators, Path("/nonexistent")), findings.Clock(60))
+    looks = [burn.under_load(gpu.loaded(count, lambda: True)) for count in (3, 2)]
+    found += [looks[0], dataclasses.replace(looks[1], name="two looks")]
+    found.append(findings.Finding("peer", "ok", "", burn.to_one_peer(450.0, *gpu.switched())))
     print(json.dumps({one.name: one.json() for one in found}), flush=True)
     for name in names:
         del os.environ[name]

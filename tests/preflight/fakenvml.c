@@ -33,9 +33,15 @@ Result nvmlDeviceGetCount_v2(unsigned *number) { *number = count(); return SUCCE
 Result nvmlDeviceGetHandleByIndex_v2(unsigned index, Device *device) {
     if ((int)index >= count()) return INVALID_ARGUMENT;
     *device = (Device)(long)(index + 1);
+    if (fault(*device, "GONE", 0)) return LOST;
+    if (fault(*device, "FORBIDDEN", 0)) return NO_PERMISSION;
     return SUCCESS;
 }
-Result nvmlDeviceGetName(Device device, char *text, unsigned size) { ALIVE; snprintf(text, size, "NVIDIA H100 80GB HBM3"); return SUCCESS; }
+Result nvmlDeviceGetName(Device device, char *text, unsigned size) {
+    ALIVE;
+    snprintf(text, size, fault(device, "GRACE", 0) ? "NVIDIA GH200 120GB" : "NVIDIA H100 80GB HBM3");
+    return SUCCESS;
+}
 Result nvmlDeviceGetEccMode(Device device, int *now, int *pending) { ALIVE; *now = *pending = !fault(device, "ECC_OFF", 0); return SUCCESS; }
 Result nvmlDeviceGetTotalEccErrors(Device device, int kind, int counter, unsigned long long *errors) {
     ALIVE;
@@ -62,7 +68,13 @@ Result nvmlDeviceGetFieldValues(Device device, int number, Field *fields) {
 }
 Result nvmlDeviceGetCurrentClocksEventReasons(Device device, unsigned long long *reasons) { ALIVE; *reasons = fault(device, "REASONS", 1); return SUCCESS; }
 Result nvmlDeviceGetMaxClockInfo(Device device, int kind, unsigned *mhz) { (void)kind; ALIVE; *mhz = 1980; return SUCCESS; }
-Result nvmlDeviceGetApplicationsClock(Device device, int kind, unsigned *mhz) { (void)kind; ALIVE; *mhz = fault(device, "CLOCK", 1980); return SUCCESS; }
+Result nvmlDeviceGetApplicationsClock(Device device, int kind, unsigned *mhz) {
+    (void)kind;
+    ALIVE;
+    if (fault(device, "DEPRECATED", 0)) return 26;
+    *mhz = fault(device, "CLOCK", 1980);
+    return SUCCESS;
+}
 Result nvmlDeviceGetTemperature(Device device, int kind, unsigned *celsius) { (void)kind; ALIVE; *celsius = fault(device, "CELSIUS", 38); return SUCCESS; }
 Result nvmlDeviceGetTemperatureThreshold(Device device, int kind, unsigned *celsius) { (void)kind; ALIVE; *celsius = 90; return SUCCESS; }
 Result nvmlDeviceGetPowerManagementLimit(Device device, unsigned *milliwatts) { ALIVE; *milliwatts = 1000 * fault(device, "WATTS", 700); return SUCCESS; }
@@ -75,6 +87,13 @@ Result nvmlDeviceGetNvLinkState(Device device, unsigned link, int *active) {
     ALIVE;
     if (link >= (unsigned)fault(device, "LINKS", 18)) return INVALID_ARGUMENT;
     *active = fault(device, "LINK_DOWN", -1) != (long)link && !fault(device, "LINKS_DOWN", 0);
+    return SUCCESS;
+}
+Result nvmlDeviceGetNvLinkRemoteDeviceType(Device device, unsigned link, int *kind) {
+    (void)link;
+    ALIVE;
+    if (fault(device, "NO_REMOTE", 0)) return NOT_SUPPORTED;
+    *kind = fault(device, "MESH", 0) ? 0 : 2;
     return SUCCESS;
 }
 Result nvmlDeviceGetNvLinkErrorCounter(Device device, unsigned link, int kind, unsigned long long *errors) {

@@ -1,8 +1,11 @@
 """Equal work on equal cores: equal to the bit, and one flipped bit is found whatever core and time it comes from."""
 
+import threading
+import time
+
 import torch
 
-from gigatrain.preflight import burn
+from gigatrain.preflight import burn, gpu
 
 
 def flip(place, repetition):
@@ -45,6 +48,38 @@ def test_slow_gpus_are_named_beside_their_neighbours_and_what_is_usual():
     assert burn._rates("device memory", [3000.0] * 7 + [2000.0]).said == "GPU 7: 2,000 GB/s, its neighbours 3,000"
     assert burn._rates("device memory", [2000.0] * 8, 3350).state == "warn"
     assert burn._rates("device memory", [3000.0] * 8, 3350).said == "3,000 to 3,000 GB/s over 8 GPUs; 3,350 are declared"
+
+
+def test_gpus_far_from_the_buffer_are_said_and_not_judged():
+    found = burn.noted("host to device", [55.0] * 4 + [38.0] * 4)
+    assert (found.state, found.value, found.way_out) == ("ok", 38.0, "")
+    assert "GPU 4: 38 GB/s, its neighbours 55" in found.said
+
+
+def test_looks_that_were_never_taken_are_untested():
+    assert burn.under_load([]).state == "untested"
+    assert burn.under_load(gpu.loaded(3, lambda: False)).state == "untested"
+
+
+def test_gpus_are_looked_at_while_they_work_and_not_before():
+    working, found = threading.Event(), []
+
+    def look(samples, wait):
+        while len(found) < samples and wait():
+            found.append(working.is_set())
+        return []
+
+    def work():
+        time.sleep(0.2)  # CUDA starts
+        assert not found
+        working.set()
+        time.sleep(1.0)
+
+    burn.watched(0.2, working, work, look)
+    assert found == [True] * 3
+    found.clear()
+    burn.watched(0.2, threading.Event(), lambda: time.sleep(0.1), look)  # it failed before it worked
+    assert not found
 
 
 def test_the_odd_one_is_named_where_most_agree():

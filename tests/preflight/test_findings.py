@@ -40,10 +40,18 @@ def test_a_check_that_hangs_is_left_behind_at_its_own_limit():
 def test_what_the_whole_limit_leaves_no_time_for_is_untested_by_name():
     never = threading.Event()
     found, hung = findings.run([Check("long", lambda: hangs(never), 30), ok("a"), ok("b")], Clock(0.3))
-    assert [(one.name, one.state) for one in found] == [("long", "untested"), ("a", "untested"), ("b", "untested")]
+    assert [(one.name, one.state) for one in found] == [("long", "warn"), ("a", "untested"), ("b", "untested")]
     assert hung == ["long"]
     assert "all that was left of 0.3 s" in found[0].said
     assert "the whole limit of 0.3 s was spent" in found[1].said
+    never.set()
+
+
+def test_a_check_that_hung_is_bad_after_half_of_its_limit_unless_others_may_be_why():
+    never = threading.Event()
+    for limit_s, alone, state in ((0.5, True, "bad"), (30, True, "warn"), (0.5, False, "untested")):
+        found, _ = findings.run([Check("burn", lambda: hangs(never), limit_s, alone)], Clock(0.3))
+        assert (found[0].state, found[0].way_out) == (state, findings.HUNG)
     never.set()
 
 

@@ -4,7 +4,8 @@ import pytest
 
 from gigatrain.preflight import gpu
 
-NAMES = ["gpus", *gpu.EACH, "kernel log", "amd gpus"]
+NAMES = ["gpus", *gpu.EACH, "kernel log", "amd gpus", "under load", "two looks", "peer"]
+LOADED = ("throttle", "pcie", "under load", "two looks")  # look at the same
 
 
 def test_a_healthy_node_has_nothing_to_say(ask):
@@ -36,17 +37,27 @@ def test_a_healthy_node_has_nothing_to_say(ask):
         ({"CELSIUS": "4:89"}, "temperature", "bad", "89 °C, it slows down at 90"),
         ({"WATTS": "6:350"}, "power", "warn", "power limit 350 W, by default 700 W"),
         ({"WATTS": "*:500"}, "power", "ok", "power limit 500 W"),
-        ({"LANES": "2:8"}, "pcie", "bad", "GPU 2: PCIe x8 of x16"),
+        ({"REASONS": "1:8"}, "throttle", "warn", "GPU 1: slowed down: hardware slowdown"),
+        ({"REASONS": "1:8"}, "under load", "bad", "GPU 1: slowed down: hardware slowdown"),  # in each of three looks
+        ({"REASONS": "1:8"}, "two looks", "warn", "GPU 1: slowed down: hardware slowdown"),
+        ({"LANES": "2:8"}, "pcie", "warn", "GPU 2: PCIe x8 of x16 while idle"),
+        ({"LANES": "2:8"}, "under load", "bad", "GPU 2: PCIe x8 of x16 under load"),
+        ({"GENERATION": "2:4"}, "under load", "warn", "GPU 2: PCIe generation 4 of 5 under load"),
+        ({"GRACE": "*:1", "LANES": "*:1"}, "pcie", "untested", "NVIDIA GH200 120GB is joined to its CPU by C2C"),
+        ({"GRACE": "*:1", "LANES": "*:1"}, "under load", "ok", "not slowed down"),
+        ({"DEPRECATED": "*:1"}, "clocks", "ok", "up to 1980 MHz"),
         ({"GENERATION": "*:1"}, "pcie", "ok", "(1 now, idle)"),
         ({"LINK_DOWN": "3:11"}, "nvlink", "bad", "GPU 3: NVLink 11 of 18 down"),
         ({"LINKS_DOWN": "*:1"}, "nvlink", "untested", "none of its 18 NVLinks is active"),  # cards without a bridge
         ({"LINKS_DOWN": "2:1"}, "nvlink", "bad", "GPU 2: none of its 18 NVLinks is active"),
+        ({"LINK_DOWN": "*:11"}, "nvlink", "warn", "NVLink 11 of 18 down, as on others of this node"),  # bridges that join a part
         ({"LINKS": "*:0"}, "nvlink", "untested", "do not tell"),
         ({"LINK_RECOVERIES": "3:9"}, "nvlink", "warn", "GPU 3: NVLink 5 counted 9 recoveries"),
         ({"MIG": "0:1"}, "mode", "warn", "MIG is on"),
         ({"PERSISTENT": "*:0"}, "mode", "ok", "not persistent"),
         ({"STRANGER": "0:4242"}, "others", "warn", "GPU 0: in use by process 4242"),
         ({"LOST": "6:1"}, "ecc", "bad", "GPU 6: GPU is lost"),
+        ({"LOST": "6:1"}, "gpus", "bad", "7 x NVIDIA H100 80GB HBM3, driver 580.65.06, which runs CUDA 13.0; GPU 6: GPU is lost"),
         ({"GPUS": "7"}, "gpus", "bad", "7 x NVIDIA H100 80GB HBM3"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -57,8 +68,29 @@ def test_each_fault_is_found_and_named(ask, faults, name, state, words):
     if state in ("bad", "warn"):
         assert found[name]["way_out"]
     if "LOST" not in faults:  # a fault is told by its own check alone
-        others = {one["state"] for other, one in found.items() if other not in (name, "kernel log", "amd gpus")}
+        own = LOADED if name in LOADED else (name,)
+        others = {one["state"] for other, one in found.items() if other not in (*own, "kernel log", "amd gpus")}
         assert others == {"ok"}
+
+
+def test_a_gpu_that_is_lost_as_it_is_opened_is_named_and_the_others_are_examined(ask):
+    found = ask({"GONE": "3:1"})
+    assert (found["gpus"]["state"], "; GPU 3: GPU is lost" in found["gpus"]["said"]) == ("bad", True)
+    assert (found["ecc"]["state"], found["ecc"]["said"]) == ("bad", "GPU 3: GPU is lost")
+    assert found["kernel log"]["state"] == "untested"
+
+
+def test_a_gpu_of_another_job_is_not_this_ones_fault(ask):
+    found = ask({"FORBIDDEN": "3:1"}, accelerators=7)
+    assert (found["gpus"]["state"], found["gpus"]["value"]) == ("ok", 7)
+    assert "; GPU 3: " in found["gpus"]["said"]
+    assert found["ecc"]["state"] == "ok"
+
+
+def test_what_one_gpu_has_to_another_depends_on_a_switch(ask):
+    assert ask()["peer"]["value"] == 450
+    assert ask({"MESH": "*:1", "GPUS": "4"}, 4)["peer"]["value"] == 150  # JUPITER: three peers
+    assert ask({"NO_REMOTE": "*:1"})["peer"]["value"] is None  # no limit
 
 
 def test_without_a_driver_every_check_says_so():
@@ -120,6 +152,9 @@ def test_an_old_xid_warns_and_other_hardware_is_heard():
     assert gpu.judged_log(["6,339,900000000,-;NVRM: Xid (PCI:0000:1b:00): 79, fallen off"], 1000).state == "bad"
     assert gpu.judged_log(["[ 1.0] mce: [Hardware Error]: CPU 3: Machine Check: Uncorrected error"], 10).state == "bad"
     assert gpu.judged_log(["[ 1.0] nvidia-nvswitch0: SXid (PCI:0000:c1:00.0): 20034, Fatal, Link 30 LTSSM Fault Up"], 10).state == "bad"
+    for line, words in (("(Non-Fatal) error received", "an error that is not fatal"), ("(Fatal) error received", "a fatal error")):
+        found = gpu.judged_log([f"[ 1.0] pcieport 0000:00:01.0: AER: Uncorrected {line}: 0000:01:00.0"], 10)
+        assert found.said.startswith(f"a PCIe device reported {words}: ")
     assert gpu.judged_log(["[ 1.0] EDAC MC0: 1 UE memory read error on CPU_SrcID#0"], 10).state == "bad"
 
 

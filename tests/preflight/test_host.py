@@ -39,8 +39,33 @@ def test_each_fault_of_a_port_is_named(tmp_path, given, state, words):
     for index in range(3):
         made_port(tmp_path, f"mlx5_{index}")
     made_port(tmp_path, "mlx5_3", **given)
-    found = host.cards(tmp_path, 400)
+    found = host.cards(tmp_path, 400, 4)
     assert (found.state, words in found.said) == (state, True), found
+
+
+def test_a_slower_second_card_is_said_and_no_fault(tmp_path):
+    for index in range(4):
+        made_port(tmp_path, f"mlx5_{index}")
+    made_port(tmp_path, "mlx5_storage", rate="100 Gb/sec (4X EDR)")
+    found = host.cards(tmp_path, 400, 4)
+    assert (found.state, "4 InfiniBand or RoCE ports active at 400" in found.said, "mlx5_storage:1 runs at 100" in found.said) == (
+        "ok",
+        True,
+        True,
+    )
+    assert host.cards(tmp_path, 400, 5).state == "bad"  # one of the five is slow
+    assert host.cards(tmp_path).state == "warn"  # nobody says how many there should be
+    assert host.cards(tmp_path, 800, 4).state == "warn"  # the site says what no port has
+
+
+def test_a_name_on_the_loopback_warns_where_others_must_reach_it(monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert host.ports().state == "ok"
+    found = host.ports(2)
+    assert (found.state, "the loopback" in found.said) == ("warn", True)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    assert host.ports(2).state == "ok"
 
 
 def test_ports_slower_than_the_site_says_warn(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from gigatrain.errors import RunError
 from gigatrain.preflight import judge
-from gigatrain.preflight.findings import Finding
+from gigatrain.preflight.findings import HUNG, RAISED, Finding
 from gigatrain.preflight.verdict import Verdict, read
 
 
@@ -75,16 +75,16 @@ def test_bad_and_silent_nodes_are_left_out_and_listed(tmp_path):
     assert found.chosen == ["n0", "n4"]
     assert found.short is None
     lines = [json.loads(line) for line in excluded.read_text().splitlines()]
-    assert [(line["node"], line["run"]) for line in lines] == [(f"n{rank}", "/runs/x") for rank in (1, 2, 3, 5)]
-    reasons = " ".join(line["reason"] for line in lines)
-    assert "burn: said" in reasons
+    # Only what lasts is listed; the silent ones are left out of this attempt.
+    assert [(line["node"], line["run"], line["reason"]) for line in lines] == [("n1", "/runs/x", "burn: said")]
+    reasons = " ".join(reason for row in found.rows for reason in row.reasons)
     assert "it stopped in network" in reasons
     assert "cannot be read: JSONDecodeError" in reasons
     assert "it said nothing" in reasons
     again = judged(folder, 3, expect=[f"n{rank}" for rank in range(6)], excluded=excluded)
     assert again.short is not None
     assert again.short.startswith("2 of 6 nodes can train and 3 are wanted; 4 are bad")
-    assert len(excluded.read_text().splitlines()) == 8
+    assert len(excluded.read_text().splitlines()) == 2
 
 
 def test_tasks_without_a_verdict_are_missed_even_where_nobody_named_them(tmp_path):
@@ -149,6 +149,60 @@ def test_what_no_node_could_test_is_said_once(tmp_path):
         found = [Finding("ecc", "untested", "no GPU"), Finding("pcie", "untested" if rank else "ok", "no GPU")]
         write(tmp_path, f"n{rank}", rank, findings=found)
     assert judged(tmp_path, 3).notes == ["not tested on any node: ecc"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "listed"),
+    [
+        (Finding("ecc", "bad", "2 uncorrected errors"), True),
+        (Finding("scratch write", "bad", "no space left (ENOSPC)"), True),
+        (Finding("run write", "bad", "no space left (ENOSPC)"), False),
+        (Finding("rendezvous", "bad", "this node came too late"), False),
+        (Finding("clock", "bad", "6 s behind"), False),
+        (Finding("burn", "bad", "gave no answer in 23 s", way_out=HUNG), False),
+        (Finding("ecc", "bad", "OSError: of no use", way_out=RAISED), False),
+    ],
+    ids=lambda value: value.name if isinstance(value, Finding) else "",
+)
+def test_only_what_lasts_puts_a_node_on_the_list(tmp_path, fault, listed):
+    folder, excluded = tmp_path / "doctor", tmp_path / "excluded.jsonl"
+    folder.mkdir()
+    for rank in range(3):
+        write(folder, f"n{rank}", rank, findings=[] if rank else [fault])
+    found = judged(folder, 2, excluded=excluded)
+    assert found.chosen == ["n1", "n2"]
+    assert (found.rows[0].excluded, excluded.exists()) == (listed, listed)
+
+
+def test_a_warning_that_most_share_puts_none_behind(tmp_path):
+    limits = Finding("limits", "warn", "open files: 1024")
+    for rank in range(6):
+        write(tmp_path, f"n{rank}", rank, burn=560.0 if rank == 0 else 700.0, findings=[limits])
+    found = judged(tmp_path, 5)
+    assert found.chosen == [f"n{rank}" for rank in range(1, 6)]  # the slow one is still left out
+    assert found.notes == ["warnings of more than half of the nodes, which put none behind another: limits"]
+
+
+def test_work_that_only_this_node_did_not_do_makes_it_suspect(tmp_path):
+    for rank in range(4):
+        write(tmp_path, f"n{rank}", rank, findings=[Finding("kernel", "ok" if rank else "untested", "said")])
+    found = judged(tmp_path, 3)
+    assert found.chosen == ["n1", "n2", "n3"]
+    assert found.rows[0].reasons == ["work: kernel: tested on other nodes, not on this one"]
+
+
+def test_a_slow_all_reduce_is_a_note_and_no_nodes_fault(tmp_path):
+    for rank in range(4):
+        write(tmp_path, f"n{rank}", rank, findings=[Finding("all-reduce", "ok", "90.00 GB/s over 4 nodes", 90.0, 400.0)])
+    found = judged(tmp_path, 4)
+    assert found.chosen == ["n0", "n1", "n2", "n3"]
+    assert found.notes == ["all-reduce: 90.00 GB/s over 4 nodes; the slowest node and the longest way set it"]
+
+
+def test_pairs_that_are_farther_apart_are_not_slow(tmp_path):
+    for rank in range(8):
+        write(tmp_path, f"n{rank}", rank, findings=[Finding("latency", "ok", "said", 36.0 if rank == 0 else 20.0 + rank / 10)])
+    assert {row.health for row in judged(tmp_path, 8).rows} == {"healthy"}
 
 
 def test_a_verdict_comes_back_as_it_was_written(tmp_path):

@@ -149,6 +149,70 @@ def test_two_nodes_without_an_address_say_so(tmp_path, monkeypatch):
     assert "MASTER_ADDR=None" in found[0].said
 
 
+def on_gpus(devices: int = 1, nic_gbit_s: float | None = 200.0):
+    """A node that measured over eight GPUs, of which each accelerator has `devices`."""
+    mine = network.Network(0, 2, "n0", VERSIONS, None, links=8, nic_gbit_s=nic_gbit_s, devices=devices)
+    mine.members = mine.healthy = [0, 1]
+    mine.names = {0: "n0", 1: "n1"}
+    return mine
+
+
+def test_what_the_network_should_give_counts_accelerators():
+    assert on_gpus().wanted_gbyte_s == 200
+    assert on_gpus(devices=2).wanted_gbyte_s == 100  # LUMI: eight devices, four cards
+    assert on_gpus(nic_gbit_s=None).wanted_gbyte_s is None
+
+
+def test_links_below_the_sites_figure_warn_at_most():
+    for rate, state in ((190.0, "ok"), (140.0, "warn"), (20.0, "warn")):  # pairs of all nodes cross a tapered network at once
+        found, _ = on_gpus()._links({"1": {"gbyte_s": rate, "latency_us": 20.0}}, [])
+        assert found.state == state
+    assert "the site's network gives 200 GB/s" in found.said
+
+
+def test_an_all_reduce_is_told_and_never_held_against_a_node(monkeypatch):
+    mine = on_gpus()
+    monkeypatch.setattr(mine, "_group_measured", lambda *given: given[-1].update(all={"gbyte_s": 9.0}))
+    found = mine.all_reduce()
+    assert (found.state, found.value, found.limit) == ("ok", 9.0, 200.0)
+    assert "the site's network gives 200 GB/s" in found.said
+
+
+def test_pairs_may_take_as_long_as_gpus_need(monkeypatch):
+    mine, limits = on_gpus(), []
+    monkeypatch.setattr(mine, "_wait_for", lambda partner, turn: None)
+    monkeypatch.setattr(mine, "_tell", lambda what, value: None)
+    monkeypatch.setattr(mine, "_heard", lambda what, ranks, limit_s: {})
+    monkeypatch.setattr(mine, "_told", lambda what, limit_s: [])
+    mine.store = threading.local()
+    mine.store.set = lambda name, value: None
+
+    def measured(prefix, members, limit_s, name, results):
+        limits.append(limit_s)
+        results[name] = {"gbyte_s": 190.0, "latency_us": 20.0}
+
+    monkeypatch.setattr(mine, "_group_measured", measured)
+    assert mine.pairs()[0].state == "ok"
+    assert limits == [mine.transfer_s]
+    assert mine.transfer_s > network.TRANSFER_S
+
+
+def test_a_part_that_fails_leaves_the_others_to_be_tested():
+    mine = on_gpus()
+    mine.met = True
+    mine.clock = mine.equal = lambda: (_ for _ in ()).throw(ValueError("of no use"))
+    found, _ = findings.run(mine.checks()[1:3], findings.Clock(10))
+    assert [one.said.partition(" (")[0] for one in found] == ["ValueError: of no use"] * 2
+
+
+def test_a_clock_that_cannot_be_asked_is_untested(monkeypatch):
+    mine = network.Network(1, 2, "n1", VERSIONS, None)
+    mine.address = "127.0.0.1"
+    monkeypatch.setattr(mine, "_told", lambda what, limit_s: free_port())  # nobody listens there
+    found = mine.clock()
+    assert (found.state, "was not asked" in found.said) == ("untested", True)
+
+
 def test_a_taken_port_is_named_by_rank_0(tmp_path, monkeypatch):
     with socket.create_server(("", 0)) as server:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
