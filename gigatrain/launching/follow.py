@@ -355,7 +355,10 @@ def _ask_slurm(seen: Sequence[_Seen], notes: list[str]) -> None:
         row, state = live[0], one.state
         state.job = row.id
         if row.state in slurm.WAITS:
-            state.state, state.reason = "requeued" if one.state.attempts and _current(one.events) == row.id else "queued", row.reason
+            state.state, state.reason = (
+                "requeued" if one.state.attempts and _current(one.events) == row.id else "queued",
+                row.reason + slurm.way_out(row.reason),
+            )
         else:
             limit = one.job.site.scheduler.lead_s if one.job else 0
             late = row.limit_s is not None and row.elapsed_s is not None and row.elapsed_s > row.limit_s - limit

@@ -106,9 +106,14 @@ def run(*command: str, limit_s: float = LIMIT_S, environment: Mapping[str, str] 
     if ended.returncode == 0:
         return ended.stdout
     said = " ".join(line.strip() for line in (ended.stderr or ended.stdout).splitlines() if line.strip())[:600]
-    way = next((f"; {hint}" for pattern, hint in _WAYS_OUT if re.search(pattern, said, re.IGNORECASE)), "")
+    way = way_out(said)
     kind = NoAnswer if re.search(r"timed out", said, re.IGNORECASE) else RunError  # "Socket timed out on send/recv operation": it was sent
     raise kind(f"{command[0]} refused (exit code {ended.returncode}): {said or 'without a word'}{way}")
+
+
+def way_out(said: str) -> str:
+    """What to do about what Slurm says, as `; ...`; empty where we know nothing better."""
+    return next((f"; {hint}" for pattern, hint in _WAYS_OUT if re.search(pattern, said, re.IGNORECASE)), "")
 
 
 def submit(script: Path, *options: str) -> str:

@@ -144,9 +144,9 @@ def queue(tmp_path, monkeypatch):
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
-    def holds(output, **states):
+    def holds(output, reason="None", **states):
         rows = [
-            "\x1f".join((identity.strip("j"), state, "u", "p", "1", "1:00", "1:00:00", "N/A", "n1", "x", "None"))
+            "\x1f".join((identity.strip("j"), state, "u", "p", "1", "1:00", "1:00:00", "N/A", "n1", "x", reason))
             for identity, state in states.items()
         ]
         (folder / "queue").write_text("".join(f"{row}\n" for row in rows))
@@ -174,6 +174,8 @@ def test_a_sweep_is_listed_followed_and_cancelled_as_a_whole(sweep, queue, capsy
     asked = queue(sweep / "logs" / "job-52_0.out", j52_0="RUNNING", j52_1="PENDING")
     for folder in (sweep, sweep.parent):
         assert {(Path(one.run).name, one.state) for one in follow.ps(folder)[0]} == {("tiny-0", "running"), ("tiny-1", "queued")}
+    queue(sweep / "logs" / "job-52_0.out", "ReqNodeNotAvail, UnavailableNodes:n1", j52_0="RUNNING", j52_1="PENDING")
+    assert "down, reserved or excluded (excluded-SITE.jsonl" in next(one.reason for one in follow.ps(sweep)[0] if one.state == "queued")
     assert follow.first(sweep)[0] == sweep / "tiny-0"
     cli.main(["logs", str(sweep)])
     said = capsys.readouterr()

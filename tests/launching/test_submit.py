@@ -267,3 +267,11 @@ def test_a_save_that_surely_takes_longer_than_a_job_has_is_said(tiny, site):
         assert any("a job has 1 s for it" in line for line in submit.summary(prepared(tiny, str(where)))) == said
     where.write_text(text)
     assert not any("storage.write_gbyte_s" in line for line in submit.summary(prepared(tiny, str(where))))
+
+
+def test_an_excluded_node_that_the_cluster_does_not_have_is_told_from_the_list(tiny, site, commands):
+    commands(sbatch='echo "sbatch: error: Batch job submission failed: Invalid node name specified" >&2; exit 1')
+    with pytest.raises(
+        RunError, match="Invalid node name specified; an excluded node is not of this cluster: take its line out of excluded-SITE.jsonl"
+    ):
+        submit.launch(prepared(tiny, site()))
