@@ -12,7 +12,7 @@ import json
 import os
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -84,11 +84,19 @@ def slow(figures: Mapping[str, float], better: Literal["higher", "lower"] = "hig
     return {node: value / middle for node, value in figures.items() if sign * (middle - value) > limit}
 
 
-def judge(folder: Path, nodes: int, expect: Sequence[str] = (), excluded: Path | None = None, run: str = "") -> Judgement:
+def judge(
+    folder: Path,
+    nodes: int,
+    expect: Sequence[str] = (),
+    excluded: Path | None = None,
+    run: str = "",
+    down: Sequence[str] | None = None,
+) -> Judgement:
     """Read every verdict of `folder`, compare them, choose `nodes` of them and append the bad ones to `excluded`.
 
     The order is that of `expect` (the allocation's), else of the ranks, which Slurm gives by its node list: by topology where the site has one. A fault
     that more than half of the nodes share (a full file system, a launcher's mistake) is no node's own: it keeps them from training, and nobody is excluded.
+    With `down`, the nodes that the scheduler itself calls down, silence alone puts only those on the list.
     Raises RunError where there is no folder.
     """
     if not folder.is_dir():
@@ -119,7 +127,8 @@ def judge(folder: Path, nodes: int, expect: Sequence[str] = (), excluded: Path |
         judgement.notes.append("the network between the nodes was not tested: the host of their meeting, rank 0, is at fault")
     if outside := sorted(set(read) - set(order)):
         judgement.notes.append(f"not asked for, and left out: {', '.join(outside[:8])}{' …' if len(outside) > 8 else ''}")
-    _exclude(judgement, findings, excluded, run)
+    silent = set(order) - set(read) - set(down) if down is not None else set()
+    _exclude(judgement, findings, excluded, run, silent)
     return judgement
 
 
@@ -194,8 +203,8 @@ def _choose(judgement: Judgement) -> None:
         judgement.notes.append(f"no healthy node was left: {names} train{'s' if len(suspects) == 1 else ''} though suspect")
 
 
-def _exclude(judgement: Judgement, findings: Mapping[str, Sequence[Finding]], excluded: Path | None, run: str) -> None:
-    """Append the bad nodes to the site's list, each with its own reasons; several jobs may append at once."""
+def _exclude(judgement: Judgement, findings: Mapping[str, Sequence[Finding]], excluded: Path | None, run: str, spared: Set[str]) -> None:
+    """Append the bad nodes to the site's list, each with its own reasons, but for `spared`; several jobs may append at once."""
     faults = {node: {one.name for one in found if one.state == "bad"} for node, found in findings.items()}
     counts = Counter(name for names in faults.values() for name in names)
     shared = {name for name, count in counts.items() if count >= 2 and count * 2 > len(judgement.rows)}
@@ -207,7 +216,7 @@ def _exclude(judgement: Judgement, findings: Mapping[str, Sequence[Finding]], ex
     for row in judgement.rows:
         own = [f"{one.name}: {one.said}" for one in findings[row.node] if one.state == "bad" and one.name not in shared]
         named = row.node in findings and not row.node.startswith("rank ")
-        if own and named and excluded is not None:
+        if own and named and excluded is not None and row.node not in spared:
             row.excluded = True
             lines.append(json.dumps({"node": row.node, "reason": "; ".join(own)[:1000], "time": verdicts.now(), "run": run}) + "\n")
     if excluded is not None and lines:
