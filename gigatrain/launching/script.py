@@ -284,7 +284,7 @@ ask() {
     while ! { said=$("$@" 2>&1 >&3); } 3>&1; do
         say "$1: $said" >&2
         case "${said,,}" in
-            *"unable to contact"* | *"timed out"* | *"connection"* | *"zero bytes"* | *"communication"* | *"try again"* | *"temporarily"*) ;;
+            *"unable to contact"* | *"timed out"* | *"connection"* | *"zero bytes"* | *"communication"* | *"standby"* | *"authentication"* | *"temporarily"*) ;;
             *) return 1 ;;
         esac
         [ "$SECONDS" -lt "$limit" ] || return 1
