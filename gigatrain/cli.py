@@ -750,7 +750,8 @@ Start the job of a run again, from its newest checkpoint: one that runs saves an
   gigatrain ps runs/mine"""
 _JOB = """\
 job.sh asks `begin` whether anything is left to do (go ATTEMPT PORT FOLDER | done | stop CODE), and `after` what comes next:
-done, again, requeue, leave or stop, the exit code, and the nodes to exclude. The reasons are in RUN/launch/history.jsonl.
+done, again, requeue, leave or stop; the exit code, or for again the seconds to wait first; and the nodes to exclude.
+The reasons are in RUN/launch/history.jsonl.
 
   gigatrain job begin runs/mine
   gigatrain job after runs/mine --code 1 --held n1,n2"""

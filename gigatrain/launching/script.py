@@ -321,6 +321,7 @@ while true; do
     each=(--nodes="${#held[@]}" --ntasks="${#held[@]}" --nodelist="$run/$here/held" --no-kill --kill-on-bad-exit=0 --wait=0)§watch
 §examine
     # 3. Train on the chosen ones. Here a lost rank, or node, ends the step.
+    [ -z "$told" ] || : >"$run/$here/chosen" # it is over before any rank has begun
     if [ -n "$chosen" ] && [ -z "$told" ]; then
         say "attempt $attempt on $(scontrol show hostlist "$run/$here/chosen")"
         first=${chosen%%,*}

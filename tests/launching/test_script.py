@@ -168,6 +168,21 @@ def test_a_controller_that_does_not_answer_is_asked_again_and_a_refusal_is_not(t
     assert (refused.returncode, refused.stderr.count("slept")) == (1, 0)
 
 
+def test_a_node_that_guards_a_job_which_may_not_requeue_gives_it_back(tmp_path):
+    """Else the allocation would be held until its limit by a loop that is refused twice a minute."""
+    text = script.render(job(spares=1))
+    guard = text[text.index("watch() {") : text.index("# ---- Attempts")]
+    scontrol = 'if [ "$1" = show ]; then echo n2; else echo requeue >>said; false; fi'
+    for name, body in (("squeue", "echo n2"), ("scontrol", scontrol), ("scancel", "echo cancel >>said; kill $PPID")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    text = f"set -u\n{guard}\nsleep() {{ :; }}\nwatch 7 n1"
+    subprocess.run(
+        ["bash", "-c", text], cwd=tmp_path, capture_output=True, check=False, timeout=60, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    )
+    assert (tmp_path / "said").read_text().split() == ["requeue"] * 4 + ["cancel"]
+
+
 @pytest.mark.parametrize(("told", "code", "counts"), [("", 0, True), ("", 124, False), ("TERM", 143, False)])
 def test_silence_counts_only_where_all_had_the_time_to_answer(told, code, counts, tmp_path):
     ended = asked("", f'told={told} code={code}; heard; echo "${{cut[@]}}"', tmp_path)
