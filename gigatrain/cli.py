@@ -307,6 +307,7 @@ def _job_begin(options: argparse.Namespace) -> None:
 
 
 def _job_after(options: argparse.Namespace) -> None:
+    from gigatrain import load
     from gigatrain.launching import restart
     from gigatrain.observe import logs
 
@@ -314,16 +315,18 @@ def _job_after(options: argparse.Namespace) -> None:
         Path(options.run_folder),
         options.code,
         signal=None if options.signal == "none" else options.signal,
-        held=[node for node in options.held.split(",") if node],
-        chosen=[node for node in options.chosen.split(",") if node],
+        held=load.names(options.held),
+        chosen=load.names(options.chosen),
         excluded=Path(options.excluded) if options.excluded else None,
+        down=None if options.down is None else load.names(options.down),
+        cut_short=options.cut_short,
     )
     for text in verdict.screen(options.run_folder):
         print(text, file=sys.stderr)
     if verdict.word in ("again", "stop") and (why := logs.first_failure(Path(options.run_folder), logs.attempt())):
         print(why, file=sys.stderr)
     bad = restart.excluded_nodes(Path(options.excluded)) if options.excluded else []
-    print(verdict.word, verdict.code, ",".join(bad))
+    print(verdict.word, verdict.pause_s if verdict.word == "again" else verdict.code, ",".join(bad))
 
 
 def _duration(text: str) -> int:
@@ -450,11 +453,16 @@ def _doctor(options: argparse.Namespace) -> None:
     from gigatrain.preflight import show
 
     if options.judge:
+        from gigatrain import load
         from gigatrain.preflight.judge import judge
 
-        expect = [name for name in (options.expect or "").split(",") if name]
         judgement = judge(
-            Path(options.judge), options.nodes, expect, Path(options.excluded) if options.excluded else None, options.run_folder or ""
+            Path(options.judge),
+            options.nodes,
+            load.names(options.expect or ""),
+            Path(options.excluded) if options.excluded else None,
+            options.run_folder or "",
+            None if options.down is None else load.names(options.down),
         )
         show.judgement(judgement)
         if judgement.short:
@@ -602,9 +610,11 @@ def _parser() -> argparse.ArgumentParser:
     ended.add_argument("run_folder", metavar="RUN", help="the run folder")
     ended.add_argument("--code", type=int, required=True, help="what the ranks ended with")
     ended.add_argument("--signal", default="none", help="what the script was told: USR1, TERM or none")
-    ended.add_argument("--held", default="", help="nodes of the allocation, by commas")
-    ended.add_argument("--chosen", default="", help="those that trained")
+    ended.add_argument("--held", default="", help="nodes of the allocation, by commas, or @FILE")
+    ended.add_argument("--chosen", default="", help="those that trained, or @FILE")
     ended.add_argument("--excluded", help="the site's list of bad nodes")
+    ended.add_argument("--down", help="nodes that the scheduler calls down, or @FILE: silence of others counts only twice in a row")
+    ended.add_argument("--cut-short", action="store_true", help="not every node had the time to answer, so nobody's silence counts")
 
     planned = command("plan", _plan, "show what a run will do, and start nothing", _PLAN)
     recipe_arguments(planned)
@@ -689,7 +699,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="the verdict as JSON")
     doctor.add_argument("--judge", metavar="DIR", help="judge the verdicts of DIR; prints the nodes that train, as one comma list")
     doctor.add_argument("--nodes", metavar="N", type=_ranks, default=1, help="with --judge: nodes that train (default: 1)")
-    doctor.add_argument("--expect", metavar="A,B", help="with --judge: nodes that should have a verdict, in order")
+    doctor.add_argument("--expect", metavar="A,B", help="with --judge: nodes that should have a verdict, in order; @FILE: those of a file")
+    doctor.add_argument(
+        "--down", metavar="A,B", help="with --judge: nodes that the scheduler calls down; else silence puts none on the list"
+    )
     doctor.add_argument("--excluded", metavar="FILE", help="with --judge: bad nodes are appended here, a JSON object a line")
 
     schema = command("schema", _schema, "print the JSON Schema of recipes", _SCHEMA)
@@ -752,7 +765,8 @@ Start the job of a run again, from its newest checkpoint: one that runs saves an
   gigatrain ps runs/mine"""
 _JOB = """\
 job.sh asks `begin` whether anything is left to do (go ATTEMPT PORT FOLDER | done | stop CODE), and `after` what comes next:
-done, again, requeue, leave or stop, the exit code, and the nodes to exclude. The reasons are in RUN/launch/history.jsonl.
+done, again, requeue, leave or stop; the exit code, or for again the seconds to wait first; and the nodes to exclude.
+The reasons are in RUN/launch/history.jsonl.
 
   gigatrain job begin runs/mine
   gigatrain job after runs/mine --code 1 --held n1,n2"""

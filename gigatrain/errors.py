@@ -3,11 +3,12 @@
 
 class GigatrainError(Exception):
     """Base of the errors that are the user's to mend; `exit_code` is what the CLI leaves with, `shared` an error that all ranks of a run raise,
-    `secondary` one that only says that another rank is gone, which knows why."""
+    `secondary` one that only says that another rank is gone, which knows why, `transient` one whose cause may be gone the next time."""
 
     exit_code = 1
     shared = False
     secondary = False
+    transient = False
 
 
 class RecipeError(GigatrainError):

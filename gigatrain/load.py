@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from gigatrain import architectures, foreign
 from gigatrain.architectures import Architecture
 from gigatrain.config import Model, Recipe, Section
-from gigatrain.errors import GigatrainError, RecipeError, SiteError
+from gigatrain.errors import GigatrainError, RecipeError, RunError, SiteError
 from gigatrain.foreign import Foreign
 from gigatrain.site import Site
 
@@ -166,6 +166,19 @@ def schema(of: str) -> dict[str, Any]:
         shape["anyOf"] = [{"required": shape.pop("required")}, {"required": ["base"]}]
         found["$defs"]["Model"]["properties"]["architecture"]["anyOf"].append(names)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | found
+
+
+def names(text: str) -> list[str]:
+    """`a,b` to its names; `@FILE` to those of a file, one a line or by commas: an argument of Linux holds 128 KiB.
+
+    Raises RunError for a file that cannot be read.
+    """
+    if text.startswith("@"):
+        try:
+            text = Path(text[1:]).read_text(encoding="utf-8", errors="replace")
+        except OSError as failure:
+            raise RunError(f"the list of nodes {text[1:]} cannot be read: {failure.strerror}") from None
+    return [name for name in re.split(r"[,\s]+", text) if name]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

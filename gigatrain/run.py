@@ -186,7 +186,9 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"{folder} is in use by another process; wait for it, stop it, or name another folder with --run") from None
+            taken = RunError(f"{folder} is in use by another process; wait for it, stop it, or name another folder with --run")
+            taken.transient = True  # of an attempt whose last process is still dying
+            raise taken from None
         except OSError as failure:
             name = errno.errorcode.get(failure.errno or 0, "error")
             raise RunError(

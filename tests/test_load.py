@@ -6,7 +6,7 @@ import tomllib
 import pytest
 
 from gigatrain import load
-from gigatrain.errors import RecipeError, SiteError
+from gigatrain.errors import RecipeError, RunError, SiteError
 
 TEXT = """
 name = "r"
@@ -187,3 +187,12 @@ def test_from_a_folder_without_config_is_refused(path, tmp_path):
         load.architecture(recipe.model)
     with pytest.raises(RecipeError, match="there is no folder"):
         load.config_json("./nowhere")
+
+
+def test_names_of_nodes_are_a_list_or_a_files(tmp_path):
+    (tmp_path / "held").write_text("".join(f"n{number}\n" for number in range(36_000)))
+    assert len(load.names(f"@{tmp_path / 'held'}")) == 36_000
+    assert load.names("n1,n3") == ["n1", "n3"]
+    assert load.names("") == []
+    with pytest.raises(RunError, match="the list of nodes .*none cannot be read: No such file"):
+        load.names(f"@{tmp_path / 'none'}")

@@ -18,13 +18,14 @@ PASSED_ON = (signal.SIGUSR1, signal.SIGTERM)
 def main(arguments: Sequence[str]) -> int:
     """Run this node's ranks and wait; the exit code of the first that failed, 128 + N for a signal N, or 0.
 
-    Where Slurm says which node of the step this is, the first one holds the rendezvous: torch would else guess from host names, which may have many addresses.
+    Where Slurm says which node of the step this is, that is its rank: torch's own meeting would sort nodes by name, and have ranks meet at what the first one
+    calls itself, which may be an address of a slow network.
     """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     where = os.environ.get("SLURM_NODEID")
-    host = [f"--rdzv-conf=is_host={int(where == '0')}"] if where is not None else []
+    host = [f"--node-rank={where}"] if where is not None else []
     options = run.parse_args([*host, "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments])
     for number in PASSED_ON:
         signal.signal(number, _pass_on)
@@ -42,10 +43,20 @@ def main(arguments: Sequence[str]) -> int:
 
 def _pass_on(number: int, frame: FrameType | None) -> None:
     for rank in children(os.getpid()):
+        if not _is_rank(rank):
+            continue
         try:
             os.kill(rank, signal.SIGUSR1)
         except ProcessLookupError:
             continue
+
+
+def _is_rank(pid: int) -> bool:
+    """Whether torch started it as a rank: it has other children too, as multiprocessing's resource tracker, which a signal would kill."""
+    try:
+        return b"\0LOCAL_RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False  # it has just ended
 
 
 def children(parent: int) -> list[int]:

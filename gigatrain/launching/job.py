@@ -53,6 +53,8 @@ class Job(Section):
         default=(), description="Where ssh starts the nodes, the first one being where the ranks meet; none: this machine."
     )
     form: Literal["jobset", "trainjob"] = Field(default="jobset", description="What Kubernetes is handed.")
+    shards: str | None = Field(default=None, description="The recipe's data.folder, for a container to see.")
+    sources: tuple[str, ...] = Field(default=(), description="Folders that the recipe reads its text from, for a container to see.")
     environment: dict[str, str] = Field(default={}, description="Beside the site's, of every rank.")
 
     @property

@@ -5,9 +5,9 @@
 
 import datetime
 import json
-import re
 import signal as signals
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,8 @@ NO_PROGRESS = 93  # exit code: do not start this again as it is
 TOO_FEW = 9  # `gigatrain doctor --judge`: fewer healthy nodes than the run needs
 EXCLUDED_DAYS = 14  # how long a bad node stays out; by then somebody has looked at it
 _FATAL = {2: "the recipe", 3: "the site", 4: "the plan", 5: "the data", 6: "a checkpoint"}
-# Of errors with code 7 (RunError) these may be gone the next time; the others (out of memory, a loss that is not finite) come again.
-_PASSES = re.compile(r"lost another rank|cannot meet the others|in use by another process|no GPU of its own")
+SILENT = 10  # lives in a row that Slurm itself ended and queued again, without a word and without a step gained
+_SUBMITTED_S = 10.0  # what whoever submitted a job has to write that down
 
 Word = Literal["done", "again", "requeue", "leave", "stop"]
 
@@ -41,6 +41,7 @@ class Outcome:
     step: int = -1
     stalled: int = 0  # attempts before this one, in a row, that gained no step
     failure: dict[str, Any] | None = None  # what the first rank that failed left: type, message, rank
+    started: bool = True  # nodes were chosen, and ranks started on them
     lost: tuple[str, ...] = ()  # nodes of the allocation that did not answer
 
 
@@ -51,6 +52,9 @@ class Verdict:
     word: Word
     why: str
     code: int = 0
+    pause_s: int = (
+        0  # before `again`: longer each time that nothing was gained, as a controller or a file system that is away takes minutes
+    )
 
     def screen(self, run: str) -> list[str]:
         """What the job's output says of it: one screen at most, and for who must act, how."""
@@ -68,28 +72,40 @@ class Verdict:
 def judge(outcome: Outcome, *, may_requeue: bool = True) -> Verdict:
     """The decision, from the outcome alone."""
     elsewhere: Word = "requeue" if may_requeue else "leave"
-    said, code = "", outcome.code
+    said, code, passes = "", outcome.code, False
     if outcome.failure is not None:  # it knows better than srun, whose code is the highest: that of ranks that were killed with it
         kind = getattr(errors, str(outcome.failure.get("type")), None)
         said, code = str(outcome.failure.get("message", "")), getattr(kind, "exit_code", 1)
+        passes = bool(outcome.failure.get("transient") or outcome.failure.get("secondary"))
     if outcome.finished:
         return Verdict("done", "the run is finished")
     if outcome.cancelled:
         return Verdict("stop", f"it was cancelled, and it is {_at(outcome.step)}")
-    if code in _FATAL:
+    if code in _FATAL and not passes:
         return Verdict("stop", f"{_FATAL[code]} is wrong, and would be the next time: {said or f'exit code {code}'}", code)
-    if code == 7 and said and not _PASSES.search(said):
+    if code == 7 and said and not passes:  # out of memory, a loss that is not finite
         return Verdict("stop", f"it would end the same way again: {said}", code)
     gained = outcome.step > max(outcome.before, 0)
-    if not gained and outcome.stalled >= RESTARTS:
-        why = f"{RESTARTS} restarts and no step gained, it is {_at(outcome.step)}; the last one ended with {_exit(outcome)}: {said}"
+    if not gained and outcome.stalled >= RESTARTS and not _interrupted(outcome.signal, outcome.started):
+        why = f"{RESTARTS} restarts and no step gained, it is {_at(outcome.step)}; the last one ended with {_exit(outcome)}: {said}".rstrip(
+            ": "
+        )
+        if outcome.signal:
+            why += "\nits time was over each time before a step was gained: ask for more with --time"
         return Verdict("stop", why.rstrip(": "), NO_PROGRESS)
     if outcome.signal or outcome.left:
         return Verdict(elsewhere, f"a signal ended it ({outcome.signal or 'of Slurm, to the ranks'}), and it is {_at(outcome.step)}")
     if outcome.code == TOO_FEW:
-        gone = f": no answer from {', '.join(outcome.lost)}" if outcome.lost else ""
+        more = f" and {len(outcome.lost) - 8} more" if len(outcome.lost) > 8 else ""
+        gone = f": no answer from {', '.join(outcome.lost[:8])}{more}" if outcome.lost else ""
         return Verdict(elsewhere, f"too few healthy nodes are left in this allocation{gone}")
-    return Verdict("again", f"the ranks ended with {_exit(outcome)}, and it is {_at(outcome.step)}; {said}".rstrip("; "))
+    pause_s = 0 if gained else 5 * 2 ** min(outcome.stalled, 3)
+    return Verdict("again", f"the ranks ended with {_exit(outcome)}, and it is {_at(outcome.step)}; {said}".rstrip("; "), pause_s=pause_s)
+
+
+def _interrupted(signal: str | None, started: bool) -> bool:
+    """Whether others ended it, so that it says nothing of the run: TERM, before nodes are taken away, or any signal before ranks had begun."""
+    return signal == "TERM" or (signal is not None and not started)
 
 
 def _exit(outcome: Outcome) -> str:
@@ -110,19 +126,30 @@ def _at(step: int) -> str:
 def begin(run: Path, environment: dict[str, str]) -> str:
     """What an attempt needs to know, in one line: `go ATTEMPT PORT FOLDER`, or `done`, or `stop CODE`.
 
-    A run that is finished or was stopped is not begun again by a job that was submitted before that: the links of a chain see it and end.
+    A run that is finished or was stopped is not begun again by a job that was submitted before that: the links of a chain see it and end. A job whose
+    submission nobody writes down within 10 s was handed in by hand, which is leave to go on as well.
     """
     if (run / "summary.json").is_file():
         return "done"
-    events = jobs.history(run)
+    name = environment.get("SLURM_JOB_ID", "0")
+    events = _submitted(run, name, environment)
     since = _since(events, "submitted")
     if any(event["event"] == "cancelled" for event in since):
         return "stop 0"
     stopped = next((event for event in since if event["event"] == "judged" and event.get("verdict") == "stop"), None)
     if stopped:
         return f"stop {stopped.get('exit_code', 1)}"
-    attempt = 1 + max((event.get("attempt", -1) for event in events if event["event"] == "started"), default=-1)
-    name = environment.get("SLURM_JOB_ID", "0")
+    step = committed(run)
+    silent = _ended_silently(run, events, step)
+    if silent > SILENT:
+        why = (
+            f"it ended {silent} times in a row without a word and without a step gained, it is {_at(step)}, and Slurm queued it again each time: "
+            "its first node or its script dies; `sacct --duplicates --jobs` and the system's log of that node say more"
+        )
+        last = _last_attempt(events)
+        jobs.record(run, "judged", attempt=last, job=name, code=1, verdict="stop", why=why, exit_code=NO_PROGRESS, step=step, gained=False)
+        return f"stop {NO_PROGRESS}"
+    attempt = 1 + _last_attempt(events)
     jobs.record(
         run,
         "started",
@@ -130,19 +157,65 @@ def begin(run: Path, environment: dict[str, str]) -> str:
         job=name,
         restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),
         nodes=environment.get("SLURM_JOB_NODELIST"),
-        step=committed(run),
+        step=step,
     )
     return f"go {attempt:03} {port(int(name), attempt)} launch/attempt-{attempt:03}"
 
 
+def _last_attempt(events: Sequence[dict[str, Any]]) -> int:
+    return max((event.get("attempt", -1) for event in events if event["event"] == "started"), default=-1)
+
+
+def _submitted(run: Path, name: str, environment: dict[str, str]) -> list[dict[str, Any]]:
+    """The history once it names this job: sbatch returns, and the job may begin, before whoever called it can write down its number."""
+    names = {name, f"{environment.get('SLURM_ARRAY_JOB_ID')}_{environment.get('SLURM_ARRAY_TASK_ID')}"}
+    end = time.monotonic() + _SUBMITTED_S
+    while True:
+        events = jobs.history(run)
+        known = (str(job) for event in events if event["event"] == "submitted" for job in (event.get("job"), *(event.get("chain") or ())))
+        if not names.isdisjoint(known):
+            return events
+        if time.monotonic() > end:
+            jobs.record(run, "submitted", job=name, by="hand")
+            return jobs.history(run)
+        time.sleep(0.1)
+
+
+def _ended_silently(run: Path, events: Sequence[dict[str, Any]], step: int) -> int:
+    """If the attempt before this one was never judged, write down its end; how many such there are now in a row that gained no step."""
+    last = next((event for event in reversed(events) if event["event"] in ("started", "judged", "ended")), None)
+    if last is None or last["event"] != "started":
+        return 0
+    gained = step > max(last.get("step", -1), 0)
+    why = "it ended without a word: its first node or its script died, and it was queued again"
+    jobs.record(run, "ended", attempt=last.get("attempt"), job=last.get("job"), why=why, step=step, gained=gained)
+    count = 0 if gained else 1
+    for event in reversed(_since(events, "submitted")):
+        if event["event"] == "judged" or event.get("gained"):
+            break
+        count += event["event"] == "ended" and not gained
+    return count
+
+
 def after(
-    run: Path, code: int, *, signal: str | None = None, held: Sequence[str] = (), chosen: Sequence[str] = (), excluded: Path | None = None
+    run: Path,
+    code: int,
+    *,
+    signal: str | None = None,
+    held: Sequence[str] = (),
+    chosen: Sequence[str] = (),
+    excluded: Path | None = None,
+    down: Sequence[str] | None = None,
+    cut_short: bool = False,
 ) -> Verdict:
-    """Judge the attempt that has just ended, and write it down with its cause; lost nodes go on the site's list at `excluded`."""
+    """Judge the attempt that has just ended, and write it down with its cause; lost nodes go on the site's list at `excluded`.
+
+    With `down`, the nodes that the scheduler calls down, other nodes must be silent twice in a row; `cut_short`: not all had the time to answer.
+    """
     made, events = jobs.load(run), jobs.history(run)
     started = next((event for event in reversed(events) if event["event"] == "started"), {"attempt": 0, "step": -1})
     attempt, since = started["attempt"], _since(events, "started")
-    lost = _lost(run, attempt, held)
+    lost = () if cut_short else _lost(run, attempt, held)
     outcome = Outcome(
         code=code,
         signal=signal,
@@ -153,11 +226,14 @@ def after(
         step=committed(run),
         stalled=stalled(_since(events, "submitted")),
         failure=failure(run, attempt),
+        started=bool(chosen),
         lost=lost,
     )
     verdict = judge(outcome, may_requeue=made.site.scheduler.requeue and made.chain == 1)
-    if excluded and not (run / "launch" / f"attempt-{attempt:03}" / "doctor").is_dir():  # who judged the nodes has written it down
-        for node in set(lost) - set(excluded_nodes(excluded)):
+    if excluded and len(lost) * 2 <= len(held):  # where most are silent it is not the nodes
+        before = next((event.get("lost", "").split(",") for event in reversed(events) if event["event"] == "judged"), [])
+        sure = set(lost) if down is None else set(lost) & {*down, *before}
+        for node in sorted(sure - set(excluded_nodes(excluded))):
             exclude(excluded, node, "did not answer", run)
     jobs.record(
         run,
@@ -171,8 +247,8 @@ def after(
         exit_code=verdict.code or None,
         step=outcome.step,
         gained=outcome.step > max(outcome.before, 0),
-        nodes=",".join(chosen) or None,
-        lost=",".join(lost) or None,
+        nodes=_few(chosen, f"launch/attempt-{attempt:03}/chosen"),
+        lost=_few(lost, f"launch/attempt-{attempt:03}"),
     )
     return verdict
 
@@ -183,14 +259,18 @@ def committed(run: Path) -> int:
 
 
 def stalled(events: Sequence[dict[str, Any]]) -> int:
-    """Attempts at the end of `events` that gained no step."""
+    """Attempts at the end of `events` that gained no step, but for those that others ended."""
     count = 0
     for event in reversed(events):
-        if event["event"] == "judged":
-            if event.get("gained"):
-                break
-            count += 1
+        if event["event"] in ("judged", "ended") and event.get("gained"):
+            break
+        count += event["event"] == "judged" and not _interrupted(event.get("signal"), bool(event.get("nodes")))
     return count
+
+
+def _few(nodes: Sequence[str], where: str) -> str | None:
+    """The names as they stand in the history, which is read at every start: of a large job only how many, and the file that has them."""
+    return (",".join(nodes) if len(nodes) <= 64 else f"{len(nodes)} nodes: {where}") or None
 
 
 def failure(run: Path, attempt: int) -> dict[str, Any] | None:

@@ -50,7 +50,7 @@ def render(job: Job) -> str:
         guard=_GUARD if job.spares else "",
         watch="\n" + _WATCH if job.spares else "",
         excluded=shlex.quote(str(job.excluded)),
-        modules="".join(f"module load {shlex.quote(line(name, 'scheduler.modules'))}\n" for name in scheduler.modules),
+        modules=_modules(job),
         environment=_environment(job),
         container=_container(job),
         node=_array(_step(job, 1)),
@@ -162,7 +162,8 @@ def _step(job: Job, tasks: int) -> list[str]:
     found = ["--overlap", f"--ntasks-per-node={tasks}", "--distribution=block"]
     found += [f"--cpus-per-task={cores}"] if cores else []
     if bind == "none" or tasks == 1:  # one task that starts the others must have every core of its node
-        found.append("--cpu-bind=none")
+        hinted = any(option.startswith("--hint") for option in job.site.scheduler.options)
+        found += [] if hinted else ["--cpu-bind=none"]  # Slurm forgets a hint where it is told how to bind
     else:  # every rank sees all GPUs and takes that of its local rank; its cores are those of a NUMA domain, in the same order
         found += ["--cpu-bind=cores"] if bind == "cores" else ["--cpu-bind=rank_ldom", "--gpu-bind=none"]
     return found
@@ -171,6 +172,13 @@ def _step(job: Job, tasks: int) -> list[str]:
 def _array(words: list[str]) -> str:
     quoted = [shlex.quote(word) for word in words]  # it leaves commas bare, and shellcheck takes those of an array for a slip
     return "(" + " ".join(f"'{word}'" if "," in word and "'" not in word else word for word in quoted) + ")"
+
+
+def _modules(job: Job) -> str:
+    """Modulefiles read variables that are not set; one that is missing must not go unseen."""
+    names = [shlex.quote(line(name, "scheduler.modules")) for name in job.site.scheduler.modules]
+    loads = [f"module load {name} || {{ printf 'gigatrain: module load %s failed\\n' {name} >&2; exit 3; }}\n" for name in names]
+    return "".join(["set +u\n", *loads, "set -u\n"]) if loads else ""
 
 
 def _environment(job: Job) -> str:
@@ -194,15 +202,21 @@ def _container(job: Job) -> str:
     if not scheduler.image:
         raise SiteError(f"{job.site.name}: scheduler.container is {scheduler.container!r} and scheduler.image names no image")
     image = line(scheduler.image, "scheduler.image")
-    folders = list(dict.fromkeys([str(Path(job.run).parent), str(job.excluded.parent), job.workdir]))
+    made = [line(path, "a folder of shards or paths.cache") for path in (job.site.paths.cache, job.shards) if path]
+    sources = [line(path, "data.sources") for path in job.sources]
+    folders = list(dict.fromkeys([str(Path(job.run).parent), str(job.excluded.parent), job.workdir, *made, *sources]))
+    if any(mark in folder for folder in folders for mark in ",:"):
+        raise SiteError(f"a container's mounts are lists by commas and colons, which one of {', '.join(map(repr, folders))} has")
+    first = f"mkdir -p {' '.join(map(shlex.quote, made))}\n" if made else ""  # what is not there cannot be mounted
     if scheduler.container == "apptainer":
         gpu = [] if job.site.device == "cpu" else ["--rocm" if (job.site.accelerator or "").startswith("mi") else "--nv"]
         words = ["apptainer", "exec", *gpu, *(f"--bind={folder}" for folder in folders), image]
-        return f"# In {scheduler.container}, with the folders of the run and of the recipe.\ninside={_array(words)} contained=()\n"
+        return f"{first}# In {scheduler.container}, with the folders of the run and of the recipe.\ninside={_array(words)} contained=()\n"
     mounts = ",".join(f"{folder}:{folder}" for folder in folders)
+    words = [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={job.workdir}"]
     return (
-        "# In a container of Pyxis, with the folders of the run and of the recipe.\n"
-        f"inside=() contained={_array([f'--container-image={image}', f'--container-mounts={mounts}'])}\n"
+        f"{first}# In a container of Pyxis, with the folders of the run and of the recipe; its entry point would print among our answers.\n"
+        f"inside=() contained={_array([*words, '--no-container-entrypoint'])}\n"
     )
 
 
@@ -231,6 +245,7 @@ cd §workdir || exit 1
 # ---- The environment of every rank -----------------------------------------------------------------------------------
 
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+unset SLURM_EXPORT_ENV # srun passes on what is exported here
 §modules§environment§container
 # How srun starts one task a node, and the tasks that are or start the ranks.
 node=§node
@@ -262,13 +277,34 @@ await() {
 say() { echo "$(date -u +%FT%T.%3NZ) job $job: $*"; }
 listed() { local IFS=,; echo "$*"; }
 
+# A command of Slurm's, for up to $1 seconds: a controller that is busy or restarted is silent for minutes, and no reason to
+# give up. What it refuses, it would refuse again.
+ask() {
+    local limit=$((SECONDS + $1)) pause=2 said
+    shift
+    while ! { said=$("$@" 2>&1 >&3); } 3>&1; do
+        say "$1: $said" >&2
+        case "${said,,}" in
+            *"unable to contact"* | *"timed out"* | *"connection"* | *"zero bytes"* | *"communication"* | *"standby"* | *"authentication"* | *"temporarily"*) ;;
+            *) return 1 ;;
+        esac
+        [ "$SECONDS" -lt "$limit" ] || return 1
+        sleep "$pause"
+        pause=$((pause < 30 ? pause * 2 : 60))
+    done
+}
+# A question to all nodes that was cut short, by a signal or its limit, says nothing against those that did not answer.
+heard() { cut=(); [ -z "$told" ] && [ "$code" -ne 124 ] || cut=(--cut-short); }
+# Nodes that Slurm itself calls down, or that do not answer it.
+down() { sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --states=down,no_respond --format=%N 2>/dev/null | sort -u; }
+
 §guard# ---- Attempts --------------------------------------------------------------------------------------------------------
 
 mapfile -t given < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # Slurm takes away what it finds down
 while true; do
     # 1. Is anything left to do, and which attempt is this?
     verdict="" attempt="" port="" here=""
-    read -r verdict attempt port here < <(gigatrain job begin "$run")
+    read -r verdict attempt port here < <(gigatrain job begin "$run" | tail -n 1)
     case "$verdict" in
         go) ;;
         done) exit 0 ;;
@@ -279,16 +315,20 @@ while true; do
     mkdir -p "$run/$here"
 
     # 2. Who is there? One task a node; a node that is gone does not end the others' (--no-kill).
-    mapfile -t held < <(scontrol show hostnames "$(squeue --noheader --jobs="$job" --format=%N)")
-    each=(--nodes="${#held[@]}" --ntasks="${#held[@]}" --nodelist="$(listed "${held[@]}")" --no-kill --kill-on-bad-exit=0 --wait=0)§watch
+    names=$(ask 150 squeue --noheader --jobs="$job" --format=%N)
+    mapfile -t held < <(scontrol show hostnames "${names:-$SLURM_JOB_NODELIST}")
+    printf '%s\n' "${given[@]}" >"$run/$here/given"
+    printf '%s\n' "${held[@]}" >"$run/$here/held" # a file: an argument of Linux holds 128 KiB, and Slurm takes what has a / for one
+    each=(--nodes="${#held[@]}" --ntasks="${#held[@]}" --nodelist="$run/$here/held" --no-kill --kill-on-bad-exit=0 --wait=0)§watch
 §examine
     # 3. Train on the chosen ones. Here a lost rank, or node, ends the step.
+    [ -z "$told" ] || : >"$run/$here/chosen" # it is over before any rank has begun
     if [ -n "$chosen" ] && [ -z "$told" ]; then
-        say "attempt $attempt on $chosen"
+        say "attempt $attempt on $(scontrol show hostlist "$run/$here/chosen")"
         first=${chosen%%,*}
         address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
         address=${address:-$first}
-        ranks=(--nodes="$nodes" --nodelist="$chosen" --no-kill=off --kill-on-bad-exit=1 --wait=0)
+        ranks=(--nodes="$nodes" --nodelist="$run/$here/chosen" --no-kill=off --kill-on-bad-exit=1 --wait=0)
         train=(train "$run/launch/recipe.json" --site "$run/launch/site.json" --run "$run" --continue)
 §train
         [ -z "$told" ] || pass_on # it came just before
@@ -299,21 +339,23 @@ while true; do
 
     # 4. What now? done | again, in this allocation | requeue | leave it to the next job or to a person | stop
     verdict="" code_now="" bad=""
+    down >"$run/$here/down"
     read -r verdict code_now bad < <(
         gigatrain job after "$run" --code "$code" --signal "${told:-none}" \
-            --held "$(listed "${given[@]}")" --chosen "$chosen" --excluded "$excluded"
+            --held "@$run/$here/given" --chosen "@$run/$here/chosen" --excluded "$excluded" \
+            --down "@$run/$here/down" "${cut[@]}" | tail -n 1
     )
     case "$verdict" in
-        again) ;;
+        again) [ "$code_now" -eq 0 ] || { sleep "$code_now" & await "$!"; } ;; # what made it fail at once may pass
         requeue)
             trap '' USR1 TERM
-            state=$(squeue --noheader --jobs="$job" --format=%T)
-            if [ "$state" != RUNNING ]; then
+            state=$(ask 600 squeue --noheader --jobs="$job" --format=%T)
+            if [ "${state:-RUNNING}" != RUNNING ]; then # no answer: then let the next command find out
                 say "it is $state: Slurm itself ends it, or queues it again"
                 exit 0
             fi
             # Slurm ends this script as soon as it may; the exclusion can be changed only of a job that waits.
-            scontrol requeue "$job" || { say "it may not requeue itself; go on with: gigatrain requeue $run"; exit 1; }
+            ask 600 scontrol requeue "$job" || { say "it may not requeue itself; go on with: gigatrain requeue $run"; exit 1; }
             bad=$exclude${exclude:+${bad:+,}}$bad
             [ -z "$bad" ] || scontrol update "JobId=$job" "ExcNodeList=$bad"
             exit 0
@@ -330,10 +372,12 @@ _GUARD = r"""# ---- Who watches this script ------------------------------------
 
 guard=""
 watch() {
+    local refused=0 has
     while sleep 30; do
         has=$(squeue --noheader --jobs="$1" --states=RUNNING --format=%N) || continue
         [ -n "$has" ] || continue
-        scontrol show hostnames "$has" | grep -qxF "$2" || scontrol requeue "$1"
+        scontrol show hostnames "$has" | grep -qxF "$2" && continue
+        scontrol requeue "$1" || [ $((refused += 1)) -lt 4 ] || scancel "$1" # one that may not requeue gives its nodes back
     done
 }
 
@@ -345,20 +389,28 @@ _WATCH = r"""    if [ "${#held[@]}" -gt 1 ] && { [ -z "$guard" ] || ! kill -0 "$
     fi"""
 _ROLL_CALL = r"""    timeout §roll_call_s srun "${each[@]}" "${node[@]}" printenv SLURMD_NODENAME >"$run/$here/present" &
     await "$!"
+    heard
     mapfile -t present < <(printf '%s\n' "${held[@]}" | grep -Fxf "$run/$here/present")
     chosen="" code=9
     [ "${#present[@]}" -lt "$nodes" ] || chosen=$(listed "${present[@]:0:nodes}")
+    tr , '\n' <<<"$chosen" >"$run/$here/chosen"
 """
 _DOCTOR = r"""    timeout §doctor_s srun "${each[@]}" "${node[@]}" "${contained[@]}" "${inside[@]}" \
         "$python" -m gigatrain doctor --site "$run/launch/site.json" --out "$run/$here/doctor" &
     await "$!"
-    chosen=$(gigatrain doctor --judge "$run/$here/doctor" --nodes "$nodes" --expect "$(listed "${held[@]}")" --excluded "$excluded")
+    heard
+    down >"$run/$here/down"
+    blame=()
+    [ "${#cut[@]}" -gt 0 ] || blame=(--excluded "$excluded" --down "@$run/$here/down")
+    chosen=$(gigatrain doctor --judge "$run/$here/doctor" --nodes "$nodes" --expect "@$run/$here/held" "${blame[@]}" | tail -n 1
+        exit "${PIPESTATUS[0]}")
     code=$?
     [ "$code" -eq 0 ] || chosen=""
+    tr , '\n' <<<"$chosen" >"$run/$here/chosen"
 """
 _TORCHRUN = r"""        srun "${ranks[@]}" "${rank[@]}" --ntasks="$nodes" "${contained[@]}" "${inside[@]}" \
             "$python" -m gigatrain.launching.agent --nnodes="$nodes" --nproc-per-node="$ranks_per_node" --max-restarts=0 §numa\
-            --rdzv-backend=c10d --rdzv-endpoint="$address:$port" --rdzv-id="$job-$attempt" --shutdown-timeout=§stop_s \
+            --master-addr="$address" --master-port="$port" --shutdown-timeout=§stop_s \
             -m -- gigatrain "${train[@]}" &
         step=$!"""
 _SRUN = r"""        export GIGATRAIN_LAUNCHER=srun MASTER_ADDR=$address MASTER_PORT=$port

@@ -116,9 +116,9 @@ def way_out(said: str) -> str:
     return next((f"; {hint}" for pattern, hint in _WAYS_OUT if re.search(pattern, said, re.IGNORECASE)), "")
 
 
-def submit(script: Path, *options: str) -> str:
-    """Hand in a script; returns the job's id. `options` go before it: `--dependency=afterany:41`."""
-    said = run("sbatch", "--parsable", *options, "--", str(script), environment=outside(os.environ))
+def submit(script: Path, *options: str, account: str | None = None) -> str:
+    """Hand in a script; returns the job's id. `options` go before it: `--dependency=afterany:41`; `account` is the one that it names, if any."""
+    said = run("sbatch", "--parsable", *options, "--", str(script), environment=outside(os.environ, account))
     return said.strip().split(";")[0]  # JOB;CLUSTER where there are several
 
 
@@ -127,12 +127,14 @@ def tested(script: Path, *options: str) -> str:
     return run("sbatch", "--test-only", *options, "--", str(script), environment=outside(os.environ))
 
 
-def outside(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what Slurm says of a job that this process is in; else a job within a job would inherit its shape."""
-    kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
-    return {
-        name: value for name, value in environment.items() if not name.startswith(("SLURM_", "SLURMD_", "PMI", "SRUN_")) or name in kept
-    }
+def outside(environment: Mapping[str, str], account: str | None = None) -> dict[str, str]:
+    """The environment without what Slurm says of a job that this process is in; else a job within a job would inherit its shape.
+
+    Nor with SBATCH_*: each overrides a line of the script, which says what is wanted. SBATCH_ACCOUNT stays where the script names no account.
+    """
+    dropped = ("SLURM_", "SLURMD_", "PMI", "SRUN_", "SBATCH_")
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT", "SBATCH_CLUSTERS", *(() if account else ("SBATCH_ACCOUNT",)))
+    return {name: value for name, value in environment.items() if not name.startswith(dropped) or name in kept}
 
 
 _QUEUED = "\x1f".join(("%i", "%T", "%u", "%P", "%D", "%M", "%l", "%S", "%N", "%j", "%r"))  # a separator that no name has

@@ -119,6 +119,12 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
         raise SiteError(
             f"{site.name} does not say how many GPUs a node has (node.accelerators or node.ranks); give --nodes as well as --gpus"
         )
+    segment, asked = site.scheduler.segment, large.nodes + request.spares
+    if site.scheduler.kind == "slurm" and segment and asked % segment:
+        raise SiteError(
+            f"{site.name} hands out nodes in segments of {segment} (scheduler.segment), which does not divide {large.nodes} nodes and "
+            f"{request.spares} spares; ask for {-asked % segment} more spare(s) with --spares {request.spares + -asked % segment}"
+        )
     plans = tuple(plan(recipe, site, large.ranks, measure=measure) for recipe in recipes)
     folder = _folder(request, site, name, today or datetime.datetime.now())
     time_s = _time(request, site)
@@ -138,6 +144,8 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
         preflight=request.preflight,
         chain=request.chain,
         sweep=len(changes) if request.sweep else 0,
+        shards=os.path.abspath(os.path.expanduser(recipes[0].data.folder)),
+        sources=_sources(recipes),
         hosts=tuple(host.name for host in hosts),
         form="trainjob" if request.form == "trainjob" else "jobset",
     )
@@ -329,6 +337,19 @@ def cached(recipe: Recipe, site: Site) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"folder": f"{site.paths.cache}/data"})})
 
 
+def _sources(recipes: Sequence[Recipe]) -> tuple[str, ...]:
+    """Folders of the texts that the recipes read, as far as they are here: a glob or a prefix is in one."""
+    found: dict[str, None] = {}
+    for source in (source for recipe in recipes for source in recipe.data.sources if source.path):
+        path = Path(os.path.abspath(os.path.expanduser(source.path or "")))
+        while source.kind != "hub" and not path.exists():
+            path = path.parent
+        folder = path if path.is_dir() else path.parent
+        if path.exists() and folder != Path("/"):
+            found[str(folder)] = None
+    return tuple(found)
+
+
 def _folder(request: Request, site: Site, name: str, now: datetime.datetime) -> Path:
     if request.folder:
         return Path(os.path.abspath(os.path.expanduser(request.folder)))
@@ -446,7 +467,7 @@ def _slurm_submit(made: Job) -> list[str]:
     for _ in range(made.chain):
         after = [f"--dependency=afterany:{numbers[-1]}"] if numbers else []
         try:
-            numbers.append(slurm.submit(path, *after))
+            numbers.append(slurm.submit(path, *after, account=made.account or made.site.scheduler.account))
         except RunError as failure:
             if not numbers:
                 raise

@@ -11,6 +11,7 @@ known to be this run's, nothing is written into it, except by a job's attempt (G
 
 import contextlib
 import datetime
+import errno
 import faulthandler
 import json
 import os
@@ -30,6 +31,26 @@ from gigatrain.observe import hang
 from gigatrain.parallel.spawn import SPAWNED
 
 TAIL_BYTES = 1 << 16
+TRANSIENT = frozenset(  # of a parallel file system or a network that recovers
+    getattr(errno, name)
+    for name in (
+        *(
+            "EIO",
+            "ESTALE",
+            "ETIMEDOUT",
+            "EAGAIN",
+            "EBUSY",
+            "EREMOTEIO",
+            "ESHUTDOWN",
+            "ENOTCONN",
+            "ECONNRESET",
+            "ECONNREFUSED",
+            "ECONNABORTED",
+        ),
+        *("ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH", "EPIPE", "EPROTO"),
+    )
+    if hasattr(errno, name)  # Linux has all of them
+)
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _MARK = re.compile(rb"^\[gigatrain\] rank (\d+) of (\d+) on (\S+), pid (\d+), (begins|ends) (\S+)(?:: code (\d+))?$", re.MULTILINE)
 
@@ -180,6 +201,7 @@ class Log:
             "traceback": lines[-100_000:],
             "ours": _ours(failure),
             "secondary": secondary,
+            "transient": _transient(failure),
         }
         self.write(lines if record["ours"] else f"gigatrain: {failure}\n")
         if self.owned:
@@ -445,6 +467,21 @@ def _ours(failure: BaseException) -> bool:
     """Whether it is a mistake of ours, whose traceback is needed; what a user can mend is said in a message."""
     named = isinstance(failure, OSError) and failure.strerror is not None
     return not (isinstance(failure, (GigatrainError, MemoryError, KeyboardInterrupt)) or named)
+
+
+def _transient(failure: BaseException) -> bool:
+    """Whether its cause may be gone the next time: it says so itself, or a network or a shared file system failed somewhere below it."""
+    seen: set[int] = set()
+    ahead: list[BaseException | None] = [failure]
+    while ahead:
+        one = ahead.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if getattr(one, "transient", False) or (isinstance(one, OSError) and one.errno in TRANSIENT):
+            return True
+        ahead += [one.__cause__, one.__context__]
+    return False
 
 
 def _code(failure: BaseException | None) -> int:

@@ -46,7 +46,9 @@ def joined(axes: config.Mesh, ranks: int, device: str) -> Iterator[tuple[Mesh, t
     if device == "cuda":
         here = torch.cuda.device_count()
         if local >= here > 0:
-            raise RunError(f"local rank {local} has no GPU of its own: this node shows {here}; start at most {here} processes a node")
+            alone = RunError(f"local rank {local} has no GPU of its own: this node shows {here}; start at most {here} processes a node")
+            alone.transient = True  # of a node that has lost one; the next attempt's examination finds it
+            raise alone
         torch.cuda.set_device(local)
     place = torch.device(device, local) if device == "cuda" else torch.device(device)
     if ranks == 1:
@@ -59,10 +61,12 @@ def joined(axes: config.Mesh, ranks: int, device: str) -> Iterator[tuple[Mesh, t
             distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT, **bound)
         except (RuntimeError, ValueError) as failure:  # torch's network errors are RuntimeErrors, a missing address is a ValueError
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise RunError(
+            apart = RunError(
                 f"rank {rank} of {ranks} cannot meet the others at {where} (MASTER_ADDR:MASTER_PORT): {str(failure).splitlines()[0][:300]}; start all ranks "
                 "with one address, and a port that is free there"
-            ) from None
+            )
+            apart.transient = True
+            raise apart from None
     try:
         yield Mesh(axes, rank, place, int(os.environ.get("LOCAL_WORLD_SIZE", ranks))), place
     except RuntimeError as failure:

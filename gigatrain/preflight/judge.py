@@ -12,7 +12,7 @@ import json
 import os
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -109,12 +109,20 @@ def slow(figures: Mapping[str, float], better: Literal["higher", "lower"] = "hig
     return {node: value / middle for node, value in figures.items() if sign * (middle - value) > limit}
 
 
-def judge(folder: Path, nodes: int, expect: Sequence[str] = (), excluded: Path | None = None, run: str = "") -> Judgement:
+def judge(
+    folder: Path,
+    nodes: int,
+    expect: Sequence[str] = (),
+    excluded: Path | None = None,
+    run: str = "",
+    down: Sequence[str] = (),
+) -> Judgement:
     """Read every verdict of `folder`, compare them, choose `nodes` of them and append those whose fault lasts (LASTING) to `excluded`.
 
     The order is that of `expect` (the allocation's), else of the ranks, which Slurm gives by its node list: by topology where the site has one. A fault
     that more than half of the nodes share (a full file system, a launcher's mistake) is no node's own: it keeps them from training, and nobody is excluded;
-    a warning that as many share (a limit of the site's, a port that is not cabled) puts none of them behind the others.
+    a warning that as many share (a limit of the site's, a port that is not cabled) puts none of them behind the others. Silence alone puts a node on the
+    list only if it is one of `down`, those that the scheduler itself calls down.
     Raises RunError where there is no folder.
     """
     if not folder.is_dir():
@@ -147,7 +155,7 @@ def judge(folder: Path, nodes: int, expect: Sequence[str] = (), excluded: Path |
         judgement.notes.append("the network between the nodes was not tested: the host of their meeting, rank 0, is at fault")
     if outside := sorted(set(read) - set(order)):
         judgement.notes.append(f"not asked for, and left out: {', '.join(outside[:8])}{' …' if len(outside) > 8 else ''}")
-    _exclude(judgement, findings, excluded, run)
+    _exclude(judgement, findings, excluded, run, set(order) & set(down) - set(read))
     return judgement
 
 
@@ -248,8 +256,8 @@ def _choose(judgement: Judgement, findings: Mapping[str, Sequence[Finding]]) -> 
         judgement.notes.append(f"no healthy node was left: {names} train{'s' if len(suspects) == 1 else ''} though suspect")
 
 
-def _exclude(judgement: Judgement, findings: Mapping[str, Sequence[Finding]], excluded: Path | None, run: str) -> None:
-    """Append the nodes whose fault lasts to the site's list, each with its own reasons; several jobs may append at once."""
+def _exclude(judgement: Judgement, findings: Mapping[str, Sequence[Finding]], excluded: Path | None, run: str, lost: Set[str]) -> None:
+    """Append the nodes whose fault lasts, and those `lost`, to the site's list, each with its own reasons; several jobs may append at once."""
     shared = _shared(findings, "bad")
     if shared:
         judgement.notes.append(
@@ -257,7 +265,7 @@ def _exclude(judgement: Judgement, findings: Mapping[str, Sequence[Finding]], ex
         )
     lines: list[str] = []
     for row in judgement.rows:
-        own = [f"{one.name}: {one.said}" for one in findings[row.node] if _lasting(one) and one.name not in shared]
+        own = [f"{one.name}: {one.said}" for one in findings[row.node] if row.node in lost or (_lasting(one) and one.name not in shared)]
         named = row.node in findings and not row.node.startswith("rank ")
         if own and named and excluded is not None:
             row.excluded = True

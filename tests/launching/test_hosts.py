@@ -248,6 +248,21 @@ def test_a_host_that_the_doctor_finds_bad_does_not_train(farm, tiny):
     assert not (run / "run.json").exists()
 
 
+def test_a_signal_is_passed_on_to_ranks_and_to_no_other_child():
+    """Such as multiprocessing's resource tracker, which it would kill."""
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
+    other = subprocess.Popen(["sleep", "60"], env=environment)
+    rank = subprocess.Popen(["sleep", "60"], env=environment | {"LOCAL_RANK": "0"})
+    try:
+        agent._pass_on(signal.SIGUSR1, None)
+        assert rank.wait(20) == -signal.SIGUSR1
+        assert other.poll() is None
+    finally:
+        for process in (other, rank):
+            process.kill()
+            process.wait()
+
+
 def _with_descendants(pid: int) -> list[int]:
     return [pid, *(inner for child in agent.children(pid) for inner in _with_descendants(child))]
 

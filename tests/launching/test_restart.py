@@ -3,6 +3,7 @@
 import datetime
 import json
 import socket
+import threading
 
 import pytest
 
@@ -27,6 +28,13 @@ LOST = {"type": "RunError", "message": "rank 1 of 4 lost another rank, whose own
         (Outcome(7, before=3, step=3, failure=LOST), "again", 0),
         (Outcome(137, failure=LOST | {"message": "rank 0 of 4 cannot meet the others at n1:20000"}), "again", 0),
         (Outcome(9, before=6, step=6), "requeue", 0),
+        # A file system or a network that was away, whatever our error of it was:
+        (Outcome(6, before=3, step=3, failure={"type": "CheckpointError", "message": "cannot be read", "transient": True}), "again", 0),
+        (Outcome(7, before=3, step=3, failure={"type": "RunError", "message": "no GPU of its own", "transient": True}), "again", 0),
+        (Outcome(5, stalled=3, failure={"type": "DataError", "message": "cannot be read", "transient": True}), "stop", 93),
+        # Others ended it, which says nothing of the run:
+        (Outcome(0, signal="TERM", stalled=3), "requeue", 0),
+        (Outcome(124, signal="USR1", stalled=3, started=False), "requeue", 0),
         (
             Outcome(1, failure={"type": "ValueError", "message": "?"}),
             "again",
@@ -108,6 +116,59 @@ def test_no_progress_stops_the_run_and_every_job_of_its_chain_until_a_person_sub
     assert restart.begin(run, JOB).startswith("go 005")
 
 
+def test_what_others_ended_does_not_count_as_a_restart(tmp_path):
+    run = made(tmp_path / "run")
+    for signal, chosen in (("TERM", ["n1"]), ("USR1", []), ("TERM", ["n1"]), ("TERM", ["n1"]), ("USR1", ["n1"])):
+        assert restart.begin(run, JOB).startswith("go ")
+        assert restart.after(run, 0, signal=signal, chosen=chosen).word == "requeue"
+    assert restart.stalled(jobs.history(run)) == 1  # the limit of a job that had begun
+    assert "--time" in judge(Outcome(0, signal="USR1", before=6, step=6, stalled=3)).why
+
+
+def test_attempts_that_gain_nothing_begin_ever_later():
+    assert [judge(Outcome(1, before=6, step=6, stalled=count)).pause_s for count in range(3)] == [5, 10, 20]
+    assert judge(Outcome(1, before=6, step=7, stalled=2)).pause_s == 0
+
+
+def test_a_job_that_begins_before_its_submission_is_written_down_waits_for_that(tmp_path):
+    run = made(tmp_path / "run")
+    restart.begin(run, JOB)
+    assert restart.after(run, 5).word == "stop"
+    writer = threading.Timer(0.5, jobs.record, (run, "submitted"), {"job": "42"})
+    writer.start()
+    assert restart.begin(run, JOB | {"SLURM_JOB_ID": "42"}).startswith("go 001")
+    writer.join()
+    assert [event["job"] for event in jobs.history(run) if event["event"] == "submitted"] == ["41", "42"]
+
+
+def test_a_script_handed_in_by_hand_goes_on_after_a_stop_and_the_link_of_a_chain_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(restart, "_SUBMITTED_S", 0.2)
+    run = made(tmp_path / "run")
+    jobs.record(run, "submitted", job="42", chain=["43"])
+    restart.begin(run, JOB | {"SLURM_JOB_ID": "42"})
+    assert restart.after(run, 5).word == "stop"
+    assert restart.begin(run, JOB | {"SLURM_JOB_ID": "43"}) == "stop 5"
+    assert restart.begin(run, JOB | {"SLURM_JOB_ID": "50"}).startswith("go 001")
+    assert jobs.history(run)[-2]["by"] == "hand"
+    jobs.record(run, "submitted", job="60_0")  # a task of an array has a number of its own
+    assert restart.begin(run, {"SLURM_JOB_ID": "61", "SLURM_ARRAY_JOB_ID": "60", "SLURM_ARRAY_TASK_ID": "0"}).startswith("go 002")
+    assert jobs.history(run)[-2].get("by") != "hand"
+
+
+def test_a_job_that_slurm_queues_again_and_again_without_a_word_is_stopped(tmp_path):
+    run = made(tmp_path / "run")
+    for attempt in range(8):
+        assert restart.begin(run, JOB).startswith(f"go {attempt:03}")
+    commit(run, 3)  # a step gained: the count begins again
+    for attempt in range(8, 19):
+        assert restart.begin(run, JOB).startswith(f"go {attempt:03}")
+    assert restart.begin(run, JOB) == "stop 93"
+    last = jobs.history(run)[-1]
+    assert (last["event"], last["verdict"]) == ("judged", "stop")
+    assert "11 times in a row without a word" in last["why"]
+    assert restart.begin(run, JOB) == "stop 93"
+
+
 def test_a_finished_run_is_not_begun_again(tmp_path):
     run = made(tmp_path / "run")
     (run / "summary.json").write_text("{}")
@@ -127,6 +188,31 @@ def test_nodes_that_did_not_answer_are_named_and_excluded(tmp_path):
     assert json.loads(excluded.read_text())["run"] == str(run)
     late = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=15)
     assert restart.excluded_nodes(excluded, now=late) == []
+
+
+def silent(run, **more):
+    """An attempt in whose roll call n1 and n3 answered, of n1 to n4."""
+    attempt = restart.begin(run, JOB).split()[1]
+    (run / "launch" / f"attempt-{attempt}").mkdir()
+    (run / "launch" / f"attempt-{attempt}" / "present").write_text("n3\nn1\nn4\n")
+    restart.after(run, 1, chosen=["n1"], held=["n1", "n2", "n3", "n4"], excluded=run.parent / "list", **more)
+    return restart.excluded_nodes(run.parent / "list")
+
+
+def test_silence_alone_counts_twice_in_a_row_or_where_slurm_too_calls_the_node_down(tmp_path):
+    run = made(tmp_path / "run")
+    assert silent(run, cut_short=True, down=["n2"]) == []  # the job was being ended
+    assert silent(run, down=[]) == []
+    assert silent(run, down=["n7"]) == ["n2"]
+    other = made(tmp_path / "more" / "run")
+    assert silent(other, down=["n2"]) == ["n2"]
+
+
+def test_the_history_of_a_large_job_names_a_file(tmp_path):
+    run = made(tmp_path / "run")
+    restart.begin(run, JOB)
+    restart.after(run, 1, chosen=[f"n{number}" for number in range(36_000)])
+    assert jobs.history(run)[-1]["nodes"] == "36000 nodes: launch/attempt-000/chosen"
 
 
 def test_if_nobody_answered_it_is_not_the_nodes(tmp_path):

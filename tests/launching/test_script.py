@@ -30,7 +30,7 @@ HOSTILE = [
 
 
 def site(**scheduler):
-    more = {name: scheduler.pop(name) for name in ("device", "node", "environment") if name in scheduler}
+    more = {name: scheduler.pop(name) for name in ("device", "node", "environment", "paths") if name in scheduler}
     return Site.model_validate({"name": "here", "summary": "", "device": "cpu", "scheduler": {"kind": "slurm"} | scheduler} | more)
 
 
@@ -125,7 +125,78 @@ def test_binding_and_containers():
     text = script.render(job(FULL, launcher="srun"))
     assert "--cpu-bind=rank_ldom --gpu-bind=none" in text  # every rank sees all GPUs and takes that of its local rank
     text = script.render(job(site(container="pyxis", image="torch")))
-    assert "contained=(--container-image=torch '--container-mounts=/runs:/runs,/work:/work')" in text
+    mounts = "'--container-mounts=/runs:/runs,/work:/work' --container-workdir=/work --no-container-entrypoint"
+    assert f"contained=(--container-image=torch {mounts})" in text
+    where = site(container="pyxis", image="torch", paths={"runs": "/runs", "cache": "/cache"})
+    text = script.render(job(where, shards="/cache/data", sources=("/corpus",)))
+    assert "--container-mounts=/runs:/runs,/work:/work,/cache:/cache,/cache/data:/cache/data,/corpus:/corpus" in text
+    assert "mkdir -p /cache /cache/data\n" in text  # what is not there cannot be mounted
+    assert "--cpu-bind=none" in script.render(job())
+    assert "--cpu-bind" not in script.render(job(site(options=("--hint=nomultithread",))))  # Slurm would forget the hint
+
+
+def test_a_module_may_read_what_is_not_set_and_must_be_there(tmp_path):
+    head = script.render(job(site(modules=("CUDA/12",)), workdir="/tmp")).partition("# ---- Signals")[0] + '\necho "on $-"\n'
+    for body, code in (('[ -z "$NOWHERE_SET" ]', 0), ("false", 3)):
+        text = f'module() {{ {body}; }}\nSLURM_JOB_ID=7 SLURM_EXPORT_ENV=NONE\n{head}[ -z "${{SLURM_EXPORT_ENV+x}}" ]'
+        ended = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"})
+        assert ended.returncode == code, ended.stderr
+        assert ("CUDA/12" in ended.stderr) == bool(code)
+        assert code or "u" in ended.stdout  # unset names are mistakes again
+
+
+def asked(body, command, tmp_path):
+    """`command` in the script's own functions, with a `squeue` of our own and sleeps that only say how long."""
+    text = script.render(job(workdir="/tmp"))
+    functions = text[text.index("say() {") : text.index("# ---- Attempts")]
+    (tmp_path / "squeue").write_text(f"#!/bin/bash\n{body}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    text = f"set -u\njob=7 told='' step=''\n{functions}\nsleep() {{ SECONDS=$((SECONDS + $1)); echo slept >&2; }}\n{command}"
+    return subprocess.run(
+        ["bash", "-c", text], cwd=tmp_path, capture_output=True, text=True, check=False, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    )
+
+
+def test_a_controller_that_does_not_answer_is_asked_again_and_a_refusal_is_not(tmp_path):
+    away = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+    back = asked(f"echo x >>tries; [ $(wc -l <tries) -lt 4 ] && {{ {away}; }}; echo RUNNING", "ask 600 squeue -j 7", tmp_path)
+    assert (back.returncode, back.stdout, back.stderr.count("slept")) == (0, "RUNNING\n", 3)
+    gone = asked(away, "ask 600 squeue -j 7", tmp_path)
+    assert (gone.returncode, gone.stdout) == (1, "")
+    assert 10 < gone.stderr.count("slept") < 30
+    refused = asked("echo 'Invalid job id specified' >&2; exit 1", "ask 600 squeue -j 7", tmp_path)
+    assert (refused.returncode, refused.stderr.count("slept")) == (1, 0)
+
+
+def test_a_node_that_guards_a_job_which_may_not_requeue_gives_it_back(tmp_path):
+    """Else the allocation would be held until its limit by a loop that is refused twice a minute."""
+    text = script.render(job(spares=1))
+    guard = text[text.index("watch() {") : text.index("# ---- Attempts")]
+    scontrol = 'if [ "$1" = show ]; then echo n2; else echo requeue >>said; false; fi'
+    for name, body in (("squeue", "echo n2"), ("scontrol", scontrol), ("scancel", "echo cancel >>said; kill $PPID")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    text = f"set -u\n{guard}\nsleep() {{ :; }}\nwatch 7 n1"
+    subprocess.run(
+        ["bash", "-c", text], cwd=tmp_path, capture_output=True, check=False, timeout=60, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    )
+    assert (tmp_path / "said").read_text().split() == ["requeue"] * 4 + ["cancel"]
+
+
+@pytest.mark.parametrize(("told", "code", "counts"), [("", 0, True), ("", 124, False), ("TERM", 143, False)])
+def test_silence_counts_only_where_all_had_the_time_to_answer(told, code, counts, tmp_path):
+    ended = asked("", f'told={told} code={code}; heard; echo "${{cut[@]}}"', tmp_path)
+    assert ended.stdout.strip() == ("" if counts else "--cut-short"), ended.stderr
+
+
+def test_lists_of_nodes_are_files():
+    """36,000 names are more than Linux takes as one argument."""
+    for preflight in (True, False):
+        text = script.render(job(preflight=preflight))
+        assert '--nodelist="$run/$here/held"' in text
+        assert '--nodelist="$run/$here/chosen"' in text
+        assert '--held "@$run/$here/given" --chosen "@$run/$here/chosen"' in text
+    assert '--expect "@$run/$here/held"' in script.render(job())
 
 
 @pytest.mark.parametrize(

@@ -72,5 +72,8 @@ def test_a_job_within_a_job_does_not_inherit_its_shape():
         "SBATCH_ACCOUNT": "me",
         "HOME": "/root",
         "SLURMD_NODENAME": "n1",
+        "SBATCH_PARTITION": "debug",
+        "SBATCH_EXPORT": "NONE",
     }
     assert slurm.outside(environment) == {"SLURM_CONF": "/etc/s", "SBATCH_ACCOUNT": "me", "HOME": "/root"}
+    assert "SBATCH_ACCOUNT" not in slurm.outside(environment, "mine")  # it would override the script's, and bill another

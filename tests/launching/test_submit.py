@@ -92,6 +92,7 @@ def test_a_scheduler_that_refuses_leaves_nothing(tiny, site, tmp_path, monkeypat
         ),
         ({"lead_s": 600}, {"time_s": 600}, PlanError, "scheduler.lead_s is 600 s"),
         ({"image": "$TEST_NOT_SET/x", "container": "apptainer"}, {}, SiteError, "the environment has no TEST_NOT_SET"),
+        ({"segment": 2}, {"spares": 1}, SiteError, r"segments of 2 .*--spares 2"),
         ({}, {"resume": True}, RunError, "name it with --run"),
         ({}, {"resume": True, "folder": "/nowhere"}, CheckpointError, "nothing to resume"),
         ({}, {"nodes": 3}, PlanError, "does not divide"),

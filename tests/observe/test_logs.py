@@ -1,5 +1,6 @@
 """Each rank's words in its own file, whatever printed them, and the failure that came first above all others."""
 
+import errno
 import json
 import os
 import pty
@@ -378,3 +379,33 @@ def test_an_error_of_the_user_is_in_the_log_without_a_traceback(tmp_path):
     assert b"gigatrain: mend it\n" in text(tmp_path)
     assert b"Traceback" not in text(tmp_path)
     assert b"code 5\n" in text(tmp_path)
+
+
+def refused(number, *, ours=RunError):
+    try:
+        try:
+            raise OSError(number, "said")
+        except OSError:
+            raise ours("the checkpoint cannot be read") from None
+    except ours as failure:
+        return failure
+
+
+@pytest.mark.parametrize(
+    ("failure", "transient"),
+    [
+        (refused(errno.EIO), True),
+        (refused(errno.ESTALE, ours=DataError), True),
+        (refused(errno.ENOENT), False),
+        (OSError(errno.ETIMEDOUT, "said"), True),
+        (RunError("out of memory"), False),
+    ],
+)
+def test_whether_a_cause_may_be_gone_the_next_time_is_recorded(tmp_path, monkeypatch, failure, transient):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    log = logs.Log(tmp_path)
+    log.folder.joinpath("errors").mkdir(parents=True)
+    log.owned = True
+    assert log._failed(failure)["transient"] is transient
+    assert json.loads(log.error.read_text())["transient"] is transient

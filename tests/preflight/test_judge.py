@@ -87,6 +87,16 @@ def test_bad_and_silent_nodes_are_left_out_and_listed(tmp_path):
     assert len(excluded.read_text().splitlines()) == 2
 
 
+def test_silence_puts_a_node_on_the_list_only_where_the_scheduler_calls_it_down_too(tmp_path):
+    folder, excluded = tmp_path / "doctor", tmp_path / "excluded.jsonl"
+    folder.mkdir()
+    for rank in range(4):
+        write(folder, f"n{rank}", rank, state="bad" if rank == 1 else "ok")
+    found = judged(folder, 3, expect=[f"n{rank}" for rank in range(6)], excluded=excluded, down=["n5", "n9"])
+    assert found.chosen == ["n0", "n2", "n3"]
+    assert [json.loads(line)["node"] for line in excluded.read_text().splitlines()] == ["n1", "n5"]
+
+
 def test_tasks_without_a_verdict_are_missed_even_where_nobody_named_them(tmp_path):
     folder, excluded = tmp_path / "doctor", tmp_path / "excluded.jsonl"
     folder.mkdir()
