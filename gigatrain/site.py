@@ -130,7 +130,9 @@ class Scheduler(Section):
     gpus: Literal["gres", "gpus-per-node", "none"] = Field(
         default="gres", description="How accelerators are asked for; none: nodes come whole."
     )
-    gpu_type: str | None = Field(default=None, description="The type in --gres=gpu:TYPE:N; of Kubernetes the resource, such as nvidia.com/gpu.")
+    gpu_type: str | None = Field(
+        default=None, description="The type in --gres=gpu:TYPE:N; of Kubernetes the resource, such as nvidia.com/gpu."
+    )
     exclusive: bool = True
     cpus_per_task: bool = Field(
         default=False, description="Ask for node.cores shared over the tasks of a node; some sites bind to one core else."

@@ -16,11 +16,12 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -30,6 +31,7 @@ from gigatrain.observe import hang
 from gigatrain.parallel.spawn import SPAWNED
 
 TAIL_BYTES = 1 << 16
+FULL_BYTES = 1 << 20  # a disk with less is called full
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _MARK = re.compile(rb"^\[gigatrain\] rank (\d+) of (\d+) on (\S+), pid (\d+), (begins|ends) (\S+)(?:: code (\d+))?$", re.MULTILINE)
 
@@ -65,7 +67,7 @@ class Log:
         self.path = self.folder / f"rank-{self.rank:05d}.log"
         self.node = platform.node() or "unknown"
         self.pulse = hang.Pulse()
-        self.owned = self._entered = self._faults = False
+        self.owned = self._entered = self._faults = self._recorded = False
         self._waiting: list[str] = []  # lines that were shown before there was a file
         self.screen: TextIO | None = None  # a terminal, for what must be seen live
         self._early = "GIGATRAIN_ATTEMPT" in os.environ and not new
@@ -158,7 +160,7 @@ class Log:
 
     def _said_elsewhere(self, record: Mapping[str, Any]) -> bool:
         """Whether the screen hears of this failure from another: our starter, the job's end, or the rank that this one lost."""
-        if not self.owned or not self.error.exists():  # a full disk: nobody else could tell
+        if not self._recorded:  # a full disk: nobody else could tell
             return False
         return SPAWNED in os.environ or (self.rank > 0 and ("GIGATRAIN_ATTEMPT" in os.environ or record["secondary"]))
 
@@ -185,8 +187,12 @@ class Log:
         if self.owned:
             with contextlib.suppress(OSError):  # a full disk; the log, or the screen, has it then
                 whole = self.error.with_suffix(f".{os.getpid()}")
-                whole.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-                whole.replace(self.error)
+                try:
+                    whole.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                    whole.replace(self.error)
+                    self._recorded = True
+                finally:
+                    whole.unlink(missing_ok=True)
         return record
 
     def _split(self) -> None:
@@ -309,24 +315,40 @@ def failures(run: Path, number: int | None = None, *, since: float = 0.0) -> lis
 
     Between ranks of one node time is that node's monotonic clock; between nodes it is wall-clock, which is as good as their synchronisation.
     """
-    found = [record for record in _records(run, number) if record["time_s"] >= since]
+    counts = _present(run, number)
+    found = [record for record in _records(run, number) if record["time_s"] >= since and counts(record["rank"], record["time_s"])]
     offsets: dict[str, float] = {}
     for record in found:
         offsets.setdefault(record["node"], record["time_s"] - record["monotonic_s"])
     return sorted(found, key=lambda record: (record["secondary"], record["monotonic_s"] + offsets[record["node"]], record["rank"]))
 
 
-def silent(run: Path, number: int | None = None) -> list[tuple[int, str]]:
-    """Ranks of an attempt, and their nodes, whose log has no end: they were killed, their node is gone, or they still run."""
+def silent(run: Path, number: int | None = None, *, since: float = 0.0) -> list[tuple[int, str]]:
+    """Ranks of an attempt, and their nodes, whose log has no end: they were killed, their node is gone, or they still run.
+
+    Outside of jobs all starts share one attempt: logs that say nothing after `since`, and those of ranks that the newest start does not have, are of others.
+    """
     number = newest(run) if number is None else number
     if number is None:
         return []
-    found = []
-    for path in sorted(folder_of(run, number).glob("rank-*.log")):
-        marks = _marks(path)
-        if marks and marks[-1][4] == b"begins":
-            found.append((int(marks[-1][0]), marks[-1][2].decode("utf-8", "replace")))
-    return found
+    last = [marks[-1] for path in sorted(folder_of(run, number).glob("rank-*.log")) if (marks := _marks(path, whole=since > 0))]
+    ranks = int(max(last, key=lambda mark: _time_s(mark[5]))[1]) if last else 0
+    return [
+        (int(mark[0]), mark[2].decode("utf-8", "replace"))
+        for mark in last
+        if mark[4] == b"begins" and _time_s(mark[5]) >= since and int(mark[0]) < ranks
+    ]
+
+
+def _present(run: Path, number: int | None) -> Callable[[int, float], bool]:
+    """Whether what a rank left at a time is of the newest start: a resume with fewer ranks leaves the files of the others where they are."""
+    number = newest(run) if number is None else number
+    marks = _marks(folder_of(run, number) / "rank-00000.log") if number is not None else []
+    begins = [mark for mark in marks if mark[4] == b"begins"]
+    if not begins:
+        return lambda rank, time_s: True
+    ranks, began_s = int(begins[-1][1]), _time_s(begins[-1][5])
+    return lambda rank, time_s: rank < ranks or time_s >= began_s
 
 
 def first_failure(run: Path, number: int | None = None, *, since: float = 0.0) -> str | None:
@@ -338,10 +360,13 @@ def first_failure(run: Path, number: int | None = None, *, since: float = 0.0) -
     number = newest(run) if number is None else number
     if number is None:
         return None
-    found, quiet = failures(run, number, since=since), silent(run, number)
+    found, quiet = failures(run, number, since=since), silent(run, number, since=since)
     if not found and not quiet:
         return None
     lines = []
+    stuck = hung(run, number, since=since) if not found or found[0]["secondary"] else None
+    if stuck:  # nobody failed by itself: who waits until a collective's limit is ended by it, NCCL's watchdog without a word
+        lines += stuck.splitlines()
     if found and not (found[0]["secondary"] and quiet):
         first = found[0]
         where = f", at step {first['step']}" if first["step"] is not None else f", in {first['phase']}"
@@ -350,10 +375,13 @@ def first_failure(run: Path, number: int | None = None, *, since: float = 0.0) -
     if quiet:
         nodes = dict.fromkeys(node for _, node in quiet)
         more = f" and {len(nodes) - 8} more" if len(nodes) > 8 else ""
-        lines.append(
-            f"{_named(rank for rank, _ in quiet)} left no word: killed (out of memory?), or the node was lost ({', '.join(list(nodes)[:8])}{more})"
-        )
-    others = found[1:] if lines and found and not (found[0]["secondary"] and quiet) else found
+        why = "killed (out of memory?)"
+        if stuck:
+            why = "ended by the time limit of a collective, killed"
+        elif _full(run):
+            why = "its disk, which is full, could not keep one, or it was killed"
+        lines.append(f"{_named(rank for rank, _ in quiet)} left no word: {why}, or the node was lost ({', '.join(list(nodes)[:8])}{more})")
+    others = found[1:] if found and not (found[0]["secondary"] and quiet) else found
     for secondary, what in ((False, "failed too"), (True, "stopped because of another")):
         if ranks := [record["rank"] for record in others if record["secondary"] == secondary]:
             lines.append(f"{_named(ranks)} {what}")
@@ -362,9 +390,9 @@ def first_failure(run: Path, number: int | None = None, *, since: float = 0.0) -
     return printable("\n".join(lines))
 
 
-def hung(run: Path, number: int | None = None) -> str | None:
+def hung(run: Path, number: int | None = None, *, since: float = 0.0) -> str | None:
     """Which ranks of an attempt wait in which phase, and which say nothing; None if no rank reported a hang."""
-    found = hangs(run, number)
+    found = hangs(run, number, since=since)
     if not found:
         return None
     by_phase: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
@@ -381,15 +409,17 @@ def hung(run: Path, number: int | None = None) -> str | None:
     return "\n".join(lines)
 
 
-def hangs(run: Path, number: int | None = None) -> list[dict[str, Any]]:
-    """The hangs that ranks of an attempt reported and that are not over, by rank."""
+def hangs(run: Path, number: int | None = None, *, since: float = 0.0) -> list[dict[str, Any]]:
+    """The hangs that ranks of an attempt reported after `since` and that are not over, by rank."""
     number = newest(run) if number is None else number
-    found = []
+    found, counts = [], _present(run, number)
     if number is not None:
         for path in sorted((folder_of(run, number) / "errors").glob("rank-*-hang.txt")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 with path.open(encoding="utf-8", errors="replace") as file:
                     record = json.loads(file.readline(65536))
+                if (at := _time_s(record["time"].encode())) < since or not counts(int(record["rank"]), at):
+                    continue
                 found.append(
                     {key: record[key] for key in ("time", "rank", "ranks", "node", "step", "phase", "seconds")} | {"path": str(path)}
                 )
@@ -408,18 +438,41 @@ def _records(run: Path, number: int | None) -> Iterator[dict[str, Any]]:
             yield record | {"time_s": float(record["time_s"]), "monotonic_s": float(record["monotonic_s"]), "rank": int(record["rank"])}
 
 
-def _marks(path: Path) -> list[Sequence[bytes]]:
-    """The marks at the end of a log; if its last bytes have none, those at its beginning."""
+def _marks(path: Path, *, whole: bool = False) -> list[Sequence[bytes]]:
+    """The marks at the end of a log; if its last bytes have none, those at its beginning, or with `whole` the last of all."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            if found := _MARK.findall(file.read(TAIL_BYTES)):
-                return found
+            for tail in (TAIL_BYTES // 16, TAIL_BYTES):  # most logs end with one
+                file.seek(max(0, size - tail))
+                if found := _MARK.findall(file.read(tail)):
+                    return found
+            end = size
+            while whole and end > 0:
+                begin = max(0, end - (1 << 20))
+                file.seek(begin)
+                if found := _MARK.findall(file.read(end - begin + 512)):  # 512: a mark on the border
+                    return found
+                end = begin
             file.seek(0)
             return [mark for mark in _MARK.findall(file.read(TAIL_BYTES)) if mark[4] == b"begins"]
     except OSError:
         return []
+
+
+def _time_s(said: bytes) -> float:
+    """Seconds since 1970 of a mark's time; what is none is of now, so that nothing is left out for it."""
+    try:
+        return datetime.datetime.fromisoformat(said.decode("ascii")).timestamp()
+    except (ValueError, OverflowError):
+        return float("inf")
+
+
+def _full(run: Path) -> bool:
+    """Whether the run's disk has no room for a failure's record."""
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(run).free < FULL_BYTES
+    return False
 
 
 def _named(ranks: Iterable[int]) -> str:
