@@ -16,9 +16,11 @@ import json
 import os
 import platform
 import re
+import select
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +30,7 @@ from typing import Any, Self, TextIO
 
 from gigatrain.errors import GigatrainError, RunError
 from gigatrain.observe import hang
+from gigatrain.observe.tee import UNREAD
 from gigatrain.parallel.spawn import SPAWNED
 
 TAIL_BYTES = 1 << 16
@@ -72,9 +75,11 @@ class Log:
         self.screen: TextIO | None = None  # a terminal, for what must be seen live
         self._early = "GIGATRAIN_ATTEMPT" in os.environ and not new
         self._before: tuple[int, int] | None = None
-        self._tee: subprocess.Popen[bytes] | None = None
-        self._control = -1
+        self._tee: threading.Thread | None = None  # waits for the process that copies, and stands in for one that was killed
+        self._alone = self._orphaned = self._leaving = False
+        self._control = self._answer = -1
         self._file = -1
+        self._turn = threading.Lock()
         self._environment: dict[str, str | None] = {}
 
     def __enter__(self) -> Self:
@@ -109,10 +114,10 @@ class Log:
             self._faults = True
         if self.rank:
             self._redirect(self._file, self._file)
-        elif self._control >= 0:
-            with contextlib.suppress(OSError):
-                os.write(self._control, os.fsencode(self.path))
-            self._close_control()
+        else:
+            self._tell(os.fsencode(self.path))
+            if self._alone:
+                self._point(self._file, self._file)
 
     @property
     def error(self) -> Path:
@@ -144,7 +149,8 @@ class Log:
 
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
         code = _code(failure)
-        record = self._failed(failure) if isinstance(failure, Exception) else None
+        ended = isinstance(failure, SystemExit) and code != 0  # a library's, as rich's of a screen that is gone
+        record = self._failed(failure) if isinstance(failure, Exception) or ended else None
         self._restore()
         if self.owned:
             self.mark("ends", code)
@@ -155,7 +161,7 @@ class Log:
             self._file = -1
         for name, value in self._environment.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-        if record is not None and self._said_elsewhere(record):
+        if record is not None and not ended and self._said_elsewhere(record):
             sys.exit(code)
 
     def _said_elsewhere(self, record: Mapping[str, Any]) -> bool:
@@ -164,7 +170,7 @@ class Log:
             return False
         return SPAWNED in os.environ or (self.rank > 0 and ("GIGATRAIN_ATTEMPT" in os.environ or record["secondary"]))
 
-    def _failed(self, failure: Exception) -> dict[str, Any]:
+    def _failed(self, failure: BaseException) -> dict[str, Any]:
         """Into the log, and as a record for `first_failure`."""
         secondary = bool(getattr(failure, "secondary", False) or (getattr(failure, "shared", False) and self.rank > 0))
         lines = "".join(traceback.format_exception(failure))
@@ -197,47 +203,91 @@ class Log:
 
     def _split(self) -> None:
         """Rank 0: standard output and error go through a process that copies them to where they went and to the log."""
-        out, errors, (control, self._control) = os.pipe(), os.pipe(), os.pipe()
-        given = [out[0], errors[0], control]
+        out, errors, (control, self._control), (self._answer, answers) = os.pipe(), os.pipe(), os.pipe(), os.pipe()
+        given = [out[0], errors[0], control, answers]
+        begun = False
         try:
-            tee = [sys.executable, "-I", "-S", str(Path(__file__).with_name("tee.py")), *map(str, given)]
-            self._tee = subprocess.Popen(tee, pass_fds=given, stdin=subprocess.DEVNULL, start_new_session=True)
+            command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("tee.py")), *map(str, given)]
+            process = subprocess.Popen(command, pass_fds=given, stdin=subprocess.DEVNULL, start_new_session=True)
+            begun = True
             if os.isatty(1):
                 self.screen = os.fdopen(os.dup(1), "w", encoding=getattr(sys.stdout, "encoding", None) or "utf-8", errors="replace")
             self._redirect(out[1], errors[1])
+            self._tee = threading.Thread(target=self._stand_in, args=(process, out[0], errors[0]), name="gigatrain-tee", daemon=True)
+            self._tee.start()
         except OSError as failure:  # no processes, no memory
-            self._close_control()
+            self._close_pipes()
             self._lost(failure)
         finally:
-            for descriptor in (*given, out[1], errors[1]):
+            # Here too the pipes can be read from (`_stand_in`), so that a write meanwhile waits and does not fail.
+            for descriptor in (control, answers, out[1], errors[1], *(() if begun else (out[0], errors[0]))):
                 os.close(descriptor)
+
+    def _stand_in(self, process: subprocess.Popen[bytes], out: int, errors: int) -> None:
+        """Until the process that copies ends: if it was killed, what is printed goes into the log alone; if nobody reads the screen, as if it had never been."""
+        code = process.wait()
+        with self._turn:
+            if not self._leaving and self._before is not None:
+                unread = code == UNREAD
+                if not unread:
+                    said = f"gigatrain: the process that copies rank 0's words to the screen has ended ({code}); training goes on, and they are in {self.path}"
+                    with contextlib.suppress(OSError):
+                        os.write(self._before[1], f"{said}\n".encode())
+                    self.write(f"{said}\n")
+                    self._alone = True
+                self._point(*((self._file, self._file) if self._alone and self._file >= 0 else self._before))
+                self._orphaned = True
+        if self._orphaned:  # what lies in the pipes, and what children print
+            waiting = [out, errors]
+            while waiting:
+                for one in select.select(waiting, [], [])[0]:
+                    if data := os.read(one, 1 << 16):
+                        with contextlib.suppress(OSError):
+                            os.write(1 if one == out else 2, data)
+                    else:
+                        waiting.remove(one)
+        os.close(out)
+        os.close(errors)
+
+    def _point(self, out: int, errors: int) -> None:
+        os.dup2(out, 1)
+        os.dup2(errors, 2)
+
+    def _tell(self, word: bytes) -> None:
+        """To the process that copies (tee.py)."""
+        if self._control >= 0:
+            with contextlib.suppress(OSError):
+                os.write(self._control, word + b"\0")
 
     def _redirect(self, out: int, errors: int) -> None:
         _flush()
         self._before = (os.dup(1), os.dup(2))
-        os.dup2(out, 1)
-        os.dup2(errors, 2)
+        self._point(out, errors)
 
     def _restore(self) -> None:
         _flush()
-        if self._before is not None:
-            for number, saved in zip((1, 2), self._before, strict=True):
-                os.dup2(saved, number)
-                os.close(saved)
-            self._before = None
-        self._close_control()
+        with self._turn:
+            self._leaving = True
+            if self._before is not None:
+                for number, saved in zip((1, 2), self._before, strict=True):
+                    os.dup2(saved, number)
+                    os.close(saved)
+                self._before = None
+        self._tell(b"")
         if self._tee is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a child that outlives us still prints
-                self._tee.wait(5)
+            if select.select([self._answer], [], [], 5)[0] and not os.read(self._answer, 1):
+                self._tee.join(5)  # it has ended; else children that outlive us still print through it
             self._tee = None
+        self._close_pipes()
         if self.screen is not None:
             self.screen.close()
             self.screen = None
 
-    def _close_control(self) -> None:
-        if self._control >= 0:
-            os.close(self._control)
-            self._control = -1
+    def _close_pipes(self) -> None:
+        for descriptor in (self._control, self._answer):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._control = self._answer = -1
 
     def _lost(self, failure: OSError) -> None:
         print(f"gigatrain: LOG NOT WRITTEN {self.path}: {failure.strerror}; training goes on", file=sys.stderr)

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import pty
+import select
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,107 @@ def test_the_last_words_of_a_crash_reach_screen_and_file(tmp_path):
     assert b"Fatal Python error: Aborted" in text(tmp_path)  # faulthandler's stacks
     assert logs.silent(tmp_path)[0][0] == 0
     assert "rank 0 left no word" in str(logs.first_failure(tmp_path))
+
+
+def test_a_screen_that_is_full_costs_the_screen_only(tmp_path):
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run([sys.executable, "-c", SPEAK, str(tmp_path)], stdout=full, stderr=subprocess.PIPE, check=False, timeout=60)
+    assert ended.returncode == 0
+    assert ended.stderr.count(b"gigatrain: standard output cannot be written: No space left on device; training goes on") == 1
+    assert b"python's errors\n" in ended.stderr
+    assert b"python\n" in text(tmp_path)
+    assert b"from C\n" in text(tmp_path)
+
+
+READ = """
+import sys
+from pathlib import Path
+from gigatrain.observe.logs import Log
+with Log(Path(sys.argv[1])) as log:
+    if sys.argv[2] == "early":
+        for number in range(100_000):
+            print(number, flush=True)
+    log.own()
+    for number in range(100_000, 100_100):
+        print(number, flush=True)
+"""
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_a_screen_that_nobody_reads_ends_the_rank_only_before_it_has_a_log(tmp_path, when):
+    process = subprocess.Popen(
+        [sys.executable, "-c", READ, str(tmp_path), when], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    if when == "early":
+        process.stdout.readline()
+    process.stdout.close()
+    process.stdout = None
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode != 0) == (b"BrokenPipeError" in said) == (when == "early")
+    assert when == "early" or b"100099\n" in text(tmp_path)
+
+
+def test_a_rank_survives_the_process_that_copies_its_words(tmp_path):
+    program = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from gigatrain.observe.logs import Log
+with Log(Path(sys.argv[1])) as log:
+    if sys.argv[2] == "late":
+        log.own()
+    tee = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "tee.py"], capture_output=True, check=True).stdout
+    os.kill(int(tee), signal.SIGKILL)
+    for number in range(20_000):
+        print("a line", number, flush=True)
+    log.own()
+    print("the last line", flush=True)
+"""
+    for when in ("late", "early"):
+        ended = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / when), when], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert "copies rank 0's words to the screen has ended (-9); training goes on" in ended.stderr
+        kept = text(tmp_path / when).decode()
+        assert "a line 19999\n" in (kept if when == "late" else ended.stdout)
+        assert "the last line\n" in kept
+        assert not logs.silent(tmp_path / when)
+
+
+def test_nobody_waits_for_children_that_live_on(tmp_path):
+    """As torch's compile workers do: the end is told, and answered once all is copied, while the pipe is still open."""
+    (out, inside), (errors, also), (control, say), (hear, answer) = (os.pipe() for _ in range(4))
+    given = (out, errors, control, answer)
+    command = [sys.executable, "-I", "-S", str(Path(logs.__file__).with_name("tee.py")), *map(str, given)]
+    with subprocess.Popen(command, pass_fds=given, stdout=subprocess.PIPE) as tee:
+        for one in (*given, also):
+            os.close(one)
+        os.write(inside, b"of the rank\n")
+        os.write(say, os.fsencode(tmp_path / "log") + b"\0\0")
+        assert select.select([hear], [], [], 30)[0]
+        assert os.read(hear, 1) == b"1"
+        assert (tmp_path / "log").read_bytes() == b"of the rank\n"
+        os.write(inside, b"of its child\n")
+        for one in (inside, say, hear):
+            os.close(one)
+        assert tee.communicate(timeout=30)[0] == b"of the rank\nof its child\n"
+    assert (tmp_path / "log").read_bytes() == b"of the rank\nof its child\n"
+
+
+def test_a_library_that_leaves_is_recorded(tmp_path):
+    def leaving(code):
+        with logs.Log(tmp_path) as log:
+            log.own()
+            raise SystemExit(code)
+
+    with pytest.raises(SystemExit):
+        leaving(0)
+    assert logs.failures(tmp_path) == []
+    with pytest.raises(SystemExit):
+        leaving(3)
+    assert "SystemExit" in str(logs.first_failure(tmp_path))
+    assert "in leaving" in str(logs.first_failure(tmp_path))
 
 
 def test_an_attempt_that_is_no_number_is_refused(monkeypatch, tmp_path):
