@@ -149,8 +149,9 @@ class Log:
 
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
         code = _code(failure)
-        ended = isinstance(failure, SystemExit) and code != 0  # a library's, as rich's of a screen that is gone
-        record = self._failed(failure) if isinstance(failure, Exception) or ended else None
+        left = failure if isinstance(failure, SystemExit) and code else None  # a library's, as rich's of a screen that is gone
+        told = failure if isinstance(failure, Exception) else left
+        record = self._failed(told) if told is not None else None
         self._restore()
         if self.owned:
             self.mark("ends", code)
@@ -161,7 +162,7 @@ class Log:
             self._file = -1
         for name, value in self._environment.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-        if record is not None and not ended and self._said_elsewhere(record):
+        if record is not None and left is None and self._said_elsewhere(record):
             sys.exit(code)
 
     def _said_elsewhere(self, record: Mapping[str, Any]) -> bool:
@@ -224,7 +225,7 @@ class Log:
                 os.close(descriptor)
 
     def _stand_in(self, process: subprocess.Popen[bytes], out: int, errors: int) -> None:
-        """Until the process that copies ends: if it was killed, what is printed goes into the log alone; if nobody reads the screen, as if it had never been."""
+        """Until the process that copies ends: if it was killed, words go into the log alone; if nobody reads the screen, as if it had never been."""
         code = process.wait()
         with self._turn:
             if not self._leaving and self._before is not None:
