@@ -462,7 +462,7 @@ def _doctor(options: argparse.Namespace) -> None:
             load.names(options.expect or ""),
             Path(options.excluded) if options.excluded else None,
             options.run_folder or "",
-            None if options.down is None else load.names(options.down),
+            () if options.down is None else load.names(options.down),
         )
         show.judgement(judgement)
         if judgement.short:

@@ -369,7 +369,7 @@ class Report(Section):
     every: Count = Field(default=10, description="Steps of one window: host and device meet once a window, never within a step.")
     hang_s: Annotated[float, Field(ge=0, le=86400)] = Field(
         default=300.0,
-        description="So many seconds without progress of a rank are told in its log, with stacks; 0: never. Collectives end after 600.",
+        description="Seconds of a rank without progress that are told in its log, with stacks; 0: never. Of several ranks 540 at most: collectives end at 600.",
     )
     prometheus: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         default=None,

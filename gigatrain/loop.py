@@ -61,7 +61,7 @@ def _train(
     with contextlib.ExitStack() as stack:
         this, resumes = stack.enter_context(run.joined(plan, folder, start, mesh))
         log.own()
-        stack.enter_context(hang.Watch(log, plan.report.hang_s))
+        stack.enter_context(hang.Watch(log, plan.report.hang_s, folder / "logs" / "progress.jsonl" if mesh.rank == 0 else None))
         progress = stack.enter_context(Progress(log, folder if mesh.rank == 0 else None))
         if mesh.rank == 0:
             stack.enter_context(prometheus.served(folder, plan.report.prometheus_host, plan.report.prometheus, display.line))
@@ -195,6 +195,10 @@ def _steps(
             if saving and this.step < plan.steps and not health.wants_out:
                 save()
                 metrics.clock.restart()
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # a signal may have come within a window, whose steps are saved too
+        if unreported := metrics.clock.take_s():
+            progress.report(this.step, this.tokens, sum(unreported))
         save(must=True)
         unvalidated = held is not None and metrics.validated < plan.steps  # a signal cut the last validation short
         if this.step < plan.steps or unvalidated:

@@ -360,6 +360,9 @@ def test_a_signal_within_a_validation_saves_first_and_the_resume_validates(tiny,
 
     assert waited(in_child(interrupted)) == 0
     assert run.checkpoints(folder).latest()[0].step == step
+    events = [json.loads(line) for line in (folder / "logs" / "progress.jsonl").read_text().splitlines()]
+    reports = [event for event in events if event["event"] == "report"]
+    assert (reports[-1]["step"], reports[-1]["seconds"]["training"] > 0) == (step, True)  # also of a window that is not over
     assert not [window for window in windows(folder) if "val_loss" in window and window["step"] == step]
     assert not (folder / "summary.json").exists()
     summary = trained(tiny, folder, start="resume")

@@ -14,7 +14,10 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+
+from gigatrain.parallel.spawn import COLLECTIVE_S
 
 if TYPE_CHECKING:
     from gigatrain.observe.logs import Log
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 SLOW = frozenset({"start", "corpus", "build", "checkpoint", "export"})  # phases without a usual length
 SLOW_TIMES = 6  # of the limit is what they get, and a process's first steps, in which kernels and graphs are made
 FIRST_STEPS = 4
+SHARE = 0.9  # of a collective's time, within which a hang is told
+SHORTEST_S = 0.01  # between two looks, however short the limit
+TOUCH_S = 5.0  # between two signs of life
 COLLECTIVES = "2000"  # that torch's flight recorder keeps, a few MB of host memory
 
 
@@ -60,11 +66,17 @@ def environment(folder: str) -> dict[str, str]:
 
 
 class Watch:
-    """A thread that reports, once, when the pulse of a log's rank stands still for `limit_s`; 0: never. When it goes on, that is said too."""
+    """A thread that reports, once, when the pulse of a log's rank stands still for `limit_s`; 0: never. When it goes on, that is said too.
 
-    def __init__(self, log: "Log", limit_s: float) -> None:
-        self.log, self.pulse, self.limit_s = log, log.pulse, limit_s
-        self.interval_s = min(10.0, limit_s / 10)
+    Of several ranks none waits longer than a collective may: its end would end the process, and nobody had told where it stood.
+    """
+
+    def __init__(self, log: "Log", limit_s: float, alive: Path | None = None) -> None:
+        """`alive`: a file that is touched, where it is, while the rank gets on or is where it may take long: news for who watches the run."""
+        most_s = SHARE * COLLECTIVE_S if log.ranks > 1 else float("inf")
+        self.log, self.pulse, self.limit_s, self.slow_s = log, log.pulse, min(limit_s, most_s), min(SLOW_TIMES * limit_s, most_s)
+        self.interval_s = max(SHORTEST_S, min(10.0, self.limit_s / 10))
+        self.alive, self._touched_s = alive, -TOUCH_S
         self.reported_s = 0.0
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -89,14 +101,22 @@ class Watch:
             idle_s += min(now - last, 2 * self.interval_s)  # a process that was stopped did not hang meanwhile
             last = now
             self._arm()
+            if self.pulse.beats != beats or (self.pulse.slow() and not self.reported_s):
+                self._touch(now)
             if self.pulse.beats != beats:
                 if self.reported_s:
                     self._went_on(idle_s)
                 beats, idle_s = self.pulse.beats, 0.0
-            elif not self.reported_s and idle_s >= self.limit_s * (SLOW_TIMES if self.pulse.slow() else 1):
+            elif not self.reported_s and idle_s >= (self.slow_s if self.pulse.slow() else self.limit_s):
                 self.reported_s = idle_s
                 with contextlib.suppress(Exception):  # whatever goes wrong in a report costs the report
                     self._report(idle_s)
+
+    def _touch(self, now: float) -> None:
+        if self.alive is not None and now - self._touched_s >= TOUCH_S:
+            self._touched_s = now
+            with contextlib.suppress(OSError):
+                os.utime(self.alive)
 
     def _arm(self) -> None:
         """Python's watchdog writes the stacks if this thread gets no turn for the limit."""

@@ -17,17 +17,21 @@ import json
 import os
 import platform
 import re
+import select
+import shutil
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
 from gigatrain.errors import GigatrainError, RunError
 from gigatrain.observe import hang
+from gigatrain.observe.tee import UNREAD
 from gigatrain.parallel.spawn import SPAWNED
 
 TAIL_BYTES = 1 << 16
@@ -51,6 +55,7 @@ TRANSIENT = frozenset(  # of a parallel file system or a network that recovers
     )
     if hasattr(errno, name)  # Linux has all of them
 )
+FULL_BYTES = 1 << 20  # a disk with less is called full
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _MARK = re.compile(rb"^\[gigatrain\] rank (\d+) of (\d+) on (\S+), pid (\d+), (begins|ends) (\S+)(?:: code (\d+))?$", re.MULTILINE)
 
@@ -86,14 +91,16 @@ class Log:
         self.path = self.folder / f"rank-{self.rank:05d}.log"
         self.node = platform.node() or "unknown"
         self.pulse = hang.Pulse()
-        self.owned = self._entered = self._faults = False
+        self.owned = self._entered = self._faults = self._recorded = False
         self._waiting: list[str] = []  # lines that were shown before there was a file
         self.screen: TextIO | None = None  # a terminal, for what must be seen live
         self._early = "GIGATRAIN_ATTEMPT" in os.environ and not new
         self._before: tuple[int, int] | None = None
-        self._tee: subprocess.Popen[bytes] | None = None
-        self._control = -1
+        self._tee: threading.Thread | None = None  # waits for the process that copies, and stands in for one that was killed
+        self._alone = self._orphaned = self._leaving = False
+        self._control = self._answer = -1
         self._file = -1
+        self._turn = threading.Lock()
         self._environment: dict[str, str | None] = {}
 
     def __enter__(self) -> Self:
@@ -128,10 +135,10 @@ class Log:
             self._faults = True
         if self.rank:
             self._redirect(self._file, self._file)
-        elif self._control >= 0:
-            with contextlib.suppress(OSError):
-                os.write(self._control, os.fsencode(self.path))
-            self._close_control()
+        else:
+            self._tell(os.fsencode(self.path))
+            if self._alone:
+                self._point(self._file, self._file)
 
     @property
     def error(self) -> Path:
@@ -163,7 +170,9 @@ class Log:
 
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
         code = _code(failure)
-        record = self._failed(failure) if isinstance(failure, Exception) else None
+        left = failure if isinstance(failure, SystemExit) and code else None  # a library's, as rich's of a screen that is gone
+        told = failure if isinstance(failure, Exception) else left
+        record = self._failed(told) if told is not None else None
         self._restore()
         if self.owned:
             self.mark("ends", code)
@@ -174,16 +183,16 @@ class Log:
             self._file = -1
         for name, value in self._environment.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-        if record is not None and self._said_elsewhere(record):
+        if record is not None and left is None and self._said_elsewhere(record):
             sys.exit(code)
 
     def _said_elsewhere(self, record: Mapping[str, Any]) -> bool:
         """Whether the screen hears of this failure from another: our starter, the job's end, or the rank that this one lost."""
-        if not self.owned or not self.error.exists():  # a full disk: nobody else could tell
+        if not self._recorded:  # a full disk: nobody else could tell
             return False
         return SPAWNED in os.environ or (self.rank > 0 and ("GIGATRAIN_ATTEMPT" in os.environ or record["secondary"]))
 
-    def _failed(self, failure: Exception) -> dict[str, Any]:
+    def _failed(self, failure: BaseException) -> dict[str, Any]:
         """Into the log, and as a record for `first_failure`."""
         secondary = bool(getattr(failure, "secondary", False) or (getattr(failure, "shared", False) and self.rank > 0))
         lines = "".join(traceback.format_exception(failure))
@@ -207,53 +216,101 @@ class Log:
         if self.owned:
             with contextlib.suppress(OSError):  # a full disk; the log, or the screen, has it then
                 whole = self.error.with_suffix(f".{os.getpid()}")
-                whole.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-                whole.replace(self.error)
+                try:
+                    whole.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                    whole.replace(self.error)
+                    self._recorded = True
+                finally:
+                    whole.unlink(missing_ok=True)
         return record
 
     def _split(self) -> None:
         """Rank 0: standard output and error go through a process that copies them to where they went and to the log."""
-        out, errors, (control, self._control) = os.pipe(), os.pipe(), os.pipe()
-        given = [out[0], errors[0], control]
+        out, errors, (control, self._control), (self._answer, answers) = os.pipe(), os.pipe(), os.pipe(), os.pipe()
+        given = [out[0], errors[0], control, answers]
+        begun = False
         try:
-            tee = [sys.executable, "-I", "-S", str(Path(__file__).with_name("tee.py")), *map(str, given)]
-            self._tee = subprocess.Popen(tee, pass_fds=given, stdin=subprocess.DEVNULL, start_new_session=True)
+            command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("tee.py")), *map(str, given)]
+            process = subprocess.Popen(command, pass_fds=given, stdin=subprocess.DEVNULL, start_new_session=True)
+            begun = True
             if os.isatty(1):
                 self.screen = os.fdopen(os.dup(1), "w", encoding=getattr(sys.stdout, "encoding", None) or "utf-8", errors="replace")
             self._redirect(out[1], errors[1])
+            self._tee = threading.Thread(target=self._stand_in, args=(process, out[0], errors[0]), name="gigatrain-tee", daemon=True)
+            self._tee.start()
         except OSError as failure:  # no processes, no memory
-            self._close_control()
+            self._close_pipes()
             self._lost(failure)
         finally:
-            for descriptor in (*given, out[1], errors[1]):
+            # Here too the pipes can be read from (`_stand_in`), so that a write meanwhile waits and does not fail.
+            for descriptor in (control, answers, out[1], errors[1], *(() if begun else (out[0], errors[0]))):
                 os.close(descriptor)
+
+    def _stand_in(self, process: subprocess.Popen[bytes], out: int, errors: int) -> None:
+        """Until the process that copies ends: if it was killed, words go into the log alone; if nobody reads the screen, as if it had never been."""
+        code = process.wait()
+        with self._turn:
+            if not self._leaving and self._before is not None:
+                unread = code == UNREAD
+                if not unread:
+                    said = f"gigatrain: the process that copies rank 0's words to the screen has ended ({code}); training goes on, and they are in {self.path}"
+                    with contextlib.suppress(OSError):
+                        os.write(self._before[1], f"{said}\n".encode())
+                    self.write(f"{said}\n")
+                    self._alone = True
+                self._point(*((self._file, self._file) if self._alone and self._file >= 0 else self._before))
+                self._orphaned = True
+        if self._orphaned:  # what lies in the pipes, and what children print
+            waiting = [out, errors]
+            while waiting:
+                for one in select.select(waiting, [], [])[0]:
+                    if data := os.read(one, 1 << 16):
+                        with contextlib.suppress(OSError):
+                            os.write(1 if one == out else 2, data)
+                    else:
+                        waiting.remove(one)
+        os.close(out)
+        os.close(errors)
+
+    def _point(self, out: int, errors: int) -> None:
+        os.dup2(out, 1)
+        os.dup2(errors, 2)
+
+    def _tell(self, word: bytes) -> None:
+        """To the process that copies (tee.py)."""
+        if self._control >= 0:
+            with contextlib.suppress(OSError):
+                os.write(self._control, word + b"\0")
 
     def _redirect(self, out: int, errors: int) -> None:
         _flush()
         self._before = (os.dup(1), os.dup(2))
-        os.dup2(out, 1)
-        os.dup2(errors, 2)
+        self._point(out, errors)
 
     def _restore(self) -> None:
         _flush()
-        if self._before is not None:
-            for number, saved in zip((1, 2), self._before, strict=True):
-                os.dup2(saved, number)
-                os.close(saved)
-            self._before = None
-        self._close_control()
+        with self._turn:
+            self._leaving = True
+            if self._before is not None:
+                for number, saved in zip((1, 2), self._before, strict=True):
+                    os.dup2(saved, number)
+                    os.close(saved)
+                self._before = None
+        self._tell(b"")
         if self._tee is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a child that outlives us still prints
-                self._tee.wait(5)
+            if select.select([self._answer], [], [], 5)[0] and not os.read(self._answer, 1):
+                self._tee.join(5)  # it has ended; else children that outlive us still print through it
             self._tee = None
+        self._close_pipes()
         if self.screen is not None:
             self.screen.close()
             self.screen = None
 
-    def _close_control(self) -> None:
-        if self._control >= 0:
-            os.close(self._control)
-            self._control = -1
+    def _close_pipes(self) -> None:
+        for descriptor in (self._control, self._answer):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._control = self._answer = -1
 
     def _lost(self, failure: OSError) -> None:
         print(f"gigatrain: LOG NOT WRITTEN {self.path}: {failure.strerror}; training goes on", file=sys.stderr)
@@ -331,24 +388,40 @@ def failures(run: Path, number: int | None = None, *, since: float = 0.0) -> lis
 
     Between ranks of one node time is that node's monotonic clock; between nodes it is wall-clock, which is as good as their synchronisation.
     """
-    found = [record for record in _records(run, number) if record["time_s"] >= since]
+    counts = _present(run, number)
+    found = [record for record in _records(run, number) if record["time_s"] >= since and counts(record["rank"], record["time_s"])]
     offsets: dict[str, float] = {}
     for record in found:
         offsets.setdefault(record["node"], record["time_s"] - record["monotonic_s"])
     return sorted(found, key=lambda record: (record["secondary"], record["monotonic_s"] + offsets[record["node"]], record["rank"]))
 
 
-def silent(run: Path, number: int | None = None) -> list[tuple[int, str]]:
-    """Ranks of an attempt, and their nodes, whose log has no end: they were killed, their node is gone, or they still run."""
+def silent(run: Path, number: int | None = None, *, since: float = 0.0) -> list[tuple[int, str]]:
+    """Ranks of an attempt, and their nodes, whose log has no end: they were killed, their node is gone, or they still run.
+
+    Outside of jobs all starts share one attempt: logs that say nothing after `since`, and those of ranks that the newest start does not have, are of others.
+    """
     number = newest(run) if number is None else number
     if number is None:
         return []
-    found = []
-    for path in sorted(folder_of(run, number).glob("rank-*.log")):
-        marks = _marks(path)
-        if marks and marks[-1][4] == b"begins":
-            found.append((int(marks[-1][0]), marks[-1][2].decode("utf-8", "replace")))
-    return found
+    last = [marks[-1] for path in sorted(folder_of(run, number).glob("rank-*.log")) if (marks := _marks(path, whole=since > 0))]
+    ranks = int(max(last, key=lambda mark: _time_s(mark[5]))[1]) if last else 0
+    return [
+        (int(mark[0]), mark[2].decode("utf-8", "replace"))
+        for mark in last
+        if mark[4] == b"begins" and _time_s(mark[5]) >= since and int(mark[0]) < ranks
+    ]
+
+
+def _present(run: Path, number: int | None) -> Callable[[int, float], bool]:
+    """Whether what a rank left at a time is of the newest start: a resume with fewer ranks leaves the files of the others where they are."""
+    number = newest(run) if number is None else number
+    marks = _marks(folder_of(run, number) / "rank-00000.log") if number is not None else []
+    begins = [mark for mark in marks if mark[4] == b"begins"]
+    if not begins:
+        return lambda rank, time_s: True
+    ranks, began_s = int(begins[-1][1]), _time_s(begins[-1][5])
+    return lambda rank, time_s: rank < ranks or time_s >= began_s
 
 
 def first_failure(run: Path, number: int | None = None, *, since: float = 0.0) -> str | None:
@@ -360,10 +433,13 @@ def first_failure(run: Path, number: int | None = None, *, since: float = 0.0) -
     number = newest(run) if number is None else number
     if number is None:
         return None
-    found, quiet = failures(run, number, since=since), silent(run, number)
+    found, quiet = failures(run, number, since=since), silent(run, number, since=since)
     if not found and not quiet:
         return None
     lines = []
+    stuck = hung(run, number, since=since) if not found or found[0]["secondary"] else None
+    if stuck:  # nobody failed by itself: who waits until a collective's limit is ended by it, NCCL's watchdog without a word
+        lines += stuck.splitlines()
     if found and not (found[0]["secondary"] and quiet):
         first = found[0]
         where = f", at step {first['step']}" if first["step"] is not None else f", in {first['phase']}"
@@ -372,10 +448,13 @@ def first_failure(run: Path, number: int | None = None, *, since: float = 0.0) -
     if quiet:
         nodes = dict.fromkeys(node for _, node in quiet)
         more = f" and {len(nodes) - 8} more" if len(nodes) > 8 else ""
-        lines.append(
-            f"{_named(rank for rank, _ in quiet)} left no word: killed (out of memory?), or the node was lost ({', '.join(list(nodes)[:8])}{more})"
-        )
-    others = found[1:] if lines and found and not (found[0]["secondary"] and quiet) else found
+        why = "killed (out of memory?)"
+        if stuck:
+            why = "ended by the time limit of a collective, killed"
+        elif _full(run):
+            why = "its disk, which is full, could not keep one, or it was killed"
+        lines.append(f"{_named(rank for rank, _ in quiet)} left no word: {why}, or the node was lost ({', '.join(list(nodes)[:8])}{more})")
+    others = found[1:] if found and not (found[0]["secondary"] and quiet) else found
     for secondary, what in ((False, "failed too"), (True, "stopped because of another")):
         if ranks := [record["rank"] for record in others if record["secondary"] == secondary]:
             lines.append(f"{_named(ranks)} {what}")
@@ -384,9 +463,9 @@ def first_failure(run: Path, number: int | None = None, *, since: float = 0.0) -
     return printable("\n".join(lines))
 
 
-def hung(run: Path, number: int | None = None) -> str | None:
+def hung(run: Path, number: int | None = None, *, since: float = 0.0) -> str | None:
     """Which ranks of an attempt wait in which phase, and which say nothing; None if no rank reported a hang."""
-    found = hangs(run, number)
+    found = hangs(run, number, since=since)
     if not found:
         return None
     by_phase: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
@@ -403,15 +482,17 @@ def hung(run: Path, number: int | None = None) -> str | None:
     return "\n".join(lines)
 
 
-def hangs(run: Path, number: int | None = None) -> list[dict[str, Any]]:
-    """The hangs that ranks of an attempt reported and that are not over, by rank."""
+def hangs(run: Path, number: int | None = None, *, since: float = 0.0) -> list[dict[str, Any]]:
+    """The hangs that ranks of an attempt reported after `since` and that are not over, by rank."""
     number = newest(run) if number is None else number
-    found = []
+    found, counts = [], _present(run, number)
     if number is not None:
         for path in sorted((folder_of(run, number) / "errors").glob("rank-*-hang.txt")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 with path.open(encoding="utf-8", errors="replace") as file:
                     record = json.loads(file.readline(65536))
+                if (at := _time_s(record["time"].encode())) < since or not counts(int(record["rank"]), at):
+                    continue
                 found.append(
                     {key: record[key] for key in ("time", "rank", "ranks", "node", "step", "phase", "seconds")} | {"path": str(path)}
                 )
@@ -430,18 +511,41 @@ def _records(run: Path, number: int | None) -> Iterator[dict[str, Any]]:
             yield record | {"time_s": float(record["time_s"]), "monotonic_s": float(record["monotonic_s"]), "rank": int(record["rank"])}
 
 
-def _marks(path: Path) -> list[Sequence[bytes]]:
-    """The marks at the end of a log; if its last bytes have none, those at its beginning."""
+def _marks(path: Path, *, whole: bool = False) -> list[Sequence[bytes]]:
+    """The marks at the end of a log; if its last bytes have none, those at its beginning, or with `whole` the last of all."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            if found := _MARK.findall(file.read(TAIL_BYTES)):
-                return found
+            for tail in (TAIL_BYTES // 16, TAIL_BYTES):  # most logs end with one
+                file.seek(max(0, size - tail))
+                if found := _MARK.findall(file.read(tail)):
+                    return found
+            end = size
+            while whole and end > 0:
+                begin = max(0, end - (1 << 20))
+                file.seek(begin)
+                if found := _MARK.findall(file.read(end - begin + 512)):  # 512: a mark on the border
+                    return found
+                end = begin
             file.seek(0)
             return [mark for mark in _MARK.findall(file.read(TAIL_BYTES)) if mark[4] == b"begins"]
     except OSError:
         return []
+
+
+def _time_s(said: bytes) -> float:
+    """Seconds since 1970 of a mark's time; what is none is of now, so that nothing is left out for it."""
+    try:
+        return datetime.datetime.fromisoformat(said.decode("ascii")).timestamp()
+    except (ValueError, OverflowError):
+        return float("inf")
+
+
+def _full(run: Path) -> bool:
+    """Whether the run's disk has no room for a failure's record."""
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(run).free < FULL_BYTES
+    return False
 
 
 def _named(ranks: Iterable[int]) -> str:

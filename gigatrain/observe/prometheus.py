@@ -9,6 +9,7 @@ import http.server
 import os
 import secrets
 import socket
+import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -104,8 +105,15 @@ def token(run: Path, given: Path | None = None) -> tuple[str, str]:
     path = run / "logs" / "prometheus.token"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_urlsafe(32) + "\n")
+        if not path.exists():  # it appears whole: another server may begin now
+            whole = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+            try:
+                with os.fdopen(os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                    file.write(secrets.token_urlsafe(32) + "\n")
+                with contextlib.suppress(FileExistsError):
+                    os.link(whole, path)
+            finally:
+                whole.unlink(missing_ok=True)
         os.chmod(path, 0o600)
         return _strong(path.read_text(encoding="utf-8").strip(), str(path)), str(path)
     except OSError as failure:
@@ -170,6 +178,11 @@ class Server:
         class Listener(http.server.ThreadingHTTPServer):
             daemon_threads = True
             address_family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
+
+            def server_bind(self) -> None:
+                """Without HTTPServer's question to the name service, which nobody needs and a run would wait for."""
+                socketserver.TCPServer.server_bind(self)
+                self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
             def handle_error(self, *_: Any) -> None:
                 """Who hangs up in the middle is no news either."""

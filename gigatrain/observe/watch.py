@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gigatrain import load
 from gigatrain.errors import GigatrainError, RunError
 from gigatrain.observe import logs
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 WINDOWS = 120  # of losses that are kept for the line
 QUIET_S = 120.0  # without news a run that has not ended is called silent; longer where its reports are further apart
+STARTING_S = 1800.0  # the same before a process's first step: a corpus is built, a checkpoint read
+KEPT_S = 15.0  # what ranks left is read again after so long, or at once where their folders changed
+TRACED = 256  # ranks whose steps are looked at
 SPARKS = "▁▂▃▄▅▆▇█"
 SHOWN = 12  # lines of a failure
 ASKED_S = 20.0  # between two questions to the scheduler
@@ -77,6 +81,7 @@ class Reader:
         known = ("run.json", "logs", "launch", "metrics.jsonl", ".lock")
         if any(run.iterdir()) and not any((run / name).exists() for name in known):
             raise RunError(f"{run} is not a run folder: it has none of {', '.join(known[:-1])}")
+        run = Path(os.path.abspath(run))  # `watch .` is of a run with a name, and a link keeps its own
         self.run, self.now = run, now
         self._metrics, self._progress, self._history = (
             Tail(run / name) for name in ("metrics.jsonl", "logs/progress.jsonl", "launch/history.jsonl")
@@ -87,6 +92,7 @@ class Reader:
         self._job: list[dict[str, Any]] = []
         self._tokens_s = [0.0, 0.0]
         self._scheduler: tuple[float, dict[str, Any] | None] = (-ASKED_S, None)
+        self._left: tuple[tuple[Any, ...], float, dict[str, Any]] = ((), 0.0, {})
 
     def seen(self) -> dict[str, Any]:
         """The run now, as JSON values: what `gigatrain watch --json` prints."""
@@ -104,9 +110,8 @@ class Reader:
         speed, mean = _number(window, "tokens_per_s"), self._tokens_s[0] / self._tokens_s[1] if self._tokens_s[1] else None
         goodput = _goodput(events, now if state == "running" else None)
         mfu, why = self._mfu(plan, speed)
-        found, hang = logs.failures(self.run), logs.hangs(self.run)
         number = logs.newest(self.run)
-        told = logs.first_failure(self.run) if state in ("ended", "silent") and found else None
+        left = self._words(number, state)
         slow, unknown = _slowest(self.run)
         return {
             "run": str(self.run),
@@ -143,11 +148,30 @@ class Reader:
             "power_why": "not measured",
             "job": {key: self._job[-1].get(key) for key in ("time", "event")} if self._job else None,
             "scheduler": self._asked() if state != "finished" else None,
-            "failed_ranks": len(found),
-            "failure": told,
-            "hung_ranks": len(hang),
-            "hang": logs.hung(self.run) if hang else None,
-        }
+        } | left
+
+    def _words(self, number: int | None, state: str) -> dict[str, Any]:
+        """What ranks of an attempt left of failures and hangs: thousands of files, so they are read again only where there is reason to."""
+        changed: list[int] = []
+        if number is not None:
+            folder = logs.folder_of(self.run, number)
+            for path in (folder, folder / "errors"):
+                with contextlib.suppress(OSError):
+                    changed.append(path.stat().st_mtime_ns)
+        key, now = (number, state, *changed), time.monotonic()
+        if key != self._left[0] or now - self._left[1] >= KEPT_S:  # the mark at a log's end changes no folder
+            found, hang = logs.failures(self.run, number), logs.hangs(self.run, number)
+            self._left = (
+                key,
+                now,
+                {
+                    "failed_ranks": len(found),
+                    "failure": logs.first_failure(self.run, number) if state in ("ended", "silent") and found else None,
+                    "hung_ranks": len(hang),
+                    "hang": logs.hung(self.run, number) if hang else None,
+                },
+            )
+        return self._left[2]
 
     def _read(self) -> None:
         rows, afresh = self._metrics.rows()
@@ -178,7 +202,9 @@ class Reader:
             return "ended"
         reports = [row["time_s"] for row in self._events[-20:] if row["event"] == "report"]
         apart = max((after - before for before, after in pairwise(reports)), default=0.0)
-        return "running" if news_s is not None and news_s < max(QUIET_S, 5 * apart) else "silent"
+        session = [row for row in self._events if row.get("process") == last.get("process")]
+        quiet_s = QUIET_S if _began(session) or not session else STARTING_S
+        return "running" if news_s is not None and news_s < max(quiet_s, 5 * apart) else "silent"
 
     def _news_s(self, now: float) -> float | None:
         """Since the run last wrote anything that it writes often."""
@@ -214,8 +240,12 @@ class Reader:
         flops, ranks = _number(plan, "flops_per_token"), _number(plan, "ranks")
         if speed is None or flops is None or not ranks:
             return None, "no window yet"
-        site = _json(self.run / "launch" / "site.json")
-        name = site.get("accelerator")
+        name = _json(self.run / "launch" / "site.json").get("accelerator")
+        if (
+            name is None and plan.get("site") in load.sites()
+        ):  # a run that nobody launched knows its site by name; one of a file is not known here
+            with contextlib.suppress(GigatrainError):
+                name = load.site(str(plan["site"])).accelerator
         if plan.get("device") != "cuda" or not isinstance(name, str):
             return None, "the accelerator's rate is unknown"
         try:
@@ -272,6 +302,8 @@ def _goodput(sessions: list[list[dict[str, Any]]], now: float | None) -> dict[st
             seconds["stopped"] += max(0.0, session[0]["time_s"] - sessions[index - 1][-1]["time_s"])
     end = sessions[-1][-1]["time_s"]
     wall_s = max(0.0, max(now or end, end) - sessions[0][0]["time_s"])
+    if (told_s := sum(seconds.values())) > wall_s:  # a clock was set back meanwhile: shares are kept
+        seconds = {what: spent * wall_s / told_s for what, spent in seconds.items()}
     seconds["other"] = max(0.0, wall_s - sum(seconds.values()))
     return {
         "wall_s": round(wall_s, 3),
@@ -314,7 +346,7 @@ def _slowest(run: Path) -> tuple[list[dict[str, Any]], str]:
     if len(paths) < 2:
         return [], "not known: only rank 0 records its steps (profile.ranks names more)" if paths else "not known: no trace"
     found = []
-    for path in paths[:256]:
+    for path in paths[:TRACED]:
         with contextlib.suppress(OSError, ValueError):
             with path.open("rb") as file:
                 size = file.seek(0, 2)
@@ -325,7 +357,8 @@ def _slowest(run: Path) -> tuple[list[dict[str, Any]], str]:
             )
             if own:
                 found.append({"rank": int(path.stem.removeprefix("rank-")), "own_s": own[len(own) // 2]})
-    return sorted(found, key=lambda row: -row["own_s"])[:5], ""
+    some = f"only the first {TRACED} of {len(paths):,} ranks that record are looked at" if len(paths) > TRACED else ""
+    return sorted(found, key=lambda row: -row["own_s"])[:5], some
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -411,9 +444,10 @@ def lines(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             add("restart", f"{when} attempt {one['attempt']}, {begun}; before it: {one['why']}")
         if len(seen["restarts"]) > 4:
             add("restarts", f"{len(seen['restarts'])} in all")
+        some = f"; {seen['slowest_why']}" if seen["slowest_why"] else ""
         shown = ", ".join(f"rank {row['rank']} {row['own_s'] * 1e3:.1f} ms" for row in seen["slowest_ranks"])
         if (seen["ranks"] or 2) > 1:
-            add("slowest", f"{shown} of data and forward" if shown else seen["slowest_why"])
+            add("slowest", f"{shown} of data and forward{some}" if shown else seen["slowest_why"])
     if seen["checkpoint"]:
         add("checkpoint", f"step {seen['checkpoint']['step']:,}, {span(seen['checkpoint']['age_s'])} ago")
     add("power", "not measured" if seen["power_watts"] is None else f"{seen['power_watts']:,.0f} W")

@@ -13,8 +13,9 @@ from gigatrain import config, errors
 from gigatrain.errors import GigatrainError, RunError
 from gigatrain.parallel.agree import told
 from gigatrain.parallel.mesh import Mesh
+from gigatrain.parallel.spawn import COLLECTIVE_S
 
-TIMEOUT = datetime.timedelta(minutes=10)  # of a collective: a rank that died must not hold the others for torch's half an hour
+TIMEOUT = datetime.timedelta(seconds=COLLECTIVE_S)
 
 
 def world() -> tuple[int, int, int] | None:

@@ -12,6 +12,7 @@ from types import FrameType
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SPAWNED = "GIGATRAIN_SPAWNED"  # tells the ranks that `spawn` says for all of them why they failed
+COLLECTIVE_S = 600.0  # of a collective: a rank that died must not hold the others for torch's half an hour
 GRACE_S = 30.0  # what the others get to leave by themselves once one has failed
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 

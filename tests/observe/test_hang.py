@@ -59,6 +59,38 @@ def test_signs_of_life_and_slow_phases_are_no_hangs(log):
         assert not log.stuck.exists()
 
 
+def test_a_hang_is_told_before_a_collective_ends(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    watch = hang.Watch(logs.Log(tmp_path), 300.0)
+    assert (watch.limit_s, watch.slow_s) == (300.0, 540.0)
+    assert hang.Watch(logs.Log(tmp_path), 900.0).limit_s == 540.0
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert hang.Watch(logs.Log(tmp_path), 300.0).slow_s == 1800.0
+    assert hang.Watch(logs.Log(tmp_path), 1e-9).interval_s == hang.SHORTEST_S  # no loop without a pause
+
+
+def test_a_file_is_touched_while_the_rank_gets_on_or_may_take_long(log, tmp_path, monkeypatch):
+    monkeypatch.setattr(hang, "TOUCH_S", 0.0)
+    alive = tmp_path / "alive"
+    alive.touch()
+
+    def old():
+        os.utime(alive, (1000, 1000))
+        return alive.stat().st_mtime == 1000
+
+    log.pulse.mark("checkpoint")
+    with hang.Watch(log, 0.3, alive):
+        assert old()
+        until(lambda: alive.stat().st_mtime > 1000)
+        log.pulse.mark("backward")
+        until(log.stuck.exists)
+        assert old()
+        time.sleep(0.2)
+        assert alive.stat().st_mtime == 1000
+        log.pulse.beats += 1
+        until(lambda: alive.stat().st_mtime > 1000)
+
+
 def test_never_is_no_thread(log):
     before = threading.active_count()
     with hang.Watch(log, 0.0):

@@ -1,9 +1,11 @@
 """Each rank's words in its own file, whatever printed them, and the failure that came first above all others."""
 
+import datetime
 import errno
 import json
 import os
 import pty
+import select
 import shutil
 import subprocess
 import sys
@@ -89,6 +91,107 @@ def test_the_last_words_of_a_crash_reach_screen_and_file(tmp_path):
     assert b"Fatal Python error: Aborted" in text(tmp_path)  # faulthandler's stacks
     assert logs.silent(tmp_path)[0][0] == 0
     assert "rank 0 left no word" in str(logs.first_failure(tmp_path))
+
+
+def test_a_screen_that_is_full_costs_the_screen_only(tmp_path):
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run([sys.executable, "-c", SPEAK, str(tmp_path)], stdout=full, stderr=subprocess.PIPE, check=False, timeout=60)
+    assert ended.returncode == 0
+    assert ended.stderr.count(b"gigatrain: standard output cannot be written: No space left on device; training goes on") == 1
+    assert b"python's errors\n" in ended.stderr
+    assert b"python\n" in text(tmp_path)
+    assert b"from C\n" in text(tmp_path)
+
+
+READ = """
+import sys
+from pathlib import Path
+from gigatrain.observe.logs import Log
+with Log(Path(sys.argv[1])) as log:
+    if sys.argv[2] == "early":
+        for number in range(100_000):
+            print(number, flush=True)
+    log.own()
+    for number in range(100_000, 100_100):
+        print(number, flush=True)
+"""
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_a_screen_that_nobody_reads_ends_the_rank_only_before_it_has_a_log(tmp_path, when):
+    process = subprocess.Popen(
+        [sys.executable, "-c", READ, str(tmp_path), when], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    if when == "early":
+        process.stdout.readline()
+    process.stdout.close()
+    process.stdout = None
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode != 0) == (b"BrokenPipeError" in said) == (when == "early")
+    assert when == "early" or b"100099\n" in text(tmp_path)
+
+
+def test_a_rank_survives_the_process_that_copies_its_words(tmp_path):
+    program = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from gigatrain.observe.logs import Log
+with Log(Path(sys.argv[1])) as log:
+    if sys.argv[2] == "late":
+        log.own()
+    tee = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "tee.py"], capture_output=True, check=True).stdout
+    os.kill(int(tee), signal.SIGKILL)
+    for number in range(20_000):
+        print("a line", number, flush=True)
+    log.own()
+    print("the last line", flush=True)
+"""
+    for when in ("late", "early"):
+        ended = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / when), when], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert "copies rank 0's words to the screen has ended (-9); training goes on" in ended.stderr
+        kept = text(tmp_path / when).decode()
+        assert "a line 19999\n" in (kept if when == "late" else ended.stdout)
+        assert "the last line\n" in kept
+        assert not logs.silent(tmp_path / when)
+
+
+def test_nobody_waits_for_children_that_live_on(tmp_path):
+    """As torch's compile workers do: the end is told, and answered once all is copied, while the pipe is still open."""
+    (out, inside), (errors, also), (control, say), (hear, answer) = (os.pipe() for _ in range(4))
+    given = (out, errors, control, answer)
+    command = [sys.executable, "-I", "-S", str(Path(logs.__file__).with_name("tee.py")), *map(str, given)]
+    with subprocess.Popen(command, pass_fds=given, stdout=subprocess.PIPE) as tee:
+        for one in (*given, also):
+            os.close(one)
+        os.write(inside, b"of the rank\n")
+        os.write(say, os.fsencode(tmp_path / "log") + b"\0\0")
+        assert select.select([hear], [], [], 30)[0]
+        assert os.read(hear, 1) == b"1"
+        assert (tmp_path / "log").read_bytes() == b"of the rank\n"
+        os.write(inside, b"of its child\n")
+        for one in (inside, say, hear):
+            os.close(one)
+        assert tee.communicate(timeout=30)[0] == b"of the rank\nof its child\n"
+    assert (tmp_path / "log").read_bytes() == b"of the rank\nof its child\n"
+
+
+def test_a_library_that_leaves_is_recorded(tmp_path):
+    def leaving(code):
+        with logs.Log(tmp_path) as log:
+            log.own()
+            raise SystemExit(code)
+
+    with pytest.raises(SystemExit):
+        leaving(0)
+    assert logs.failures(tmp_path) == []
+    with pytest.raises(SystemExit):
+        leaving(3)
+    assert "SystemExit" in str(logs.first_failure(tmp_path))
+    assert "in leaving" in str(logs.first_failure(tmp_path))
 
 
 def test_an_attempt_that_is_no_number_is_refused(monkeypatch, tmp_path):
@@ -269,6 +372,85 @@ def test_a_rank_that_was_killed_is_told_by_what_its_log_lacks(tmp_path):
     said = str(logs.first_failure(tmp_path))
     assert said.startswith("ranks 1-2 left no word: killed (out of memory?), or the node was lost (b, c)")
     assert "ranks 0, 3 stopped because of another" in said
+
+
+def began(folder, rank, time_s, *, ranks, ended=False, more=""):
+    at = datetime.datetime.fromtimestamp(time_s, datetime.UTC).isoformat()
+    path = logs.folder_of(folder, 0) / f"rank-{rank:05d}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for what in ("begins", "ends")[: 1 + ended]:
+            file.write(f"[gigatrain] rank {rank} of {ranks} on a, pid 1, {what} {at}{': code 0' * (what == 'ends')}\n{more}")
+
+
+def test_ranks_of_another_start_are_not_called_dead(tmp_path):
+    for rank in range(2):
+        began(tmp_path, rank, 100.0, ranks=2)  # a healthy run, and a second start that is refused at 150
+    assert "ranks 0-1 left no word" in str(logs.first_failure(tmp_path))
+    assert logs.first_failure(tmp_path, since=150.0) is None
+    for rank in range(2):
+        began(tmp_path, rank, 200.0, ranks=2, more="words\n" * 50_000)  # the same logs, and killed far behind its mark
+    assert "ranks 0-1 left no word" in str(logs.first_failure(tmp_path, since=150.0))
+
+
+def test_ranks_that_a_smaller_resume_has_no_more_are_not_told_of(tmp_path):
+    for rank in range(4):
+        began(tmp_path, rank, 100.0, ranks=4)
+    record(tmp_path, 3, 0.0)  # of time 100
+    stuck(tmp_path, 3, 100.0)
+    for rank in range(2):
+        began(tmp_path, rank, 200.0, ranks=2, ended=True)
+    assert logs.first_failure(tmp_path) is None
+    assert logs.hung(tmp_path) is None
+
+
+def stuck(folder, rank, time_s, ranks=4):
+    errors = logs.folder_of(folder, 0) / "errors"
+    errors.mkdir(parents=True, exist_ok=True)
+    at = datetime.datetime.fromtimestamp(time_s, datetime.UTC).isoformat()
+    row = {"time": at, "rank": rank, "ranks": ranks, "node": "a", "step": 7, "phase": "reduce", "seconds": 300.0}
+    (errors / f"rank-{rank:05d}-hang.txt").write_text(f"{json.dumps(row)}\nstacks\n")
+
+
+def test_a_hang_comes_before_what_it_led_to(tmp_path):
+    """NCCL's watchdog ends who waits too long, without a word."""
+    for rank in range(4):
+        began(tmp_path, rank, 100.0, ranks=4)
+        if rank != 2:
+            stuck(tmp_path, rank, 400.0)
+    record(tmp_path, 1, 1000.0, secondary=True)
+    said = str(logs.first_failure(tmp_path)).splitlines()
+    assert said[0] == "ranks 0-1, 3: no progress for 300 s in reduce, after step 7"
+    assert said[1].startswith("rank 2: no report of a hang")
+    assert "left no word: ended by the time limit of a collective, killed, or the node" in said[3]
+    assert "out of memory" not in "".join(said)
+    record(tmp_path, 3, 900.0)  # a failure of its own is the reason, whatever waited for it
+    assert str(logs.first_failure(tmp_path)).startswith("rank 3 of 4 on a failed first")
+
+
+def test_a_full_disk_is_not_told_as_a_lack_of_memory(tmp_path):
+    """The record and the end mark do not fit: the failure is on the screen, although our starter would tell it, and nothing half written stays."""
+    program = """
+import resource, sys
+from pathlib import Path
+from gigatrain.errors import DataError
+from gigatrain.observe.logs import Log
+with Log(Path(sys.argv[1])) as log:
+    log.own()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    raise DataError("mend it")
+"""
+    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "GIGATRAIN_SPAWNED": "1"}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    assert "DataError: mend it" in ended.stderr
+    assert list((logs.folder_of(tmp_path, 0) / "errors").iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_named_beside_a_rank_without_words(tmp_path, monkeypatch):
+    began(tmp_path, 0, 100.0, ranks=1)
+    monkeypatch.setattr(logs, "FULL_BYTES", 1 << 62)
+    assert "rank 0 left no word: its disk, which is full, could not keep one" in str(logs.first_failure(tmp_path))
 
 
 def test_torn_and_hostile_records_are_left_out(tmp_path):

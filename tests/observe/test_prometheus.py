@@ -95,6 +95,21 @@ def test_tokens_come_from_a_file_the_environment_or_are_made(run, tmp_path, monk
         prometheus.token(run, tmp_path / "nowhere")
 
 
+def test_a_token_appears_whole(run, monkeypatch):
+    """Whoever sees the file, sees the token: it has its name only when it is written."""
+    monkeypatch.delenv("GIGATRAIN_TOKEN", raising=False)
+    path, seen, real = run / "logs" / "prometheus.token", [], os.fdopen
+    monkeypatch.setattr(os, "fdopen", lambda *given: seen.append(path.exists()) or real(*given))
+    prometheus.token(run)
+    assert seen == [False]
+    assert [found.name for found in path.parent.glob("prometheus*")] == [path.name]
+
+
+def test_no_name_service_is_asked(run, monkeypatch):
+    monkeypatch.setattr(socket, "getfqdn", lambda *_: pytest.fail("asked"))
+    prometheus.Server(run, ("127.0.0.1", 0), SECRET).listener.server_close()
+
+
 def test_addresses_and_ports_that_cannot_be_had(run):
     assert prometheus.address("9400") == ("127.0.0.1", 9400)
     assert prometheus.address("10.0.0.1:80") == ("10.0.0.1", 80)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +152,62 @@ def test_a_dead_run_has_no_news_and_nothing_to_go(tmp_path):
     assert seen["state"] == "silent"
     assert seen["eta_s"] is None
     assert "no news for 12 min" in said(seen)
+
+
+def test_a_start_that_takes_long_is_no_silence(tmp_path):
+    folder = made(tmp_path / "run", [*KILLED[:4], event("1", 1100, "start")], [window(50)])
+    seen = Reader(folder, now=lambda: 1700.0).seen()
+    assert seen["state"] == "running"
+    assert seen["goodput"]["wall_s"] == 700
+    assert Reader(folder, now=lambda: 3000.0).seen()["state"] == "silent"
+
+
+def test_what_ranks_left_is_read_when_their_folders_change(tmp_path, monkeypatch):
+    folder = made(tmp_path / "run", KILLED, [window(50)])
+    errors = folder / "logs" / "attempt-000" / "errors"
+    errors.mkdir(parents=True)
+    calls = []
+    monkeypatch.setattr(watch.logs, "failures", lambda *given: calls.append(given) or [])
+    reader = Reader(folder, now=lambda: 1130.0)
+    for _ in range(3):
+        reader.seen()
+    assert len(calls) == 1
+    (errors / "rank-00001-hang.txt").write_text(
+        '{"time": "T", "rank": 1, "ranks": 2, "node": "n", "step": 5, "phase": "x", "seconds": 3}\n'
+    )
+    assert reader.seen()["hung_ranks"] == 1
+    assert len(calls) == 2
+
+
+def test_that_only_some_ranks_are_looked_at_is_said(tmp_path, monkeypatch):
+    folder = made(tmp_path / "run", KILLED, [window(50)])
+    (folder / "trace").mkdir()
+    for rank in range(3):
+        (folder / "trace" / f"rank-{rank:05d}.jsonl").write_text('{"phases": {"data": 0.1}}\n')
+    monkeypatch.setattr(watch, "TRACED", 2)
+    assert "only the first 2 of 3 ranks that record are looked at" in said(Reader(folder).seen())
+
+
+def test_classes_are_no_more_than_the_time_when_a_clock_was_set_back(tmp_path):
+    rows = [
+        event("0", 1000, "start"),
+        event("0", 1001, "steps", step=0),
+        event("0", 1050, "report", step=9, seconds={"training": 95, "checkpoint": 4}),
+    ]
+    goodput = Reader(made(tmp_path / "run", rows, [window(9)]), now=lambda: 1050.0).seen()["goodput"]
+    assert sum(goodput["seconds"].values()) == pytest.approx(goodput["wall_s"])
+    assert goodput["share"] == pytest.approx(0.95)
+
+
+def test_a_folder_without_a_name_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(made(tmp_path / "mine", KILLED, [window(50)]))
+    assert Reader(Path(".")).seen()["run"] == str(tmp_path / "mine")
+
+
+def test_a_run_that_nobody_launched_knows_its_accelerator_by_its_site(tmp_path):
+    more = {"device": "cuda", "flops_per_token": 1e12, "site": "leonardo"}
+    assert Reader(made(tmp_path / "run", KILLED, [window(50)], more)).seen()["mfu"] > 0
+    assert Reader(made(tmp_path / "own", KILLED, [window(50)], more | {"site": "mine"})).seen()["mfu"] is None
 
 
 def test_a_look_at_a_finished_run_is_no_restart(tmp_path):
