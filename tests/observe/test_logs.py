@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gigatrain.errors import DataError, RunError
+from gigatrain.errors import DataError, GigatrainError, RunError
 from gigatrain.observe import logs
 
 SPEAK = """
@@ -563,7 +563,7 @@ def test_an_error_of_the_user_is_in_the_log_without_a_traceback(tmp_path):
     assert b"code 5\n" in text(tmp_path)
 
 
-def refused(number, *, ours=RunError):
+def refused(number, *, ours: type[GigatrainError] = RunError):
     try:
         try:
             raise OSError(number, "said")
