@@ -130,10 +130,18 @@ def tested(script: Path, *options: str) -> str:
 def outside(environment: Mapping[str, str], account: str | None = None) -> dict[str, str]:
     """The environment without what Slurm says of a job that this process is in; else a job within a job would inherit its shape.
 
-    Nor with SBATCH_*: each overrides a line of the script, which says what is wanted. SBATCH_ACCOUNT stays where the script names no account.
+    Nor with SBATCH_*: each overrides a line of the script, which says what is wanted. SBATCH_ACCOUNT stays where the script names no account, and
+    SBATCH_RESERVATION, of which no script of ours says anything.
     """
     dropped = ("SLURM_", "SLURMD_", "PMI", "SRUN_", "SBATCH_")
-    kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT", "SBATCH_CLUSTERS", *(() if account else ("SBATCH_ACCOUNT",)))
+    kept = (
+        "SLURM_CONF",
+        "SLURM_CLUSTERS",
+        "SLURM_TIME_FORMAT",
+        "SBATCH_CLUSTERS",
+        "SBATCH_RESERVATION",
+        *(() if account else ("SBATCH_ACCOUNT",)),
+    )
     return {name: value for name, value in environment.items() if not name.startswith(dropped) or name in kept}
 
 

@@ -74,6 +74,12 @@ def test_a_job_within_a_job_does_not_inherit_its_shape():
         "SLURMD_NODENAME": "n1",
         "SBATCH_PARTITION": "debug",
         "SBATCH_EXPORT": "NONE",
+        "SBATCH_RESERVATION": "maintenance",
     }
-    assert slurm.outside(environment) == {"SLURM_CONF": "/etc/s", "SBATCH_ACCOUNT": "me", "HOME": "/root"}
+    assert slurm.outside(environment) == {
+        "SLURM_CONF": "/etc/s",
+        "SBATCH_ACCOUNT": "me",
+        "SBATCH_RESERVATION": "maintenance",
+        "HOME": "/root",
+    }
     assert "SBATCH_ACCOUNT" not in slurm.outside(environment, "mine")  # it would override the script's, and bill another
