@@ -11,6 +11,7 @@ from gigatrain.architectures import Architecture
 
 Count = Annotated[int, Field(ge=1, le=1 << 50)]  # steps, tokens and bytes; beyond it is a slip of the finger
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]  # of a recipe, a site, and so of folders and jobs
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Ranks = Annotated[int, Field(ge=1, le=1 << 20)]
@@ -392,7 +393,7 @@ class Sample(Section):
 class Recipe(Section):
     """What is wanted: a model, its data and how it is trained."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
+    name: Name
     summary: str = ""
     model: Model
     tokenizer: Tokenizer

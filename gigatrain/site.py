@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from gigatrain.config import Count, Section
+from gigatrain.config import Count, Name, Section
 
 Accelerator = Literal[  # planning/hardware.py says what each is
     "a100", "a100-40", "a100-64", "mi250x", "h100", "h100-64", "h100-pcie", "h100-nvl", "gh200", "gh200-144", "h200", "b200", "gb200", "b300", "gb300",
@@ -169,7 +169,7 @@ class Paths(Section):
 class Site(Section):
     """The machines: what a plan may count on."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
+    name: Name
     summary: str
     kind: Literal["local", "generic", "gigafactory", "aifactory", "national", "cloud"] = "local"
     country: Annotated[str, Field(pattern=r"^([A-Z]{2})?$")] = ""

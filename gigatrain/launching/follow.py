@@ -372,24 +372,18 @@ def _ask(one: _Seen, notes: list[str]) -> None:
         try:
             alive = hosts.alive(one.folder)
         except RunError as failure:
-            state.reason = str(failure)
-            notes.append(str(failure))
-            return
+            return _untold(state, notes, str(failure))
         if alive is None:
             _dead(one)
         else:
             state.state, state.job = "saving" if _cancelled(one) else "running", str(alive)
     elif kind == "kubernetes" and one.job is not None:
         if why := kubernetes.unreachable():
-            state.reason = why
-            notes.append(why)
-            return
+            return _untold(state, notes, why)
         try:
             found = kubernetes.found(one.job)
         except RunError as failure:
-            state.reason = str(failure)
-            notes.append(str(failure))
-            return
+            return _untold(state, notes, str(failure))
         if found is None:
             _dead(one)
         else:
@@ -403,6 +397,12 @@ def _ask(one: _Seen, notes: list[str]) -> None:
                 "left",
                 "not launched as a job, and no process of this machine has it; go on with gigatrain train --resume",
             )
+
+
+def _untold(state: State, notes: list[str], why: str) -> None:
+    """Nobody says what its job does: the reason stands beside the run and below the table."""
+    state.reason = why
+    notes.append(why)
 
 
 def _dead(one: _Seen, said: str = "") -> None:

@@ -227,14 +227,16 @@ def test_hostile_names_are_what_they_are_to_real_bash(name, tmp_path):
     """The head of the script, up to the first command that does something, with every value printed."""
     where = site(environment={"NAMED": name}, modules=(name,), container="apptainer", image=name)
     inside = name.translate(str.maketrans("", "", ",:\\"))  # mounts are lists, and Slurm's output has no backslash: refused
-    made = job(where, run=f"/runs/{inside}", workdir="/tmp", python=f"/py {name}", exclude=(name,), preflight=False)
+    workdir = tmp_path / "work" / inside
+    workdir.mkdir(parents=True)
+    made = job(where, run=f"/runs/{inside}", workdir=str(workdir), python=f"/py {name}", exclude=(name,), preflight=False)
     head = script.render(made).partition("# ---- Signals")[0]
-    shown = 'printf "%s\\0" "$run" "$python" "$exclude" "$excluded" "$NAMED" "${inside[@]: -1}" "${loaded[@]}"'
+    shown = 'printf "%s\\0" "$run" "$python" "$exclude" "$excluded" "$NAMED" "${inside[@]: -1}" "${loaded[@]}" "$PWD"'
     text = 'loaded=(); module() { loaded+=("$2"); }\nSLURM_JOB_ID=7\n' + head + "\n" + shown
     ended = subprocess.run(["bash", "-c", text], cwd=tmp_path, capture_output=True, check=False, env={"PATH": "/usr/bin:/bin"})
     assert ended.returncode == 0, ended.stderr
     said = ended.stdout.decode().split("\0")[:-1]
-    assert said == [f"/runs/{inside}", f"/py {name}", name, "/runs/excluded-here.jsonl", name, name, name]
-    assert not list(tmp_path.iterdir())
+    assert said == [f"/runs/{inside}", f"/py {name}", name, "/runs/excluded-here.jsonl", name, name, name, str(workdir)]
+    assert [path for path in tmp_path.rglob("*") if path not in (workdir, workdir.parent)] == []
     assert not Path("/tmp/PWNED").exists()
     shellcheck(script.render(made), "--exclude=SC2016")  # which warns that the $(...) in a name will not be run

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import training
 
 from gigatrain.observe import hang, logs
 
@@ -115,17 +116,8 @@ with logs.Log(Path(sys.argv[1])) as log:
 
 def test_of_two_ranks_the_one_that_was_stopped_is_found_by_the_other(tiny, tmp_path):
     folder = tmp_path / "run"
-    sets = ["export=false", "train.nproc=2", "train.steps=100000", "validation.every=0", "checkpoint.every=100000", "report.hang_s=1"]
-    command = [
-        sys.executable,
-        "-m",
-        "gigatrain",
-        "train",
-        str(tiny),
-        "--run",
-        str(folder),
-        *(part for one in sets for part in ("--set", one)),
-    ]
+    sets = ["train.nproc=2", "train.steps=100000", "validation.every=0", "checkpoint.every=100000", "report.hang_s=1"]
+    command = training(tiny, folder, *sets)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     stopped = None
     try:

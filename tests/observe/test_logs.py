@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import training
 
 from gigatrain.errors import DataError, GigatrainError, RunError
 from gigatrain.observe import logs
@@ -254,19 +255,7 @@ with Log(Path(sys.argv[1])) as log:
 
 def test_a_second_train_into_the_folder_is_refused_and_leaves_it_alone(tiny, tmp_path):
     folder = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "gigatrain",
-        "train",
-        str(tiny),
-        "--run",
-        str(folder),
-        "--set",
-        "train.steps=2",
-        "--set",
-        "export=false",
-    ]
+    command = training(tiny, folder, "train.steps=2")
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
@@ -278,19 +267,7 @@ def test_a_second_train_into_the_folder_is_refused_and_leaves_it_alone(tiny, tmp
 def test_our_own_starter_shows_the_first_failure_last_and_nothing_else(tiny, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(_PATCH)
     folder = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "gigatrain",
-        "train",
-        str(tiny),
-        "--run",
-        str(folder),
-        "--set",
-        "train.nproc=2",
-        "--set",
-        "export=false",
-    ]
+    command = training(tiny, folder, "train.nproc=2")
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}{os.pathsep}{Path(__file__).parent.parent.parent}"
     ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": path})
     assert ended.returncode == 5, ended.stderr

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from commands import training
 from test_watch import KILLED, made, window
 
 from gigatrain import load
@@ -147,17 +148,8 @@ def test_a_run_serves_its_own_metrics(tiny, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder = tmp_path / "run"
-    sets = ["export=false", "train.steps=100000", "validation.every=0", "checkpoint.every=100000", f"report.prometheus={port}"]
-    command = [
-        sys.executable,
-        "-m",
-        "gigatrain",
-        "train",
-        str(tiny),
-        "--run",
-        str(folder),
-        *(part for one in sets for part in ("--set", one)),
-    ]
+    sets = ["train.steps=100000", "validation.every=0", "checkpoint.every=100000", f"report.prometheus={port}"]
+    command = training(tiny, folder, *sets)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"GIGATRAIN_TOKEN": SECRET}
     )

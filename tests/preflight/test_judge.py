@@ -129,12 +129,13 @@ def test_a_node_whose_product_differs_from_all_others_is_bad(tmp_path):
     assert judged(tmp_path, 4).chosen == ["n0", "n1", "n2", "n3"]
 
 
-def test_a_fault_that_most_share_excludes_nobody(tmp_path):
+@pytest.mark.parametrize("fault", ["run write", "pcie"])  # one that passes, and one that lasts
+def test_a_fault_that_most_share_excludes_nobody(tmp_path, fault):
     folder, excluded = tmp_path / "doctor", tmp_path / "excluded.jsonl"
     folder.mkdir()
-    full = [Finding("run write", "bad", "no space left (ENOSPC)")]
+    shared = [Finding(fault, "bad", "said by most")]
     for rank in range(4):
-        write(folder, f"n{rank}", rank, findings=full if rank < 3 else [], state="bad" if rank == 0 else "ok")
+        write(folder, f"n{rank}", rank, findings=shared if rank < 3 else [], state="bad" if rank == 0 else "ok")
     found = judged(folder, 2, excluded=excluded)
     assert found.chosen == ["n3"]
     assert "no node's own fault" in found.notes[0]
