@@ -381,6 +381,49 @@ class Report(Section):
     project: str = Field(default="gigatrain", description="The trackers' project name.")
 
 
+class Power(Section):
+    """What the run may draw, how that is measured, and what is done to keep to it; no tensor of the run depends on it."""
+
+    measure: bool = Field(
+        default=True, description="Read the meters of every node; what has no meter is estimated or unknown, and said so."
+    )
+    every_s: Annotated[float, Field(ge=0.02, le=10.0)] = Field(default=0.1, description="Seconds between two readings of a meter.")
+    sysfs: str = Field(default="/sys", description="Where the kernel's files are; in a container perhaps /host/sys.")
+    node: Literal["auto", "pm_counters", "redfish", "dcmi", "none"] = Field(
+        default="auto", description="The meter of a whole node: the first that answers, this one, or none (it is then estimated)."
+    )
+    megawatts: Positive | None = Field(
+        default=None, description="What the run may draw at the facility; the plan refuses what would draw more."
+    )
+    ramp_megawatts_min: Positive | None = Field(
+        default=None, description="How fast the facility's draw may change, MW per minute, at starts, saves and ends; default: the site's."
+    )
+    schedule: str | None = Field(
+        default=None,
+        description="CSV file of times with megawatts, price_eur_mwh or carbon_g_kwh (POWER.md); times are UTC or have a zone.",
+    )
+    follow: Literal["price", "carbon"] | None = Field(
+        default=None, description="Draw `slow_to` of full power while that column of the schedule is above `slow_above`."
+    )
+    slow_above: Positive | None = Field(default=None, description="EUR/MWh or g CO2e/kWh.")
+    slow_to: Fraction = Field(default=0.5, description="Share of full power; 0 pauses the run.")
+    caps: bool = Field(default=False, description="Limits of accelerators may be set, and are put back, where the user has the right to.")
+    stagger: bool = Field(
+        default=False,
+        description="Runs of one site save at different steps of `checkpoint.every`, so that their draw does not fall together.",
+    )
+
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        if self.follow is not None and (self.schedule is None or self.slow_above is None):
+            raise ValueError("`follow` needs a `schedule` to follow and `slow_above`, from where on the run is slowed")
+        if self.follow is None and self.slow_above is not None:
+            raise ValueError('`slow_above` is of what? Set `follow` to "price" or "carbon"')
+        if not self.measure and (self.megawatts or self.follow or self.schedule):
+            raise ValueError("a budget or a schedule cannot be kept without `measure`")
+        return self
+
+
 class Sample(Section):
     """The text that is printed when the run ends; no prompt, no sample."""
 
@@ -409,6 +452,7 @@ class Recipe(Section):
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()
+    power: Power = Power()
     sample: Sample = Sample()
     kernels: Literal["auto", "reference"] | dict[str, str] = Field(
         default="auto",

@@ -57,3 +57,9 @@ class HealthError(GigatrainError):
     """Machines that are not fit to train: this one, or too few of a job's."""
 
     exit_code = 9
+
+
+class PowerError(GigatrainError):
+    """A meter, a power limit or a schedule is not as it is said to be, or watts are asked for that nobody can give."""
+
+    exit_code = 10

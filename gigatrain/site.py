@@ -107,6 +107,9 @@ class Power(Section):
     facility_watts: Known = Field(default=UNKNOWN, description="The whole site, cooling included.")
     cap_watts: Known = Field(default=UNKNOWN, description="What the site may draw at most.")
     pue: Known = Field(default=UNKNOWN, description="Facility over IT.")
+    fabric_watts: Known = Field(default=UNKNOWN, description="Switches and optics, for each accelerator.")
+    storage_watts: Known = Field(default=UNKNOWN, description="Storage, management and service nodes, for each accelerator.")
+    ramp_watts_min: Known = Field(default=UNKNOWN, description="How fast the site's draw may change, watts per minute.")
 
 
 class Grid(Section):

@@ -17,6 +17,7 @@ LEVELS = [
     ["site"],
     ["load", "planning"],
     ["launching"],
+    ["power"],
     ["kernels", "data", "parallel"],
     ["models", "optim", "tune"],
     ["engines", "observe", "checkpoint", "bench", "preflight"],
@@ -29,13 +30,26 @@ LEVELS = [
 ]
 ONLY = {"kernels": {"errors", "kernels"}, "data": {"errors", "config", "data"}}  # can be lifted out and used alone
 NOT = {"models": {"parallel", "data", "engines"}}
-TORCH_FREE = {"errors", "architectures", "foreign", "config", "site", "load", "planning", "launching", "cli", "__init__", "__main__"}
+TORCH_FREE = {
+    "errors",
+    "architectures",
+    "foreign",
+    "config",
+    "site",
+    "load",
+    "planning",
+    "launching",
+    "power",
+    "cli",
+    "__init__",
+    "__main__",
+}
 HOMES = {
     "deepspeed": {"engines.deepspeed"},
     "datasets": {"data.sources"},
     "transformers": {"generate", "models.automodel", "models.autonumbers", "models.autoweights", "bench.peers"},
     "accelerate": {"observe.metrics"},
-    "matplotlib": {"bench.report"},
+    "matplotlib": {"bench.report", "bench.power", "observe.report.plots"},
     **{peer: {"bench.peers"} for peer in ("liger_kernel", "cut_cross_entropy", "flashoptim", "quack")},
 }
 

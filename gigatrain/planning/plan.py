@@ -17,6 +17,7 @@ from gigatrain.config import (
     Loss,
     Mesh,
     Optim,
+    Power,
     Profile,
     Recipe,
     Report,
@@ -28,8 +29,9 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import attention, axes, cost, fusions, hardware, products
+from gigatrain.planning import attention, axes, cost, fusions, hardware, products, watts
 from gigatrain.planning.fusions import Fusion, Name
+from gigatrain.planning.watts import Watts
 from gigatrain.site import Site
 
 # Every operation and its implementations, the reference first: kernels/ops.py's, known here without torch (a test holds them equal).
@@ -85,6 +87,8 @@ OPERATIONAL = (
     "export",
     "memory",
     "fusions",
+    "power",
+    "watts",
 )
 
 
@@ -135,6 +139,8 @@ class Plan(Section):
     validation: Validation
     checkpoint: Checkpoint
     report: Report
+    power: Power = Power()
+    watts: Watts = Watts()
     sample: Sample
     export: bool
     kernels: tuple[Choice, ...]
@@ -292,6 +298,8 @@ def plan(recipe: Recipe, site: Site, ranks: int | None = None, *, measure: Calla
         validation=recipe.validation,
         checkpoint=recipe.checkpoint,
         report=recipe.report,
+        power=recipe.power,
+        watts=watts.of(site, ranks),
         sample=recipe.sample,
         export=recipe.export,
         kernels=kernels,
