@@ -27,7 +27,9 @@ from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
 from gigatrain.observe import hang, prometheus, trace
+from gigatrain.observe.budget import Budget
 from gigatrain.observe.display import Display
+from gigatrain.observe.energy import Energy
 from gigatrain.observe.health import Health
 from gigatrain.observe.logs import Log, Progress
 from gigatrain.observe.metrics import Metrics, percentile, versions
@@ -37,6 +39,7 @@ from gigatrain.parallel.agree import agreed
 from gigatrain.parallel.mesh import Mesh
 from gigatrain.parallel.places import Piece
 from gigatrain.planning.plan import NARROW, Plan
+from gigatrain.power import account
 
 
 def train(
@@ -65,6 +68,7 @@ def _train(
         progress = stack.enter_context(Progress(log, folder if mesh.rank == 0 else None))
         if mesh.rank == 0:
             stack.enter_context(prometheus.served(folder, plan.report.prometheus_host, plan.report.prometheus, display.line))
+        energy = stack.enter_context(Energy(plan, mesh, folder, this.id, progress=progress, say=display.line))
         log.pulse.mark("corpus")
         corpus = _corpus(plan, this, resumes, mesh, display, log)
         train_on, held = corpus.totals("train"), corpus.totals("validation")
@@ -73,7 +77,7 @@ def _train(
             f"{held['documents']:,} documents held out"
         )
         try:
-            summary = _steps(plan, folder, this, resumes, corpus, mesh, device, display, began, log, progress)
+            summary = _steps(plan, folder, this, resumes, corpus, mesh, device, display, began, log, progress, energy)
         except torch.OutOfMemoryError as failure:
             raise RunError(f"out of memory: {str(failure).splitlines()[0]}; {_LESS}") from None
         except RuntimeError as failure:
@@ -85,11 +89,14 @@ def _train(
         log.pulse.mark("export")
         finished = summary["wall_s"] is not None
         if plan.export and not (finished and (folder / "export").is_dir()):
-            export.export(folder, folder / "export", display=display)
+            with energy.during("export"):
+                export.export(folder, folder / "export", display=display)
         if finished:
             display.line(f"{folder} is finished: nothing is left to do")
             return summary
         summary["wall_s"] = round(this.elapsed_s + time.monotonic() - began, 3)
+        energy.close()
+        summary["energy"] = {key: value for key, value in account.account(folder).items() if key != "windows"}
         write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         _show_sample(plan, folder, display)
         _show_summary(summary, folder, display)
@@ -108,6 +115,7 @@ def _steps(
     began: float,
     log: Log,
     progress: Progress,
+    energy: Energy,
 ) -> dict[str, Any] | None:
     """From the first step, or the newest checkpoint, to the last checkpoint; returns the summary, or None after a signal."""
     log.pulse.mark("build")
@@ -131,7 +139,7 @@ def _steps(
             device=device,
         )
         stack.callback(batches.close)
-        kept = _resume(saves, engine, batches, this, display) if resumes else {}
+        kept, power = _resume(saves, engine, batches, this, display) if resumes else ({}, {})
         if this.step == plan.steps and (folder / "summary.json").is_file():
             return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if mesh.rank == 0:
@@ -145,7 +153,18 @@ def _steps(
             plan.profile, folder, device, rank=mesh.rank, ranks=mesh.count, step=this.step, say=display.line, pulse=log.pulse
         )
         engine.trace = stack.enter_context(times)
+        budget = Budget(plan, this.id, energy, health, times)
+        budget.load(power)
         before = this.elapsed_s
+
+        def meet() -> bool:
+            budget.meet(energy.meet(health.agree([*energy.numbers(), *budget.numbers()])))
+            return health.wants_out
+
+        def pause() -> bool:
+            leaves = meet()
+            energy.report(this.step, this.tokens, times)
+            return leaves
 
         def save(*, must: bool = False) -> None:
             health.check_bad(engine.bad.tolist(), lambda step: _samples(plan, batches, step))  # what is saved may be resumed
@@ -153,13 +172,13 @@ def _steps(
             this.elapsed_s = before + time.monotonic() - began
             kept = metrics.state()
             this.tokens = metrics.tokens
-            state = {"run": this.state(), "data": batches.state(), "metrics": kept}
-            with times.phase("checkpoint"), progress.spent("checkpoint"):
+            state = {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state()}
+            with times.phase("checkpoint"), progress.spent("checkpoint"), energy.during("checkpoint"):
                 _save(saves, this.step, plan, engine, state, display, must=must)
 
         def validate() -> None:
             if held is not None and _validates_at(plan, this.step) and metrics.validated < this.step:
-                with times.phase("validation"), progress.spent("validation"):
+                with times.phase("validation"), progress.spent("validation"), energy.during("validation"):
                     found = _validate(engine, held, health, times)
                 if found is not None:
                     metrics.validated = this.step
@@ -171,8 +190,12 @@ def _steps(
         else:
             save(must=True)  # step 0: from here on, a kill at any moment leaves something to resume
         progress.add("steps", step=this.step)
+        meet()
+        energy.begin(this.step, this.tokens)
+        budget.begin(this.step, this.tokens)
         metrics.clock.restart()
         while this.step < plan.steps and not health.wants_out:
+            budget.wait(pause, times.alive)  # where the run keeps to a power budget
             times.begin(this.step)
             with times.phase("data"):
                 batch = next(batches)
@@ -181,26 +204,33 @@ def _steps(
             update = engine.step(rate)
             this.advance()
             metrics.add(update)
-            reports, saving = this.step % plan.report.every == 0 or this.step == plan.steps, this.step % plan.checkpoint.every == 0
+            reports, saving = this.step % plan.report.every == 0 or this.step == plan.steps, budget.saves_at(this.step)
             if reports:
-                bad = metrics.report(this.step, rate, engine.bad)
+                meet()
+                bad = metrics.report(this.step, rate, engine.bad, energy.figures)
                 this.tokens = metrics.tokens
                 health.check_bad(bad, lambda step: _samples(plan, batches, step))
-                health.agree()
                 times.window()
                 progress.report(this.step, this.tokens, metrics.window_s)
+                energy.report(this.step, this.tokens, times)
+                budget.decide(this.step, this.tokens)
             if _validates_at(plan, this.step):
                 validate()
                 metrics.clock.restart()
+                budget.stopped()
             if saving and this.step < plan.steps and not health.wants_out:
                 save()
                 metrics.clock.restart()
+                budget.stopped()
         if device.type == "cuda":
             torch.cuda.synchronize()  # a signal may have come within a window, whose steps are saved too
         if unreported := metrics.clock.take_s():
             progress.report(this.step, this.tokens, sum(unreported))
         save(must=True)
+        meet()
+        energy.report(this.step, this.tokens, times, must=True)
         unvalidated = held is not None and metrics.validated < plan.steps  # a signal cut the last validation short
+        budget.end()
         if this.step < plan.steps or unvalidated:
             progress.why = health.signal or "signal"
             display.line(f"{health.signal}: saved at step {this.step} of {plan.steps}; go on with --resume --run {folder}")
@@ -284,8 +314,8 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
         display.line(f"  verified fused kernels on {torch.cuda.get_device_name(device)}, error over what is allowed: {found}")
 
 
-def _resume(saves: Checkpoints, engine: Engine, batches: Batches, this: run.Run, display: Display) -> dict[str, Any]:
-    """Fill everything from the newest whole checkpoint; says which ones were not whole."""
+def _resume(saves: Checkpoints, engine: Engine, batches: Batches, this: run.Run, display: Display) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fill everything from the newest whole checkpoint; says which ones were not whole. Returns what metrics and power budget kept."""
     found, refused = saves.latest()
     for reason in refused:
         display.line(f"CHECKPOINT REFUSED: {reason}")
@@ -299,7 +329,7 @@ def _resume(saves: Checkpoints, engine: Engine, batches: Batches, this: run.Run,
         torch.cuda.set_rng_state(random["cuda"])
     this.load(state["run"])
     display.line(f"resumed at step {this.step} from {found.folder}" + (" (an older one: the newer are damaged)" if refused else ""))
-    return state["metrics"]
+    return state["metrics"], state.get("power", {})
 
 
 def _save(saves: Checkpoints, step: int, plan: Plan, engine: Engine, state: dict[str, Any], display: Display, *, must: bool) -> None:

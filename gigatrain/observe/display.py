@@ -9,6 +9,7 @@ from rich.control import Control
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gigatrain.foreign import Foreign
+from gigatrain.launching.size import shown
 from gigatrain.observe.logs import Log
 from gigatrain.planning import cost
 from gigatrain.planning.plan import Plan, gib
@@ -146,6 +147,16 @@ class Display:
             return
         loss = "not finite" if window["loss"] is None else f"{window['loss']:.3f}"
         numbers = f"loss {loss}  {window['tokens_per_s'] or 0:,.0f} tokens/s"
+        numbers += drawn(window)
         if window["bad_steps"]:
             numbers += f"  {window['bad_steps']} refused"
         self.advance("train", window["step"], plan.steps, numbers)
+
+
+def drawn(window: dict[str, Any]) -> str:
+    """`  6.9 kW node  0.81 Mtok/s/MW`: watts at the widest boundary that is known, and what they give; nothing where no meter says anything."""
+    name = next((one for one in ("facility", "it", "node", "device") if window.get(f"{one}_watts") is not None), None)
+    if name is None:
+        return ""
+    gives = f"  {window['tokens_per_s_mw'] / 1e6:.3g} Mtok/s/MW" if window.get("tokens_per_s_mw") else ""
+    return f"  {shown(window[f'{name}_watts'])} {name}{gives}"

@@ -1,7 +1,7 @@
 """Why a run should leave its loop: a signal, or numbers that are not numbers."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Self
 
@@ -31,15 +31,22 @@ class Health:
     def wants_out(self) -> bool:
         return self._agreed or (self.mesh.count == 1 and self.signal is not None)
 
-    def agree(self) -> None:
-        """All ranks want out if one does; waits for the device, so it is called where a report does."""
-        if self.mesh.count > 1 and not self._agreed:
-            number = max((SIGNALS.index(one) + 1 for one in SIGNALS if one.name == self.signal), default=0)
-            heard = torch.zeros(len(SIGNALS) + 1, device=self.mesh.device)
-            heard[number] = 1.0
-            counts = self.mesh.sum(heard).tolist()
-            named = [one.name for one, count in zip(SIGNALS, counts[1:], strict=True) if count]
-            self.signal, self._agreed = (named[0], True) if named else (self.signal, False)
+    def leave(self, why: str) -> None:
+        """All ranks, which know the same reason, leave at the end of their step."""
+        self.signal, self._agreed = self.signal or why, True
+
+    def agree(self, numbers: Sequence[int] = ()) -> list[int]:
+        """All ranks want out if one does; waits for the device, so it is called where a report does. Returns `numbers`, of equal length on each rank, summed
+        over the ranks in the same reduction."""
+        if self.mesh.count == 1:
+            return list(numbers)
+        heard = [0] * (len(SIGNALS) + 1)
+        heard[max((SIGNALS.index(one) + 1 for one in SIGNALS if one.name == self.signal), default=0)] = 1
+        sums = self.mesh.sum(torch.tensor([*heard, *numbers], dtype=torch.int64, device=self.mesh.device)).tolist()
+        named = [one.name for one, count in zip(SIGNALS, sums[1 : len(heard)], strict=True) if count]
+        if named and not self._agreed:
+            self.signal, self._agreed = named[0], True
+        return sums[len(heard) :]
 
     def __enter__(self) -> Self:
         for number in SIGNALS:

@@ -113,8 +113,9 @@ class Metrics:
         self.sums[5] += targets
         self.clock.mark()
 
-    def report(self, step: int, rate: float, bad: Tensor) -> list[int]:
-        """The one synchronisation of a window: writes and shows its numbers; returns the engine's counts of refused updates."""
+    def report(self, step: int, rate: float, bad: Tensor, beside: Callable[[int], Mapping[str, float | None]] | None = None) -> list[int]:
+        """The one synchronisation of a window: writes and shows its numbers, and what `beside` says of its tokens; returns the engine's counts of refused
+        updates."""
         nats, targets, norms, updates, largest, tokens, *counts = torch.cat([self.sums, bad.double()]).tolist()
         durations = self.clock.take_s()
         seconds = self.window_s = sum(durations)
@@ -133,7 +134,7 @@ class Metrics:
             "tokens_per_s": timed / seconds if seconds else None,
             "step_s": seconds / len(durations) if durations else None,
             "bad_steps": int(counts[0]),
-        }
+        } | dict(beside(self.tokens) if beside else {})
         self.write(window)
         self.sums[:5].zero_()
         return [int(count) for count in counts]

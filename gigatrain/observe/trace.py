@@ -4,7 +4,8 @@ A mark says what begins here; it lasts until the next mark. So the phases of a s
 forward per microbatch) is summed. On a CPU a mark is host time. On a GPU it is a CUDA event on the compute stream, whose time is asked for a window later,
 so nobody waits: a phase is then what the compute stream spent or waited between two marks. What runs on other streams meanwhile is not counted: of a reduction
 hidden behind the backward only the part that the compute stream waits for is seen, as `backward` where FSDP itself waits, as `reduce` where the engine
-does. `data` is the time for which the device had nothing to do while the host made the batch. `rest` is what lies between the named phases.
+does. `data` is the time for which the device had nothing to do while the host made the batch. `paced` is what a run waits
+to keep to its power budget, and `rest` what lies between the named phases.
 
 RUN/trace/rank-RRRRR.jsonl, of rank 0 and of `profile.ranks`, one object a step; steps are counted from 0, as in `profile.steps`:
 
@@ -40,7 +41,7 @@ from gigatrain.checkpoint import write_text
 from gigatrain.observe.hang import Pulse
 from gigatrain.observe.metrics import percentile
 
-PHASES = ("data", "forward", "backward", "reduce", "optimizer", "validation", "checkpoint", "profile", "rest")
+PHASES = ("data", "forward", "backward", "reduce", "optimizer", "validation", "checkpoint", "paced", "profile", "rest")
 MEMORY_EVENTS = 200_000  # allocations and frees that a snapshot's history goes back, about 100 MB of JSON at most
 
 
@@ -73,6 +74,10 @@ class Trace:
 
     def window(self) -> None:
         """Write the steps that have ended and whose times are known; waits for nothing."""
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase of the steps that were written since the last call, profiled ones left out."""
+        return {}
 
     def close(self) -> None:
         """The last step ends here, and all are written."""
@@ -153,6 +158,7 @@ class Recorder(Pulsed):
         self._profiler: torch.profiler.profile | None = None
         self._range: torch.profiler.record_function | None = None
         self._failures: set[str] = set()
+        self._taken: dict[str, float] = {}
         self._file: Any = None
         with self._spared("trace"):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -220,9 +226,16 @@ class Recorder(Pulsed):
         marks = zip(self._phases[step.first : last], pairwise(self._times[step.first : last + 1]), strict=True)
         for phase, (begin, end) in marks:
             seconds[phase] = seconds.get(phase, 0.0) + (begin.elapsed_time(end) / 1e3 if self.cuda else end - begin)
+        if not step.profiled:
+            for phase, value in seconds.items():
+                self._taken[phase] = self._taken.get(phase, 0.0) + value
         row: dict[str, Any] = {"step": step.step, "start": round(step.start_s, 6)}
         row["phases"] = {phase: round(value, 7) for phase, value in seconds.items()}
         return json.dumps(row | ({"profiled": True} if step.profiled else {})) + "\n"
+
+    def take(self) -> dict[str, float]:
+        taken, self._taken = self._taken, {}
+        return taken
 
     def close(self) -> None:
         self._end()

@@ -1,0 +1,147 @@
+"""What is done to keep a run to its watts: one decision a report, alike on every rank, from numbers that all ranks have; then steps wait for their time.
+
+The decisions are power/control.py's; here is where a run tells it what happened, and where orders become waiting, limits of accelerators, or the end. Where
+nothing is asked for (no megawatts, no ramp, no schedule) none of it costs anything.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from gigatrain.errors import PowerError
+from gigatrain.observe.energy import Energy
+from gigatrain.observe.health import Health
+from gigatrain.observe.trace import Trace
+from gigatrain.planning.plan import Plan
+from gigatrain.power.control import MEET_S, Governor, Orders, Pace, Seen, stagger
+from gigatrain.power.schedule import Schedule
+
+LOOP = ("now_ms", "stepping_ms", "waited_ms", "paused_ms", "mixed")  # what rank 0 says of its loop, beside the meters' sums
+
+
+class Budget:
+    """`wait` before a step, `meet` with the reduced numbers, `decide` at a report."""
+
+    def __init__(self, plan: Plan, run: str, energy: Energy, health: Health, times: Trace) -> None:
+        """Raises PowerError for a schedule that cannot be read."""
+        self.plan, self.energy, self.health, self.times = plan, energy, health, times
+        schedule = Schedule.read(plan.power.schedule) if plan.power.schedule else None
+        self.governor = Governor(plan.power, plan.watts, began_s=time.time(), schedule=schedule)
+        self.acts = self.governor.acts and bool(energy.nodes)
+        self.pace = Pace(torch.cuda.synchronize if plan.device == "cuda" else None)
+        self.orders: Orders | None = None
+        self.shift = stagger(run, plan.checkpoint.every) if plan.power.stagger else 0
+        self._met_s = time.monotonic()
+        self._elsewhere_s = self._paused_s = 0.0
+        self._loop = dict.fromkeys(LOOP, 0)
+        self._before = (0, 0)  # steps and tokens at the last decision
+
+    def saves_at(self, step: int) -> bool:
+        """Whether this step is saved; runs of one site at different ones, where the recipe staggers them."""
+        return (step + self.shift) % self.plan.checkpoint.every == 0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a resume need not learn again."""
+        return self.governor.state() if self.acts else {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The opposite of `state`; an empty one is of a run that kept to nothing."""
+        if state and self.acts:
+            self.governor.load(state)
+
+    def begin(self, step: int, tokens: int) -> None:
+        """The first step of this process is next."""
+        self._before = (step, tokens)
+        if self.acts:
+            self.numbers()  # the start is no step
+            self._follow(Seen(now_s=self._loop["now_ms"] / 1e3 or time.time(), watts_facility=None, stops_after=self._stops_after(step)))
+
+    def numbers(self) -> list[int]:
+        """What rank 0's loop did since it was last asked; zeros elsewhere."""
+        if not self.acts:
+            return []
+        now, waited_s, paused_s = time.monotonic(), self.pace.take_waited_s(), self._paused_s
+        elsewhere_s, self._elsewhere_s = self.energy.elsewhere_s - self._elsewhere_s, self.energy.elsewhere_s
+        stepping_s = max(0.0, now - self._met_s - elsewhere_s - paused_s)
+        self._met_s, self._paused_s = now, 0.0
+        found = (int(1e3 * time.time()), int(1e3 * stepping_s), int(1e3 * waited_s), int(1e3 * paused_s), int(elsewhere_s > 0))
+        return list(found) if self.energy.path is not None else [0] * len(LOOP)
+
+    def meet(self, sums: Sequence[int]) -> None:
+        """The numbers of all ranks; those of rank 0's loop are kept until the next decision."""
+        if self.acts:
+            for name, value in zip(LOOP, sums, strict=True):
+                self._loop[name] = value if name == "now_ms" else self._loop[name] + value
+
+    def decide(self, step: int, tokens: int) -> None:
+        """What holds until the next report."""
+        if not self.acts:
+            return
+        loop, (steps, before) = self._loop, self._before
+        done, latest, devices = step - steps, self.energy.latest, self.energy.devices
+        stepping_s = loop["stepping_ms"] / 1e3
+        if loop["paused_ms"]:
+            self.governor.paused(loop["paused_ms"] / 1e3, (loop["now_ms"] - loop["paused_ms"]) / 1e3)
+        self._follow(
+            Seen(
+                now_s=loop["now_ms"] / 1e3,
+                watts_facility=latest.watts.get("facility"),
+                watts_device=latest.watts.get("device"),
+                step_s=stepping_s / done if done else None,
+                busy_share=max(0.0, 1.0 - loop["waited_ms"] / 1e3 / stepping_s) if stepping_s else 1.0,
+                devices=devices,
+                window_s=latest.seconds,
+                steps=done,
+                tokens=tokens - before,
+                stops_after=self._stops_after(step),
+                peak_watts=latest.peak_watts,
+                mixed=bool(loop["mixed"] or loop["paused_ms"]),
+                cap_min_share=self.energy.least_cap,
+            )
+        )
+        self._before = (step, tokens)
+        self._loop = dict.fromkeys(LOOP, 0) | {"now_ms": loop["now_ms"]}
+
+    def _follow(self, seen: Seen) -> None:
+        self.orders = orders = self.governor.decide(seen)
+        self.pace.follow(orders)
+        self.energy.obey(orders.cap_share)
+        self.energy.orders = orders.json() | {"cost": self.governor.cost()}
+        if orders.leave:
+            self.health.leave(orders.why)
+
+    def _stops_after(self, step: int) -> int:
+        """Steps until the next save, validation or the end, whichever holds up the steps first."""
+        left = [self.plan.steps - step, self.plan.checkpoint.every - (step + self.shift) % self.plan.checkpoint.every]
+        if self.plan.validation.every:
+            left.append(self.plan.validation.every - step % self.plan.validation.every)
+        return min(left)
+
+    def wait(self, report: Callable[[], bool], alive: Callable[[], None]) -> None:
+        """Until the next step may begin. `report`: in a long pause all ranks report, and hear whether they are to leave."""
+        if not self.acts or self.orders is None or self.orders.idle:
+            return
+
+        def alone() -> None:  # who waits for nobody leaves a pause at once
+            alive()
+            if time.monotonic() - self._met_s > MEET_S:
+                report()
+
+        with self.times.phase("paced"), self.energy.during("paced"):
+            single = self.health.mesh.count == 1
+            paused_s = self.pace.wait(lambda: self.health.signal is not None, alone if single else alive, None if single else report)
+            self._paused_s += paused_s
+
+    def stopped(self) -> None:
+        """Steps were held up, by a save or a validation."""
+        if self.acts:
+            self.pace.restart()
+
+    def end(self) -> None:
+        """Raises PowerError where the run left because its watts cannot be kept, now that it is saved."""
+        if self.orders is not None and self.orders.leave:
+            failure = PowerError(f"saved and left: {self.orders.why}")
+            failure.shared = True
+            raise failure

@@ -1,0 +1,295 @@
+"""Energy of a run while it runs: who reads which meter, one sum over all nodes a window, and what is told of it.
+
+One rank a host leads: the lowest. It reads the accelerators of all ranks there, each once and by UUID, and the lowest rank of a machine (of a boot: hosts may
+be containers of one machine) reads its processors and its own meter. What they saw since they were last asked travels as integers in the reduction that the
+health of the run takes anyway; nothing here waits for the device. Rank 0 writes RUN/energy.jsonl (power/__init__.py has its rows), and what it says of
+phases is of its own node, by the time in which its loop did them.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+
+from gigatrain.errors import PowerError
+from gigatrain.observe.logs import Progress
+from gigatrain.observe.trace import Trace
+from gigatrain.parallel import ranks
+from gigatrain.parallel.agree import agreed
+from gigatrain.parallel.mesh import Mesh
+from gigatrain.planning.plan import Plan
+from gigatrain.power import account, meter
+from gigatrain.power.reading import BIN_S, FIELDS, Taken
+
+LEAST_S = 10.0  # no figure is of less
+LATE_S = 3 * BIN_S  # a bin that a meter has not closed by then is closed without it
+COMPUTE = ("forward", "backward", "optimizer")
+APART = ("paced", "checkpoint", "validation", "profile")  # have joules of their own, by the clock
+SPARE_BINS = 8
+
+
+class Latest(NamedTuple):
+    """What was drawn since the last report but one, on every rank alike; by boundary, what is known."""
+
+    seconds: float = 0.0
+    watts: dict[str, float] = {}  # noqa: RUF012 (never changed)
+    peak_watts: float | None = None  # the highest ten-second mean, of the facility
+
+
+class Energy:
+    """Meters of this rank, if it leads; the run's sums, on every rank alike; rows and figures, on rank 0. `with` it for as long as the run has its nodes."""
+
+    def __init__(self, plan: Plan, mesh: Mesh, folder: Path, run: str, *, progress: Progress, say: Callable[[str], None]) -> None:
+        """Collective. Raises PowerError, on all ranks, where the recipe names a meter that does not answer."""
+        self.plan, self.mesh, self.say = plan, mesh, say
+        self.path = folder / "energy.jsonl" if mesh.rank == 0 else None
+        self.row = {"attempt": progress.log.attempt, "process": progress.process}
+        self._finished = progress.waiting is not None  # nothing is written for who only looks at a finished run
+        self.meter: meter.Meter | None = None
+        self.window_s: float | None = None  # how long the last window was, and
+        self.drawn: dict[str, Any] = {}  # by boundary, what was drawn in it: None or an account.Boundary
+        self.nodes = self.devices = 0  # that are metered; 0: nothing is measured
+        self.latest, self.orders, self.elsewhere_s = Latest(), {}, 0.0
+        self.least_cap: float | None = None  # the least limit of the accelerators, over their most; None: it cannot be set
+        self._sum, self._words = Taken(), {}
+        self._waiting: dict[int, tuple[int, int]] = {}
+        self._tokens = 0  # of the run where the open window began
+        self._told: dict[str, float | None] = {}
+        self._phase, self._joules, self._phases = "starting", 0.0, {}
+        self._ready, self._closed, self._at = False, False, (0, 0)
+        if not plan.power.measure:
+            return
+        uuids, whole, leads, self.nodes = _share(mesh, _accelerator(mesh.device))
+        with agreed(mesh, PowerError, str):
+            if leads:
+                carry = Path(tempfile.gettempdir()) / f"gigatrain-energy-{run}-{os.getuid()}.json"
+                self.meter = meter.opened(plan.power, plan.watts, uuids, whole=whole, carry=carry, run=run)
+        least_s = self.meter.least_s if self.meter is not None else 0.0
+        self._next, self.least_s = ranks.first(mesh, lambda: [int(time.time()) // BIN_S, max(LEAST_S, least_s)])
+        self._room = SPARE_BINS
+
+    def __enter__(self) -> Self:
+        if self.meter is not None:
+            self.meter.__enter__()
+            self._words = {"meters": self.meter.meters}
+            if not self._finished:
+                self._write("begin", Taken(), [])
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.close()
+        finally:
+            if self.meter is not None:
+                self.meter.__exit__(kind, failure, trace)
+
+    def close(self) -> None:
+        """The last row: what is left of rank 0's node (of the others, if they were killed, their next process recovers it). Once; collective it is not."""
+        if self.path is not None and self.meter is not None and not self._closed and not self._finished:
+            self._add(self.meter.take())
+            self._write("end", self._sum, [])
+        self._closed = True
+
+    # ---- The window's reduction ----
+
+    def numbers(self) -> list[int]:
+        """What this rank's meter saw since it was last asked; of a rank that leads no node zeros."""
+        if not self.nodes:
+            return []
+        bins = [[0, 0, 0] for _ in range(self._room)]
+        taken = Taken()
+        if self.meter is not None:
+            taken = self.meter.take()
+            self._keep(taken)
+            self._late()
+            for number, (device, node) in self._waiting.items():
+                if 0 <= number - self._next < self._room:
+                    bins[number - self._next] = [1, device, node]
+        return [*taken.ints(), *(value for one in bins for value in one)]
+
+    def _keep(self, taken: Taken) -> None:
+        for number, _, device, node in taken.bins:
+            before = self._waiting.get(number, (0, 0))
+            self._waiting[number] = (before[0] + device, before[1] + node)
+
+    def _late(self) -> None:
+        """A meter that died leaves no bin open for ever."""
+        for number in range(self._next, int((time.time() - LATE_S) // BIN_S)):
+            self._waiting.setdefault(number, (0, 0))
+
+    def meet(self, sums: Sequence[int]) -> Sequence[int]:
+        """The numbers of all ranks together, the same on every rank; returns those that are not ours."""
+        if not self.nodes:
+            return sums
+        size = len(FIELDS) + 3 * self._room
+        flat, taken = sums[len(FIELDS) : size], Taken.of(sums[: len(FIELDS)])
+        self._add(taken)
+        closed = []
+        for at in range(self._room):
+            nodes, device, node = flat[3 * at : 3 * at + 3]
+            if nodes < self.nodes:
+                break
+            closed.append((self._next + at, nodes, device, node))
+        self._next += len(closed)
+        self._waiting = {number: value for number, value in self._waiting.items() if number >= self._next}
+        self._sum.bins += closed
+        seconds = self._seconds()
+        self._room = SPARE_BINS + int(2 * seconds) // BIN_S + (self._room if len(closed) == self._room else 0)
+        self._ready = seconds >= self.least_s
+        self._look(taken, closed)
+        return sums[size:]
+
+    def _look(self, taken: Taken, closed: Sequence[Sequence[int]]) -> None:
+        seconds = taken.ms / 1e3 / self.nodes
+        known = (
+            {name: one for name, one in account.boundaries(taken, self.plan.watts, seconds).items() if one is not None} if taken.ms else {}
+        )
+        share = known["facility"].joules / known["node"].joules if "facility" in known and known["node"].joules else None
+        peak = max((node for *_, node in closed), default=0) / 1e3 / BIN_S * share if closed and share else None
+        self.latest = Latest(seconds, {name: one.watts for name, one in known.items()}, peak)
+        self.devices = taken.devices or self.devices
+
+    def _add(self, taken: Taken) -> None:
+        for name in FIELDS:
+            setattr(self._sum, name, getattr(self._sum, name) + getattr(taken, name))
+
+    def _seconds(self) -> float:
+        """Of the open window, by the meters of all nodes alike; the same on every rank."""
+        return self._sum.ms / 1e3 / self.nodes
+
+    # ---- Rows and figures ----
+
+    def figures(self, tokens: int) -> dict[str, float | None]:
+        """What a line of metrics.jsonl says of power: of the window that ends here, or where that is still too short of the last; what is unknown is not
+        there."""
+        if self._ready:
+            self.window_s = self._seconds()
+            self.drawn = account.boundaries(self._sum, self.plan.watts, self.window_s)
+            known = {name: one for name, one in self.drawn.items() if one is not None}
+            gained, self._tokens = tokens - self._tokens, tokens
+            self._told = {f"{name}_watts": round(one.watts, 1) for name, one in known.items()}
+            joules = list(known.values())[-1].joules if known else 0.0
+            if gained > 0 and joules > 0:
+                self._told |= {"joules_per_token": joules / gained, "tokens_per_s_mw": 1e6 * gained / joules}
+        return self._told
+
+    def report(self, step: int, tokens: int, trace: Trace, *, must: bool = False) -> None:
+        """The open window ends here, if it is long enough or `must`: its row is written."""
+        if not self.nodes or not (self._ready or must):
+            return
+        taken, self._sum, self._ready, self._at = self._sum, Taken(), False, (step, tokens)
+        if self.path is not None:
+            self._write("window", taken, taken.bins, trace)
+
+    def begin(self, step: int, tokens: int) -> None:
+        """The first step of this process begins: what was drawn until now was for the start."""
+        self._tokens, self._at, self._finished = tokens, (step, tokens), False
+        if self.nodes:
+            self._turn("training")
+            taken, self._sum, self._ready = self._sum, Taken(), False
+            if self.path is not None:
+                self._write("steps", taken, taken.bins)
+
+    @contextlib.contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """What rank 0's node draws inside is for `what`."""
+        before, began = self._phase, time.monotonic()
+        self._turn(what)
+        try:
+            yield
+        finally:
+            self._turn(before)
+            if what != "paced":
+                self.elsewhere_s += time.monotonic() - began
+
+    def obey(self, cap_share: float | None) -> None:
+        """Set the limits of this node's accelerators to that share of their most; None: as they were found."""
+
+    def _turn(self, phase: str) -> None:
+        if self.path is None or self.meter is None:
+            return
+        now = self.meter.joules()
+        self._phases[self._phase] = self._phases.get(self._phase, 0.0) + now - self._joules
+        self._joules, self._phase = now, phase
+
+    def _write(self, event: str, taken: Taken, bins: Sequence[Sequence[int]], trace: Trace | None = None) -> None:
+        assert self.path is not None
+        self._turn(self._phase)
+        phases, self._phases = self._phases, {}
+        shares = trace.take() if trace is not None else {}
+        row = {
+            "time_s": round(time.time(), 3),
+            "event": event,
+            **self.row,
+            "step": self._at[0],
+            "tokens": self._at[1],
+            "taken": dict(zip(FIELDS, taken.ints(), strict=True)),
+            "bins": [list(one) for one in bins],
+            "phases": {name: round(joules, 3) for name, joules in _split(phases, shares).items()},
+            **self._words,
+            **({"orders": self.orders} if self.orders else {}),
+        }
+        self._words = {}
+        try:
+            with self.path.open("a+b") as file:
+                if file.seek(0, os.SEEK_END):
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":  # a line that a kill cut short is not glued to this one
+                        file.write(b"\n")
+                file.write(json.dumps(row).encode() + b"\n")
+        except OSError as failure:
+            self.say(f"ENERGY NOT WRITTEN {self.path}: {failure.strerror}; training goes on")
+
+
+def _split(phases: dict[str, float], seconds: dict[str, float]) -> dict[str, float]:
+    """Joules of training by what the step did meanwhile: computing, waiting for other ranks (`communication`), for data, or none of these."""
+    seconds = {phase: spent for phase, spent in seconds.items() if phase not in APART}
+    total = sum(seconds.values())
+    if "training" not in phases or not total:
+        return phases
+    found = {name: joules for name, joules in phases.items() if name != "training"}
+    for phase, spent in seconds.items():
+        name = "compute" if phase in COMPUTE else "communication" if phase == "reduce" else phase
+        found[name] = found.get(name, 0.0) + phases["training"] * spent / total
+    return found
+
+
+def _accelerator(device: torch.device) -> int:
+    """The 128 bits of its UUID, which no environment variable renumbers; 0 for a CPU."""
+    return uuid.UUID(str(torch.cuda.get_device_properties(device).uuid)).int if device.type == "cuda" else 0
+
+
+def _share(mesh: Mesh, mine: int) -> tuple[list[str], bool, bool, int]:
+    """UUIDs of the accelerators that this rank reads, whether it reads the machine, whether it leads its host, and how many hosts there are. Collective."""
+    row = [_hashed(_boot(), platform.node()), _hashed(_boot()), mine >> 64, mine & ((1 << 64) - 1)]
+    table = torch.zeros(mesh.count, len(row), dtype=torch.int64)
+    table[mesh.rank] = torch.tensor([value - (1 << 64) if value >> 63 else value for value in row])
+    rows = mesh.sum(table.to(mesh.device)).tolist()
+    host, machine = rows[mesh.rank][0], rows[mesh.rank][1]
+    of_host = [number for number, one in enumerate(rows) if one[0] == host]
+    leads = of_host[0] == mesh.rank
+    whole = leads and next(number for number, one in enumerate(rows) if one[1] == machine) == mesh.rank
+    words = ((rows[number][2] % (1 << 64)) << 64 | rows[number][3] % (1 << 64) for number in of_host)
+    uuids = [str(uuid.UUID(int=word)) for word in dict.fromkeys(words) if word]
+    return uuids if leads else [], whole, leads, len({one[0] for one in rows})
+
+
+def _boot() -> str:
+    """Of this machine since it was started; containers of it have the same."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return platform.node()
+
+
+def _hashed(*words: str) -> int:
+    return int.from_bytes(hashlib.sha256("\0".join(words).encode()).digest()[:8])

@@ -1,0 +1,142 @@
+"""Energy within a run: each meter read once whoever asks, sums that are the tree's truth, rows that survive restarts, figures only of what is known."""
+
+import json
+import os
+import platform
+import subprocess
+import uuid
+
+import pytest
+from commands import training
+from distributed import together
+from rapl import Rapl
+from rich.console import Console
+
+from gigatrain import config, load, loop
+from gigatrain.errors import PowerError
+from gigatrain.observe.display import Display, drawn
+from gigatrain.observe.energy import _share, _split
+from gigatrain.observe.health import Health
+from gigatrain.parallel.mesh import Mesh, alone
+from gigatrain.planning.plan import plan
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "energy.jsonl").read_text().splitlines()]
+
+
+def millijoules(found, name="device_measured_mj"):
+    return sum(row["taken"][name] for row in found)
+
+
+def trained(tiny, folder, *overrides, start="auto"):
+    chosen = plan(load.recipe(tiny, ["export=false", "report.trackers=[]", *overrides]), load.site("laptop"))
+    return loop.train(chosen, folder, start=start, display=Display(Console(file=open(os.devnull, "w"))))
+
+
+def test_a_run_counts_what_the_meter_counted_from_its_first_second_to_its_last(tiny, tmp_path):
+    with Rapl(tmp_path / "sys", watts=50) as tree:
+        before = tree.joules()
+        summary = trained(tiny, tmp_path / "run", f"power.sysfs={tmp_path}/sys")
+        most = tree.joules() - before
+    found = rows(tmp_path / "run")
+    assert [row["event"] for row in found] == ["begin", "window", "end"]
+    assert 0.9 * most <= millijoules(found) / 1e3 <= 1.02 * most
+    assert "package" in json.dumps(found[0]["meters"])
+    assert summary is not None
+    told = summary["energy"]
+    assert told["joules"]["device"] == pytest.approx(millijoules(found) / 1e3, rel=1e-3)
+    assert told["watts"]["device"] == pytest.approx(50, rel=0.1)
+    assert told["tokens_per_joule"]["device"] == pytest.approx(summary["tokens"] / told["joules"]["device"])
+    assert told["joules"]["facility"] is None
+    assert told["unknown"]["facility"]
+    assert set(told["phases"]) >= {"starting", "checkpoint", "validation"}
+    assert sum(told["phases"].values()) == pytest.approx(told["joules"]["device"], rel=0.02)
+
+
+def test_two_ranks_on_one_machine_read_its_meter_once(tiny, tmp_path):
+    with Rapl(tmp_path / "sys", watts=50, packages=2) as tree:
+        ended = subprocess.run(
+            training(tiny, tmp_path / "run", "train.nproc=2", f"power.sysfs={tmp_path}/sys", "report.trackers=[]"),
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        most = 2 * tree.joules()
+    assert ended.returncode == 0, ended.stderr
+    found = rows(tmp_path / "run")
+    assert {row["taken"]["nodes"] for row in found if row["event"] == "window"} == {1}
+    assert 0.2 * most < millijoules(found) / 1e3 <= most
+
+
+def test_rows_of_a_process_that_was_undone_stay(tiny, tmp_path):
+    with Rapl(tmp_path / "sys"):
+        trained(tiny, tmp_path / "run", f"power.sysfs={tmp_path}/sys", "train.steps=6")
+        with (tmp_path / "run" / "energy.jsonl").open("ab") as file:
+            file.write(b'{"half": ')
+        before = (tmp_path / "run" / "energy.jsonl").read_bytes()
+        trained(tiny, tmp_path / "run", f"power.sysfs={tmp_path}/sys", "train.steps=6", start="resume")  # only looks
+        assert (tmp_path / "run" / "energy.jsonl").read_bytes() == before
+    lines = before.splitlines()
+    assert lines[-1] == b'{"half": '
+
+
+def test_nothing_to_read_is_no_zero(tiny, tmp_path):
+    (tmp_path / "sys").mkdir()
+    summary = trained(tiny, tmp_path / "run", f"power.sysfs={tmp_path}/sys")
+    assert summary is not None
+    assert set(summary["energy"]["joules"].values()) == {None}
+    assert all(summary["energy"]["unknown"].values())
+    assert not any("watts" in line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+
+
+def test_measuring_can_be_switched_off(tiny, tmp_path):
+    summary = trained(tiny, tmp_path / "run", "power.measure=false")
+    assert not (tmp_path / "run" / "energy.jsonl").exists()
+    assert summary is not None
+    assert set(summary["energy"]["joules"].values()) == {None}
+
+
+def test_a_meter_that_the_recipe_names_and_that_is_not_there_stops_the_run(tiny, tmp_path):
+    (tmp_path / "sys").mkdir()
+    with pytest.raises(PowerError, match="pm_counters"):
+        trained(tiny, tmp_path / "run", f"power.sysfs={tmp_path}/sys", "power.node=pm_counters")
+
+
+def hosts(rank, names):
+    platform.node = lambda: names[rank]
+    mesh = Mesh(config.Mesh(shard=len(names)), rank)
+    found = _share(mesh, 0)
+    heard = Health(None, mesh).agree([rank, 1 << 40])  # type: ignore[arg-type]
+    return found, heard
+
+
+def test_one_rank_a_host_leads_and_one_a_machine_reads_it():
+    found = together(4, hosts, ("left", "left", "right", "right"))
+    assert [one for one, _ in found] == [([], True, True, 2), ([], False, False, 2), ([], False, True, 2), ([], False, False, 2)]
+    assert all(heard == [6, 4 << 40] for _, heard in found)
+
+
+def uuids(rank, numbers):
+    return _share(Mesh(config.Mesh(shard=len(numbers)), rank), numbers[rank])[0]
+
+
+def test_four_ranks_on_two_gpus_are_two_devices():
+    first, second = (1 << 127) + 7, (0xFFFF_FFFF << 60) + 8  # halves of 64 bits with their sign bit set
+    found = together(4, uuids, (first, first, second, second))
+    assert found == [[str(uuid.UUID(int=first)), str(uuid.UUID(int=second))], [], [], []]
+
+
+def test_joules_of_training_follow_the_seconds_of_its_phases():
+    split = _split({"training": 100.0, "checkpoint": 7.0}, {"forward": 2.0, "backward": 4.0, "optimizer": 2.0, "reduce": 1.5, "data": 0.5})
+    assert split == {"checkpoint": 7.0, "compute": pytest.approx(80.0), "communication": pytest.approx(15.0), "data": pytest.approx(5.0)}
+    assert _split({"training": 5.0}, {}) == {"training": 5.0}
+
+
+def test_the_line_says_the_widest_boundary_that_is_known():
+    assert drawn({"loss": 1.0}) == ""
+    assert drawn({"device_watts": 5600.0, "node_watts": 6850.0, "tokens_per_s_mw": 808_000.0}) == "  6,850 W node  0.808 Mtok/s/MW"
+
+
+def test_signals_still_agree_beside_the_numbers(tiny):
+    health = Health(plan(load.recipe(tiny), load.site("laptop")), alone())
+    assert health.agree([1, 2, 3]) == [1, 2, 3]
+    assert not health.wants_out
