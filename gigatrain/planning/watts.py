@@ -24,6 +24,7 @@ class Watts(Section):
     node_watts: Figure = UNKNOWN  # of a whole node under training load
     nameplate_watts: Figure = UNKNOWN  # of a whole node, at most
     fabric_watts: Figure = UNKNOWN
+    fabric_nameplate: bool = False  # it is what switches draw at most, not what they do
     storage_watts: Figure = UNKNOWN  # where it is a share of what it serves, it is not here but in `storage_share`
     storage_share: Figure = UNKNOWN
     pue: Figure = UNKNOWN
