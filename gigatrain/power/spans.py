@@ -1,0 +1,346 @@
+"""A run's wall-clock from what its processes wrote: who had it, from which step to which, what their meters saw, and what a rule says of the time between.
+
+Rows of energy.jsonl by process, steps and tokens of logs/progress.jsonl, and launch/history.jsonl for whether nodes were held between two processes.
+"""
+
+import contextlib
+import datetime
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gigatrain.planning.watts import Watts
+from gigatrain.power.boundary import Boundary, boundaries
+from gigatrain.power.reading import BOUNDARIES, FIELDS, Taken
+
+
+@dataclass
+class Row:
+    """A row of energy.jsonl as it is needed."""
+
+    time_s: float
+    event: str
+    step: int | None
+    tokens: int | None
+    taken: Taken
+    seconds: float = 0.0
+
+
+@dataclass
+class Session:
+    """One process that had the run."""
+
+    process: str
+    attempt: int | None = None
+    began: int | None = None  # the step from which it trained
+    began_tokens: int | None = None
+    ended: bool = False  # it said so
+    rows: list[Row] = field(default_factory=list)
+    reports: list[tuple[int, int | None]] = field(default_factory=list)  # step, tokens
+    start_s: float | None = None  # its first word in progress.jsonl,
+    said_s: float | None = None  # and its last
+
+    @property
+    def begin_s(self) -> float:
+        """Its first word, by whichever file has it."""
+        return min(one for one in (self.start_s, self.rows[0].time_s if self.rows else None) if one is not None)
+
+    @property
+    def last_s(self) -> float:
+        return max(one for one in (self.said_s, self.rows[-1].time_s if self.rows else None) if one is not None)
+
+
+def sessions_of(events: Iterable[Mapping[str, Any]], rows: Iterable[Mapping[str, Any]]) -> list[Session]:
+    """By process, in the order in which they had the run; who came after the one that finished it is no part of it (observe/watch.py cuts the same)."""
+    found: dict[str, Session] = {}
+    finished, late = False, set[str]()
+    for event in events:
+        process = event["process"]
+        if finished and process not in found:
+            late.add(process)
+            continue
+        session = found.setdefault(process, Session(process))
+        time_s, step, tokens = event["time_s"], count_of(event, "step"), count_of(event, "tokens")
+        session.attempt = count_of(event, "attempt") if session.attempt is None else session.attempt
+        session.start_s, session.said_s = time_s if session.start_s is None else session.start_s, time_s
+        kind = event.get("event")
+        if kind == "steps" and session.began is None:
+            session.began = step
+        elif kind == "report" and step is not None:
+            session.reports.append((step, tokens))
+        elif kind == "end":
+            session.ended, finished = True, finished or event.get("why") == "finished"
+    order, before = list(found), None
+    for row in rows:
+        process = row["process"]
+        if process in late:
+            continue
+        if process not in found:  # its progress is lost
+            found[process] = Session(process)
+            order.insert(order.index(before) + 1 if before in order else len(order), process)
+        _add(found[process], row)
+        before = process
+    return [found[process] for process in order]
+
+
+def taken_of(said: Mapping[str, Any]) -> Taken:
+    """`taken` of a row; what is missing or no count is 0."""
+    taken = Taken()
+    for name in FIELDS:
+        number = said.get(name)
+        if type(number) is int and number > 0:  # not True, and no fraction: meters count
+            setattr(taken, name, number)
+    return taken
+
+
+def _add(session: Session, row: Mapping[str, Any]) -> None:
+    """One row of energy.jsonl to its process."""
+    said, time_s = row.get("taken"), row["time_s"]
+    taken = taken_of(said) if isinstance(said, dict) else Taken()
+    before_s = session.rows[-1].time_s if session.rows else session.start_s if session.start_s is not None else time_s
+    event, step, tokens = str(row.get("event")), count_of(row, "step"), count_of(row, "tokens")
+    # Meters count by a clock that nobody sets; only where none answered the wall-clock must do.
+    seconds = taken.ms / taken.nodes / 1e3 if taken.nodes else max(0.0, time_s - before_s)
+    session.rows.append(Row(time_s, event, step, tokens, taken, seconds))
+    session.attempt = count_of(row, "attempt") if session.attempt is None else session.attempt
+    session.ended |= event == "end"
+    if event == "steps":
+        session.began = step if session.began is None else session.began
+        session.began_tokens = tokens
+
+
+def complete(row: Row, nodes: int, devices: int) -> None:
+    """What nodes that did not answer drew nobody knows."""
+    missing = nodes - row.taken.nodes
+    if missing > 0:
+        ms = round(row.seconds * 1e3 * missing)
+        row.taken.nodes = nodes
+        row.taken.ms += ms
+        row.taken.node_unknown_ms += ms
+        row.taken.device_unknown_ms += round(ms * devices / nodes)
+
+
+def retained(sessions: list[Session], run: Path) -> int | None:
+    """Tokens at the step that the run stands at: at the last report of the last process that came to a step, or where that one began."""
+    known: dict[int, int] = {0: 0}
+    for session in sessions:
+        known |= {step: tokens for step, tokens in session.reports if tokens is not None}
+        known |= {row.step: row.tokens for row in session.rows if row.step is not None and row.tokens is not None and row.event != "begin"}
+    for session in reversed(sessions):
+        steps = [step for step, _ in session.reports] + [
+            row.step for row in session.rows if row.step is not None and row.event in ("window", "end")
+        ]
+        if session.began is None and not session.reports:
+            continue
+        at = max([session.began or 0, *steps])
+        if at in known:
+            return known[at]
+        below = max(
+            step for step in known if step <= at
+        )  # a process that was killed before its first report: its checkpoint lay between two reports
+        above = min((step for step in known if step > at), default=None)
+        return known[below] if above is None else known[below] + round((known[above] - known[below]) * (at - below) / (above - below))
+    told = [tokens for row in objects(run / "metrics.jsonl") if (tokens := count_of(row, "tokens")) is not None]
+    return told[-1] if told else None
+
+
+# ---- Spans of time: metered, at the edges, held, queued ----
+
+
+class Spans:
+    """Adds up every stretch of the run's wall-clock: what meters saw and what a rule says of the rest."""
+
+    def __init__(self, nodes: int, devices: int, history: list[dict[str, Any]]) -> None:
+        self.nodes, self.devices, self.history = nodes, devices, history
+        self.sum, self.seconds, self.queued_s = Taken(), 0.0, 0.0
+        self.held, self.held_s, self.whys = Taken(), 0.0, dict[str, float]()
+        self.stretches: list[tuple[float, float]] = []  # (begin, end) of what a rule was taken for: for prices
+
+    def take(self, session: Session, before: Session | None) -> None:
+        if before is not None:
+            self._between(before, session)
+        for row in session.rows:
+            self._metered(row)
+        head_s = tail_s = 0.0
+        if session.rows and session.start_s is not None and session.said_s is not None:
+            first, last = session.rows[0], session.rows[-1]
+            head_s = max(0.0, first.time_s - first.seconds - session.start_s)
+            tail_s = max(0.0, session.said_s - last.time_s)
+        elif not session.rows:
+            head_s = max(0.0, session.last_s - session.begin_s)
+        if head_s + tail_s > 0:
+            self._by_rule(session.rows, head_s + tail_s, held=False)
+
+    def _metered(self, row: Row) -> None:
+        self.seconds += row.seconds
+        plus(self.sum, row.taken)
+        self.sum.recovered_mj -= row.taken.recovered_mj  # of the process before: `_between` has counted it
+        self.sum.node_measured_mj -= min(row.taken.recovered_mj, row.taken.node_measured_mj)
+
+    def _nobody(self, seconds: float, into: Taken) -> None:
+        """Nobody knows what the nodes drew."""
+        row = Row(0.0, "", None, None, Taken(), seconds)
+        complete(row, self.nodes, self.devices)
+        plus(into, row.taken)
+
+    def _by_rule(self, rows: list[Row], seconds: float, *, held: bool) -> None:
+        """`seconds` that no meter saw, at the mean watts of the process's last window (its rows; whichever of them lasted)."""
+        self.seconds += seconds
+        self.held_s += seconds if held else 0.0
+        model = _last(rows)
+        for into in (self.sum, self.held) if held else (self.sum,):
+            if model is None:
+                self._nobody(seconds, into)
+            else:
+                plus(into, _like(model.taken, seconds / model.seconds))
+
+    def _between(self, before: Session, after: Session) -> None:
+        """From a process's last word to the next one's first: held, as far as the job's history says so, or queued."""
+        gap_s = max(0.0, after.begin_s - before.last_s)
+        held_s, why = _held_s(before, after, self.history)
+        held_s = min(gap_s, held_s)
+        recovered = sum(row.taken.recovered_mj for row in after.rows)
+        model = _last(before.rows)
+        tail_s = 0.0
+        if recovered:
+            drawn = max(0, _node_mj(model.taken)) / 1e3 / model.seconds if model is not None else 0.0
+            tail_s = min(gap_s, recovered / 1e3 / drawn) if drawn else 0.0
+            self._recovered(recovered, tail_s, model)
+            why = why or "a process was killed: the next one found its node's count"
+        elif not before.ended and not held_s and model is not None:
+            tail_s = min(gap_s, model.seconds / 2)
+            self._by_rule(before.rows, tail_s, held=True)
+            why = "a process left no end: it is taken to have lived for half a window more, at its last window's watts"
+        if (rest_s := max(0.0, held_s - (tail_s if recovered else 0.0))) > 0:
+            self._by_rule(before.rows, rest_s, held=True)
+        spent_s = max(held_s, tail_s)
+        if spent_s:
+            self.whys[why] = self.whys.get(why, 0.0) + spent_s
+            self.stretches.append((before.last_s, before.last_s + spent_s))
+        self.queued_s += gap_s - spent_s
+
+    def _recovered(self, mj: int, seconds: float, model: Row | None) -> None:
+        """What a killed process drew after its last row, as its node's meter counted; the devices' part of it by their share before."""
+        self.seconds += seconds
+        self.held_s += seconds
+        for into in (self.sum, self.held):
+            into.nodes = max(into.nodes, self.nodes)
+            into.ms += round(seconds * 1e3 * self.nodes)
+            into.node_measured_mj += mj
+            if model is not None and (whole := _node_mj(model.taken)) > 0:
+                into.device_estimated_mj += round(mj * _device_mj(model.taken) / whole)
+                into.device_ms += round(seconds * 1e3 * self.devices)
+            else:
+                into.device_unknown_ms += round(seconds * 1e3 * self.devices)
+
+    def told(self, watts: Watts, found: Mapping[str, Boundary | None]) -> dict[str, Any]:
+        """Of the time in which nodes were held and no process trained."""
+        name = next((name for name in reversed(BOUNDARIES) if found[name] is not None), None)
+        one = boundaries(self.held, watts, self.held_s)[name] if name is not None and self.held_s else None
+        none = 0.0 if not self.held_s else None
+        words = "; ".join(f"{spent:,.1f} s: {why}" for why, spent in self.whys.items())
+        return {
+            "seconds": round(self.held_s, 3),
+            "joules": one.joules if one else none,
+            "why": words or "no time between processes was held",
+        }
+
+
+def _held_s(before: Session, after: Session, history: list[dict[str, Any]]) -> tuple[float, str]:
+    """For how long nodes were held between two processes, by the job's history: a new attempt of the same allocation holds them all the time; one that was
+    queued again until the old job's end and from the new one's start."""
+    if before.attempt is None or after.attempt is None or before.attempt == after.attempt:
+        return 0.0, ""
+    judged = next((event for event in history if event["event"] == "judged" and event.get("attempt") == before.attempt), None)
+    started = next((event for event in history if event["event"] == "started" and event.get("attempt") == after.attempt), None)
+    if judged is not None and judged.get("verdict") == "again":
+        return math.inf, "nodes were held for a new attempt in the same job; at the last window's watts"
+    old_s, new_s = _when(judged), _when(started)
+    held_s = max(0.0, min(old_s, after.begin_s) - before.last_s) if old_s is not None else 0.0
+    held_s += max(0.0, after.begin_s - max(new_s, before.last_s)) if new_s is not None else 0.0
+    return held_s, "nodes were held until a job ended and from when the next one started; at the last window's watts"
+
+
+def _when(event: Mapping[str, Any] | None) -> float | None:
+    if event is None:
+        return None
+    with contextlib.suppress(TypeError, ValueError):
+        return datetime.datetime.fromisoformat(str(event.get("time"))).timestamp()
+    return None
+
+
+def _last(rows: list[Row]) -> Row | None:
+    """The last window of a process: the last row of at least a second, else the longest; None where no meter ever told it anything."""
+    seen = [row for row in rows if row.seconds > 0 and (_node_mj(row.taken) > 0 or _device_mj(row.taken) > 0)]
+    return next((row for row in reversed(seen) if row.seconds >= 1), max(seen, key=lambda row: row.seconds, default=None))
+
+
+def _device_mj(taken: Taken) -> int:
+    return taken.device_measured_mj + taken.device_estimated_mj + taken.device_nameplate_mj
+
+
+def _node_mj(taken: Taken) -> int:
+    """Without what belongs to a process before."""
+    return taken.node_measured_mj + taken.node_estimated_mj + taken.node_nameplate_mj - taken.recovered_mj
+
+
+def _like(taken: Taken, factor: float) -> Taken:
+    """As much of everything for a stretch that is `factor` times as long, all of it estimated."""
+    made = Taken(nodes=taken.nodes, devices=taken.devices)
+    for name in ("ms", "device_ms", "node_unknown_ms", "device_unknown_ms"):
+        setattr(made, name, round(getattr(taken, name) * factor))
+    made.device_estimated_mj, made.node_estimated_mj = round(_device_mj(taken) * factor), round(_node_mj(taken) * factor)
+    return made
+
+
+def plus(into: Taken, more: Taken) -> None:
+    """Sums, but for the counts of things, which are the most that were there at once."""
+    nodes, devices = max(into.nodes, more.nodes), max(into.devices, more.devices)
+    for name in FIELDS:
+        if number := getattr(more, name):
+            setattr(into, name, getattr(into, name) + number)
+    into.nodes, into.devices = nodes, devices
+
+
+# ---- Files ----
+
+
+def objects(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file that are objects; half a line, or one that is none, is left out."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(row := json.loads(line), dict):
+                    found.append(row)
+    return found
+
+
+def until_of(path: Path, until: float | None) -> list[dict[str, Any]]:
+    """Those with a time and a process."""
+    said = [row for row in objects(path) if number_of(row, "time_s") is not None and isinstance(row.get("process"), str)]
+    return [row for row in said if until is None or row["time_s"] <= until]
+
+
+def one_object(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if isinstance(found := json.loads(path.read_bytes()), dict):
+            return found
+    return {}
+
+
+def number_of(row: Mapping[str, Any], key: str) -> float | None:
+    value = row.get(key)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
+def count_of(row: Mapping[str, Any], key: str) -> int | None:
+    value = number_of(row, key)
+    return int(value) if value is not None and value >= 0 else None
+
+
+def times(value: float | None, factor: float | None) -> float | None:
+    return None if value is None or factor is None else value * factor
