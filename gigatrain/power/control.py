@@ -100,6 +100,7 @@ class _Line:
     var_swing: float
     both: float  # their covariance
     noise: float  # variance of a mean over MEAN_S
+    looks: int = 0
 
     @classmethod
     def prior(cls, full: float) -> "_Line":
@@ -117,7 +118,7 @@ class _Line:
         rest = of(0.45)
         off = max(0.02 * watts, (of(0.65) - of(0.25)) / 2)
         swing = max(0.01 * watts, (watts - rest) / duty)
-        return cls(rest, swing, off**2, 1.02 * (off / duty) ** 2, -(off**2) / duty, (0.004 * watts) ** 2)
+        return cls(rest, swing, off**2, 1.02 * (off / duty) ** 2, -(off**2) / duty, (0.01 * watts) ** 2)
 
     def at(self, duty: float) -> float:
         return self.rest + self.swing * duty
@@ -133,7 +134,8 @@ class _Line:
         off, spread, each = watts - self.at(duty), self.unsure(duty) ** 2, seconds / MEAN_S
         if off * off < 9 * (spread + self.noise / each):
             # What is off beyond the model's own uncertainty is noise, of a mean over `seconds`.
-            self.noise += 0.1 * (max(0.0, off * off - spread) * each - self.noise)
+            self.looks += 1
+            self.noise += max(0.1, 1 / (self.looks + 2)) * (max(0.0, off * off - spread) * each - self.noise)
         else:  # what no noise explains is a change, and believed as one
             self.var_swing += off * off / max(duty, LOW) ** 2
         self.noise = max(self.noise, (watts * 2e-3) ** 2)
@@ -338,7 +340,7 @@ class Governor:
             self.share = 1.0
             return
         wanted = self._spaced(self.line.duty(limit, more) if self._sure else max(FIRST, self.line.duty(limit, more)))
-        held = self.line.at(self.share) + SURE * self.line.unsure(self.share) + more <= 1.003 * limit
+        held = self.line.at(self.share) + SURE * self.line.unsure(self.share) + more <= 1.0015 * limit
         if not (self.share < 1.0 and held and wanted <= UP * self.share):
             self.share = wanted
 
@@ -346,13 +348,12 @@ class Governor:
         """The share of full speed at which no ten seconds have more than this duty: so many whole steps fit into them, and a part of one."""
         if duty >= 1.0:
             return 1.0
-        busy_s = self.busy_s
-        if busy_s is None or duty <= 0.0:
+        if self.busy_s is None or duty <= 0.0:
             return max(LOW, min(1.0, duty))
-        busy_s *= 1.02  # some steps take longer than others
+        busy_s = 1.02 * self.busy_s  # some steps take longer than others
         whole = math.floor(MEAN_S * duty / busy_s)
         period_s = busy_s + MEAN_S * (1 - duty) / whole if whole else busy_s / duty
-        return max(LOW, busy_s / period_s)
+        return max(LOW, self.busy_s / period_s)
 
     def _capped(self, limit: float, more: float, seen: Seen) -> bool:
         """Whether limits of the accelerators are enough; sets them."""
@@ -362,25 +363,26 @@ class Governor:
             return False
         each = most * seen.devices * self._factor()  # facility watts of a whole share
         if self.cap is None:
-            mean = 1.0
-            if (
-                seen.watts_device is not None and seen.watts_facility
-            ):  # of what is drawn the devices' share, at full speed at least as large
+            mean = 1.0  # a device's draw at full speed, over its limit: the devices' share of what is drawn, which at full speed is at least as large
+            if seen.watts_device is not None and seen.watts_facility:
                 mean = min(1.0, seen.watts_device / seen.watts_facility * self.line.at(1.0) / (most * seen.devices))
-            over = self.line.at(1.0) + SURE * self.line.unsure(1.0) + more - limit
-            wanted = max(least, mean - over / each)
+            if not self._sure or SURE * self.line.unsure(1.0) > 0.1 * limit:
+                return False  # until more is known steps are spaced
+            wanted = mean - (self.line.at(1.0) + SURE * self.line.unsure(1.0) + more - limit) / each
+            if wanted < least - 0.05:
+                self.capless = max(self.capless, 1.03 * limit)
+                return False
+            wanted = max(least, wanted)
         elif seen.watts_facility is None or seen.steps == 0:
             return True
         else:
             mean = seen.watts_device / (most * seen.devices) if seen.watts_device is not None else 1.0
             off = limit - more - seen.watts_facility
-            wanted = (
-                self.cap
-                if 0 <= off < 0.015 * limit
-                else self.cap + 0.7 * off / each
-                if off > 0
-                else min(self.cap, mean + 0.02) + off / each
-            )
+            wanted = self.cap
+            if off > 0.015 * limit:
+                wanted += 0.7 * off / each
+            elif off < 0:
+                wanted = min(self.cap, mean + 0.02) + off / each
             if self.cap <= least and off < 0:
                 self.cap, self.capless = None, max(self.capless, 1.03 * limit)
                 return False
