@@ -1,0 +1,330 @@
+"""A budget is kept, a ramp is kept, a schedule is followed and what it cost is said: on a plant with lag, noise, saves and failures, by seed."""
+
+import csv
+import threading
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plant import Plant
+
+from gigatrain.config import Power
+from gigatrain.planning.watts import Watts
+from gigatrain.power.control import LOW, Governor, Orders, Pace, Seen, expected, stagger
+from gigatrain.power.schedule import Schedule
+from gigatrain.site import Figure
+
+TRACES = sorted((Path(__file__).parent / "traces").glob("*.csv"))
+BEGAN_S = 1_790_000_000.0
+
+
+def figure(value):
+    return Figure(value=value, basis="declared", source="a test")
+
+
+KNOWN = Watts(
+    facility_watts=figure(11_000.0),
+    accelerators=800,
+    per_node=8,
+    device_watts=figure(700.0),
+    pue=figure(1.1),
+    price_eur_mwh=figure(50.0),
+    carbon_g_kwh=figure(300.0),
+)
+
+
+def schedule(*rows):
+    return Schedule(tuple((BEGAN_S + at, megawatts, price, None) for at, megawatts, price in rows), False, "s.csv")
+
+
+def top(plant, after=180.0, before=float("inf")):
+    return max(watts for second, watts in plant.means(after) if second < before - 10)
+
+
+def steepest(plant, after=0.0):
+    """The greatest change of a 10-s mean within a minute."""
+    means = dict(plant.means())
+    return max(abs(means[at + 60] - means[at]) for at in means if at + 60 in means and at >= after)
+
+
+@pytest.mark.parametrize(
+    ("given", "budget", "least"),
+    [
+        ({}, 700e3, 0.88),
+        ({"busy_s": 0.05, "every": 1}, 700e3, 0.92),  # windows far shorter than what there is to learn from
+        ({"busy_s": 2.0, "every": 5}, 700e3, 0.8),  # whole steps in ten seconds
+        ({"busy_s": 4.0, "every": 5}, 700e3, 0.8),
+        ({}, 500e3, 0.7),  # a sixth above rest
+        ({}, 1200e3, 0.98),  # ample
+        ({}, 980e3, 0.9),  # just under full power
+        ({"noise": 0.05, "seed": 3}, 700e3, 0.75),
+        ({"save_every": 200}, 700e3, 0.8),  # saves are 9 % of the time
+        ({"fails_at": (300.0, 700.0)}, 700e3, 0.75),  # standing still 10 %
+        ({"drift": 0.1}, 700e3, 0.8),
+    ],
+)
+def test_ten_seconds_stay_under_a_budget_and_little_is_left_unused(given, budget, least):
+    plant = Plant(**given)
+    governor = plant.run(Power(megawatts=budget / 1e6), Watts(), 1500)
+    assert top(plant) <= budget
+    late = [watts for _, watts in plant.means(300.0)]
+    used = (sum(late) / len(late) - plant.rest) / (min(budget, plant.full) - plant.rest)  # of the steps that the budget has room for
+    assert least <= used <= 1.02
+    assert governor.cost()["over_budget_s"] <= 60
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    rest=st.floats(0.15, 0.75),
+    room=st.floats(0.25, 1.1),
+    busy_s=st.floats(0.04, 2.0),
+    window_s=st.floats(1.0, 40.0),
+    noise=st.floats(0.0, 0.02),
+    lag_s=st.floats(0.1, 2.0),
+    seed=st.integers(0, 99),
+)
+def test_any_machine_settles_under_its_budget_and_stays_there(rest, room, busy_s, window_s, noise, lag_s, seed):
+    plant = Plant(rest=rest * 1e6, full=1e6, busy_s=busy_s, every=max(1, round(window_s / busy_s)), noise=noise, lag_s=lag_s, seed=seed)
+    budget = (rest + room * (1 - rest)) * 1e6
+    last = 40 * max(10.0, plant.every * busy_s)
+    plant.run(Power(megawatts=budget / 1e6), Watts(), last)
+    assert top(plant, last / 4) <= 1.01 * budget
+    late = [orders.share for at, orders in plant.orders if at > last / 2]
+    changes = [abs(after - before) for before, after in pairwise(late)]
+    assert sum(changes) <= 0.35  # neither oscillates nor drifts
+
+
+@pytest.mark.parametrize("path", TRACES, ids=lambda path: path.stem)
+def test_a_recorded_run_stays_under_a_budget(path):
+    with path.open(encoding="utf-8") as file:
+        values = [float(next(reversed(row.values())) or 0) for row in csv.DictReader(line for line in file if not line.startswith("#"))]
+    busy = [value for value in values if value > 0.5 * max(values)]
+    mean = sum(busy) / len(busy)
+    plant = Plant(noise=0.0, series=tuple(value / mean for value in busy))
+    plant.run(Power(megawatts=0.75), Watts(), 1500)
+    assert top(plant, 300) <= 1.02 * 750e3
+
+
+def test_a_step_longer_than_ten_seconds_of_budget_is_kept_over_its_period_and_that_is_said():
+    plant = Plant(busy_s=15.0, every=4)
+    plant.run(Power(megawatts=0.7), Watts(), 2400)
+    means = [watts for _, watts in plant.means(600, span=300)]
+    assert max(means) <= 700e3
+    assert "not over 10 s: one step is busy for 15 s" in plant.orders[-1][1].why
+
+
+def test_a_budget_below_what_is_drawn_at_rest_ends_the_run_or_waits_for_the_schedule():
+    plant = Plant()
+    plant.run(Power(megawatts=0.3), Watts(), 3600)
+    orders = plant.orders[-1][1]
+    assert (orders.leave, plant.now < 600) == (True, True)
+    assert "at rest it draws 40" in orders.why
+    assert "300.0 kW, which cannot be kept; raise power.megawatts, or take fewer nodes" in orders.why
+    plant = Plant()
+    plant.run(Power(schedule="s.csv"), Watts(), 1500, schedule=schedule((0, 1.2, None), (300, 0.3, None), (1200, 1.2, None)))
+    paused = [orders for _, orders in plant.orders if orders.pause_until_s is not None]
+    assert [orders.pause_until_s for orders in paused] == [BEGAN_S + 1200]
+    assert "paused until" in paused[0].why
+    assert dict(plant.means())[1400] > 900e3
+
+
+def test_what_cannot_be_measured_is_not_claimed_to_be_kept():
+    plant = Plant()
+    plant.run(Power(megawatts=0.7), Watts(), 120, knows=False)
+    assert plant.orders[-1][1].why.endswith("cannot be kept: what the run draws at the facility is unknown")
+
+
+@pytest.mark.parametrize("watts", [Watts(), KNOWN])
+def test_power_rises_and_falls_along_the_ramp_at_start_saves_and_end(watts):
+    plant, most = Plant(save_every=1000), 0.3e6
+    plant.run(Power(ramp_megawatts_min=most / 1e6), watts, 9e9, total_steps=2500)
+    assert steepest(plant) <= 1.02 * most
+    assert top(plant) > 0.99 * plant.full  # full speed between the saves
+    assert plant.means()[-1][1] < 500e3  # down before the end
+    freely = Plant(save_every=1000)
+    freely.run(Power(), watts, 9e9, total_steps=2500)
+    assert steepest(freely) > 1.5 * most
+    assert freely.now < plant.now
+
+
+def test_a_budget_that_falls_is_met_before_its_hour_and_along_the_ramp():
+    rows = schedule((0, 1.2, None), (900, 0.7, None), (1800, 1.2, None))
+    for power, most in ((Power(schedule="s.csv"), None), (Power(schedule="s.csv", ramp_megawatts_min=0.1), 0.1e6)):
+        plant = Plant()
+        plant.run(power, KNOWN, 2700, schedule=rows)
+        assert max(watts for second, watts in plant.means() if 900 <= second < 1785) <= 700e3
+        assert most is None or steepest(plant) <= 1.03 * most
+        assert dict(plant.means())[2600] > 900e3
+    assert dict(plant.means())[600] > 0.95e6  # not earlier than need be
+
+
+def test_dear_hours_are_slow_ones_and_what_that_saved_is_counted():
+    rows = schedule((0, None, 50.0), (900, None, 200.0), (1800, None, 20.0))
+    plant = Plant()
+    governor = plant.run(Power(schedule="s.csv", follow="price", slow_above=100.0, slow_to=0.7), KNOWN, 2700, schedule=rows)
+    slow = [watts for second, watts in plant.means() if 1000 <= second < 1780]
+    assert sum(slow) / len(slow) == pytest.approx(0.7 * plant.full, rel=0.05)
+    cost = governor.cost()
+    eur = cost["eur"]
+    assert eur["not_drawn"] == pytest.approx(900 * 0.3 * 200 / 3600, rel=0.1)  # seconds x MW x EUR/MWh
+    assert cost["tokens_not_trained"] == pytest.approx(2000 * cost["waited_s"], rel=0.05)
+    assert eur["saved"] == pytest.approx(eur["not_drawn"] - eur["to_catch_up"])
+    assert eur["saved"] > 0
+    assert cost["kg_co2e"]["saved"] < 0  # at the same carbon all day, catching up costs more than was spared: at rest it draws too
+    assert any("200 EUR/MWh are above 100" in orders.why for _, orders in plant.orders)
+
+
+@pytest.mark.parametrize("ramp", [None, 0.2])
+def test_a_run_that_pauses_in_dear_hours_goes_on_after_them(ramp):
+    rows = schedule((0, None, 50.0), (900, None, 200.0), (1800, None, 20.0))
+    plant = Plant()
+    power = Power(schedule="s.csv", follow="price", slow_above=100.0, slow_to=0.0, ramp_megawatts_min=ramp)
+    governor = plant.run(power, KNOWN, 2700, schedule=rows)
+    means = dict(plant.means())
+    assert means[1500] == pytest.approx(plant.rest, rel=0.02)
+    assert means[2600] > 950e3
+    assert governor.cost()["paused_s"] > 500
+    assert ramp is None or steepest(plant) <= 1.02 * ramp * 1e6
+
+
+def test_limits_come_first_where_they_may_be_set_and_are_enough():
+    plant = Plant(min_cap=0.3)
+    plant.run(Power(megawatts=0.7, caps=True), KNOWN, 900)
+    orders = plant.orders[-1][1]
+    assert (orders.share, orders.period_s) == (1.0, None)
+    assert 0.4 < orders.cap_share < 0.6
+    assert top(plant) <= 700e3
+    assert f"accelerators at {100 * orders.cap_share:.0f} % of their limit" in orders.why
+    little = Plant(min_cap=0.8)
+    little.run(Power(megawatts=0.7, caps=True), KNOWN, 900)
+    assert {orders.cap_share for _, orders in little.orders} == {None}
+    assert top(little) <= 700e3
+    forbidden = Plant(min_cap=0.3)
+    forbidden.run(Power(megawatts=0.7), KNOWN, 900)
+    assert {orders.cap_share for _, orders in forbidden.orders} == {None}
+
+
+def test_every_rank_decides_alike_and_a_resume_goes_on_with_what_was_learnt():
+    plant = Plant()
+    first = plant.run(Power(megawatts=0.7), Watts(), 600)
+    again = Plant()
+    again.run(Power(megawatts=0.7), Watts(), 600)
+    assert again.orders == plant.orders
+    resumed = Governor(Power(megawatts=0.7), Watts(), began_s=BEGAN_S)
+    resumed.load(first.state())
+    orders = resumed.decide(Seen(BEGAN_S + 600, None, None, None))
+    assert orders.share == pytest.approx(first.share, rel=0.1)
+    assert resumed.cost() == first.cost()
+
+
+def test_without_a_budget_a_ramp_or_a_schedule_nothing_is_decided_and_nothing_waited():
+    governor = Governor(Power(), Watts(), began_s=0.0)
+    pace = Pace(clock=pytest.fail, sleep=pytest.fail, wall=pytest.fail)
+    pace.follow(governor.decide(Seen(0.0, 5e5, None, 1.0, window_s=20.0, steps=20)))
+    assert (governor.acts, pace.wait(pytest.fail, pytest.fail)) == (False, 0.0)
+
+
+def test_the_expected_draw_is_the_sites_own_total_else_the_sum_of_its_parts_else_unknown():
+    assert expected(KNOWN) == 1.1e6
+    parts = Watts(
+        accelerators=16, per_node=8, node_watts=figure(7000.0), fabric_watts=figure(100.0), storage_share=figure(0.03), pue=figure(1.2)
+    )
+    assert expected(parts) == pytest.approx((14_000 + 1600) * 1.03 * 1.2)
+    assert expected(parts.model_copy(update={"pue": Figure(basis="unknown")})) is None
+
+
+# Pace
+
+
+def test_a_pace_really_waits_and_shows_that_it_is_alive():
+    beats, pace = [], Pace()
+    pace.follow(Orders(period_s=0.5, share=0.1, busy_s=0.05))
+    begins = []
+    for _ in range(4):
+        pace.wait(lambda: False, lambda: beats.append(time.monotonic()))
+        begins.append(time.monotonic())
+        time.sleep(0.02)
+    assert all(later - before >= 0.499 for before, later in pairwise(begins))
+    assert len(beats) >= 3 * 3
+    assert pace.take_waited_s() >= 1.3
+    assert pace.take_waited_s() == 0.0
+
+
+def test_a_wait_ends_when_the_run_is_to_stop():
+    pace, stop = Pace(), threading.Event()
+    pace.follow(Orders(period_s=3600.0, share=0.001, busy_s=3.6))
+    pace.wait(stop.is_set, lambda: None)
+    threading.Timer(0.1, stop.set).start()
+    before = time.monotonic()
+    pace.wait(stop.is_set, lambda: None)
+    assert time.monotonic() - before < 60
+
+
+def test_a_pause_is_left_by_a_meeting_and_ranks_meet_equally_often_whatever_their_clocks_say():
+    orders = Orders(pause_until_s=BEGAN_S + 100.0, pause_from_s=BEGAN_S, share=1.0)
+    for skew in (-20.0, 0.0, 20.0):
+        now, met = [BEGAN_S + skew], []
+
+        def sleep(seconds, now=now):
+            now[0] += seconds
+
+        pace = Pace(clock=lambda now=now: now[0], wall=lambda now=now: now[0], sleep=sleep)
+        pace.follow(orders)
+        pace.wait(lambda: True, lambda: None, lambda met=met: bool(met.append(1)))
+        assert (len(met), now[0]) == (3, pytest.approx(BEGAN_S + 100.0)), "stop of one rank alone does not leave"
+        now[0] = BEGAN_S
+        pace.follow(orders)
+        pace.wait(lambda: True, lambda: None, lambda: True)
+        assert now[0] == pytest.approx(BEGAN_S + 30.0, abs=0.3)
+
+
+def test_a_run_alone_leaves_a_pause_at_once():
+    pace = Pace()
+    pace.follow(Orders(pause_until_s=time.time() + 3600, pause_from_s=time.time()))
+    assert pace.wait(lambda: True, lambda: None) < 60
+
+
+def test_before_the_length_of_a_step_is_known_each_rank_measures_its_own():
+    now, slept = [0.0], []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        now[0] += seconds
+
+    pace = Pace(clock=lambda: now[0], sleep=sleep, wall=lambda: now[0])
+    pace.follow(Orders(share=0.25))
+    for took in (30.0, 1.0, 1.0, 1.0):  # the first is compiled
+        pace.wait(lambda: False, lambda: None)
+        now[0] += took
+    assert now[0] <= 33 + 60.5 + 3 * 3.1
+    assert pace.take_waited_s() == pytest.approx(now[0] - 33.0)
+
+
+def test_the_device_is_asked_only_where_there_is_something_to_wait_for():
+    asked, now = [], [0.0]
+    pace = Pace(lambda: asked.append(now[0]), clock=lambda: now[0], wall=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s))
+    orders = Orders(share=1.0, busy_s=1.0, slope=0.1, low=0.5, brake_after=30)
+    pace.follow(orders)
+    for _ in range(20):  # five seconds of ramp
+        pace.wait(lambda: False, lambda: None)
+        now[0] += 1.0
+    assert 3 <= len(asked) <= 8
+    pace.follow(replace(orders, brake_after=2))
+    for _ in range(6):
+        pace.wait(lambda: False, lambda: None)
+        now[0] += 1.0
+    assert len(asked) >= 7
+
+
+def test_saves_of_many_runs_are_spread_evenly():
+    every, runs = 50, 5000
+    offsets = [stagger(f"pretrain-7b-{number}", every) for number in range(runs)]
+    counts = [offsets.count(one) for one in range(every)]
+    expectation = runs / every
+    assert sum((count - expectation) ** 2 / expectation for count in counts) < 85.4  # chi-square of 49 degrees, one in a thousand
+    assert stagger("a", every) == stagger("a", every)
+    assert (stagger("a", 1), LOW) == (0, 0.05)
