@@ -174,6 +174,8 @@ def _rapl(folder: Path, place: tuple[str, ...]) -> tuple[list[Source], list[Sour
         kind = _text(path / "name")
         whole = inner < 0 and kind is not None and _PACKAGE.fullmatch(kind) is not None
         platform = kind is not None and re.fullmatch(r"psys(-\d+)?", kind) is not None
+        if kind is None and inner < 0:
+            refused.setdefault(f"RAPL {path.name}", (path / "name", OSError(errno.ENOENT, os.strerror(errno.ENOENT))))
         if kind is None or not (whole or platform or kind == "dram"):
             continue  # core, uncore: within their package; and what the kernel may name next, of which nobody knows what it is within
         where = (outer,) if whole else () if platform else (outer, "dram")

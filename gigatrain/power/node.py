@@ -6,7 +6,7 @@ Power; ipmitool's lib/ipmi_dcmi.c.
 
 A BMC's account comes from the environment and from nowhere else, and is in no log and in no error:
 
-    GIGATRAIN_REDFISH_URL       https://bmc-name, or http:// to this machine itself
+    GIGATRAIN_REDFISH_URL       https://bmc-name, or http:// to this machine itself; default: the host interface that SMBIOS names (DSP0270; root reads it)
     GIGATRAIN_REDFISH_USER, GIGATRAIN_REDFISH_PASSWORD or GIGATRAIN_REDFISH_PASSWORD_FILE
     GIGATRAIN_REDFISH_CA        file of certificates by which the BMC's is judged; default: the system's
     GIGATRAIN_REDFISH_CHASSIS   Id of the chassis that is the whole node, where the BMC's own links do not say
@@ -50,7 +50,7 @@ def source(kind: Kind, sysfs: Path, place: tuple[str, ...]) -> tuple[Source | No
     """
     openers: dict[str, Callable[[], Source]] = {
         "pm_counters": lambda: PmCounters(sysfs / "cray" / "pm_counters", place),
-        "redfish": lambda: redfish(os.environ, place),
+        "redfish": lambda: redfish({"GIGATRAIN_REDFISH_URL": host_interface(sysfs), **os.environ}, place),
         "dcmi": lambda: dcmi(place),
     }
     if kind == "none":
@@ -221,6 +221,30 @@ def redfish(environ: Mapping[str, str], place: tuple[str, ...]) -> Source:
         raise PowerError(f"Redfish: {service.where} {error}") from None
 
 
+def host_interface(sysfs: Path) -> str:
+    """The BMC's address on this machine's own network to it, by SMBIOS type 42 with Redfish over IP (DSP0270 8.4.1, as dmidecode prints it); "" without."""
+    for file in sorted((sysfs / "firmware" / "dmi" / "entries").glob("42-*/raw")):
+        try:
+            raw = file.read_bytes()
+            at = 7 + raw[5]  # after the description of the network device and the number of records
+            for _ in range(raw[at - 1]):
+                kind, size = raw[at], raw[at + 1]
+                record = raw[at + 2 : at + 2 + size]
+                at += 2 + size
+                if raw[4] != 0x40 or kind != 4 or record[50] not in (1, 3):  # network; Redfish over IP; its address static, or by itself
+                    continue
+                address = ipaddress.ip_address(record[52:56] if record[51] == 1 else record[52:68])
+                port = int.from_bytes(record[84:86], "little")
+                return f"https://{f'[{address}]' if address.version == 6 else address}:{port}"
+        except (OSError, IndexError, ValueError):
+            continue  # root's alone, or of an older form
+    return ""
+
+
+class _Absent(PowerError):
+    """The service answers, and has not this object."""
+
+
 class Service:
     """A Redfish service, over one connection that stays open: a BMC's processor takes longer for a handshake than for the answer.
 
@@ -234,7 +258,7 @@ class Service:
         url = environ.get("GIGATRAIN_REDFISH_URL", "")
         if not url:
             raise PowerError(
-                "Redfish: GIGATRAIN_REDFISH_URL is not set: the BMC's address, with GIGATRAIN_REDFISH_USER and GIGATRAIN_REDFISH_PASSWORD_FILE"
+                "Redfish: GIGATRAIN_REDFISH_URL is not set, and SMBIOS names no address: set the BMC's, with GIGATRAIN_REDFISH_USER and _PASSWORD_FILE"
             )
         try:
             parts = urlsplit(url)
@@ -319,7 +343,7 @@ class Service:
                 else f"{path}: {status}; set GIGATRAIN_REDFISH_USER and _PASSWORD_FILE"
             )
         if status != 200:
-            raise PowerError(f"{path}: HTTP status {status}")
+            raise _Absent(f"{path}: HTTP status {status}")
         try:
             answer = json.loads(body, parse_float=Decimal)
         except ValueError:
@@ -349,7 +373,7 @@ class Service:
                 self._connection.close()
                 raise PowerError(
                     f"its certificate is not trusted ({error.verify_message}); give the one that signed it in GIGATRAIN_REDFISH_CA, and the name that "
-                    "is in it in GIGATRAIN_REDFISH_URL"
+                    "is in it in GIGATRAIN_REDFISH_URL (a line of /etc/hosts can give that name an address)"
                 ) from None
             except TimeoutError:
                 self._connection.close()
@@ -441,13 +465,17 @@ def _chassis(service: Service, wanted: str | None) -> dict[str, Any]:
         if not members:
             raise PowerError(f"has no chassis {wanted}, which GIGATRAIN_REDFISH_CHASSIS names")
     found: dict[str, dict[str, Any]] = {}
+    absent: list[str] = []
     for one in members:
         if time.monotonic() > until:
             raise PowerError(
                 f"took {WALK_S:g} s for {len(found)} of its {len(members)} chassis; name the node's in GIGATRAIN_REDFISH_CHASSIS"
             )
-        found[one.rstrip("/")] = {**service.get(one), "@odata.id": one}
-    if wanted:
+        try:
+            found[one.rstrip("/")] = {**service.get(one), "@odata.id": one}
+        except _Absent as error:  # a board whose own controller is not up yet; if it was the node, another is not taken for it: it has no computer system
+            absent.append(str(error))
+    if wanted and found:
         return next(iter(found.values()))
     boards = {path for path in found if path.rpartition("/")[2].startswith("HGX_")}
     holders = {path for path, one in found.items() if len(_systems(one)) > 1}
@@ -458,15 +486,13 @@ def _chassis(service: Service, wanted: str | None) -> dict[str, Any]:
         return path in inside or (outer in found and outer not in holders)
 
     whole = [path for path in found if path not in boards | holders and not contained(path)]
-    for better in (
-        lambda path: _metered(found[path]),
-        lambda path: bool(_systems(found[path])),
-        lambda path: bool(_links(found[path], "Links", "Contains")),
-    ):
-        whole = [path for path in whole if better(path)] or whole
-    if len(whole) != 1:
+    # A system first: a power supply that nothing contains may be metered too, and then it is better that the node is said to give no power.
+    for better in (_systems, lambda one: _links(one, "Links", "Contains"), _metered):
+        whole = [path for path in whole if better(found[path])] or whole
+    if len(whole) != 1 or (absent and not _systems(found[whole[0]])):
         which = ", ".join(path.rpartition("/")[2] for path in (whole or found)) or "none"
-        raise PowerError(f"does not say which chassis is the whole node (there are: {which}); name it in GIGATRAIN_REDFISH_CHASSIS")
+        also = f"; not readable: {', '.join(absent)}" if absent else ""
+        raise PowerError(f"does not say which chassis is the whole node (there are: {which}{also}); name it in GIGATRAIN_REDFISH_CHASSIS")
     return found[whole[0]]
 
 
@@ -483,18 +509,25 @@ def _metrics(service: Service, chassis: dict[str, Any]) -> tuple[str, tuple[str 
     """Where its power is: address, path of the watts, path of the joules."""
     tried = []
     if (address := _link(chassis, "EnvironmentMetrics")) is not None:
-        answer = service.get(address)
-        field = ("PowerWatts", "Reading")
-        watts = field if _found(answer, field) is not None else None
-        energy = next((one for one in (("EnergyJoules", "Reading"), ("EnergykWh", "Reading")) if _fine(answer, one)), None)
-        if watts or energy:
-            return address, watts, energy
-        tried.append(f"{address} has no PowerWatts.Reading")
+        try:
+            answer = service.get(address)
+        except _Absent as error:
+            tried.append(str(error))
+        else:
+            field = ("PowerWatts", "Reading")
+            watts = field if _found(answer, field) is not None else None
+            energy = next((one for one in (("EnergyJoules", "Reading"), ("EnergykWh", "Reading")) if _fine(answer, one)), None)
+            if watts or energy:
+                return address, watts, energy
+            tried.append(f"{address} has no PowerWatts.Reading")
     if (address := _link(chassis, "Power")) is not None:
         path = ("PowerControl", 0, "PowerConsumedWatts")  # the first is the chassis; what follows are parts of it
-        if _found(service.get(address), path) is not None:
-            return address, path, None
-        tried.append(f"{address} has no PowerControl[0].PowerConsumedWatts")
+        try:
+            if _found(service.get(address), path) is not None:
+                return address, path, None
+            tried.append(f"{address} has no PowerControl[0].PowerConsumedWatts")
+        except _Absent as error:
+            tried.append(str(error))
     raise PowerError(
         f"{chassis['@odata.id']} is the node, and gives no power ({'; '.join(tried) or 'neither EnvironmentMetrics nor Power'}); "
         "if another chassis is the node, name it in GIGATRAIN_REDFISH_CHASSIS"
