@@ -35,7 +35,9 @@ LEAST_S = 10.0  # no figure is of less
 LATE_S = 3 * BIN_S  # a bin that a meter has not closed by then is closed without it
 COMPUTE = ("forward", "backward", "optimizer")
 APART = ("paced", "checkpoint", "validation", "profile")  # have joules of their own, by the clock
+COUNTS = ("nodes", "devices")  # what is there, of a window as of each part of it
 SPARE_BINS = 8
+MACHINE = 1 << 32  # in a bin's count of who has closed it: ranks that read below, machines above
 
 
 class Latest(NamedTuple):
@@ -58,22 +60,22 @@ class Energy:
         self.meter: meter.Meter | None = None
         self.window_s: float | None = None  # how long the last window was, and
         self.drawn: dict[str, Any] = {}  # by boundary, what was drawn in it: None or an account.Boundary
-        self.nodes = self.devices = 0  # that are metered; 0: nothing is measured
+        self.nodes = self.devices = self._leaders = 0  # machines, their metered accelerators, and ranks that read; 0: nothing is measured
         self.latest, self.orders, self.elsewhere_s = Latest(), {}, 0.0
         self.least_cap: float | None = None  # the least limit of the accelerators, over their most; None: it cannot be set
         self._sum, self._words = Taken(), {}
-        self._waiting: dict[int, tuple[int, int]] = {}
+        self._waiting: dict[int, tuple[int, int, int]] = {}  # closed bins that not all have heard of: whether a node's, device and node mJ
         self._tokens = 0  # of the run where the open window began
         self._told: dict[str, float | None] = {}
         self._phase, self._joules, self._phases = "starting", 0.0, {}
         self._ready, self._closed, self._at = False, False, (0, 0)
         if not plan.power.measure:
             return
-        uuids, whole, leads, self.nodes = _share(mesh, _accelerator(mesh.device))
+        uuids, self._whole, leads, self._leaders, self.nodes = _share(mesh, _accelerator(mesh.device))
         with agreed(mesh, PowerError, str):
             if leads:
                 carry = Path(tempfile.gettempdir()) / f"gigatrain-energy-{run}-{os.getuid()}.json"
-                self.meter = meter.opened(plan.power, plan.watts, uuids, whole=whole, carry=carry, run=run)
+                self.meter = meter.opened(plan.power, plan.watts, uuids, whole=self._whole, carry=carry, run=run)
         least_s = self.meter.least_s if self.meter is not None else 0.0
         self._next, self.least_s = ranks.first(mesh, lambda: [int(time.time()) // BIN_S, max(LEAST_S, least_s)])
         self._room = SPARE_BINS
@@ -112,20 +114,19 @@ class Energy:
             taken = self.meter.take()
             self._keep(taken)
             self._late()
-            for number, (device, node) in self._waiting.items():
+            for number, (known, device, node) in self._waiting.items():
                 if 0 <= number - self._next < self._room:
-                    bins[number - self._next] = [1, device, node]
+                    bins[number - self._next] = [1 + known * MACHINE, device, node]
         return [*taken.ints(), *(value for one in bins for value in one)]
 
     def _keep(self, taken: Taken) -> None:
         for number, _, device, node in taken.bins:
-            before = self._waiting.get(number, (0, 0))
-            self._waiting[number] = (before[0] + device, before[1] + node)
+            self._waiting[number] = (int(self._whole), device, node)
 
     def _late(self) -> None:
-        """A meter that died leaves no bin open for ever."""
+        """What no meter has closed is closed without it, as known by nobody, so that the others' bins do not wait for ever."""
         for number in range(self._next, int((time.time() - LATE_S) // BIN_S)):
-            self._waiting.setdefault(number, (0, 0))
+            self._waiting.setdefault(number, (0, 0, 0))
 
     def meet(self, sums: Sequence[int]) -> Sequence[int]:
         """The numbers of all ranks together, the same on every rank; returns those that are not ours."""
@@ -136,15 +137,16 @@ class Energy:
         self._add(taken)
         closed = []
         for at in range(self._room):
-            nodes, device, node = flat[3 * at : 3 * at + 3]
-            if nodes < self.nodes:
+            who, device, node = flat[3 * at : 3 * at + 3]
+            if who % MACHINE < self._leaders:
                 break
-            closed.append((self._next + at, nodes, device, node))
-        self._next += len(closed)
+            closed.append((self._next + at, who // MACHINE, device, node))
+        self._next, full = self._next + len(closed), len(closed) == self._room
+        closed = [one for one in closed if one[1]]
         self._waiting = {number: value for number, value in self._waiting.items() if number >= self._next}
         self._sum.bins += closed
         seconds = self._seconds()
-        self._room = SPARE_BINS + int(2 * seconds) // BIN_S + (self._room if len(closed) == self._room else 0)
+        self._room = SPARE_BINS + int(2 * seconds) // BIN_S + (self._room if full else 0)
         self._ready = seconds >= self.least_s
         self._look(taken, closed)
         return sums[size:]
@@ -155,13 +157,18 @@ class Energy:
             {name: one for name, one in account.boundaries(taken, self.plan.watts, seconds).items() if one is not None} if taken.ms else {}
         )
         share = known["facility"].joules / known["node"].joules if "facility" in known and known["node"].joules else None
-        peak = max((node for *_, node in closed), default=0) / 1e3 / BIN_S * share if closed and share else None
+        peak = (
+            max((node for _, nodes, _, node in closed if nodes == self.nodes), default=0) / 1e3 / BIN_S * share
+            if closed and share
+            else None
+        )
         self.latest = Latest(seconds, {name: one.watts for name, one in known.items()}, peak)
         self.devices = taken.devices or self.devices
 
     def _add(self, taken: Taken) -> None:
         for name in FIELDS:
-            setattr(self._sum, name, getattr(self._sum, name) + getattr(taken, name))
+            before, more = getattr(self._sum, name), getattr(taken, name)
+            setattr(self._sum, name, max(before, more) if name in COUNTS else before + more)
 
     def _seconds(self) -> float:
         """Of the open window, by the meters of all nodes alike; the same on every rank."""
@@ -269,8 +276,11 @@ def _accelerator(device: torch.device) -> int:
     return uuid.UUID(str(torch.cuda.get_device_properties(device).uuid)).int if device.type == "cuda" else 0
 
 
-def _share(mesh: Mesh, mine: int) -> tuple[list[str], bool, bool, int]:
-    """UUIDs of the accelerators that this rank reads, whether it reads the machine, whether it leads its host, and how many hosts there are. Collective."""
+def _share(mesh: Mesh, mine: int) -> tuple[list[str], bool, bool, int, int]:
+    """UUIDs of the accelerators that this rank reads, whether it reads the machine, whether it leads its host, and how many hosts and machines there are.
+
+    Collective.
+    """
     row = [_hashed(_boot(), platform.node()), _hashed(_boot()), mine >> 64, mine & ((1 << 64) - 1)]
     table = torch.zeros(mesh.count, len(row), dtype=torch.int64)
     table[mesh.rank] = torch.tensor([value - (1 << 64) if value >> 63 else value for value in row])
@@ -281,7 +291,7 @@ def _share(mesh: Mesh, mine: int) -> tuple[list[str], bool, bool, int]:
     whole = leads and next(number for number, one in enumerate(rows) if one[1] == machine) == mesh.rank
     words = ((rows[number][2] % (1 << 64)) << 64 | rows[number][3] % (1 << 64) for number in of_host)
     uuids = [str(uuid.UUID(int=word)) for word in dict.fromkeys(words) if word]
-    return uuids if leads else [], whole, leads, len({one[0] for one in rows})
+    return uuids if leads else [], whole, leads, len({one[0] for one in rows}), len({one[1] for one in rows})
 
 
 def _boot() -> str:

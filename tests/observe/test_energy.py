@@ -40,12 +40,12 @@ def test_a_run_counts_what_the_meter_counted_from_its_first_second_to_its_last(t
         summary = trained(tiny, tmp_path / "run", f"power.sysfs={tmp_path}/sys")
         most = tree.joules() - before
     found = rows(tmp_path / "run")
-    assert [row["event"] for row in found] == ["begin", "window", "end"]
+    assert [row["event"] for row in found] == ["begin", "steps", "window", "end"]
     assert 0.9 * most <= millijoules(found) / 1e3 <= 1.02 * most
     assert "package" in json.dumps(found[0]["meters"])
     assert summary is not None
     told = summary["energy"]
-    assert told["joules"]["device"] == pytest.approx(millijoules(found) / 1e3, rel=1e-3)
+    assert told["joules"]["device"] == pytest.approx(millijoules(found) / 1e3, rel=0.02)  # what the first look missed is scaled up
     assert told["watts"]["device"] == pytest.approx(50, rel=0.1)
     assert told["tokens_per_joule"]["device"] == pytest.approx(summary["tokens"] / told["joules"]["device"])
     assert told["joules"]["facility"] is None
@@ -111,7 +111,12 @@ def hosts(rank, names):
 
 def test_one_rank_a_host_leads_and_one_a_machine_reads_it():
     found = together(4, hosts, ("left", "left", "right", "right"))
-    assert [one for one, _ in found] == [([], True, True, 2), ([], False, False, 2), ([], False, True, 2), ([], False, False, 2)]
+    assert [one for one, _ in found] == [
+        ([], True, True, 2, 1),
+        ([], False, False, 2, 1),
+        ([], False, True, 2, 1),
+        ([], False, False, 2, 1),
+    ]
     assert all(heard == [6, 4 << 40] for _, heard in found)
 
 

@@ -108,7 +108,9 @@ def metered(
     return meter(parts, described(parts, watts, notes), every_s=every_s, carry=carry, run=run, clock=clock, wall=clock.wall)
 
 
-def pass_by(meter: Meter, clock: Clock, seconds: float, *, every_s: float = 0.1, jitter: float = 0.0, miss: float = 0.0, seed: int = 0) -> None:
+def pass_by(
+    meter: Meter, clock: Clock, seconds: float, *, every_s: float = 0.1, jitter: float = 0.0, miss: float = 0.0, seed: int = 0
+) -> None:
     """Look at it for so long, each time up to `jitter` of `every_s` too late or too early; a share `miss` of the looks does not happen."""
     dice, end = random.Random(seed), clock.now + seconds
     meter.look(every=True)
