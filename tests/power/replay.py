@@ -4,6 +4,7 @@ import math
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 from gigatrain.errors import PowerError
 from gigatrain.planning.watts import Watts
@@ -78,7 +79,7 @@ class Replay(Steady):
     def __init__(self, clock: Clock, trace: Sequence[tuple[float, float]], *place: str, **told: object) -> None:
         super().__init__(clock, *place, **told)  # type: ignore[arg-type]
         self.begin_s, self.trace, self.sums = clock(), trace, [0.0]
-        for (at, watts), (then, later) in zip(trace, trace[1:], strict=False):
+        for (at, watts), (then, later) in pairwise(trace):
             self.sums.append(self.sums[-1] + (then - at) * (watts + later) / 2)
 
     def watts(self, at_s: float) -> float:
@@ -108,7 +109,9 @@ def metered(
     return meter(parts, described(parts, watts, notes), every_s=every_s, carry=carry, run=run, clock=clock, wall=clock.wall)
 
 
-def pass_by(meter: Meter, clock: Clock, seconds: float, *, every_s: float = 0.1, jitter: float = 0.0, miss: float = 0.0, seed: int = 0) -> None:
+def pass_by(
+    meter: Meter, clock: Clock, seconds: float, *, every_s: float = 0.1, jitter: float = 0.0, miss: float = 0.0, seed: int = 0
+) -> None:
     """Look at it for so long, each time up to `jitter` of `every_s` too late or too early; a share `miss` of the looks does not happen."""
     dice, end = random.Random(seed), clock.now + seconds
     meter.look(every=True)
