@@ -34,7 +34,9 @@ class Steady:
         self, clock: Clock, *place: str, scope: Scope = "gpu", watts: float = 500.0, counter: bool = True, power: bool = True, update_s: float = 0.1,
         wrap_mj: int | None = None, reset_s: Sequence[float] = (), lost: Iterable[tuple[float, float]] = (), reasons: int = 0, name: str = "",
     ) -> None:  # fmt: skip
-        self.clock, self.place, self.scope, self.level = clock, place, scope, watts
+        self.clock, self.level = clock, watts
+        self.place: tuple[str, ...] = place
+        self.scope: Scope = scope
         self.update_s, self.wrap_mj, self.reset_s, self.lost, self.reasons = update_s, wrap_mj, list(reset_s), list(lost), reasons
         self.counts, self.powers = counter, power
         self.name, self.covers, self.closed = name or f"counter of {place[-1]}", (place[-1],), False

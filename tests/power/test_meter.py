@@ -410,7 +410,7 @@ def test_what_is_not_this_runs_on_this_node_since_this_boot_is_not_taken_over(tm
     elif changed == "job":
         monkeypatch.setenv("SLURM_JOB_ID", "18")
     clock.now += 100
-    following = held(clock, carry, **({"reset_s": [1060.0]} if changed == "counter" else {}))
+    following = held(clock, carry, reset_s=[1060.0] if changed == "counter" else [])
     pass_by(following, clock, 10)
     taken = following.take()
     if changed == "job":
