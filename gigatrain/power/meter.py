@@ -98,8 +98,7 @@ class Meter:
             except (OSError, PowerError) as failure:
                 sample, why = None, str(failure)
             after_s = self._clock()
-            slow_s = 20 * (after_s - before_s)  # a meter that takes long is asked less often
-            one.due_s = max(before_s + one.period_s, after_s + slow_s if slow_s > 0.2 else 0.0)
+            one.looked(before_s, after_s)
             with self._lock:
                 if not one.points and sample is None:
                     one.begin(round(before_s * MICRO))

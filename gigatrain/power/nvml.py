@@ -6,7 +6,6 @@ The energy counter is the truth, watts are its cross-check. Three things that NV
     MIG     an instance has no meter: all of them stand for their GPU, whose whole draw is read once
 """
 
-import ctypes
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -103,14 +102,12 @@ class Gpu:
         chip = _text(pynvml.nvmlDeviceGetName(handle)).removeprefix("NVIDIA ")
         self.scope, counter = self._counter(chip)
         watts, how = self._watts()
-        self._fields = [one for one in (counter, watts) if isinstance(one, tuple)]
-        self._values = (pynvml.c_nvmlFieldValue_t * len(self._fields))()
+        fields = [one for one in (counter, watts) if isinstance(one, tuple)]
+        self._fields, self._kinds = [one[:2] for one in fields], [one[2] for one in fields]  # one call for both
         self._counter_at = 0 if isinstance(counter, tuple) else None
         self._watts_at = len(self._fields) - 1 if isinstance(watts, tuple) else None
         self._total = pynvml.nvmlDeviceGetTotalEnergyConsumption if counter == "total" else None
         self._usage = pynvml.nvmlDeviceGetPowerUsage if watts == "usage" else None
-        for number, (field, scope, _) in enumerate(self._fields):
-            self._values[number].fieldId, self._values[number].scopeId = field, scope
         self._reasons = self._clocks(chip)
         if counter is None and watts is None:
             raise PowerError(f"{chip} {uuid}: its driver gives neither an energy counter nor watts of the {self.scope}")
@@ -193,17 +190,14 @@ class Gpu:
     def read(self) -> Sample:
         before = monotonic()
         counter = milliwatts = None
-        values = self._values
         try:
             if self._fields:
-                # The binding's own function makes an array for every call: half of what a look costs. The library's, with an array that is kept:
-                result = self._nvml.nvmlLib.nvmlDeviceGetFieldValues(self._handle, len(self._fields), ctypes.byref(values))
-                if result:
-                    raise self._nvml.NVMLError(result)
-            if self._counter_at is not None and values[self._counter_at].nvmlReturn == 0:
-                counter = int(getattr(values[self._counter_at].value, self._fields[self._counter_at][2]))
-            if self._watts_at is not None and values[self._watts_at].nvmlReturn == 0:
-                milliwatts = int(getattr(values[self._watts_at].value, self._fields[self._watts_at][2]))
+                values = self._nvml.nvmlDeviceGetFieldValues(self._handle, self._fields)
+                found = [
+                    int(getattr(one.value, kind)) if one.nvmlReturn == 0 else None for one, kind in zip(values, self._kinds, strict=True)
+                ]
+                counter = found[self._counter_at] if self._counter_at is not None else None
+                milliwatts = found[self._watts_at] if self._watts_at is not None else None
             if self._total is not None:
                 counter = self._total(self._handle)
             if self._usage is not None:

@@ -37,7 +37,7 @@ double fake_joules(int gpu, double from, double to) { return upto(gpu, to) - upt
 double fake_watts(int gpu, double t) { return watts(gpu, t); }
 
 static double counter_mj(int gpu, int module) {
-    double step = number("FAKE_UPDATE_S", 0.1), t = step > 0 ? floor(now / step) * step : now, reset = gpu == 0 ? number("FAKE_RESET_S", 0) : 0;
+    double step = number("FAKE_UPDATE_S", 0.1), t = step > 0 ? floor(now / step + 1e-9) * step : now, reset = gpu == 0 ? number("FAKE_RESET_S", 0) : 0;
     double from = reset > 0 && t >= reset ? reset : 0;
     return 1000 * (fake_joules(gpu, from, t) + (module ? GRACE * (t - from) : 0));
 }
@@ -60,11 +60,11 @@ Result nvmlShutdown(void) { return SUCCESS; }
 const char *nvmlErrorString(Result result) { return result == LOST ? "GPU is lost" : "Unknown"; }
 
 Result nvmlDeviceGetHandleByUUID(const char *uuid, Device *device) {
-    int gpu = -1;
-    long first = 0;
-    if (sscanf(uuid, "GPU-0000000%d-", &gpu) == 1) first = 1;
-    else if (sscanf(uuid, "MIG-0000000%d-", &gpu) == 1) first = 101; /* digits after that: the instance */
-    if (first == 0 || gpu < 0 || gpu >= GPUS || strlen(uuid) != 40) return NOT_FOUND;
+    int gpu = strlen(uuid) == 40 ? uuid[11] - '0' : -1, instance = gpu < 0 ? 0 : uuid[39] - '0';
+    char whole[64];
+    snprintf(whole, sizeof whole, "%s-0000000%d-0000-0000-0000-00000000000%d", instance ? "MIG" : "GPU", gpu, instance);
+    if (gpu < 0 || gpu >= GPUS || strcmp(whole, uuid)) return NOT_FOUND;
+    long first = instance ? 101 : 1;
     if (gpu == 0 && number("FAKE_FORBIDDEN", 0)) return NO_PERMISSION;
     *device = (Device)(first + gpu);
     return alive(*device);

@@ -4,6 +4,7 @@ import math
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 from gigatrain.errors import PowerError
 from gigatrain.planning.watts import Watts
@@ -33,7 +34,9 @@ class Steady:
         self, clock: Clock, *place: str, scope: Scope = "gpu", watts: float = 500.0, counter: bool = True, power: bool = True, update_s: float = 0.1,
         wrap_mj: int | None = None, reset_s: Sequence[float] = (), lost: Iterable[tuple[float, float]] = (), reasons: int = 0, name: str = "",
     ) -> None:  # fmt: skip
-        self.clock, self.place, self.scope, self.level = clock, place, scope, watts
+        self.clock, self.level = clock, watts
+        self.place: tuple[str, ...] = place
+        self.scope: Scope = scope
         self.update_s, self.wrap_mj, self.reset_s, self.lost, self.reasons = update_s, wrap_mj, list(reset_s), list(lost), reasons
         self.counts, self.powers = counter, power
         self.name, self.covers, self.closed = name or f"counter of {place[-1]}", (place[-1],), False
@@ -78,7 +81,7 @@ class Replay(Steady):
     def __init__(self, clock: Clock, trace: Sequence[tuple[float, float]], *place: str, **told: object) -> None:
         super().__init__(clock, *place, **told)  # type: ignore[arg-type]
         self.begin_s, self.trace, self.sums = clock(), trace, [0.0]
-        for (at, watts), (then, later) in zip(trace, trace[1:], strict=False):
+        for (at, watts), (then, later) in pairwise(trace):
             self.sums.append(self.sums[-1] + (then - at) * (watts + later) / 2)
 
     def watts(self, at_s: float) -> float:

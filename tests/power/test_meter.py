@@ -1,0 +1,547 @@
+"""The meter of a node: exact sums, gaps, what is added to what, and what a killed process leaves; on meters whose truth is known."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from replay import Clock, Replay, Steady, Waves, metered, pass_by, summed
+
+from gigatrain.config import Power
+from gigatrain.planning.watts import Watts
+from gigatrain.power.meter import opened
+from gigatrain.power.reading import FIELDS
+
+COUNTED = [name for name in FIELDS if name not in ("nodes", "devices")]  # the others are of a take, not of its time
+
+
+def truth_mj(sources, since, until):
+    return 1000 * sum(one.joules(until) - one.joules(since) for one in sources)
+
+
+# -- sums
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    waits=st.lists(st.tuples(st.floats(0.001, 4.0), st.booleans()), min_size=1, max_size=40),
+    resets=st.lists(st.floats(1000, 1060), max_size=3),
+    lost=st.lists(st.tuples(st.floats(1000, 1060), st.floats(0, 12)), max_size=3),
+    wrap=st.sampled_from([None, 200_000, 262_143_328]),
+    share=st.sampled_from([None, 0.3]),
+    wall=st.floats(1.7e9, 1.8e9),
+)
+def test_takes_add_up_to_the_whole_whenever_they_are_asked_for(waits, resets, lost, wrap, share, wall):
+    """Two meters see the same looks; one is asked all the time, the other once: not a millijoule, millisecond or bin differs."""
+    clock = Clock(wall=wall)
+    meters = []
+    for _ in range(2):
+        gpus = [
+            Waves(clock, "GPU-a", reset_s=resets, lost=[(since, since + long) for since, long in lost], reasons=0x4),
+            Waves(clock, "GPU-b", watts=300, power=False, reset_s=resets[:1]),
+            Waves(clock, "GPU-c", counter=False),
+        ]
+        sockets = [Waves(clock, "n", "package-0", scope="cpu", watts=200, wrap_mj=wrap, update_s=0.001)]
+        board = Waves(clock, "n", scope="node", watts=2500, counter=False, update_s=1.0, lost=[(1020, 1031)])
+        meters.append(metered(clock, gpus, sockets, board, rest=500.0, plate=700.0, unmetered=1, share=share))
+    often, once = meters
+    takes = []
+    for wait, asked in waits:
+        for meter in meters:
+            meter.look(every=True)
+        takes += [often.take()] if asked else []
+        clock.now += wait
+    for meter in meters:
+        meter.look(every=True)
+    takes.append(often.take())
+    whole, parts = once.take(), summed(takes)
+    assert {name: getattr(parts, name) for name in COUNTED} == {name: getattr(whole, name) for name in COUNTED}
+    assert parts.bins == whole.bins
+    assert [number for number, *_ in whole.bins] == sorted({number for number, *_ in whole.bins})
+    assert all(getattr(one, name) >= 0 for one in takes for name in FIELDS)
+    assert whole.device_ms + whole.device_unknown_ms == pytest.approx(4 * whole.ms, abs=5)
+    assert whole.node_measured_mj + whole.node_estimated_mj + whole.node_nameplate_mj >= sum(mj for *_, mj in whole.bins)
+
+
+@pytest.mark.parametrize(
+    ("told", "how"),
+    [
+        ({}, {}),
+        ({}, {"jitter": 0.9, "miss": 0.5}),
+        ({"reset_s": (1017.77, 1090.2)}, {"jitter": 0.9, "miss": 0.2}),
+        ({"lost": [(1030, 1034.5)]}, {"jitter": 0.5}),
+        ({"wrap_mj": 2_621_440, "update_s": 0.001}, {"jitter": 0.5, "miss": 0.1}),
+        ({"counter": False}, {"jitter": 0.5, "miss": 0.1}),
+        ({"power": False}, {"jitter": 0.9, "miss": 0.5}),
+        ({"update_s": 0.02}, {"every_s": 1.0, "jitter": 0.7}),
+    ],
+)
+def test_joules_are_within_half_a_per_cent_of_the_truth(told, how):
+    clock = Clock()
+    gpus = [Waves(clock, f"GPU-{number}", watts=350 + 50 * number, **told) for number in range(4)]
+    meter = metered(clock, gpus, every_s=how.get("every_s", 0.1))
+    began = clock.now
+    pass_by(meter, clock, 120, **how)
+    taken = meter.take()
+    assert taken.device_measured_mj + taken.device_estimated_mj == pytest.approx(truth_mj(gpus, began, clock.now), rel=5e-3)
+    assert taken.integral_mj == pytest.approx(taken.counter_mj, rel=5e-3)
+    assert taken.device_unknown_ms == 0
+    assert (taken.device_estimated_mj > 0) == ("reset_s" in told)
+    assert taken.gaps == (8 if "reset_s" in told else 4 if "lost" in told else 0)
+
+
+def test_a_recorded_trace_is_metered_by_counter_and_by_watts():
+    clock = Clock()
+    trace = [(0, 6000), (10, 6900), (11, 2300), (15, 2300), (16, 7100), (60, 7000), (61, 0), (90, 0)]
+    node = Replay(clock, trace, "n", scope="node", counter=False, update_s=1.0)
+    gpus = [Replay(clock, [(at, watts * 0.8) for at, watts in trace], "GPU-a")]
+    meter = metered(clock, gpus, [], node, every_s=0.1)
+    pass_by(meter, clock, 60, jitter=0.3)
+    taken = meter.take()
+    exact_j = (6000 + 6900) * 5 + (6900 + 2300) / 2 + 2300 * 4 + (2300 + 7100) / 2 + (7100 + 7000) * 22
+    assert taken.node_measured_mj == pytest.approx(1000 * exact_j, rel=5e-3)
+    assert taken.device_measured_mj == pytest.approx(800 * exact_j, rel=5e-3)
+
+
+# -- counters that misbehave
+
+
+def test_a_reset_without_watts_is_unknown_and_with_them_an_estimate():
+    clock = Clock()
+    blind = metered(clock, [Steady(clock, "GPU-a", power=False, reset_s=[1010.05])])
+    seen = metered(clock, [Steady(clock, "GPU-a", reset_s=[1010.05])])
+    for meter in (blind, seen):
+        clock.now = 1000.0
+        pass_by(meter, clock, 20)
+    unknown, known = blind.take(), seen.take()
+    assert (unknown.gaps, unknown.gap_ms, unknown.device_unknown_ms, unknown.device_estimated_mj) == (1, 100, 100, 0)
+    assert (known.gaps, known.gap_ms, known.device_unknown_ms, known.device_estimated_mj) == (1, 100, 0, 50_000)
+    assert known.device_measured_mj + known.device_estimated_mj == 500 * 20_000
+
+
+def test_a_counter_that_may_have_gone_round_twice_is_not_believed():
+    clock = Clock()
+    meter = metered(clock, [Steady(clock, "package-0", wrap_mj=262_144_000, update_s=0.001, power=False)])
+    pass_by(meter, clock, 10)
+    clock.now += 200  # once at most: 100 of 262 kJ
+    pass_by(meter, clock, 10)
+    assert meter.take().gaps == 0
+    clock.now += 600  # 300 kJ
+    pass_by(meter, clock, 10)
+    taken = meter.take()
+    assert (taken.gaps, taken.device_unknown_ms) == (1, 600_000)
+
+
+def test_a_counter_that_stands_still_beside_watts_is_no_measurement_of_nothing():
+    clock = Clock()
+    source = Steady(clock, "GPU-a", watts=300)
+    source.joules = lambda at_s: 5_000.0  # type: ignore[method-assign]
+    meter = metered(clock, [source])
+    pass_by(meter, clock, 60)
+    taken = meter.take()
+    assert taken.device_measured_mj == 0
+    assert taken.device_estimated_mj == pytest.approx(300 * 60_000, rel=0.002)
+    assert taken.gaps == 1
+
+
+def test_a_meter_that_is_silent_for_seconds_loses_nothing_and_one_lost_for_good_does_not_hold_up_the_others():
+    clock = Clock()
+    meter = metered(clock, [Steady(clock, "GPU-a", lost=[(1010, 1013)]), Steady(clock, "GPU-b", lost=[(1020, 9999)])])
+    pass_by(meter, clock, 60)
+    taken = meter.take()
+    assert taken.gaps == 2
+    assert taken.device_measured_mj == pytest.approx(500_000 * (60 + 20), abs=2 * 500 * 100)
+    assert taken.device_unknown_ms == taken.gap_ms == pytest.approx(40_000, abs=150)
+    assert taken.ms == 60_000
+    assert "GPU-b no longer answers: GPU-b is lost" in meter.meters["notes"]
+    assert "GPU-a" not in meter.meters["notes"]
+
+
+# -- bins
+
+
+def test_bins_begin_and_end_with_wall_clock_and_are_given_once_when_they_are_over():
+    clock = Clock(wall=1_790_000_003.0)
+    gpu = Waves(clock, "GPU-a", update_s=0.001)
+    meter = metered(clock, [gpu], rest=100.0)
+    bins = []
+    for _ in range(40):
+        pass_by(meter, clock, 1.37, jitter=0.5)
+        bins += meter.take().bins
+    assert [number for number, *_ in bins] == [179_000_001, 179_000_002, 179_000_003, 179_000_004]  # the one it began in is not whole
+    for number, nodes, device_mj, node_mj in bins:
+        begin = number * 10 - clock.ahead
+        assert nodes == 1
+        assert device_mj == pytest.approx(truth_mj([gpu], begin, begin + 10), rel=2e-3)
+        assert node_mj - device_mj == pytest.approx(100_000 * 10, abs=2)
+
+
+def test_a_clock_that_is_set_spoils_the_bins_it_cuts_and_no_joules():
+    clock = Clock(wall=1_790_000_000.5)
+    meter = metered(clock, [Steady(clock, "GPU-a", update_s=0.001)], rest=0.0)
+    takes = []
+    for step in (0, 3600, -3600, 0.2):
+        clock.ahead += step
+        pass_by(meter, clock, 25)
+        takes.append(meter.take())
+    taken = summed(takes)
+    assert taken.device_measured_mj == pytest.approx(500_000 * 100, abs=1000)
+    numbers = [number for number, *_ in taken.bins]
+    assert numbers == sorted(set(numbers))
+    assert all(device_mj == pytest.approx(500_000 * 10, abs=150_000) for _, _, device_mj, _ in taken.bins)
+
+
+# -- what is added to what
+
+
+def test_a_node_without_a_meter_is_devices_processors_and_the_rest_of_its_site():
+    clock = Clock()
+    sockets = [Steady(clock, "n", f"package-{number}", scope="cpu", watts=150) for number in range(2)]
+    memory = [Steady(clock, "n", "package-0", "dram", scope="dram", watts=40)]
+    meter = metered(clock, [Steady(clock, "GPU-a"), Steady(clock, "GPU-b")], sockets + memory, rest=1000.0)
+    pass_by(meter, clock, 20)
+    taken = meter.take()
+    assert (taken.devices, taken.device_ms, taken.device_measured_mj, taken.cpu_mj) == (2, 40_000, 20_000_000, 6_800_000)
+    assert (taken.node_measured_mj, taken.node_estimated_mj, taken.node_unknown_ms) == (26_800_000, 20_000_000 - 6_800_000, 0)
+    assert meter.watts() == pytest.approx(2000)
+    assert meter.meters["node"] == "devices + processors + rest of 1,000 W, estimated: the test"
+    assert meter.least_s == 10
+
+
+def test_processors_that_draw_more_than_the_rest_leave_no_rest():
+    clock = Clock()
+    meter = metered(clock, [Steady(clock, "GPU-a")], [Steady(clock, "n", "package-0", scope="cpu", watts=400)], rest=300.0)
+    pass_by(meter, clock, 10)
+    taken = meter.take()
+    assert (taken.node_measured_mj, taken.node_estimated_mj) == (9_000_000, 0)
+
+
+def test_a_site_that_knows_no_rest_has_nodes_of_which_a_part_is_unknown():
+    clock = Clock()
+    meter = metered(clock, [Steady(clock, "GPU-a")])
+    pass_by(meter, clock, 10)
+    taken = meter.take()
+    assert (taken.node_measured_mj, taken.node_unknown_ms, taken.device_unknown_ms) == (5_000_000, 10_000, 0)
+    assert meter.watts() is None
+    assert meter.joules() == pytest.approx(5000)
+    assert meter.meters["node"] == "devices + rest unknown"
+
+
+def test_a_nodes_own_meter_is_the_node():
+    clock = Clock()
+    node = Steady(clock, "n", scope="node", watts=1700, counter=False, update_s=1.0)
+    meter = metered(clock, [Steady(clock, "GPU-a")], [Steady(clock, "n", "package-0", scope="cpu", watts=200)], node, rest=5000.0)
+    pass_by(meter, clock, 30)
+    taken = meter.take()
+    assert (taken.node_measured_mj, taken.node_estimated_mj, taken.cpu_mj) == (1700 * 30_000, 0, 200 * 30_000)
+    assert "notes" not in meter.meters
+
+
+def test_a_nodes_meter_that_does_not_see_the_gpus_is_rejected_and_named():
+    clock = Clock()
+    node = Steady(clock, "n", scope="node", watts=600, counter=False, update_s=1.0)
+    meter = metered(clock, [Steady(clock, "GPU-a"), Steady(clock, "GPU-b")], [], node, rest=300.0)
+    pass_by(meter, clock, 30)
+    meter.take()
+    pass_by(meter, clock, 30)
+    taken = meter.take()
+    assert (taken.node_measured_mj, taken.node_estimated_mj) == (1000 * 30_000, 300 * 30_000)
+    assert "rejected: it says 600 W where the devices alone draw 1,000 W" in meter.meters["notes"]
+
+
+def test_a_nodes_meter_that_falls_silent_is_replaced_by_the_estimate():
+    clock = Clock()
+    node = Steady(clock, "n", scope="node", watts=1700, lost=[(1030, 9999)])
+    meter = metered(clock, [Steady(clock, "GPU-a")], [], node, rest=300.0)
+    pass_by(meter, clock, 100)
+    taken = meter.take()
+    assert taken.node_measured_mj == pytest.approx(1700 * 30_000 + 500 * 70_000, rel=0.01)
+    assert taken.node_estimated_mj == pytest.approx(300 * 70_000, rel=0.01)
+
+
+def test_of_a_shared_node_the_jobs_share_is_counted_as_an_estimate():
+    clock = Clock()
+    gpus = [Steady(clock, "GPU-a"), Steady(clock, "GPU-b")]
+    owned = metered(clock, gpus, [], Steady(clock, "n", scope="node", watts=6000), per_node=8)
+    built = metered(clock, gpus, [Steady(clock, "n", "package-0", scope="cpu", watts=400)], rest=1200.0, per_node=8)
+    for meter in (owned, built):
+        clock.now = 1000.0
+        pass_by(meter, clock, 10)
+    taken = owned.take()
+    assert (taken.node_measured_mj, taken.node_estimated_mj) == (10_000_000, 5_000_000)
+    taken = built.take()
+    assert (taken.node_measured_mj, taken.node_estimated_mj) == (10_000_000, 3_000_000)
+    assert built.meters["share"].startswith("0.25 of the node")
+
+
+def test_devices_without_a_meter_are_their_nameplate_or_unknown_and_never_nothing():
+    clock = Clock()
+    plated = metered(clock, [Steady(clock, "GPU-a")], rest=300.0, plate=700.0, unmetered=3)
+    blind = metered(clock, [Steady(clock, "GPU-a")], rest=300.0, unmetered=3)
+    for meter in (plated, blind):
+        clock.now = 1000.0
+        pass_by(meter, clock, 10)
+    taken = plated.take()
+    assert (taken.devices, taken.device_ms, taken.device_measured_mj, taken.device_nameplate_mj) == (4, 40_000, 5_000_000, 21_000_000)
+    assert (taken.node_measured_mj, taken.node_nameplate_mj, taken.node_estimated_mj) == (5_000_000, 21_000_000, 3_000_000)
+    assert plated.meters["device"] == "1 x counter of GPU-a; 3 x nameplate of 700 W: the test"
+    taken = blind.take()
+    assert (taken.device_ms, taken.device_unknown_ms, taken.node_unknown_ms) == (10_000, 30_000, 10_000)
+    assert blind.watts() is None
+
+
+def test_grace_is_within_its_module_and_is_told_but_not_added():
+    clock = Clock()
+    module = Steady(clock, "GPU-a", scope="module", watts=680)
+    grace = Steady(clock, "n", "socket0", scope="cpu", watts=100, counter=False)
+    meter = metered(clock, [module], [grace], rest=50.0)
+    pass_by(meter, clock, 10)
+    taken = meter.take()
+    assert (taken.cpu_mj, taken.node_measured_mj, taken.node_estimated_mj) == (1_000_000, 6_800_000, 500_000)
+    assert "cpu GPU-a/n/socket0 (counter of socket0) lies within module GPU-a" in meter.meters["notes"]
+
+
+def test_a_module_that_the_host_meters_is_not_added_to_the_gpus_within_it():
+    clock = Clock()
+    meter = metered(clock, [Steady(clock, "GPU-a")], [Steady(clock, "n", "module0", scope="module", watts=700)], rest=300.0)
+    pass_by(meter, clock, 10)
+    taken = meter.take()
+    assert (taken.node_measured_mj, taken.node_estimated_mj) == (5_000_000, 3_000_000)
+    assert "lies within module" in meter.meters["notes"]
+
+
+def test_a_cpu_nodes_processors_are_its_devices():
+    clock = Clock()
+    packages = [Steady(clock, "n", f"package-{number}", scope="cpu", watts=120) for number in range(2)]
+    memory = Steady(clock, "n", "package-0", "dram", scope="dram", watts=30)
+    meter = metered(clock, [], [*packages, memory])
+    pass_by(meter, clock, 10)
+    taken = meter.take()
+    assert (taken.devices, taken.device_measured_mj, taken.cpu_mj) == (2, 2_400_000, 2_700_000)
+    assert (taken.node_measured_mj, taken.node_unknown_ms) == (2_700_000, 10_000)
+    assert "the processors are the devices" in meter.meters["device"]
+    psys = metered(clock, [], packages, Steady(clock, "n", scope="node", watts=400))
+    pass_by(psys, clock, 10)
+    taken = psys.take()
+    assert (taken.device_measured_mj, taken.node_measured_mj, taken.node_unknown_ms) == (2_400_000, 4_000_000, 0)
+
+
+def test_two_processes_of_a_machine_count_it_once():
+    """One has two GPUs and the machine, the other the two others: with a meter of the node, and without."""
+    for board in (None, 3500):
+        clock = Clock()
+        first = metered(
+            clock, [Steady(clock, "GPU-a"), Steady(clock, "GPU-b")], [Steady(clock, "n", "package-0", scope="cpu", watts=200)],
+            Steady(clock, "n", scope="node", watts=board) if board else None, rest=1000.0,
+        )  # fmt: skip
+        second = metered(clock, [Steady(clock, "GPU-c"), Steady(clock, "GPU-d")], rest=1000.0, whole=False, elsewhere=board is not None)
+        for meter in (first, second):
+            clock.now = 1000.0
+            pass_by(meter, clock, 10)
+        taken = summed([first.take(), second.take()])
+        assert (taken.nodes, taken.ms, taken.devices, taken.device_measured_mj) == (1, 10_000, 4, 20_000_000)
+        assert taken.node_measured_mj + taken.node_estimated_mj == (board or 3000) * 10_000
+
+
+# -- what a killed process leaves
+
+
+def held(clock, carry, run="r", **told):
+    return metered(clock, [Steady(clock, "GPU-a", **told), Steady(clock, "GPU-b")], rest=300.0, carry=carry, run=run)
+
+
+def test_what_a_killed_process_saw_and_never_told_is_told_once_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    clock, carry = Clock(), tmp_path / "carry.json"
+    killed = held(clock, carry)
+    pass_by(killed, clock, 30)
+    told = killed.take()
+    pass_by(killed, clock, 7)  # and dies
+    clock.now += 1000
+    following, late = held(clock, carry), held(clock, carry)
+    assert not list(tmp_path.iterdir())
+    pass_by(following, clock, 10)
+    taken = following.take()
+    assert told.recovered_mj == 0
+    assert taken.recovered_mj == 1300 * 7_000
+    assert (taken.node_measured_mj + taken.node_estimated_mj, taken.device_measured_mj, taken.ms) == (1300 * 17_000, 1000 * 17_000, 17_000)
+    assert following.take().recovered_mj == 0
+    pass_by(late, clock, 1)
+    assert late.take().recovered_mj == 0
+
+
+def test_in_a_held_allocation_the_counters_tell_what_was_drawn_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    clock, carry = Clock(), tmp_path / "carry.json"
+    killed = held(clock, carry)
+    pass_by(killed, clock, 20)
+    told = [killed.take()]
+    pass_by(killed, clock, 5)
+    clock.now += 93.21
+    following = held(clock, carry)
+    following.look()
+    pass_by(following, clock, 20)
+    taken = following.take()
+    assert taken.recovered_mj == pytest.approx(1300 * 98_210, abs=1300 * 100)  # to the counter's last news
+    told.append(taken)
+    whole = summed(told)
+    assert whole.device_measured_mj == 1000 * 138_200  # counters' news are of every 0.1 s
+    assert whole.ms == pytest.approx(138_210, abs=1)
+    assert following.joules() == pytest.approx(1300 * 20, rel=0.01)  # of this process only
+
+
+@pytest.mark.parametrize("changed", ["run", "boot", "node", "job", "counter", "torn"])
+def test_what_is_not_this_runs_on_this_node_since_this_boot_is_not_taken_over(tmp_path, monkeypatch, changed):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    clock, carry = Clock(), tmp_path / "carry.json"
+    killed = held(clock, carry)
+    pass_by(killed, clock, 20)
+    left = json.loads(carry.read_text())
+    if changed in left and changed != "job":
+        carry.write_text(json.dumps(left | {changed: "another"}))
+    elif changed == "torn":
+        carry.write_text(carry.read_text()[:40])
+    elif changed == "job":
+        monkeypatch.setenv("SLURM_JOB_ID", "18")
+    clock.now += 100
+    following = held(clock, carry, reset_s=[1060.0] if changed == "counter" else [])
+    pass_by(following, clock, 10)
+    taken = following.take()
+    if changed == "job":
+        assert (taken.recovered_mj, taken.ms) == (1300 * 20_000, 30_000)
+    elif changed == "counter":  # one driver was reset meanwhile: its joules of then are unknown, the other's are not
+        assert taken.gaps == 1
+        assert taken.device_unknown_ms == pytest.approx(100_000, abs=200)
+        assert taken.device_measured_mj == pytest.approx(1000 * 30_000 + 500 * 100_000, rel=0.01)
+    else:
+        assert (taken.recovered_mj, taken.ms) == (0, 10_000)
+    assert ("notes" in following.meters) == (changed == "torn")
+
+
+_KILLED = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from replay import Steady, metered
+class Now:
+    ahead = 0.0
+    def __call__(self): return time.monotonic()
+    wall = staticmethod(time.time)
+clock = Now()
+with metered(clock, [Steady(clock, "GPU-a", update_s=0.001)], rest=0.0, carry=Path(sys.argv[2]), every_s=0.02) as meter:
+    time.sleep(0.2)
+    taken = meter.take()
+    print(taken.ms, taken.device_measured_mj, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_of_a_process_that_is_killed_for_real_nothing_is_lost_or_told_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    carry, here = tmp_path / "carry.json", str(Path(__file__).parent)
+    began = time.monotonic()
+    with subprocess.Popen([sys.executable, "-c", _KILLED, here, str(carry)], stdout=-1, text=True) as process:
+        assert process.stdout is not None
+        ms, mj = map(int, process.stdout.readline().split())
+        time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+    clock = Clock(time.monotonic(), time.time())
+    meter = metered(clock, [Steady(clock, "GPU-a", update_s=0.001)], rest=0.0, carry=carry)
+    pass_by(meter, clock, 1)
+    taken = meter.take()
+    assert ms > 0
+    assert abs(mj - 500 * ms) <= 2_000
+    assert 500 * 200 <= taken.recovered_mj <= 500_000 * (clock.now - began)
+    assert abs(taken.device_measured_mj - 500 * taken.ms) <= 2_000
+    assert not [one for one in tmp_path.iterdir() if one != carry]
+
+
+def test_a_file_that_cannot_be_written_is_told_and_no_failure(tmp_path):
+    clock = Clock()
+    meter = held(clock, tmp_path / "missing" / "carry.json")
+    pass_by(meter, clock, 10)
+    assert meter.take().device_measured_mj == 10_000_000
+    assert "cannot be written" in meter.meters["notes"]
+
+
+# -- its thread
+
+
+class Now(Clock):
+    """The real one."""
+
+    @property
+    def now(self):
+        return time.monotonic()
+
+    @now.setter
+    def now(self, seconds):
+        pass
+
+    def wall(self):
+        return time.time()
+
+
+def test_a_thread_looks_and_closes_its_meters_and_joules_never_fall():
+    clock = Now()
+    gpus = [Steady(clock, "GPU-a", update_s=0.01), Steady(clock, "GPU-b", watts=400, counter=False)]
+    with metered(clock, gpus, rest=100.0, every_s=0.02) as meter:
+        began, seen = time.monotonic(), []
+        while time.monotonic() < began + 0.5:
+            seen.append(meter.joules())
+            time.sleep(0.005)
+    taken = meter.take()
+    assert seen == sorted(seen)
+    assert 400 <= taken.ms <= 5000
+    assert taken.nodes == 1
+    assert taken.device_measured_mj == pytest.approx(900 * taken.ms, rel=0.1)
+    assert all(one.closed for one in gpus)
+
+
+def test_a_mistake_of_ours_stops_the_meter_with_a_note_and_not_the_run():
+    clock = Now()
+    gpu = Steady(clock, "GPU-a")
+    gpu.read = lambda: 1 / 0  # type: ignore[method-assign,assignment]
+    with metered(clock, [gpu]) as meter:
+        assert meter.take().nodes == 0
+    assert "the meter stopped: ZeroDivisionError" in meter.meters["notes"]
+
+
+def test_with_nothing_to_read_time_passes_and_all_is_unknown():
+    clock = Clock()
+    meter = metered(clock)
+    pass_by(meter, clock, 10)
+    taken = meter.take()
+    assert (taken.nodes, taken.ms, taken.devices) == (1, 10_000, 1)
+    assert taken.node_unknown_ms == taken.device_unknown_ms == 10_000
+    assert (taken.device_measured_mj, taken.node_measured_mj, taken.bins) == (0, 0, [])
+    assert (meter.watts(), meter.joules()) == (None, 0)
+    assert meter.meters["device"] == "1 x unknown: no meter, no nameplate"
+
+
+def test_a_machine_with_no_meter_is_opened_and_says_what_it_lacks(tmp_path):
+    pytest.importorskip("gigatrain.power.host")
+    with opened(Power(sysfs=str(tmp_path), node="none"), Watts(), ["GPU-1", "GPU-2"], whole=True) as meter:
+        assert meter.meters["device"] == "2 x unknown: no meter, no nameplate"
+        assert "no NVML: " in meter.meters["notes"]
+    assert meter.take().devices == 2
+
+
+def test_a_cpu_machine_with_rapl_is_opened(tmp_path):
+    pytest.importorskip("gigatrain.power.host")
+    zone = tmp_path / "class" / "powercap" / "intel-rapl:0"
+    zone.mkdir(parents=True)
+    for name, text in (("name", "package-0"), ("energy_uj", "1000000"), ("max_energy_range_uj", "262143328850")):
+        (zone / name).write_text(text + "\n")
+    with opened(Power(sysfs=str(tmp_path), node="none", every_s=0.02), Watts(), [], whole=True) as meter:
+        time.sleep(0.1)
+        (zone / "energy_uj").write_text("3500000\n")
+    taken = meter.take()
+    assert (taken.devices, taken.device_measured_mj, taken.cpu_mj, taken.node_measured_mj) == (1, 2500, 2500, 2500)
+    assert os.uname().nodename not in meter.meters["device"]
