@@ -150,7 +150,9 @@ class Polled:
     wrap_mj: int | None = None
     scope: Scope = "node"
 
-    def __init__(self, name: str, place: tuple[str, ...], look: Callable[[], Sample], leave: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, name: str, place: tuple[str, ...], look: Callable[[], Sample], leave: Callable[[], None] = lambda: None, *, times: int = 1
+    ) -> None:
         self.place = place
         self.name = name
         self._look = look
@@ -163,7 +165,7 @@ class Polled:
         except BaseException:
             leave()
             raise
-        self.update_s = max(UPDATE_S, 2 * (time.monotonic() - began))  # a BMC that is slow is asked less
+        self.update_s = max(times * UPDATE_S, 2 * (time.monotonic() - began))  # a BMC that is slow is asked less
         self._thread = threading.Thread(target=self._poll, name=f"gigatrain {name}", daemon=True)
         self._thread.start()
 
@@ -197,26 +199,27 @@ def redfish(environ: Mapping[str, str], place: tuple[str, ...]) -> Source:
     try:
         service.begin()
         chassis = _chassis(service, environ.get("GIGATRAIN_REDFISH_CHASSIS"))
-        metrics, field, energy = _metrics(service, chassis)
+        metrics, field = _metrics(service, chassis)
     except (OSError, PowerError) as error:
         service.close()
         raise PowerError(f"Redfish: {service.where} {error}") from None
+
+    counts = str(field[0]).startswith("Energy")
 
     def look() -> Sample:
         before = time.monotonic()
         answer = service.get(metrics)
         now = (before + time.monotonic()) / 2
-        watts = _found(answer, field) if field else None
-        if field and (watts is None or watts <= 0):
+        value = _found(answer, field)
+        if value is None or value <= 0:
             raise PowerError(
-                f"{metrics} says {'nothing' if watts is None else watts} for {'.'.join(map(str, field))}: no running node draws that"
+                f"{metrics} says {'nothing' if value is None else value} for {'.'.join(map(str, field))}: no running node draws that"
             )
-        counter = _energy_mj(answer, energy) if energy else None
-        return Sample(now, counter_mj=counter, milliwatts=None if watts is None else round(watts * 1000))
+        return Sample(now, counter_mj=_energy_mj(answer, field)) if counts else Sample(now, milliwatts=round(value * 1000))
 
-    name = f"Redfish, {chassis['@odata.id']} {'.'.join(map(str, field or energy or ()))}"
+    name = f"Redfish, {chassis['@odata.id']} {'.'.join(map(str, field))}"
     try:
-        return Polled(name, place, look, service.close)
+        return Polled(name, place, look, service.close, times=10 if counts else 1)
     except (OSError, PowerError) as error:
         raise PowerError(f"Redfish: {service.where} {error}") from None
 
@@ -505,8 +508,11 @@ def _metered(chassis: dict[str, Any]) -> bool:
     return _link(chassis, "EnvironmentMetrics") is not None or _link(chassis, "Power") is not None
 
 
-def _metrics(service: Service, chassis: dict[str, Any]) -> tuple[str, tuple[str | int, ...] | None, tuple[str, ...] | None]:
-    """Where its power is: address, path of the watts, path of the joules."""
+def _metrics(service: Service, chassis: dict[str, Any]) -> tuple[str, tuple[str | int, ...]]:
+    """Where its power is: address, and the path of its watts or, where there are none, of its joules.
+
+    Watts first: how often a BMC brings its joules up to date no schema says, and a counter that stands still for a minute looks like a broken one.
+    """
     tried = []
     if (address := _link(chassis, "EnvironmentMetrics")) is not None:
         try:
@@ -514,17 +520,17 @@ def _metrics(service: Service, chassis: dict[str, Any]) -> tuple[str, tuple[str 
         except _Absent as error:
             tried.append(str(error))
         else:
-            field = ("PowerWatts", "Reading")
-            watts = field if _found(answer, field) is not None else None
-            energy = next((one for one in (("EnergyJoules", "Reading"), ("EnergykWh", "Reading")) if _fine(answer, one)), None)
-            if watts or energy:
-                return address, watts, energy
+            if _found(answer, ("PowerWatts", "Reading")) is not None:
+                return address, ("PowerWatts", "Reading")
+            for name in ("EnergyJoules", "EnergykWh"):
+                if _fine(answer, name):
+                    return address, (name, "Reading")
             tried.append(f"{address} has no PowerWatts.Reading")
     if (address := _link(chassis, "Power")) is not None:
         path = ("PowerControl", 0, "PowerConsumedWatts")  # the first is the chassis; what follows are parts of it
         try:
             if _found(service.get(address), path) is not None:
-                return address, path, None
+                return address, path
             tried.append(f"{address} has no PowerControl[0].PowerConsumedWatts")
         except _Absent as error:
             tried.append(str(error))
@@ -534,18 +540,17 @@ def _metrics(service: Service, chassis: dict[str, Any]) -> tuple[str, tuple[str 
     )
 
 
-def _fine(answer: dict[str, Any], path: tuple[str, ...]) -> bool:
+def _fine(answer: dict[str, Any], name: str) -> bool:
     """Whether it is a counter to measure a minute by: joules, or kWh to the third place (3.6 kJ, half a second of a node)."""
-    if _found(answer, path) is None:
+    if _found(answer, (name, "Reading")) is None:
         return False
-    reading = answer[path[0]][path[1]]
-    return path[0] == "EnergyJoules" or (isinstance(reading, Decimal) and int(reading.as_tuple().exponent) <= -3)
+    reading = answer[name]["Reading"]
+    return name == "EnergyJoules" or (isinstance(reading, Decimal) and int(reading.as_tuple().exponent) <= -3)
 
 
-def _energy_mj(answer: dict[str, Any], path: tuple[str, ...]) -> int | None:
-    if _found(answer, path) is None:
-        return None
-    return int(Decimal(answer[path[0]][path[1]]) * (1000 if path[0] == "EnergyJoules" else _KWH_MJ))
+def _energy_mj(answer: dict[str, Any], field: tuple[str | int, ...]) -> int:
+    """Millijoules, by the decimal digits that the answer has: a float of 325,675.123 kWh is no longer exact."""
+    return int(Decimal(answer[field[0]][field[1]]) * (1000 if field[0] == "EnergyJoules" else _KWH_MJ))
 
 
 def dcmi(place: tuple[str, ...]) -> Source:

@@ -347,6 +347,7 @@ def test_two_that_may_be_the_node_are_named_and_one_can_be_chosen(bmc, monkeypat
         (watts(None), control(None), "has no PowerWatts.Reading; .*PowerConsumedWatts"),
         (watts("12"), {"PowerControl": []}, "gives no power"),
         (watts(0), None, "0.0 for PowerWatts.Reading: no running node"),
+        ({"EnergykWh": {"Reading": 325675.1}}, None, "has no PowerWatts.Reading"),  # 360 kJ a step: half a minute of a node
     ],
 )
 def test_a_node_that_gives_no_power_is_not_replaced_by_its_board(bmc, env, power, why):
@@ -359,12 +360,12 @@ def test_a_node_that_gives_no_power_is_not_replaced_by_its_board(bmc, env, power
 @pytest.mark.parametrize(
     ("env", "counter_mj", "milliwatts"),
     [
-        ({"EnergyJoules": {"Reading": 123456.789}, "PowerWatts": {"Reading": 500}}, 123_456_789, 500_000),
+        ({"EnergyJoules": {"Reading": 123456.789}, "PowerWatts": {"Reading": 500}}, None, 500_000),
+        ({"EnergyJoules": {"Reading": 123456.789}, "PowerWatts": {"Reading": None}}, 123_456_789, None),
         ({"EnergykWh": {"Reading": 325675.123}}, 325_675_123 * 3_600_000, None),
-        ({"EnergykWh": {"Reading": 325675.1}, "PowerWatts": {"Reading": 500}}, None, 500_000),  # 360 kJ a step: half a minute of a node
     ],
 )
-def test_energy_is_a_counter_where_it_is_fine_enough(bmc, env, counter_mj, milliwatts):
+def test_energy_is_the_counter_where_there_are_no_watts_and_it_is_fine_enough(bmc, env, counter_mj, milliwatts):
     bmc(service(chassis("1", systems=["1"], env=env)))
     with opened() as meter:
         assert (meter.read().counter_mj, meter.read().milliwatts) == (counter_mj, milliwatts)
