@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gigatrain.errors import PowerError
-from gigatrain.power import node
+from gigatrain.power import node, redfish
 
 PLACE = ("node17",)
 USER, PASSWORD = "meter-reader", "s3cret: with, signs"
@@ -346,7 +346,7 @@ def test_two_that_may_be_the_node_are_named_and_one_can_be_chosen(bmc, monkeypat
         ({}, None, "has no PowerWatts.Reading"),
         (watts(None), control(None), "has no PowerWatts.Reading; .*PowerConsumedWatts"),
         (watts("12"), {"PowerControl": []}, "gives no power"),
-        (watts(0), None, "0.0 for PowerWatts.Reading: no running node"),
+        (watts(0), None, "says 0 for PowerWatts.Reading: no running node"),
         ({"EnergykWh": {"Reading": 325675.1}}, None, "has no PowerWatts.Reading"),  # 360 kJ a step: half a minute of a node
     ],
 )
@@ -414,7 +414,7 @@ def test_the_host_interface_is_what_smbios_says(tmp_path, raw, url):
     file = tmp_path / "firmware" / "dmi" / "entries" / "42-0" / "raw"
     file.parent.mkdir(parents=True)
     file.write_bytes(raw)
-    assert node.host_interface(tmp_path) == url
+    assert redfish.host_interface(tmp_path) == url
 
 
 def test_a_service_without_sessions_gets_basic_and_one_whose_session_ended_is_asked_again(bmc):
@@ -478,7 +478,7 @@ def test_a_bmc_that_does_not_answer_never_holds_up_the_reader(bmc):
 
 
 def test_a_bmc_that_takes_too_long_is_given_up_and_asked_again(bmc, monkeypatch):
-    monkeypatch.setattr(node, "ANSWER_S", 0.7)
+    monkeypatch.setattr(redfish, "ANSWER_S", 0.7)
     server = bmc(service(*PLAIN))
     with opened() as meter:
         server.free.clear()
@@ -635,7 +635,7 @@ def test_dcmi_is_read_by_ipmitool(ipmitool, monkeypatch):
     ],
 )
 def test_a_reading_that_is_none_is_refused_with_its_reason(ipmitool, monkeypatch, watts, state, end, why):
-    monkeypatch.setattr(node, "ANSWER_S", 0.3 if "sleep" in end else 5.0)
+    monkeypatch.setattr(redfish, "ANSWER_S", 0.3 if "sleep" in end else 5.0)
     ipmitool(watts, state, end=end)
     with pytest.raises(PowerError, match=f'power.node = "dcmi": IPMI DCMI: .*{why}'):
         node.source("dcmi", Path("/nowhere"), PLACE)
