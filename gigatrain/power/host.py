@@ -62,6 +62,15 @@ class File:
             self._descriptor = -1
 
 
+def once(path: Path) -> int:
+    """The number in a file that is read one time; raises as `File.number` does."""
+    file = File(path)
+    try:
+        return file.number()
+    finally:
+        file.close()
+
+
 class Counter:
     """An energy counter in microjoules that goes round at `range_uj` (None: it does not), given as one that does not: `wrap_mj` is None.
 
@@ -185,11 +194,9 @@ def _rapl(folder: Path, place: tuple[str, ...]) -> tuple[list[Source], list[Sour
         label = f"RAPL {outer if whole else kind if platform else f'{outer} dram'}"
         most_watts = PACKAGE_WATTS if whole else NODE_WATTS if platform else MEMORY_WATTS
         try:
-            limit = File(path / "max_energy_range_uj")
-            range_uj = limit.number()
-            limit.close()
+            range_uj = once(path / "max_energy_range_uj")
             if range_uj <= 0:
-                raise PowerError(f"{limit.path} says {range_uj}: {label} cannot be told when it goes round")
+                raise PowerError(f"{path}/max_energy_range_uj says {range_uj}: {label} cannot be told when it goes round")
             counter = Counter(path / "energy_uj", (*place, *where), scope, label, range_uj, most_watts)
             counter.read()
         except OSError as error:

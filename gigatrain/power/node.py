@@ -15,11 +15,12 @@ from typing import Literal
 
 from gigatrain.errors import PowerError
 from gigatrain.power import redfish
-from gigatrain.power.host import File
+from gigatrain.power.host import File, once
 from gigatrain.power.reading import Sample, Scope, Source
 
 Kind = Literal["auto", "pm_counters", "redfish", "dcmi", "none"]
 UPDATE_S = 1.0  # MLPerf's rules want a sample a second; no BMC is asked more often
+PARTLY = "IPMI DCMI reads what the maker put behind it: on some machines the mainboard alone, without a tray of accelerators that has supplies of its own"
 STUCK_S = 5.0  # pm_counters have news ten times a second
 
 
@@ -38,15 +39,15 @@ def source(kind: Kind, sysfs: Path, place: tuple[str, ...]) -> tuple[Source | No
         return None, []
     if kind != "auto":
         try:
-            return openers[kind](), []
+            return openers[kind](), [PARTLY] if kind == "dcmi" else []
         except PowerError as error:
             raise PowerError(
                 f'power.node = "{kind}": {error}; or set power.node to "auto", which takes the first meter that answers'
             ) from None
     notes = []
-    for opener in openers.values():
+    for name, opener in openers.items():
         try:
-            return opener(), notes
+            return opener(), [*notes, PARTLY] if name == "dcmi" else notes
         except PowerError as error:
             notes.append(f"no node meter by {error}")
     return None, notes
@@ -75,7 +76,7 @@ class PmCounters:
         self._round: tuple[int, float] | None = None  # freshness, and since when it is that
         self._has = {name for name in self._files if (folder / name).exists()}
         try:
-            hertz = File(folder / "raw_scan_hz").number()
+            hertz = once(folder / "raw_scan_hz")
         except (OSError, PowerError):
             hertz = 10
         self.update_s = 1 / hertz if hertz > 0 else 0.1

@@ -14,7 +14,6 @@ import base64
 import contextlib
 import ipaddress
 import json
-import math
 import time
 from collections.abc import Mapping
 from decimal import Decimal
@@ -27,7 +26,9 @@ from gigatrain.errors import PowerError
 
 ANSWER_S = 5.0  # a BMC that takes longer for one answer does not answer
 WALK_S = 45.0  # for all of its chassis: a GB200 tray has some forty
+_SERVERS = ("RackMount", "StandAlone", "Blade", "Sled")  # types of a chassis that is one server, if with DPUs, which are computers too
 _ANSWER_BYTES = 4 << 20
+_MOST = 10**15
 _KWH_MJ = 3_600_000_000
 
 
@@ -156,7 +157,7 @@ class Service:
             raise _Absent(f"{path}: HTTP status {status}")
         try:
             answer = json.loads(body, parse_float=Decimal)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
             raise PowerError(f"{path}: its answer is no JSON object")
@@ -228,15 +229,15 @@ def _password(environ: Mapping[str, str]) -> str:
 
 
 def number(answer: Any, path: tuple[str | int, ...]) -> float | None:
-    """The finite number at a path of keys and indices; None where there is none."""
+    """The number at a path of keys and indices; None where there is none, or one that no meter gives."""
     for key in path:
         try:
             answer = answer[key]
         except (KeyError, IndexError, TypeError):
             return None
-    if isinstance(answer, bool) or not isinstance(answer, int | float | Decimal) or not math.isfinite(answer):
+    if isinstance(answer, bool) or not isinstance(answer, int | float | Decimal):
         return None
-    return float(answer)
+    return float(answer) if -_MOST < answer < _MOST else None
 
 
 def _link(answer: Any, *path: str) -> str | None:
@@ -259,13 +260,16 @@ def _links(answer: Any, *path: str) -> list[str]:
 def whole(service: Service, wanted: str | None) -> dict[str, Any]:
     """The chassis that is the whole node.
 
-    That is one that no other contains (Links.ContainedBy) but one of several nodes. NVIDIA's boards of GPUs are chassis too, called HGX_..., which on some BMCs
-    nothing contains: they never are the node. Where two are left, the one that a computer system is in; where two are still left, nobody guesses.
+    That is the one that no other contains; or the blade or sled with a computer system in it, whose container has others beside it. NVIDIA's boards of GPUs
+    are chassis too, called HGX_..., which on some BMCs nothing contains: they never are the node. Where two are left, the one that a computer system is in;
+    where two are still left, or the one left holds several computers, nobody guesses.
     """
     until = time.monotonic() + WALK_S
     address: str | None = _link(service.get("/redfish/v1/"), "Chassis") or "/redfish/v1/Chassis"
     members: list[str] = []
-    while address is not None:
+    pages: set[str] = set()
+    while address is not None and address not in pages:
+        pages.add(address)
         page = service.get(address)
         members += [one for one in _links(page, "Members") if one not in members]
         following = page.get("Members@odata.nextLink")
@@ -288,22 +292,38 @@ def whole(service: Service, wanted: str | None) -> dict[str, Any]:
     if wanted and found:
         return next(iter(found.values()))
     boards = {path for path in found if path.rpartition("/")[2].startswith("HGX_")}
-    holders = {path for path, one in found.items() if len(_systems(one)) > 1}
-    inside = {inner.rstrip("/") for path, one in found.items() if path not in holders for inner in _links(one, "Links", "Contains")}
-
-    def contained(path: str) -> bool:
-        outer = (_link(found[path], "Links", "ContainedBy") or "").rstrip("/")
-        return path in inside or (outer in found and outer not in holders)
-
-    tops = [path for path in found if path not in boards | holders and not contained(path)]
+    outer = {path: _outer(path, found) for path in found}
+    blades = {path for path in found if found[path].get("ChassisType") in ("Blade", "Sled") and _systems(found[path])} - boards
+    racks = {around for path in blades for around in _around(path, outer)}
+    tops = [path for path in found if path not in boards | racks and (path in blades or outer[path] is None or outer[path] in racks)]
     # A system first: a power supply that nothing contains may be metered too, and then it is better that the node is said to give no power.
     for better in (_systems, lambda one: _links(one, "Links", "Contains"), _metered):
         tops = [path for path in tops if better(found[path])] or tops
-    if len(tops) != 1 or (absent and not _systems(found[tops[0]])):
-        which = ", ".join(path.rpartition("/")[2] for path in (tops or found)) or "none"
+    several = len(tops) == 1 and len(_systems(found[tops[0]])) > 1 and found[tops[0]].get("ChassisType") not in _SERVERS
+    if len(tops) != 1 or several or (absent and not _systems(found[tops[0]])):
+        which = ", ".join(path.rpartition("/")[2] for path in (found if several else tops or found)) or "none"
         also = f"; not readable: {', '.join(absent)}" if absent else ""
         raise PowerError(f"does not say which chassis is the whole node (there are: {which}{also}); name it in GIGATRAIN_REDFISH_CHASSIS")
     return found[tops[0]]
+
+
+def _outer(path: str, found: dict[str, dict[str, Any]]) -> str | None:
+    """The chassis around another, by either one's links."""
+    around = (_link(found[path], "Links", "ContainedBy") or "").rstrip("/")
+    if around in found and around != path:
+        return around
+    return next(
+        (one for one in found if one != path and path in (inner.rstrip("/") for inner in _links(found[one], "Links", "Contains"))), None
+    )
+
+
+def _around(path: str, outer: dict[str, str | None]) -> list[str]:
+    """All chassis around another."""
+    around: list[str] = []
+    while (following := outer[path]) is not None and following not in around:
+        around.append(following)
+        path = following
+    return around
 
 
 def _systems(chassis: dict[str, Any]) -> list[str]:

@@ -277,8 +277,9 @@ def bmc(monkeypatch):
 
 @contextlib.contextmanager
 def opened(kind: node.Kind = "redfish", sysfs=Path("/nowhere")):
-    meter, _ = node.source(kind, sysfs, PLACE)
+    meter, notes = node.source(kind, sysfs, PLACE)
     assert meter is not None
+    assert any("mainboard" in note for note in notes) == (kind == "dcmi")
     try:
         yield meter
     finally:
@@ -313,18 +314,30 @@ def test_the_whole_node_is_read_and_not_the_board_within_it(bmc):
     assert not [thread for thread in threading.enumerate() if "Redfish" in thread.name]
 
 
-def test_a_node_within_an_enclosure_of_several_is_the_node(bmc):
+@pytest.mark.parametrize("systems", [["A"], ["A", "B"]])
+def test_a_sled_within_an_enclosure_of_several_is_the_node(bmc, systems):
     bmc(
         service(
-            chassis("Enclosure", systems=["A", "B"], contains=["NodeA", "Fans"], env=watts(40_000)),
-            chassis("NodeA", systems=["A"], within="Enclosure", contains=["Board"], power=control(1000, 700, 200)),
-            chassis("Board", within="NodeA", systems=["A"], power=control(700)),
-            chassis("Fans", within="Enclosure"),
+            chassis("Enclosure", systems=systems, contains=["NodeA", "Fans"], env=watts(40_000), kind="Enclosure"),
+            chassis("NodeA", systems=["A"], within="Enclosure", contains=["Board"], power=control(1000, 700, 200), kind="Sled"),
+            chassis("Board", within="NodeA", systems=["A"], power=control(700), kind="Module"),
+            chassis("Fans", within="Enclosure", kind="Component"),
         )
     )
     with opened() as meter:
         assert meter.read().milliwatts == 1_000_000  # the first; the others are parts of it
         assert meter.name.endswith("Chassis/NodeA PowerControl.0.PowerConsumedWatts")
+
+
+def test_several_computers_are_one_node_only_where_the_chassis_is_a_server(bmc):
+    server = bmc(service(chassis("Chassis_0", systems=["System_0", "HGX_Baseboard_0", "BlueField_0"], env=watts(9000)), chassis("Slot1")))
+    with opened() as meter:
+        assert meter.read().milliwatts == 9_000_000
+    server.objects = service(
+        chassis("Frame", systems=["A", "B"], env=watts(9000), kind="Enclosure"), chassis("Slot1", systems=["A"], within="Frame")
+    )
+    with pytest.raises(PowerError, match="which chassis is the whole node .there are: Frame, Slot1"):
+        node.source("redfish", Path("/nowhere"), PLACE)
 
 
 def test_two_that_may_be_the_node_are_named_and_one_can_be_chosen(bmc, monkeypatch):
@@ -346,6 +359,7 @@ def test_two_that_may_be_the_node_are_named_and_one_can_be_chosen(bmc, monkeypat
         ({}, None, "has no PowerWatts.Reading"),
         (watts(None), control(None), "has no PowerWatts.Reading; .*PowerConsumedWatts"),
         (watts("12"), {"PowerControl": []}, "gives no power"),
+        (watts(10**400), None, "has no PowerWatts.Reading"),
         (watts(0), None, "says 0 for PowerWatts.Reading: no running node"),
         ({"EnergykWh": {"Reading": 325675.1}}, None, "has no PowerWatts.Reading"),  # 360 kJ a step: half a minute of a node
     ],
