@@ -39,7 +39,7 @@ def server(sysfs: Path) -> dict[str, Path]:
         "uncore1": zone(sysfs, "intel-rapl:1:0", "uncore"),
         "dram1": zone(sysfs, "intel-rapl:1:1", "dram", 66_000_000, 65_712_999_613),
         "psys": zone(sysfs, "intel-rapl:2", "psys", 9_000_000_000),
-        "again0": zone(sysfs, "intel-rapl-mmio:0", "package-0", 1_000_000_000),
+        "again0": zone(sysfs, "intel-rapl-mmio:0", "package-0", 3_000_000_000),  # another number, by which it can be told which was read
         "again1": zone(sysfs, "intel-rapl-mmio:1", "package-1", 2_000_000_000),
     }
 

@@ -314,6 +314,16 @@ def test_the_whole_node_is_read_and_not_the_board_within_it(bmc):
     assert not [thread for thread in threading.enumerate() if "Redfish" in thread.name]
 
 
+def test_a_board_of_gpus_is_never_the_node_whatever_else_there_is(bmc):
+    board = chassis("HGX_Chassis_0", systems=["Self"], contains=["HGX_GPU_SXM_1"], env=watts(5600))
+    server = bmc(service(board, chassis("HGX_GPU_SXM_1"), chassis("Plain", power=control(9000))))
+    with opened() as meter:
+        assert meter.read().milliwatts == 9_000_000
+    server.objects = service(board)
+    with pytest.raises(PowerError, match="which chassis is the whole node .there are: HGX_Chassis_0"):
+        node.source("redfish", Path("/nowhere"), PLACE)
+
+
 @pytest.mark.parametrize("systems", [["A"], ["A", "B"]])
 def test_a_sled_within_an_enclosure_of_several_is_the_node(bmc, systems):
     bmc(
@@ -365,7 +375,13 @@ def test_two_that_may_be_the_node_are_named_and_one_can_be_chosen(bmc, monkeypat
     ],
 )
 def test_a_node_that_gives_no_power_is_not_replaced_by_its_board(bmc, env, power, why):
-    server = bmc(service(chassis("HGX_Chassis_0", env=watts(5600)), chassis("Self", systems=["Self"], env=env, power=power)))
+    server = bmc(
+        service(
+            chassis("HGX_Chassis_0", env=watts(5600)),
+            chassis("PSU_1", power=control(4000)),
+            chassis("Self", systems=["Self"], env=env, power=power),
+        )
+    )
     with pytest.raises(PowerError, match=why):
         node.source("redfish", Path("/nowhere"), PLACE)
     assert server.sessions == set()
