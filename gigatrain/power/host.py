@@ -31,7 +31,7 @@ _UNKNOWN_UW = 0xFFFFFFFF * 1_000  # ACPI's _PMM answers 0xFFFFFFFF milliwatts wh
 
 
 class File:
-    """A small file of the kernel that is read again and again through one descriptor (a tenth of the cost of opening it), and opened anew after an error."""
+    """A small file of the kernel that is read again and again through one descriptor (a third of the cost of opening it), and opened anew after an error."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,6 +60,15 @@ class File:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def once(path: Path) -> int:
+    """The number in a file that is read one time; raises as `File.number` does."""
+    file = File(path)
+    try:
+        return file.number()
+    finally:
+        file.close()
 
 
 class Counter:
@@ -146,7 +155,7 @@ def sources(sysfs: Path, place: tuple[str, ...]) -> tuple[list[Source], list[str
     found += packages
     notes += more
     if not packages:
-        sockets, more = _amd(sysfs / "class" / "hwmon", place)
+        sockets, more = _amd(sysfs, place)
         found += sockets
         notes += more
     found += platform
@@ -185,11 +194,9 @@ def _rapl(folder: Path, place: tuple[str, ...]) -> tuple[list[Source], list[Sour
         label = f"RAPL {outer if whole else kind if platform else f'{outer} dram'}"
         most_watts = PACKAGE_WATTS if whole else NODE_WATTS if platform else MEMORY_WATTS
         try:
-            limit = File(path / "max_energy_range_uj")
-            range_uj = limit.number()
-            limit.close()
+            range_uj = once(path / "max_energy_range_uj")
             if range_uj <= 0:
-                raise PowerError(f"{limit.path} says {range_uj}: {label} cannot be told when it goes round")
+                raise PowerError(f"{path}/max_energy_range_uj says {range_uj}: {label} cannot be told when it goes round")
             counter = Counter(path / "energy_uj", (*place, *where), scope, label, range_uj, most_watts)
             counter.read()
         except OSError as error:
@@ -290,21 +297,32 @@ def _acpi(folder: Path, place: tuple[str, ...]) -> tuple[list[Source], list[str]
     return found, notes + _refusals(refused)
 
 
-def _amd(folder: Path, place: tuple[str, ...]) -> tuple[list[Source], list[str]]:
-    """Sockets by amd_energy, for where RAPL's zones are not: a driver (out of the kernel's tree since 5.13) that reads the same registers and unwraps them."""
+def _amd(sysfs: Path, place: tuple[str, ...]) -> tuple[list[Source], list[str]]:
+    """Sockets by amd_energy, for where RAPL's zones are not: a driver (out of the kernel's tree since 5.13) that reads the same registers and unwraps them.
+
+    What it calls a socket is a NUMA node (`sockets = num_possible_nodes()`): of a package that the BIOS shows as four nodes it has four, each the whole of it.
+    """
     found: list[Source] = []
+    taken: set[str] = set()
     notes: list[str] = []
     refused: dict[str, tuple[Path, OSError]] = {}
-    for hwmon in _entries(folder):
+    for hwmon in _entries(sysfs / "class" / "hwmon"):
         if _text(hwmon / "name") != "amd_energy":
             continue
-        for info in sorted(hwmon.glob("energy*_label")):
-            socket = re.fullmatch(r"Esocket(\d+)", _text(info) or "")
+        for info in _entries(hwmon):
+            socket = re.fullmatch(r"Esocket(\d+)", _text(info) or "") if re.fullmatch(r"energy\d+_label", info.name) else None
             if socket is None:
                 continue  # Ecore: within its socket
             path = hwmon / f"{info.name.partition('_')[0]}_input"
-            label = f"amd_energy socket {socket[1]}"
-            counter = Counter(path, (*place, f"package-{socket[1]}"), "cpu", label, None, PACKAGE_WATTS)
+            first = re.match(r"\d+", _text(sysfs / "devices" / "system" / "node" / f"node{socket[1]}" / "cpulist") or "")
+            package = _text(sysfs / "devices" / "system" / "cpu" / f"cpu{first[0]}" / "topology" / "physical_package_id") if first else None
+            label = f"amd_energy {socket[0]}"
+            if package is None:
+                notes.append(f"{label} is not read: {sysfs}/devices/system does not say in which package NUMA node {socket[1]} is")
+                continue
+            if package in taken:
+                continue
+            counter = Counter(path, (*place, f"package-{package}"), "cpu", f"{label}, package-{package}", None, PACKAGE_WATTS)
             try:
                 counter.read()
             except OSError as error:
@@ -313,6 +331,7 @@ def _amd(folder: Path, place: tuple[str, ...]) -> tuple[list[Source], list[str]]
                 notes.append(f"{label} is not read: {error}")
             else:
                 found.append(counter)
+                taken.add(package)
     return found, notes + _refusals(refused)
 
 

@@ -1,45 +1,27 @@
 """The meter of a whole node: HPE Cray's pm_counters, else the BMC by Redfish, else by IPMI DCMI.
 
 A BMC answers in tenths of a second to seconds, and is not to be asked ten times a second: `Polled` asks it from a thread of its own, and its `read` gives what
-was last heard with the time that it is of. Formats: Cray-HPE/docs-csm User_Access_to_Compute_Node_Power_Data.md; DMTF's schemas Chassis, EnvironmentMetrics and
-Power; ipmitool's lib/ipmi_dcmi.c.
-
-A BMC's account comes from the environment and from nowhere else, and is in no log and in no error:
-
-    GIGATRAIN_REDFISH_URL       https://bmc-name, or http:// to this machine itself; default: the host interface that SMBIOS names (DSP0270; root reads it)
-    GIGATRAIN_REDFISH_USER, GIGATRAIN_REDFISH_PASSWORD or GIGATRAIN_REDFISH_PASSWORD_FILE
-    GIGATRAIN_REDFISH_CA        file of certificates by which the BMC's is judged; default: the system's
-    GIGATRAIN_REDFISH_CHASSIS   Id of the chassis that is the whole node, where the BMC's own links do not say
+was last heard with the time that it is of. Formats: Cray-HPE/docs-csm User_Access_to_Compute_Node_Power_Data.md; redfish.py; ipmitool's lib/ipmi_dcmi.c.
 """
 
-import base64
-import contextlib
-import ipaddress
-import json
-import math
 import os
 import re
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from decimal import Decimal
-from email.message import Message
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Literal
 
 from gigatrain.errors import PowerError
-from gigatrain.power.host import File
+from gigatrain.power import redfish
+from gigatrain.power.host import File, once
 from gigatrain.power.reading import Sample, Scope, Source
 
 Kind = Literal["auto", "pm_counters", "redfish", "dcmi", "none"]
 UPDATE_S = 1.0  # MLPerf's rules want a sample a second; no BMC is asked more often
-ANSWER_S = 5.0  # a BMC that takes longer for one answer does not answer
-WALK_S = 45.0  # all of its chassis: a GB200 tray has some forty
+PARTLY = "IPMI DCMI reads what the maker put behind it: on some machines the mainboard alone, without a tray of accelerators that has supplies of its own"
 STUCK_S = 5.0  # pm_counters have news ten times a second
-_ANSWER_BYTES = 4 << 20
-_KWH_MJ = 3_600_000_000
 
 
 def source(kind: Kind, sysfs: Path, place: tuple[str, ...]) -> tuple[Source | None, list[str]]:
@@ -50,22 +32,22 @@ def source(kind: Kind, sysfs: Path, place: tuple[str, ...]) -> tuple[Source | No
     """
     openers: dict[str, Callable[[], Source]] = {
         "pm_counters": lambda: PmCounters(sysfs / "cray" / "pm_counters", place),
-        "redfish": lambda: redfish({"GIGATRAIN_REDFISH_URL": host_interface(sysfs), **os.environ}, place),
+        "redfish": lambda: redfish_node({"GIGATRAIN_REDFISH_URL": redfish.host_interface(sysfs), **os.environ}, place),
         "dcmi": lambda: dcmi(place),
     }
     if kind == "none":
         return None, []
     if kind != "auto":
         try:
-            return openers[kind](), []
+            return openers[kind](), [PARTLY] if kind == "dcmi" else []
         except PowerError as error:
             raise PowerError(
                 f'power.node = "{kind}": {error}; or set power.node to "auto", which takes the first meter that answers'
             ) from None
     notes = []
-    for opener in openers.values():
+    for name, opener in openers.items():
         try:
-            return opener(), notes
+            return opener(), [*notes, PARTLY] if name == "dcmi" else notes
         except PowerError as error:
             notes.append(f"no node meter by {error}")
     return None, notes
@@ -94,7 +76,7 @@ class PmCounters:
         self._round: tuple[int, float] | None = None  # freshness, and since when it is that
         self._has = {name for name in self._files if (folder / name).exists()}
         try:
-            hertz = File(folder / "raw_scan_hz").number()
+            hertz = once(folder / "raw_scan_hz")
         except (OSError, PowerError):
             hertz = 10
         self.update_s = 1 / hertz if hertz > 0 else 0.1
@@ -150,7 +132,9 @@ class Polled:
     wrap_mj: int | None = None
     scope: Scope = "node"
 
-    def __init__(self, name: str, place: tuple[str, ...], look: Callable[[], Sample], leave: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, name: str, place: tuple[str, ...], look: Callable[[], Sample], leave: Callable[[], None] = lambda: None, *, times: int = 1
+    ) -> None:
         self.place = place
         self.name = name
         self._look = look
@@ -163,7 +147,7 @@ class Polled:
         except BaseException:
             leave()
             raise
-        self.update_s = max(UPDATE_S, 2 * (time.monotonic() - began))  # a BMC that is slow is asked less
+        self.update_s = max(times * UPDATE_S, 2 * (time.monotonic() - began))  # a BMC that is slow is asked less
         self._thread = threading.Thread(target=self._poll, name=f"gigatrain {name}", daemon=True)
         self._thread.start()
 
@@ -188,364 +172,37 @@ class Polled:
     def close(self) -> None:
         """Ends its thread, for which it waits as long as an answer and a farewell may take."""
         self._stop.set()
-        self._thread.join(2 * ANSWER_S)
+        self._thread.join(2 * redfish.ANSWER_S)
 
 
-def redfish(environ: Mapping[str, str], place: tuple[str, ...]) -> Source:
-    """The node's chassis by its BMC; raises PowerError."""
-    service = Service(environ)
+def redfish_node(environ: Mapping[str, str], place: tuple[str, ...]) -> Source:
+    """The node's chassis by its BMC, with the account of `environ` (redfish.py); raises PowerError."""
+    service = redfish.Service(environ)
     try:
         service.begin()
-        chassis = _chassis(service, environ.get("GIGATRAIN_REDFISH_CHASSIS"))
-        metrics, field, energy = _metrics(service, chassis)
+        chassis = redfish.whole(service, environ.get("GIGATRAIN_REDFISH_CHASSIS"))
+        address, field = redfish.metrics(service, chassis)
     except (OSError, PowerError) as error:
         service.close()
         raise PowerError(f"Redfish: {service.where} {error}") from None
+    first = str(field[0])
+    counts = first.startswith("Energy")
 
     def look() -> Sample:
         before = time.monotonic()
-        answer = service.get(metrics)
+        answer = service.get(address)
         now = (before + time.monotonic()) / 2
-        watts = _found(answer, field) if field else None
-        if field and (watts is None or watts <= 0):
-            raise PowerError(
-                f"{metrics} says {'nothing' if watts is None else watts} for {'.'.join(map(str, field))}: no running node draws that"
-            )
-        counter = _energy_mj(answer, energy) if energy else None
-        return Sample(now, counter_mj=counter, milliwatts=None if watts is None else round(watts * 1000))
+        value = redfish.number(answer, field)
+        if value is None or value <= 0:
+            says = "nothing" if value is None else f"{value:g}"
+            raise PowerError(f"{address} says {says} for {'.'.join(map(str, field))}: no running node draws that")
+        return Sample(now, counter_mj=redfish.millijoules(answer, first)) if counts else Sample(now, milliwatts=round(value * 1000))
 
-    name = f"Redfish, {chassis['@odata.id']} {'.'.join(map(str, field or energy or ()))}"
+    name = f"Redfish, {chassis['@odata.id']} {'.'.join(map(str, field))}"
     try:
-        return Polled(name, place, look, service.close)
+        return Polled(name, place, look, service.close, times=10 if counts else 1)
     except (OSError, PowerError) as error:
         raise PowerError(f"Redfish: {service.where} {error}") from None
-
-
-def host_interface(sysfs: Path) -> str:
-    """The BMC's address on this machine's own network to it, by SMBIOS type 42 with Redfish over IP (DSP0270 8.4.1, as dmidecode prints it); "" without."""
-    for file in sorted((sysfs / "firmware" / "dmi" / "entries").glob("42-*/raw")):
-        try:
-            raw = file.read_bytes()
-            at = 7 + raw[5]  # after the description of the network device and the number of records
-            for _ in range(raw[at - 1]):
-                kind, size = raw[at], raw[at + 1]
-                record = raw[at + 2 : at + 2 + size]
-                at += 2 + size
-                if raw[4] != 0x40 or kind != 4 or record[50] not in (1, 3):  # network; Redfish over IP; its address static, or by itself
-                    continue
-                address = ipaddress.ip_address(record[52:56] if record[51] == 1 else record[52:68])
-                port = int.from_bytes(record[84:86], "little")
-                return f"https://{f'[{address}]' if address.version == 6 else address}:{port}"
-        except (OSError, IndexError, ValueError):
-            continue  # root's alone, or of an older form
-    return ""
-
-
-class _Absent(PowerError):
-    """The service answers, and has not this object."""
-
-
-class Service:
-    """A Redfish service, over one connection that stays open: a BMC's processor takes longer for a handshake than for the answer.
-
-    http.client and not urllib's opener, because that goes through proxies, and follows redirects with whatever headers it has: the token is for one host.
-    """
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        import http.client
-        import ssl
-
-        url = environ.get("GIGATRAIN_REDFISH_URL", "")
-        if not url:
-            raise PowerError(
-                "Redfish: GIGATRAIN_REDFISH_URL is not set, and SMBIOS names no address: set the BMC's, with GIGATRAIN_REDFISH_USER and _PASSWORD_FILE"
-            )
-        try:
-            parts = urlsplit(url)
-            host, port, secret = parts.hostname, parts.port, "@" in parts.netloc
-        except ValueError:
-            host, port, secret, parts = None, None, False, urlsplit("")
-        if secret:
-            raise PowerError(
-                "Redfish: GIGATRAIN_REDFISH_URL holds a user or a password; they belong into GIGATRAIN_REDFISH_USER and GIGATRAIN_REDFISH_PASSWORD_FILE"
-            )
-        if (
-            not host
-            or parts.scheme not in ("https", "http")
-            or parts.path.strip("/") not in ("", "redfish/v1")
-            or parts.query
-            or parts.fragment
-        ):
-            raise PowerError("Redfish: GIGATRAIN_REDFISH_URL is not of the form https://host or https://host:port")
-        if parts.scheme == "http" and not _loopback(host):
-            raise PowerError(
-                f"Redfish: GIGATRAIN_REDFISH_URL is http:// to {host}, and a password would go over the network as it is; use https:// "
-                "(GIGATRAIN_REDFISH_CA takes a certificate of the BMC's own)"
-            )
-        self.where = f"{parts.scheme}://{parts.netloc}:"
-        self._user = environ.get("GIGATRAIN_REDFISH_USER", "")
-        self._password = _password(environ)
-        if bool(self._user) != bool(self._password):
-            raise PowerError(
-                "Redfish: of user and password only one is set; set GIGATRAIN_REDFISH_USER and GIGATRAIN_REDFISH_PASSWORD_FILE, or neither"
-            )
-        self._headers: dict[str, str] = {"Accept": "application/json", "OData-Version": "4.0", "User-Agent": "gigatrain"}
-        self._session: str | None = None  # its address, by which it is ended
-        self._sessions: str | None = None  # where one is begun
-        self._errors = (http.client.HTTPException,)
-        if parts.scheme == "http":
-            self._connection = http.client.HTTPConnection(host, port, timeout=ANSWER_S)
-        else:
-            ca = environ.get("GIGATRAIN_REDFISH_CA")
-            try:
-                context = ssl.create_default_context(cafile=ca or None)
-            except OSError as error:  # ssl's errors are OSErrors
-                raise PowerError(f"Redfish: GIGATRAIN_REDFISH_CA {ca}: {error.strerror or error}") from None
-            self._connection = http.client.HTTPSConnection(host, port, timeout=ANSWER_S, context=context)
-
-    def begin(self) -> None:
-        """Logs in: a session, or Basic where the service has none to give. The root says where sessions are, and is readable by everybody."""
-        if not self._user:
-            return
-        root = self.get("/redfish/v1/")
-        self._sessions = _link(root, "Links", "Sessions") or "/redfish/v1/SessionService/Sessions"
-        self._login()
-
-    def _login(self) -> None:
-        assert self._sessions is not None
-        self._headers.pop("X-Auth-Token", None)
-        self._headers.pop("Authorization", None)
-        self._session = None
-        status, headers, _ = self._ask("POST", self._sessions, {"UserName": self._user, "Password": self._password})
-        if status in (401, 403):
-            raise PowerError(
-                f"refuses this account ({status}); look at GIGATRAIN_REDFISH_USER and GIGATRAIN_REDFISH_PASSWORD, and whether the account is locked"
-            )
-        token = headers.get("X-Auth-Token", "")
-        if status in (200, 201) and token and token.isascii() and token.isprintable():
-            self._headers["X-Auth-Token"] = token
-            location = urlsplit(headers.get("Location", "")).path
-            self._session = location if location.startswith("/redfish/") else None
-        else:
-            both = base64.b64encode(f"{self._user}:{self._password}".encode()).decode()
-            self._headers["Authorization"] = f"Basic {both}"
-
-    def get(self, path: str) -> dict[str, Any]:
-        """The object at a path, its fractions as Decimals; a session that has ended is begun again, once. Raises OSError or PowerError."""
-        status, _, body = self._ask("GET", path)
-        if status == 401 and self._sessions is not None:
-            self._login()
-            status, _, body = self._ask("GET", path)
-        if status in (401, 403):
-            raise PowerError(
-                f"{path}: {status}, this account may not read it"
-                if self._user
-                else f"{path}: {status}; set GIGATRAIN_REDFISH_USER and _PASSWORD_FILE"
-            )
-        if status != 200:
-            raise _Absent(f"{path}: HTTP status {status}")
-        try:
-            answer = json.loads(body, parse_float=Decimal)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise PowerError(f"{path}: its answer is no JSON object")
-        return answer
-
-    def _ask(self, method: str, path: str, data: Mapping[str, str] | None = None) -> tuple[int, Message, bytes]:
-        import ssl
-
-        headers = dict(self._headers)
-        body = None
-        if data is not None:
-            body = json.dumps(data).encode()
-            headers["Content-Type"] = "application/json"
-        for attempt in range(2):
-            kept = self._connection.sock is not None
-            try:
-                self._connection.request(method, path, body, headers)
-                answer = self._connection.getresponse()
-                text = answer.read(_ANSWER_BYTES + 1)
-                if len(text) > _ANSWER_BYTES:
-                    raise PowerError(f"{path}: more than {_ANSWER_BYTES >> 20} MiB")
-                return answer.status, answer.headers, text
-            except ssl.SSLCertVerificationError as error:
-                self._connection.close()
-                raise PowerError(
-                    f"its certificate is not trusted ({error.verify_message}); give the one that signed it in GIGATRAIN_REDFISH_CA, and the name that "
-                    "is in it in GIGATRAIN_REDFISH_URL (a line of /etc/hosts can give that name an address)"
-                ) from None
-            except TimeoutError:
-                self._connection.close()
-                raise PowerError(f"{path}: no answer within {ANSWER_S:g} s") from None
-            except (OSError, *self._errors) as error:
-                self._connection.close()
-                if kept and attempt == 0 and method != "POST":
-                    continue  # it closed a connection that had been idle
-                raise PowerError(f"{path}: {type(error).__name__} {getattr(error, 'strerror', None) or ''}".rstrip()) from None
-            except PowerError:
-                self._connection.close()
-                raise
-        raise AssertionError("unreachable")
-
-    def close(self) -> None:
-        """Ends the session, of which a BMC has few."""
-        if self._session is not None:
-            with contextlib.suppress(OSError, PowerError):  # else it ends by itself in time
-                self._ask("DELETE", self._session)
-            self._session = None
-        self._headers.clear()
-        self._connection.close()
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _password(environ: Mapping[str, str]) -> str:
-    path = environ.get("GIGATRAIN_REDFISH_PASSWORD_FILE")
-    if path and environ.get("GIGATRAIN_REDFISH_PASSWORD"):
-        raise PowerError("Redfish: both GIGATRAIN_REDFISH_PASSWORD and GIGATRAIN_REDFISH_PASSWORD_FILE are set; leave one")
-    if not path:
-        return environ.get("GIGATRAIN_REDFISH_PASSWORD", "")
-    try:
-        return Path(path).read_text().rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PowerError(f"Redfish: GIGATRAIN_REDFISH_PASSWORD_FILE {path}: {getattr(error, 'strerror', None) or 'is no text'}") from None
-
-
-def _found(answer: Any, path: tuple[str | int, ...]) -> float | None:
-    """The finite number at a path of keys and indices; None where there is none."""
-    for key in path:
-        try:
-            answer = answer[key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    if isinstance(answer, bool) or not isinstance(answer, int | float | Decimal) or not math.isfinite(answer):
-        return None
-    return float(answer)
-
-
-def _link(answer: Any, *path: str) -> str | None:
-    """The address that a property links to, if it is one of a Redfish service."""
-    for key in (*path, "@odata.id"):
-        answer = answer.get(key) if isinstance(answer, dict) else None
-    return (
-        answer
-        if isinstance(answer, str) and answer.startswith("/redfish/") and answer.isascii() and answer.isprintable() and " " not in answer
-        else None
-    )
-
-
-def _links(answer: Any, *path: str) -> list[str]:
-    for key in path:
-        answer = answer.get(key) if isinstance(answer, dict) else None
-    return [found for one in answer if (found := _link(one)) is not None] if isinstance(answer, list) else []
-
-
-def _chassis(service: Service, wanted: str | None) -> dict[str, Any]:
-    """The chassis that is the whole node.
-
-    That is one that no other contains (Links.ContainedBy) but one of several nodes. NVIDIA's boards of GPUs are chassis too, called HGX_..., which on some BMCs
-    nothing contains: they never are the node. Where two are left, the one that a computer system is in; where two are still left, nobody guesses.
-    """
-    until = time.monotonic() + WALK_S
-    address: str | None = _link(service.get("/redfish/v1/"), "Chassis") or "/redfish/v1/Chassis"
-    members: list[str] = []
-    while address is not None:
-        page = service.get(address)
-        members += [one for one in _links(page, "Members") if one not in members]
-        following = page.get("Members@odata.nextLink")
-        address = following if isinstance(following, str) and following.startswith("/redfish/") and len(members) < 1000 else None
-    if wanted:
-        members = [one for one in members if one.rstrip("/").rpartition("/")[2] == wanted]
-        if not members:
-            raise PowerError(f"has no chassis {wanted}, which GIGATRAIN_REDFISH_CHASSIS names")
-    found: dict[str, dict[str, Any]] = {}
-    absent: list[str] = []
-    for one in members:
-        if time.monotonic() > until:
-            raise PowerError(
-                f"took {WALK_S:g} s for {len(found)} of its {len(members)} chassis; name the node's in GIGATRAIN_REDFISH_CHASSIS"
-            )
-        try:
-            found[one.rstrip("/")] = {**service.get(one), "@odata.id": one}
-        except _Absent as error:  # a board whose own controller is not up yet; if it was the node, another is not taken for it: it has no computer system
-            absent.append(str(error))
-    if wanted and found:
-        return next(iter(found.values()))
-    boards = {path for path in found if path.rpartition("/")[2].startswith("HGX_")}
-    holders = {path for path, one in found.items() if len(_systems(one)) > 1}
-    inside = {inner.rstrip("/") for path, one in found.items() if path not in holders for inner in _links(one, "Links", "Contains")}
-
-    def contained(path: str) -> bool:
-        outer = (_link(found[path], "Links", "ContainedBy") or "").rstrip("/")
-        return path in inside or (outer in found and outer not in holders)
-
-    whole = [path for path in found if path not in boards | holders and not contained(path)]
-    # A system first: a power supply that nothing contains may be metered too, and then it is better that the node is said to give no power.
-    for better in (_systems, lambda one: _links(one, "Links", "Contains"), _metered):
-        whole = [path for path in whole if better(found[path])] or whole
-    if len(whole) != 1 or (absent and not _systems(found[whole[0]])):
-        which = ", ".join(path.rpartition("/")[2] for path in (whole or found)) or "none"
-        also = f"; not readable: {', '.join(absent)}" if absent else ""
-        raise PowerError(f"does not say which chassis is the whole node (there are: {which}{also}); name it in GIGATRAIN_REDFISH_CHASSIS")
-    return found[whole[0]]
-
-
-def _systems(chassis: dict[str, Any]) -> list[str]:
-    """The computers in a chassis; NVIDIA's boards of GPUs, which call themselves systems, are none."""
-    return [one for one in _links(chassis, "Links", "ComputerSystems") if not one.rstrip("/").rpartition("/")[2].startswith("HGX_")]
-
-
-def _metered(chassis: dict[str, Any]) -> bool:
-    return _link(chassis, "EnvironmentMetrics") is not None or _link(chassis, "Power") is not None
-
-
-def _metrics(service: Service, chassis: dict[str, Any]) -> tuple[str, tuple[str | int, ...] | None, tuple[str, ...] | None]:
-    """Where its power is: address, path of the watts, path of the joules."""
-    tried = []
-    if (address := _link(chassis, "EnvironmentMetrics")) is not None:
-        try:
-            answer = service.get(address)
-        except _Absent as error:
-            tried.append(str(error))
-        else:
-            field = ("PowerWatts", "Reading")
-            watts = field if _found(answer, field) is not None else None
-            energy = next((one for one in (("EnergyJoules", "Reading"), ("EnergykWh", "Reading")) if _fine(answer, one)), None)
-            if watts or energy:
-                return address, watts, energy
-            tried.append(f"{address} has no PowerWatts.Reading")
-    if (address := _link(chassis, "Power")) is not None:
-        path = ("PowerControl", 0, "PowerConsumedWatts")  # the first is the chassis; what follows are parts of it
-        try:
-            if _found(service.get(address), path) is not None:
-                return address, path, None
-            tried.append(f"{address} has no PowerControl[0].PowerConsumedWatts")
-        except _Absent as error:
-            tried.append(str(error))
-    raise PowerError(
-        f"{chassis['@odata.id']} is the node, and gives no power ({'; '.join(tried) or 'neither EnvironmentMetrics nor Power'}); "
-        "if another chassis is the node, name it in GIGATRAIN_REDFISH_CHASSIS"
-    )
-
-
-def _fine(answer: dict[str, Any], path: tuple[str, ...]) -> bool:
-    """Whether it is a counter to measure a minute by: joules, or kWh to the third place (3.6 kJ, half a second of a node)."""
-    if _found(answer, path) is None:
-        return False
-    reading = answer[path[0]][path[1]]
-    return path[0] == "EnergyJoules" or (isinstance(reading, Decimal) and int(reading.as_tuple().exponent) <= -3)
-
-
-def _energy_mj(answer: dict[str, Any], path: tuple[str, ...]) -> int | None:
-    if _found(answer, path) is None:
-        return None
-    return int(Decimal(answer[path[0]][path[1]]) * (1000 if path[0] == "EnergyJoules" else _KWH_MJ))
 
 
 def dcmi(place: tuple[str, ...]) -> Source:
@@ -579,12 +236,12 @@ def _reading(program: str) -> int:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=ANSWER_S,
+            timeout=redfish.ANSWER_S,
             env=environment,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise PowerError(f"`ipmitool dcmi power reading` did not end within {ANSWER_S:g} s") from None
+        raise PowerError(f"`ipmitool dcmi power reading` did not end within {redfish.ANSWER_S:g} s") from None
     if ran.returncode != 0:
         said = " ".join(ran.stderr.split())[:200] or "nothing"
         raise PowerError(

@@ -39,7 +39,7 @@ def server(sysfs: Path) -> dict[str, Path]:
         "uncore1": zone(sysfs, "intel-rapl:1:0", "uncore"),
         "dram1": zone(sysfs, "intel-rapl:1:1", "dram", 66_000_000, 65_712_999_613),
         "psys": zone(sysfs, "intel-rapl:2", "psys", 9_000_000_000),
-        "again0": zone(sysfs, "intel-rapl-mmio:0", "package-0", 1_000_000_000),
+        "again0": zone(sysfs, "intel-rapl-mmio:0", "package-0", 3_000_000_000),  # another number, by which it can be told which was read
         "again1": zone(sysfs, "intel-rapl-mmio:1", "package-1", 2_000_000_000),
     }
 
@@ -296,11 +296,20 @@ def test_a_socket_that_draws_nothing_or_does_not_know_is_refused(tmp_path, micro
     assert host.sources(tmp_path, PLACE)[0] == []
 
 
-def energy(sysfs: Path) -> Path:
+def energy(sysfs: Path, packages=(0, 1)) -> Path:
+    """amd_energy on a machine whose NUMA nodes lie in these packages."""
+    for number, package in enumerate(packages):
+        for at, text in (
+            (f"node/node{number}/cpulist", f"{8 * number}-{8 * number + 7}"),
+            (f"cpu/cpu{8 * number}/topology/physical_package_id", package),
+        ):
+            path = sysfs / "devices" / "system" / at
+            path.parent.mkdir(parents=True)
+            path.write_text(f"{text}\n")
     hwmon = sysfs / "class" / "hwmon" / "hwmon2"
     hwmon.mkdir(parents=True)
     (hwmon / "name").write_text("amd_energy\n")
-    for number, label in enumerate(["Ecore000", "Ecore001", "Esocket0", "Esocket1"], start=1):
+    for number, label in enumerate(["Ecore000", "Ecore001", *(f"Esocket{one}" for one in range(len(packages)))], start=1):
         (hwmon / f"energy{number}_label").write_text(f"{label}\n")
         (hwmon / f"energy{number}_input").write_text(f"{number}000000\n")
     return hwmon
@@ -311,6 +320,16 @@ def test_amd_energy_gives_sockets_where_rapl_does_not(tmp_path):
     sources, notes = host.sources(tmp_path, PLACE)
     assert [(one.place[1], one.scope, one.read().counter_mj) for one in sources] == [("package-0", "cpu", 3000), ("package-1", "cpu", 4000)]
     assert notes == []
+
+
+def test_amd_energy_counts_a_package_of_four_numa_nodes_once(tmp_path):
+    energy(tmp_path, (0, 0, 0, 0, 1, 1, 1, 1))
+    sources, _ = host.sources(tmp_path, PLACE)
+    assert [(one.place[1], one.read().counter_mj) for one in sources] == [("package-0", 3000), ("package-1", 7000)]
+    shutil.rmtree(tmp_path / "devices" / "system" / "node" / "node4")
+    sources, notes = host.sources(tmp_path, PLACE)
+    assert [one.name for one in sources] == ["amd_energy Esocket0, package-0", "amd_energy Esocket5, package-1"]
+    assert any("Esocket4 is not read" in note for note in notes)
 
 
 def test_amd_energy_is_not_read_beside_rapl_of_the_same_packages(tmp_path):

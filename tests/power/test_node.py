@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gigatrain.errors import PowerError
-from gigatrain.power import node
+from gigatrain.power import node, redfish
 
 PLACE = ("node17",)
 USER, PASSWORD = "meter-reader", "s3cret: with, signs"
@@ -277,8 +277,9 @@ def bmc(monkeypatch):
 
 @contextlib.contextmanager
 def opened(kind: node.Kind = "redfish", sysfs=Path("/nowhere")):
-    meter, _ = node.source(kind, sysfs, PLACE)
+    meter, notes = node.source(kind, sysfs, PLACE)
     assert meter is not None
+    assert any("mainboard" in note for note in notes) == (kind == "dcmi")
     try:
         yield meter
     finally:
@@ -313,18 +314,40 @@ def test_the_whole_node_is_read_and_not_the_board_within_it(bmc):
     assert not [thread for thread in threading.enumerate() if "Redfish" in thread.name]
 
 
-def test_a_node_within_an_enclosure_of_several_is_the_node(bmc):
+def test_a_board_of_gpus_is_never_the_node_whatever_else_there_is(bmc):
+    board = chassis("HGX_Chassis_0", systems=["Self"], contains=["HGX_GPU_SXM_1"], env=watts(5600))
+    server = bmc(service(board, chassis("HGX_GPU_SXM_1"), chassis("Plain", power=control(9000))))
+    with opened() as meter:
+        assert meter.read().milliwatts == 9_000_000
+    server.objects = service(board)
+    with pytest.raises(PowerError, match="which chassis is the whole node .there are: HGX_Chassis_0"):
+        node.source("redfish", Path("/nowhere"), PLACE)
+
+
+@pytest.mark.parametrize("systems", [["A"], ["A", "B"]])
+def test_a_sled_within_an_enclosure_of_several_is_the_node(bmc, systems):
     bmc(
         service(
-            chassis("Enclosure", systems=["A", "B"], contains=["NodeA", "Fans"], env=watts(40_000)),
-            chassis("NodeA", systems=["A"], within="Enclosure", contains=["Board"], power=control(1000, 700, 200)),
-            chassis("Board", within="NodeA", systems=["A"], power=control(700)),
-            chassis("Fans", within="Enclosure"),
+            chassis("Enclosure", systems=systems, contains=["NodeA", "Fans"], env=watts(40_000), kind="Enclosure"),
+            chassis("NodeA", systems=["A"], within="Enclosure", contains=["Board"], power=control(1000, 700, 200), kind="Sled"),
+            chassis("Board", within="NodeA", systems=["A"], power=control(700), kind="Module"),
+            chassis("Fans", within="Enclosure", kind="Component"),
         )
     )
     with opened() as meter:
         assert meter.read().milliwatts == 1_000_000  # the first; the others are parts of it
         assert meter.name.endswith("Chassis/NodeA PowerControl.0.PowerConsumedWatts")
+
+
+def test_several_computers_are_one_node_only_where_the_chassis_is_a_server(bmc):
+    server = bmc(service(chassis("Chassis_0", systems=["System_0", "HGX_Baseboard_0", "BlueField_0"], env=watts(9000)), chassis("Slot1")))
+    with opened() as meter:
+        assert meter.read().milliwatts == 9_000_000
+    server.objects = service(
+        chassis("Frame", systems=["A", "B"], env=watts(9000), kind="Enclosure"), chassis("Slot1", systems=["A"], within="Frame")
+    )
+    with pytest.raises(PowerError, match="which chassis is the whole node .there are: Frame, Slot1"):
+        node.source("redfish", Path("/nowhere"), PLACE)
 
 
 def test_two_that_may_be_the_node_are_named_and_one_can_be_chosen(bmc, monkeypatch):
@@ -346,11 +369,19 @@ def test_two_that_may_be_the_node_are_named_and_one_can_be_chosen(bmc, monkeypat
         ({}, None, "has no PowerWatts.Reading"),
         (watts(None), control(None), "has no PowerWatts.Reading; .*PowerConsumedWatts"),
         (watts("12"), {"PowerControl": []}, "gives no power"),
-        (watts(0), None, "0.0 for PowerWatts.Reading: no running node"),
+        (watts(10**400), None, "has no PowerWatts.Reading"),
+        (watts(0), None, "says 0 for PowerWatts.Reading: no running node"),
+        ({"EnergykWh": {"Reading": 325675.1}}, None, "has no PowerWatts.Reading"),  # 360 kJ a step: half a minute of a node
     ],
 )
 def test_a_node_that_gives_no_power_is_not_replaced_by_its_board(bmc, env, power, why):
-    server = bmc(service(chassis("HGX_Chassis_0", env=watts(5600)), chassis("Self", systems=["Self"], env=env, power=power)))
+    server = bmc(
+        service(
+            chassis("HGX_Chassis_0", env=watts(5600)),
+            chassis("PSU_1", power=control(4000)),
+            chassis("Self", systems=["Self"], env=env, power=power),
+        )
+    )
     with pytest.raises(PowerError, match=why):
         node.source("redfish", Path("/nowhere"), PLACE)
     assert server.sessions == set()
@@ -359,12 +390,12 @@ def test_a_node_that_gives_no_power_is_not_replaced_by_its_board(bmc, env, power
 @pytest.mark.parametrize(
     ("env", "counter_mj", "milliwatts"),
     [
-        ({"EnergyJoules": {"Reading": 123456.789}, "PowerWatts": {"Reading": 500}}, 123_456_789, 500_000),
+        ({"EnergyJoules": {"Reading": 123456.789}, "PowerWatts": {"Reading": 500}}, None, 500_000),
+        ({"EnergyJoules": {"Reading": 123456.789}, "PowerWatts": {"Reading": None}}, 123_456_789, None),
         ({"EnergykWh": {"Reading": 325675.123}}, 325_675_123 * 3_600_000, None),
-        ({"EnergykWh": {"Reading": 325675.1}, "PowerWatts": {"Reading": 500}}, None, 500_000),  # 360 kJ a step: half a minute of a node
     ],
 )
-def test_energy_is_a_counter_where_it_is_fine_enough(bmc, env, counter_mj, milliwatts):
+def test_energy_is_the_counter_where_there_are_no_watts_and_it_is_fine_enough(bmc, env, counter_mj, milliwatts):
     bmc(service(chassis("1", systems=["1"], env=env)))
     with opened() as meter:
         assert (meter.read().counter_mj, meter.read().milliwatts) == (counter_mj, milliwatts)
@@ -413,7 +444,7 @@ def test_the_host_interface_is_what_smbios_says(tmp_path, raw, url):
     file = tmp_path / "firmware" / "dmi" / "entries" / "42-0" / "raw"
     file.parent.mkdir(parents=True)
     file.write_bytes(raw)
-    assert node.host_interface(tmp_path) == url
+    assert redfish.host_interface(tmp_path) == url
 
 
 def test_a_service_without_sessions_gets_basic_and_one_whose_session_ended_is_asked_again(bmc):
@@ -477,7 +508,7 @@ def test_a_bmc_that_does_not_answer_never_holds_up_the_reader(bmc):
 
 
 def test_a_bmc_that_takes_too_long_is_given_up_and_asked_again(bmc, monkeypatch):
-    monkeypatch.setattr(node, "ANSWER_S", 0.7)
+    monkeypatch.setattr(redfish, "ANSWER_S", 0.7)
     server = bmc(service(*PLAIN))
     with opened() as meter:
         server.free.clear()
@@ -634,7 +665,7 @@ def test_dcmi_is_read_by_ipmitool(ipmitool, monkeypatch):
     ],
 )
 def test_a_reading_that_is_none_is_refused_with_its_reason(ipmitool, monkeypatch, watts, state, end, why):
-    monkeypatch.setattr(node, "ANSWER_S", 0.3 if "sleep" in end else 5.0)
+    monkeypatch.setattr(redfish, "ANSWER_S", 0.3 if "sleep" in end else 5.0)
     ipmitool(watts, state, end=end)
     with pytest.raises(PowerError, match=f'power.node = "dcmi": IPMI DCMI: .*{why}'):
         node.source("dcmi", Path("/nowhere"), PLACE)
