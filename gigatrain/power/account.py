@@ -18,7 +18,8 @@ from gigatrain.architectures import Architecture
 from gigatrain.errors import RunError
 from gigatrain.launching import job
 from gigatrain.planning.watts import Watts
-from gigatrain.power.boundary import Boundary, boundaries, disagreement, look, nodes_of, unknown
+from gigatrain.power.boundary import Boundary, boundaries, disagreement, look, nodes_of, unknown, widest
+from gigatrain.power.live import over
 from gigatrain.power.reading import BIN_S, BOUNDARIES, Taken
 from gigatrain.power.spans import Session, Spans, complete, number_of, one_object, plus, retained, sessions_of, taken_of, times, until_of
 from gigatrain.site import Figure
@@ -134,8 +135,7 @@ def account(run: Path, *, schedule: Schedule | None = None, until: float | None 
 
 def _headline(found: Mapping[str, Boundary | None], why: Mapping[str, str], tokens: int | None) -> dict[str, Any]:
     """The facility if it is known, else the widest boundary that is."""
-    name = next((name for name in reversed(BOUNDARIES) if found[name] is not None), None)
-    one = found[name] if name is not None else None
+    one, name = widest(found)
     if one is None:
         keys = ("boundary", "tokens_per_s_mw", "low", "high", "tokens_per_joule", "joules", "watts")
         return dict.fromkeys(keys) | {"why": f"no boundary is known: {why.get('device', why.get('node', ''))}"}
@@ -192,7 +192,7 @@ class _Chunk:
 
     def told(self, watts: Watts) -> dict[str, Any]:
         found = boundaries(self.taken, watts, self.seconds)
-        widest = next((found[name] for name in reversed(BOUNDARIES) if found[name] is not None), None)
+        known, _ = widest(found)
         device_ms = self.taken.device_ms + self.taken.device_unknown_ms
         return {
             "time_s": self.end_s,
@@ -204,7 +204,7 @@ class _Chunk:
             "redone": round(self.redone),
             "watts": {name: one.watts if one else None for name, one in found.items()},
             "tokens_per_s_mw": {name: self.tokens / one.joules * 1e6 if one and one.joules else None for name, one in found.items()},
-            "provenance": widest.shares if widest else None,
+            "provenance": known.shares if known else None,
             "capped_share": self.taken.power_capped_ms / device_ms if device_ms else None,
         }
 
@@ -275,12 +275,10 @@ def _ramp(
                 number, closed, device_mj, node_mj = one
                 if closed >= nodes and number not in partial:
                     bins[number] = (device_mj / 1e3 / BIN_S, node_mj / 1e3 / BIN_S)
-    name = next((name for name in reversed(BOUNDARIES) if found[name] is not None), None)
+    _, name = widest(found)
     if name is None:
         return None
-    # What does not change from bin to bin, as the fabric's nameplate, drops out of a difference.
-    factor = 1 + (watts.storage_share.value or 0.0) if name in ("it", "facility") else 1.0
-    factor *= max(1.0, watts.pue.value or 1.0) if name == "facility" else 1.0
+    factor = over(watts, name)
     column = 0 if name == "device" else 1
     steps = [(abs(bins[number + 1][column] - bins[number][column]) * factor, (number + 1) * BIN_S) for number in bins if number + 1 in bins]
     if not steps:
@@ -329,10 +327,10 @@ def _costs(chunks: list[_Chunk], spans: Spans, watts: Watts, facility: Boundary 
 def _drawn(chunks: list[_Chunk], spans: Spans, watts: Watts) -> Iterable[tuple[float, float, float]]:
     """(begin, end, joules at the widest known boundary) of everything that was drawn."""
     for chunk in chunks:
-        one = next((one for one in reversed(list(boundaries(chunk.taken, watts, chunk.seconds).values())) if one is not None), None)
+        one, _ = widest(boundaries(chunk.taken, watts, chunk.seconds))
         if one is not None:
             yield chunk.end_s - chunk.seconds, chunk.end_s, one.joules
-    one = next((one for one in reversed(list(boundaries(spans.held, watts, spans.held_s).values())) if one is not None), None)
+    one, _ = widest(boundaries(spans.held, watts, spans.held_s))
     for begin_s, end_s in spans.stretches:
         if one is not None and one.watts is not None:
             yield begin_s, end_s, one.watts * (end_s - begin_s)

@@ -164,6 +164,11 @@ def look(taken: Taken, watts: Watts, seconds: float) -> tuple[dict[str, Boundary
     return found, why
 
 
+def widest(found: Mapping[str, Boundary | None]) -> tuple[Boundary | None, str | None]:
+    """The outermost boundary that is known, and its name."""
+    return next(((found[name], name) for name in reversed(BOUNDARIES) if found[name] is not None), (None, None))
+
+
 def _boundary(layers: Layers, seconds: float, sure: Mapping[Provenance, tuple[float, float]]) -> Boundary:
     """Sums the layers and their bounds; empty ones are left out."""
     kept: Layers = {name: {kind: joules for kind, joules in layer.items() if joules} for name, layer in layers.items()}

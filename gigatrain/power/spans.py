@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gigatrain.planning.watts import Watts
-from gigatrain.power.boundary import Boundary, boundaries
-from gigatrain.power.reading import BOUNDARIES, FIELDS, Taken
+from gigatrain.power.boundary import Boundary, boundaries, widest
+from gigatrain.power.reading import FIELDS, Taken
 
 
 @dataclass
@@ -238,7 +238,7 @@ class Spans:
 
     def told(self, watts: Watts, found: Mapping[str, Boundary | None]) -> dict[str, Any]:
         """Of the time in which nodes were held and no process trained."""
-        name = next((name for name in reversed(BOUNDARIES) if found[name] is not None), None)
+        _, name = widest(found)
         one = boundaries(self.held, watts, self.held_s)[name] if name is not None and self.held_s else None
         none = 0.0 if not self.held_s else None
         words = "; ".join(f"{spent:,.1f} s: {why}" for why, spent in self.whys.items())
