@@ -514,12 +514,10 @@ def _power_lines(seen: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "tokens/s/MW", f"{seen['tokens_per_s_mw'][name]:,.0f} at the {NAMED.get(name, name)}{each}, over the last window"
     if seen["power_orders"] and watts is not None:
         yield "orders", seen["power_orders"]
-    if seen["energy"] and isinstance(seen["energy"].get("tokens_per_s_mw"), (int, float)):
-        one = seen["energy"]
-        yield (
-            "energy",
-            f"{one['tokens_per_s_mw']:,.0f} tokens/s/MW at the {NAMED.get(one.get('boundary'), one.get('boundary'))} over the whole run, {si(_number(one, 'joules') or 0.0)}J",
-        )
+    one = seen["energy"]
+    if one and _number(one, "tokens_per_s_mw") is not None:
+        name, joules = str(one.get("boundary")), _number(one, "joules") or 0.0
+        yield "energy", f"{one['tokens_per_s_mw']:,.0f} tokens/s/MW at the {NAMED.get(name, name)} over the whole run, {si(joules)}J"
 
 
 def si(value: float) -> str:

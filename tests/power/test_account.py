@@ -171,6 +171,23 @@ def test_gpt3_of_mlperf_at_the_facility(tmp_path, pue, rate):
     assert (high - low) / rate < 0.21
 
 
+def test_the_example_by_hand_says_what_the_account_says(tmp_path):
+    page = (Path(__file__).parents[2] / "POWER.md").read_text()
+    for pue, boundary, begins in (
+        (1.1, "node", "| node:"),
+        (1.1, "it", "| IT:"),
+        (1.1, "facility", "| facility at PUE 1.1"),
+        (1.2, "facility", "| facility at PUE 1.2"),
+    ):
+        found = published(tmp_path / f"{pue}{boundary}", **GPT3, pue=pue)
+        line = next(line for line in page.splitlines() if line.startswith(begins))
+        watts, joules, rate = (found[key][boundary] for key in ("watts", "joules", "tokens_per_joule"))
+        said = f"{watts:,.0f} | {joules / 1e9:.4f}e9", f"**{rate:.3f}**", f"{found['kwh_per_gtoken'][boundary]:.0f} kWh"
+        assert all(words in line for words in (*said, f"{found['flop6n_per_joule'][boundary] / 1e12:.3f} TFLOP/J")), (said, line)
+    for number in ("1,207,959,552", "6,847.7", "3,412.67"):
+        assert number in page
+
+
 @pytest.mark.parametrize(
     ("seconds", "watts", "kwh"),
     [
