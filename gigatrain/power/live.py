@@ -28,7 +28,7 @@ class Live:
         self.bins: dict[int, tuple[int, int, int]] = {}
         self.nodes = 0
         self.partial: set[int] = set()  # bins in which a process began
-        self._before: dict[str, float] = {}
+        self._before_s = 0.0
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """New rows of energy.jsonl, oldest first."""
@@ -40,8 +40,9 @@ class Live:
             if not self.rows or self.rows[-1][0].get("process") != process:
                 self.rows.clear()
                 self.partial.add(int(time_s // BIN_S))
-            seconds = taken.ms / taken.nodes / 1e3 if taken.nodes else max(0.0, time_s - self._before.get(process, time_s))
-            self._before = {process: time_s}
+            answered = any(one.nodes for _, one, _ in self.rows)  # before that a meter's time comes with what it says first
+            seconds = taken.ms / taken.nodes / 1e3 if taken.nodes else max(0.0, time_s - self._before_s) if answered else 0.0
+            self._before_s = time_s
             self.rows.append((row, taken, seconds))
             plus(self.total, taken)
             self.seconds += seconds
