@@ -36,7 +36,7 @@ TRACED = 256  # ranks whose steps are looked at
 SPARKS = "▁▂▃▄▅▆▇█"
 SHOWN = 12  # lines of a failure
 ASKED_S = 20.0  # between two questions to the scheduler
-NAMED = {"it": "IT"}
+NAMED = {"device": "devices", "node": "nodes", "it": "IT"}
 CLASSES = ("training", "redone", "validation", "checkpoint", "starting", "stopped", "other")
 
 
@@ -511,7 +511,7 @@ def _power_lines(seen: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if name is not None and seen["tokens_per_s_mw"][name] is not None:
         cost = seen["joules_per_token"][name]
         each = f", {si(cost)}J a token" if cost is not None else ""
-        yield "tokens/s/MW", f"{seen['tokens_per_s_mw'][name]:,.0f} at the {NAMED.get(name, name)}{each}, over the last window"
+        yield "efficiency", f"{seen['tokens_per_s_mw'][name]:,.0f} tokens/s/MW at the {NAMED.get(name, name)}{each}, over the last window"
     if seen["power_orders"] and watts is not None:
         yield "orders", seen["power_orders"]
     one = seen["energy"]

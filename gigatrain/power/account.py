@@ -115,9 +115,9 @@ def account(run: Path, *, schedule: Schedule | None = None, until: float | None 
         "held": spans.told(watts, found),
         "disagreement": off,
         "gap_share": taken.gap_ms / device_ms if device_ms else None,
-        "capped_share": taken.power_capped_ms / device_ms if device_ms else None,
-        "thermal_share": taken.thermal_ms / device_ms if device_ms else None,
-        "brake_share": taken.brake_ms / device_ms if device_ms else None,
+        "capped_share": taken.power_capped_ms / device_ms if device_ms and watts.accelerators else None,
+        "thermal_share": taken.thermal_ms / device_ms if device_ms and watts.accelerators else None,
+        "brake_share": taken.brake_ms / device_ms if device_ms and watts.accelerators else None,
         "cpu_joules": taken.cpu_mj / 1e3 if taken.cpu_mj else None,
         "ramp": _ramp(rows, sessions, nodes, watts, found),
         "windows": windows,
@@ -203,7 +203,7 @@ class _Chunk:
             "watts": {name: one.watts if one else None for name, one in found.items()},
             "tokens_per_s_mw": {name: self.tokens / one.joules * 1e6 if one and one.joules else None for name, one in found.items()},
             "provenance": known.shares if known else None,
-            "capped_share": self.taken.power_capped_ms / device_ms if device_ms else None,
+            "capped_share": self.taken.power_capped_ms / device_ms if device_ms and watts.accelerators else None,
         }
 
 

@@ -105,7 +105,7 @@ def look(taken: Taken, watts: Watts, seconds: float) -> tuple[dict[str, Boundary
         why["device"] = why["node"] = "no meter told anything"
     elif not taken.devices and not taken.device_ms and not unseen_ms:
         why["device"] = "the run has no accelerators, and no processor has a meter"
-    elif said := _unseen(unseen_ms, taken.device_ms + unseen_ms, "devices' time nobody knows what they drew"):
+    elif said := _unseen(unseen_ms, taken.device_ms + unseen_ms, "nobody knows what the devices drew"):
         why["device"] = said
     else:
         device["estimated"] += _scaled(sum(device.values()), unseen_ms, taken.device_ms + unseen_ms)
@@ -118,7 +118,9 @@ def look(taken: Taken, watts: Watts, seconds: float) -> tuple[dict[str, Boundary
     }
     unseen_ms = taken.node_unknown_ms + missing_ms
     if taken.nodes:
-        text = "nodes' time nobody knows what they drew beside their devices (a meter of the node, or power.node_watts in the site's file, would say)"
+        text = (
+            "nobody knows what the nodes drew beside their devices (a meter of the node, or power.node_watts in the site's file, would say)"
+        )
         inner = found["device"]
         if said := _unseen(unseen_ms, taken.ms + missing_ms, text):
             why["node"] = said
@@ -156,7 +158,7 @@ def look(taken: Taken, watts: Watts, seconds: float) -> tuple[dict[str, Boundary
 
     within = found["it"]
     if within is None:
-        why["facility"] = f"IT is unknown: {why['it']}"
+        why["facility"] = why["it"] if found["node"] is None else f"IT is unknown: {why['it']}"
     elif watts.pue.value is None:
         why["facility"] = f"the PUE of site {watts.site or '?'} is unknown (power.pue)"
     else:
@@ -192,9 +194,10 @@ def nodes_of(watts: Watts) -> int:
 
 
 def _unseen(unseen_ms: float, all_ms: float, text: str) -> str:
-    if all_ms <= 0:
-        return f"for all of the {text}"
-    return f"for {unseen_ms / all_ms:.1%} of the {text}".replace("%", " %") if unseen_ms > UNSEEN * all_ms else ""
+    """Why too much of the time is not known; nothing, if it is not too much."""
+    if all_ms <= 0 or unseen_ms >= 0.9995 * all_ms:
+        return text
+    return f"for {unseen_ms / all_ms:.1%} of the time {text}".replace("%", " %") if unseen_ms > UNSEEN * all_ms else ""
 
 
 def _scaled(joules: float, unseen_ms: float, all_ms: float) -> float:

@@ -47,12 +47,17 @@ class Session:
 
     @property
     def begin_s(self) -> float:
-        """Its first word, by whichever file has it."""
-        return min(one for one in (self.start_s, self.rows[0].time_s if self.rows else None) if one is not None)
+        """When meters were there for it; if they were not, its first word."""
+        return self.rows[0].time_s if self.rows and self.rows[0].event == "begin" else min(self._times(0))
 
     @property
     def last_s(self) -> float:
-        return max(one for one in (self.said_s, self.rows[-1].time_s if self.rows else None) if one is not None)
+        """Its end; of one that was killed its last word, by whichever file has it."""
+        return self.rows[-1].time_s if self.rows and self.rows[-1].event == "end" else max(self._times(-1))
+
+    def _times(self, at: int) -> list[float]:
+        said = (self.start_s, self.said_s)[at]
+        return [time_s for time_s in (said, self.rows[at].time_s if self.rows else None) if time_s is not None]
 
 
 def sessions_of(events: Iterable[Mapping[str, Any]], rows: Iterable[Mapping[str, Any]]) -> list[Session]:

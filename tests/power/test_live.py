@@ -72,7 +72,7 @@ def test_nothing_known_and_rows_that_are_none():
     live.add([{}, {"time_s": NOW}, {"time_s": NOW, "process": "a", "taken": {"nodes": 1, "ms": 5000, "node_unknown_ms": 5000}}])
     seen = live.seen({"pue": 3})
     assert seen["watts"] is None
-    assert "100.0 % of the nodes' time" in seen["why"]
+    assert "nobody knows what the nodes drew" in seen["why"]
     json.dumps(seen, allow_nan=False)
 
 
@@ -93,9 +93,9 @@ def run(tmp_path):
 def test_in_the_terminal(run):
     reader = Reader(run, now=lambda: NOW + 16)
     said = {title: text for title, text, _ in lines(reader.seen())}
-    assert said["power"] == "device 4 kW, node 5.6 kW, IT 6.4 kW, facility 8 kW; accelerators at their limit 25 % of the time"
+    assert said["power"] == "devices 4 kW, nodes 5.6 kW, IT 6.4 kW, facility 8 kW; accelerators at their limit 25 % of the time"
     assert said["provenance"] == "accelerators 50 % measured, rest of the nodes 20 % estimated, fabric 10 % declared, cooling 20 % declared"
-    assert said["tokens/s/MW"] == "2,500 at the facility, 400 J a token, over the last window"
+    assert said["efficiency"] == "2,500 tokens/s/MW at the facility, 400 J a token, over the last window"
     assert said["orders"] == "price above 100 EUR/MWh"
     with (run / "energy.jsonl").open("a") as file:
         file.write("\n" + json.dumps(row(4, watts=1000.0, seconds=20.0)) + "\n")
