@@ -16,6 +16,8 @@ from gigatrain.planning.watts import Watts
 from gigatrain.power.boundary import Boundary, boundaries, widest
 from gigatrain.power.reading import FIELDS, Taken
 
+LAG_S = 10.0  # by which a meter of a node may be late
+
 
 @dataclass
 class Row:
@@ -41,6 +43,9 @@ class Session:
     rows: list[Row] = field(default_factory=list)
     left: Taken = field(default_factory=Taken)  # what the process before it drew after its last row, as this one's meters found it,
     left_s: float = 0.0  # over so long
+    begun_s: float | None = None  # its first word, as its rows were read,
+    heard_s: float | None = None  # when meters last answered,
+    silent_s: float = 0.0  # and what was since then told of
     reports: list[tuple[int, int | None]] = field(default_factory=list)  # step, tokens
     start_s: float | None = None  # its first word in progress.jsonl,
     said_s: float | None = None  # and its last
@@ -107,14 +112,16 @@ def _add(session: Session, row: Mapping[str, Any]) -> None:
     """One row of energy.jsonl to its process; what of it a process before has drawn goes apart."""
     said, time_s = row.get("taken"), row["time_s"]
     taken = taken_of(said) if isinstance(said, dict) else Taken()
-    answered = [one.time_s for one in session.rows if one.taken.nodes][-1:]
-    before_s = (
-        answered[0]
-        if answered
-        else min([time_s, *(one.time_s for one in session.rows[:1]), *([session.start_s] if session.start_s is not None else [])])
-    )
+    if session.begun_s is None:
+        session.begun_s = time_s if session.start_s is None else min(time_s, session.start_s)
+    before_s = session.begun_s if session.heard_s is None else session.heard_s
     # Meters count by a clock that nobody sets. Until they first answer their time comes with what they say then; if they fall silent later it is nobody's.
-    seconds = taken.ms / taken.nodes / 1e3 if taken.nodes else max(0.0, time_s - session.rows[-1].time_s) if answered else 0.0
+    if taken.nodes:
+        seconds, session.heard_s, session.silent_s = taken.ms / taken.nodes / 1e3, time_s, 0.0
+    else:
+        late = session.heard_s is None or time_s - session.heard_s <= LAG_S
+        seconds = 0.0 if late else max(0.0, time_s - before_s - session.silent_s)
+        session.silent_s += seconds
     if taken.recovered_mj:
         left_s = max(0.0, seconds - max(0.0, time_s - before_s))
         left, taken = _parted(taken, left_s / seconds if seconds else 0.0)
@@ -182,9 +189,6 @@ def retained(sessions: list[Session], run: Path) -> int | None:
 
 
 # ---- Spans of time: metered, at the edges, held, queued ----
-
-
-LAG_S = 10.0  # by which a meter of a node may be late
 
 
 @dataclass

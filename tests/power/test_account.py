@@ -465,6 +465,18 @@ def test_meters_that_answer_late_or_fall_silent(folder):
     found = account(folder.path)
     assert found["wall_s"] == pytest.approx(63.0)
     assert "31.7 %" in found["unknown"]["device"]
+    folder.energy("window", Taken(), 35, after=4.0)
+    folder.energy("end", Taken(), 35, after=3.0)
+    assert account(folder.path)["wall_s"] == pytest.approx(70.0)
+
+
+def test_a_last_row_that_no_meter_answered_is_late_and_not_unknown(folder):
+    folder.starts("a", seconds=2.0)
+    folder.energy("end", Taken(devices=8), 0, after=0.5)
+    found = account(folder.path)
+    assert found["wall_s"] == pytest.approx(2.5)
+    assert found["joules"]["device"] == pytest.approx(8 * 200 * 2.5)
+    assert found["provenance"]["device"]["estimated"] == pytest.approx(0.2)
 
 
 def test_a_killed_process_without_a_word_lived_half_a_window_more(folder):
