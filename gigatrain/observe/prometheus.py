@@ -32,6 +32,11 @@ def _of(key: str, within: str) -> Callable[[Mapping[str, Any]], list[Sample]]:
     return lambda seen: [({}, (seen[key] or {}).get(within))]
 
 
+def _each(key: str) -> Callable[[Mapping[str, Any]], list[Sample]]:
+    """Of each boundary that is known."""
+    return lambda seen: [({"boundary": name}, value) for name, value in (seen[key] or {}).items()]
+
+
 # Name, type, help, and its samples of what was seen. All are gauges: a resume takes steps and tokens back.
 METRICS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], list[Sample]]], ...] = (
     ("run_info", "1, with what the run is as labels.", lambda seen: [({key: str(seen[key] or "") for key in ("id", "name", "site")}, 1)]),
@@ -70,7 +75,14 @@ METRICS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], list[Sample]]], ...
         "Median of data and forward of a step, of the slowest ranks that record.",
         lambda seen: [({"rank": str(row["rank"])}, row["own_s"]) for row in seen["slowest_ranks"]],
     ),
-    ("power_watts", "Drawn by the job's accelerators.", _one("power_watts")),
+    ("power_watts", "Drawn now within the boundary (device, node, it, facility); POWER.md defines them.", _each("power_watts")),
+    ("tokens_per_second_per_megawatt", "Over the last window, by boundary.", _each("tokens_per_s_mw")),
+    ("joules_per_token", "Over the last window, by boundary.", _each("joules_per_token")),
+    ("energy_joules_total", "Drawn while processes ran, by boundary; what a restart did again included.", _each("energy_joules")),
+    ("power_measured_ratio", "Share of the widest known boundary's watts that meters counted.", _one("power_measured_share")),
+    ("power_capped_ratio", "Share of the accelerators' time at their power limit, over the last window.", _one("power_capped_share")),
+    ("power_thermal_ratio", "Share of the accelerators' time that heat held them down, over the last window.", _one("power_thermal_share")),
+    ("power_ramp_watts", "Largest change within ten seconds in the last hour, at the widest known boundary.", _one("power_ramp_watts")),
     ("failed_ranks", "Ranks of the newest attempt that left an error.", _one("failed_ranks")),
     ("hung_ranks", "Ranks of the newest attempt that report no progress.", _one("hung_ranks")),
 )

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from gigatrain import load
 from gigatrain.errors import GigatrainError, RunError
 from gigatrain.observe import logs
+from gigatrain.power.live import Live
+from gigatrain.power.reading import BOUNDARIES
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -34,6 +36,7 @@ TRACED = 256  # ranks whose steps are looked at
 SPARKS = "▁▂▃▄▅▆▇█"
 SHOWN = 12  # lines of a failure
 ASKED_S = 20.0  # between two questions to the scheduler
+NAMED = {"device": "devices", "node": "nodes", "it": "IT"}
 CLASSES = ("training", "redone", "validation", "checkpoint", "starting", "stopped", "other")
 
 
@@ -83,9 +86,10 @@ class Reader:
             raise RunError(f"{run} is not a run folder: it has none of {', '.join(known[:-1])}")
         run = Path(os.path.abspath(run))  # `watch .` is of a run with a name, and a link keeps its own
         self.run, self.now = run, now
-        self._metrics, self._progress, self._history = (
-            Tail(run / name) for name in ("metrics.jsonl", "logs/progress.jsonl", "launch/history.jsonl")
+        self._metrics, self._progress, self._history, self._energy = (
+            Tail(run / name) for name in ("metrics.jsonl", "logs/progress.jsonl", "launch/history.jsonl", "energy.jsonl")
         )
+        self._power = Live()
         self._windows: list[dict[str, Any]] = []
         self._validations: list[dict[str, Any]] = []
         self._events: list[dict[str, Any]] = []
@@ -144,11 +148,39 @@ class Reader:
             "slowest_ranks": slow,
             "slowest_why": unknown,
             "checkpoint": self._checkpoint(now),
-            "power_watts": None,  # until a run measures it
-            "power_why": "not measured",
+            **self._drawn(plan, summary, state),
             "job": {key: self._job[-1].get(key) for key in ("time", "event")} if self._job else None,
             "scheduler": self._asked() if state != "finished" else None,
         } | left
+
+    def _drawn(self, plan: Mapping[str, Any], summary: Mapping[str, Any], state: str) -> dict[str, Any]:
+        """Watts and what is got for them. A run that is over draws nothing; what it took to get there is in summary.json."""
+        told = self._power.seen(plan.get("watts") if isinstance(plan.get("watts"), dict) else None)
+        watts, why = told["watts"], told["why"]
+        asked = plan.get("power")
+        if not self._power.rows:
+            why = "not measured: power.measure is false" if isinstance(asked, dict) and asked.get("measure") is False else "not measured"
+        elif watts is None:
+            why = f"not measured: {why}"
+        elif state in ("finished", "ended"):
+            watts, why = None, "it has ended"
+        energy = summary.get("energy")
+        headline = energy.get("headline") if isinstance(energy, dict) else None
+        return {
+            "power_watts": watts,
+            "power_why": why,
+            "power_boundary": told["boundary"],
+            "power_provenance": told["provenance"],
+            "power_measured_share": told["measured_share"],
+            "power_capped_share": told["capped_share"],
+            "power_thermal_share": told["thermal_share"],
+            "power_ramp_watts": told["ramp_watts"],
+            "power_orders": told["orders"],
+            "tokens_per_s_mw": told["tokens_per_s_mw"],
+            "joules_per_token": told["joules_per_token"],
+            "energy_joules": told["joules"],
+            "energy": headline if isinstance(headline, dict) else None,
+        }
 
     def _words(self, number: int | None, state: str) -> dict[str, Any]:
         """What ranks of an attempt left of failures and hangs: thousands of files, so they are read again only where there is reason to."""
@@ -188,6 +220,9 @@ class Reader:
                 if speed and step_s:  # windows are of one length but for the last of a process: a mean over steps
                     self._tokens_s[0] += speed * step_s
                     self._tokens_s[1] += step_s
+        rows, afresh = self._energy.rows()
+        self._power = Live() if afresh else self._power
+        self._power.add(rows)
         for tail, name in ((self._progress, "_events"), (self._history, "_job")):
             rows, afresh = tail.rows()
             kept = [row for row in rows if isinstance(row.get("event"), str) and (name == "_job" or _number(row, "time_s") is not None)]
@@ -450,10 +485,47 @@ def lines(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             add("slowest", f"{shown} of data and forward{some}" if shown else seen["slowest_why"])
     if seen["checkpoint"]:
         add("checkpoint", f"step {seen['checkpoint']['step']:,}, {span(seen['checkpoint']['age_s'])} ago")
-    add("power", "not measured" if seen["power_watts"] is None else f"{seen['power_watts']:,.0f} W")
+    for title, text in _power_lines(seen):
+        add(title, text)
     if seen["failed_ranks"] and not seen["failure"]:
         add("errors", f"{seen['failed_ranks']} ranks left one in {seen['run']}/logs", "yellow")
     return [(logs.printable(title), logs.printable(text), style) for title, text, style in found]
+
+
+def _power_lines(seen: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Watts at each boundary that is known, what is got for them at the widest, and why it is not more."""
+    watts, name = seen["power_watts"], seen["power_boundary"]
+    if watts is None:
+        yield "power", seen["power_why"]
+    else:
+        known = ", ".join(f"{NAMED.get(one, one)} {si(watts[one])}W" for one in BOUNDARIES if watts[one] is not None)
+        capped = (
+            f"; accelerators at their limit {seen['power_capped_share']:.0%} of the time".replace("%", " %")
+            if seen["power_capped_share"]
+            else ""
+        )
+        yield "power", known + capped + (f"; wider: {seen['power_why']}" if seen["power_why"] else "")
+        yield "provenance", seen["power_provenance"]
+        if seen["power_ramp_watts"] is not None:
+            yield "ramp", f"{si(seen['power_ramp_watts'])}W in ten seconds, the most in the last hour"
+    if name is not None and seen["tokens_per_s_mw"][name] is not None:
+        cost = seen["joules_per_token"][name]
+        each = f", {si(cost)}J a token" if cost is not None else ""
+        yield "efficiency", f"{seen['tokens_per_s_mw'][name]:,.0f} tokens/s/MW at the {NAMED.get(name, name)}{each}, over the last window"
+    if seen["power_orders"] and watts is not None:
+        yield "orders", seen["power_orders"]
+    one = seen["energy"]
+    if one and _number(one, "tokens_per_s_mw") is not None:
+        name, joules = str(one.get("boundary")), _number(one, "joules") or 0.0
+        yield "energy", f"{one['tokens_per_s_mw']:,.0f} tokens/s/MW at the {NAMED.get(name, name)} over the whole run, {si(joules)}J"
+
+
+def si(value: float) -> str:
+    """A number before its unit, three digits of it: `8 k`, `1.23 M`."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m")):
+        if abs(value) >= size:
+            return f"{value / size:.0f} {prefix}" if abs(value) >= 100 * size else f"{value / size:.3g} {prefix}"
+    return f"{value:.3g} "
 
 
 def drawn(seen: Mapping[str, Any]) -> "Group":

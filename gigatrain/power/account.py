@@ -18,9 +18,10 @@ from gigatrain.architectures import Architecture
 from gigatrain.errors import RunError
 from gigatrain.launching import job
 from gigatrain.planning.watts import Watts
-from gigatrain.power.boundary import Boundary, boundaries, disagreement, look, nodes_of, unknown
+from gigatrain.power.boundary import Boundary, boundaries, disagreement, look, nodes_of, unknown, widest
+from gigatrain.power.live import over
 from gigatrain.power.reading import BIN_S, BOUNDARIES, Taken
-from gigatrain.power.spans import Session, Spans, complete, number_of, one_object, plus, retained, sessions_of, taken_of, times, until_of
+from gigatrain.power.spans import Session, Spans, number_of, one_object, plus, retained, sessions_of, taken_of, times, until_of
 from gigatrain.site import Figure
 
 __all__ = ["Boundary", "account", "boundaries", "taken_of", "unknown"]
@@ -59,7 +60,8 @@ def account(run: Path, *, schedule: Schedule | None = None, until: float | None 
     and `mix` {boundary: words}; `headline` {boundary, tokens_per_s_mw, low, high, tokens_per_joule, joules, watts, why}; `eur`, `eur_per_gtoken`, `kg_co2e`,
     `kg_co2e_per_gtoken` at the facility; `phases` {name: joules of rank 0's node}; `held` {seconds, joules, why}; `disagreement` of counter and integral;
     `gap_share`, `capped_share`, `thermal_share`, `brake_share` of the accelerators' time; `cpu_joules`; `ramp` {max_watts_per_10s, at_s, boundary}; `windows`
-    [{time_s, event, step, seconds, tokens, watts, tokens_per_s_mw, provenance, capped_share}]; `meters`; `sources` [{what, value, basis, source}];
+    [{time_s, event (starting, steps, held), process, step, seconds, tokens, redone, watts, tokens_per_s_mw, provenance, capped_share}]; `meters`; `sources`
+    [{what, value, basis, source}];
     `nodes`, `accelerators`, `processes`, `rows`, `notes`.
 
     Raises RunError where there is no folder.
@@ -72,12 +74,9 @@ def account(run: Path, *, schedule: Schedule | None = None, until: float | None 
     sessions = sessions_of(events, rows)
     nodes = max([nodes_of(watts), *(row.taken.nodes for session in sessions for row in session.rows)], default=0) or 1
     devices = max([watts.accelerators, *(row.taken.devices for session in sessions for row in session.rows)], default=0)
-    for session in sessions:
-        for row in session.rows:
-            complete(row, nodes, devices)
     spans = Spans(nodes, devices, job.history(run) if (run / "launch" / "history.jsonl").is_file() else [])
     for index, session in enumerate(sessions):
-        spans.take(session, sessions[index - 1] if index else None)
+        spans.take(session, sessions[index - 1] if index else None, sessions[index + 1] if index + 1 < len(sessions) else None)
     taken, wall_s = spans.sum, spans.seconds
     found, why = look(taken, watts, wall_s)
     if not sessions:
@@ -86,14 +85,14 @@ def account(run: Path, *, schedule: Schedule | None = None, until: float | None 
         why |= dict.fromkeys(BOUNDARIES, "not measured: energy.jsonl has no rows")
         found.update(dict.fromkeys(BOUNDARIES))
     tokens = retained(sessions, run)
-    chunks = _chunks(sessions, plan, wall_s)
+    chunks = _chunks(sessions, spans, plan, wall_s)
     windows = [chunk.told(watts) for chunk in chunks]
     joules = {name: one.joules if one else None for name, one in found.items()}
     per_joule = {name: tokens / one.joules if one and tokens is not None and one.joules else None for name, one in found.items()}
     flops, active = number_of(plan, "flops_per_token"), _active(plan)
     off = disagreement(taken)
     device_ms = taken.device_ms + taken.device_unknown_ms
-    costs = _costs(chunks, spans, watts, found["facility"], schedule)
+    costs = _costs(chunks, watts, found["facility"], schedule)
     return {
         "tokens": tokens,
         "wall_s": round(wall_s, 3),
@@ -116,9 +115,9 @@ def account(run: Path, *, schedule: Schedule | None = None, until: float | None 
         "held": spans.told(watts, found),
         "disagreement": off,
         "gap_share": taken.gap_ms / device_ms if device_ms else None,
-        "capped_share": taken.power_capped_ms / device_ms if device_ms else None,
-        "thermal_share": taken.thermal_ms / device_ms if device_ms else None,
-        "brake_share": taken.brake_ms / device_ms if device_ms else None,
+        "capped_share": taken.power_capped_ms / device_ms if device_ms and watts.accelerators else None,
+        "thermal_share": taken.thermal_ms / device_ms if device_ms and watts.accelerators else None,
+        "brake_share": taken.brake_ms / device_ms if device_ms and watts.accelerators else None,
         "cpu_joules": taken.cpu_mj / 1e3 if taken.cpu_mj else None,
         "ramp": _ramp(rows, sessions, nodes, watts, found),
         "windows": windows,
@@ -134,8 +133,7 @@ def account(run: Path, *, schedule: Schedule | None = None, until: float | None 
 
 def _headline(found: Mapping[str, Boundary | None], why: Mapping[str, str], tokens: int | None) -> dict[str, Any]:
     """The facility if it is known, else the widest boundary that is."""
-    name = next((name for name in reversed(BOUNDARIES) if found[name] is not None), None)
-    one = found[name] if name is not None else None
+    one, name = widest(found)
     if one is None:
         keys = ("boundary", "tokens_per_s_mw", "low", "high", "tokens_per_joule", "joules", "watts")
         return dict.fromkeys(keys) | {"why": f"no boundary is known: {why.get('device', why.get('node', ''))}"}
@@ -192,7 +190,7 @@ class _Chunk:
 
     def told(self, watts: Watts) -> dict[str, Any]:
         found = boundaries(self.taken, watts, self.seconds)
-        widest = next((found[name] for name in reversed(BOUNDARIES) if found[name] is not None), None)
+        known, _ = widest(found)
         device_ms = self.taken.device_ms + self.taken.device_unknown_ms
         return {
             "time_s": self.end_s,
@@ -204,12 +202,12 @@ class _Chunk:
             "redone": round(self.redone),
             "watts": {name: one.watts if one else None for name, one in found.items()},
             "tokens_per_s_mw": {name: self.tokens / one.joules * 1e6 if one and one.joules else None for name, one in found.items()},
-            "provenance": widest.shares if widest else None,
-            "capped_share": self.taken.power_capped_ms / device_ms if device_ms else None,
+            "provenance": known.shares if known else None,
+            "capped_share": self.taken.power_capped_ms / device_ms if device_ms and watts.accelerators else None,
         }
 
 
-def _chunks(sessions: list[Session], plan: Mapping[str, Any], wall_s: float) -> list[_Chunk]:
+def _chunks(sessions: list[Session], spans: Spans, plan: Mapping[str, Any], wall_s: float) -> list[_Chunk]:
     """Rows put together until each lasts as long as joules can be told of: 10 s, or 100 readings; longer where there would be too many."""
     power = plan.get("power")
     every_s = number_of(power, "every_s") if isinstance(power, dict) else None
@@ -247,6 +245,10 @@ def _chunks(sessions: list[Session], plan: Mapping[str, Any], wall_s: float) -> 
             before.end_s, before.step, before.seconds = last.end_s, last.step, before.seconds + last.seconds
             before.tokens, before.redone = before.tokens + last.tokens, before.redone + last.redone
             plus(before.taken, last.taken)
+        for stretch in spans.stretches:
+            if stretch.before is session:
+                end_s = stretch.begin_s + stretch.seconds
+                found.append(_Chunk(session.process, "held", end_s, seconds=stretch.seconds, taken=stretch.taken))
     return found
 
 
@@ -275,12 +277,10 @@ def _ramp(
                 number, closed, device_mj, node_mj = one
                 if closed >= nodes and number not in partial:
                     bins[number] = (device_mj / 1e3 / BIN_S, node_mj / 1e3 / BIN_S)
-    name = next((name for name in reversed(BOUNDARIES) if found[name] is not None), None)
+    _, name = widest(found)
     if name is None:
         return None
-    # What does not change from bin to bin, as the fabric's nameplate, drops out of a difference.
-    factor = 1 + (watts.storage_share.value or 0.0) if name in ("it", "facility") else 1.0
-    factor *= max(1.0, watts.pue.value or 1.0) if name == "facility" else 1.0
+    factor = over(watts, name)
     column = 0 if name == "device" else 1
     steps = [(abs(bins[number + 1][column] - bins[number][column]) * factor, (number + 1) * BIN_S) for number in bins if number + 1 in bins]
     if not steps:
@@ -298,7 +298,7 @@ def _meters(rows: list[dict[str, Any]]) -> dict[str, str]:
 # ---- Euro, carbon, sources ----
 
 
-def _costs(chunks: list[_Chunk], spans: Spans, watts: Watts, facility: Boundary | None, schedule: Schedule | None) -> dict[str, Any]:
+def _costs(chunks: list[_Chunk], watts: Watts, facility: Boundary | None, schedule: Schedule | None) -> dict[str, Any]:
     """Euro and kg CO2e of the facility's joules: by the schedule's price of each window's time, else by the site's; None where neither has one."""
     found: dict[str, Any] = {"eur": None, "kg_co2e": None, "words": {}}
     for key, attribute, figure, per_joule in (
@@ -308,7 +308,7 @@ def _costs(chunks: list[_Chunk], spans: Spans, watts: Watts, facility: Boundary 
         value, basis, how = figure.value, figure.basis, figure.source
         if schedule is not None:
             whole = priced = filled = 0.0
-            for begin_s, end_s, joules in _drawn(chunks, spans, watts):
+            for begin_s, end_s, joules in _drawn(chunks, watts):
                 mean, covered = _mean(schedule, attribute, begin_s, end_s)
                 covered = covered if figure.known else 1.0  # of one stretch, the rest like what is known of it
                 if mean is None and not figure.known:
@@ -326,16 +326,12 @@ def _costs(chunks: list[_Chunk], spans: Spans, watts: Watts, facility: Boundary 
     return found
 
 
-def _drawn(chunks: list[_Chunk], spans: Spans, watts: Watts) -> Iterable[tuple[float, float, float]]:
+def _drawn(chunks: list[_Chunk], watts: Watts) -> Iterable[tuple[float, float, float]]:
     """(begin, end, joules at the widest known boundary) of everything that was drawn."""
     for chunk in chunks:
-        one = next((one for one in reversed(list(boundaries(chunk.taken, watts, chunk.seconds).values())) if one is not None), None)
+        one, _ = widest(boundaries(chunk.taken, watts, chunk.seconds))
         if one is not None:
             yield chunk.end_s - chunk.seconds, chunk.end_s, one.joules
-    one = next((one for one in reversed(list(boundaries(spans.held, watts, spans.held_s).values())) if one is not None), None)
-    for begin_s, end_s in spans.stretches:
-        if one is not None and one.watts is not None:
-            yield begin_s, end_s, one.watts * (end_s - begin_s)
 
 
 def _mean(schedule: Schedule, attribute: str, begin_s: float, end_s: float) -> tuple[float | None, float]:

@@ -24,6 +24,7 @@ Kinds = dict[Provenance, float]
 Layers = dict[str, Kinds]
 _NAMES = {
     "device": "accelerators",
+    "processors": "processors",
     "node": "rest of the nodes",
     "nodes": "nodes",
     "fabric": "fabric",
@@ -75,7 +76,7 @@ class Boundary:
 def boundaries(taken: Taken, watts: Watts, seconds: float) -> dict[str, Boundary | None]:
     """Device, node, IT and facility over `seconds` of the whole run (not summed over its nodes); None: unknown, and `unknown` says why.
 
-    Joules that belong to a killed process (`recovered_mj`) are not of these seconds and left out.
+    `seconds` are those of the joules, `taken.ms / taken.nodes / 1000`: in the first row of a process both hold what one before it has left.
     """
     return look(taken, watts, seconds)[0]
 
@@ -92,7 +93,7 @@ def look(taken: Taken, watts: Watts, seconds: float) -> tuple[dict[str, Boundary
     off = disagreement(taken)
     error = max(1 - SURE["measured"][0], abs(off or 0.0))
     sure: dict[Provenance, tuple[float, float]] = {**SURE, "measured": (1 - error, 1 + error)}
-    nodes = nodes_of(watts)
+    nodes, computing = nodes_of(watts), "device" if watts.accelerators else "processors"
     missing_ms = max(0, nodes - taken.nodes) * seconds * 1e3 if taken.nodes else 0.0  # of nodes from which nothing came
     device: Kinds = {
         "measured": taken.device_measured_mj / 1e3,
@@ -103,27 +104,29 @@ def look(taken: Taken, watts: Watts, seconds: float) -> tuple[dict[str, Boundary
     if not taken.nodes:
         why["device"] = why["node"] = "no meter told anything"
     elif not taken.devices and not taken.device_ms and not unseen_ms:
-        why["device"] = "the run has no accelerators"
-    elif said := _unseen(unseen_ms, taken.device_ms + unseen_ms, "accelerators' time nobody knows what they drew"):
+        why["device"] = "the run has no accelerators, and no processor has a meter"
+    elif said := _unseen(unseen_ms, taken.device_ms + unseen_ms, "nobody knows what the devices drew"):
         why["device"] = said
     else:
         device["estimated"] += _scaled(sum(device.values()), unseen_ms, taken.device_ms + unseen_ms)
-        found["device"] = _boundary({"device": device}, seconds, sure)
+        found["device"] = _boundary({computing: device}, seconds, sure)
 
     node: Kinds = {
-        "measured": max(0, taken.node_measured_mj - taken.recovered_mj) / 1e3,
+        "measured": taken.node_measured_mj / 1e3,
         "estimated": taken.node_estimated_mj / 1e3,
         "nameplate": taken.node_nameplate_mj / 1e3,
     }
     unseen_ms = taken.node_unknown_ms + missing_ms
     if taken.nodes:
-        text = "nodes' time nobody knows what they drew beside their accelerators (a meter of the node, or power.node_watts in the site's file, would say)"
+        text = (
+            "nobody knows what the nodes drew beside their devices (a meter of the node, or power.node_watts in the site's file, would say)"
+        )
         inner = found["device"]
         if said := _unseen(unseen_ms, taken.ms + missing_ms, text):
             why["node"] = said
         elif inner is not None and sum(node.values()) < WITHIN_NODE * inner.joules:
             why["node"] = (
-                f"the nodes' meters show {sum(node.values()):,.0f} J and their accelerators alone {inner.joules:,.0f} J: they are not of the whole node"
+                f"the nodes' meters show {sum(node.values()):,.0f} J and their devices alone {inner.joules:,.0f} J: they are not of the whole node"
             )
         else:
             node["estimated"] += _scaled(sum(node.values()), unseen_ms, taken.ms + missing_ms)
@@ -133,7 +136,7 @@ def look(taken: Taken, watts: Watts, seconds: float) -> tuple[dict[str, Boundary
             layers: Layers = {"nodes": node}
             if split:
                 rest = {kind: max(0.0, joules) for kind, joules in rest.items()}
-                layers = {"device": device, "node": rest}
+                layers = {computing: device, "node": rest}
             found["node"] = _boundary(layers, seconds, sure)
 
     within = found["node"]
@@ -155,13 +158,18 @@ def look(taken: Taken, watts: Watts, seconds: float) -> tuple[dict[str, Boundary
 
     within = found["it"]
     if within is None:
-        why["facility"] = f"IT is unknown: {why['it']}"
+        why["facility"] = why["it"] if found["node"] is None else f"IT is unknown: {why['it']}"
     elif watts.pue.value is None:
         why["facility"] = f"the PUE of site {watts.site or '?'} is unknown (power.pue)"
     else:
         over = watts.pue.model_copy(update={"value": max(0.0, watts.pue.value - 1)})
         found["facility"] = _more(within, "cooling", over, sure)
     return found, why
+
+
+def widest(found: Mapping[str, Boundary | None]) -> tuple[Boundary | None, str | None]:
+    """The outermost boundary that is known, and its name."""
+    return next(((found[name], name) for name in reversed(BOUNDARIES) if found[name] is not None), (None, None))
 
 
 def _boundary(layers: Layers, seconds: float, sure: Mapping[Provenance, tuple[float, float]]) -> Boundary:
@@ -186,9 +194,10 @@ def nodes_of(watts: Watts) -> int:
 
 
 def _unseen(unseen_ms: float, all_ms: float, text: str) -> str:
-    if all_ms <= 0:
-        return f"for all of the {text}"
-    return f"for {unseen_ms / all_ms:.1%} of the {text}".replace("%", " %") if unseen_ms > UNSEEN * all_ms else ""
+    """Why too much of the time is not known; nothing, if it is not too much."""
+    if all_ms <= 0 or unseen_ms >= 0.9995 * all_ms:
+        return text
+    return f"for {unseen_ms / all_ms:.1%} of the time {text}".replace("%", " %") if unseen_ms > UNSEEN * all_ms else ""
 
 
 def _scaled(joules: float, unseen_ms: float, all_ms: float) -> float:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from gigatrain.planning.watts import Watts
-from gigatrain.power.boundary import Boundary, boundaries
-from gigatrain.power.reading import BOUNDARIES, FIELDS, Taken
+from gigatrain.power.boundary import Boundary, boundaries, widest
+from gigatrain.power.reading import FIELDS, Taken
+
+LAG_S = 10.0  # by which a meter of a node may be late
 
 
 @dataclass
@@ -39,18 +41,28 @@ class Session:
     began_tokens: int | None = None
     ended: bool = False  # it said so
     rows: list[Row] = field(default_factory=list)
+    left: Taken = field(default_factory=Taken)  # what the process before it drew after its last row, as this one's meters found it,
+    left_s: float = 0.0  # over so long
+    begun_s: float | None = None  # its first word, as its rows were read,
+    heard_s: float | None = None  # when meters last answered,
+    silent_s: float = 0.0  # and what was since then told of
     reports: list[tuple[int, int | None]] = field(default_factory=list)  # step, tokens
     start_s: float | None = None  # its first word in progress.jsonl,
     said_s: float | None = None  # and its last
 
     @property
     def begin_s(self) -> float:
-        """Its first word, by whichever file has it."""
-        return min(one for one in (self.start_s, self.rows[0].time_s if self.rows else None) if one is not None)
+        """When meters were there for it; if they were not, its first word."""
+        return self.rows[0].time_s if self.rows and self.rows[0].event == "begin" else min(self._times(0))
 
     @property
     def last_s(self) -> float:
-        return max(one for one in (self.said_s, self.rows[-1].time_s if self.rows else None) if one is not None)
+        """Its end; of one that was killed its last word, by whichever file has it."""
+        return self.rows[-1].time_s if self.rows and self.rows[-1].event == "end" else max(self._times(-1))
+
+    def _times(self, at: int) -> list[float]:
+        said = (self.start_s, self.said_s)[at]
+        return [time_s for time_s in (said, self.rows[at].time_s if self.rows else None) if time_s is not None]
 
 
 def sessions_of(events: Iterable[Mapping[str, Any]], rows: Iterable[Mapping[str, Any]]) -> list[Session]:
@@ -97,13 +109,25 @@ def taken_of(said: Mapping[str, Any]) -> Taken:
 
 
 def _add(session: Session, row: Mapping[str, Any]) -> None:
-    """One row of energy.jsonl to its process."""
+    """One row of energy.jsonl to its process; what of it a process before has drawn goes apart."""
     said, time_s = row.get("taken"), row["time_s"]
     taken = taken_of(said) if isinstance(said, dict) else Taken()
-    before_s = session.rows[-1].time_s if session.rows else session.start_s if session.start_s is not None else time_s
+    if session.begun_s is None:
+        session.begun_s = time_s if session.start_s is None else min(time_s, session.start_s)
+    before_s = session.begun_s if session.heard_s is None else session.heard_s
+    # Meters count by a clock that nobody sets. Until they first answer their time comes with what they say then; if they fall silent later it is nobody's.
+    if taken.nodes:
+        seconds, session.heard_s, session.silent_s = taken.ms / taken.nodes / 1e3, time_s, 0.0
+    else:
+        late = session.heard_s is None or time_s - session.heard_s <= LAG_S
+        seconds = 0.0 if late else max(0.0, time_s - before_s - session.silent_s)
+        session.silent_s += seconds
+    if taken.recovered_mj:
+        left_s = max(0.0, seconds - max(0.0, time_s - before_s))
+        left, taken = _parted(taken, left_s / seconds if seconds else 0.0)
+        plus(session.left, left)
+        session.left_s, seconds = session.left_s + left_s, seconds - left_s
     event, step, tokens = str(row.get("event")), count_of(row, "step"), count_of(row, "tokens")
-    # Meters count by a clock that nobody sets; only where none answered the wall-clock must do.
-    seconds = taken.ms / taken.nodes / 1e3 if taken.nodes else max(0.0, time_s - before_s)
     session.rows.append(Row(time_s, event, step, tokens, taken, seconds))
     session.attempt = count_of(row, "attempt") if session.attempt is None else session.attempt
     session.ended |= event == "end"
@@ -112,15 +136,32 @@ def _add(session: Session, row: Mapping[str, Any]) -> None:
         session.began_tokens = tokens
 
 
-def complete(row: Row, nodes: int, devices: int) -> None:
-    """What nodes that did not answer drew nobody knows."""
+def _parted(taken: Taken, share: float) -> tuple[Taken, Taken]:
+    """What is of the process before, and the rest: joules by the node's that were recovered, times by `share`; the two make up the whole."""
+    joules = min(1.0, taken.recovered_mj / whole) if (whole := _node_mj(taken)) else 0.0
+    left, own = Taken(nodes=taken.nodes, devices=taken.devices), Taken(nodes=taken.nodes, devices=taken.devices)
+    for name in FIELDS:
+        if name not in ("nodes", "devices", "recovered_mj"):
+            number = getattr(taken, name)
+            part = round(number * (joules if name.endswith("_mj") else share))
+            setattr(left, name, part)
+            setattr(own, name, number - part)
+    return left, own
+
+
+def complete(row: Row, nodes: int, devices: int, *, alike: bool = False) -> None:
+    """What nodes that did not answer drew nobody knows; if `alike`, they drew what the others did."""
     missing = nodes - row.taken.nodes
-    if missing > 0:
+    if missing <= 0:
+        return
+    if alike and row.taken.nodes:
+        plus(row.taken, _like(row.taken, missing / row.taken.nodes))
+    else:
         ms = round(row.seconds * 1e3 * missing)
-        row.taken.nodes = nodes
         row.taken.ms += ms
         row.taken.node_unknown_ms += ms
         row.taken.device_unknown_ms += round(ms * devices / nodes)
+    row.taken.nodes = nodes
 
 
 def retained(sessions: list[Session], run: Path) -> int | None:
@@ -150,6 +191,16 @@ def retained(sessions: list[Session], run: Path) -> int | None:
 # ---- Spans of time: metered, at the edges, held, queued ----
 
 
+@dataclass
+class Stretch:
+    """Between two processes: what was drawn while nodes were held, and by the first after its last row."""
+
+    before: Session
+    begin_s: float
+    seconds: float
+    taken: Taken
+
+
 class Spans:
     """Adds up every stretch of the run's wall-clock: what meters saw and what a rule says of the rest."""
 
@@ -157,90 +208,74 @@ class Spans:
         self.nodes, self.devices, self.history = nodes, devices, history
         self.sum, self.seconds, self.queued_s = Taken(), 0.0, 0.0
         self.held, self.held_s, self.whys = Taken(), 0.0, dict[str, float]()
-        self.stretches: list[tuple[float, float]] = []  # (begin, end) of what a rule was taken for: for prices
+        self.stretches: list[Stretch] = []
 
-    def take(self, session: Session, before: Session | None) -> None:
+    def take(self, session: Session, before: Session | None, after: Session | None) -> None:
+        """A process's own time: its rows, and what lies at its edges and between two looks."""
         if before is not None:
             self._between(before, session)
+        answered = [row for row in session.rows if row.taken.nodes]
         for row in session.rows:
-            self._metered(row)
-        head_s = tail_s = 0.0
-        if session.rows and session.start_s is not None and session.said_s is not None:
-            first, last = session.rows[0], session.rows[-1]
-            head_s = max(0.0, first.time_s - first.seconds - session.start_s)
-            tail_s = max(0.0, session.said_s - last.time_s)
-        elif not session.rows:
-            head_s = max(0.0, session.last_s - session.begin_s)
-        if head_s + tail_s > 0:
-            self._by_rule(session.rows, head_s + tail_s, held=False)
+            # The last row is of rank 0's node alone; what the others drew then is alike, unless the next process has found it.
+            known = after is not None and bool(_node_mj(after.left))
+            if row.seconds and not (known and row.event == "end"):
+                complete(row, self.nodes, self.devices, alike=row.event == "end")
+            self.seconds += row.seconds
+            plus(self.sum, row.taken)
+        unseen_s = session.last_s - session.begin_s - sum(row.seconds for row in session.rows)
+        if answered:
+            head_s = max(0.0, answered[0].time_s - answered[0].seconds - session.begin_s)
+            unseen_s = min(unseen_s, head_s + max(0.0, session.last_s - session.rows[-1].time_s) + LAG_S)  # else a clock was set
+        if unseen_s > 0:
+            self._by_rule(session.rows, unseen_s)
 
-    def _metered(self, row: Row) -> None:
-        self.seconds += row.seconds
-        plus(self.sum, row.taken)
-        self.sum.recovered_mj -= row.taken.recovered_mj  # of the process before: `_between` has counted it
-        self.sum.node_measured_mj -= min(row.taken.recovered_mj, row.taken.node_measured_mj)
-
-    def _nobody(self, seconds: float, into: Taken) -> None:
-        """Nobody knows what the nodes drew."""
-        row = Row(0.0, "", None, None, Taken(), seconds)
-        complete(row, self.nodes, self.devices)
-        plus(into, row.taken)
-
-    def _by_rule(self, rows: list[Row], seconds: float, *, held: bool) -> None:
+    def _by_rule(self, rows: list[Row], seconds: float) -> Taken:
         """`seconds` that no meter saw, at the mean watts of the process's last window (its rows; whichever of them lasted)."""
         self.seconds += seconds
-        self.held_s += seconds if held else 0.0
         model = _last(rows)
-        for into in (self.sum, self.held) if held else (self.sum,):
-            if model is None:
-                self._nobody(seconds, into)
-            else:
-                plus(into, _like(model.taken, seconds / model.seconds))
+        if model is None:  # nobody knows
+            row = Row(0.0, "", None, None, Taken(), seconds)
+            complete(row, self.nodes, self.devices)
+            made = row.taken
+        else:
+            made = _like(model.taken, seconds / model.seconds)
+        plus(self.sum, made)
+        return made
 
     def _between(self, before: Session, after: Session) -> None:
-        """From a process's last word to the next one's first: held, as far as the job's history says so, or queued."""
+        """From a process's last word to the next one's first: held, as far as the job's history says so or meters went on, or queued."""
         gap_s = max(0.0, after.begin_s - before.last_s)
         held_s, why = _held_s(before, after, self.history)
-        held_s = min(gap_s, held_s)
-        recovered = sum(row.taken.recovered_mj for row in after.rows)
-        model = _last(before.rows)
-        tail_s = 0.0
-        if recovered:
-            drawn = max(0, _node_mj(model.taken)) / 1e3 / model.seconds if model is not None else 0.0
-            tail_s = min(gap_s, recovered / 1e3 / drawn) if drawn else 0.0
-            self._recovered(recovered, tail_s, model)
-            why = why or "a process was killed: the next one found its node's count"
+        held_s, met_s, found, model = min(gap_s, held_s), 0.0, Taken(), _last(before.rows)
+        if _node_mj(after.left):
+            met_s = min(gap_s, after.left_s) if held_s or not before.ended else 0.0
+            self.seconds += met_s
+            plus(self.sum, after.left)
+            plus(found, after.left)
+            if met_s:
+                self._say("the next process found what its node's meter had counted", met_s)
         elif not before.ended and not held_s and model is not None:
-            tail_s = min(gap_s, model.seconds / 2)
-            self._by_rule(before.rows, tail_s, held=True)
+            held_s = min(gap_s, model.seconds / 2)
             why = "a process left no end: it is taken to have lived for half a window more, at its last window's watts"
-        if (rest_s := max(0.0, held_s - (tail_s if recovered else 0.0))) > 0:
-            self._by_rule(before.rows, rest_s, held=True)
-        spent_s = max(held_s, tail_s)
+        if held_s > met_s:
+            plus(found, self._by_rule(before.rows, held_s - met_s))
+            self._say(why, held_s - met_s)
+        spent_s = max(held_s, met_s)
+        if spent_s or _node_mj(found):
+            self.stretches.append(Stretch(before, before.last_s, spent_s, found))
         if spent_s:
-            self.whys[why] = self.whys.get(why, 0.0) + spent_s
-            self.stretches.append((before.last_s, before.last_s + spent_s))
+            plus(self.held, found)
+            self.held_s += spent_s
         self.queued_s += gap_s - spent_s
 
-    def _recovered(self, mj: int, seconds: float, model: Row | None) -> None:
-        """What a killed process drew after its last row, as its node's meter counted; the devices' part of it by their share before."""
-        self.seconds += seconds
-        self.held_s += seconds
-        for into in (self.sum, self.held):
-            into.nodes = max(into.nodes, self.nodes)
-            into.ms += round(seconds * 1e3 * self.nodes)
-            into.node_measured_mj += mj
-            if model is not None and (whole := _node_mj(model.taken)) > 0:
-                into.device_estimated_mj += round(mj * _device_mj(model.taken) / whole)
-                into.device_ms += round(seconds * 1e3 * self.devices)
-            else:
-                into.device_unknown_ms += round(seconds * 1e3 * self.devices)
+    def _say(self, why: str, seconds: float) -> None:
+        self.whys[why] = self.whys.get(why, 0.0) + seconds
 
     def told(self, watts: Watts, found: Mapping[str, Boundary | None]) -> dict[str, Any]:
         """Of the time in which nodes were held and no process trained."""
-        name = next((name for name in reversed(BOUNDARIES) if found[name] is not None), None)
+        _, name = widest(found)
         one = boundaries(self.held, watts, self.held_s)[name] if name is not None and self.held_s else None
-        none = 0.0 if not self.held_s else None
+        none = None if self.held_s else 0.0
         words = "; ".join(f"{spent:,.1f} s: {why}" for why, spent in self.whys.items())
         return {
             "seconds": round(self.held_s, 3),
@@ -283,8 +318,7 @@ def _device_mj(taken: Taken) -> int:
 
 
 def _node_mj(taken: Taken) -> int:
-    """Without what belongs to a process before."""
-    return taken.node_measured_mj + taken.node_estimated_mj + taken.node_nameplate_mj - taken.recovered_mj
+    return taken.node_measured_mj + taken.node_estimated_mj + taken.node_nameplate_mj
 
 
 def _like(taken: Taken, factor: float) -> Taken:

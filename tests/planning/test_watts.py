@@ -22,7 +22,7 @@ def site(chip="h100", each=8, *, network=None, power=None, **more):
         summary="",
         kind="generic",
         device="cuda",
-        accelerator=chip,
+        accelerator=chip,  # type: ignore[arg-type]
         node=Node(accelerators=figure(each)),
         network=Network.model_validate(network or {"nic_gbit_s": figure(400)}),
         power=Power.model_validate(power or {}),

@@ -171,6 +171,23 @@ def test_gpt3_of_mlperf_at_the_facility(tmp_path, pue, rate):
     assert (high - low) / rate < 0.21
 
 
+def test_the_example_by_hand_says_what_the_account_says(tmp_path):
+    page = (Path(__file__).parents[2] / "POWER.md").read_text()
+    for pue, boundary, begins in (
+        (1.1, "node", "| node:"),
+        (1.1, "it", "| IT:"),
+        (1.1, "facility", "| facility at PUE 1.1"),
+        (1.2, "facility", "| facility at PUE 1.2"),
+    ):
+        found = published(tmp_path / f"{pue}{boundary}", **GPT3, pue=pue)
+        line = next(line for line in page.splitlines() if line.startswith(begins))
+        watts, joules, rate = (found[key][boundary] for key in ("watts", "joules", "tokens_per_joule"))
+        said = f"{watts:,.0f} | {joules / 1e9:.4f}e9", f"**{rate:.3f}**", f"{found['kwh_per_gtoken'][boundary]:.0f} kWh"
+        assert all(words in line for words in (*said, f"{found['flop6n_per_joule'][boundary] / 1e12:.3f} TFLOP/J")), (said, line)
+    for number in ("1,207,959,552", "6,847.7", "3,412.67"):
+        assert number in page
+
+
 @pytest.mark.parametrize(
     ("seconds", "watts", "kwh"),
     [
@@ -237,7 +254,7 @@ def test_what_is_unknown_is_no_zero():
         (seen(10), known(storage_watts=nothing), {"device", "node"}, "it", "power.storage_watts"),
         (seen(10), known(pue=nothing), {"device", "node", "it"}, "facility", "power.pue"),
         (Taken(), known(), set(), "device", "no meter told anything"),
-        (seen(10, device_unknown_ms=1000), known(), {"node", "it", "facility"}, "device", "for 1.2 % of the accelerators' time"),
+        (seen(10, device_unknown_ms=1000), known(), {"node", "it", "facility"}, "device", "for 1.2 % of the time"),
         (seen(10, node_unknown_ms=20_000), known(), {"device"}, "node", "power.node_watts"),
         (seen(10, nodes=1), known(), set(), "device", "for 50.0 % of"),  # one of two nodes did not answer
         (seen(10, node_measured_mj=30_000_000, node_estimated_mj=0), known(), {"device"}, "node", "not of the whole node"),
@@ -265,11 +282,6 @@ def test_a_node_without_accelerators():
     assert {name: one.watts for name, one in found.items()} == {"node": 70, "it": 70, "facility": 70}
     assert found["facility"].words == "nodes 100 % measured"
     assert "by accelerator" in unknown(taken, known(accelerators=0), 10.0)["it"]
-
-
-def test_joules_of_a_process_before_are_not_of_this_window():
-    one = at("node", seen(10, recovered_mj=8_000_000, node_measured_mj=48_000_000), known())
-    assert one.watts == 5600
 
 
 def test_a_node_meter_and_accelerators_by_nameplate():
@@ -335,7 +347,9 @@ def test_steps_that_a_restart_did_again_were_drawn_and_do_not_count(folder):
     device = 8 * (20 * 200 + 60 * 500 + 30 * 500)
     assert found["joules"]["device"] == pytest.approx(device)
     assert found["provenance"]["device"]["estimated"] == pytest.approx(8 * 30 * 500 / device)
-    assert [(one["tokens"], one["redone"]) for one in found["windows"]] == [(0, 0), (1000, 0), (0, 1000), (0, 0), (1000, 0)]
+    assert [one["event"] for one in found["windows"]] == ["starting", "steps", "steps", "held", "starting", "steps"]
+    assert sum(one["seconds"] for one in found["windows"]) == found["wall_s"]
+    assert [(one["tokens"], one["redone"]) for one in found["windows"]] == [(0, 0), (1000, 0), (0, 1000), (0, 0), (0, 0), (1000, 0)]
 
 
 def test_queued_time_is_no_time_of_the_run(folder):
@@ -368,18 +382,101 @@ def test_a_person_who_resumes_held_no_nodes(folder):
 
 
 def test_joules_of_a_killed_process_come_from_the_next_ones_meter(folder):
+    """As power/meter.py tells them: in the first row of the next process, with the devices' and the time that they took."""
     folder.starts("a")
     folder.window(10)
     folder.now += 100
-    folder.starts("b", step=10)
-    folder.window(20, taken=seen(20, recovered_mj=56_000_000, node_measured_mj=80_000_000 + 56_000_000))
+    folder.process = "b"
+    folder.progress("start")
+    folder.energy("begin", Taken(), 10)
+    left, own = seen(6), seen(10, 200.0)
+    both = Taken.of([one + two for one, two in zip(left.ints(), own.ints(), strict=True)])
+    both.nodes, both.devices, both.recovered_mj = 2, 8, left.node_measured_mj + left.node_estimated_mj
+    folder.energy("steps", both, 10, after=10)
+    folder.progress("steps", step=10)
+    folder.window(20)
     found = account(folder.path)
-    assert found["held"]["seconds"] == pytest.approx(10)  # 56 kJ at 5,600 W
-    assert found["queued_s"] == pytest.approx(90)
-    node = 2 * (10 * (1600 + 1600) + 20 * 5600) + 56_000
-    assert found["joules"]["node"] == pytest.approx(node)
-    assert found["provenance"]["node"]["measured"] == pytest.approx((2 * (10 * 1600 + 20 * 4000) + 56_000) / node, rel=1e-3)
-    assert found["joules"]["device"] == pytest.approx(2 * (10 * 1600 + 20 * 4000) + 10 * 4000)
+    assert found["held"]["seconds"] == 6
+    assert found["held"]["joules"] == pytest.approx(6 * 8000, rel=0.02)
+    assert found["queued_s"] == 94
+    assert found["wall_s"] == 10 + 20 + 6 + 10 + 20
+    assert found["joules"]["device"] == pytest.approx(8 * (200 * 20 + 500 * 46))
+    assert found["joules"]["node"] == pytest.approx(8 * (200 * 20 + 500 * 46) + 1600 * 66)
+    assert found["provenance"]["device"]["measured"] == 1
+    assert [(one["event"], one["seconds"]) for one in found["windows"]] == [
+        ("starting", 10), ("steps", 20), ("held", 6), ("starting", 10), ("steps", 20),
+    ]  # fmt: skip
+
+
+def test_what_meters_saw_while_a_job_held_its_nodes_is_measured(folder):
+    folder.starts("a")
+    folder.window(10)
+    folder.history("judged", verdict="again")
+    folder.now += 40
+    folder.process, folder.attempt = "b", 1
+    folder.progress("start")
+    folder.energy("begin", Taken(), 10)
+    held, own = seen(40, 90.0), seen(10, 200.0)
+    both = Taken.of([one + two for one, two in zip(held.ints(), own.ints(), strict=True)])
+    both.nodes, both.devices, both.recovered_mj = 2, 8, held.node_measured_mj + held.node_estimated_mj
+    folder.energy("steps", both, 10, after=10)
+    folder.window(20)
+    found = account(folder.path)
+    assert (found["queued_s"], found["held"]["seconds"], found["wall_s"]) == (0, 40, 100)
+    assert found["joules"]["device"] == pytest.approx(8 * (200 * 20 + 500 * 40 + 90 * 40))
+    assert found["provenance"]["device"]["measured"] == 1  # idle watts, and not a rule's
+
+
+def test_the_last_row_is_of_one_node(folder):
+    """Others drew what it did; unless their next process finds it, then nothing is added twice."""
+    folder.starts("a")
+    folder.window(10)
+    folder.energy("end", seen(4, nodes=1), 10)
+    folder.progress("end", why="SIGTERM")
+    alone = account(folder.path)
+    assert alone["wall_s"] == 34
+    assert alone["joules"]["device"] == 8 * (200 * 10 + 500 * 24)
+    assert alone["provenance"]["device"]["estimated"] == pytest.approx(4 * 500 * 4 / alone["joules"]["device"])
+    folder.now += 500
+    folder.process = "b"
+    folder.progress("start")
+    folder.energy("begin", Taken(), 10)
+    left, own = seen(4, nodes=1), seen(10, 200.0)
+    both = Taken.of([one + two for one, two in zip(left.ints(), own.ints(), strict=True)])
+    both.nodes, both.devices, both.recovered_mj = 2, 8, left.node_measured_mj + left.node_estimated_mj
+    folder.energy("steps", both, 10, after=10)
+    found = account(folder.path)
+    assert (found["wall_s"], found["queued_s"]) == (44, 500)
+    assert found["joules"]["device"] == pytest.approx(8 * (200 * 20 + 500 * 24))
+    assert found["provenance"]["device"]["estimated"] == 0
+
+
+def test_meters_that_answer_late_or_fall_silent(folder):
+    folder.progress("start")
+    folder.energy("begin", Taken(), 0, after=0.2)
+    folder.energy("steps", Taken(), 0, after=3.0)  # nobody was asked before the first report
+    folder.energy("window", seen(23.2), 10, after=20.0)
+    assert account(folder.path)["wall_s"] == pytest.approx(23.2)
+    assert account(folder.path)["joules"]["device"] == pytest.approx(8 * 500 * 23.2)
+    folder.energy("window", seen(19.7), 20, after=20.0)  # a meter has news a moment later than the report
+    assert account(folder.path)["wall_s"] == pytest.approx(43.0)
+    assert account(folder.path)["provenance"]["device"]["estimated"] == pytest.approx(0.1 / 43.0, rel=1e-3)
+    folder.energy("window", Taken(), 30, after=20.0)
+    found = account(folder.path)
+    assert found["wall_s"] == pytest.approx(63.0)
+    assert "31.7 %" in found["unknown"]["device"]
+    folder.energy("window", Taken(), 35, after=4.0)
+    folder.energy("end", Taken(), 35, after=3.0)
+    assert account(folder.path)["wall_s"] == pytest.approx(70.0)
+
+
+def test_a_last_row_that_no_meter_answered_is_late_and_not_unknown(folder):
+    folder.starts("a", seconds=2.0)
+    folder.energy("end", Taken(devices=8), 0, after=0.5)
+    found = account(folder.path)
+    assert found["wall_s"] == pytest.approx(2.5)
+    assert found["joules"]["device"] == pytest.approx(8 * 200 * 2.5)
+    assert found["provenance"]["device"]["estimated"] == pytest.approx(0.2)
 
 
 def test_a_killed_process_without_a_word_lived_half_a_window_more(folder):
