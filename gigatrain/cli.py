@@ -143,13 +143,14 @@ def _temperature(text: str) -> float:
 
 def _plan(options: argparse.Namespace) -> None:
     from gigatrain import load
-    from gigatrain.launching.size import size
+    from gigatrain.launching.size import by_budget, size
     from gigatrain.planning.plan import plan
 
     site, why = _site(options.site)
-    asked = (options.nodes, options.gpus, options.megawatts)
+    recipe, asked = load.recipe(options.recipe, options.set), (options.nodes, options.gpus, options.megawatts)
+    asked = (by_budget(site, recipe), None, None) if asked == (None, None, None) else asked
     sized = None if asked == (None, None, None) else size(site, *asked)
-    chosen = plan(load.recipe(options.recipe, options.set), site, sized.ranks if sized else None, measure=_measured)
+    chosen = plan(recipe, site, sized.ranks if sized else None, measure=_measured)
     sized = sized or size(site, gpus=chosen.ranks)
     tried = None
     if options.dry_run:
@@ -777,6 +778,7 @@ Resolve a recipe on a site into a plan: every number concrete, the memory it nee
   gigatrain plan my.toml --site one-gpu --set train.microbatch=4
   gigatrain plan my.toml --site jupiter --nodes 64            what it assumes of the site is said, what it lacks refused
   gigatrain plan my.toml --site jupiter --megawatts 0.5
+  gigatrain plan my.toml --site jupiter --set power.megawatts=0.5   a budget: sizes the run, and refuses what would draw more
   gigatrain plan my.toml --json | jq .memory"""
 _SITES = """\
 The machines that runs are planned for and launched on. Every number is measured, declared by its operator or maker, assumed with a reason, or unknown by name.

@@ -7,8 +7,12 @@ counted from the whole system where that is known. Free of torch.
 import math
 from dataclasses import dataclass
 
+from gigatrain.config import Recipe
 from gigatrain.errors import SiteError
+from gigatrain.planning.budget import assumed, node_watts, shown, whole
 from gigatrain.site import Site
+
+__all__ = ["Size", "by_budget", "node_watts", "shown", "size", "whole"]
 
 
 @dataclass(frozen=True)
@@ -87,73 +91,20 @@ def size(site: Site, nodes: int | None = None, gpus: int | None = None, megawatt
     return Size(nodes, gpus, watts, tuple(dict.fromkeys([*assumes, *(notes if watts is not None else ())])))
 
 
-def node_watts(site: Site) -> tuple[float | None, tuple[str, ...], str]:
-    """`(watts, notes, lacking)`: the facility's watts for one node by the best that is known, how they were come by, and if unknown what is lacking.
+def by_budget(site: Site, recipe: Recipe) -> int | None:
+    """Nodes of a job whose size nobody gives: the most that the recipe's `power.megawatts` feeds and its batch divides by.
 
-    In this order: the facility over its nodes; the IT over its nodes, times the PUE; a node, times the PUE. The sum of a node's accelerators is a lower bound
-    and not taken: a site that wants it says so in `power.node_watts`, as assumed.
+    None where there is no budget, the recipe fixes its ranks, or a node's draw is unknown.
     """
-    power, count = site.power, whole(site)
-    pue = power.pue.value
-    if power.facility_watts.value is not None and count:
-        watts = power.facility_watts.value / count
-        how = f"a node takes its share of power.facility_watts: {shown(power.facility_watts.value)} over {count:,} nodes = {shown(watts)}"
-        return watts, (how, *assumed(site, "power.facility_watts", *_counted(site))), ""
-    if power.it_watts.value is not None and count and pue:
-        watts = power.it_watts.value / count * pue
-        how = f"a node takes its share of power.it_watts times power.pue: {shown(power.it_watts.value)} over {count:,} nodes x {pue:g} = {shown(watts)}"
-        return watts, (how, *assumed(site, "power.it_watts", "power.pue", *_counted(site))), ""
-    if power.node_watts.value is not None and pue:
-        watts = power.node_watts.value * pue
-        how = (
-            f"a node takes power.node_watts times power.pue, no share of fabric and storage: {shown(power.node_watts.value)} x {pue:g} = "
-            f"{shown(watts)}"
-        )
-        return watts, (how, *assumed(site, "power.node_watts", "power.pue")), ""
-    return None, (), _lacking(site, count)
-
-
-def whole(site: Site) -> int | None:
-    """Nodes of the whole system: as the site says, else its accelerators over those of a node."""
-    if site.nodes.value is not None:
-        return int(site.nodes.value)
-    if site.accelerators.value and site.node.accelerators.value:
-        return int(site.accelerators.value // site.node.accelerators.value)
-    return None
-
-
-def assumed(site: Site, *paths: str) -> tuple[str, ...]:
-    """`path = value (source)` of each of these figures that is assumed."""
-    figures = dict(site.figures())
-    return tuple(f"{path} = {figures[path].value:,.10g} ({figures[path].source})" for path in paths if figures[path].basis == "assumed")
-
-
-def shown(watts: float) -> str:
-    """Watts for a reader: `694 W`, `6.85 kW`, `15.80 MW`."""
-    if watts < 9_999.5:
-        return f"{watts:,.0f} W"
-    return f"{watts / 1e3:,.1f} kW" if watts < 999_950 else f"{watts / 1e6:,.2f} MW"
-
-
-def _counted(site: Site) -> tuple[str, ...]:
-    return ("nodes",) if site.nodes.known else ("accelerators", "node.accelerators")
-
-
-def _lacking(site: Site, count: int | None) -> str:
-    power = site.power
-    if (power.it_watts.known and count) or power.node_watts.known:
-        why = "power.pue is unknown"
-    elif power.facility_watts.known or power.it_watts.known:
-        total, name = (power.facility_watts, "power.facility_watts") if power.facility_watts.known else (power.it_watts, "power.it_watts")
-        why = f"{name} is {shown(total.value or 0)}, but how many nodes share it is unknown"
-        if site.h100e.value:
-            why += f" (it is {(total.value or 0) / site.h100e.value:,.0f} W for each of {site.h100e.value:,g} H100-equivalents)"
-    else:
-        why = "power.facility_watts, power.it_watts and power.node_watts are unknown"
-        if power.device_watts.known and site.node.accelerators.value:
-            least = (power.device_watts.value or 0) * site.node.accelerators.value
-            why += f", and its accelerators alone ({shown(least)}) are a lower bound"
-    return f'{why}; give --nodes, or a copy of the site\'s file with that figure, basis = "assumed" and why'
+    share, (train, mesh), per_node = node_watts(site)[0], (recipe.train, recipe.mesh), site.ranks_per_node
+    if recipe.power.megawatts is None or share is None or per_node is None or train.nproc is not None or mesh.shard is not None:
+        return None
+    most = min(math.floor(recipe.power.megawatts * 1e6 / share), whole(site) or 1 << 20)
+    together = mesh.context * mesh.tensor * mesh.pipeline  # ranks that read the same samples
+    fitting = (
+        n for n in range(most, 0, -1) if n * per_node % (together * mesh.replicate) == 0 and train.batch % (n * per_node // together) == 0
+    )
+    return next(fitting, most or None)
 
 
 def _fits(site: Site, nodes: int | None, ranks: int) -> None:

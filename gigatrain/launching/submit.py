@@ -23,7 +23,7 @@ from gigatrain.launching import hosts as ssh
 from gigatrain.launching import job as jobs
 from gigatrain.launching import kubernetes, restart, script, slurm
 from gigatrain.launching.job import Job
-from gigatrain.launching.size import Size, shown, size
+from gigatrain.launching.size import Size, by_budget, shown, size
 from gigatrain.planning import cost
 from gigatrain.planning.plan import Plan, plan
 from gigatrain.site import Site
@@ -114,6 +114,8 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
     recipes = tuple(cached(load.recipe(request.recipe, [*request.overrides, *change]), site) for change in changes)
     name = recipes[0].name
     nodes, gpus = _here(request, site, recipes[0], hosts) if site.scheduler.kind in ("none", "ssh") else (request.nodes, request.gpus)
+    if (nodes, gpus, request.megawatts) == (None, None, None):
+        nodes = by_budget(site, recipes[0])
     large = size(site, nodes=nodes, gpus=gpus, megawatts=request.megawatts)
     if large.nodes is None or large.ranks_per_node is None:
         raise SiteError(
@@ -498,6 +500,9 @@ def summary(prepared: Prepared) -> list[str]:
     draws = f", {shown(large.watts)} at the facility" if large.watts is not None else ""
     lines = [f"{made.name} on {made.site.name}, {made.nodes} x {made.ranks_per_node} ranks{spares}{limit}{draws}"]
     lines += [f"  assumes  {text}" for text in large.assumes]
+    lines += [
+        f"  power    {text}" for text in dict.fromkeys(one.draw.text() for one in prepared.plans if one.draw.budget_watts is not None)
+    ]
     if made.exclude:
         lines.append(f"  excludes {len(made.exclude)} node{'s' * (len(made.exclude) > 1)} ({made.excluded})")
         has = made.site.nodes.value

@@ -118,7 +118,9 @@ class Display:
             self.line(f"  fp8      {plan.fp8.describe()}; bf16: head, embedding, norms{', router' if plan.decoder.experts else ''}")
 
     def plan_details(self, plan: Plan) -> None:
-        """Memory by part, and every kernel with the reason for it."""
+        """Watts, memory by part, and every kernel with the reason for it."""
+        if plan.draw.text():
+            self.line(f"  power    {plan.draw.text()}")
         memory = plan.memory
         self.line(
             f"  memory   weights {gib(memory.weights)}, gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}, "

@@ -29,7 +29,7 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import attention, axes, cost, fusions, hardware, products, watts
+from gigatrain.planning import attention, axes, budget, cost, fusions, hardware, products, watts
 from gigatrain.planning.fusions import Fusion, Name
 from gigatrain.planning.watts import Watts
 from gigatrain.site import Site
@@ -89,6 +89,7 @@ OPERATIONAL = (
     "fusions",
     "power",
     "watts",
+    "draw",
 )
 
 
@@ -141,6 +142,7 @@ class Plan(Section):
     report: Report
     power: Power = Power()
     watts: Watts = Watts()
+    draw: budget.Draw = budget.Draw()
     sample: Sample
     export: bool
     kernels: tuple[Choice, ...]
@@ -208,7 +210,8 @@ def plan(recipe: Recipe, site: Site, ranks: int | None = None, *, measure: Calla
 
     `measure` gives the numbers of a model that is not of our families: models/autonumbers.py's `numbers`, which needs torch.
 
-    Raises PlanError for what cannot work: a memory need beyond the site's, a tokenizer beyond the model's vocabulary, a mesh that divides nothing.
+    Raises PlanError for what cannot work: a memory need beyond the site's, watts beyond a budget, a tokenizer beyond the model's vocabulary, a mesh that
+    divides nothing.
     """
     architecture = load.architecture(recipe.model, measure)
     train = recipe.train
@@ -300,6 +303,7 @@ def plan(recipe: Recipe, site: Site, ranks: int | None = None, *, measure: Calla
         report=recipe.report,
         power=recipe.power,
         watts=watts.of(site, ranks),
+        draw=budget.draw(recipe.power, site, ranks),
         sample=recipe.sample,
         export=recipe.export,
         kernels=kernels,

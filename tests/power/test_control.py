@@ -37,6 +37,10 @@ KNOWN = Watts(
 )
 
 
+def never(*_):
+    raise AssertionError("nothing was to be done")
+
+
 def schedule(*rows):
     return Schedule(tuple((BEGAN_S + at, megawatts, price, None) for at, megawatts, price in rows), False, "s.csv")
 
@@ -196,6 +200,7 @@ def test_limits_come_first_where_they_may_be_set_and_are_enough():
     plant.run(Power(megawatts=0.7, caps=True), KNOWN, 900)
     orders = plant.orders[-1][1]
     assert (orders.share, orders.period_s) == (1.0, None)
+    assert orders.cap_share is not None
     assert 0.4 < orders.cap_share < 0.6
     assert top(plant) <= 700e3
     assert f"accelerators at {100 * orders.cap_share:.0f} % of their limit" in orders.why
@@ -223,9 +228,9 @@ def test_every_rank_decides_alike_and_a_resume_goes_on_with_what_was_learnt():
 
 def test_without_a_budget_a_ramp_or_a_schedule_nothing_is_decided_and_nothing_waited():
     governor = Governor(Power(), Watts(), began_s=0.0)
-    pace = Pace(clock=pytest.fail, sleep=pytest.fail, wall=pytest.fail)
+    pace = Pace(clock=never, sleep=never, wall=never)
     pace.follow(governor.decide(Seen(0.0, 5e5, None, 1.0, window_s=20.0, steps=20)))
-    assert (governor.acts, pace.wait(pytest.fail, pytest.fail)) == (False, 0.0)
+    assert (governor.acts, pace.wait(never, never)) == (False, 0.0)
 
 
 def test_the_expected_draw_is_the_sites_own_total_else_the_sum_of_its_parts_else_unknown():

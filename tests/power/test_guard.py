@@ -1,0 +1,337 @@
+"""Power limits are put back as they were found, whatever dies: on a libnvidia-ml.so.1 whose limits lie in files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gigatrain.power import restore
+
+# A process that sets limits: a line in is watts or "close", a line out is what came of it.
+_HOLDER = """\
+import sys
+from pathlib import Path
+from gigatrain.errors import PowerError
+from gigatrain.power.guard import Caps
+caps = Caps(sys.argv[2].split(","), run="runs/mine", folder=Path(sys.argv[1]), say=lambda text: print("said", text, flush=True))
+try:
+    with caps:
+        print("ready", caps.least_watts, caps.most_watts, caps._guard.pid, flush=True)
+        for line in sys.stdin:
+            word = line.strip()
+            if word == "close":
+                break
+            if word == "fail":
+                raise KeyError("a mistake")
+            if word == "race":
+                print("races", flush=True)
+                while True:
+                    for watts in (300, 400, 500):
+                        caps.apply(watts)
+            caps.apply(None if word == "none" else float(word))
+            print("set", caps._guard.pid, flush=True)
+    print("closed", flush=True)
+except PowerError as failure:
+    print("PowerError", failure, flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The folder of the stub, for LD_LIBRARY_PATH."""
+    folder = tmp_path_factory.mktemp("limits")
+    source = Path(__file__).parent / "fakelimits.c"
+    command = ["gcc", "-shared", "-fPIC", "-Wall", "-Wl,-soname,libnvidia-ml.so.1", "-o", str(folder / "libnvidia-ml.so.1"), str(source)]
+    subprocess.run(command, check=True)
+    return folder
+
+
+class Node:
+    """A machine with two GPUs."""
+
+    def __init__(self, folder, library):
+        self.limits, self.records = folder / "limits", folder / "records"
+        self.limits.mkdir()
+        self.environment = os.environ | {"LD_LIBRARY_PATH": str(library), "FAKE_DIR": str(self.limits)}
+        self.processes, self.guards = [], []
+
+    def hold(self, uuids="GPU-0,GPU-1", session=False, **faults):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _HOLDER, str(self.records), uuids],
+            stdin=-1,
+            stdout=-1,
+            stderr=-1,
+            text=True,
+            env=self.environment | {f"FAKE_{name}": str(value) for name, value in faults.items()},
+            start_new_session=session,
+        )
+        self.processes.append(process)
+        return process
+
+    def tell(self, process, word):
+        assert process.stdin
+        process.stdin.write(f"{word}\n")
+        process.stdin.flush()
+        return self.hear(process)
+
+    def hear(self, process):
+        assert process.stdout
+        words = process.stdout.readline().strip()
+        if words.startswith(("ready", "set")):
+            self.guards.append(int(words.split()[-1]))
+        return words
+
+    def watts(self):
+        found = []
+        for uuid in ("GPU-0", "GPU-1"):
+            path = self.limits / uuid
+            found.append(int(path.read_text()) / 1000 if path.exists() else 700.0)
+        return found
+
+    def until(self, watts, records=0):
+        """Wait for limits and the count of records."""
+        end = time.monotonic() + 60
+        while (self.watts(), len(list(self.records.glob("*.json")))) != (watts, records):
+            assert time.monotonic() < end, (self.watts(), list(self.records.glob("*")))
+            time.sleep(0.02)
+
+    def restore(self):
+        command = [sys.executable, "-m", "gigatrain.power.guard", "--restore", "--folder", str(self.records)]
+        return subprocess.run(command, capture_output=True, text=True, env=self.environment, check=False)
+
+
+@pytest.fixture
+def node(tmp_path, library):
+    found = Node(tmp_path, library)
+    yield found
+    for process in found.processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+    for pid in found.guards:
+        end = time.monotonic() + 60
+        while _alive(pid) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert not _alive(pid), "a guard outlives whom it guards"
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_limits_are_set_within_the_drivers_range_and_put_back_as_found(node):
+    (node.limits / "GPU-1").write_text("650000")
+    one = node.hold()
+    assert node.hear(one).startswith("ready 200.0 650.0 ")
+    assert node.tell(one, 400).startswith("set")
+    assert node.watts() == [400.0, 400.0]
+    record = restore.read(str(node.records), "GPU-1")
+    assert record is not None
+    assert (record["found_mw"], record["default_mw"], record["boot"]) == (650000, 700000, restore.boot())
+    node.tell(one, 690)
+    assert node.watts() == [690.0, 650.0], "never above what the site has set"
+    node.tell(one, "none")
+    assert node.watts() == [700.0, 650.0]
+    node.tell(one, 300)
+    assert node.tell(one, "close") == "closed"
+    assert one.wait(60) == 0
+    assert node.watts() == [700.0, 650.0]
+    assert not list(node.records.glob("*.json"))
+
+
+@pytest.mark.parametrize("word", ["fail", "150"])
+def test_an_exception_and_a_refused_limit_put_them_back(node, word):
+    one = node.hold()
+    node.hear(one)
+    node.tell(one, 400)
+    said = node.tell(one, word)
+    assert word == "fail" or said.startswith(
+        "PowerError GPU-0: 150 W is asked for, and its driver takes 200 to 700 W; set power.caps = false"
+    )
+    one.wait(60)
+    node.until([700.0, 700.0])
+
+
+def test_a_second_gpu_that_fails_puts_the_first_back(node):
+    one = node.hold(FAILS=1)
+    node.hear(one)
+    assert node.tell(one, 400).startswith("PowerError GPU-1: 400 W cannot be set: Unknown Error")
+    one.wait(60)
+    node.until([700.0, 700.0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_has_its_limits_put_back(node, number):
+    one = node.hold()
+    node.hear(one)
+    node.tell(one, 400)
+    one.send_signal(number)
+    node.until([700.0, 700.0])
+
+
+def test_a_killed_group_and_ctrl_c_leave_the_guard_alive(node):
+    one = node.hold(session=True)
+    guard = int(node.hear(one).split()[-1])
+    node.tell(one, 400)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(guard, number)
+    os.killpg(one.pid, signal.SIGKILL)
+    node.until([700.0, 700.0])
+
+
+@pytest.mark.parametrize("moment", [{"HANGS": 3}, {"HANGS": 3, "HANGS_AFTER": 1}, {"HANGS": 4}, {"HANGS": 4, "HANGS_AFTER": 1}])
+def test_it_does_not_matter_at_what_moment_it_is_killed(node, moment):
+    """Sets 1 and 2 try the right; 3 and 4 are the two GPUs'."""
+    one = node.hold(**moment)
+    node.hear(one)
+    assert one.stdin
+    one.stdin.write("400\n")
+    one.stdin.flush()
+    end = time.monotonic() + 60
+    while not (node.limits / "hung").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    one.kill()
+    node.until([700.0, 700.0])
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.003, 0.011])
+def test_killed_while_it_sets_one_limit_after_the_other(node, after_s):
+    one = node.hold()
+    node.hear(one)
+    assert node.tell(one, "race") == "races"
+    time.sleep(after_s)
+    one.kill()
+    node.until([700.0, 700.0])
+
+
+def test_a_killed_guard_is_replaced(node):
+    one = node.hold()
+    guard = int(node.hear(one).split()[-1])
+    node.tell(one, 400)
+    os.kill(guard, signal.SIGKILL)
+    assert node.hear(one) == "said the process that guards power limits has ended (-9); another is started"
+    end = time.monotonic() + 60
+    while (other := int(node.tell(one, 500).split()[-1])) == guard:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert _alive(other)
+    one.kill()
+    node.until([700.0, 700.0])
+
+
+def _both_killed(node):
+    one = node.hold()
+    guard = int(node.hear(one).split()[-1])
+    node.tell(one, 400)
+    os.kill(one.pid, signal.SIGSTOP)  # else it would start another
+    os.kill(guard, signal.SIGKILL)
+    one.kill()
+    one.wait(60)
+    while _alive(guard):
+        time.sleep(0.01)
+    assert node.watts() == [400.0, 400.0]
+
+
+def test_after_both_are_killed_the_next_run_puts_back_and_keeps_what_the_first_found(node):
+    _both_killed(node)
+    two = node.hold("GPU-0,GPU-1")
+    assert node.hear(two) == "said left by a run that was killed: GPU-0: power limit 700 W, as it was found (400 W before)"
+    node.hear(two)
+    assert node.hear(two).startswith("ready 200.0 700.0")
+    node.tell(two, 300)
+    node.tell(two, "close")
+    node.until([700.0, 700.0])
+
+
+def test_after_both_are_killed_a_command_puts_back(node):
+    _both_killed(node)
+    command = [sys.executable, "-m", "gigatrain.power.guard", "--folder", str(node.records)]
+    named = subprocess.run(command, capture_output=True, text=True, env=node.environment, check=True).stdout
+    assert "GPU-0: its power limit was left by a run that was killed; put it back with --restore" in named
+    (node.limits / "GPU-1").write_text("555000")  # by an administrator, since
+    found = node.restore()
+    assert (found.returncode, node.watts()) == (0, [700.0, 555.0])
+    assert "GPU-1: power limit 555 W is neither what was found (700 W) nor what was set" in found.stdout
+    assert node.restore().stdout == "no run has left a power limit on this node\n"
+
+
+def test_a_record_of_another_boot_is_void(node):
+    _both_killed(node)
+    for path in node.records.glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"boot": "another"}))
+    (node.limits / "GPU-0").write_text("400000")
+    found = node.restore()
+    assert node.watts() == [400.0, 400.0]
+    assert found.stdout.count("of another boot") == 2
+
+
+def test_one_that_may_not_set_limits_is_told_what_it_lacks(node):
+    one = node.hold(FORBIDDEN=1)
+    said = node.hear(one)
+    assert said.startswith("PowerError GPU-0: its power limit may be set by root only (or with CAP_SYS_ADMIN), and this is uid")
+    assert said.endswith("set power.caps = false: then steps are spaced out instead, which needs no right")
+    one.wait(60)
+    node.until([700.0, 700.0])
+
+
+def test_two_runs_cannot_set_one_gpu(node):
+    one = node.hold("GPU-0")
+    node.hear(one)
+    node.tell(one, 400)
+    two = node.hold("GPU-1,GPU-0")
+    said = node.hear(two)
+    assert said.startswith(f"PowerError GPU-0: its power limit is runs/mine (process {one.pid})'s, and two runs cannot set it")
+    assert node.restore().stdout == "GPU-0: a run that lives holds it; left alone\n"
+    assert node.watts() == [400.0, 700.0]
+    assert node.tell(one, "close") == "closed"
+    node.until([700.0, 700.0])
+
+
+def test_a_modules_limit_is_set_where_that_is_what_there_is(node):
+    one = node.hold("GPU-0", MODULE=1)
+    node.hear(one)
+    assert node.tell(one, 400).startswith("set")
+    record = restore.read(str(node.records), "GPU-0")
+    assert record is not None
+    assert (record["scope"], node.watts()[0]) == (restore.MODULE, 400.0)
+    one.kill()
+    node.until([700.0, 700.0])
+
+
+@pytest.mark.parametrize(
+    ("uuids", "said"),
+    [
+        ("MIG-1", "MIG-1: power limits are set of whole NVIDIA GPUs, and this is a part of a GPU"),
+        ("../GPU-0", "no GPU of NVIDIA's"),
+        ("GPU-7", "GPU-7: its power limit cannot be read: Not Found"),
+    ],
+)
+def test_what_has_no_limit_is_named(node, uuids, said):
+    assert said in node.hear(node.hold(uuids))
+
+
+def test_a_folder_of_somebody_elses_is_not_trusted(node):
+    node.records.mkdir()
+    node.records.chmod(0o777)
+    assert "no folder of this user's alone" in node.hear(node.hold())
+    node.records.rmdir()
+    (node.limits.parent / "elsewhere").mkdir()
+    node.records.symlink_to(node.limits.parent / "elsewhere")
+    assert "no folder of this user's alone" in node.hear(node.hold())
+
+
+def test_without_a_driver_that_is_said(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
+    command = [sys.executable, "-c", _HOLDER, str(tmp_path / "records"), "GPU-0"]
+    said = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, stdin=subprocess.DEVNULL).stdout
+    if said.startswith("ready"):
+        pytest.skip("this machine has a GPU called GPU-0")
+    assert "power limits cannot be set here: there is no libnvidia-ml.so.1" in said or "GPU-0" in said
