@@ -1,0 +1,268 @@
+"""`gigatrain bench power`: what a run's record becomes, what is judged and by which yardstick, the best site, what is refused; and the command as users run it.
+
+Record rows are written as power/__init__.py says the loop writes them. Figures of watts are exact: no clock is read.
+"""
+
+import csv
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from gigatrain import cli, load
+from gigatrain.bench import power, report, sweep
+from gigatrain.bench.board import Board
+from gigatrain.errors import PowerError, RunError, SiteError
+from gigatrain.planning.plan import plan
+from gigatrain.planning.watts import Watts
+from gigatrain.site import Figure, Site
+
+MERGED = importlib.util.find_spec("gigatrain.power.account") is not None
+needs_account = pytest.mark.skipif(not MERGED, reason="gigatrain.power.account is written beside this and not merged yet")
+
+
+def known(value):
+    return Figure(value=value, basis="declared", source="test")
+
+
+def record(folder, *, windows=12, each_s=1.0, tokens=1000, device_mj=0, node_mj=400_000, val_loss=2.5, **taken):
+    """A run's folder as the loop leaves it: 3 s of start, then windows of 400 W; the first two are warmer by 100 W."""
+    folder.mkdir(parents=True)
+    began = 1_790_000_000.0
+    rows = [{"time_s": began, "event": "begin", "step": 0, "tokens": 0, "taken": {}, "meters": {"node": "test"}}]
+    rows.append(
+        {"time_s": began + 3, "event": "steps", "step": 0, "tokens": 0, "taken": {"nodes": 1, "ms": 3000, "node_measured_mj": 900_000}}
+    )
+    for number in range(windows):
+        hot = 100_000 if number < 2 else 0
+        one = {"nodes": 1, "ms": round(each_s * 1e3), "node_measured_mj": node_mj + hot, "device_measured_mj": device_mj} | taken
+        at = began + 3 + (number + 1) * each_s
+        rows.append({"time_s": at, "event": "window", "step": number + 1, "tokens": (number + 1) * tokens, "taken": one})
+    rows.append({"time_s": at + 9, "event": "end", "step": windows, "tokens": windows * tokens, "taken": {"nodes": 1, "ms": 9000}})
+    (folder / "energy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"time_s": 1790')
+    (folder / "summary.json").write_text(json.dumps({"loss": 2.0, "val_loss": val_loss}))
+    return folder
+
+
+def row(variant, speed=1000.0, watts=500.0, *, at="facility", loss=2.0, val_loss=2.5, accelerators=1, **more):
+    """A measured run's row."""
+    found = dict.fromkeys(power.COLUMNS) | {"variant": variant, "status": "ok", "round": "1", "rounds": 1, "accelerators": accelerators}
+    found |= {
+        "commit": "c",
+        "date": "d",
+        "device": "H",
+        "settings": "s",
+        "recipe": "tiny",
+        "steps": 60,
+        "provenance": "node: measured",
+        "gaps": 0,
+    }
+    found |= {"tokens_per_s": speed, "loss": loss, "val_loss": val_loss, "window_s": 12.0, "settle_s": 3.0, "peak_mib": 10.0}
+    found |= {f"watts_{at}": watts, f"tokens_per_joule_{at}": speed / watts, f"joules_per_token_{at}": watts / speed}
+    return found | more
+
+
+def test_what_counts_begins_after_settling_and_ends_with_the_last_report(tmp_path):
+    rows = power.rows_of(record(tmp_path / "run"))
+    found = power.stretch(rows, 1.5)  # the second window is the first edge that lies 1.5 s after the steps began
+    assert (found.seconds, found.tokens, found.settle_s, found.startup_s) == (10.0, 10_000, 2.0, 3.0)
+    assert (found.taken.node_measured_mj, found.taken.nodes, found.taken.ms) == (4_000_000, 1, 10_000)
+    assert power.stretch(rows, 0.0).tokens == 11_000  # the first window is never counted
+    with pytest.raises(RunError, match=r"steps took 12.0 s, and what counts begins after 12.0 s"):
+        power.stretch(rows, 12.0)
+    with pytest.raises(RunError, match="no window of steps"):
+        power.stretch(rows[:2], 0.0)
+    with pytest.raises(RunError, match=r"power.measure must be true"):
+        power.rows_of(tmp_path)
+
+
+@needs_account
+def test_figures_are_tokens_over_joules_of_the_steady_stretch(tiny, tmp_path):
+    made = plan(load.recipe(tiny), load.site("laptop"))
+    found = power.figures(record(tmp_path / "run"), made, settle_s=1.5, least_s=10.0)
+    assert (found["status"], found["tokens_per_s"], found["watts_node"], found["watts_facility"]) == ("ok", 1000.0, 400.0, 400.0)
+    assert math.isclose(found["tokens_per_joule_facility"], 2.5)
+    assert math.isclose(found["joules_per_token_node"], 0.4)
+    assert "watts_device" not in found
+    assert "device" in found["unknown"]
+    assert "node: nodes 100 % measured" in found["provenance"]
+    assert (found["loss"], found["val_loss"]) == (2.0, 2.5)
+    short = power.figures(record(tmp_path / "short", windows=6), made, settle_s=1.5, least_s=10.0)
+    assert "steady window of 4.0 s is below the 10.0 s that its meters need: no figure" in short["status"]
+    assert "tokens_per_s" not in short
+    gpu = {"devices": 1, "device_ms": 1000, "counter_mj": 300_000, "integral_mj": 306_000, "power_capped_ms": 340}
+    found = power.figures(record(tmp_path / "gpu", device_mj=300_000, **gpu), made, settle_s=1.5, least_s=10.0)
+    assert (found["watts_device"], found["capped_share"], round(found["disagreement"], 4)) == (300.0, 0.34, 0.02)
+    with pytest.raises(PowerError, match="no meter counted a joule"):
+        power.figures(record(tmp_path / "none", node_mj=-100_000, device_nameplate_mj=700_000), made, settle_s=3.0, least_s=1.0)
+
+
+def test_losses_are_judged_by_the_baselines_own_spread():
+    runs = {
+        "baseline": [row("baseline", val_loss=2.500), row("baseline", val_loss=2.502)],
+        "control": [row("control", loss=2.01, val_loss=2.505)],
+        "near": [row("near", val_loss=2.504)],
+        "far": [row("far", val_loss=2.52)],
+        "lost": [row("lost", val_loss=None)],
+    }
+    rows = [power.summarised(one) for one in runs.values()]
+    power.judge(rows, runs)
+    by_name = {one["variant"]: one for one in rows}
+    assert math.isclose(by_name["near"]["val_loss_tolerance"], 0.005)
+    assert math.isclose(by_name["far"]["val_loss_difference"], 0.019)  # from the median of the baseline's rounds
+    assert {name: one["loss_neutral"] for name, one in by_name.items()} == {
+        "baseline": True, "control": True, "near": True, "far": False, "lost": None,
+    }  # fmt: skip
+    alone = [row("baseline"), row("near")]
+    power.judge(alone, {"baseline": alone[:1]})  # one run has no spread
+    assert [one["loss_neutral"] for one in alone] == [None, None]
+    unheld = [row("baseline", val_loss=None), row("near", val_loss=None)]
+    power.judge(unheld, {"baseline": [row("baseline", val_loss=None)] * 2})  # nothing is held out: judged by the loss alone
+    assert [one["loss_neutral"] for one in unheld] == [True, True]
+
+
+def test_rounds_become_medians_and_a_spread():
+    runs = [row("a", 900.0), row("a", 1000.0), row("a", 1100.0), row("a") | {"status": "its window is too short", "tokens_per_s": None}]
+    found = power.summarised(runs)
+    assert (found["round"], found["rounds"], found["tokens_per_s"], found["tokens_per_joule_facility"]) == ("all", 3, 1000.0, 2.0)
+    assert power.spread([1.8, 2.0, 2.2]) == pytest.approx(20.0)
+    assert power.spread([2.0]) is None
+    assert power.summarised(runs[3:])["rounds"] == 0
+    assert power.boundary([row("a"), row("b", at="node", watts_facility=None)]) is None
+    assert power.boundary([row("a") | {"watts_node": 1.0}, row("b", at="node")]) == "node"
+    assert power.boundary([]) is None
+
+
+def test_nobody_is_better_in_both():
+    rows = [row("fast", 1000.0, 700.0), row("slow", 900.0, 500.0), row("worse", 890.0, 600.0), row("twin", 900.0, 500.0)]
+    assert power.pareto(rows, "facility") == {"fast", "slow", "twin"}
+
+
+def site(**more):
+    return Site(name="s", summary="", device="cuda", **more)
+
+
+def test_a_megawatt_is_for_more_slower_accelerators_until_there_are_no_more():
+    rows = [row("fast", 1000.0, 1000.0), row("slow", 800.0, 600.0)]
+    found = power.fleet(rows, Watts(), site(), 0.01, "facility")
+    assert [(one["variant"], one["accelerators"], one["tokens_per_s"]) for one in found["rows"]] == [
+        ("fast", 10, 10_000.0),
+        ("slow", 16, 12_800.0),
+    ]
+    assert found["best"]["variant"] == "slow"
+    assert "16 at 600 W beat 10 of fast at 1,000 W, 1.280 times" in found["why"]
+    assert "perfect weak scaling" in found["assumes"][0]
+    assert any("does not say what a node holds" in text for text in found["assumes"])
+    assert (rows[1]["megawatts"], rows[1]["site_accelerators"], rows[1]["site_tokens_per_s"]) == (0.01, 16, 12_800.0)
+
+    nodes = power.fleet(rows, Watts(per_node=4), site(accelerators=known(64)), 0.01, "facility")  # whole nodes of 4
+    assert [one["accelerators"] for one in nodes["rows"]] == [8, 16]
+    few = power.fleet(rows, Watts(per_node=4), site(accelerators=known(8)), 0.01, "facility")
+    assert (few["best"]["variant"], few["best"]["accelerators"]) == ("fast", 8)
+    assert "feed all 8 accelerators of s, so the fastest of those wins" in few["why"]
+    device = power.fleet([row("a", at="device")], Watts(), site(), 0.01, "device")
+    assert any("at the boundary 'device': what lies beyond it" in text for text in device["assumes"])
+    pair = power.fleet([row("pair", 2000.0, 1000.0, accelerators=2)], Watts(), site(), 0.01, "facility")
+    assert (pair["best"]["accelerators"], pair["best"]["watts_each"], pair["best"]["tokens_per_s"]) == (20, 500.0, 20_000.0)
+    with pytest.raises(SiteError, match=r"feeds no node: 2.*kW is the least"):
+        power.fleet([row("a", watts=5000.0)], Watts(per_node=4), site(), 0.002, "facility")
+
+
+def test_a_sweep_is_of_whole_plans_and_says_what_cannot_be(tiny):
+    on = load.site("laptop")
+    first = sweep.baseline(str(tiny), ["train.nproc=2"], on)
+    assert (first.plan.export, first.plan.power.megawatts, first.plan.validation.max_samples) == (False, None, 32)
+    groups = sweep.words("microbatch+precision,kernels,mesh,cap")
+    found, refused = sweep.variants(str(tiny), ["train.nproc=2"], on, groups, first, visible=1, no_caps="no right")
+    names = [one.name for one in found]
+    assert names == [
+        "microbatch=1 precision=fp32", "microbatch=1 precision=bf16", "microbatch=2 precision=bf16", "kernels=reference",
+        "mesh=replicate2", "mesh=tensor2", "mesh=context2",
+    ]  # fmt: skip
+    assert found[0].plan.microbatch == 1
+    assert found[-2].plan.mesh.tensor == 2
+    assert refused["microbatch=2 precision=fp32"] == refused["kernels=auto"] == "the same plan as baseline"
+    assert "multiplies on tensor cores" in refused["microbatch=1 precision=fp8"]
+    assert "the model has none" in refused["mesh=expert2xshard2"]
+    assert refused["cap"] == "no right"
+    one = sweep.baseline(str(tiny), [], on)
+    caps, _ = sweep.variants(str(tiny), [], on, sweep.words("cap,mesh"), one, visible=1, default_watts=700.0, least_watts=500.0)
+    assert [(one.name, one.cap_watts) for one in caps] == [("cap=595W", 595.0), ("cap=500W", 500.0)]  # below 500 W nothing can be set
+    assert "one rank has one layout" in sweep.variants(str(tiny), [], on, sweep.words("mesh"), one, visible=1)[1]["mesh"]
+    again = load.read_json(type(one.recipe), sweep.text(sweep.sized(one.recipe, 7, 2, seed=9)), "x", RunError)
+    assert (again.train.steps, again.report.every, again.train.seed, again.optim) == (7, 2, 9, one.recipe.optim)
+
+
+def test_what_cannot_be_asked_is_refused(tiny, tmp_path, monkeypatch, capsys):
+    def refused(*words):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["bench", "power", str(tiny), *words])
+        return ended.value.code, capsys.readouterr().err
+
+    assert refused("--sweep", "microbach") == (
+        7, 'gigatrain: --sweep \'microbach\'; did you mean "microbatch"? Known: microbatch, precision, kernels, mesh, cap; joined by + they vary together.\n',
+    )  # fmt: skip
+    assert "has a word twice" in refused("--sweep", "cap+cap")[1]
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n")
+    assert "has other columns" in refused("--csv", str(other))[1]
+    for words in (("--megawatts", "0"), ("--seconds", "nan"), ("--steps", "0")):
+        assert refused(*words)[0] == 2
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "start it once, without torchrun" in refused()[1]
+    with Board() as board:
+        assert "no accelerator here has a limit to set" in (power.no_caps(True, board) or "")
+
+
+def test_rows_are_kept_line_by_line_and_a_torn_one_is_dropped(tmp_path):
+    path = tmp_path / "power.csv"
+    report.append(path, [row("a")], power.COLUMNS)
+    with path.open("a") as file:
+        file.write("half a row, of a run that was kil")
+    report.append(path, [row("b", cap_watts=500.0)], power.COLUMNS)
+    held = report.load(path, power.COLUMNS, power.NUMBERS)
+    assert [(one["variant"], one["tokens_per_s"], one["cap_watts"]) for one in held] == [("a", 1000.0, None), ("b", 1000.0, 500.0)]
+    assert set(power.NUMBERS) | set(power.MIDDLE) <= set(power.COLUMNS)
+    assert len(set(power.COLUMNS)) == len(power.COLUMNS)
+
+
+def entries(*runs):
+    made = sweep.baseline("quickstart", [], load.site("laptop"))
+    return [power.Entry(dataclasses.replace(made, name=one[0]["variant"]), list(one)) for one in runs]
+
+
+def test_the_table_shows_losers_refusals_and_what_is_assumed(tmp_path):
+    from rich.console import Console
+
+    all_of = entries(
+        [row("baseline", 1000.0), row("baseline", 1010.0)],
+        [row("control", 1002.0, val_loss=2.501), row("control", 1001.0)],
+        [row("cap=350W", 900.0, 350.0, cap_watts=350.0, capped_share=0.9), row("cap=350W", 902.0, 350.0)],
+        [row("precision=fp8", 1200.0, 520.0, val_loss=2.9), row("precision=fp8", 1201.0, 520.0, val_loss=2.9)],
+        [dict.fromkeys(power.COLUMNS) | {"variant": "microbatch=8", "status": "ended with code 7: out of memory"}],
+    )
+    found = power.outcome(all_of, {"precision=fp32": "the plan refuses it"}, Watts(), site(), 1.0)
+    assert found["pareto"] == ["cap=350W", "precision=fp8"]
+    assert found["site"]["best"]["variant"] == "cap=350W"
+    made = power.draw(found, tmp_path / "pictures")
+    assert made[0].read_bytes()[:4] == b"\x89PNG"
+    with (tmp_path / "out.txt").open("w") as file:
+        power.show(found, Console(file=file, width=220))
+    shown = (tmp_path / "out.txt").read_text()
+    for text in (
+        "compared at facility", "NO", "microbatch=8: ended with code 7: out of memory", "precision=fp32: the plan refuses it", "perfect weak scaling",
+        "1 MW at facility: cap=350W, 2,857 accelerators of 350 W", "0.001 nats of validation loss", "control",
+    ):  # fmt: skip
+        assert text in shown, text
+    assert len({line.split()[0] for line in shown.splitlines()}) > 5
+    unlimited = power.outcome(all_of, {}, Watts(), site(), None)
+    assert unlimited["no_site"] == "no limit is given: --megawatts M, or the site's power.cap_watts"
+    assert "feeds no accelerator" in power.outcome(all_of, {}, Watts(), site(), 1e-5)["no_site"]
+    json.dumps(found)
