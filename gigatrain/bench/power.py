@@ -47,6 +47,7 @@ LEAST_S = 10.0  # a window is at least so long,
 LEAST_UPDATES = 100  # and so many of the slowest meter's updates: a counter is news every 20 to 100 ms, and an edge may be off by one
 SETTLE_S = 5.0  # clocks and caches; the board's heat takes a minute and is met by alternating
 WINDOW_S = 1.0  # about so often a run reports: what is left out at both ends is no more than this
+NEAR_S = 0.1  # between a run's two words of one report
 PILOT_STEPS = 6
 LOOK_S = 1.5  # long enough for the slowest counter of a device to move
 EXTENSIONS = 3
@@ -57,7 +58,7 @@ COLUMNS = (
     "commit", "date", "device", "threads", "versions", "settings", "load",
     "recipe", "site", "variant", "sets", "round", "rounds", "status",
     "parameters", "tokens_per_step", "steps", "microbatch", "accumulation", "precision", "kernels", "mesh", "ranks", "accelerators",
-    "window_s", "settle_s", "startup_s", "tokens_per_s", *(f"watts_{name}" for name in BOUNDARIES), *PER,
+    "window_s", "settle_s", "startup_s", "steps_s", "tokens_per_s", *(f"watts_{name}" for name in BOUNDARIES), *PER,
     *(f"joules_per_token_{name}" for name in BOUNDARIES), "boundary", "spread_pct",
     "loss", "val_loss", "loss_difference", "val_loss_difference", "loss_tolerance", "val_loss_tolerance", "loss_neutral",
     "peak_mib", "peak_by", *WATTS, "cap_watts", "sm_mhz", "mem_mhz", "celsius",
@@ -66,13 +67,13 @@ COLUMNS = (
 )  # fmt: skip
 NUMBERS = (
     "load", "parameters", "tokens_per_step", "steps", "microbatch", "accumulation", "ranks", "accelerators", "window_s", "settle_s", "startup_s",
-    "tokens_per_s", *(name for name in COLUMNS if name.startswith(("watts_", "tokens_per_joule_", "joules_per_token_", "limit_"))), "spread_pct",
+    "steps_s", "tokens_per_s", *(name for name in COLUMNS if name.startswith(("watts_", "tokens_per_joule_", "joules_per_token_", "limit_"))), "spread_pct",
     "loss", "val_loss", "loss_difference", "val_loss_difference", "loss_tolerance", "val_loss_tolerance", "peak_mib", "cap_watts", "sm_mhz",
     "mem_mhz", "celsius", "capped_share", "thermal_share", "disagreement", "gaps", "megawatts", "site_accelerators", "site_tokens_per_s",
 )  # fmt: skip
 # What a row of several rounds has the median of.
 MIDDLE = (
-    "load", "window_s", "settle_s", "startup_s", "tokens_per_s", *(f"watts_{name}" for name in BOUNDARIES), *PER,
+    "load", "window_s", "settle_s", "startup_s", "steps_s", "tokens_per_s", *(f"watts_{name}" for name in BOUNDARIES), *PER,
     *(f"joules_per_token_{name}" for name in BOUNDARIES), "loss", "val_loss", "sm_mhz", "mem_mhz", "celsius", "capped_share", "thermal_share",
     "disagreement",
 )  # fmt: skip
@@ -83,13 +84,12 @@ Say = Callable[[str], None]
 # ---- A run's folder, read ----
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """RUN/energy.jsonl, without a last line that a kill tore off; RunError where the run left none."""
-    path = folder / "energy.jsonl"
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of RUN/energy.jsonl or RUN/logs/progress.jsonl, without a last line that a kill tore off; RunError where there are none."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RunError(f"{folder} has no energy.jsonl: the run wrote down no energy; power.measure must be true") from None
+        raise RunError(f"{path} is not there: the run wrote down no energy; power.measure must be true") from None
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
@@ -104,25 +104,34 @@ class Stretch:
     startup_s: float
 
 
-def stretch(rows: Sequence[Mapping[str, Any]], settle_s: float) -> Stretch:
-    """The windows after `settle_s` of steps, from report to report. RunError where there is none."""
-    first = next((row for row in rows if row["event"] == "steps"), None)
-    windows = [row for row in rows if row["event"] == "window"]
-    if first is None or not windows:
-        raise RunError("the run reported no window of steps; more --steps")
-    begin = next((place for place, row in enumerate(windows) if row["time_s"] - first["time_s"] >= settle_s), None)
-    if begin is None or begin + 1 == len(windows):
-        took = windows[-1]["time_s"] - first["time_s"]
+def stretch(rows: Sequence[Mapping[str, Any]], progress: Sequence[Mapping[str, Any]], settle_s: float) -> Stretch:
+    """The windows after `settle_s` of steps, from report to report. RunError where there is none.
+
+    A window of energy.jsonl is an edge if progress.jsonl has a report of its step from the same moment: the last one also holds the validation and the save.
+    """
+    began_s = next((row["time_s"] for row in progress if row["event"] == "steps"), None)
+    reports = {row["step"]: row["time_s"] for row in progress if row["event"] == "report"}
+    edges = [
+        place
+        for place, row in enumerate(rows)
+        if row["event"] == "window" and abs(row["time_s"] - reports.get(row["step"], -math.inf)) <= NEAR_S
+    ]
+    if began_s is None or not edges:
+        raise RunError("the run told no window of its steps' energy; more --steps or --seconds")
+    settled = [place for place in edges if rows[place]["time_s"] - began_s >= settle_s]
+    if len(settled) < 2:
+        took = rows[edges[-1]]["time_s"] - began_s
         raise RunError(
-            f"the run's steps took {took:.1f} s, and what counts begins after {settle_s:.1f} s of them; more --steps or --seconds"
+            f"its windows end {took:.1f} s after its first step, and what counts begins with the first that ends {settle_s:.1f} s after it; more --steps or "
+            "--seconds"
         )
-    edge, counted = windows[begin], windows[begin + 1 :]
+    edge, end = rows[settled[0]], rows[settled[-1]]
     return Stretch(
-        added(row["taken"] for row in counted),
-        counted[-1]["time_s"] - edge["time_s"],
-        counted[-1]["tokens"] - edge["tokens"],
-        edge["time_s"] - first["time_s"],
-        first["time_s"] - rows[0]["time_s"],
+        added(row["taken"] for row in rows[settled[0] + 1 : settled[-1] + 1]),
+        end["time_s"] - edge["time_s"],
+        end["tokens"] - edge["tokens"],
+        edge["time_s"] - began_s,
+        began_s - rows[0]["time_s"],
     )
 
 
@@ -145,18 +154,17 @@ def figures(folder: Path, made: Plan, *, settle_s: float, least_s: float) -> Row
     """What a finished run's folder says, as columns of a row. RunError for a stretch that is too short, PowerError where nothing was measured."""
     from gigatrain.power import account
 
-    rows = rows_of(folder)
-    found = stretch(rows, settle_s)
+    found = stretch(rows_of(folder / "energy.jsonl"), rows_of(folder / "logs" / "progress.jsonl"), settle_s)
     taken = found.taken
     if not measured(taken):
         raise PowerError("no meter counted a joule of the run")
     row: Row = {"window_s": found.seconds, "settle_s": found.settle_s, "startup_s": found.startup_s}
-    row |= losses(folder)
     if found.seconds < least_s:
         return row | {"status": f"its steady window of {found.seconds:.1f} s is below the {least_s:.1f} s that its meters need: no figure"}
     speed = found.tokens / found.seconds
-    known = account.boundaries(taken, made.watts, found.seconds)
-    row |= {"status": OK, "tokens_per_s": speed, "unknown": _pairs(account.unknown(taken, made.watts, found.seconds))}
+    metered_s = taken.ms / 1e3 / max(1, taken.nodes)  # of these joules: meters are read a moment before the report
+    known = account.boundaries(taken, made.watts, metered_s)
+    row |= {"status": OK, "tokens_per_s": speed, "unknown": pairs(account.unknown(taken, made.watts, metered_s))}
     words = []
     for name in BOUNDARIES:
         at = known.get(name)
@@ -175,12 +183,16 @@ def figures(folder: Path, made: Plan, *, settle_s: float, least_s: float) -> Row
 
 
 def losses(folder: Path) -> Row:
-    """The last window's loss and the validation's, from RUN/summary.json."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return {"loss": summary["loss"], "val_loss": summary["val_loss"]}
+    """The last window's loss and the validation's, and how long all its steps took, from RUN/summary.json."""
+    found = summary(folder)
+    return {"loss": found["loss"], "val_loss": found["val_loss"], "steps_s": found["tokens"] / (found["tokens_per_s"] or math.inf)}
 
 
-def _pairs(found: Mapping[str, str]) -> str:
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def pairs(found: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {why}" for name, why in found.items())
 
 
@@ -358,16 +370,11 @@ class Measurement:
             for entry in rotated(entries, turn):
                 if entry.failed is None:
                     self._one(entry, turn, steps, every)
-            short = [
-                row["window_s"] + row["settle_s"]
-                for entry in entries
-                for row in entry.runs
-                if entry.failed is None and row["window_s"] is not None and row["status"] != OK
-            ]
+            short = [row["steps_s"] for entry in entries for row in entry.runs if entry.failed is None and row["status"] != OK]
             if short and self.settings.steps is None and not turn:
-                need = (self.least_s + self.settings.settle_s + 2 * WINDOW_S) * 1.15
-                self.say(f"too short: {min(short):.1f} s of steps, and {need:.1f} s are needed; all begin again with more steps")
-                return math.ceil(steps * max(1.2, need / min(short)))
+                need = 1.1 * self._wanted()
+                self.say(f"too short: {min(short):.1f} s of steps, and {need:.1f} s are wanted; all begin again with more steps")
+                return math.ceil(steps * max(1.2, need / max(1.0, min(short))))
         return None
 
     def _size(self, first: Variant) -> tuple[int, int]:
@@ -375,14 +382,17 @@ class Measurement:
         row, folder = self._train(first, "pilot", sweep.sized(first.recipe, PILOT_STEPS, 1))
         if row["status"] != OK:
             raise RunError(f"the baseline does not train: {row['status']} (its log is {folder}.log)")
-        step_s = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["step_s_p50"]
+        step_s = summary(folder)["step_s_p50"]
         every = max(1, round(WINDOW_S / step_s))
-        wanted = max(self.settings.seconds or 0.0, self.least_s) + self.settings.settle_s + 2 * WINDOW_S
         if self.settings.steps is not None:
             # Five windows at least, so that settling and the first do not take all.
             every = max(1, min(every, self.settings.steps // 5))
             return self.settings.steps, every
-        return -(-math.ceil(1.25 * wanted / step_s) // every) * every, every
+        return -(-math.ceil(1.2 * self._wanted() / step_s) // every) * every, every
+
+    def _wanted(self) -> float:
+        """Seconds of steps: until settled, until the loop's next energy window ends, which lasts as long as its meters need, and what is counted."""
+        return self.settings.settle_s + self.least_s + max(self.settings.seconds or 0.0, self.least_s) + 3 * WINDOW_S
 
     def _one(self, entry: Entry, turn: int, steps: int, every: int) -> None:
         variant = entry.variant
@@ -390,6 +400,7 @@ class Measurement:
         row, folder = self._train(variant, str(turn + 1), sweep.sized(variant.recipe, steps, every, seed))
         row |= {"steps": steps}
         if row["status"] == OK:
+            row |= losses(folder)
             try:
                 row |= figures(folder, variant.plan, settle_s=self.settings.settle_s, least_s=self.least_s)
             except (RunError, PowerError) as failure:
@@ -422,8 +433,8 @@ class Measurement:
             str(folder),
             *(["--site", self.site] if self.site else []),
         ]
-        with capped(self.board, variant.cap_watts), self.board.watched() as seen:
-            limits = self.board.limits()
+        limits = self.board.limits()  # as found; cap_watts is what it is for this run
+        with capped(self.board, variant.cap_watts, self.say), self.board.watched() as seen:
             code, peak_bytes = ran(command, log)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         made = variant.plan
@@ -511,15 +522,15 @@ def why(log: Path, code: int) -> str:
 
 
 @contextmanager
-def capped(board: Board, watts: float | None) -> Iterator[None]:
+def capped(board: Board, watts: float | None, say: Say) -> Iterator[None]:
     """Within it every accelerator of the board has this limit; afterwards, whatever dies, the one it had before."""
     if watts is None:
         yield
         return
     from gigatrain.power import guard
 
-    with guard.Caps(board.uuids) as caps:
-        caps.set(watts)
+    with guard.Caps(board.uuids, run="gigatrain bench power", say=say) as caps:
+        caps.apply(watts)
         yield
 
 
@@ -537,7 +548,7 @@ def looked(power: Power, watts: Watts, uuids: Sequence[str]) -> tuple[float, dic
         slowest_s = max((track.source.update_s for track in found.parts.tracks), default=0.0)
     if not measured(taken):
         raise PowerError(
-            f"no meter counts here, so there is no energy to compare ({_pairs(meters) or 'nothing to read'}). A GPU's counter needs the driver and "
+            f"no meter counts here, so there is no energy to compare ({pairs(meters) or 'nothing to read'}). A GPU's counter needs the driver and "
             f"nvidia-ml-py; a processor's RAPL read rights on {power.sysfs}/class/powercap/intel-rapl:*/energy_uj (root); a node's own meter is looked for "
             'with power.node = "pm_counters", "redfish" or "dcmi"'
         )
@@ -550,7 +561,13 @@ def no_caps(allowed: bool, board: Board) -> str | None:
         return f"no accelerator here has a limit to set: {board.why or 'none is visible'}"
     if not allowed:
         return "limits are used as they are found; --allow-power-caps lets them be set, and puts them back"
-    return None
+    from gigatrain.power import guard
+
+    try:
+        with guard.Caps(board.uuids, run="gigatrain bench power"):  # sets what is there already, and so finds out who may
+            return None
+    except PowerError as failure:
+        return str(failure)
 
 
 def room(planned: Plan, folder: Path) -> None:
@@ -610,7 +627,7 @@ def run(
             visible=len(board.uuids) or 1,
             default_watts=limits.get("limit_default_watts"),
             least_watts=limits.get("limit_least_watts"),
-            no_caps=no_caps(allow_caps, board),
+            no_caps=no_caps(allow_caps, board) if any("cap" in group for group in groups) else None,
             measure=measure,
         )
         settings = Settings(rounds or (1 if quick else Settings.rounds), steps, seconds, min(SETTLE_S, 2.0) if quick else SETTLE_S)
@@ -619,7 +636,7 @@ def run(
         room(first.plan, folder)
         device = board.name or processor()
         identity = report.identity(device, len(os.sched_getaffinity(0)), settings.name) | {"commit": report.commit("")}
-        say(f"meters    {_pairs(meters)}")
+        say(f"meters    {pairs(meters)}")
         if least_s > LEAST_S:
             say(
                 f"a window is {least_s:,.0f} s or more, {LEAST_UPDATES} updates of the slowest meter; --set power.node=none goes without the node's"
@@ -736,16 +753,16 @@ def _table(rows: Sequence[Row], found: Mapping[str, Any]) -> Table:
         table.add_column(heading, no_wrap=True)
     headings = [
         "tokens/s",
-        *(f"W {name}" for name in known),
-        *(f"tok/J {name}" for name in known),
-        "J/token",
+        *(f"W\n{name}" for name in known),
+        *(f"tokens/J\n{name}" for name in known),
+        "J/token" if at is None else f"J/token\n{at}",
         "± %",
         "d loss",
-        "d val",
+        "d val\nloss",
         "neutral",
-        "peak MiB",
+        "peak\nMiB",
     ]
-    for heading in [*headings, "capped %", "MHz"]:
+    for heading in [*headings, "capped\n%", "MHz"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         neutral = {True: "yes", False: "NO", None: "-"}[row["loss_neutral"]]

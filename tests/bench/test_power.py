@@ -3,18 +3,13 @@
 Record rows are written as power/__init__.py says the loop writes them. Figures of watts are exact: no clock is read.
 """
 
-import csv
 import dataclasses
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
-import threading
-import time
 
 import pytest
+from metered import Tree
 
 from gigatrain import cli, load
 from gigatrain.bench import power, report, sweep
@@ -33,25 +28,32 @@ def known(value):
 
 
 def record(folder, *, windows=12, each_s=1.0, tokens=1000, device_mj=0, node_mj=400_000, val_loss=2.5, **taken):
-    """A run's folder as the loop leaves it: 3 s of start, then windows of 400 W; the first two are warmer by 100 W."""
-    folder.mkdir(parents=True)
+    """A run's folder as the loop leaves it: 3 s of start, windows of 400 W, the first two warmer by 100 W, and a last row with validation and save."""
+    (folder / "logs").mkdir(parents=True)
     began = 1_790_000_000.0
     rows = [{"time_s": began, "event": "begin", "step": 0, "tokens": 0, "taken": {}, "meters": {"node": "test"}}]
-    rows.append(
-        {"time_s": began + 3, "event": "steps", "step": 0, "tokens": 0, "taken": {"nodes": 1, "ms": 3000, "node_measured_mj": 900_000}}
-    )
-    for number in range(windows):
-        hot = 100_000 if number < 2 else 0
+    progress = [{"time_s": began - 1, "event": "start"}, {"time_s": began + 3, "event": "steps", "step": 0}]
+    for number in range(1, windows + 1):
+        hot = 100_000 if number < 3 else 0
         one = {"nodes": 1, "ms": round(each_s * 1e3), "node_measured_mj": node_mj + hot, "device_measured_mj": device_mj} | taken
-        at = began + 3 + (number + 1) * each_s
-        rows.append({"time_s": at, "event": "window", "step": number + 1, "tokens": (number + 1) * tokens, "taken": one})
-    rows.append({"time_s": at + 9, "event": "end", "step": windows, "tokens": windows * tokens, "taken": {"nodes": 1, "ms": 9000}})
-    (folder / "energy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"time_s": 1790')
-    (folder / "summary.json").write_text(json.dumps({"loss": 2.0, "val_loss": val_loss}))
+        told = {"time_s": began + 3 + number * each_s, "step": number, "tokens": number * tokens}
+        rows.append(told | {"event": "window", "taken": one})
+        progress.append(told | {"event": "report", "time_s": told["time_s"] - 0.02})
+    last = rows[-1] | {"time_s": rows[-1]["time_s"] + 4}
+    rows += [last | {"taken": {"nodes": 1, "ms": 4000, "node_measured_mj": 500_000}}, last | {"event": "end", "taken": {}}]
+    for name, written in (("energy.jsonl", rows), ("logs/progress.jsonl", progress)):
+        (folder / name).write_text("".join(json.dumps(one) + "\n" for one in written) + '{"time_s": 1790')  # killed within a line
+    (folder / "summary.json").write_text(
+        json.dumps({"loss": 2.0, "val_loss": val_loss, "tokens": windows * tokens, "tokens_per_s": tokens / each_s})
+    )
     return folder
 
 
-def row(variant, speed=1000.0, watts=500.0, *, at="facility", loss=2.0, val_loss=2.5, accelerators=1, **more):
+def told(folder):
+    return power.rows_of(folder / "energy.jsonl"), power.rows_of(folder / "logs" / "progress.jsonl")
+
+
+def row(variant: str, speed=1000.0, watts=500.0, *, at="facility", loss=2.0, val_loss: float | None = 2.5, accelerators=1, **more):
     """A measured run's row."""
     found = dict.fromkeys(power.COLUMNS) | {"variant": variant, "status": "ok", "round": "1", "rounds": 1, "accelerators": accelerators}
     found |= {
@@ -70,17 +72,17 @@ def row(variant, speed=1000.0, watts=500.0, *, at="facility", loss=2.0, val_loss
 
 
 def test_what_counts_begins_after_settling_and_ends_with_the_last_report(tmp_path):
-    rows = power.rows_of(record(tmp_path / "run"))
-    found = power.stretch(rows, 1.5)  # the second window is the first edge that lies 1.5 s after the steps began
+    rows, progress = told(record(tmp_path / "run"))
+    found = power.stretch(rows, progress, 1.5)  # the second window is the first edge that lies 1.5 s after the steps began
     assert (found.seconds, found.tokens, found.settle_s, found.startup_s) == (10.0, 10_000, 2.0, 3.0)
-    assert (found.taken.node_measured_mj, found.taken.nodes, found.taken.ms) == (4_000_000, 1, 10_000)
-    assert power.stretch(rows, 0.0).tokens == 11_000  # the first window is never counted
-    with pytest.raises(RunError, match=r"steps took 12.0 s, and what counts begins after 12.0 s"):
-        power.stretch(rows, 12.0)
-    with pytest.raises(RunError, match="no window of steps"):
-        power.stretch(rows[:2], 0.0)
+    assert (found.taken.node_measured_mj, found.taken.nodes, found.taken.ms) == (4_000_000, 1, 10_000)  # without validation and save
+    assert power.stretch(rows, progress, 0.0).tokens == 11_000  # what is before the first edge holds the start
+    with pytest.raises(RunError, match=r"windows end 12.0 s after its first step, and what counts begins with the first that ends 12.0 s"):
+        power.stretch(rows, progress, 12.0)
+    with pytest.raises(RunError, match="told no window"):
+        power.stretch(rows[:1], progress, 0.0)
     with pytest.raises(RunError, match=r"power.measure must be true"):
-        power.rows_of(tmp_path)
+        power.rows_of(tmp_path / "energy.jsonl")
 
 
 @needs_account
@@ -93,7 +95,7 @@ def test_figures_are_tokens_over_joules_of_the_steady_stretch(tiny, tmp_path):
     assert "watts_device" not in found
     assert "device" in found["unknown"]
     assert "node: nodes 100 % measured" in found["provenance"]
-    assert (found["loss"], found["val_loss"]) == (2.0, 2.5)
+    assert power.losses(tmp_path / "run") == {"loss": 2.0, "val_loss": 2.5, "steps_s": 12.0}
     short = power.figures(record(tmp_path / "short", windows=6), made, settle_s=1.5, least_s=10.0)
     assert "steady window of 4.0 s is below the 10.0 s that its meters need: no figure" in short["status"]
     assert "tokens_per_s" not in short
@@ -101,7 +103,7 @@ def test_figures_are_tokens_over_joules_of_the_steady_stretch(tiny, tmp_path):
     found = power.figures(record(tmp_path / "gpu", device_mj=300_000, **gpu), made, settle_s=1.5, least_s=10.0)
     assert (found["watts_device"], found["capped_share"], round(found["disagreement"], 4)) == (300.0, 0.34, 0.02)
     with pytest.raises(PowerError, match="no meter counted a joule"):
-        power.figures(record(tmp_path / "none", node_mj=-100_000, device_nameplate_mj=700_000), made, settle_s=3.0, least_s=1.0)
+        power.figures(record(tmp_path / "none", node_mj=0, device_nameplate_mj=700_000), made, settle_s=2.5, least_s=1.0)
 
 
 def test_losses_are_judged_by_the_baselines_own_spread():
@@ -266,3 +268,47 @@ def test_the_table_shows_losers_refusals_and_what_is_assumed(tmp_path):
     assert unlimited["no_site"] == "no limit is given: --megawatts M, or the site's power.cap_watts"
     assert "feeds no accelerator" in power.outcome(all_of, {}, Watts(), site(), 1e-5)["no_site"]
     json.dumps(found)
+
+
+@needs_account
+def test_without_a_meter_it_says_what_is_missing(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sys").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "power", str(tiny), "--set", f"power.sysfs={tmp_path / 'sys'}", "--csv", "power.csv"])
+    said = capsys.readouterr().err
+    assert (ended.value.code, len(said.splitlines()) < 24) == (10, True)
+    assert "no meter counts here" in said
+    assert "read rights on" in said
+    assert not (tmp_path / "runs").exists()
+
+
+@needs_account
+@pytest.mark.long
+def test_the_whole_command_with_a_tree_of_meters(tiny, tmp_path, monkeypatch, capsys):
+    """Real runs of the tiny recipe, 25 s each: the loop's own windows are of 10 s and more."""
+    monkeypatch.chdir(tmp_path)
+    with Tree(tmp_path / "sys") as tree:
+        words = ["--sweep", "kernels", "--quick", "--megawatts", "0.01", "--csv", "power.csv", "--plots", "pictures", "--json"]
+        cli.main(["bench", "power", str(tiny), "--set", f"power.sysfs={tree.root}", *words])
+    out, said = capsys.readouterr()
+    found = json.loads(out)
+    assert [one["variant"] for one in found["rows"]] == ["baseline", "control", "kernels=reference"]
+    for one in found["rows"]:
+        assert one["status"] == "ok", one
+        assert math.isclose(one["watts_device"], 150, rel_tol=0.01)
+        assert math.isclose(one["watts_facility"], 400, rel_tol=0.01)
+        assert math.isclose(one["tokens_per_joule_node"], one["tokens_per_s"] / one["watts_node"])
+        assert one["window_s"] >= 10
+        assert one["peak_mib"] > 100
+        assert one["loss_neutral"] is True  # the reference differs from the baseline by less than another seed does
+    assert found["refused"] == {"kernels=auto": "the same plan as baseline"}
+    assert found["boundary"] == "facility"
+    assert found["site"]["best"]["accelerators"] == 25
+    assert "round 1 of 1, baseline" in said
+    held = report.load(tmp_path / "power.csv", power.COLUMNS, power.NUMBERS)
+    assert [one["round"] for one in held] == ["1", "1", "1", "all", "all", "all"]
+    assert (tmp_path / "pictures" / "power.png").stat().st_size > 10_000
+    runs = sorted(path.name for path in (tmp_path / found["runs"]).iterdir() if path.is_dir())
+    assert runs == ["001-baseline-pilot", "002-baseline-1", "003-control-1", "004-kernels=reference-1"]
+    assert not list((tmp_path / found["runs"]).glob("*/checkpoints"))
