@@ -1,5 +1,6 @@
 """The energy benchmark beside the peers: one program from check to row, with a tree of meters whose watts are known, and what it refuses."""
 
+import argparse
 import csv
 import importlib.util
 import json
@@ -41,19 +42,20 @@ def run(benchmark, capsys, *words):
 
 
 @needs_meter
-def test_providers_are_measured_by_one_meter_and_checked_first(benchmark, tiny, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("providers", ["gigatrain", pytest.param("gigatrain,trainer", marks=pytest.mark.long)])
+def test_providers_are_measured_by_one_meter_and_checked_first(benchmark, tiny, capsys, tmp_path, monkeypatch, providers):
     monkeypatch.setattr(benchmark.power, "LEAST_S", 0.5)  # ten seconds are for real meters
     monkeypatch.setattr(benchmark.power, "LEAST_UPDATES", 2)
     monkeypatch.setitem(benchmark.step.PROVIDERS, "broken", None)  # here, but not in its worker
     out = tmp_path / "power.csv"
-    sizes = ["--precision", "fp32", "--rounds", 2, "--idle", 0.5, "--warmup", 2, "--most-steps", 2000]
+    sizes = ["--precision", "fp32", "--rounds", 2, "--idle", 0.5, "--warmup", 1, "--most-steps", 1500]
     with Tree(tmp_path / "sys") as tree:
-        names = ["--providers", "gigatrain,trainer,broken,trainer-bf16"]
+        names = ["--providers", f"{providers},broken,trainer-bf16"]
         status, found, said = run(benchmark, capsys, "--recipe", tiny, "--sysfs", tree.root, *sizes, *names, "--out", out)
     assert status == 0, said
     assert found
     rows = {row["provider"]: row for row in found["rows"]}
-    assert list(rows) == ["gigatrain", "trainer"]
+    assert list(rows) == providers.split(",")
     for row in rows.values():
         assert math.isclose(row["watts_device"], 150, rel_tol=0.25)  # the tree has news every 50 ms, and a window is of half a second
         assert math.isclose(row["watts_facility"], 400, rel_tol=0.25)
@@ -62,11 +64,12 @@ def test_providers_are_measured_by_one_meter_and_checked_first(benchmark, tiny, 
         assert row["first_loss_difference"] < 1e-3
         assert row["rounds"] == 2
         assert math.isclose(row["idle_watts_before"], 400, rel_tol=0.25)
-    assert rows["trainer"]["ratio_to_trainer"] == rows["trainer"]["ratio_to_best_trainer"] == 1.0
-    assert rows["gigatrain"]["steps"] == rows["trainer"]["steps"]
+    if "trainer" in rows:
+        assert rows["trainer"]["ratio_to_trainer"] == rows["trainer"]["ratio_to_best_trainer"] == 1.0
+        assert rows["gigatrain"]["steps"] == rows["trainer"]["steps"]
     assert list(found["failed"]) == ["broken", "trainer-bf16"]
     with out.open(newline="") as file:
-        assert [line["provider"] for line in csv.DictReader(file)] == ["gigatrain", "trainer"]
+        assert [line["provider"] for line in csv.DictReader(file)] == providers.split(",")
     benchmark.show(found)
     shown = capsys.readouterr().out
     for text in ("tokens/J", "facility", "broken: KeyError", "trainer-bf16: bf16 weights", "idle before and after", "no limit is told"):
@@ -95,21 +98,21 @@ class Still:
 
 
 def test_a_round_that_is_too_short_is_made_again_and_too_many_steps_are_refused(benchmark):
-    options = type("Options", (), {"rounds": 3, "settle": 0, "timeout": 1.0, "limit_s": 1e9, "idle": 0.1})()
-    plan = type("Plan", (), {"tokens_per_step": 10})()
+    options = argparse.Namespace(rounds=3, settle=0, timeout=1.0, limit_s=1e9, idle=0.1)
+    plan = argparse.Namespace(tokens_per_step=10)
     # A first look at 0.1 s a step; they then take half of that, and 110 steps are no window of 10 s.
     everyone = [benchmark.Turns(Peer(name, speeds=[0.05]), step_s=0.1) for name in ("a", "b")]
     said = []
     with benchmark.Board() as board:
         benchmark.rounds(Still(), board, everyone, 10.0, 1000, plan, options, time.monotonic(), said.append)
-        assert [one.peer.asked for one in everyone] == [[111, 217, 217, 217]] * 2
+        assert [one.peer.asked for one in everyone] == [[110, 240, 240, 240]] * 2
         assert all(len(one.rounds) == 3 and one.rounds[0].window_s > 10 for one in everyone)
         assert "once more, with more steps" in said[1]
         options.limit_s = 0.0
         one = [benchmark.Turns(Peer("a", speeds=[0.1]), step_s=0.1)]
         benchmark.rounds(Still(), board, one, 10.0, 1000, plan, options, time.monotonic(), said.append)
         assert (len(one[0].rounds), "1 were made" in said[-1]) == (1, True)
-        with pytest.raises(benchmark.RunError, match=r"takes 111 steps, and 50 a round are prepared; fewer --rounds, or more --most-steps"):
+        with pytest.raises(benchmark.RunError, match=r"takes 110 steps, and 50 a round are prepared; fewer --rounds, or more --most-steps"):
             benchmark.rounds(Still(), board, one, 10.0, 50, plan, options, time.monotonic(), said.append)
 
 
@@ -124,8 +127,7 @@ def test_without_a_meter_it_says_why_and_leaves_with_10(benchmark, tiny, capsys,
 
 def test_a_provider_that_does_other_work_is_told_apart(benchmark):
     everyone = [benchmark.Turns(Peer(*one)) for one in (("gigatrain", 7.0), ("near", 7.05), ("other", 7.3), ("nan", math.nan))]
-    options = type("Options", (), {"timeout": 1.0, "warmup": 1})()
-    benchmark.checked(everyone, options, lambda _: None)
+    benchmark.checked(everyone, argparse.Namespace(timeout=1.0, warmup=1), lambda _: None)
     assert [one.peer.error is None for one in everyone] == [True, True, False, False]
     assert everyone[2].peer.error == "its first loss is 7.30000 and not 7.00000: it does other work"
 

@@ -72,7 +72,7 @@ class Board:
             "sm_mhz": (lambda handle: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM), min),
             "mem_mhz": (lambda handle: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM), min),
             "celsius": (lambda handle: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU), max),
-            "used_mib": (lambda handle: pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**20, max),
+            "used_mib": (lambda handle: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) / 2**20, max),
         }
         found: dict[str, list[float]] = {}
         for handle in self.handles:
