@@ -164,7 +164,7 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         base, *extra = name.split("+")
         if base not in {*step.PROVIDERS} - {"matmul"} or not set(extra) <= {"compile", "liger", *step.VARIANTS}:
             raise RunError(f"there is no provider {name!r}{load.nearest(name, DEFAULT)} Known: {', '.join(DEFAULT)}, and step.py's.")
-    with Board() as board, tempfile.TemporaryDirectory(prefix="gigatrain-power-") as temporary:
+    with Board(most=1) as board, tempfile.TemporaryDirectory(prefix="gigatrain-power-") as temporary:
         folder = Path(temporary)
         tried = step.plan(load.recipe(options.recipe, options.set), options.site)
         least_s, how = power.looked(tried.power, tried.watts, board.uuids)

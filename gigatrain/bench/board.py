@@ -12,9 +12,10 @@ WATTS = ("limit_watts", "limit_default_watts", "limit_least_watts", "limit_most_
 
 
 class Board:
-    """NVIDIA's accelerators that are visible, or none: `why` says why. What one does not tell is left out, never guessed."""
+    """NVIDIA's accelerators that are visible, or none: `why` says why. What one does not tell is left out, never guessed. `most`: not more than so many."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
         self.handles: list[Any] = []
         self.uuids: list[str] = []
         self.name, self.why = "", ""
@@ -35,7 +36,7 @@ class Board:
             return self
         try:
             names = visible.split(",") if visible else [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
-            for name in (one.strip() for one in names):
+            for name in (one.strip() for one in names[: self.most]):
                 by_index = name.isdecimal()
                 handle = pynvml.nvmlDeviceGetHandleByIndex(int(name)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(name)
                 self.handles.append(handle)
@@ -64,8 +65,8 @@ class Board:
                 found.setdefault("limit_most_watts", []).append(most / 1e3)
         return {name: min(watts) for name, watts in found.items()}
 
-    def state(self) -> dict[str, float]:
-        """Of all of them now: slowest SM clock (MHz), memory clock, hottest (degrees), MiB in use by everybody on the fullest."""
+    def state(self, count: int | None = None) -> dict[str, float]:
+        """Of the first `count` of them (default: all) now: slowest SM clock (MHz), memory clock, hottest (degrees), MiB in use by everybody on the fullest."""
         import pynvml
 
         readings: dict[str, tuple[Callable[[Any], float], Callable[[list[float]], float]]] = {
@@ -75,14 +76,14 @@ class Board:
             "used_mib": (lambda handle: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) / 2**20, max),
         }
         found: dict[str, list[float]] = {}
-        for handle in self.handles:
+        for handle in self.handles[:count]:
             for name, (reading, _) in readings.items():
                 with contextlib.suppress(pynvml.NVMLError):
                     found.setdefault(name, []).append(float(reading(handle)))
         return {name: readings[name][1](values) for name, values in found.items()}
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[dict[str, float]]:
+    def watched(self, count: int | None = None) -> Iterator[dict[str, float]]:
         """Fills the yielded dict when it ends: the median clocks, and the highest temperature and memory, of twice a second meanwhile."""
         found: dict[str, float] = {}
         seen: dict[str, list[float]] = {}
@@ -90,7 +91,7 @@ class Board:
 
         def look() -> None:
             while not end.wait(SAMPLE_S):
-                for name, value in self.state().items():
+                for name, value in self.state(count).items():
                     seen.setdefault(name, []).append(value)
 
         thread = threading.Thread(target=look, daemon=True, name="board")

@@ -434,7 +434,7 @@ class Measurement:
             *(["--site", self.site] if self.site else []),
         ]
         limits = self.board.limits()  # as found; cap_watts is what it is for this run
-        with capped(self.board, variant.cap_watts, self.say), self.board.watched() as seen:
+        with capped(self.board, variant.cap_watts, self.say), self.board.watched(variant.plan.ranks) as seen:
             code, peak_bytes = ran(command, log)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         made = variant.plan
@@ -490,27 +490,23 @@ def ran(command: Sequence[str], log: Path) -> tuple[int, int]:
                 os._exit(128 + signal.SIGTERM)
 
     with log.open("wb") as file:
-        # The thread that watches the board may hold a lock of Python's while we fork; `tied` takes none but those that fork hands over.
+        # `tied` needs no lock of Python's that the thread which watches the board may hold while we fork.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, preexec_fn=tied)  # noqa: PLW1509
-        end: float | None = None
-        while True:
-            try:
+        try:
+            while True:
                 pid, status, usage = os.wait4(process.pid, os.WNOHANG)
                 if pid:
                     process.returncode = os.waitstatus_to_exitcode(status)
                     return process.returncode, usage.ru_maxrss << 10
-                if end is not None and time.monotonic() > end:
-                    process.kill()
                 time.sleep(0.05)
-            except KeyboardInterrupt:  # the run has it too, and saves
-                if end is not None:
+        finally:
+            if process.returncode is None:  # Ctrl-C: the run saves and leaves
+                process.terminate()
+                try:
+                    process.wait(END_S)
+                except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
-                    raise
-                end = time.monotonic() + END_S
-                process.terminate()
-                process.wait(END_S)
-                raise
 
 
 def why(log: Path, code: int) -> str:
@@ -607,7 +603,7 @@ def run(
             "bench power starts its runs itself, and this is a rank of another job (WORLD_SIZE is set); start it once, without torchrun"
         )
     where, on = Path(path) if path else report.default_path("power-variants.csv"), load.site(site) if site else load.local_site()[0]
-    report.load(where, COLUMNS, NUMBERS)  # refused now rather than after an hour
+    writable(where)
     if plots is not None:
         _pictures()
 
@@ -648,12 +644,24 @@ def run(
     found = outcome(entries, refused, first.plan.watts, on, megawatts)
     report.append(where, found["rows"], COLUMNS)
     found |= {"csv": str(where), "runs": str(folder), "plots": []}
-    if plots is not None:
+    if plots is not None and found["boundary"]:
         found["plots"] = [str(one) for one in draw(found, Path(plots))]
     if as_json:
         print(json.dumps(found))
     else:
         show(found, Console(width=None if sys.stdout.isatty() else 200, highlight=False))
+    if found["boundary"] is None and not any(row["status"] == OK for row in found["rows"]):
+        raise RunError(f"no variant has a figure; the baseline: {found['rows'][0]['status']}")
+
+
+def writable(path: Path) -> None:
+    """RunError for a file that takes no rows of ours: now, rather than after an hour of measuring."""
+    if path.exists() and not path.is_file():
+        raise RunError(f"{path} is no file; name another --csv")
+    above = next((folder for folder in path.absolute().parents if folder.exists()), Path("/"))
+    if not os.access(path if path.exists() else above, os.W_OK) or not above.is_dir():
+        raise RunError(f"{path} cannot be written; name another --csv")
+    report.load(path, COLUMNS, NUMBERS)
 
 
 def outcome(entries: Sequence[Entry], refused: Mapping[str, str], watts: Watts, site: Site, megawatts: float | None) -> dict[str, Any]:

@@ -7,6 +7,11 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from metered import Tree
@@ -215,12 +220,108 @@ def test_what_cannot_be_asked_is_refused(tiny, tmp_path, monkeypatch, capsys):
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
     assert "has other columns" in refused("--csv", str(other))[1]
+    assert "is no file" in refused("--csv", "/dev/full")[1]
+    assert "cannot be written" in refused("--csv", str(other / "power.csv"))[1]
     for words in (("--megawatts", "0"), ("--seconds", "nan"), ("--steps", "0")):
         assert refused(*words)[0] == 2
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "start it once, without torchrun" in refused()[1]
     with Board() as board:
         assert "no accelerator here has a limit to set" in (power.no_caps(True, board) or "")
+
+
+def test_a_run_dies_with_the_bench_and_says_why_it_failed(tmp_path):
+    log = tmp_path / "run.log"
+    code, peak_bytes = power.ran([sys.executable, "-c", "print('gigatrain: no room; give it more'); raise SystemExit(7)"], log)
+    assert (code, power.why(log, code)) == (7, "ended with code 7: no room; give it more")
+    assert peak_bytes > 1 << 20
+    code, _ = power.ran([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], log)
+    assert power.why(log, code) == "was ended by signal 9: it said nothing"
+
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}} '); time.sleep(100)"
+    bench = f"import sys; from pathlib import Path; from gigatrain.bench.power import ran; ran([sys.executable, '-c', {child!r}], Path({str(log)!r}))"
+    held = subprocess.Popen([sys.executable, "-c", bench])
+    try:
+        until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text().endswith(" "))
+        pid = int((tmp_path / "pid").read_text())
+        assert alive(pid)
+    finally:
+        held.kill()
+        held.wait()
+    until(lambda: not alive(pid))
+
+
+def until(true):
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def boards(tmp_path_factory):
+    """The folder of the stub of NVML, for LD_LIBRARY_PATH."""
+    folder = tmp_path_factory.mktemp("board")
+    source = Path(__file__).parent / "fakeboard.c"
+    command = [
+        "gcc",
+        "-shared",
+        "-fPIC",
+        "-Wall",
+        "-Werror",
+        "-Wl,-soname,libnvidia-ml.so.1",
+        "-o",
+        str(folder / "libnvidia-ml.so.1"),
+        str(source),
+    ]
+    subprocess.run(command, check=True)
+    return folder
+
+
+_BOARD = """
+import json, os, signal, sys, time
+from gigatrain.bench import board, power
+with board.Board() as on:
+    print(json.dumps([on.uuids, on.name, on.limits(), on.state(), on.state(1)]))
+    print(json.dumps([power.no_caps(False, on), power.no_caps(True, on)]))
+    with power.capped(on, 500.0, print), on.watched() as seen:
+        print(json.dumps(on.limits()["limit_watts"]))
+        time.sleep(0.7)
+        if sys.argv[1] == "die":
+            sys.stdout.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    print(json.dumps([on.limits()["limit_watts"], seen]))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gigatrain.power.guard") is None, reason="gigatrain.power.guard is not merged yet")
+def test_limits_are_found_set_for_a_variant_and_put_back(boards, tmp_path):
+    names = [f"GPU-{letter}-bench-{os.getpid()}" for letter in "ab"]
+    environment = os.environ | {"LD_LIBRARY_PATH": str(boards), "FAKE_DIR": str(tmp_path), "FAKE_NAME": f"bench-{os.getpid()}"}
+    del environment["CUDA_VISIBLE_DEVICES"]
+
+    def asked(word, **more):
+        return subprocess.run([sys.executable, "-c", _BOARD, word], env=environment | more, capture_output=True, text=True, check=False)
+
+    ended = asked("live")
+    seen, (unasked, may), within, (after, watched) = (json.loads(line) for line in ended.stdout.splitlines())
+    limits = {"limit_watts": 650.0, "limit_default_watts": 700.0, "limit_least_watts": 200.0, "limit_most_watts": 700.0}
+    state = {"sm_mhz": 1800.0, "mem_mhz": 2600.0, "celsius": 52.0, "used_mib": 2048.0}
+    assert seen == [names, "Fake H100", limits, state, state | {"celsius": 51.0, "used_mib": 1024.0}]
+    assert "--allow-power-caps lets them be set" in unasked
+    assert (may, within, after, watched) == (None, 500.0, 650.0, state)
+    ended = asked("die")  # kill -9 within a variant: the guard puts back what it found
+    assert (ended.returncode, json.loads(ended.stdout.splitlines()[-1])) == (-9, 500.0)
+    until(lambda: [(tmp_path / name).read_text() for name in "01"] == ["650000\n", "650000\n"])
+    ended = asked("live", FAKE_FORBIDDEN="1")
+    assert "may be set by root only" in json.loads(ended.stdout.splitlines()[1])[1]
 
 
 def test_rows_are_kept_line_by_line_and_a_torn_one_is_dropped(tmp_path):
