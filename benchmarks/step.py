@@ -64,6 +64,9 @@ VARIANTS = {
     "": [],
     "compile": ["train.compile=true", "train.recompute=none"],
     "reference": ["kernels=reference"],
+    "plain": [
+        'kernels={ default = "reference", attention = "sdpa" }'
+    ],  # as transformers: no scores of sequence x sequence, nothing of ours
     "leanstate": ["optim.master=bf16+8", "optim.moments=int8"],
     "unfused": _NONE,
     "fuse": ["train.fuse=true", "train.main_grads=false"],

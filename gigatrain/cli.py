@@ -134,6 +134,13 @@ def _gib(text: str) -> float:
     return number
 
 
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1000000000")
+    return number
+
+
 def _temperature(text: str) -> float:
     number = float(text)
     if not 0 <= number <= 1e6:
@@ -449,6 +456,27 @@ def _bench_kernels(options: argparse.Namespace) -> None:
     )
 
 
+def _bench_power(options: argparse.Namespace) -> None:
+    from gigatrain.bench import power
+
+    power.run(
+        options.recipe,
+        site=options.site,
+        sets=options.set,
+        megawatts=options.megawatts,
+        words=options.sweep,
+        allow_caps=options.allow_power_caps,
+        steps=options.steps,
+        seconds=options.seconds,
+        rounds=options.rounds,
+        path=options.csv,
+        plots=options.plots,
+        quick=options.quick,
+        as_json=options.json,
+        measure=_measured,
+    )
+
+
 def _doctor(options: argparse.Namespace) -> None:
     from gigatrain.errors import HealthError
     from gigatrain.preflight import show
@@ -668,9 +696,8 @@ def _parser() -> argparse.ArgumentParser:
     generated.add_argument("--json", action="store_true", help="prompt and text as JSON")
 
     bench = commands.add_parser("bench", help="measure", description="Measure what a run is made of, beside its peers.")
-    kernels = command(
-        "kernels", _bench_kernels, "every kernel beside its peers", _KERNELS, bench.add_subparsers(metavar="COMMAND", required=True)
-    )
+    measured = bench.add_subparsers(metavar="COMMAND", required=True)
+    kernels = command("kernels", _bench_kernels, "every kernel beside its peers", _KERNELS, measured)
     kernels.add_argument("--op", action="append", default=[], help="only this operation; may be repeated (default: all)")
     kernels.add_argument("--peers", metavar="A,B", help="only these beside ours (default: all that are installed)")
     act = kernels.add_mutually_exclusive_group()
@@ -687,6 +714,29 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--quick", action="store_true", help="the first size of each operation, fewer rounds, nothing that compiles")
     kernels.add_argument("--fresh", action="store_true", help="measure again what the CSV has from this commit, device and versions")
     kernels.add_argument("--json", action="store_true", help="the rows as JSON, for programs")
+
+    joules = command("power", _bench_power, "what a joule buys: tokens/s/MW of a recipe's variants", _POWER, measured)
+    recipe_arguments(joules)
+    joules.add_argument("--site", metavar="SITE", help="where it runs (default: this machine; `gigatrain sites`)")
+    joules.add_argument("--megawatts", metavar="M", type=_positive, help="find the fastest site under M MW (default: the site's limit)")
+    joules.add_argument(
+        "--sweep", metavar="A,B", help="of microbatch, precision, kernels, mesh, cap; A+B together (default: all but cap, one by one)"
+    )
+    joules.add_argument(
+        "--allow-power-caps", action="store_true", help="limits of accelerators may be set; they are put back, whatever dies"
+    )
+    long = joules.add_mutually_exclusive_group()
+    long.add_argument("--steps", metavar="N", type=_ranks, help="of every run (default: as many as its steady window needs)")
+    long.add_argument(
+        "--seconds", metavar="S", type=_positive, help="of the steady window (default: 10, or 100 updates of the slowest meter)"
+    )
+    joules.add_argument("--rounds", metavar="R", type=_ranks, help="every variant trains once in each (default: 3; with --quick 1)")
+    joules.add_argument(
+        "--csv", metavar="PATH", help="rows are added here (default: benchmarks/results/power-variants.csv in a checkout, else here)"
+    )
+    joules.add_argument("--plots", metavar="DIR", help="write DIR/power.png")
+    joules.add_argument("--quick", action="store_true", help="one round and a shorter settling: a look, and no spread of joules")
+    joules.add_argument("--json", action="store_true", help="the rows as JSON, for programs")
 
     doctor = command("doctor", _doctor, "say whether this machine, or a job's, can train", _DOCTOR)
     doctor.add_argument("--site", metavar="SITE", help="what the machine should be (default: this machine as it is)")
@@ -826,6 +876,17 @@ Forward, backward and both; cold inputs, graphs and host, rounds in turn; the fl
   gigatrain bench kernels --quick                             a few minutes on a CPU: what has no GPU to run on is named
   gigatrain bench kernels --check                             errors of every version over every case
   gigatrain bench kernels --plots pictures                    from the CSV, anywhere"""
+_POWER = """\
+Train a recipe's variants in alternating rounds, and say what a joule buys: tokens/s per MW at device, node, IT and facility, loss and memory beside it.
+Every variant is a `gigatrain train` of its own. Losses are judged by the baseline's own spread; losers and what the plan refuses are shown.
+
+  gigatrain bench power my.toml                               microbatch, precision, kernels, mesh, one by one; limits and clocks as found
+  gigatrain bench power my.toml --megawatts 200               and the fastest site under 200 MW: more, slower GPUs or fewer, faster ones
+  sudo -E gigatrain bench power my.toml --allow-power-caps --sweep cap,microbatch+cap
+  gigatrain bench power my.toml --sweep kernels --plots pictures --csv power.csv
+  gigatrain bench power my.toml --quick --sweep microbatch --set power.node=redfish
+
+A window is at least 10 s and 100 updates of the slowest meter; of less there is no figure. POWER.md says what is counted."""
 _DOCTOR = """\
 Say whether this machine can train: driver, GPUs, ECC, Xids, clocks, links, equal products on all GPUs, disks, network; under a minute.
 What could not be tested is named, with the reason. Leaves with 9 if the machine is bad.

@@ -31,6 +31,7 @@ COMMANDS = [
     ["logs"],
     ["cancel"],
     ["requeue"],
+    ["bench", "power"],
 ]
 
 

@@ -51,9 +51,9 @@ def default_path(name: str) -> Path:
     return folder / "benchmarks" / "results" / name if folder else Path(name)
 
 
-def commit() -> str:
-    """The commit; with a hash of kernels and benchmark where they are not as committed, or where there is no commit."""
-    folders, folder, head, changed = ("kernels", "bench"), checkout(), "", ""
+def commit(*folders: str) -> str:
+    """The commit; with a hash of these folders of the package (default: kernels and benchmark) where they are not as committed, or where there is none."""
+    folders, folder, head, changed = folders or ("kernels", "bench"), checkout(), "", ""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
@@ -96,30 +96,30 @@ def stamped(row: Row, run: Row) -> Row:
 # ---- The file ----
 
 
-def load(path: Path) -> list[Row]:
+def load(path: Path, columns: Sequence[str] = COLUMNS, numbers: Sequence[str] = NUMBERS) -> list[Row]:
     """Its rows, numbers as numbers, empty cells None; a last line that a kill tore off is left out. RunError if it has other columns."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
     lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
-    if lines and tuple(lines[0]) != COLUMNS:
-        other = ", ".join(sorted(set(lines[0]) ^ set(COLUMNS))) or "in another order"
+    if lines and tuple(lines[0]) != tuple(columns):
+        other = ", ".join(sorted(set(lines[0]) ^ set(columns))) or "in another order"
         raise RunError(f"{path} has other columns ({other}); move it away, or name another --csv")
-    return [{name: _cell(name, cell) for name, cell in zip(COLUMNS, line, strict=True)} for line in lines[1:]]
+    return [{name: _cell(name, cell, numbers) for name, cell in zip(columns, line, strict=True)} for line in lines[1:]]
 
 
-def _cell(name: str, cell: str) -> Any:
+def _cell(name: str, cell: str, numbers: Sequence[str]) -> Any:
     if not cell:
         return None
-    return float(cell) if name in NUMBERS and name != "bound" else cell
+    return float(cell) if name in numbers and name != "bound" else cell
 
 
-def append(path: Path, rows: Sequence[Row]) -> None:
+def append(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> None:
     """Add the rows of one operation in one write, after what is whole of the file."""
     if not rows:
         return
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         file.seek(0)
@@ -129,7 +129,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
             file.truncate(whole)
         if not whole:
             writer.writeheader()
-        writer.writerows({name: _text(row[name]) for name in COLUMNS} for row in rows)
+        writer.writerows({name: _text(row[name]) for name in columns} for row in rows)
         file.write(text.getvalue().encode())
         file.flush()
         os.fsync(file.fileno())
