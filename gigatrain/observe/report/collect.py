@@ -322,7 +322,7 @@ def _watts(energy: Mapping[str, Any], began_s: float | None) -> dict[str, Any]:
     rows = [row for row in energy.get("windows") or () if isinstance(row, Mapping) and finite(row.get("time_s")) is not None]
     rows = [row for row in rows if (finite(row.get("seconds")) or 0) > 0]
     zero = began_s if began_s is not None else rows[0]["time_s"] - rows[0]["seconds"] if rows else 0.0
-    series: list[dict[str, Any] | None] = []
+    series: list[Mapping[str, Any] | None] = []
     gaps, end = 0, None
     for row in rows:
         start = row["time_s"] - row["seconds"]
