@@ -1,5 +1,6 @@
 """The same curves as PNG files, for slides and papers; matplotlib is loaded here and nowhere else."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def plots(values: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
 
     def axes(title: str, x_label: str) -> tuple[Any, Any]:
         figure, axis = pyplot.subplots(figsize=(7.0, 3.6), layout="constrained")
-        axis.set_title(title, loc="left", fontsize=11, fontweight="semibold")
+        axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
         axis.set_xlabel(x_label)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e2e3df")
@@ -88,7 +89,7 @@ def plots(values: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
             for tone, name in enumerate(there):
                 above = [_nan(one) for one in watts["watts"][name]]
                 axis.fill_between(x, below, above, color=_TONES[tone], label=LAYERS[name], linewidth=0.6, edgecolor="white")
-                below = [low if high != high else high for low, high in zip(below, above, strict=True)]
+                below = [low if math.isnan(high) else high for low, high in zip(below, above, strict=True)]
             axis.set_ylim(bottom=0)
             axis.set_ylabel("W")
             axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
