@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from gigatrain.power.reading import FIELDS, Taken
 from gigatrain.site import Figure
 
 BEGAN_S = 1_790_000_000.0
-NODES, EACH, STEP_S, STEP_TOKENS = 4, 8, 2.0, 1_048_576
+NODES, EACH, STEP_S, STEP_TOKENS = 4, 8, 2.0, 524_288
 
 
 def figure(value: float, basis: Any = "declared", source: str = "of this test") -> Figure:
@@ -60,13 +61,24 @@ def plan(steps: int, watts: Watts = WATTS, **more: Any) -> dict[str, Any]:
 
 
 def made(
-    folder: Path, *, windows: int = 120, killed: int | None = 70, energy: bool = True, finished: bool = True, name: str = "made", slower: float = 1.0
+    folder: Path,
+    *,
+    windows: int = 120,
+    killed: int | None = 70,
+    energy: bool = True,
+    finished: bool = True,
+    name: str = "made",
+    slower: float = 1.0,
 ) -> Path:
     """A run of `windows` windows of ten steps; the process that did window `killed` was killed after it, and the next went on two windows before."""
     (folder / "logs").mkdir(parents=True)
     (folder / "trace").mkdir()
+    (folder / "launch").mkdir()
+    (folder / "launch" / "site.json").write_text('{"accelerator": "h100"}')
     steps = windows * 10
-    (folder / "run.json").write_text(json.dumps({"id": "1f", "name": name, "created": "2026-09-21T13:33:20+00:00", "plan_sha256": "ab" * 32}))
+    (folder / "run.json").write_text(
+        json.dumps({"id": "1f", "name": name, "created": "2026-09-21T13:33:20+00:00", "plan_sha256": "ab" * 32})
+    )
     (folder / "plan.json").write_text(json.dumps(plan(steps, name=name)))
     events, rows, metrics, traced = [], [], {}, {}
     now = BEGAN_S
@@ -81,7 +93,9 @@ def made(
             power_capped_ms=round(0.34 * seconds * 1e3) * NODES * EACH,
         )  # fmt: skip
         said = dict(zip(FIELDS, taken.ints(), strict=True))
-        bins = [[number, NODES, device // 12, (device + rest) // 12] for number in range(int((now - seconds) // 10) + 1, int(now // 10))][:12]
+        bins = [[number, NODES, device // 12, (device + rest) // 12] for number in range(int((now - seconds) // 10) + 1, int(now // 10))][
+            :12
+        ]
         base = {"time_s": now, "event": event, "attempt": 0, "process": process, "step": step, "tokens": step * STEP_TOKENS}
         rows.append(base | {"taken": said, "bins": bins} | more)
 
@@ -134,4 +148,6 @@ def made(
     (folder / "trace" / "rank-00000.jsonl").write_text(lines([traced[at] for at in sorted(traced)]))
     if energy:
         (folder / "energy.jsonl").write_text(lines(rows))
+    for path in folder.rglob("*"):
+        os.utime(path, (now, now))
     return folder

@@ -412,7 +412,7 @@ def _compared(value: Mapping[str, Any], plan: Mapping[str, Any], summary: Mappin
     for name in BOUNDARIES:
         mean = known(_of(energy, "watts", name), _unknown(energy, name) or headline["mwh"].get("unknown", "") or "unknown")
         if watts[name]["value"] is not None or mean["value"] is not None or name == "facility":
-            rows.append(_row(f"mean draw, {name if name != 'it' else 'IT'}", "W", watts[name], mean))
+            rows.append(_row(f"mean draw, {name if name != 'it' else 'IT'}", "W", watts[name], mean, most=name == "device"))
     power = plan.get("power")
     budget = finite(power.get("megawatts")) if isinstance(power, Mapping) else None
     if budget is not None:
@@ -429,7 +429,7 @@ def _row(
     """`open`: the run has not ended, so less is no drift; `most`: less than planned is as it should be."""
     wanted, got = planned["value"], actual["value"]
     drift = None if wanted is None or got is None or not wanted else got / wanted - 1
-    drifted = drift is not None and (drift > 0 if most else abs(drift) > DRIFT and not (open and drift < 0))
+    drifted = drift is not None and (drift > 0.005 if most else abs(drift) > DRIFT and not (open and drift < 0))
     return {
         "what": what,
         "unit": unit,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from gigatrain.observe.report.parts import Shown, cell, figure, head, lacking, svg, table
-from gigatrain.observe.report.words import escaped, number
+from gigatrain.observe.report.words import escaped, exact, number
 
 TONES = 6  # colours
 DASHES = 5  # patterns: 30 curves before two look alike
@@ -41,7 +41,8 @@ class Axes:
 
     x_label: str
     shown: Shown = number
-    x_shown: Shown = number
+    tick: Shown = exact
+    x_shown: Shown = exact
     zero: bool = False  # the y axis begins at 0
     marks: Sequence[float] = ()  # where the run was restarted
     gaps: Sequence[tuple[float, float]] = ()  # where nothing was read
@@ -91,7 +92,7 @@ def lines(tag: str, title: str, text: str, curves: Sequence[Curve], axes: Axes, 
             places = [place(x, y) for x, y in curve.points if x is not None and y is not None]
             drawn.append(f"<path class='dot c{tone}' d='{''.join(f'M{left:.5g} {top:.5g}h.01' for left, top in places)}'/>")
         said = curve.name if curve.label is None else curve.label
-        labels.append((place(end, curve.heights[-1])[1] / 10, f"{said} {axes.shown(curve.heights[-1])}".strip(), f"x{tone}"))
+        labels.append((place(end, curve.heights[-1])[1] / 10, said, axes.shown(curve.heights[-1]), f"x{tone}"))
     return figure(tag, title, text, framed(title, curves, axes, (begin, end), steps, drawn, labels), _numbers(title, curves, axes))
 
 
@@ -116,7 +117,7 @@ def layers(
             top, bottom = [], []
         drawn.append(f"<path class='area f{tone}' d='{''.join(path)}'><title>{escaped(name)}</title></path>")
         low, high = next((low or 0.0, high) for low, high in zip(reversed(below), reversed(sums), strict=True) if high is not None)
-        labels.append((place(0.0, (low + high) / 2)[1] / 10, f"{name} {axes.shown(max(0.0, high - low))}", f"x{tone}"))
+        labels.append((place(0.0, (low + high) / 2)[1] / 10, name, axes.shown(max(0.0, high - low)), f"x{tone}"))
         below = [high if high is not None else low for low, high in zip(below, sums, strict=True)]
     curves = [Curve(called, list(zip(times, sums, strict=True))) for _, called, sums in heights]
     return figure(tag, title, text, framed(title, curves, axes, (0.0, end), steps, drawn, labels), _numbers(title, curves, axes))
@@ -135,15 +136,15 @@ def framed(
     x: tuple[float, float],
     steps: Sequence[float],
     drawn: Sequence[str],
-    labels: Sequence[tuple[float, str, str]],
+    labels: Sequence[tuple[float, str, str, str]],
 ) -> str:
-    """Axes, names and marks about what is drawn; `labels`: per cent from above, text, class."""
+    """Axes, names and marks about what is drawn; `labels`: per cent from above, name, number, class."""
     begin, end = x
     place = placing(begin, end, steps)
     grid = "".join(
         f"<path class={'axis' if at == 0 else 'grid'} d='M0 {place(begin, tick)[1]:.5g}h1000'/>" for at, tick in enumerate(steps)
     )
-    words = [f"<span class=ty style='top:{place(begin, tick)[1] / 10:.4g}%'>{escaped(axes.shown(tick))}</span>" for tick in steps]
+    words = [f"<span class=ty style='top:{place(begin, tick)[1] / 10:.4g}%'>{escaped(axes.tick(tick))}</span>" for tick in steps]
 
     def left(at: float) -> str:
         return f"left:{place(at, steps[0])[0] / 10:.4g}%"
@@ -161,11 +162,11 @@ def framed(
     if axes.planned is not None:
         top = place(begin, axes.planned)[1]
         inside.append(f"<path class=plan d='M0 {top:.5g}h1000'/>")
-        named.append((top / 10, axes.planned_text, "xp"))
-    for top, (_, text, kind) in zip(apart([top for top, _, _ in named], 13.0), named, strict=True):
-        words.append(f"<span class='end {kind}' style='top:{top:.4g}%'>{escaped(text, 60)}</span>")
+        named.append((top / 10, axes.planned_text, axes.shown(axes.planned), "xp"))
+    for top, (_, name, last, kind) in zip(apart([top for top, *_ in named], 13.0), named, strict=True):
+        words.append(f"<span class='end {kind}' style='top:{top:.4g}%'>{escaped(name, 40)} <b>{escaped(last)}</b></span>")
     said = "; ".join(curve.spoken(axes.shown) for curve in curves)
-    extra = f"; {axes.planned_text}" if axes.planned is not None else ""
+    extra = f"; {axes.planned_text} {axes.shown(axes.planned)}" if axes.planned is not None else ""
     extra += f"; {len(axes.gaps)} gaps without a reading" if axes.gaps else ""
     picture = svg(f"{title} over {axes.x_label}. {said}{extra}", grid + "".join(inside))
     return f"<div class=chart>{picture}<div aria-hidden=true>{''.join(words)}</div></div>"
@@ -179,9 +180,9 @@ def histogram(label: str, low: float, high: float, counts: Sequence[int], marks:
     drawn = [f"<rect class=f0 x='{x + 0.8:.5g}' y='{1000 - tall:.5g}' width='{width - 1.6:.5g}' height='{tall:.5g}'/>" for x, tall in bars]
     drawn += [f"<path class=plan d='M{place(at, 0.0)[0]:.5g} 0v1000'/>" for _, at in marks]
     grid = "".join(f"<path class={'axis' if at == 0 else 'grid'} d='M0 {place(low, tick)[1]:.5g}h1000'/>" for at, tick in enumerate(steps))
-    words = [f"<span class=ty style='top:{place(low, tick)[1] / 10:.4g}%'>{escaped(number(tick))}</span>" for tick in steps]
+    words = [f"<span class=ty style='top:{place(low, tick)[1] / 10:.4g}%'>{escaped(exact(tick))}</span>" for tick in steps]
     across = [tick for tick in ticks(low, high) if low <= tick <= high]
-    words += [f"<span class=tx style='left:{place(tick, 0.0)[0] / 10:.4g}%'>{escaped(number(tick))}</span>" for tick in across]
+    words += [f"<span class=tx style='left:{place(tick, 0.0)[0] / 10:.4g}%'>{escaped(exact(tick))}</span>" for tick in across]
     words.append(f"<span class=xl>{escaped(x_label)}</span>")
     lefts = [place(at, 0.0)[0] / 10 for _, at in marks]
     for at in range(1, len(lefts)):

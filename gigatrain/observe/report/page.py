@@ -27,13 +27,14 @@ from gigatrain.observe.report.parts import (
     table,
     unknown,
 )
-from gigatrain.observe.report.words import clock, escaped, number, per_cent, provenance, quoted, span
+from gigatrain.observe.report.words import clock, escaped, exact, number, per_cent, provenance, quoted, signed, span
 from gigatrain.power.reading import BOUNDARIES
 
 Value = Mapping[str, Any]
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-WITHIN = {"device": "accelerators", "node": "nodes", "it": "IT", "facility": "facility"}
-LAYERS = {"device": "accelerators", "node": "rest of nodes", "it": "fabric, storage", "facility": "cooling, losses"}
+WITHIN = {"device": "device", "node": "node", "it": "IT", "facility": "facility"}
+HOLDS = {"device": "the accelerators", "node": "whole nodes", "it": "with fabric and storage", "facility": "with cooling and losses"}
+LAYERS = {"device": "devices", "node": "node rest", "it": "fabric", "facility": "cooling"}
 CLASSES = {
     "training": "steps that were kept",
     "redone": "steps that a restart did again",
@@ -132,8 +133,10 @@ def _short(value: Value) -> list[str]:
     for name, what in (("capped_share", "the power limit"), ("thermal_share", "heat"), ("brake_share", "a hardware brake")):
         if (share := finite(energy.get(name))) is not None and share >= 0.01:
             said.append(f"Clocks were held down by {what} {per_cent(share)} of the time.")
-    for row in value["plan"]["rows"]:
-        if row["drifted"]:
+    drifted = [row for row in value["plan"]["rows"] if row["drifted"]]
+    draws = [row for row in drifted if row["what"].startswith("mean draw")]
+    for row in drifted:
+        if row not in draws[:-1]:  # of nested draws the widest stands for all
             beside = f"{_amount(row['actual']['value'], row['unit'])}, planned {_amount(row['planned']['value'], row['unit'])}"
             said.append(f"{_drift(row)} {escaped(row['what'])}: {escaped(beside)}.")
     if value["refused_steps"]:
@@ -154,7 +157,7 @@ def _tiles(value: Value) -> str:
     said = value["headline"]
     speed, spent, checked = said["tokens_per_s_mw"], said["mwh"], said["val_loss"]
     low, high = speed.get("low"), speed.get("high")
-    between = f"between {number(low)} and {number(high)}" if low is not None and high is not None else "bounds unknown"
+    between = f"Between {number(low)} and {number(high)}" if low is not None and high is not None else "Bounds unknown"
     rests = speed.get("why") or provenance(speed.get("provenance"))
     of = f"{WITHIN.get(spent.get('boundary'), 'boundary unknown')}: {provenance(spent.get('provenance'))}"
     loss = f"validation {checked['value']:.4f}" if checked["value"] is not None else f"validation unknown: {checked['unknown']}"
@@ -162,7 +165,7 @@ def _tiles(value: Value) -> str:
     tiles = [
         _tile(
             f"Tokens/s per MW, {WITHIN[speed['boundary']]}" if speed.get("boundary") else "Tokens/s per MW",
-            speed, lambda it: (number(it), ""), f"{between}. {rests}", hero=True,
+            speed, lambda it: (number(it), ""), f"{between}; {rests}", hero=True,
         ),
         _tile("Loss", said["loss"], lambda it: (f"{it:.4f}", ""), loss),
         _tile("Tokens, retained", said["tokens"], lambda it: (number(it, 6 if it < 1e6 else 4), "")),
@@ -170,8 +173,8 @@ def _tiles(value: Value) -> str:
         _tile("MFU", said["mfu"], lambda it: (f"{it * 100:.1f}", "%")),
         _tile("Goodput", said["goodput"], lambda it: (f"{it * 100:.1f}", "%"), f"of {span(wall)} of wall-clock" if wall is not None else ""),
         _tile("Energy", spent, lambda it: words.scaled(it * 1e6, "Wh"), of),
-        _tile("Cost of energy", said["eur"], lambda it: (number(it), "€"), of),
-        _tile("Carbon", said["kg_co2e"], lambda it: (number(it), "kg CO2e"), of),
+        _tile("Cost of energy", said["eur"], lambda it: (number(it, 3), "€"), of),
+        _tile("Carbon", said["kg_co2e"], lambda it: (number(it, 3), "kg CO2e"), of),
     ]  # fmt: skip
     return f"<dl class=tiles>{''.join(tiles)}</dl>"
 
@@ -183,7 +186,9 @@ def _body(value: Value, tag: str) -> str:
     marks = [one["step"] for one in value["restarts"] if one["step"] is not None]
     note = " ↻ marks a restart." if value["restarts"] else ""
     mfu = value["headline"]["mfu"]
-    flops = f"MFU {per_cent(mfu['value'])} {mfu['note']} in the mean." if mfu["value"] is not None else f"MFU unknown: {mfu['unknown']}."
+    flops, each = f"MFU unknown: {mfu['unknown']}.", value["mfu_per_token_per_s"]
+    if mfu["value"] is not None:
+        flops = f"MFU {per_cent(mfu['value'])} {mfu['note']} in the mean; it is this same curve, {per_cent(each * 1e5)} for every 100,000 tokens/s."
     curves = value["curves"]
     cards = [
         lines(
@@ -196,12 +201,12 @@ def _body(value: Value, tag: str) -> str:
             Axes("step", zero=True, marks=marks), "no window with a speed yet",
         ),
         *_power(tag, value),
-        column(_waterfall(tag, value)),
+        _waterfall(tag, value),
         column(_phases(tag, value), _restarts(tag, value)),
         column(_step_times(tag, value)),
-        column(_memory(tag, value)),
         _plan(tag, value),
         *_metered(tag, value),
+        _memory(tag, value),
         _settings(tag, value),
         _identity(tag, value),
     ]  # fmt: skip
@@ -234,17 +239,17 @@ def _draw(tag: str, value: Value) -> str:
     scale, unit = clock(max(one for one in watts["t_s"] if one is not None))
     times = [None if one is None else one / scale for one in watts["t_s"]]
     heights = [
-        (LAYERS[name] if at or name == "device" else f"{WITHIN[name]}, whole", f"{WITHIN[name]}, all within", watts["watts"][name])
+        (LAYERS[name] if at or name == "device" else f"{WITHIN[name]}, all", f"{WITHIN[name]}, all within", watts["watts"][name])
         for at, name in enumerate(there)
     ]
     outer = there[-1]
     planned = watts["planned"].get(outer)
-    why = "".join(f" {WITHIN[name].capitalize()} unknown: {_why_not(value, name)}." for name in BOUNDARIES if name not in there)
-    text = f"Of the {WITHIN[outer]}, by what it is of. Hatched: no reading."
+    why = "".join(f" Boundary {WITHIN[name]} unknown: {_why_not(value, name)}." for name in BOUNDARIES if name not in there)
+    text = f"Up to the {WITHIN[outer]} boundary, by what it is of; fabric with storage, cooling with losses. Hatched: no reading."
     text += " Dashed: as planned." if planned else f" Plan: {value['plan']['watts'][outer].get('unknown', 'not planned')}."
     axes = Axes(
-        unit, shown=words.watts, zero=True, marks=[at / scale for at in _seconds_of_restarts(value)], gaps=gaps(times),
-        planned=planned, planned_text=f"plan {words.watts(planned)}" if planned else "",
+        unit, shown=words.watts, tick=words.watts, zero=True, marks=[at / scale for at in _seconds_of_restarts(value)], gaps=gaps(times),
+        planned=planned, planned_text="plan",
     )  # fmt: skip
     return layers(tag, "Draw", text + (" ↻ marks a restart." if value["restarts"] else "") + why, times, heights, axes)
 
@@ -266,7 +271,7 @@ def _efficiency(tag: str, value: Value) -> str:
     axes = Axes(
         unit, zero=True, marks=[at / scale for at in _seconds_of_restarts(value)],
         gaps=gaps([None if one is None else one / scale for one in watts["t_s"]]),
-        planned=planned, planned_text=f"plan's watts {number(planned)}" if planned else "",
+        planned=planned, planned_text="plan's watts",
     )  # fmt: skip
     curve = Curve("tokens/s/MW", _timed(watts, boundary, scale), label="")
     return lines(tag, "Tokens/s per MW", text, [curve], axes, "no window has both tokens and joules")
@@ -295,17 +300,19 @@ def _energy(tag: str, value: Value) -> str:
     said = energy.get("provenance")
     for name in BOUNDARIES:
         if _of(energy, "joules", name) is None:
-            rows.append(head(WITHIN[name]) + unknown(_why_not(value, name), len(columns) + 1))
+            rows.append(head(WITHIN[name], HOLDS[name]) + unknown(_why_not(value, name), len(columns) + 1))
             continue
         found = [(_of(energy, key, name), shown) for _, key, shown in columns]
         cells = "".join(unknown("no tokens or FLOPs known") if one is None else cell(shown(one)) for one, shown in found)
-        rows.append(f"{head(WITHIN[name])}{cells}{sentence(provenance(said.get(name) if isinstance(said, Mapping) else None))}")
+        rows.append(
+            f"{head(WITHIN[name], HOLDS[name])}{cells}{sentence(provenance(said.get(name) if isinstance(said, Mapping) else None))}"
+        )
     whole = table(("boundary", *(name for name, _, _ in columns), "provenance of the row"), rows, right=range(1, len(columns) + 1))
     shares, money = provenance(value["headline"]["mwh"].get("provenance")), []
     for what, unit, key in (("cost", "€", "eur"), ("carbon", "kg CO2e", "kg_co2e")):
         why = value["headline"][key].get("unknown", "")
         both = (finite(energy.get(key)), finite(energy.get(f"{key}_per_gtoken")))
-        cells = "".join(unknown(why or "no tokens were kept") if one is None else cell(f"{number(one)} {unit}") for one in both)
+        cells = "".join(unknown(why or "no tokens were kept") if one is None else cell(f"{number(one, 3)} {unit}") for one in both)
         money.append(f"{head(what)}{cells}{sentence(shares)}")
     below = table(("of the facility's energy", "whole run", "per 10^9 tokens", "provenance of the energy"), money, right=(1, 2))
     text = "Over all of wall-clock: evaluation, saves, restarts and held time included. Tokens that a restart threw away are not counted."
@@ -323,10 +330,12 @@ def _waterfall(tag: str, value: Value) -> str:
     left = 1.0
     for name in sorted((name for name in spent if name != "training"), key=lambda name: -spent[name]):
         left -= spent[name] / wall
-        rows.append((f"− {name}", CLASSES[name], max(0.0, left), spent[name] / wall, 1, span(spent[name]), per_cent(spent[name] / wall)))
-    rows.append(("= training", CLASSES["training"], 0.0, found["share"], 2, span(spent["training"]), per_cent(found["share"])))
+        rows.append(
+            (f"−\u00a0{name}", CLASSES[name], max(0.0, left), spent[name] / wall, 1, span(spent[name]), per_cent(spent[name] / wall))
+        )
+    rows.append(("=\u00a0training", CLASSES["training"], 0.0, found["share"], 2, span(spent["training"]), per_cent(found["share"])))
     text = "Every second of wall-clock is in one class; they add up to it."
-    return card(tag, "Goodput", text, bars(("class", "of wall-clock", "time", "share"), rows))
+    return card(tag, "Goodput", text, bars(("class", "of wall-clock", "time", "share"), rows), wide=True)
 
 
 def _phases(tag: str, value: Value) -> str:
@@ -395,7 +404,7 @@ def _memory(tag: str, value: Value) -> str:
         text += f" Measured peak: {peak['unknown']}."
     else:
         rows.append(("peak", "measured", 0.0, peak["value"] / whole, 2, words.size(peak["value"]), per_cent(peak["value"] / whole)))
-    return card(tag, "Memory of a rank", text, bars(("part", "of the larger", "bytes", "share"), rows))
+    return card(tag, "Memory of a rank", text, bars(("part", "of the larger", "bytes", "share"), rows), wide=True)
 
 
 def _amount(value: float, unit: str) -> str:
@@ -403,7 +412,7 @@ def _amount(value: float, unit: str) -> str:
 
 
 def _drift(row: Value) -> str:
-    return f"<span class=mark>{'over budget' if row['most'] else 'drift'} {row['drift'] * 100:+.1f} %</span>"
+    return f"<span class=mark>{'above the most' if row['most'] else 'drift'} {signed(row['drift'])}</span>"
 
 
 def _plan(tag: str, value: Value) -> str:
@@ -416,7 +425,8 @@ def _plan(tag: str, value: Value) -> str:
         elif row["drifted"]:
             cells += f"<td>{_drift(row)}</td>"
         else:
-            cells += sentence(f"{row['drift'] * 100:+.1f} %{', not at its end' if row['open'] and row['drift'] < 0 else ''}")
+            note = ", not at its end" if row["open"] and row["drift"] < 0 else ", planned at most" if row["most"] else ""
+            cells += sentence(signed(row["drift"]) + note)
         rows.append(head(row["what"]) + cells)
     text = f"What is more than {DRIFT * 100:.0f} % from the plan is marked as drift. Draws are means over all of wall-clock."
     return card(
@@ -452,7 +462,7 @@ def _metered(tag: str, value: Value) -> list[str]:
         rows = []
         for one in sources[:40]:
             amount = finite(one.get("value"))
-            shown = cell(number(amount)) if amount is not None else cell(one["value"]) if isinstance(one.get("value"), str) else unknown("")
+            shown = cell(exact(amount)) if amount is not None else cell(one["value"]) if isinstance(one.get("value"), str) else unknown("")
             rows.append(
                 head(str(one.get("what") or "unnamed"))
                 + shown
@@ -527,7 +537,10 @@ def _comparison(values: Sequence[Value], called: Sequence[str]) -> str:
         ("step time, p50", lambda it: _step(it, "p50"), words.seconds),
         ("step time, p99", lambda it: _step(it, "p99"), words.seconds),
     ]
-    rows = [head(name) + "".join(_beside(pick(value), pick(values[0]), shown) for value in values) for name, pick, shown in figures]
+    rows = []
+    for name, pick, shown in figures:
+        found = [pick(value) for value in values]
+        rows.append(head(name) + "".join(_beside(one, found[0] if at else None, shown) for at, one in enumerate(found)))
     keys = [
         svg(f"line of run {letter}", f"<path class='cv c{at % TONES} d{at % DASHES}' d='M2 6h40'/>", "0 0 44 12", "key")
         for at, letter in enumerate(short)
@@ -579,14 +592,18 @@ def _step(value: Value, name: str) -> Value:
     return {"value": found[name]} if name in found else {"value": None, "unknown": found["unknown"]}
 
 
-def _beside(found: Value, first: Value, shown: Shown) -> str:
+def _beside(found: Value, first: Value | None, shown: Shown) -> str:
     """A run's figure and its difference from the first run's, where both are of the same boundary."""
     if found["value"] is None:
         return unknown(found["unknown"])
     notes = []
-    if found is not first and first["value"]:
-        alike = found.get("boundary") == first.get("boundary")
-        notes.append(f"{(found['value'] / first['value'] - 1) * 100:+.1f} %" if alike else "another boundary")
+    if first is not None and first["value"]:
+        if found.get("boundary") != first.get("boundary"):
+            notes.append("another boundary, not comparable")
+        elif shown is per_cent:
+            notes.append(signed(found["value"] - first["value"]).replace("%", "points"))
+        else:
+            notes.append(signed(found["value"] / first["value"] - 1))
     if found.get("boundary"):
         notes.append(f"{WITHIN[found['boundary']]}: {provenance(found.get('provenance'))}")
     return cell(shown(found["value"]), "; ".join(notes))

@@ -41,6 +41,16 @@ def _digits(value: float, digits: int) -> str:
     return f"{value:,.{max(0, digits - 1 - (math.floor(math.log10(size)) if size else 0))}f}"
 
 
+def exact(value: float) -> str:
+    """A figure that somebody wrote down, or a tick: as it is, without zeros behind it."""
+    return f"{value:,.6g}" if 1e-4 <= abs(value) < 1e6 or not value else number(value)
+
+
+def signed(share: float) -> str:
+    """A difference: `+1.0 %`, `−30.8 %`."""
+    return f"{share * 100:+,.1f} %".replace("-", "−")
+
+
 def scaled(value: float, unit: str, digits: int = 3) -> tuple[str, str]:
     """A number and its unit, by thousands: (`1.23`, `kW`)."""
     for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
