@@ -186,7 +186,7 @@ def _body(value: Value, tag: str) -> str:
     marks = [one["step"] for one in value["restarts"] if one["step"] is not None]
     note = " ↻ marks a restart." if value["restarts"] else ""
     mfu = value["headline"]["mfu"]
-    flops, each = f"MFU unknown: {mfu['unknown']}.", value["mfu_per_token_per_s"]
+    flops, each = f"MFU unknown: {mfu.get('unknown')}.", value["mfu_per_token_per_s"]
     if mfu["value"] is not None:
         flops = f"MFU {per_cent(mfu['value'])} {mfu['note']} in the mean; it is this same curve, {per_cent(each * 1e5)} for every 100,000 tokens/s."
     curves = value["curves"]
