@@ -25,10 +25,13 @@ def quoted(text: Any) -> str:
 
 def number(value: float, digits: int = 4) -> str:
     """1,234 and 0.0123; a million and above by a letter."""
-    for limit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if abs(value) >= limit:
-            return f"{_digits(value / limit, digits)} {letter}"
-    return _digits(value, digits)
+    factor, letter = _letter(value)
+    return f"{_digits(value / factor, digits)} {letter}".rstrip()
+
+
+def _letter(value: float) -> tuple[float, str]:
+    units = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+    return next(((limit, letter) for limit, letter in units if abs(value) >= limit), (1.0, ""))
 
 
 def _digits(value: float, digits: int) -> str:
@@ -43,7 +46,8 @@ def _digits(value: float, digits: int) -> str:
 
 def exact(value: float) -> str:
     """A figure that somebody wrote down, or a tick: as it is, without zeros behind it."""
-    return f"{value:,.6g}" if 1e-4 <= abs(value) < 1e6 or not value else number(value)
+    factor, letter = _letter(value)
+    return f"{value / factor:,.6g} {letter}".rstrip() if abs(value) >= 1e-4 or not value else number(value)
 
 
 def signed(share: float) -> str:
