@@ -223,5 +223,5 @@ def _numbers(title: str, curves: Sequence[Curve], axes: Axes) -> str:
     for curve in curves:
         points = [(x, y) for x, y in curve.points if x is not None and y is not None]
         some = points if len(points) <= ROWS else [points[round(at * (len(points) - 1) / (ROWS - 1))] for at in range(ROWS)]
-        rows += [f"{head(curve.name)}{cell(axes.x_shown(x))}{cell(axes.shown(y))}" for x, y in some]
+        rows += [f"{head(curve.label or curve.name)}{cell(axes.x_shown(x))}{cell(axes.shown(y))}" for x, y in some]
     return f"<details><summary>Numbers of this picture</summary>{table(('curve', axes.x_label, title), rows, right=(1, 2))}</details>"
