@@ -25,7 +25,8 @@ WIDE = """[...document.querySelectorAll('body *')].filter(one => !one.closest('.
 COVERED = """[...document.querySelectorAll('.chart')].flatMap(chart => ['.end', '.ty', '.tx'].flatMap(kind => {
   const boxes = [...chart.querySelectorAll(kind)].map(one => [one.textContent, one.getBoundingClientRect()]);
   return boxes.flatMap(([text, one], at) => boxes.slice(at + 1)
-    .filter(([_, two]) => Math.min(one.bottom, two.bottom) - Math.max(one.top, two.top) > 3 && Math.min(one.right, two.right) - Math.max(one.left, two.left) > 1)
+    .filter(([_, two]) => Math.min(one.bottom, two.bottom) - Math.max(one.top, two.top) > 3)
+    .filter(([_, two]) => Math.min(one.right, two.right) - Math.max(one.left, two.left) > 1)
     .map(([other]) => text + ' | ' + other)) }))"""
 EMPTY = "[...document.querySelectorAll('svg')].filter(one => one.getBoundingClientRect().width < 20 || one.getBoundingClientRect().height < 8).length"
 GROUND = "getComputedStyle(document.body).backgroundColor"
@@ -35,7 +36,19 @@ GROUND = "getComputedStyle(document.body).backgroundColor"
 def pages(tiny, tmp_path_factory):
     """Of a real run, of one with every part, and of three side by side, one of them with hostile words."""
     folder = tmp_path_factory.mktemp("reported")
-    command = [sys.executable, "-m", "gigatrain", "train", str(tiny), "--run", str(folder / "real"), "--set", "export=false", "--set", "train.steps=6"]
+    command = [
+        sys.executable,
+        "-m",
+        "gigatrain",
+        "train",
+        str(tiny),
+        "--run",
+        str(folder / "real"),
+        "--set",
+        "export=false",
+        "--set",
+        "train.steps=6",
+    ]
     subprocess.run(command, capture_output=True, check=True, timeout=200)
     energy = find_spec("gigatrain.power.account") is not None
     made(folder / "whole", energy=energy)
@@ -56,7 +69,9 @@ def browser():
 
 def pixels(data):
     """Rows of (red, green, blue), each 0 to 255."""
-    image = pytest.importorskip("PIL.Image", reason="needs pillow, which comes with matplotlib (pip install 'gigatrain[bench]'), to look at pictures")
+    image = pytest.importorskip(
+        "PIL.Image", reason="needs pillow, which comes with matplotlib (pip install 'gigatrain[bench]'), to look at pictures"
+    )
     return numpy.asarray(image.open(io.BytesIO(data)).convert("RGB")).astype(numpy.int16)
 
 
@@ -91,7 +106,9 @@ def test_light_and_dark_and_neither_is_blank(pages, browser):
 
 def test_keyboard_reaches_what_scrolls_and_what_opens(pages, browser):
     browser.open(pages / "several.html", width=400)
-    reached = browser.value("[...document.querySelectorAll('a[href], summary, [tabindex]')].every(one => { one.focus(); return document.activeElement === one })")
+    reached = browser.value(
+        "[...document.querySelectorAll('a[href], summary, [tabindex]')].every(one => { one.focus(); return document.activeElement === one })"
+    )
     assert reached
     scrolling = "[...document.querySelectorAll('.scroll')].every(one => one.tabIndex === 0 && one.getAttribute('aria-label'))"
     assert browser.value(scrolling)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gigatrain.observe.report.collect import collect
-
 
 def report(
     runs: Sequence[Path],
@@ -22,6 +20,8 @@ def report(
 
     Raises RunError where a folder is no run's, and OSError where `out` or `plots` cannot be written.
     """
+    from gigatrain.observe.report.collect import collect
+
     began = time.perf_counter()
     values = [collect(run) for run in runs]
     if as_json:

@@ -226,9 +226,7 @@ def _steps(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     phases = {"seconds": {name: totals[name] for name in order}, "shares": {name: totals[name] / whole for name in order}}
     within = sum(spent for name, spent in totals.items() if name in WITHIN_STEP)
     reduced = totals["reduce"] / within if within and "reduce" in totals else None
-    phases["exposed_communication"] = known(
-        reduced, "no step has the phase reduce", "of the time of its steps, in the phase reduce"
-    )
+    phases["exposed_communication"] = known(reduced, "no step has the phase reduce", "of the time of its steps, in the phase reduce")
     return steps, phases
 
 

@@ -150,7 +150,9 @@ def _tile(name: str, found: Value, shown: Callable[[float], tuple[str, str]], no
         return f"<div{kind}><dt>{name}</dt><dd class='v un'>unknown</dd><dd class=n>{escaped(found['unknown'], 160)}</dd></div>"
     text, unit = shown(found["value"])
     after = f"<span class=unit>{escaped(unit)}</span>" if unit else ""
-    return f"<div{kind}><dt>{name}</dt><dd class=v>{escaped(text)}{after}</dd><dd class=n>{escaped(note or found.get('note', ''), 400)}</dd></div>"
+    note = note or found.get("note", "")
+    below = f"<dd class=n>{escaped(note, 400)}</dd>" if note else ""
+    return f"<div{kind}><dt>{name}</dt><dd class=v>{escaped(text)}{after}</dd>{below}</div>"
 
 
 def _tiles(value: Value) -> str:
