@@ -7,6 +7,7 @@ import shutil
 import sys
 import types
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 from reported import BEGAN_S, EACH, NODES, STEP_TOKENS, WATTS, figure, made, plan
@@ -161,7 +162,7 @@ def test_a_folder_that_is_no_run(tmp_path):
 
 def test_thinned_keeps_extremes_ends_and_gaps():
     drawn = random.Random(0)
-    points = [(float(at), 5 + drawn.random()) for at in range(100_000)]
+    points: list[Any] = [(float(at), 5 + drawn.random()) for at in range(100_000)]
     points[54_321], points[77_777], points[12_345] = (54_321.0, 900.0), (77_777.0, -900.0), (12_345.0, None)
     kept = thinned(points)
     assert len(kept) <= POINTS + POINTS // 2
@@ -170,7 +171,8 @@ def test_thinned_keeps_extremes_ends_and_gaps():
     assert [12_345.0, None] in kept
     assert kept[0] == list(points[0])
     assert kept[-1] == list(points[-1])
-    assert [x for x, _ in kept] == sorted(x for x, _ in kept)
+    places: list[Any] = [x for x, _ in kept]
+    assert places == sorted(places)
     assert thinned(points[:POINTS]) == [list(point) for point in points[:POINTS]]
 
 
@@ -208,7 +210,7 @@ def test_drift_is_marked_where_it_is_one(tmp_path):
 def accounted(monkeypatch, folder, value):
     """As if the account of `folder` were `value`; its own values are tested where it is."""
     (folder / "energy.jsonl").write_text("{}\n")
-    module = types.ModuleType("gigatrain.power.account")
+    module: Any = types.ModuleType("gigatrain.power.account")
     module.account = lambda run: value
     monkeypatch.setitem(sys.modules, "gigatrain.power.account", module)
 

@@ -25,13 +25,20 @@ from gigatrain.site import Figure
 POINTS = 600  # of a curve
 BINS = 40  # of the histogram of step times
 DRIFT = 0.10  # a difference from the plan that is pointed at
-TRACE_BYTES = 64 << 20  # of each rank's trace, its end: some 350,000 steps
+TRACE_BYTES = 64 << 20  # of the first rank's trace, its end: some 350,000 steps; of the others' a sixteenth
 RANKS = 64  # whose traces are read
 WITHIN_STEP = ("data", "forward", "backward", "reduce", "optimizer", "rest")  # the other phases lie between steps
 PHASES = (*WITHIN_STEP[:-1], "validation", "checkpoint", "profile", "rest")
 SHOWN = 4000  # characters of a failure
 
 Point = tuple[float, float | None]
+
+
+class _Quiet(watch.Reader):
+    """A page is of what the folder holds: no scheduler is asked."""
+
+    def _asked(self) -> None:
+        return None
 
 
 def known(value: Any, why: str = "", note: str = "") -> dict[str, Any]:
@@ -53,7 +60,7 @@ def finite(value: Any) -> float | int | None:
 
 def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any]:
     """Everything that a report says of one run. Raises RunError where `run` is no run's folder; what is missing in it is named in `missing`."""
-    reader = watch.Reader(run, now)
+    reader = _Quiet(run, now)
     seen, folder = reader.seen(), reader.run
     plan, record, summary = (_object(folder / name) for name in ("plan.json", "run.json", "summary.json"))
     windows, validations = _windows(folder)
@@ -170,12 +177,12 @@ def _windows(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return [windows[step] for step in sorted(windows)], [validations[step] for step in sorted(validations)]
 
 
-def _traced(path: Path) -> Iterator[tuple[dict[str, float], bool]]:
-    """Phases of each whole step at the end of a rank's trace, and whether it was profiled."""
+def _traced(path: Path, most: int) -> Iterator[tuple[dict[str, float], bool]]:
+    """Phases of each whole step in the last `most` bytes of a rank's trace, and whether it was profiled."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         size = file.seek(0, 2)
-        file.seek(max(0, size - TRACE_BYTES))
-        if size > TRACE_BYTES:
+        file.seek(max(0, size - most))
+        if size > most:
             file.readline()  # the rest of a line
         for line in file:
             with contextlib.suppress(ValueError, RecursionError):
@@ -194,7 +201,7 @@ def _steps(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if not (number := path.stem.removeprefix("rank-")).isdecimal():
             continue
         seconds = []
-        for phases, profiled in _traced(path):
+        for phases, profiled in _traced(path, TRACE_BYTES if path == paths[0] else TRACE_BYTES // 16):
             if profiled:
                 continue
             seconds.append(sum(spent for phase, spent in phases.items() if phase in WITHIN_STEP))
@@ -333,8 +340,9 @@ def _watts(energy: Mapping[str, Any], began_s: float | None) -> dict[str, Any]:
         (name for name in reversed(BOUNDARIES) if any(row and finite(_of(row, "watts", name)) is not None for row in series)), None
     )
     stepped = len(series) <= POINTS // 2
-    if not stepped:
-        series = [series[at] for at in _kept([finite(_of(row, "watts", widest)) if row and widest else None for row in series], POINTS)]
+    if not stepped and widest:  # the extremes of both pictures
+        heights = [[finite(_of(row, name, widest)) if row else None for row in series] for name in ("watts", "tokens_per_s_mw")]
+        series = [series[at] for at in sorted({at for one in heights for at in _kept(one, POINTS // 2)})]
     found: dict[str, Any] = {"t_s": [], "watts": {name: [] for name in BOUNDARIES}, "tokens_per_s_mw": {name: [] for name in BOUNDARIES}}
     for row in series:
         for at in () if row is None else (row["time_s"] - row["seconds"], row["time_s"]) if stepped else (row["time_s"],):

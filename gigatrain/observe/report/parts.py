@@ -9,7 +9,7 @@ Shown = Callable[[float], str]
 
 def card(tag: str, title: str, text: str, inside: str = "", *, wide: bool = False) -> str:
     note = f"<p>{escaped(text)}</p>" if text else ""
-    return f"<section class='card{' wide' * wide}' aria-label={quoted(title)}><{tag}>{escaped(title)}</{tag}>{note}{inside}</section>"
+    return f"<section class='card{' wide' * wide}'><{tag}>{escaped(title)}</{tag}>{note}{inside}</section>"
 
 
 def lacking(tag: str, title: str, why: str, *, wide: bool = False) -> str:
