@@ -1,14 +1,19 @@
 """One headless Chromium that a test speaks to through a pipe (DevTools protocol), so that one start renders many pages."""
 
 import base64
+import contextlib
 import fcntl
 import json
 import os
+import select
 import shutil
+import signal
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+WAIT_S = 120
 PATH = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -35,13 +40,18 @@ class Chromium:
 
     def __exit__(self, *_: object) -> None:
         self.session = ""
-        try:
+        with contextlib.suppress(AssertionError, OSError):
             self("Browser.close")
-        finally:
-            os.close(self.out)
+        os.close(self.out)
+        for _ in range(100):
+            if os.waitpid(self.pid, os.WNOHANG)[0]:
+                break
+            time.sleep(0.1)
+        else:
+            os.killpg(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
-            os.close(self.into)
-            shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self.into)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def __call__(self, method: str, **given: Any) -> dict[str, Any]:
         self.count += 1
@@ -58,6 +68,7 @@ class Chromium:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self.rest:
+            assert select.select([self.into], [], [], WAIT_S)[0], f"chromium said nothing for {WAIT_S} s"
             data = os.read(self.into, 1 << 20)
             assert data, "chromium is gone"
             self.rest += data

@@ -58,6 +58,8 @@ def pages(tiny, tmp_path_factory):
     report([folder / "real"], str(folder / "real.html"), say=str)
     report([folder / "whole"], str(folder / "whole.html"), say=str)
     report([folder / "whole", folder / "real", folder / "hostile"], str(folder / "several.html"), say=str)
+    small = made(folder / "small", windows=8, killed=None, energy=energy)
+    report([small] * 12, str(folder / "many.html"), say=str)
     return folder
 
 
@@ -76,7 +78,7 @@ def pixels(data):
 
 
 @pytest.mark.parametrize("width", [1400, 820, 400])
-@pytest.mark.parametrize("name", ["real", "whole", "several"])
+@pytest.mark.parametrize("name", ["real", "whole", "several", "many"])
 def test_nothing_is_wider_than_the_page_or_covers_a_word(pages, browser, name, width):
     assert browser.open(pages / f"{name}.html", width=width) == []  # its own policy refused nothing that it needs
     assert browser.value("document.documentElement.scrollWidth") == width

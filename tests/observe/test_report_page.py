@@ -264,6 +264,9 @@ def test_axes_have_round_numbers_that_hold_the_data():
         assert 2 <= len(steps) <= 8
     assert apart([50, 50, 50], 10) == [50, 60, 70]
     assert apart([99, 100], 10) == [90, 100]
+    crowd = apart([95.0] * 16, 6)
+    assert min(crowd) >= 0
+    assert max(crowd) <= 100
 
 
 def test_the_command(values, tmp_path, monkeypatch, capsys):

@@ -8,7 +8,6 @@ import contextlib
 import datetime
 import importlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ TRACE_BYTES = 64 << 20  # of the first rank's trace, its end: some 350,000 steps
 RANKS = 64  # whose traces are read
 WITHIN_STEP = ("data", "forward", "backward", "reduce", "optimizer", "rest")  # the other phases lie between steps
 PHASES = (*WITHIN_STEP[:-1], "validation", "checkpoint", "profile", "rest")
+LARGEST = 1e100
 SHOWN = 4000  # characters of a failure
 
 Point = tuple[float, float | None]
@@ -50,12 +50,10 @@ def known(value: Any, why: str = "", note: str = "") -> dict[str, Any]:
 
 
 def finite(value: Any) -> float | int | None:
-    """A number, or None for what is none: words, true, infinity, an integer that no float holds."""
+    """A number, or None for what is none: words, true, infinity, and what is larger than anything that a run counts."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    with contextlib.suppress(OverflowError):
-        return value if math.isfinite(value) else None
-    return None
+    return value if abs(value) < LARGEST else None
 
 
 def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any]:

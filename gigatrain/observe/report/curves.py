@@ -11,6 +11,8 @@ from gigatrain.observe.report.words import escaped, exact, number
 TONES = 6  # colours
 DASHES = 5  # patterns: 30 curves before two look alike
 MARKS = 40  # restarts that are drawn
+FEW = 7  # names with their last numbers that there is room for beside a picture
+MANY = 16  # names alone
 ROWS = 12  # of the table behind a picture
 
 Points = Sequence[Sequence[float | None]]
@@ -52,7 +54,7 @@ class Axes:
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers that hold both between the first and the last."""
-    if not high > low:
+    if not high - low > 1e-9 * max(abs(low), abs(high), 1e-290):  # nothing lies between two neighbouring numbers
         low, high = low - (abs(low) * 0.05 or 0.5), low + (abs(low) * 0.05 or 0.5)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
@@ -163,8 +165,12 @@ def framed(
         top = place(begin, axes.planned)[1]
         inside.append(f"<path class=plan d='M0 {top:.5g}h1000'/>")
         named.append((top / 10, axes.planned_text, axes.shown(axes.planned), "xp"))
-    for top, (_, name, last, kind) in zip(apart([top for top, *_ in named], 13.0), named, strict=True):
-        words.append(f"<span class='end {kind}' style='top:{top:.4g}%'>{escaped(name, 40)} <b>{escaped(last)}</b></span>")
+    few = len(named) <= FEW
+    for top, (_, name, last, kind) in zip(apart([top for top, *_ in named], 13.0 if few else 6.0), named, strict=True):
+        if len(named) <= MANY:  # more have no room: the key above and the table behind have them
+            words.append(
+                f"<span class='end {kind}' style='top:{top:.4g}%'>{escaped(name, 40)}{f' <b>{escaped(last)}</b>' if few else ''}</span>"
+            )
     said = "; ".join(curve.spoken(axes.shown) for curve in curves)
     extra = f"; {axes.planned_text} {axes.shown(axes.planned)}" if axes.planned is not None else ""
     extra += f"; {len(axes.gaps)} gaps without a reading" if axes.gaps else ""

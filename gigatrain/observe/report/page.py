@@ -410,7 +410,13 @@ def _memory(tag: str, value: Value) -> str:
 
 
 def _amount(value: float, unit: str) -> str:
-    return words.size(value) if unit == "bytes" else words.watts(value) if unit == "W" else number(value, 6 if value < 1e6 else 4)
+    return (
+        words.size(value)
+        if unit == "bytes"
+        else words.watts(value)
+        if unit == "W"
+        else number(value, 6 if value == int(value) and value < 1e6 else 4)
+    )
 
 
 def _drift(row: Value) -> str:

@@ -14,7 +14,7 @@ _HIDDEN = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")  # what 
 
 def escaped(text: Any, most: int = 600) -> str:
     """A text as HTML, in an element or in a quoted attribute: without control characters, and not longer than anybody reads."""
-    shown = _HIDDEN.sub("", logs.printable(str(text))).encode("utf-8", "replace").decode("utf-8")
+    shown = _HIDDEN.sub("", logs.printable(str(text))).encode("utf-8", "replace").decode("utf-8").replace(" %", "\u00a0%")
     return html.escape(shown if len(shown) <= most else shown[: most - 1] + "…", quote=True)
 
 
@@ -76,7 +76,8 @@ def size(count: float) -> str:
 
 
 def span(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 10 else watch.span(seconds)
+    """A duration as people say it, from milliseconds to days."""
+    return watch.span(seconds) if seconds >= 10 else f"{seconds:.1f} s" if seconds >= 1 or not seconds else f"{seconds * 1e3:.0f} ms"
 
 
 def seconds(value: float) -> str:
