@@ -28,7 +28,6 @@ TRACE_BYTES = 64 << 20  # of the first rank's trace, its end: some 350,000 steps
 RANKS = 64  # whose traces are read
 WITHIN_STEP = ("data", "forward", "backward", "reduce", "optimizer", "rest")  # the other phases lie between steps
 PHASES = (*WITHIN_STEP[:-1], "validation", "checkpoint", "profile", "rest")
-LARGEST = 1e100
 SHOWN = 4000  # characters of a failure
 
 Point = tuple[float, float | None]
@@ -53,7 +52,7 @@ def finite(value: Any) -> float | int | None:
     """A number, or None for what is none: words, true, infinity, and what is larger than anything that a run counts."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value if abs(value) < LARGEST else None
+    return value if abs(value) < watch.LARGEST else None
 
 
 def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any]:
@@ -94,8 +93,8 @@ def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any
             "weights_sha256": _word(summary.get("weights_sha256")),
             "device": _word(plan.get("device")),
             "ranks": finite(plan.get("ranks")),
-            "step": seen["step"],
-            "steps": seen["steps"],
+            "step": finite(seen["step"]),
+            "steps": finite(seen["steps"]),
         },
         "missing": _missing(folder),
         "headline": {

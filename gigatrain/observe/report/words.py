@@ -37,8 +37,8 @@ def _letter(value: float) -> tuple[float, str]:
 def _digits(value: float, digits: int) -> str:
     size = abs(value)
     if size and size < 1e-4:
-        power = math.floor(math.log10(size))
-        return f"{value / 10**power:.{max(0, digits - 3)}f} × 10^{power}"
+        factor, _, power = f"{value:.{max(0, digits - 3)}e}".partition("e")
+        return f"{factor} × 10^{int(power)}"
     if size >= 10 ** (digits - 1) or value == int(value):
         return f"{value:,.0f}"
     return f"{value:,.{max(0, digits - 1 - (math.floor(math.log10(size)) if size else 0))}f}"
