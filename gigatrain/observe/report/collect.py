@@ -256,10 +256,12 @@ def _goodput(found: Mapping[str, Any] | None) -> dict[str, Any]:
     """Every second of wall-clock in one class of watch.CLASSES."""
     if found is None or found["share"] is None:
         return {"unknown": "logs/progress.jsonl has no events, or no time between them"}
-    if finite(found["wall_s"]) is None or any(finite(spent) is None for spent in found["seconds"].values()):
-        return {"unknown": "logs/progress.jsonl has times that are no numbers"}
+    said = (found["wall_s"], found["share"], *found["seconds"].values())
+    if any(finite(one) is None or one < 0 for one in said):
+        return {"unknown": "logs/progress.jsonl has times that are no numbers, or below 0"}
     seconds = {name: found["seconds"][name] for name in watch.CLASSES}
-    assert abs(sum(seconds.values()) - found["wall_s"]) <= 1e-3 * (len(seconds) + 1), "seconds are rounded to a millisecond each"
+    rounding_s = max(1e-3 * (len(seconds) + 1), 1e-9 * found["wall_s"])  # each was rounded to a millisecond
+    assert abs(sum(seconds.values()) - found["wall_s"]) <= rounding_s, "the classes do not add up to wall-clock"
     return {"wall_s": found["wall_s"], "share": found["share"], "seconds": seconds}
 
 
