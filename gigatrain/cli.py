@@ -95,6 +95,12 @@ def _watch(options: argparse.Namespace) -> None:
     watch(folder, once=options.once, as_json=options.json)
 
 
+def _report(options: argparse.Namespace) -> None:
+    from gigatrain.observe.report import report
+
+    report([Path(folder).expanduser() for folder in options.run_folders], options.out, as_json=options.json, plots=options.plots)
+
+
 def _measured(config: Any) -> Any:
     """The numbers of a model that is not of our families; torch and transformers, 4 s."""
     from gigatrain.models.autonumbers import numbers
@@ -682,6 +688,16 @@ def _parser() -> argparse.ArgumentParser:
     way.add_argument("--serve", metavar="[HOST:]PORT", help="serve it to Prometheus instead (default host: 127.0.0.1)")
     watched.add_argument("--token-file", metavar="FILE", help="with --serve: holds the bearer token (else GIGATRAIN_TOKEN, else a new one)")
 
+    reported = command("report", _report, "one page on a run, or on several side by side", _REPORT)
+    reported.add_argument(
+        "run_folders", metavar="RUN", nargs="+", help="a run folder; of several the first is what others are compared with"
+    )
+    reported.add_argument(
+        "-o", "--out", metavar="FILE", help="the page; - prints it (default: report.html, unless --json or --plots is given)"
+    )
+    reported.add_argument("--json", action="store_true", help="what the page is made of, as JSON, for programs")
+    reported.add_argument("--plots", metavar="DIR", help="its pictures as PNG files; needs matplotlib")
+
     exported = command("export", _export, "write a run's model for transformers", _EXPORT)
     exported.add_argument("run_folder", metavar="RUN", help="a run folder")
     exported.add_argument("folder", metavar="DIR", help="where the model goes")
@@ -857,6 +873,15 @@ Goodput is the time of steps that were kept over wall-clock since the first star
   gigatrain watch runs/mine --serve 10.1.2.3:9400 --token-file ~/token
 
 launch/grafana.json is a dashboard for these metrics. A recipe's report.prometheus = 9400 serves them from the run itself."""
+_REPORT = """\
+One page on a run: loss, speed, goodput, restarts, step times, memory, watts and joules, cost and carbon, and the plan beside what came of it.
+It is one HTML file that needs nothing else, for a browser, a telephone or paper; of several runs it begins with them side by side.
+A run that goes on, was killed, or is older than its meters has a page too, that says what is missing. The run is not touched.
+
+  gigatrain report runs/mine                                  report.html
+  gigatrain report runs/mine runs/other -o both.html
+  gigatrain report runs/mine --json | jq '.runs[0].headline.tokens_per_s_mw'
+  gigatrain report runs/mine --plots pictures                 PNG files, for slides"""
 _EXPORT = """\
 Write the newest checkpoint of a run as a folder for transformers: safetensors, config.json, tokenizer.
 

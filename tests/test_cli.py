@@ -27,6 +27,7 @@ COMMANDS = [
     ["version"],
     ["doctor"],
     ["watch"],
+    ["report"],
     ["ps"],
     ["logs"],
     ["cancel"],

@@ -35,6 +35,7 @@ KEPT_S = 15.0  # what ranks left is read again after so long, or at once where t
 TRACED = 256  # ranks whose steps are looked at
 SPARKS = "▁▂▃▄▅▆▇█"
 SHOWN = 12  # lines of a failure
+LARGEST = 1e100  # beyond it a number is damage
 ASKED_S = 20.0  # between two questions to the scheduler
 NAMED = {"device": "devices", "node": "nodes", "it": "IT"}
 CLASSES = ("training", "redone", "validation", "checkpoint", "starting", "stopped", "other")
@@ -225,7 +226,7 @@ class Reader:
         self._power.add(rows)
         for tail, name in ((self._progress, "_events"), (self._history, "_job")):
             rows, afresh = tail.rows()
-            kept = [row for row in rows if isinstance(row.get("event"), str) and (name == "_job" or _number(row, "time_s") is not None)]
+            kept = [row for row in rows if isinstance(row.get("event"), str) and (name == "_job" or _timed(row))]
             setattr(self, name, kept if afresh else getattr(self, name) + kept)
 
     def _state(self, summary: Mapping[str, Any], last: Mapping[str, Any], news_s: float | None) -> str:
@@ -396,6 +397,11 @@ def _slowest(run: Path) -> tuple[list[dict[str, Any]], str]:
     return sorted(found, key=lambda row: -row["own_s"])[:5], some
 
 
+def _timed(row: Mapping[str, Any]) -> bool:
+    """Whether an event says when, and of which process."""
+    return _number(row, "time_s") is not None and isinstance(row.get("process"), (str, int, type(None)))
+
+
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object, or nothing."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -405,9 +411,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _number(row: Mapping[str, Any], key: str) -> Any:
-    """A number of a row; what is missing or something else is None."""
+    """A number of a row; what is missing or something else, or not finite, or too large to be of a run, is None."""
     value = row.get(key)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST else None
 
 
 def spark(values: list[Any], width: int = 48) -> str:

@@ -1,0 +1,547 @@
+"""A run's folder as one JSON value: what `gigatrain report --json` prints, and all that the page and the pictures are made of. Free of torch.
+
+A figure is {"value": number, "note": words} or {"value": null, "unknown": why}: what the folder does not say is never 0 and never guessed. Curves are
+thinned to about 600 points, of which each stretch keeps its lowest and its highest, so that a spike of one window in 100,000 is still there.
+"""
+
+import contextlib
+import datetime
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from gigatrain.errors import GigatrainError
+from gigatrain.observe import logs, watch
+from gigatrain.planning.watts import Watts
+from gigatrain.power.reading import BOUNDARIES, PROVENANCES
+from gigatrain.site import Figure
+
+POINTS = 600  # of a curve
+BINS = 40  # of the histogram of step times
+DRIFT = 0.10  # a difference from the plan that is pointed at
+TRACE_BYTES = 64 << 20  # of the first rank's trace, its end: some 350,000 steps; of the others' a sixteenth
+RANKS = 64  # whose traces are read
+WITHIN_STEP = ("data", "forward", "backward", "reduce", "optimizer", "rest")  # the other phases lie between steps
+PHASES = (*WITHIN_STEP[:-1], "validation", "checkpoint", "profile", "rest")
+SHOWN = 4000  # characters of a failure
+
+Point = tuple[float, float | None]
+
+
+class _Quiet(watch.Reader):
+    """A page is of what the folder holds: no scheduler is asked."""
+
+    def _asked(self) -> None:
+        return None
+
+
+def known(value: Any, why: str = "", note: str = "") -> dict[str, Any]:
+    """A figure; `why` is said where it has no value, `note` where it has one."""
+    number = finite(value)
+    if number is None:
+        return {"value": None, "unknown": why or "not recorded"}
+    return {"value": number} | ({"note": note} if note else {})
+
+
+def finite(value: Any) -> float | int | None:
+    """A number, or None for what is none: words, true, infinity, and what is larger than anything that a run counts."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if abs(value) < watch.LARGEST else None
+
+
+def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any]:
+    """Everything that a report says of one run. Raises RunError where `run` is no run's folder; what is missing in it is named in `missing`."""
+    reader = _Quiet(run, now)
+    seen, folder = reader.seen(), reader.run
+    plan, record, summary = (_object(folder / name) for name in ("plan.json", "run.json", "summary.json"))
+    windows, validations = _windows(folder)
+    events = [row for row in watch.Tail(folder / "logs" / "progress.jsonl").rows()[0] if finite(row.get("time_s")) is not None]
+    began_s = events[0]["time_s"] if events else None
+    last = windows[-1] if windows else {}
+    steps, phases = _steps(folder)
+    energy, lacking = _energy(folder, summary)
+    unreported = "no window was reported yet"
+    mean = seen["tokens_per_s_mean"]
+    mfu_per_token = seen["mfu"] / seen["tokens_per_s"] if seen["mfu"] is not None and seen["tokens_per_s"] else None
+    goodput = _goodput(seen["goodput"])
+    tokens = known(last.get("tokens"), unreported)
+    loss = known(last.get("loss"), "the last window's was not finite" if windows else unreported)
+    value = {
+        "format": 1,
+        "collected": _utc(now()),
+        "run": {
+            "folder": str(folder),
+            "id": _word(record.get("id")),
+            "name": _word(seen["name"]) or folder.name,
+            "summary": _word(plan.get("summary")) or "",
+            "site": _word(seen["site"]),
+            "state": seen["state"],
+            "why": _word(seen["why"]),
+            "failure": (seen["failure"] or seen["hang"] or "")[:SHOWN],
+            "created": _word(record.get("created")),
+            "began": _utc(began_s),
+            "began_s": began_s,
+            "plan_sha256": _word(record.get("plan_sha256")),
+            "identity": _word(record.get("identity")),
+            "corpus": _word(record.get("corpus")),
+            "weights_sha256": _word(summary.get("weights_sha256")),
+            "device": _word(plan.get("device")),
+            "ranks": finite(plan.get("ranks")),
+            "step": finite(seen["step"]),
+            "steps": finite(seen["steps"]),
+        },
+        "missing": _missing(folder),
+        "headline": {
+            "loss": loss,
+            "val_loss": known(seen["val_loss"], "no validation was run"),
+            "tokens": tokens,
+            "tokens_per_s": known(mean, unreported, "in the mean of its steps"),
+            "mfu": known(mean * mfu_per_token if mean and mfu_per_token else None, seen["mfu_why"] or unreported, "of dense bf16"),
+            "goodput": known(goodput.get("share"), goodput.get("unknown", "")),
+            "wall_s": known(goodput.get("wall_s"), goodput.get("unknown", "")),
+            **_headline(energy, lacking),
+        },
+        "curves": {
+            "loss": thinned([(row["step"], finite(row.get("loss"))) for row in windows]),
+            "val_loss": thinned([(row["step"], finite(row.get("val_loss"))) for row in validations]),
+            "tokens_per_s": thinned([(row["step"], finite(row.get("tokens_per_s"))) for row in windows]),
+            "grad_norm": thinned([(row["step"], finite(row.get("grad_norm"))) for row in windows]),
+        },
+        "mfu_per_token_per_s": mfu_per_token,
+        "refused_steps": finite(seen["bad_steps"]),
+        "step_s": steps,
+        "phases": phases,
+        "goodput": goodput,
+        "restarts": [
+            {"time": _utc(one["time_s"]), "time_s": finite(one["time_s"]), "step": finite(one["step"]), "attempt": one["attempt"]}
+            | {"why": _word(one["why"]) or "unknown"}
+            for one in seen["restarts"]
+        ],
+        "memory": _memory(plan, summary),
+        "energy": {name: said for name, said in energy.items() if name != "windows"},  # they are in `watts`, thinned
+        "watts": _watts(energy, began_s),
+        "settings": _settings(plan),
+        "versions": {str(name): _word(said) or "unknown" for name, said in versions.items()}
+        if isinstance(versions := summary.get("versions"), dict)
+        else {},
+    }
+    value["plan"] = _compared(value, plan, summary)
+    planned = value["plan"]["watts"]
+    for boundary in BOUNDARIES:  # as if every watt had been as planned: of the measured speed, since a plan has no speed
+        watts = planned[boundary]["value"]
+        value["watts"]["planned"][boundary] = watts
+        value["watts"]["planned_tokens_per_s_mw"][boundary] = mean / watts * 1e6 if mean and watts else None
+    return _clean(value)
+
+
+def thinned(points: Sequence[Point], limit: int = POINTS) -> list[list[float | None]]:
+    """At most about `limit` of the points: each stretch's lowest and highest in their order, the first and the last; a None parts a curve."""
+    if len(points) <= limit:
+        return [list(point) for point in points]
+    return [list(points[at]) for at in _kept([y for _, y in points], limit)]
+
+
+def _kept(heights: Sequence[float | None], limit: int) -> list[int]:
+    """Which to keep, of so many heights: in each stretch the lowest, the highest, and one that has none."""
+    buckets = max(1, limit // 2 - 1)
+    kept = {0, len(heights) - 1}
+    for number in range(buckets):
+        stretch = range(number * len(heights) // buckets, (number + 1) * len(heights) // buckets)
+        values = [(height, at) for at in stretch if (height := heights[at]) is not None]
+        if values:
+            kept |= {min(values)[1], max(values)[1]}
+        if len(values) < len(stretch):
+            kept.add(next(at for at in stretch if heights[at] is None))
+    return sorted(kept)
+
+
+def _windows(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Windows and validations by step; of a step that is there twice, the later one."""
+    windows: dict[float, dict[str, Any]] = {}
+    validations: dict[float, dict[str, Any]] = {}
+    for row in watch.Tail(folder / "metrics.jsonl").rows()[0]:
+        if (step := finite(row.get("step"))) is not None:
+            if "val_loss" in row:
+                validations[step] = row
+            elif "tokens" in row:
+                windows[step] = row
+    return [windows[step] for step in sorted(windows)], [validations[step] for step in sorted(validations)]
+
+
+def _traced(path: Path, most: int) -> Iterator[tuple[dict[str, float], bool]]:
+    """Phases of each whole step in the last `most` bytes of a rank's trace, and whether it was profiled."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - most))
+        if size > most:
+            file.readline()  # the rest of a line
+        for line in file:
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(said := row.get("phases"), dict):
+                    found = {name: number for name, spent in said.items() if (number := finite(spent)) is not None and number >= 0}
+                    if found:
+                        yield found, bool(row.get("profiled"))
+
+
+def _steps(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the steps that ranks recorded and no profiler slowed: percentiles and a histogram, and where rank 0's time went."""
+    paths = sorted((folder / "trace").glob("rank-*.jsonl"))
+    ranks, first, totals, count = [], [], {}, 0
+    for path in paths[:RANKS]:
+        if not (number := path.stem.removeprefix("rank-")).isdecimal():
+            continue
+        seconds = []
+        for phases, profiled in _traced(path, TRACE_BYTES if path == paths[0] else TRACE_BYTES // 16):
+            if profiled:
+                continue
+            seconds.append(sum(spent for phase, spent in phases.items() if phase in WITHIN_STEP))
+            if path == paths[0]:
+                for phase, spent in phases.items():
+                    totals[phase] = totals.get(phase, 0.0) + spent
+        if not seconds:
+            continue
+        seconds.sort()
+        ranks.append({"rank": int(number), "steps": len(seconds), **{f"p{share}": _nearest(seconds, share) for share in (50, 90, 99)}})
+        if not first:
+            first, count = seconds, len(seconds)
+    why = "no steps in trace/rank-*.jsonl" if paths else "the run has no trace/"
+    if not first:
+        return {"unknown": why}, {"unknown": why}
+    whole = sum(totals.values())
+    steps = {
+        "steps": count,
+        "mean": sum(first) / count,
+        "longest": first[-1],
+        "histogram": _histogram(first),
+        "ranks": ranks,
+        "ranks_left_out": max(0, len(paths) - RANKS),
+        **{f"p{share}": _nearest(first, share) for share in (50, 90, 99)},
+    }
+    if not whole:
+        return steps, {"unknown": "its steps took no time"}
+    order = [name for name in PHASES if name in totals] + sorted(totals.keys() - set(PHASES))
+    phases = {"seconds": {name: totals[name] for name in order}, "shares": {name: totals[name] / whole for name in order}}
+    within = sum(spent for name, spent in totals.items() if name in WITHIN_STEP)
+    reduced = totals["reduce"] / within if within and "reduce" in totals else None
+    phases["exposed_communication"] = known(reduced, "no step has the phase reduce", "of the time of its steps, in the phase reduce")
+    return steps, phases
+
+
+def _nearest(ordered: Sequence[float], share: float) -> float:
+    """The nearest rank, as observe/metrics.py has it."""
+    return ordered[min(len(ordered) - 1, max(0, round(share / 100 * len(ordered)) - 1))]
+
+
+def _histogram(ordered: Sequence[float]) -> dict[str, Any]:
+    """Counts from the shortest to a little over the 99th percentile; what is longer is counted in `longer`."""
+    low, high = ordered[0], max(_nearest(ordered, 99) * 1.05, ordered[0] * 1.01)
+    counts, longer, width = [0] * BINS, 0, (high - low) / BINS
+    for seconds in ordered:
+        at = int((seconds - low) / width) if width else 0
+        if at < BINS:
+            counts[at] += 1
+        else:
+            longer += 1
+    return {"low": low, "high": high, "counts": counts, "longer": longer}
+
+
+def _goodput(found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Every second of wall-clock in one class of watch.CLASSES."""
+    if found is None or found["share"] is None:
+        return {"unknown": "logs/progress.jsonl has no events, or no time between them"}
+    said = (found["wall_s"], found["share"], *found["seconds"].values())
+    if any(finite(one) is None or one < 0 for one in said):
+        return {"unknown": "logs/progress.jsonl has times that are no numbers, or below 0"}
+    seconds = {name: found["seconds"][name] for name in watch.CLASSES}
+    rounding_s = max(1e-3 * (len(seconds) + 1), 1e-9 * found["wall_s"])  # each was rounded to a millisecond
+    assert abs(sum(seconds.values()) - found["wall_s"]) <= rounding_s, "the classes do not add up to wall-clock"
+    return {"wall_s": found["wall_s"], "share": found["share"], "seconds": seconds}
+
+
+def _energy(folder: Path, summary: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """power/account.py's account; or nothing, and why."""
+    try:
+        if (folder / "energy.jsonl").is_file():
+            return importlib.import_module("gigatrain.power.account").account(folder), ""
+    except GigatrainError as failure:
+        return {}, str(failure)
+    if isinstance(kept := summary.get("energy"), dict):
+        return kept | {"windows": []}, ""
+    return {}, "the run recorded no energy: it has no energy.jsonl"
+
+
+def _of(energy: Mapping[str, Any], name: str, boundary: str) -> Any:
+    found = energy.get(name)
+    return found.get(boundary) if isinstance(found, Mapping) else None
+
+
+def _headline(energy: Mapping[str, Any], lacking: str) -> dict[str, Any]:
+    """What the run's energy comes to: at the boundary that the account chose, money and carbon at the facility."""
+    chosen = energy.get("headline")
+    chosen = chosen if isinstance(chosen, Mapping) else {}
+    boundary = chosen.get("boundary")
+    why = lacking or _word(chosen.get("why")) or "no boundary's joules are known"
+    speed = known(chosen.get("tokens_per_s_mw"), why)
+    if boundary in BOUNDARIES and speed["value"] is not None:
+        speed |= {
+            "boundary": boundary,
+            "low": finite(chosen.get("low")),
+            "high": finite(chosen.get("high")),
+            "why": _word(chosen.get("why")),
+        }
+        speed["provenance"] = _shares(_of(energy, "provenance", boundary))
+    widest = next((name for name in reversed(BOUNDARIES) if finite(_of(energy, "joules", name)) is not None), None)
+    joules = finite(_of(energy, "joules", widest)) if widest else None
+    spent = known(None if joules is None else joules / 3.6e9, why)
+    if widest and spent["value"] is not None:
+        spent |= {"boundary": widest, "provenance": _shares(_of(energy, "provenance", widest))}
+    found = {"tokens_per_s_mw": speed, "mwh": spent}
+    for name in ("eur", "kg_co2e"):
+        what = "price" if name == "eur" else "carbon"
+        found[name] = known(energy.get(name), lacking or _unknown(energy, name) or f"the {what} or the facility's energy is unknown")
+    return found
+
+
+def _unknown(energy: Mapping[str, Any], name: str) -> str:
+    said = energy.get("unknown")
+    return (_word(said.get(name)) or "") if isinstance(said, Mapping) else ""
+
+
+def _shares(said: Any) -> dict[str, float]:
+    """The provenance of a number, by kind."""
+    if not isinstance(said, Mapping):
+        return {}
+    return {kind: share for kind in PROVENANCES if (share := finite(said.get(kind))) is not None and share > 0}
+
+
+def _watts(energy: Mapping[str, Any], began_s: float | None) -> dict[str, Any]:
+    """Watts and tokens/s/MW of each boundary over the seconds since the run began; a None parts what no reading joins."""
+    rows = [row for row in energy.get("windows") or () if isinstance(row, Mapping) and finite(row.get("time_s")) is not None]
+    rows = [row for row in rows if (finite(row.get("seconds")) or 0) > 0]
+    zero = began_s if began_s is not None else rows[0]["time_s"] - rows[0]["seconds"] if rows else 0.0
+    series: list[Mapping[str, Any] | None] = []
+    gaps, end = 0, None
+    for row in rows:
+        start = row["time_s"] - row["seconds"]
+        if end is not None and start - end > 1.0 + 0.02 * row["seconds"]:
+            series.append(None)
+            gaps += 1
+        end = row["time_s"]
+        series.append(row)
+    widest = next(
+        (name for name in reversed(BOUNDARIES) if any(row and finite(_of(row, "watts", name)) is not None for row in series)), None
+    )
+    stepped = len(series) <= POINTS // 2
+    if not stepped and widest:  # the extremes of both pictures
+        heights = [[finite(_of(row, name, widest)) if row else None for row in series] for name in ("watts", "tokens_per_s_mw")]
+        series = [series[at] for at in sorted({at for one in heights for at in _kept(one, POINTS // 2)})]
+    found: dict[str, Any] = {"t_s": [], "watts": {name: [] for name in BOUNDARIES}, "tokens_per_s_mw": {name: [] for name in BOUNDARIES}}
+    for row in series:
+        for at in () if row is None else (row["time_s"] - row["seconds"], row["time_s"]) if stepped else (row["time_s"],):
+            found["t_s"].append(at - zero)
+            for name in BOUNDARIES:
+                found["watts"][name].append(finite(_of(row or {}, "watts", name)))
+                found["tokens_per_s_mw"][name].append(finite(_of(row or {}, "tokens_per_s_mw", name)))
+        if row is None and found["t_s"]:
+            found["t_s"].append(None)
+            for name in BOUNDARIES:
+                found["watts"][name].append(None)
+                found["tokens_per_s_mw"][name].append(None)
+    return found | {"windows": len(rows), "gaps": gaps, "planned": {}, "planned_tokens_per_s_mw": {}}
+
+
+def _memory(plan: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Bytes of one rank: the plan's parts, and the most that was in use where the run says so."""
+    said = plan.get("memory")
+    parts = {name: size for name, given in said.items() if (size := finite(given)) is not None} if isinstance(said, Mapping) else {}
+    return {
+        "parts_bytes": parts,
+        "planned_bytes": known(sum(parts.values()) if parts else None, "plan.json has no memory"),
+        "peak_bytes": known(summary.get("peak_bytes"), "not recorded"),
+    }
+
+
+def planned_watts(watts: Watts) -> dict[str, dict[str, Any]]:
+    """What the plan's figures let expect at each boundary, of the whole run; where they do not, why."""
+    count, nodes = watts.accelerators, watts.accelerators / watts.per_node if watts.per_node else None
+    if not count:
+        return {name: known(None, "not planned: the site's figures name no accelerator") for name in BOUNDARIES}
+
+    def lacking(*names: str) -> str:
+        return f"not planned: {', '.join(name for name in names if not getattr(watts, name).known)} of {watts.site or 'the site'} unknown"
+
+    def says(*figures: Figure) -> str:
+        return "; ".join(dict.fromkeys(f"{figure.basis}: {figure.source}" for figure in figures if figure.known))
+
+    found = {"device": known(_product(count, watts.device_watts.value), lacking("device_watts"), f"at most; {says(watts.device_watts)}")}
+    node = _product(nodes, watts.node_watts.value)
+    found["node"] = known(node, lacking("node_watts") if nodes else "not planned: accelerators of a node unknown", says(watts.node_watts))
+    fabric, storage = _product(count, watts.fabric_watts.value), _product(count, watts.storage_watts.value)
+    if storage is None and node is not None and fabric is not None:
+        storage = _product(node + fabric, watts.storage_share.value)
+    parts = (watts.node_watts, watts.fabric_watts, watts.storage_watts, watts.storage_share)
+    whole = None if node is None or fabric is None or storage is None else node + fabric + storage
+    found["it"] = known(whole, lacking("node_watts", "fabric_watts", "storage_watts"), says(*parts))
+    facility = _product(nodes, watts.facility_watts.value)
+    if facility is not None:
+        found["facility"] = known(facility, note=says(watts.facility_watts))
+    else:
+        found["facility"] = known(_product(whole, watts.pue.value), lacking("node_watts", "fabric_watts", "pue"), says(*parts, watts.pue))
+    return found
+
+
+def _product(count: float | None, each: float | None) -> float | None:
+    return None if count is None or each is None else count * each
+
+
+def _compared(value: Mapping[str, Any], plan: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan beside what came of it; `drifted` where they are more than DRIFT apart and nothing else explains it."""
+    headline, energy, done = value["headline"], value["energy"], value["run"]["state"] == "finished"
+    try:
+        watts = planned_watts(Watts.model_validate(plan["watts"])) if "watts" in plan else None
+    except ValidationError:
+        watts = None
+    watts = watts or {name: known(None, "not planned: plan.json has no watts that this version reads") for name in BOUNDARIES}
+    rows = [
+        _row("steps", "steps", known(plan.get("steps"), "plan.json has none"), known(value["run"]["step"], "no window yet"), open=not done),
+        _row("tokens", "tokens", known(plan.get("tokens"), "plan.json has none"), headline["tokens"], open=not done),
+        _row("tokens/s", "tokens/s", known(None, "not planned: a plan has no speed"), headline["tokens_per_s"]),
+    ]
+    for name in BOUNDARIES:
+        mean = known(_of(energy, "watts", name), _unknown(energy, name) or headline["mwh"].get("unknown", "") or "unknown")
+        if watts[name]["value"] is not None or mean["value"] is not None or name == "facility":
+            rows.append(_row(f"mean draw, {name if name != 'it' else 'IT'}", "W", watts[name], mean, most=name == "device"))
+    power = plan.get("power")
+    budget = finite(power.get("megawatts")) if isinstance(power, Mapping) else None
+    if budget is not None:
+        mean = known(_of(energy, "watts", "facility"), headline["mwh"].get("unknown", "") or "the facility's draw is unknown")
+        rows.append(_row("budget, facility", "W", known(budget * 1e6), mean, most=True))
+    memory = value["memory"]
+    rows.append(_row("memory of a rank", "bytes", memory["planned_bytes"], memory["peak_bytes"]))
+    return {"rows": rows, "watts": watts}
+
+
+def _row(
+    what: str, unit: str, planned: dict[str, Any], actual: dict[str, Any], *, open: bool = False, most: bool = False
+) -> dict[str, Any]:
+    """`open`: the run has not ended, so less is no drift; `most`: less than planned is as it should be."""
+    wanted, got = planned["value"], actual["value"]
+    drift = None if wanted is None or got is None or not wanted else got / wanted - 1
+    drifted = drift is not None and (drift > 0.005 if most else abs(drift) > DRIFT and not (open and drift < 0))
+    return {
+        "what": what,
+        "unit": unit,
+        "planned": planned,
+        "actual": actual,
+        "drift": drift,
+        "drifted": drifted,
+        "open": open,
+        "most": most,
+    }
+
+
+def _settings(plan: Mapping[str, Any]) -> dict[str, str]:
+    """The recipe's main settings, as the plan has them."""
+    found: dict[str, str] = {}
+
+    def add(name: str, *path: str, say: str = "{}") -> None:
+        at: Any = plan
+        for key in path:
+            at = at.get(key) if isinstance(at, Mapping) else None
+        if at is not None and not isinstance(at, (Mapping, list)):
+            number = finite(at)
+            found[name] = say.format(f"{number:,}" if isinstance(number, int) else f"{number:g}" if number is not None else _word(at))
+
+    add("model", "architecture", "family")
+    add("parameters", "parameters")
+    add("layers", "architecture", "layers")
+    add("hidden", "architecture", "hidden")
+    add("vocabulary", "architecture", "vocab")
+    add("sequence", "sequence", say="{} tokens")
+    add("batch", "batch", say="{} samples")
+    add("microbatch", "microbatch")
+    add("accumulation", "accumulation")
+    add("steps", "steps")
+    add("precision", "precision")
+    add("optimizer", "optim", "name")
+    add("peak learning rate", "optim", "lr")
+    add("weight decay", "optim", "weight_decay")
+    add("schedule", "schedule", "kind")
+    add("warm-up", "schedule", "warmup")
+    add("engine", "engine", "name")
+    mesh = plan.get("mesh")
+    axes = ("replicate", "shard", "expert", "context", "tensor", "pipeline")
+    sizes = {axis: size for axis in axes if (size := finite(mesh.get(axis))) is not None and size > 1} if isinstance(mesh, Mapping) else {}
+    if isinstance(mesh, Mapping):
+        found["mesh"] = " x ".join(f"{axis} {size:,}" for axis, size in sizes.items()) or "one rank"
+    add("recompute", "recompute")
+    add("compile", "compile")
+    kernels = plan.get("kernels")
+    if isinstance(kernels, list):
+        chosen = [one for one in kernels if isinstance(one, Mapping) and one.get("kernel") != "reference"]
+        found["kernels"] = ", ".join(f"{_word(one.get('op'))} {_word(one.get('kernel'))}" for one in chosen) or "all reference"
+    add("checkpoint every", "checkpoint", "every", say="{} steps")
+    add("validation every", "validation", "every", say="{} steps")
+    add("seed", "seed")
+    return found
+
+
+def _missing(folder: Path) -> list[str]:
+    """What a whole run has and this one lacks."""
+    told = {
+        "plan.json": "no plan, so nothing to compare with",
+        "metrics.jsonl": "no losses and speeds",
+        "logs/progress.jsonl": "no clock, so no goodput and no restarts",
+        "trace": "no phases and percentiles of steps",
+        "energy.jsonl": "no energy was recorded: the run is older than the meter, or power.measure was off",
+        "summary.json": "not finished, so no versions and no final sums",
+    }
+    return [f"{name}: {why}" for name, why in told.items() if not (folder / name).exists()]
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object of the folder, or an empty one where there is none, or half of one."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if isinstance(found := json.loads(path.read_text(encoding="utf-8")), dict):
+            return found
+    return {}
+
+
+def _word(value: Any) -> str | None:
+    """A text that a file gave, without what moves a cursor, and no longer than is read."""
+    return None if value is None else logs.printable(str(value))[:SHOWN]
+
+
+def _utc(time_s: Any) -> str | None:
+    with contextlib.suppress(OverflowError, ValueError, OSError, TypeError):
+        return datetime.datetime.fromtimestamp(time_s, datetime.UTC).isoformat(timespec="seconds")
+    return None
+
+
+def _clean(value: Any) -> Any:
+    """The same without infinities, which JSON has no word for, and without halves of characters, which UTF-8 has none for."""
+    if isinstance(value, Mapping):
+        return {_clean(str(key)): _clean(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean(one) for one in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    return finite(value) if isinstance(value, float) else value
+
+
+def letters(count: int) -> list[str]:
+    """Names of runs that stand side by side: A, B, ..., Z, A2, ..."""
+    return [chr(65 + at % 26) + (str(at // 26 + 1) if at >= 26 else "") for at in range(count)]
+
+
+def names(values: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Of runs, each with its letter."""
+    found = [str(value["run"]["name"]) for value in values]
+    return [f"{letter} {name}" for letter, name in zip(letters(len(found)), found, strict=True)]
