@@ -20,11 +20,12 @@ from gigatrain.planning import hardware
 from gigatrain.planning.watts import Watts
 from gigatrain.power.parts import Parts, composed, described
 from gigatrain.power.reading import BIN_S, FIELDS, Source, Taken
-from gigatrain.power.track import LOST_S, MICRO, Drawn
+from gigatrain.power.track import LOST_S, MICRO, SLOWEST_S, Drawn
 
 SETTLE_S = 1.0  # how often looks are added up, if nobody asks
 SAVE_S = 5.0  # how often the carry file is written, if nobody asks
 LEAST_S, LEAST_UPDATES = 10.0, 100  # a difference of counters means something over no less
+COST = 0.0005  # of one core is what the thread may take, half of what would be felt; where looks are dear there are fewer of them
 SHORT = 0.95  # a node's meter that says less than this share of its devices' joules does not see them
 
 
@@ -47,6 +48,7 @@ class Meter:
         self._pending = Taken()
         self._at_us = self._began_us = -1
         self._settled_s = self._saved_s = 0.0
+        self._slower = 1.0
         self._node_trusted, self._trial = True, [0, 0, 0]  # of the node's meter since it was last judged: µs, its nJ, its devices' nJ
         self._bin = self._given = -1
         self._whole, self._of_bin, self._offset_us = False, [0, 0], 0
@@ -75,17 +77,34 @@ class Meter:
 
     def _run(self) -> None:
         try:
+            spent_s, since_s = time.thread_time(), self._clock()
             while True:
                 self.look()
                 self._ready.set()
-                due_s = min((one.due_s for one in self.parts.tracks), default=self._clock() + SETTLE_S)
-                if self._stop.wait(max(0.001, due_s - self._clock())):
+                now_s = self._clock()
+                if now_s - since_s >= SETTLE_S:
+                    share = (time.thread_time() - spent_s) / (now_s - since_s)
+                    spent_s, since_s = time.thread_time(), now_s
+                    self._pace(share)
+                due_s = min((one.due_s for one in self.parts.tracks), default=now_s + SETTLE_S)
+                if self._stop.wait(max(0.001, due_s - now_s)):
                     self.look(every=True)
                     return
         except Exception as failure:  # a mistake of ours must not end a training run, nor pass unseen
             self._note(f"the meter stopped: {type(failure).__name__}: {failure}")
         finally:
             self._ready.set()
+
+    def _pace(self, share: float) -> None:
+        """From the share of a core that the thread took to how often it looks. The counters' truth does not depend on it, only their check by watts does."""
+        self._slower = min(max(1.0, self._slower * share / COST), max(1.0, SLOWEST_S / self._every_s))
+        often_s = max(self._every_s, min(self._every_s * self._slower, SLOWEST_S))
+        asked = (
+            f", not every {self._every_s:g} s: looks are dear here, and the meter keeps to {100 * COST:g} % of a core"
+            if self._slower > 1
+            else ""
+        )
+        self.meters["looks"] = f"every {often_s:.2g} s{asked}"
 
     def look(self, *, every: bool = False) -> None:
         """Ask each meter that is due."""
@@ -98,7 +117,7 @@ class Meter:
             except (OSError, PowerError) as failure:
                 sample, why = None, str(failure)
             after_s = self._clock()
-            one.looked(before_s, after_s)
+            one.looked(before_s, after_s, self._slower)
             with self._lock:
                 if not one.points and sample is None:
                     one.begin(round(before_s * MICRO))
