@@ -75,7 +75,10 @@ class Track:
         it should, but once a second at least; and one that takes long to answer is asked less often."""
         self._turn = (self._turn + GOLDEN) % 1.0
         long_s, period_s = after_s - before_s, max(self.period_s, min(self.period_s * slower, SLOWEST_S))
-        self.due_s = max(before_s + period_s * (0.75 + 0.5 * self._turn), after_s + 20 * long_s if long_s > SLOW_S else 0.0)
+        self.due_s = before_s + period_s * (0.75 + 0.5 * self._turn)
+        if long_s > SLOW_S:
+            self.due_s = max(self.due_s, after_s + 20 * long_s)
+            self._lost_us = max(self._lost_us, round(3 * (self.due_s - before_s) * MICRO))  # what we do not ask is no silence
 
     def saw(self, sample: Sample) -> None:
         """One more look."""

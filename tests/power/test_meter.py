@@ -553,7 +553,29 @@ def test_a_meter_that_takes_long_to_answer_is_asked_less_often():
         meter.look()
         clock.now += 0.1
     assert len(looks) <= 7
-    assert meter.take().device_measured_mj > 0
+    taken = meter.take()
+    assert (taken.gaps, taken.node_measured_mj) == (0, 500 * taken.ms)
+
+
+def test_at_the_end_a_slow_meter_of_the_node_keeps_nobody_waiting():
+    """Redfish is asked every 10 s: what was drawn since its last answer is estimated, and not forgotten."""
+    clock = Clock()
+    node = Steady(clock, "n", scope="node", watts=1700, counter=False, update_s=10.0)
+    read, kept = node.read, []
+
+    def polled():
+        if not kept or clock.now - kept[-1].time_s >= 10:
+            kept.append(read())
+        return kept[-1]
+
+    node.read = polled  # type: ignore[method-assign]
+    meter = metered(clock, [Steady(clock, "GPU-a")], [], node, rest=300.0)
+    pass_by(meter, clock, 27)
+    assert meter.take().ms == pytest.approx(20_000, abs=200)
+    meter.look(every=True, last=True)
+    taken = meter.take()
+    assert taken.ms == pytest.approx(7_000, abs=200)
+    assert (taken.device_measured_mj, taken.node_measured_mj, taken.node_estimated_mj) == tuple(one * taken.ms for one in (500, 500, 300))
 
 
 def test_a_mistake_of_ours_stops_the_meter_with_a_note_and_not_the_run():
