@@ -3,6 +3,8 @@
     reading.py    the words: scope, provenance, sample; sums over nested scopes are refused
     nvml.py amd.py host.py node.py    meters: each gives `Source`s
     redfish.py    what node.py asks a BMC, and which of its chassis is the node
+    track.py      one source over time: counters' differences, resets and gaps, the integral of watts beside it
+    parts.py      what there is of a node, what is added to what and what lies within what
     meter.py      one reader per node: samples sources in a thread, counts joules, marks gaps; `Taken` is what it saw since it was last asked
     account.py    from a run's folder to tokens/s/MW at four boundaries (POWER.md)
     control.py    from what is drawn to what is done: pace and limits (pure); guard.py puts limits back, whatever dies

@@ -20,11 +20,12 @@ from gigatrain.planning import hardware
 from gigatrain.planning.watts import Watts
 from gigatrain.power.parts import Parts, composed, described
 from gigatrain.power.reading import BIN_S, FIELDS, Source, Taken
-from gigatrain.power.track import LOST_S, MICRO, Drawn
+from gigatrain.power.track import LOST_S, MICRO, SLOWEST_S, Drawn, Track
 
 SETTLE_S = 1.0  # how often looks are added up, if nobody asks
 SAVE_S = 5.0  # how often the carry file is written, if nobody asks
 LEAST_S, LEAST_UPDATES = 10.0, 100  # a difference of counters means something over no less
+COST = 0.0005  # of one core is what the thread may take, half of what would be felt; where looks are dear there are fewer of them
 SHORT = 0.95  # a node's meter that says less than this share of its devices' joules does not see them
 
 
@@ -47,6 +48,10 @@ class Meter:
         self._pending = Taken()
         self._at_us = self._began_us = -1
         self._settled_s = self._saved_s = 0.0
+        self._slower = 1.0
+        self._ahead_us = round(
+            2 * max([SETTLE_S, *(one.source.update_s for one in parts.tracks)]) * MICRO
+        )  # so far are looks behind, at most
         self._node_trusted, self._trial = True, [0, 0, 0]  # of the node's meter since it was last judged: µs, its nJ, its devices' nJ
         self._bin = self._given = -1
         self._whole, self._of_bin, self._offset_us = False, [0, 0], 0
@@ -75,20 +80,37 @@ class Meter:
 
     def _run(self) -> None:
         try:
+            spent_s, since_s = time.thread_time(), self._clock()
             while True:
                 self.look()
                 self._ready.set()
-                due_s = min((one.due_s for one in self.parts.tracks), default=self._clock() + SETTLE_S)
-                if self._stop.wait(max(0.001, due_s - self._clock())):
-                    self.look(every=True)
+                now_s = self._clock()
+                if now_s - since_s >= SETTLE_S:
+                    share = (time.thread_time() - spent_s) / (now_s - since_s)
+                    spent_s, since_s = time.thread_time(), now_s
+                    self._pace(share)
+                due_s = min((one.due_s for one in self.parts.tracks), default=now_s + SETTLE_S)
+                if self._stop.wait(max(0.001, due_s - now_s)):
+                    self.look(every=True, last=True)
                     return
         except Exception as failure:  # a mistake of ours must not end a training run, nor pass unseen
             self._note(f"the meter stopped: {type(failure).__name__}: {failure}")
         finally:
             self._ready.set()
 
-    def look(self, *, every: bool = False) -> None:
-        """Ask each meter that is due."""
+    def _pace(self, share: float) -> None:
+        """From the share of a core that the thread took to how often it looks. The counters' truth does not depend on it, only their check by watts does."""
+        self._slower = min(max(1.0, self._slower * share / COST), max(1.0, SLOWEST_S / self._every_s))
+        often_s = max(self._every_s, min(self._every_s * self._slower, SLOWEST_S))
+        asked = (
+            f", not every {self._every_s:g} s: looks are dear here, and the meter keeps to {100 * COST:g} % of a core"
+            if self._slower > 1
+            else ""
+        )
+        self.meters["looks"] = f"every {often_s:.2g} s{asked}"
+
+    def look(self, *, every: bool = False, last: bool = False) -> None:
+        """Ask each meter that is due, or every one; the last time nobody is waited for."""
         for number, one in enumerate(self.parts.tracks):
             before_s = self._clock()
             if not every and before_s + 0.001 < one.due_s:
@@ -98,7 +120,7 @@ class Meter:
             except (OSError, PowerError) as failure:
                 sample, why = None, str(failure)
             after_s = self._clock()
-            one.looked(before_s, after_s)
+            one.looked(before_s, after_s, self._slower)
             with self._lock:
                 if not one.points and sample is None:
                     one.begin(round(before_s * MICRO))
@@ -114,6 +136,8 @@ class Meter:
         if self._at_us < 0 or every or now_s - self._settled_s >= SETTLE_S:
             with self._lock:
                 self._settle()
+                if last and self.parts.node is not None:  # its meter may be seconds behind; of those the node is estimated
+                    self._settle([*self.parts.devices, *self.parts.processors])
                 if every or now_s - self._saved_s >= SAVE_S:
                     self._save()
 
@@ -132,7 +156,7 @@ class Meter:
     def joules(self) -> float:
         """The node's joules since this process began, as far as they are known: never less than before. Since the last look by the watts of then."""
         until_us, drawn_nj, milliwatts, _ = self._live
-        ahead_us = min(max(round(self._clock() * MICRO) - until_us, 0), 2 * MICRO) if until_us else 0
+        ahead_us = min(max(round(self._clock() * MICRO) - until_us, 0), self._ahead_us) if until_us else 0
         self._highest = max(self._highest, (drawn_nj + milliwatts * ahead_us) / 1e9)
         return self._highest
 
@@ -146,10 +170,10 @@ class Meter:
 
     # -- sums
 
-    def _settle(self) -> None:
-        """Add up all looks until the moment that every meter has reached."""
+    def _settle(self, tracks: Sequence[Track] | None = None) -> None:
+        """Add up all looks until the moment that every meter has reached, or each of these."""
         now_us = round(self._clock() * MICRO)
-        tracks = self.parts.tracks
+        tracks = self.parts.tracks if tracks is None else tracks
         if any(not one.points for one in tracks):
             return
         until_us = min((one.points[-1][0] for one in tracks), default=now_us)
@@ -332,8 +356,9 @@ def opened(
     """The meter of this node, for `with`.
 
     `devices`: UUIDs of the accelerators of this node's ranks; none on a CPU node. `whole`: this process is the one of this machine that reads processors and
-    the node's meter; another one counts its own devices only. `share`: of the node that is the job's; None: by the number of devices. With nothing to read
-    it still works, and says so.
+    the node's meter; another one counts its own devices only. `share`: of the node that is the job's; None: by the number of devices. `carry`: a file of this
+    process alone, on a disk of this node. With nothing to read it still works, and says so; raises PowerError where the recipe names a node's meter that
+    does not answer.
     """
     from gigatrain.power import amd, host, node, nvml  # type: ignore[attr-defined]
 
@@ -341,7 +366,7 @@ def opened(
     found, notes = _accelerators(devices, (nvml.sources, amd.sources))
     processors, more = host.sources(sysfs, here)
     meter, most = node.source(power.node, sysfs, here)
-    notes += more + most
+    notes += more + most if whole else []
     board = [one for one in processors if one.scope == "node"]  # RAPL's psys
     processors = [one for one in processors if one.scope != "node"]
     if meter is None and board and power.node == "auto":

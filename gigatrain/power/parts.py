@@ -111,7 +111,10 @@ def described(parts: Parts, watts: Watts, notes: Sequence[str]) -> dict[str, str
             else "unknown: no meter, no nameplate"
         )
         devices += [f"{parts.unmetered} x {plate}"]
-    said = {"device": "; ".join(devices) + (" (no accelerators: the processors are the devices)" if parts.alone and parts.devices else "")}
+    said = {
+        "device": ("; ".join(devices) or "none of its own")
+        + (" (no accelerators: the processors are the devices)" if parts.alone and parts.devices else "")
+    }
     checks = _each(check for one in parts.devices if (check := getattr(one.source, "check", "")))
     if checks:
         said["check"] = "; ".join(checks)

@@ -12,8 +12,9 @@ from gigatrain.power.nvml import HW_POWER_BRAKE, HW_SLOWDOWN, HW_THERMAL, SW_POW
 from gigatrain.power.reading import Sample, Source
 
 LOST_S = 5.0  # or three of a slow meter's own periods: so long may a meter be silent before its stretch is given up
-STEADY_S = 1.0  # or five looks: over longer stretches the mean of two looks at watts is no check of a counter
+STEADY_S = 2.0  # or five looks: over longer stretches the mean of two looks at watts is no check of a counter
 SLOW_S = 0.05  # of one look: a driver that answers in 1 s (IPMI) is then asked every 20 s
+SLOWEST_S = 0.8  # and a quarter more by its turn: MLPerf wants a look a second
 GOLDEN = 0.6180339887498949  # its multiples fill an interval evenly, in an order that no period meets
 MICRO = 10**6  # µs in a second, and nJ in a mJ: mW times µs are nJ
 
@@ -69,12 +70,15 @@ class Track:
         if counter_mj is not None:
             self.last, self.last_us, self.most_mw, self._counts = Sample(at_us / MICRO, counter_mj), at_us, most_mw, True
 
-    def looked(self, before_s: float, after_s: float) -> None:
-        """When it is looked at next: irregularly, so that a training step as long as a look does not show one side of itself only; one that takes long
-        is asked less often."""
+    def looked(self, before_s: float, after_s: float, slower: float) -> None:
+        """When it is looked at next: irregularly, so that a training step as long as a look does not show one side of itself only; `slower` times as late as
+        it should, but once a second at least; and one that takes long to answer is asked less often."""
         self._turn = (self._turn + GOLDEN) % 1.0
-        long_s = after_s - before_s
-        self.due_s = max(before_s + self.period_s * (0.75 + 0.5 * self._turn), after_s + 20 * long_s if long_s > SLOW_S else 0.0)
+        long_s, period_s = after_s - before_s, max(self.period_s, min(self.period_s * slower, SLOWEST_S))
+        self.due_s = before_s + period_s * (0.75 + 0.5 * self._turn)
+        if long_s > SLOW_S:
+            self.due_s = max(self.due_s, after_s + 20 * long_s)
+            self._lost_us = max(self._lost_us, round(3 * (self.due_s - before_s) * MICRO))  # what we do not ask is no silence
 
     def saw(self, sample: Sample) -> None:
         """One more look."""

@@ -1,12 +1,13 @@
 /* A libnvidia-ml.so.1 whose GPUs draw a power that is known as a function of time, with its exact integral: what a meter is measured against.
 
-   GPU g draws BASE + SWING * sin(2 pi t / PERIOD) + a square wave of STEPS watts (on for the first half of every 3 s). Time is what `fake_time` set last.
+   GPU g draws BASE + SWING * sin(2 pi t / PERIOD) + a square wave of STEPS watts (on for the first half of every 3 s). Time is what `fake_time` set last, else the real.
    Personality and faults by environment: FAKE_CHIP=h100|a100|gh200|gh200-flat|gh200-mute, FAKE_OLD=1 (a driver of 2020), FAKE_RESET_S, FAKE_LOST_S, FAKE_FOUND_S,
    FAKE_FORBIDDEN, FAKE_REASONS, FAKE_UPDATE_S: each of GPU 0 only, but for the last two. Numbers and structures are those of NVML's public header. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 typedef int Result;
 typedef void *Device; /* 1 + index; a MIG instance of GPU g: 101 + g */
@@ -18,8 +19,14 @@ enum { GPUS = 8, GPU = 0, MODULE = 1 };
 #define STEPS 100.0
 #define GRACE 90.0 /* what a module draws beside its GPU */
 
-static double now = 1000.0;
-void fake_time(double seconds) { now = seconds; }
+static double stands = 0;
+void fake_time(double seconds) { stands = seconds; }
+static double clock_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return stands ? stands : t.tv_sec + 1e-9 * t.tv_nsec;
+}
+#define now clock_now()
 
 static double number(const char *name, double otherwise) { char *text = getenv(name); return text && *text ? atof(text) : otherwise; }
 static int is(const char *chip) { char *text = getenv("FAKE_CHIP"); return strcmp(text && *text ? text : "h100", chip) == 0; }

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -502,6 +503,79 @@ def test_a_thread_looks_and_closes_its_meters_and_joules_never_fall():
     assert taken.nodes == 1
     assert taken.device_measured_mj == pytest.approx(900 * taken.ms, rel=0.1)
     assert all(one.closed for one in gpus)
+
+
+def looked_at(meter, clock, seconds):
+    """How many looks its thread would have taken of the first device in so long."""
+    source, looks, end = meter.parts.devices[0].source, [], clock.now + seconds
+    read = source.read
+    source.read = lambda: (looks.append(clock.now), read())[1]
+    while clock.now < end:
+        meter.look()
+        clock.now = meter.parts.devices[0].due_s
+    source.read = read
+    return [until - since for since, until in pairwise(looks)]
+
+
+def test_looks_are_irregular_and_become_fewer_where_they_are_dear_but_one_a_second():
+    clock = Clock()
+    meter = metered(clock, [Waves(clock, "GPU-a")])
+    waits = looked_at(meter, clock, 30)
+    assert len(waits) == pytest.approx(300, abs=3)
+    assert (min(waits), max(waits)) == (pytest.approx(0.075, abs=0.001), pytest.approx(0.125, abs=0.001))
+    assert meter.meters.get("looks") is None
+    meter._pace(0.002)
+    assert len(looked_at(meter, clock, 30)) == pytest.approx(75, abs=2)
+    assert meter.meters["looks"].startswith("every 0.4 s, not every 0.1 s: looks are dear here")
+    meter._pace(0.02)
+    assert max(looked_at(meter, clock, 30)) == pytest.approx(1.0, abs=0.01)
+    for _ in range(3):
+        meter._pace(0.0001)
+    assert meter.meters["looks"] == "every 0.1 s"
+    assert len(looked_at(meter, clock, 30)) == pytest.approx(300, abs=3)
+    taken = meter.take()
+    assert taken.integral_mj == pytest.approx(taken.counter_mj, rel=5e-3)
+
+
+def test_a_meter_that_takes_long_to_answer_is_asked_less_often():
+    clock = Clock()
+    node = Steady(clock, "n", scope="node", counter=False, update_s=1.0)
+    read, looks = node.read, []
+
+    def slow():
+        clock.now += 0.5
+        looks.append(clock.now)
+        return read()
+
+    node.read = slow  # type: ignore[method-assign]
+    meter = metered(clock, [Steady(clock, "GPU-a")], [], node)
+    while clock.now < 1060:
+        meter.look()
+        clock.now += 0.1
+    assert len(looks) <= 7
+    taken = meter.take()
+    assert (taken.gaps, taken.node_measured_mj) == (0, 500 * taken.ms)
+
+
+def test_at_the_end_a_slow_meter_of_the_node_keeps_nobody_waiting():
+    """Redfish is asked every 10 s: what was drawn since its last answer is estimated, and not forgotten."""
+    clock = Clock()
+    node = Steady(clock, "n", scope="node", watts=1700, counter=False, update_s=10.0)
+    read, kept = node.read, []
+
+    def polled():
+        if not kept or clock.now - kept[-1].time_s >= 10:
+            kept.append(read())
+        return kept[-1]
+
+    node.read = polled  # type: ignore[method-assign]
+    meter = metered(clock, [Steady(clock, "GPU-a")], [], node, rest=300.0)
+    pass_by(meter, clock, 27)
+    assert meter.take().ms == pytest.approx(20_000, abs=200)
+    meter.look(every=True, last=True)
+    taken = meter.take()
+    assert taken.ms == pytest.approx(7_000, abs=200)
+    assert (taken.device_measured_mj, taken.node_measured_mj, taken.node_estimated_mj) == tuple(one * taken.ms for one in (500, 500, 300))
 
 
 def test_a_mistake_of_ours_stops_the_meter_with_a_note_and_not_the_run():

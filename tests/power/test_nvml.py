@@ -1,5 +1,6 @@
 """NVIDIA's GPUs: the real nvidia-ml-py on a stub whose joules are known by a formula."""
 
+import json
 import os
 import subprocess
 import sys
@@ -118,3 +119,34 @@ def test_a_gpu_that_falls_off_the_bus_is_a_gap_of_known_length_and_no_zero(stub)
 def test_why_clocks_were_held_down_is_counted_in_device_time(stub, reasons, held):
     taken = stub(GPU[:2], seconds=10, REASONS=reasons)["taken"]
     assert (taken["power_capped_ms"], taken["thermal_ms"], taken["brake_ms"]) == tuple(20_000 * one for one in held)
+
+
+_OPENED = """
+import ctypes, json, sys, time
+from gigatrain.config import Power
+from gigatrain.planning.watts import Watts
+from gigatrain.power.meter import opened
+stub = ctypes.CDLL("libnvidia-ml.so.1")
+stub.fake_joules.restype, stub.fake_joules.argtypes = ctypes.c_double, [ctypes.c_int] + [ctypes.c_double] * 2
+with opened(Power(sysfs=sys.argv[1], node="none", every_s=0.02), Watts(), sys.argv[2:], whole=True) as meter:
+    began = time.monotonic()
+    meter.take()
+    time.sleep(0.6)
+taken, until = meter.take(), time.monotonic()
+watts = sum(stub.fake_joules(gpu, began, until) for gpu in range(8)) / (until - began)
+print(json.dumps([meter.meters, taken.devices, taken.device_measured_mj / taken.ms, watts]))
+"""
+
+
+def test_a_meter_is_opened_on_a_driver_and_its_thread_counts_what_was_drawn(nvml_library, tmp_path):
+    pytest.importorskip("gigatrain.power.host")
+    environment = os.environ | {"LD_LIBRARY_PATH": str(nvml_library), "FAKE_UPDATE_S": "0.001"}
+    command = [sys.executable, "-c", _OPENED, str(tmp_path), *GPU]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    meters, devices, watts, true = json.loads(said)
+    assert meters["device"] == "8 x NVML energy counter, H100 80GB HBM3"
+    assert meters["check"] == "8 x instantaneous watts"
+    assert devices == 8
+    assert watts == pytest.approx(
+        true, rel=0.2
+    )  # its time is a look more or less than the truth's
