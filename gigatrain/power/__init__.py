@@ -3,7 +3,8 @@
     reading.py    the words: scope, provenance, sample; sums over nested scopes are refused
     nvml.py amd.py host.py node.py    meters: each gives `Source`s
     meter.py      one reader per node: samples sources in a thread, counts joules, marks gaps; `Taken` is what it saw since it was last asked
-    account.py    from a run's folder to tokens/s/MW at four boundaries (POWER.md)
+    boundary.py   from those sums to joules at four boundaries (POWER.md), pure
+    spans.py account.py    from a run's folder to tokens/s/MW over its whole wall-clock; live.py what it draws now
     control.py    from what is drawn to what is done: pace and limits (pure); guard.py puts limits back, whatever dies
     schedule.py   megawatts, prices and carbon by time of day
 
