@@ -53,7 +53,7 @@ def of(site: Site, ranks: int) -> Watts:
         accelerators=packages,
         per_node=each,
         device_watts=device,
-        rest_watts=_rest(power.node_watts, device, each, machine),
+        rest_watts=_rest(power.node_watts, device, each, machine) if found is not None else _all_rest(power.node_watts),
         node_watts=node,
         nameplate_watts=machine.max_watts if machine is not None else UNKNOWN,
         fabric_watts=_zero("no network beside this machine") if alone and not power.fabric_watts.known else _fabric(site),
@@ -124,6 +124,11 @@ def _rest(node: Figure, device: Figure, each: int, machine: hardware.Machine | N
         said = f"{node.value:,g} W of a node less {each} x {limit:,g} W, too little where they draw less: {node.source}; {device.source}"
         return _said(max(0.0, node.value - devices), "assumed", said)
     return UNKNOWN
+
+
+def _all_rest(node: Figure) -> Figure:
+    """A node without accelerators is rest, processors included."""
+    return _said(node.value, "assumed", f"the whole node, which has no accelerators: {node.source}") if node.value is not None else UNKNOWN
 
 
 def _total(site: Site, each: int) -> Figure:

@@ -6,7 +6,8 @@
     track.py      one source over time: counters' differences, resets and gaps, the integral of watts beside it
     parts.py      what there is of a node, what is added to what and what lies within what
     meter.py      one reader per node: samples sources in a thread, counts joules, marks gaps; `Taken` is what it saw since it was last asked
-    account.py    from a run's folder to tokens/s/MW at four boundaries (POWER.md)
+    boundary.py   from those sums to joules at four boundaries (POWER.md), pure
+    spans.py account.py    from a run's folder to tokens/s/MW over its whole wall-clock; live.py what it draws now
     control.py    from what is drawn to what is done: pace and limits (pure); guard.py puts limits back, whatever dies
     schedule.py   megawatts, prices and carbon by time of day
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from gigatrain.planning.watts import Watts
 from gigatrain.power.boundary import look, widest
 from gigatrain.power.reading import BIN_S, BOUNDARIES, Taken
-from gigatrain.power.spans import count_of, number_of, plus, taken_of
+from gigatrain.power.spans import LATEST_S, count_of, number_of, plus, taken_of
 
 ROWS = 64  # that are kept to make up WINDOW_S
 WINDOW_S = 10.0  # shorter ones tell nothing: a counter has news every 0.1 s
@@ -34,7 +34,7 @@ class Live:
         """New rows of energy.jsonl, oldest first."""
         for row in rows:
             said, time_s, process = row.get("taken"), number_of(row, "time_s"), row.get("process")
-            if time_s is None or not isinstance(process, str) or not isinstance(said, dict):
+            if time_s is None or not 0 <= time_s < LATEST_S or not isinstance(process, str) or not isinstance(said, dict):
                 continue
             taken = taken_of(said)
             if not self.rows or self.rows[-1][0].get("process") != process:

@@ -17,6 +17,8 @@ from gigatrain.power.boundary import Boundary, boundaries, widest
 from gigatrain.power.reading import FIELDS, Taken
 
 LAG_S = 10.0  # by which a meter of a node may be late
+MOST = 1 << 62  # a larger number is a damaged one
+LATEST_S = 1e11  # the year 5138
 
 
 @dataclass
@@ -103,7 +105,7 @@ def taken_of(said: Mapping[str, Any]) -> Taken:
     taken = Taken()
     for name in FIELDS:
         number = said.get(name)
-        if type(number) is int and number > 0:  # not True, and no fraction: meters count
+        if type(number) is int and 0 < number < MOST:  # not True, and no fraction: meters count
             setattr(taken, name, number)
     return taken
 
@@ -355,7 +357,7 @@ def objects(path: Path) -> list[dict[str, Any]]:
 
 def until_of(path: Path, until: float | None) -> list[dict[str, Any]]:
     """Those with a time and a process."""
-    said = [row for row in objects(path) if number_of(row, "time_s") is not None and isinstance(row.get("process"), str)]
+    said = [row for row in objects(path) if 0 <= (number_of(row, "time_s") or -1.0) < LATEST_S and isinstance(row.get("process"), str)]
     return [row for row in said if until is None or row["time_s"] <= until]
 
 
@@ -368,7 +370,7 @@ def one_object(path: Path) -> dict[str, Any]:
 
 def number_of(row: Mapping[str, Any], key: str) -> float | None:
     value = row.get(key)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MOST else None
 
 
 def count_of(row: Mapping[str, Any], key: str) -> int | None:

@@ -111,6 +111,13 @@ def test_packages_of_two_devices_and_machines_alone():
     assert not laptop.node_watts.known
 
 
+def test_a_node_without_accelerators_is_all_rest():
+    laptop = load.site("laptop")
+    found = watts.of(laptop.model_copy(update={"power": Power(node_watts=figure(45.0))}), 2)
+    assert (found.rest_watts.value, found.rest_watts.basis) == (45, "assumed")
+    assert not watts.of(laptop, 2).rest_watts.known
+
+
 @pytest.mark.parametrize("name", load.sites())
 def test_every_site_that_is_shipped(name):
     found = watts.of(load.site(name), 64)
