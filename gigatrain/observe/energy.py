@@ -89,18 +89,20 @@ class Energy:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            self.close()
-        finally:
-            if self.meter is not None:
-                self.meter.__exit__(kind, failure, trace)
+        self.close()
 
     def close(self) -> None:
-        """The last row: what is left of rank 0's node (of the others, if they were killed, their next process recovers it). Once; collective it is not."""
-        if self.path is not None and self.meter is not None and not self._closed and not self._finished:
-            self._add(self.meter.take())
-            self._write("end", self._sum, [])
+        """The last row, after a last look: what is left of rank 0's node (of the others, if they were killed, their next process recovers it). Not
+        collective; once."""
+        if self.meter is None or self._closed:
+            return
         self._closed = True
+        self.meter.__exit__(None, None, None)
+        self._add(self.meter.take())
+        if self.path is not None and not self._finished:
+            self._turn(self._phase)
+            self.meter.kept()
+            self._write("end", self._sum, [])
 
     # ---- The window's reduction ----
 
@@ -162,7 +164,7 @@ class Energy:
             if closed and share
             else None
         )
-        self.latest = Latest(seconds, {name: one.watts for name, one in known.items()}, peak)
+        self.latest = Latest(seconds, {name: one.watts for name, one in known.items() if one.watts is not None}, peak)
         self.devices = taken.devices or self.devices
 
     def _add(self, taken: Taken) -> None:
@@ -184,7 +186,7 @@ class Energy:
             self.drawn = account.boundaries(self._sum, self.plan.watts, self.window_s)
             known = {name: one for name, one in self.drawn.items() if one is not None}
             gained, self._tokens = tokens - self._tokens, tokens
-            self._told = {f"{name}_watts": round(one.watts, 1) for name, one in known.items()}
+            self._told = {f"{name}_watts": round(one.watts, 1) for name, one in known.items() if one.watts is not None}
             joules = list(known.values())[-1].joules if known else 0.0
             if gained > 0 and joules > 0:
                 self._told |= {"joules_per_token": joules / gained, "tokens_per_s_mw": 1e6 * gained / joules}
@@ -195,6 +197,8 @@ class Energy:
         if not self.nodes or not (self._ready or must):
             return
         taken, self._sum, self._ready, self._at = self._sum, Taken(), False, (step, tokens)
+        if self.meter is not None:
+            self.meter.kept()  # before the row: what a kill between the two loses is estimated, and nothing is counted twice
         if self.path is not None:
             self._write("window", taken, taken.bins, trace)
 
@@ -204,6 +208,8 @@ class Energy:
         if self.nodes:
             self._turn("training")
             taken, self._sum, self._ready = self._sum, Taken(), False
+            if self.meter is not None:
+                self.meter.kept()
             if self.path is not None:
                 self._write("steps", taken, taken.bins)
 

@@ -45,7 +45,7 @@ class Meter:
         self._thread: threading.Thread | None = None
         self._exact = dict.fromkeys(FIELDS, 0)  # nJ and µs since the beginning; what is told are whole mJ and ms
         self._told = dict.fromkeys(FIELDS, 0)
-        self._pending = Taken()
+        self._pending, self._unkept = Taken(), [0] * len(FIELDS)  # not told yet; told, and not yet where a killed process leaves it
         self._at_us = self._began_us = -1
         self._settled_s = self._saved_s = 0.0
         self._slower = 1.0
@@ -150,8 +150,15 @@ class Meter:
             taken, self._pending = self._pending, Taken()
             taken.nodes = int(self.parts.whole and taken.ms > 0)
             taken.devices = len(self.parts.devices) + self.parts.unmetered
+            self._unkept = [before + more for before, more in zip(self._unkept, taken.ints(), strict=True)]
             self._save()
         return taken
+
+    def kept(self) -> None:
+        """What was taken is where it lasts: the next process of this run has nothing to recover of it."""
+        with self._lock:
+            self._unkept = [0] * len(FIELDS)
+            self._save()
 
     def joules(self) -> float:
         """The node's joules since this process began, as far as they are known: never less than before. Since the last look by the watts of then."""
@@ -290,7 +297,7 @@ class Meter:
         record = self._key | {
             "job": os.environ.get("SLURM_JOB_ID"),
             "at_us": self._at_us,
-            "pending": self._pending.ints(),
+            "pending": [before + more for before, more in zip(self._unkept, self._pending.ints(), strict=True)],
             "counters": counters,
         }
         written = self._carry.with_name(f"{self._carry.name}.{os.getpid()}")

@@ -363,6 +363,7 @@ def test_what_a_killed_process_saw_and_never_told_is_told_once_by_the_next(tmp_p
     killed = held(clock, carry)
     pass_by(killed, clock, 30)
     told = killed.take()
+    killed.kept()
     pass_by(killed, clock, 7)  # and dies
     clock.now += 1000
     following, late = held(clock, carry), held(clock, carry)
@@ -377,12 +378,30 @@ def test_what_a_killed_process_saw_and_never_told_is_told_once_by_the_next(tmp_p
     assert late.take().recovered_mj == 0
 
 
+def test_what_was_told_and_not_kept_is_told_again(tmp_path, monkeypatch):
+    """A report took it, and the process died before a row had it."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    clock, carry = Clock(), tmp_path / "carry.json"
+    killed = held(clock, carry)
+    pass_by(killed, clock, 30)
+    killed.take()
+    killed.kept()
+    pass_by(killed, clock, 4)
+    killed.take()
+    pass_by(killed, clock, 3)
+    killed.take()
+    following = held(clock, carry)
+    pass_by(following, clock, 1)
+    assert following.take().recovered_mj == 1300 * 7_000
+
+
 def test_in_a_held_allocation_the_counters_tell_what_was_drawn_meanwhile(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     clock, carry = Clock(), tmp_path / "carry.json"
     killed = held(clock, carry)
     pass_by(killed, clock, 20)
     told = [killed.take()]
+    killed.kept()
     pass_by(killed, clock, 5)
     clock.now += 93.21
     following = held(clock, carry)
