@@ -326,7 +326,7 @@ def _goodput(sessions: list[list[dict[str, Any]]], now: float | None) -> dict[st
             for what in ("validation", "checkpoint"):
                 seconds[what] += _number(spent, what) or 0.0
             if event is began:
-                starting -= sum(value for value in spent.values() if isinstance(value, (int, float)))
+                starting -= sum(_number(spent, what) or 0.0 for what in spent)
             if event["event"] == "report" and (step := _number(event, "step")) is not None:
                 trained = _number(spent, "training") or 0.0
                 kept = min(1.0, max(0.0, (cut - at) / (step - at))) if step > at else 0.0

@@ -43,7 +43,7 @@ class Chromium:
         with contextlib.suppress(AssertionError, OSError):
             self("Browser.close")
         os.close(self.out)
-        for _ in range(100):
+        for _tries in range(100):
             if os.waitpid(self.pid, os.WNOHANG)[0]:
                 break
             time.sleep(0.1)

@@ -212,6 +212,27 @@ def test_hostile_words_are_shown_and_not_obeyed(monkeypatch, tmp_path, values):
         assert len(text) < 400_000
 
 
+@pytest.mark.parametrize("damage", [10**400, -1e308, 5e-324, -1, 1e99, "x", {"a": 1}], ids=range(7))
+def test_damaged_numbers_break_no_page(tmp_path, damage):
+    folder = made(tmp_path / "run", windows=4, killed=3, energy=False)
+    for name, keys in (
+        ("plan.json", ("steps", "tokens", "ranks", "flops_per_token", "watts", "memory", "kernels")),
+        ("metrics.jsonl", ("step", "loss", "tokens_per_s", "step_s")),
+        ("logs/progress.jsonl", ("time_s", "step", "process", "seconds")),
+        ("trace/rank-00000.jsonl", ("phases", "step")),
+    ):
+        path, text = folder / name, (folder / name).read_text()
+        for key in keys:
+            rows = [json.loads(line) for line in text.splitlines()]
+            for row in rows[1::2] or rows:
+                row[key] = {"training": damage, "forward": damage} if key in ("seconds", "phases") else damage
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            value = collect(folder)
+            json.dumps(value, allow_nan=False)
+            Read(page([value]))
+        path.write_text(text)
+
+
 def test_a_hundred_thousand_windows(monkeypatch, tmp_path):
     folder = made(tmp_path / "run", windows=10, killed=None, energy=False)
     count = 100_000

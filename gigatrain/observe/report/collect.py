@@ -28,6 +28,7 @@ TRACE_BYTES = 64 << 20  # of the first rank's trace, its end: some 350,000 steps
 RANKS = 64  # whose traces are read
 WITHIN_STEP = ("data", "forward", "backward", "reduce", "optimizer", "rest")  # the other phases lie between steps
 PHASES = (*WITHIN_STEP[:-1], "validation", "checkpoint", "profile", "rest")
+LONGEST_S = 1e9  # of a phase of a step: thirty years
 SHOWN = 4000  # characters of a failure
 
 Point = tuple[float, float | None]
@@ -185,7 +186,9 @@ def _traced(path: Path, most: int) -> Iterator[tuple[dict[str, float], bool]]:
             with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 if isinstance(row, dict) and isinstance(said := row.get("phases"), dict):
-                    found = {name: number for name, spent in said.items() if (number := finite(spent)) is not None and number >= 0}
+                    found = {
+                        name: number for name, spent in said.items() if (number := finite(spent)) is not None and 0 <= number < LONGEST_S
+                    }
                     if found:
                         yield found, bool(row.get("profiled"))
 
@@ -433,7 +436,7 @@ def _row(
 ) -> dict[str, Any]:
     """`open`: the run has not ended, so less is no drift; `most`: less than planned is as it should be."""
     wanted, got = planned["value"], actual["value"]
-    drift = None if wanted is None or got is None or not wanted else got / wanted - 1
+    drift = None if wanted is None or got is None or not wanted else finite(got / wanted - 1)
     drifted = drift is not None and (drift > 0.005 if most else abs(drift) > DRIFT and not (open and drift < 0))
     return {
         "what": what,

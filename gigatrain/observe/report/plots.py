@@ -27,6 +27,7 @@ def plots(values: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
         raise RunError("pictures need matplotlib: pip install 'gigatrain[bench]'") from missing
     mpl.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
     folder.mkdir(parents=True, exist_ok=True)
     made: list[Path] = []
@@ -42,7 +43,7 @@ def plots(values: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
 
     def axes(title: str, x_label: str) -> tuple[Any, Any]:
         figure, axis = pyplot.subplots(figsize=(7.0, 3.6), layout="constrained")
-        axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
+        axis.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=14)
         axis.set_xlabel(x_label)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e2e3df")
@@ -60,6 +61,7 @@ def plots(values: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
                 axis.plot(*_columns(value["curves"]["val_loss"]), color=_TONES[1], linestyle=_PATTERNS[1], marker="o", label="validation")
         if zero:
             axis.set_ylim(bottom=0)
+            axis.yaxis.set_major_formatter(EngFormatter())
         if several or key == "loss":
             axis.legend(frameon=False)
         keep(figure, key)
@@ -77,6 +79,7 @@ def plots(values: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
             if planned and not several:
                 axis.axhline(planned, color="#1a1d21", linestyle="--", linewidth=1, label="mean speed at the plan's watts")
         axis.set_ylim(bottom=0)
+        axis.yaxis.set_major_formatter(EngFormatter())
         axis.legend(frameon=False)
         keep(figure, "tokens_per_s_mw")
     for letter, value in zip(letters(len(values)), values, strict=True):
@@ -91,8 +94,8 @@ def plots(values: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
                 axis.fill_between(x, below, above, color=_TONES[tone], label=LAYERS[name], linewidth=0.6, edgecolor="white")
                 below = [low if math.isnan(high) else high for low, high in zip(below, above, strict=True)]
             axis.set_ylim(bottom=0)
-            axis.set_ylabel("W")
-            axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+            axis.yaxis.set_major_formatter(EngFormatter("W"))
+            axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
             keep(figure, f"watts{own}")
         if "histogram" in value["step_s"]:
             bins = value["step_s"]["histogram"]
