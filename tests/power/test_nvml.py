@@ -147,6 +147,4 @@ def test_a_meter_is_opened_on_a_driver_and_its_thread_counts_what_was_drawn(nvml
     assert meters["device"] == "8 x NVML energy counter, H100 80GB HBM3"
     assert meters["check"] == "8 x instantaneous watts"
     assert devices == 8
-    assert watts == pytest.approx(
-        true, rel=0.2
-    )  # its time is a look more or less than the truth's
+    assert watts == pytest.approx(true, rel=0.2)  # its time is a look more or less than the truth's
