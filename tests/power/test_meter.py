@@ -164,6 +164,17 @@ def test_a_meter_that_is_silent_for_seconds_loses_nothing_and_one_lost_for_good_
     assert "GPU-a" not in meter.meters["notes"]
 
 
+def test_watts_that_nobody_looked_at_for_long_are_no_measurement_of_what_was_between():
+    clock = Clock()
+    meter = metered(clock, [Steady(clock, "GPU-a", counter=False), Steady(clock, "GPU-b", reset_s=[1015.0])])
+    pass_by(meter, clock, 10)
+    clock.now += 30  # this process was stopped
+    pass_by(meter, clock, 10)
+    taken = meter.take()
+    assert (taken.gaps, taken.device_ms, taken.device_unknown_ms) == (2, 40_000, 60_000)
+    assert (taken.device_measured_mj, taken.device_estimated_mj) == (500 * 40_000, 0)
+
+
 # -- bins
 
 
@@ -327,6 +338,10 @@ def test_a_cpu_nodes_processors_are_its_devices():
     assert (taken.devices, taken.device_measured_mj, taken.cpu_mj) == (2, 2_400_000, 2_700_000)
     assert (taken.node_measured_mj, taken.node_unknown_ms) == (2_700_000, 10_000)
     assert "the processors are the devices" in meter.meters["device"]
+    rest = metered(clock, [], packages, rest=500.0)
+    pass_by(rest, clock, 10)
+    taken = rest.take()
+    assert (taken.node_measured_mj, taken.node_estimated_mj) == (2_400_000, 2_600_000)
     psys = metered(clock, [], packages, Steady(clock, "n", scope="node", watts=400))
     pass_by(psys, clock, 10)
     taken = psys.take()
@@ -393,6 +408,43 @@ def test_what_was_told_and_not_kept_is_told_again(tmp_path, monkeypatch):
     following = held(clock, carry)
     pass_by(following, clock, 1)
     assert following.take().recovered_mj == 1300 * 7_000
+
+
+def test_a_process_that_dies_as_soon_as_a_row_has_it_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    clock, carry = Clock(), tmp_path / "carry.json"
+    killed = held(clock, carry)
+    pass_by(killed, clock, 30)
+    killed.take()
+    killed.kept()
+    following = held(clock, carry)
+    pass_by(following, clock, 10)
+    assert following.take().ms == 10_000
+
+
+def test_what_two_killed_processes_saw_is_told_by_the_third(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    clock, carry = Clock(), tmp_path / "carry.json"
+    for seconds in (7, 5):
+        pass_by(held(clock, carry), clock, seconds)
+    third = held(clock, carry)
+    pass_by(third, clock, 3)
+    taken = third.take()
+    assert (taken.recovered_mj, taken.ms) == (1300 * 12_000, 15_000)
+
+
+def test_a_counter_that_went_round_just_before_the_end_is_taken_up_where_it_was_told(tmp_path, monkeypatch):
+    """The other meter was silent for the last two seconds, so that what was told ends before the wrap."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    clock, carry, takes = Clock(), tmp_path / "carry.json", []
+    for seconds in (20, 3):
+        round_at_1019 = Steady(clock, "GPU-a", wrap_mj=509_500_000)
+        meter = metered(clock, [round_at_1019, Steady(clock, "GPU-b", lost=[(1018, 1020.05)])], carry=carry)
+        pass_by(meter, clock, seconds)
+        takes.append(meter.take())
+        meter.kept()
+    assert takes[0].ms == pytest.approx(17_900, abs=1)
+    assert summed(takes).device_measured_mj == pytest.approx(1000 * 23_000, abs=200)
 
 
 def test_in_a_held_allocation_the_counters_tell_what_was_drawn_meanwhile(tmp_path, monkeypatch):
@@ -522,6 +574,21 @@ def test_a_thread_looks_and_closes_its_meters_and_joules_never_fall():
     assert taken.nodes == 1
     assert taken.device_measured_mj == pytest.approx(900 * taken.ms, rel=0.1)
     assert all(one.closed for one in gpus)
+
+
+def test_joules_until_now_go_on_by_the_last_watts_and_never_fall():
+    clock = Clock()
+    meter = metered(clock, [Replay(clock, [(0, 1000), (10, 1000), (10.01, 0), (99, 0)], "GPU-a")], rest=0.0)
+    pass_by(meter, clock, 10)
+    before = meter.joules()
+    clock.now += 1.5
+    ahead = meter.joules()
+    assert (before, ahead) == (pytest.approx(10_000, rel=0.02), pytest.approx(before + 1500, rel=0.01))
+    meter.look(every=True)
+    assert meter.joules() == ahead
+    pass_by(meter, clock, 10)
+    assert meter.joules() == ahead
+    assert meter.take().node_measured_mj == pytest.approx(10_005_000, abs=100)
 
 
 def looked_at(meter, clock, seconds):
