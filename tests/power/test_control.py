@@ -62,7 +62,7 @@ def steepest(plant, after=0.0):
         ({"busy_s": 0.05, "every": 1}, 700e3, 0.92),  # windows far shorter than what there is to learn from
         ({"busy_s": 2.0, "every": 5}, 700e3, 0.8),  # whole steps in ten seconds
         ({"busy_s": 4.0, "every": 5}, 700e3, 0.8),
-        ({}, 500e3, 0.7),  # a sixth above rest
+        ({}, 500e3, 0.6),  # a sixth above rest
         ({}, 1200e3, 0.98),  # ample
         ({}, 980e3, 0.9),  # just under full power
         ({"noise": 0.05, "seed": 3}, 700e3, 0.75),
@@ -105,12 +105,12 @@ def test_any_machine_settles_under_its_budget_and_stays_there(rest, room, busy_s
 @pytest.mark.parametrize("path", TRACES, ids=lambda path: path.stem)
 def test_a_recorded_run_stays_under_a_budget(path):
     with path.open(encoding="utf-8") as file:
-        values = [float(next(reversed(row.values())) or 0) for row in csv.DictReader(line for line in file if not line.startswith("#"))]
-    busy = [value for value in values if value > 0.5 * max(values)]
-    mean = sum(busy) / len(busy)
-    plant = Plant(noise=0.0, series=tuple(value / mean for value in busy))
+        rows = [[float(cell) for cell in row] for row in csv.reader(line for line in file if line[0].isdecimal())]
+    seconds = [next(watts for time_s, watts in reversed(rows) if time_s <= second) for second in range(int(rows[-1][0]))]
+    mean = sum(seconds) / len(seconds)
+    plant = Plant(noise=0.0, series=tuple(watts / mean for watts in seconds))
     plant.run(Power(megawatts=0.75), Watts(), 1500)
-    assert top(plant, 300) <= 1.02 * 750e3
+    assert top(plant, 600) <= 750e3
 
 
 def test_a_step_longer_than_ten_seconds_of_budget_is_kept_over_its_period_and_that_is_said():
