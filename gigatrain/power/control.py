@@ -50,7 +50,9 @@ class Seen:
     window_s: float = 0.0
     steps: int = 0
     tokens: int = 0
-    stops_after: int | None = None  # steps from now to the next save that holds the steps up, or to the run's end
+    stops_after: int | None = (
+        None  # steps to the next save that holds them up, or the run's end; one that follows this decision at once is not meant
+    )
     peak_watts: float | None = None  # the highest 10-s mean in it, of the facility, where known
     mixed: bool = False  # a validation, a restart or a compilation is within it: nothing is learnt
     cap_min_share: float | None = None  # the least limit of its accelerators, over `watts.device_watts`; None: limits cannot be set
@@ -346,6 +348,8 @@ class Governor:
             self.share = 1.0
             return
         duty = self.line.duty(limit, more, self.sure)
+        if not self._sure and self._unmetered:  # no meter will ever say it: by the site's figures then
+            duty = self.line.duty(limit, 0.0, 0.0)
         wanted = self._spaced(duty if self._sure else max(FIRST, duty))
         held = self.line.at(self.share) + min(SURE, self.sure) * self.line.unsure(self.share) + more <= 1.0015 * limit
         if self.share < 1.0 and held and wanted <= UP * self.share:
@@ -413,7 +417,10 @@ class Governor:
         if limit is not None and self.line is None and not self._unmetered:
             why.append(f"{what} allows {_watts(limit)}, and what the run draws is not measured yet")
         elif limit is not None and self._unmetered:
-            why.append(f"{_watts(limit)} of {what} cannot be kept: what the run draws at the facility is unknown")
+            why.append(
+                f"{_watts(limit)} of {what} cannot be kept: what the run draws at the facility is unknown"
+                + (", and slowed by the site's figures" if self.line is not None else "")
+            )
         elif limit is not None and self.cap is not None:
             why.append(f"{what} allows {_watts(limit)}: accelerators at {100 * self.cap:.0f} % of their limit")
         elif limit is not None and share < 1.0:
@@ -496,14 +503,14 @@ class Governor:
         found: tuple[float | None, float] = (None, 1.0)
         if self.schedule is None or self.line is None or self.cap is not None:
             return found
-        at_s = now_s
-        for _ in range(64):
+        at_s, limit = now_s, self._limit
+        for _ in range(200):
             until_s = self.schedule.at(at_s).until_s
             if until_s is None or until_s > now_s + HORIZON_S:
                 break
             at_s = until_s
-            limit, _ = self._budget(self.schedule.at(at_s))
-            if limit is None:
+            before, (limit, _) = limit, self._budget(self.schedule.at(at_s))
+            if limit is None or limit == before:
                 continue
             wanted = max(low, self._spaced(self.line.duty(limit, self._more(limit))))
             if wanted < share:
@@ -612,10 +619,11 @@ class Pace:
 
     def restart(self) -> None:
         """After a save: whatever was drawn before, it now begins at rest again."""
+        if self._braking:
+            self.orders = replace(self.orders, brake_after=None)  # that was for this save
         self._braking, self._begun_s = False, None
         if self.orders.slope is not None:
             self._share, self._moved_s = self.orders.low, self._clock()
-            self.orders = replace(self.orders, brake_after=None)
 
     def take_waited_s(self) -> float:
         """Seconds waited since this was last asked, pauses not among them."""
