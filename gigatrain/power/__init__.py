@@ -4,7 +4,7 @@
     nvml.py amd.py host.py node.py    meters: each gives `Source`s
     meter.py      one reader per node: samples sources in a thread, counts joules, marks gaps; `Taken` is what it saw since it was last asked
     account.py    from a run's folder to tokens/s/MW at four boundaries (POWER.md)
-    control.py    from what is drawn to what is done: pace and limits (pure); guard.py puts limits back, whatever dies
+    control.py    from what is drawn to what is done: pace and limits (pure); guard.py sets limits, restore.py puts them back, whatever dies
     schedule.py   megawatts, prices and carbon by time of day
 
 RUN/energy.jsonl, by rank 0, is never cut: energy of steps that a restart did again was drawn all the same. One object a window:
