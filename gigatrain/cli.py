@@ -51,7 +51,7 @@ def _train(options: argparse.Namespace) -> None:
         from gigatrain.launching import slurm
 
         os.environ.update(slurm.rank_environment(os.environ))
-    recipe = load.recipe(options.recipe, options.set)
+    recipe = _scheduled(load.recipe(options.recipe, options.set))
     site, why = _site(options.site)
     started = os.environ.get("WORLD_SIZE")  # torchrun's, or our own
     if started and not started.isdecimal():
@@ -99,6 +99,15 @@ def _report(options: argparse.Namespace) -> None:
     from gigatrain.observe.report import report
 
     report([Path(folder).expanduser() for folder in options.run_folders], options.out, as_json=options.json, plots=options.plots)
+
+
+def _scheduled(recipe: Any) -> Any:
+    """The recipe, once its schedule of prices and megawatts could be read: a job is not to wait in a queue to learn that it cannot."""
+    if recipe.power.schedule is not None:
+        from gigatrain.power.schedule import Schedule
+
+        Schedule.read(recipe.power.schedule)
+    return recipe
 
 
 def _measured(config: Any) -> Any:
@@ -160,7 +169,7 @@ def _plan(options: argparse.Namespace) -> None:
     from gigatrain.planning.plan import plan
 
     site, why = _site(options.site)
-    recipe, asked = load.recipe(options.recipe, options.set), (options.nodes, options.gpus, options.megawatts)
+    recipe, asked = _scheduled(load.recipe(options.recipe, options.set)), (options.nodes, options.gpus, options.megawatts)
     asked = (by_budget(site, recipe), None, None) if asked == (None, None, None) else asked
     sized = None if asked == (None, None, None) else size(site, *asked)
     chosen = plan(recipe, site, sized.ranks if sized else None, measure=_measured)
@@ -212,6 +221,8 @@ def _launch(options: argparse.Namespace) -> None:
         measure=_measured,
     )
     made, large = prepared.job, prepared.size
+    for recipe in prepared.recipes if made.site.scheduler.kind != "kubernetes" else ():
+        _scheduled(recipe)
     if options.dry_run and not options.json:
         print("\n".join([*submit.summary(prepared), *_unbuilt(prepared)]), file=sys.stderr)
         print(submit.preview(prepared), end="")

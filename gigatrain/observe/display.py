@@ -113,14 +113,14 @@ class Display:
             zero = f" ZeRO-{plan.engine.zero}" if plan.engine.name == "deepspeed" else ""
             self.line(f"  mesh     {plan.ranks:,} ranks: {shown}{inner}; engine {plan.engine.name}{zero}")
         self.line(f"  site     {plan.site} ({why}); {plan.precision} on {plan.device}, about {gib(plan.memory.total)}")
+        if plan.draw.text():
+            self.line(f"  power    {plan.draw.text()}")
         self.line(f"  kernels  {chosen}")
         if plan.fp8 is not None:
             self.line(f"  fp8      {plan.fp8.describe()}; bf16: head, embedding, norms{', router' if plan.decoder.experts else ''}")
 
     def plan_details(self, plan: Plan) -> None:
-        """Watts, memory by part, and every kernel with the reason for it."""
-        if plan.draw.text():
-            self.line(f"  power    {plan.draw.text()}")
+        """Memory by part, and every kernel with the reason for it."""
         memory = plan.memory
         self.line(
             f"  memory   weights {gib(memory.weights)}, gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}, "

@@ -50,7 +50,9 @@ class Seen:
     window_s: float = 0.0
     steps: int = 0
     tokens: int = 0
-    stops_after: int | None = None  # steps from now to the next save that holds the steps up, or to the run's end
+    stops_after: int | None = (
+        None  # steps to the next save that holds them up, or the run's end; one that follows this decision at once is not meant
+    )
     peak_watts: float | None = None  # the highest 10-s mean in it, of the facility, where known
     mixed: bool = False  # a validation, a restart or a compilation is within it: nothing is learnt
     cap_min_share: float | None = None  # the least limit of its accelerators, over `watts.device_watts`; None: limits cannot be set
@@ -101,6 +103,7 @@ class _Line:
     both: float  # their covariance
     noise: float  # variance of a mean over MEAN_S
     looks: int = 0
+    duty_before: float | None = None
 
     @classmethod
     def prior(cls, full: float) -> "_Line":
@@ -131,16 +134,19 @@ class _Line:
         self.var_rest = min(self.var_rest + scale, (0.3 * watts) ** 2)
         self.var_swing = min(self.var_swing + 9 * scale, (watts / max(duty, LOW)) ** 2)
         self._sound(watts)
-        off, spread, each = watts - self.at(duty), self.unsure(duty) ** 2, seconds / MEAN_S
-        if off * off < 9 * (spread + self.noise / each):
-            # What is off beyond the model's own uncertainty is noise, of a mean over `seconds`.
+        off, spread = watts - self.at(duty), self.unsure(duty) ** 2
+        # Draw and meter follow a change of duty within SETTLE_S: that much of the time may belong to what was before.
+        late = (SETTLE_S * self.swing * (duty - (duty if self.duty_before is None else self.duty_before)) / seconds) ** 2
+        noise, self.duty_before = self.noise * MEAN_S / seconds, duty
+        if off * off > 9 * (spread + late + noise):  # what no noise explains is a change, and believed as one
+            self.var_swing += off * off / max(duty, 0.3) ** 2
+        else:  # of what is off, noise's share is noise's
+            part = noise / (spread + late + noise)
             self.looks += 1
-            self.noise += max(0.1, 1 / (self.looks + 2)) * (max(0.0, off * off - spread) * each - self.noise)
-        else:  # what no noise explains is a change, and believed as one
-            self.var_swing += off * off / max(duty, LOW) ** 2
+            self.noise += max(0.1, 1 / (self.looks + 2)) * part * (off * off * part * seconds / MEAN_S - self.noise)
         self.noise = max(self.noise, (watts * 2e-3) ** 2)
         gain = self.var_rest + duty * self.both, self.both + duty * self.var_swing
-        total = gain[0] + duty * gain[1] + self.noise / each
+        total = gain[0] + duty * gain[1] + noise + late
         self.rest += gain[0] / total * off
         self.swing += gain[1] / total * off
         self.var_rest -= gain[0] * gain[0] / total
@@ -155,12 +161,12 @@ class _Line:
         most = 0.999 * math.sqrt(self.var_rest * self.var_swing)
         self.both = max(-most, min(most, self.both))
 
-    def duty(self, watts: float, more: float) -> float:
+    def duty(self, watts: float, more: float, sure: float = SURE) -> float:
         """The most duty that stays under so many watts, with what is unsure and `more` on top; below 0 if none does."""
         low, high = -0.5, 1.5
         for _ in range(40):
             middle = (low + high) / 2
-            low, high = (middle, high) if self.at(middle) + SURE * self.unsure(max(0.0, middle)) + more <= watts else (low, middle)
+            low, high = (middle, high) if self.at(middle) + sure * self.unsure(max(0.0, middle)) + more <= watts else (low, middle)
         return low
 
 
@@ -190,6 +196,7 @@ class Governor:
         self.line = _Line.prior(full) if full else None
         self.busy_s: float | None = None
         self.share = 1.0
+        self.sure = SURE
         self.cap: float | None = None
         self.capless = 0.0  # a budget of so much was too little for limits
         self.extra = 0.0  # watts kept free because ten seconds were above the budget
@@ -208,7 +215,7 @@ class Governor:
         self._account(seen, now)
         self._take(seen)
         limit, what = self._budget(now)
-        if not self._pending or limit != self._limit or not self._begun or seen.steps == 0 or self._is_over(limit, seen):
+        if not self._pending or limit != self._limit or not self._begun or seen.steps == 0:
             self._limit = limit
             self._aim(limit, seen)
         self._begun = True
@@ -264,7 +271,7 @@ class Governor:
             return
         self._pending.append(seen)
         seconds = sum(one.window_s for one in self._pending)
-        if seconds < MEAN_S:
+        if seconds < MEAN_S and not self._is_over(seen):
             return
         used = [one for one in self._pending if not one.mixed and one.step_s]
         self._pending = []
@@ -282,7 +289,7 @@ class Governor:
         limit = self._limit
         peaks = [one.peak_watts for one in metered if one.peak_watts is not None]
         if limit is not None and peaks and self._sure and self.line is not None and not self._too_long(limit):
-            self.extra = min(0.2 * limit, max(0.99 * self.extra, self.extra + 0.5 * (max(peaks) - limit)))
+            self.extra = min(0.2 * limit, max(0.995 * self.extra, self.extra + max(peaks) - limit))
         if self.cap is not None:
             return  # another line; it is fed back, not learnt
         if self.line is None or not self._sure:
@@ -296,9 +303,10 @@ class Governor:
         alone = self.line.duty(limit, 0.0)
         return self.busy_s is not None and 0 < alone < 1 and self.busy_s > MEAN_S * alone
 
-    def _is_over(self, limit: float | None, seen: Seen) -> bool:
+    def _is_over(self, seen: Seen) -> bool:
         """Far above the budget: no time to wait for ten seconds."""
-        return limit is not None and seen.watts_facility is not None and seen.window_s >= 2.0 and seen.watts_facility > 1.05 * limit
+        limit = self._limit
+        return limit is not None and seen.watts_facility is not None and seen.window_s >= SETTLE_S and seen.watts_facility > 1.05 * limit
 
     def _more(self, limit: float) -> float:
         """Watts that are kept free for the noise of a ten-second mean."""
@@ -339,10 +347,16 @@ class Governor:
         if self._capped(limit, more, seen):
             self.share = 1.0
             return
-        wanted = self._spaced(self.line.duty(limit, more) if self._sure else max(FIRST, self.line.duty(limit, more)))
-        held = self.line.at(self.share) + SURE * self.line.unsure(self.share) + more <= 1.0015 * limit
-        if not (self.share < 1.0 and held and wanted <= UP * self.share):
-            self.share = wanted
+        duty = self.line.duty(limit, more, self.sure)
+        if not self._sure and self._unmetered:  # no meter will ever say it: by the site's figures then
+            duty = self.line.duty(limit, 0.0, 0.0)
+        wanted = self._spaced(duty if self._sure else max(FIRST, duty))
+        held = self.line.at(self.share) + min(SURE, self.sure) * self.line.unsure(self.share) + more <= 1.0015 * limit
+        if self.share < 1.0 and held and wanted <= UP * self.share:
+            # Where nothing changes nothing is learnt: what it is not sure of counts for less, until it dares a step up.
+            self.sure *= 0.7 if self._spaced(self.line.duty(limit, more, 0.0)) > 1.1 * self.share else 1.0
+        else:
+            self.share, self.sure = wanted, SURE
 
     def _spaced(self, duty: float) -> float:
         """The share of full speed at which no ten seconds have more than this duty: so many whole steps fit into them, and a part of one."""
@@ -403,7 +417,10 @@ class Governor:
         if limit is not None and self.line is None and not self._unmetered:
             why.append(f"{what} allows {_watts(limit)}, and what the run draws is not measured yet")
         elif limit is not None and self._unmetered:
-            why.append(f"{_watts(limit)} of {what} cannot be kept: what the run draws at the facility is unknown")
+            why.append(
+                f"{_watts(limit)} of {what} cannot be kept: what the run draws at the facility is unknown"
+                + (", and slowed by the site's figures" if self.line is not None else "")
+            )
         elif limit is not None and self.cap is not None:
             why.append(f"{what} allows {_watts(limit)}: accelerators at {100 * self.cap:.0f} % of their limit")
         elif limit is not None and share < 1.0:
@@ -473,13 +490,8 @@ class Governor:
         """Share of full speed per second that the ramp allows, by the largest swing that is likely; None: no ramp, or nothing known."""
         if self.ramp is None or self.line is None:
             return None
-        return self.ramp / (
-            1.1
-            * (
-                self.line.swing
-                + SURE * math.sqrt(self.line.var_swing if not self._sure else min(self.line.var_swing, (0.1 * self.line.swing) ** 2))
-            )
-        )
+        unsure = math.sqrt(self.line.var_swing)
+        return self.ramp / (1.1 * (self.line.swing + SURE * (min(unsure, 0.3 * self.line.swing) if self._sure else unsure)))
 
     def _hopeless(self, limit: float) -> bool:
         """Whether even at rest the budget is exceeded, beyond doubt."""
@@ -491,14 +503,14 @@ class Governor:
         found: tuple[float | None, float] = (None, 1.0)
         if self.schedule is None or self.line is None or self.cap is not None:
             return found
-        at_s = now_s
-        for _ in range(64):
+        at_s, limit = now_s, self._limit
+        for _ in range(200):
             until_s = self.schedule.at(at_s).until_s
             if until_s is None or until_s > now_s + HORIZON_S:
                 break
             at_s = until_s
-            limit, _ = self._budget(self.schedule.at(at_s))
-            if limit is None:
+            before, (limit, _) = limit, self._budget(self.schedule.at(at_s))
+            if limit is None or limit == before:
                 continue
             wanted = max(low, self._spaced(self.line.duty(limit, self._more(limit))))
             if wanted < share:
@@ -607,10 +619,11 @@ class Pace:
 
     def restart(self) -> None:
         """After a save: whatever was drawn before, it now begins at rest again."""
+        if self._braking:
+            self.orders = replace(self.orders, brake_after=None)  # that was for this save
         self._braking, self._begun_s = False, None
         if self.orders.slope is not None:
             self._share, self._moved_s = self.orders.low, self._clock()
-            self.orders = replace(self.orders, brake_after=None)
 
     def take_waited_s(self) -> float:
         """Seconds waited since this was last asked, pauses not among them."""

@@ -120,7 +120,7 @@ def _local(
     packages = None if accelerators is None else accelerators // _devices(site)
     return [
         ("host", host.checks(site.device, root, nic, packages, verdict.ranks)),
-        ("gpus", gpu.checks(cuda, accelerators, root)),
+        ("gpus", [*gpu.checks(cuda, accelerators, root), Check("left limits", gpu.left_limits, 5)]),
         ("storage", _storage(site, run, free_gib)),
         ("work", [Check("torch", host.imported, 40), *burn.checks(site.device, quick, usual(site), verdict.facts, root)]),
     ]

@@ -16,6 +16,8 @@ from typing import Any
 
 import pynvml
 
+from gigatrain.errors import PowerError
+from gigatrain.power import guard
 from gigatrain.preflight.findings import Check, Finding, State, worst
 from gigatrain.preflight.host import text
 
@@ -583,6 +585,18 @@ def _kmsg(path: Path) -> list[str]:
     finally:
         os.close(descriptor)
     return b"".join(records).decode(errors="replace").splitlines()
+
+
+def left_limits(folder: Path | None = None) -> Finding:
+    """Power limits that a run left here when it was killed together with the process that guards them (power/guard.py)."""
+    try:
+        found = guard.left(folder)
+    except PowerError as failure:
+        return Finding("left limits", "untested", str(failure))
+    if not found:
+        return Finding("left limits", "ok", "no run that was killed has left a power limit")
+    said = f"{', '.join(found)}: a run that was killed left its power limit"
+    return Finding("left limits", "warn", said, len(found), 0, "python -m gigatrain.power.guard --restore")
 
 
 def _amd_cards(root: Path) -> list[Path]:

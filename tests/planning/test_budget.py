@@ -90,3 +90,14 @@ def test_commands_size_and_refuse_by_a_recipes_budget(tmp_path, capsys, monkeypa
     prepared = submit.prepare(request)
     assert prepared.job.nodes == 2
     assert any("5,908 W expected at the facility, of 10.0 kW" in line for line in submit.summary(prepared))
+
+
+@pytest.mark.parametrize("command", [["train"], ["plan"], ["launch", "--site", "slurm-cpu", "--nodes", "1", "--dry-run"]])
+def test_a_schedule_that_cannot_be_read_is_refused_before_anything_else(command, tmp_path, capsys, monkeypatch):
+    (tmp_path / "prices.csv").write_text("time,price\n")
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    name, *rest = command
+    run = [] if name == "plan" else ["--run", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="10"):
+        main([name, "quickstart", *rest, *run, "--set", f"power.schedule={tmp_path / 'prices.csv'}"])
+    assert "prices.csv, line 1: 'price' is no column of a schedule" in capsys.readouterr().err

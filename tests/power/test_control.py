@@ -62,7 +62,7 @@ def steepest(plant, after=0.0):
         ({"busy_s": 0.05, "every": 1}, 700e3, 0.92),  # windows far shorter than what there is to learn from
         ({"busy_s": 2.0, "every": 5}, 700e3, 0.8),  # whole steps in ten seconds
         ({"busy_s": 4.0, "every": 5}, 700e3, 0.8),
-        ({}, 500e3, 0.7),  # a sixth above rest
+        ({}, 500e3, 0.6),  # a sixth above rest
         ({}, 1200e3, 0.98),  # ample
         ({}, 980e3, 0.9),  # just under full power
         ({"noise": 0.05, "seed": 3}, 700e3, 0.75),
@@ -105,12 +105,12 @@ def test_any_machine_settles_under_its_budget_and_stays_there(rest, room, busy_s
 @pytest.mark.parametrize("path", TRACES, ids=lambda path: path.stem)
 def test_a_recorded_run_stays_under_a_budget(path):
     with path.open(encoding="utf-8") as file:
-        values = [float(next(reversed(row.values())) or 0) for row in csv.DictReader(line for line in file if not line.startswith("#"))]
-    busy = [value for value in values if value > 0.5 * max(values)]
-    mean = sum(busy) / len(busy)
-    plant = Plant(noise=0.0, series=tuple(value / mean for value in busy))
+        rows = [[float(cell) for cell in row] for row in csv.reader(line for line in file if line[0].isdecimal())]
+    seconds = [next(watts for time_s, watts in reversed(rows) if time_s <= second) for second in range(int(rows[-1][0]))]
+    mean = sum(seconds) / len(seconds)
+    plant = Plant(noise=0.0, series=tuple(watts / mean for watts in seconds))
     plant.run(Power(megawatts=0.75), Watts(), 1500)
-    assert top(plant, 300) <= 1.02 * 750e3
+    assert top(plant, 600) <= 750e3
 
 
 def test_a_step_longer_than_ten_seconds_of_budget_is_kept_over_its_period_and_that_is_said():
@@ -140,6 +140,10 @@ def test_what_cannot_be_measured_is_not_claimed_to_be_kept():
     plant = Plant()
     plant.run(Power(megawatts=0.7), Watts(), 120, knows=False)
     assert plant.orders[-1][1].why.endswith("cannot be kept: what the run draws at the facility is unknown")
+    by_figures = Plant()
+    by_figures.run(Power(megawatts=0.9), KNOWN, 600, knows=False)
+    assert "and slowed by the site's figures; 6" in by_figures.orders[-1][1].why
+    assert by_figures.means()[-1][1] == pytest.approx(0.9 * plant.full / 1.1, rel=0.1), "which are a tenth too high here"
 
 
 @pytest.mark.parametrize("watts", [Watts(), KNOWN])
@@ -323,6 +327,31 @@ def test_the_device_is_asked_only_where_there_is_something_to_wait_for():
         pace.wait(lambda: False, lambda: None)
         now[0] += 1.0
     assert len(asked) >= 7
+
+
+def test_a_ramp_comes_down_before_a_save_and_begins_low_after_it():
+    now = [0.0]
+    pace = Pace(clock=lambda: now[0], wall=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s))
+    begins = []
+
+    def steps(count):
+        for _ in range(count):
+            pace.wait(lambda: False, lambda: None)
+            begins.append(now[0])
+            now[0] += 1.0
+        return [round(later - before, 1) for before, later in pairwise(begins[-count:])]
+
+    orders = Orders(share=1.0, busy_s=1.0, slope=0.05, low=0.25, brake_after=20)
+    pace.follow(orders)
+    assert steps(15)[-2:] == [1.0, 1.0]
+    pace.follow(replace(orders, brake_after=5))
+    assert steps(20)[-1] == pytest.approx(4.0)
+    pace.restart()  # in the middle of a window: it does not brake again
+    assert steps(16)[-1] == 1.0
+    pace.follow(replace(orders, brake_after=14))
+    pace.restart()  # a save right after the decision: the brake is for the next one
+    found = steps(30)
+    assert (max(found[:2]) > 2.5, min(found[10:13]) < 1.5, found[-1]) == (True, True, pytest.approx(4.0))
 
 
 def test_saves_of_many_runs_are_spread_evenly():

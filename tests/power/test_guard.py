@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gigatrain.power import restore
+from gigatrain.preflight import gpu
 
 # A process that sets limits: a line in is watts or "close", a line out is what came of it.
 _HOLDER = """\
@@ -256,11 +257,14 @@ def test_after_both_are_killed_a_command_puts_back(node):
     command = [sys.executable, "-m", "gigatrain.power.guard", "--folder", str(node.records)]
     named = subprocess.run(command, capture_output=True, text=True, env=node.environment, check=True).stdout
     assert "GPU-0: its power limit was left by a run that was killed; put it back with --restore" in named
+    doctor = gpu.left_limits(node.records)
+    assert (doctor.state, doctor.value, doctor.way_out) == ("warn", 2, "python -m gigatrain.power.guard --restore")
     (node.limits / "GPU-1").write_text("555000")  # by an administrator, since
     found = node.restore()
     assert (found.returncode, node.watts()) == (0, [700.0, 555.0])
     assert "GPU-1: power limit 555 W is neither what was found (700 W) nor what was set" in found.stdout
     assert node.restore().stdout == "no run has left a power limit on this node\n"
+    assert gpu.left_limits(node.records).state == "ok"
 
 
 def test_a_record_of_another_boot_is_void(node):
