@@ -37,6 +37,8 @@ NEEDED = {"pydantic": "pydantic", "pynvml": "nvidia-ml-py", "transformers": "tra
 
 def lacking() -> str | None:
     """Which packages are not here, and how they come onto a machine without a network; None: none."""
+    if importlib.util.find_spec("gigatrain") is None:
+        return "gigatrain is not installed here: from its checkout, PYTHONPATH=. python benchmarks/power.py (its workers take it over)"
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if not missing:
         return None
