@@ -37,6 +37,8 @@ NEEDED = {"pydantic": "pydantic", "pynvml": "nvidia-ml-py", "transformers": "tra
 
 def lacking() -> str | None:
     """Which packages are not here, and how they come onto a machine without a network; None: none."""
+    if importlib.util.find_spec("gigatrain") is None:
+        return "gigatrain is not installed here: from its checkout, PYTHONPATH=. python benchmarks/power.py (its workers take it over)"
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if not missing:
         return None
@@ -77,7 +79,7 @@ GPU = (
 LAYERS = 16
 EMBEDDED, PER_LAYER = 67.1e6, 60.8e6  # parameters of that architecture
 OURS_BYTES, THEIRS_BYTES = 18, 12  # of a parameter, for as long as a provider waits: ours keeps its fp32 sums of gradients
-CONTEXT_BYTES, LAYER_BYTES = 0.7e9, 1.5e9  # of a process; activations of a layer at 8,192 tokens in bf16, of the one that works
+CONTEXT_BYTES, LAYER_BYTES = 0.7e9, 2.0e9  # of a process; activations of a layer at 8,192 tokens in bf16, of the one that works
 PILOT_STEPS = (3, 30)  # at most, of which the second look is the better one: the first ones after a warm-up are slow
 PILOT_S = 1.0
 ROW_TOKENS = 1 << 24  # that are prepared at most: 16 B each in every worker
@@ -156,14 +158,14 @@ def turn(meter: Any, board: Board, one: Turns, settle: int, steps: int, tokens: 
 
 def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Run every provider: {"rows", "failed": why by name}. Raises PowerError without a meter, RunError for what cannot be compared."""
-    from gigatrain.power import meter as meters
-
     began = time.monotonic()
     names = list(dict.fromkeys(options.providers.split(",")))
     for name in names:
         base, *extra = name.split("+")
         if base not in {*step.PROVIDERS} - {"matmul"} or not set(extra) <= {"compile", "liger", *step.VARIANTS}:
             raise RunError(f"there is no provider {name!r}{load.nearest(name, DEFAULT)} Known: {', '.join(DEFAULT)}, and step.py's.")
+    from gigatrain.power import meter as meters
+
     with Board(most=1) as board, tempfile.TemporaryDirectory(prefix="gigatrain-power-") as temporary:
         folder = Path(temporary)
         tried = step.plan(load.recipe(options.recipe, options.set), options.site)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from metered import Tree
 
+from gigatrain import load
+from gigatrain.planning.plan import plan
 from gigatrain.power.reading import Taken
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -133,10 +135,24 @@ def test_a_provider_that_does_other_work_is_told_apart(benchmark):
 
 
 def test_as_many_layers_as_fit_for_all_at_once(benchmark):
+    """And what the default work is on a GPU: a plan, for ours with and without our kernels."""
     assert benchmark.fitting(141 << 30, benchmark.DEFAULT) == 16
     assert 8 <= benchmark.fitting(79 << 30, benchmark.DEFAULT) <= 12
     assert benchmark.fitting(79 << 30, benchmark.DEFAULT[:1]) == 16
     assert benchmark.fitting(1 << 30, benchmark.DEFAULT) == 2
+    site = load.site("one-gpu").model_copy(update={"memory_bytes": 79 << 30})
+    options = argparse.Namespace(recipe="quickstart", set=["train.batch=4"], providers=None, site=site, sysfs=None)
+    options.rounds = options.settle = options.warmup = options.idle = None
+    benchmark.defaults(options, gpu=True)
+    for variant in ("", "plain"):
+        planned = plan(load.recipe("quickstart", [*options.set, "optim.name=adamw", *benchmark.step.VARIANTS[variant]]), site)
+        assert 5e8 < planned.parameters < 1.1e9
+        assert (planned.sequence, planned.batch, planned.microbatch, options.rounds, options.settle) == (4096, 4, 2, 3, 5)
+        kernels = {one.op: one.kernel for one in planned.kernels}
+        assert (kernels["rms_norm"] == "reference") is (variant == "plain")
+    site = site.model_copy(update={"memory_bytes": None})
+    with pytest.raises(benchmark.RunError, match=r"how many layers fit for all is unknown; --set model.architecture.layers=N"):
+        benchmark.defaults(argparse.Namespace(**vars(options) | {"site": site}), gpu=True)
 
 
 def test_what_is_not_installed_is_named_with_the_way_to_bring_it(benchmark, monkeypatch):

@@ -345,7 +345,7 @@ class Measurement:
     ) -> None:
         self.source, self.site, self.settings, self.board, self.folder = source, site, settings, board, folder
         self.csv, self.run, self.least_s, self.say = csv, run, least_s, say
-        self.trained = 0
+        self.trained, self.step_s, self.start_s = 0, 0.0, 0.0  # seconds of a step and of all else of a run, by the pilot
 
     def measure(self, variants: Sequence[Variant]) -> list[Entry]:
         """The baseline, its control and all others, in alternating rounds. RunError where the baseline fails."""
@@ -354,9 +354,10 @@ class Measurement:
         steps, every = self._size(first)
         for _ in range(EXTENSIONS + 1):
             entries = [Entry(one) for one in everyone]
+            runs = len(entries) * self.settings.rounds
             self.say(
                 f"{len(entries)} variants x {self.settings.rounds} rounds of {steps:,} steps, a report every {every}; the steady window of each must be "
-                f"{self.least_s:.1f} s or more"
+                f"{self.least_s:.1f} s or more; about {runs * (self.start_s + steps * self.step_s) / 60:,.0f} minutes"
             )
             longer = self._rounds(entries, steps, every)
             if longer is None:
@@ -379,10 +380,12 @@ class Measurement:
 
     def _size(self, first: Variant) -> tuple[int, int]:
         """Steps of a run and of a window: by --steps, else by the speed of a short run of the baseline."""
+        began = time.monotonic()
         row, folder = self._train(first, "pilot", sweep.sized(first.recipe, PILOT_STEPS, 1))
         if row["status"] != OK:
             raise RunError(f"the baseline does not train: {row['status']} (its log is {folder}.log)")
-        step_s = summary(folder)["step_s_p50"]
+        step_s = self.step_s = summary(folder)["step_s_p50"]
+        self.start_s = max(0.0, time.monotonic() - began - PILOT_STEPS * step_s)
         every = max(1, round(WINDOW_S / step_s))
         if self.settings.steps is not None:
             # Five windows at least, so that settling and the first do not take all.
@@ -403,8 +406,10 @@ class Measurement:
             row |= losses(folder)
             try:
                 row |= figures(folder, variant.plan, settle_s=self.settings.settle_s, least_s=self.least_s)
-            except (RunError, PowerError) as failure:
+            except RunError as failure:  # too short: more steps help
                 row["status"] = str(failure)
+            except PowerError as failure:
+                row["status"] = entry.failed = str(failure)
         else:
             entry.failed = row["status"]
         entry.runs.append(row)
@@ -414,7 +419,7 @@ class Measurement:
         drawn = f", {row[f'watts_{best}']:,.0f} W at {best}, {row[f'tokens_per_joule_{best}']:,.4g} tokens/J" if best else ""
         self.say(f"round {turn + 1} of {self.settings.rounds}, {variant.name}: {speed}{drawn}")
         if variant.name == BASELINE and entry.failed is not None:
-            raise RunError(f"the baseline does not train: {entry.failed}")
+            raise RunError(f"the baseline has no figure: {entry.failed} (its log is {folder}.log)")
 
     def _train(self, variant: Variant, round_: str, recipe: Any) -> tuple[Row, Path]:
         """One `gigatrain train` of a recipe; (its row so far, its folder). Its checkpoints are deleted once it has ended."""
@@ -723,6 +728,9 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         said = "unknown: the baseline ran once" if tolerance is None else f"{tolerance:.2g} nats of validation loss"
         console.print(f"  neutral     within the spread of the baseline and its control under other seeds, {said}", markup=False)
         console.print("  *           nobody is better in both tokens/s and tokens/J", markup=False)
+        console.print(
+            "  counted     steady steps: a run's own figure (goodput) also has its start, saves, validation and restarts", markup=False
+        )
     for row in rows:
         if row["status"] != OK:
             console.print(f"  {row['variant']}: {row['status']}", markup=False)
