@@ -235,7 +235,7 @@ def _steps(
             progress.why = health.signal or "signal"
             display.line(f"{health.signal}: saved at step {this.step} of {plan.steps}; go on with --resume --run {folder}")
             return None
-        this.elapsed_s = before
+        this.elapsed_s, energy.complete = before, True
         return _summary(plan, this, saves, corpus, metrics, mesh)
 
 
@@ -416,6 +416,7 @@ def _summary(plan: Plan, this: run.Run, saves: Checkpoints, corpus: build.Corpus
         "bad_steps": last.get("bad_steps"),
         "resumes": this.resumes,
         "weights_sha256": weights_sha256(saves.found(this.step)),
+        "peak_bytes": torch.cuda.max_memory_allocated() if plan.device == "cuda" else None,
         "device": torch.cuda.get_device_name() if plan.device == "cuda" else "cpu",
         "versions": versions(),
     }

@@ -28,7 +28,7 @@ from gigatrain.parallel import ranks
 from gigatrain.parallel.agree import agreed
 from gigatrain.parallel.mesh import Mesh
 from gigatrain.planning.plan import Plan
-from gigatrain.power import account, meter
+from gigatrain.power import account, guard, meter
 from gigatrain.power.reading import BIN_S, FIELDS, Taken
 
 LEAST_S = 10.0  # no figure is of less
@@ -63,7 +63,11 @@ class Energy:
         self.nodes = self.devices = self._leaders = 0  # machines, their metered accelerators, and ranks that read; 0: nothing is measured
         self.latest, self.orders, self.elsewhere_s = Latest(), {}, 0.0
         self.least_cap: float | None = None  # the least limit of the accelerators, over their most; None: it cannot be set
-        self._sum, self._words = Taken(), {}
+        self._caps: guard.Caps | None = None
+        self._cap_share: float | None = None
+        self._carry: Path | None = None
+        self.complete = False  # nothing will follow: no process will have anything to recover
+        self._sum, self._words = Taken(), dict[str, str]()
         self._waiting: dict[int, tuple[int, int, int]] = {}  # closed bins that not all have heard of: whether a node's, device and node mJ
         self._tokens = 0  # of the run where the open window began
         self._told: dict[str, float | None] = {}
@@ -74,22 +78,42 @@ class Energy:
         uuids, self._whole, leads, self._leaders, self.nodes = _share(mesh, _accelerator(mesh.device))
         with agreed(mesh, PowerError, str):
             if leads:
-                carry = Path(tempfile.gettempdir()) / f"gigatrain-energy-{run}-{os.getuid()}.json"
-                self.meter = meter.opened(plan.power, plan.watts, uuids, whole=self._whole, carry=carry, run=run)
+                self._carry = Path(tempfile.gettempdir()) / f"gigatrain-energy-{run}-{os.getuid()}-{mesh.rank}.json"
+                self.meter = meter.opened(plan.power, plan.watts, uuids, whole=self._whole, carry=self._carry, run=run)
+                if plan.power.caps and uuids and plan.watts.device_watts.value:
+                    self._caps = guard.Caps([f"GPU-{one}" for one in uuids], run=str(folder), say=say)
         least_s = self.meter.least_s if self.meter is not None else 0.0
         self._next, self.least_s = ranks.first(mesh, lambda: [int(time.time()) // BIN_S, max(LEAST_S, least_s)])
         self._room = SPARE_BINS
 
     def __enter__(self) -> Self:
+        """Collective where limits may be set; raises PowerError, on all ranks, where one of them has not the right to."""
+        if self.plan.power.caps and self.nodes:
+            with agreed(self.mesh, PowerError, str):
+                if self._caps is not None:
+                    self._caps.__enter__()
+            self.least_cap = self._least_cap()
         if self.meter is not None:
             self.meter.__enter__()
-            self._words = {"meters": self.meter.meters}
             if not self._finished:
                 self._write("begin", Taken(), [])
         return self
 
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        finally:
+            if self._caps is not None:
+                self._caps.__exit__()
+
+    def _least_cap(self) -> float | None:
+        """The highest of the nodes' least limits, over the most that an accelerator may draw here; None where no node has any to set."""
+        most = self.plan.watts.device_watts.value
+        table = torch.zeros(self.mesh.count, dtype=torch.int64)
+        if self._caps is not None and most:
+            table[self.mesh.rank] = round(1e6 * self._caps.least_watts / most)
+        least = int(self.mesh.sum(table.to(self.mesh.device)).max())
+        return least / 1e6 if least else None
 
     def close(self) -> None:
         """The last row, after a last look: what is left of rank 0's node (of the others, if they were killed, their next process recovers it). Not
@@ -103,6 +127,8 @@ class Energy:
             self._turn(self._phase)
             self.meter.kept()
             self._write("end", self._sum, [])
+        if self.complete and self._carry is not None:
+            self._carry.unlink(missing_ok=True)
 
     # ---- The window's reduction ----
 
@@ -226,7 +252,22 @@ class Energy:
                 self.elsewhere_s += time.monotonic() - began
 
     def obey(self, cap_share: float | None) -> None:
-        """Set the limits of this node's accelerators to that share of their most; None: as they were found."""
+        """Set the limits of this node's accelerators to that share of the most that one may draw here; None: as they were found."""
+        most = self.plan.watts.device_watts.value
+        if self._caps is None or most is None or cap_share == self._cap_share:
+            return
+        self._cap_share = cap_share
+        try:
+            self._caps.apply(None if cap_share is None else max(self._caps.least_watts, cap_share * most))
+        except PowerError as failure:
+            self.say(f"POWER LIMIT NOT SET: {failure}; training goes on, and the budget is kept by spacing steps where it is exceeded")
+
+    def _changed(self) -> dict[str, Any]:
+        """What is read and how, in the first row of a process and where that has changed."""
+        if self.meter is None or self.meter.meters == self._words:
+            return {}
+        self._words = dict(self.meter.meters)
+        return {"meters": self._words}
 
     def _turn(self, phase: str) -> None:
         if self.path is None or self.meter is None:
@@ -249,10 +290,9 @@ class Energy:
             "taken": dict(zip(FIELDS, taken.ints(), strict=True)),
             "bins": [list(one) for one in bins],
             "phases": {name: round(joules, 3) for name, joules in _split(phases, shares).items()},
-            **self._words,
+            **self._changed(),
             **({"orders": self.orders} if self.orders else {}),
         }
-        self._words = {}
         try:
             with self.path.open("a+b") as file:
                 if file.seek(0, os.SEEK_END):

@@ -367,7 +367,7 @@ def opened(
     process alone, on a disk of this node. With nothing to read it still works, and says so; raises PowerError where the recipe names a node's meter that
     does not answer.
     """
-    from gigatrain.power import amd, host, node, nvml  # type: ignore[attr-defined]
+    from gigatrain.power import amd, host, node, nvml
 
     here, sysfs = (os.uname().nodename,), Path(power.sysfs)
     found, notes = _accelerators(devices, (nvml.sources, amd.sources))
