@@ -196,11 +196,12 @@ class Governor:
         self.line = _Line.prior(full) if full else None
         self.busy_s: float | None = None
         self.share = 1.0
-        self.sure = SURE
+        self.sure, self.dared = SURE, 0
         self.cap: float | None = None
         self.capless = 0.0  # a budget of so much was too little for limits
         self.extra = 0.0  # watts kept free because ten seconds were above the budget
         self.spent = _Cost()
+        self.orders = _NOTHING  # the last
         self._pending: list[Seen] = []
         self._begun = False
         self._limit: float | None = None  # that the last target was for
@@ -216,10 +217,22 @@ class Governor:
         self._take(seen)
         limit, what = self._budget(now)
         if not self._pending or limit != self._limit or not self._begun or seen.steps == 0:
+            self.dared = self.dared if limit == self._limit else 0
             self._limit = limit
             self._aim(limit, seen)
         self._begun = True
-        return self._orders(seen, now, limit, what)
+        self.orders = self._orders(seen, now, limit, what)
+        return self.orders
+
+    def leaving(self, grace_s: float) -> tuple[Orders, int]:
+        """A signal has come, and in `grace_s` seconds the last save must begin: how to slow down along the ramp, and for how many steps more; without a
+        ramp none. The same on all ranks that agree on the grace."""
+        orders = self.orders
+        if orders.slope is None or self.busy_s is None or orders.share <= orders.low:
+            return orders, 0
+        seconds = min(grace_s, (orders.share - orders.low) / orders.slope)
+        reached = orders.share - orders.slope * seconds
+        return replace(orders, brake_after=0), max(0, math.floor(seconds * (orders.share + reached) / 2 / self.busy_s))
 
     def cost(self) -> dict[str, Any]:
         """What acting has cost so far. `eur` and `kg_co2e`: `not_drawn` is what full speed would have drawn more, at the prices of those hours; `to_catch_up`
@@ -353,9 +366,11 @@ class Governor:
         wanted = self._spaced(duty if self._sure else max(FIRST, duty))
         held = self.line.at(self.share) + min(SURE, self.sure) * self.line.unsure(self.share) + more <= 1.0015 * limit
         if self.share < 1.0 and held and wanted <= UP * self.share:
-            # Where nothing changes nothing is learnt: what it is not sure of counts for less, until it dares a step up.
-            self.sure *= 0.7 if self._spaced(self.line.duty(limit, more, 0.0)) > 1.1 * self.share else 1.0
+            # Where nothing changes nothing is learnt: what it is not sure of counts for less, until it dares a step up; after each, later.
+            dares = self._spaced(self.line.duty(limit, more, 0.0)) > 1.1 * self.share
+            self.sure *= 0.7 ** (1 / (1 + self.dared) ** 2) if dares else 1.0
         else:
+            self.dared += self.sure < SURE and wanted > self.share
             self.share, self.sure = wanted, SURE
 
     def _spaced(self, duty: float) -> float:

@@ -159,6 +159,28 @@ def test_power_rises_and_falls_along_the_ramp_at_start_saves_and_end(watts):
     assert freely.now < plant.now
 
 
+def test_a_run_that_is_told_to_leave_comes_down_for_as_long_as_it_may():
+    plant = Plant()
+    governor = plant.run(Power(ramp_megawatts_min=0.3), Watts(), 600)
+    orders, steps = governor.leaving(3600.0)
+    assert orders.brake_after == 0
+    assert orders.slope is not None
+    whole_s = (1 - orders.low) / orders.slope
+    assert steps == pytest.approx(whole_s * (1 + orders.low) / 2 / 0.5, rel=0.05)
+    begins = []
+    pace = Pace(clock=lambda: plant.now, sleep=lambda s: plant._pass(s, False), wall=lambda: BEGAN_S + plant.now)
+    pace.follow(replace(orders, slope=None, brake_after=None))  # at full speed
+    pace.follow(orders)
+    for _ in range(steps):
+        pace.wait(lambda: False, lambda: None)
+        begins.append(plant.now)
+        plant._pass(0.5, True)
+    assert begins[-1] - begins[0] == pytest.approx(whole_s, rel=0.1)
+    assert governor.leaving(30.0)[1] < steps / 2
+    assert governor.leaving(0.0)[1] == 0
+    assert Plant().run(Power(megawatts=2.0), Watts(), 60).leaving(3600.0)[1] == 0, "without a ramp it leaves at once"
+
+
 def test_a_budget_that_falls_is_met_before_its_hour_and_along_the_ramp():
     rows = schedule((0, 1.2, None), (900, 0.7, None), (1800, 1.2, None))
     for power, most in ((Power(schedule="s.csv"), None), (Power(schedule="s.csv", ramp_megawatts_min=0.1), 0.1e6)):
