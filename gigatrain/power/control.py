@@ -352,9 +352,8 @@ class Governor:
             self.share = FIRST if self._unmetered == 0.0 else 1.0
             return
         more = self._more(limit)
-        if self.cap is None and self.line.at(1.0) + SURE * self.line.unsure(1.0) + more <= limit * (
-            ROOM if self.share >= 1.0 else 1 / ROOM
-        ):
+        full = self.line.at(1.0) + SURE * self.line.unsure(1.0) + more
+        if self.cap is None and full <= (limit if self.share >= 1.0 else limit / ROOM):
             self.share = 1.0
             return
         if self._capped(limit, more, seen):
@@ -444,7 +443,7 @@ class Governor:
         pause, leave = False, False
         if self.line is not None and limit is not None and self._hopeless(limit):
             why.append(f"at rest it draws {_watts(self.line.rest)}, and {what} allows {_watts(limit)}, which cannot be kept")
-            pause = now.until_s is not None
+            pause = now.until_s is not None and what == "the schedule"  # else nothing will ever change it
             leave = not pause
             if leave:
                 why.append("raise power.megawatts, or take fewer nodes")
@@ -472,7 +471,14 @@ class Governor:
             if slope is None or seen.steps == 0 or self._duty(seen) <= 2 * low + 0.02:
                 why.append(f"paused until {shown(until_s)}")
                 return Orders(
-                    pause_until_s=until_s, pause_from_s=seen.now_s, why="; ".join(why), share=low, busy_s=self.busy_s, slope=slope, low=low
+                    pause_until_s=until_s,
+                    pause_from_s=seen.now_s,
+                    cap_share=self.cap,
+                    why="; ".join(why),
+                    share=self._after(until_s, low),
+                    busy_s=self.busy_s,
+                    slope=slope,
+                    low=low,
                 )
             share = low
             why.append("slowed down along the ramp, to pause")
@@ -533,6 +539,14 @@ class Governor:
                 if found[0] is None or begin_s < found[0]:
                     found = (begin_s, wanted)
         return found
+
+    def _after(self, until_s: float, low: float) -> float:
+        """The share with which a pause ends, until there is a decision."""
+        then = self.schedule.at(until_s) if self.schedule is not None else Now()
+        limit, _ = self._budget(then)
+        if self._slow(then) not in (None, 1.0) or self.line is None:
+            return low
+        return 1.0 if limit is None or self.cap is not None else self._spaced(self.line.duty(limit, self._more(limit)))
 
     def _duty(self, seen: Seen) -> float:
         return seen.steps * self.busy_s / seen.window_s if self.busy_s is not None and seen.window_s > 0 else 1.0

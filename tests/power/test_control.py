@@ -65,6 +65,7 @@ def steepest(plant, after=0.0):
         ({}, 500e3, 0.6),  # a sixth above rest
         ({}, 1200e3, 0.98),  # ample
         ({}, 980e3, 0.9),  # just under full power
+        ({"noise": 0.0}, 997e3, 0.9),
         ({"noise": 0.05, "seed": 3}, 700e3, 0.75),
         ({"save_every": 200}, 700e3, 0.8),  # saves are 9 % of the time
         ({"fails_at": (300.0, 700.0)}, 700e3, 0.75),  # standing still 10 %
@@ -128,6 +129,9 @@ def test_a_budget_below_what_is_drawn_at_rest_ends_the_run_or_waits_for_the_sche
     assert (orders.leave, plant.now < 600) == (True, True)
     assert "at rest it draws 40" in orders.why
     assert "300.0 kW, which cannot be kept; raise power.megawatts, or take fewer nodes" in orders.why
+    plant = Plant()
+    plant.run(Power(megawatts=0.3, schedule="s.csv"), Watts(), 3600, schedule=schedule((0, None, 50.0), (90_000, None, 20.0)))
+    assert plant.orders[-1][1].leave, "a schedule of prices does not change it"
     plant = Plant()
     plant.run(Power(schedule="s.csv"), Watts(), 1500, schedule=schedule((0, 1.2, None), (300, 0.3, None), (1200, 1.2, None)))
     paused = [orders for _, orders in plant.orders if orders.pause_until_s is not None]
@@ -217,6 +221,7 @@ def test_a_run_that_pauses_in_dear_hours_goes_on_after_them(ramp):
     means = dict(plant.means())
     assert means[1500] == pytest.approx(plant.rest, rel=0.02)
     assert means[2600] > 950e3
+    assert ramp is not None or means[1820] > 950e3, "at once, not after a window"
     assert governor.cost()["paused_s"] > 500
     assert ramp is None or steepest(plant) <= 1.02 * ramp * 1e6
 
