@@ -299,10 +299,10 @@ class Governor:
         seconds = sum(one.window_s for one in metered)
         watts = sum((one.watts_facility or 0.0) * one.window_s for one in metered) / seconds
         duty = min(1.0, sum(one.steps for one in metered) * self.busy_s / seconds)
-        limit = self._limit
+        limits = [limit for one in metered if (limit := self._held(one)) is not None]
         peaks = [one.peak_watts for one in metered if one.peak_watts is not None]
-        if limit is not None and peaks and self._sure and self.line is not None and not self._too_long(limit):
-            self.extra = min(0.2 * limit, max(0.995 * self.extra, self.extra + max(peaks) - limit))
+        if len(limits) == len(metered) and peaks and self._sure and self.line is not None and not self._too_long(max(limits)):
+            self.extra = min(0.2 * max(limits), max(0.995 * self.extra, self.extra + max(peaks) - max(limits)))
         if self.cap is not None:
             return  # another line; it is fed back, not learnt
         if self.line is None or not self._sure:
@@ -335,6 +335,14 @@ class Governor:
             if megawatts is not None
         ]
         return min(given) if given else (None, "")
+
+    def _held(self, seen: Seen) -> float | None:
+        """The limit that a window was under: of those at its begin and its end the laxer."""
+        begin, end = (
+            self._budget(self.schedule.at(at_s) if self.schedule is not None else Now())[0]
+            for at_s in (seen.now_s - seen.window_s, seen.now_s)
+        )
+        return None if begin is None or end is None else max(begin, end)
 
     def _slow(self, now: Now) -> float | None:
         """The share of full power, while price or carbon is above what the recipe says; 1: it is not; None: not followed, or not known."""
@@ -561,8 +569,9 @@ class Governor:
         stepping_s = min(seen.window_s, seen.steps * (seen.step_s or 0.0))
         waited_s = stepping_s * (1.0 - seen.busy_share)
         cost.waited_s += waited_s
-        if self._limit is not None and seen.watts_facility is not None and self._sure:
-            over = (seen.peak_watts if seen.peak_watts is not None else seen.watts_facility) - self._limit
+        held = self._held(seen)
+        if held is not None and seen.watts_facility is not None:
+            over = (seen.peak_watts if seen.peak_watts is not None else seen.watts_facility) - held
             if over > 0:
                 cost.over_watts = max(cost.over_watts, over)
                 cost.over_s += seen.window_s if seen.peak_watts is None else min(seen.window_s, MEAN_S)

@@ -196,6 +196,13 @@ def test_a_budget_that_falls_is_met_before_its_hour_and_along_the_ramp():
     assert dict(plant.means())[600] > 0.95e6  # not earlier than need be
 
 
+def test_what_is_drawn_when_more_is_allowed_again_is_not_held_against_the_limit_before():
+    plant = Plant()
+    power = Power(schedule="s.csv", follow="price", slow_above=100.0, slow_to=0.0)
+    governor = plant.run(power, KNOWN, 2700, schedule=schedule((0, 1.2, 50.0), (900, 0.7, 200.0), (1800, 1.2, 20.0)))
+    assert (governor.cost()["over_budget_s"], governor.extra) == (0.0, 0.0)
+
+
 def test_dear_hours_are_slow_ones_and_what_that_saved_is_counted():
     rows = schedule((0, None, 50.0), (900, None, 200.0), (1800, None, 20.0))
     plant = Plant()
