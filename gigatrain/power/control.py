@@ -196,11 +196,12 @@ class Governor:
         self.line = _Line.prior(full) if full else None
         self.busy_s: float | None = None
         self.share = 1.0
-        self.sure = SURE
+        self.sure, self.dared = SURE, 0
         self.cap: float | None = None
         self.capless = 0.0  # a budget of so much was too little for limits
         self.extra = 0.0  # watts kept free because ten seconds were above the budget
         self.spent = _Cost()
+        self.orders = _NOTHING  # the last
         self._pending: list[Seen] = []
         self._begun = False
         self._limit: float | None = None  # that the last target was for
@@ -216,10 +217,22 @@ class Governor:
         self._take(seen)
         limit, what = self._budget(now)
         if not self._pending or limit != self._limit or not self._begun or seen.steps == 0:
+            self.dared = self.dared if limit == self._limit else 0
             self._limit = limit
             self._aim(limit, seen)
         self._begun = True
-        return self._orders(seen, now, limit, what)
+        self.orders = self._orders(seen, now, limit, what)
+        return self.orders
+
+    def leaving(self, grace_s: float) -> tuple[Orders, int]:
+        """A signal has come, and in `grace_s` seconds the last save must begin: how to slow down along the ramp, and for how many steps more; without a
+        ramp none. The same on all ranks that agree on the grace."""
+        orders = self.orders
+        if orders.slope is None or self.busy_s is None or orders.share <= orders.low:
+            return orders, 0
+        seconds = min(grace_s, (orders.share - orders.low) / orders.slope)
+        reached = orders.share - orders.slope * seconds
+        return replace(orders, brake_after=0), max(0, math.floor(seconds * (orders.share + reached) / 2 / self.busy_s))
 
     def cost(self) -> dict[str, Any]:
         """What acting has cost so far. `eur` and `kg_co2e`: `not_drawn` is what full speed would have drawn more, at the prices of those hours; `to_catch_up`
@@ -286,10 +299,10 @@ class Governor:
         seconds = sum(one.window_s for one in metered)
         watts = sum((one.watts_facility or 0.0) * one.window_s for one in metered) / seconds
         duty = min(1.0, sum(one.steps for one in metered) * self.busy_s / seconds)
-        limit = self._limit
+        limits = [limit for one in metered if (limit := self._held(one)) is not None]
         peaks = [one.peak_watts for one in metered if one.peak_watts is not None]
-        if limit is not None and peaks and self._sure and self.line is not None and not self._too_long(limit):
-            self.extra = min(0.2 * limit, max(0.995 * self.extra, self.extra + max(peaks) - limit))
+        if len(limits) == len(metered) and peaks and self._sure and self.line is not None and not self._too_long(max(limits)):
+            self.extra = min(0.2 * max(limits), max(0.995 * self.extra, self.extra + max(peaks) - max(limits)))
         if self.cap is not None:
             return  # another line; it is fed back, not learnt
         if self.line is None or not self._sure:
@@ -323,6 +336,14 @@ class Governor:
         ]
         return min(given) if given else (None, "")
 
+    def _held(self, seen: Seen) -> float | None:
+        """The limit that a window was under: of those at its begin and its end the laxer."""
+        begin, end = (
+            self._budget(self.schedule.at(at_s) if self.schedule is not None else Now())[0]
+            for at_s in (seen.now_s - seen.window_s, seen.now_s)
+        )
+        return None if begin is None or end is None else max(begin, end)
+
     def _slow(self, now: Now) -> float | None:
         """The share of full power, while price or carbon is above what the recipe says; 1: it is not; None: not followed, or not known."""
         if self.power.follow is None or self.power.slow_above is None:
@@ -339,9 +360,8 @@ class Governor:
             self.share = FIRST if self._unmetered == 0.0 else 1.0
             return
         more = self._more(limit)
-        if self.cap is None and self.line.at(1.0) + SURE * self.line.unsure(1.0) + more <= limit * (
-            ROOM if self.share >= 1.0 else 1 / ROOM
-        ):
+        full = self.line.at(1.0) + SURE * self.line.unsure(1.0) + more
+        if self.cap is None and full <= (limit if self.share >= 1.0 else limit / ROOM):
             self.share = 1.0
             return
         if self._capped(limit, more, seen):
@@ -353,9 +373,11 @@ class Governor:
         wanted = self._spaced(duty if self._sure else max(FIRST, duty))
         held = self.line.at(self.share) + min(SURE, self.sure) * self.line.unsure(self.share) + more <= 1.0015 * limit
         if self.share < 1.0 and held and wanted <= UP * self.share:
-            # Where nothing changes nothing is learnt: what it is not sure of counts for less, until it dares a step up.
-            self.sure *= 0.7 if self._spaced(self.line.duty(limit, more, 0.0)) > 1.1 * self.share else 1.0
+            # Where nothing changes nothing is learnt: what it is not sure of counts for less, until it dares a step up; after each, later.
+            dares = self._spaced(self.line.duty(limit, more, 0.0)) > 1.1 * self.share
+            self.sure *= 0.7 ** (1 / (1 + self.dared) ** 2) if dares else 1.0
         else:
+            self.dared += self.sure < SURE and wanted > self.share
             self.share, self.sure = wanted, SURE
 
     def _spaced(self, duty: float) -> float:
@@ -429,7 +451,7 @@ class Governor:
         pause, leave = False, False
         if self.line is not None and limit is not None and self._hopeless(limit):
             why.append(f"at rest it draws {_watts(self.line.rest)}, and {what} allows {_watts(limit)}, which cannot be kept")
-            pause = now.until_s is not None
+            pause = now.until_s is not None and what == "the schedule"  # else nothing will ever change it
             leave = not pause
             if leave:
                 why.append("raise power.megawatts, or take fewer nodes")
@@ -457,7 +479,14 @@ class Governor:
             if slope is None or seen.steps == 0 or self._duty(seen) <= 2 * low + 0.02:
                 why.append(f"paused until {shown(until_s)}")
                 return Orders(
-                    pause_until_s=until_s, pause_from_s=seen.now_s, why="; ".join(why), share=low, busy_s=self.busy_s, slope=slope, low=low
+                    pause_until_s=until_s,
+                    pause_from_s=seen.now_s,
+                    cap_share=self.cap,
+                    why="; ".join(why),
+                    share=self._after(until_s, low),
+                    busy_s=self.busy_s,
+                    slope=slope,
+                    low=low,
                 )
             share = low
             why.append("slowed down along the ramp, to pause")
@@ -519,6 +548,14 @@ class Governor:
                     found = (begin_s, wanted)
         return found
 
+    def _after(self, until_s: float, low: float) -> float:
+        """The share with which a pause ends, until there is a decision."""
+        then = self.schedule.at(until_s) if self.schedule is not None else Now()
+        limit, _ = self._budget(then)
+        if self._slow(then) not in (None, 1.0) or self.line is None:
+            return low
+        return 1.0 if limit is None or self.cap is not None else self._spaced(self.line.duty(limit, self._more(limit)))
+
     def _duty(self, seen: Seen) -> float:
         return seen.steps * self.busy_s / seen.window_s if self.busy_s is not None and seen.window_s > 0 else 1.0
 
@@ -532,8 +569,9 @@ class Governor:
         stepping_s = min(seen.window_s, seen.steps * (seen.step_s or 0.0))
         waited_s = stepping_s * (1.0 - seen.busy_share)
         cost.waited_s += waited_s
-        if self._limit is not None and seen.watts_facility is not None and self._sure:
-            over = (seen.peak_watts if seen.peak_watts is not None else seen.watts_facility) - self._limit
+        held = self._held(seen)
+        if held is not None and seen.watts_facility is not None:
+            over = (seen.peak_watts if seen.peak_watts is not None else seen.watts_facility) - held
             if over > 0:
                 cost.over_watts = max(cost.over_watts, over)
                 cost.over_s += seen.window_s if seen.peak_watts is None else min(seen.window_s, MEAN_S)

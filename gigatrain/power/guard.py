@@ -65,6 +65,8 @@ class Caps:
             if not re.fullmatch(r"GPU-[0-9A-Za-z-]{1,80}", uuid):
                 part = "a part of a GPU, which has no limit of its own" if uuid.startswith("MIG-") else "no GPU of NVIDIA's"
                 raise PowerError(f"{uuid[:90]}: power limits are set of whole NVIDIA GPUs, and this is {part}; {_INSTEAD}")
+        if not self.uuids:
+            return self
         try:
             _owned(self.folder)
             self._limits = Limits()
@@ -98,7 +100,8 @@ class Caps:
                     raise PowerError(
                         f"{uuid}: {wanted / 1000:g} W is asked for, and its driver takes {least / 1000:g} to {most / 1000:g} W; {_INSTEAD}"
                     )
-                self._set(uuid, wanted)
+                if record["set_mw"][-1:] != [wanted]:
+                    self._set(uuid, wanted)
         except BaseException:
             for uuid in self.uuids:
                 with contextlib.suppress(PowerError):

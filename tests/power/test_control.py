@@ -65,6 +65,7 @@ def steepest(plant, after=0.0):
         ({}, 500e3, 0.6),  # a sixth above rest
         ({}, 1200e3, 0.98),  # ample
         ({}, 980e3, 0.9),  # just under full power
+        ({"noise": 0.0}, 997e3, 0.9),
         ({"noise": 0.05, "seed": 3}, 700e3, 0.75),
         ({"save_every": 200}, 700e3, 0.8),  # saves are 9 % of the time
         ({"fails_at": (300.0, 700.0)}, 700e3, 0.75),  # standing still 10 %
@@ -129,6 +130,9 @@ def test_a_budget_below_what_is_drawn_at_rest_ends_the_run_or_waits_for_the_sche
     assert "at rest it draws 40" in orders.why
     assert "300.0 kW, which cannot be kept; raise power.megawatts, or take fewer nodes" in orders.why
     plant = Plant()
+    plant.run(Power(megawatts=0.3, schedule="s.csv"), Watts(), 3600, schedule=schedule((0, None, 50.0), (90_000, None, 20.0)))
+    assert plant.orders[-1][1].leave, "a schedule of prices does not change it"
+    plant = Plant()
     plant.run(Power(schedule="s.csv"), Watts(), 1500, schedule=schedule((0, 1.2, None), (300, 0.3, None), (1200, 1.2, None)))
     paused = [orders for _, orders in plant.orders if orders.pause_until_s is not None]
     assert [orders.pause_until_s for orders in paused] == [BEGAN_S + 1200]
@@ -159,6 +163,28 @@ def test_power_rises_and_falls_along_the_ramp_at_start_saves_and_end(watts):
     assert freely.now < plant.now
 
 
+def test_a_run_that_is_told_to_leave_comes_down_for_as_long_as_it_may():
+    plant = Plant()
+    governor = plant.run(Power(ramp_megawatts_min=0.3), Watts(), 600)
+    orders, steps = governor.leaving(3600.0)
+    assert orders.brake_after == 0
+    assert orders.slope is not None
+    whole_s = (1 - orders.low) / orders.slope
+    assert steps == pytest.approx(whole_s * (1 + orders.low) / 2 / 0.5, rel=0.05)
+    begins = []
+    pace = Pace(clock=lambda: plant.now, sleep=lambda s: plant._pass(s, False), wall=lambda: BEGAN_S + plant.now)
+    pace.follow(replace(orders, slope=None, brake_after=None))  # at full speed
+    pace.follow(orders)
+    for _ in range(steps):
+        pace.wait(lambda: False, lambda: None)
+        begins.append(plant.now)
+        plant._pass(0.5, True)
+    assert begins[-1] - begins[0] == pytest.approx(whole_s, rel=0.1)
+    assert governor.leaving(30.0)[1] < steps / 2
+    assert governor.leaving(0.0)[1] == 0
+    assert Plant().run(Power(megawatts=2.0), Watts(), 60).leaving(3600.0)[1] == 0, "without a ramp it leaves at once"
+
+
 def test_a_budget_that_falls_is_met_before_its_hour_and_along_the_ramp():
     rows = schedule((0, 1.2, None), (900, 0.7, None), (1800, 1.2, None))
     for power, most in ((Power(schedule="s.csv"), None), (Power(schedule="s.csv", ramp_megawatts_min=0.1), 0.1e6)):
@@ -168,6 +194,13 @@ def test_a_budget_that_falls_is_met_before_its_hour_and_along_the_ramp():
         assert most is None or steepest(plant) <= 1.03 * most
         assert dict(plant.means())[2600] > 900e3
     assert dict(plant.means())[600] > 0.95e6  # not earlier than need be
+
+
+def test_what_is_drawn_when_more_is_allowed_again_is_not_held_against_the_limit_before():
+    plant = Plant()
+    power = Power(schedule="s.csv", follow="price", slow_above=100.0, slow_to=0.0)
+    governor = plant.run(power, KNOWN, 2700, schedule=schedule((0, 1.2, 50.0), (900, 0.7, 200.0), (1800, 1.2, 20.0)))
+    assert (governor.cost()["over_budget_s"], governor.extra) == (0.0, 0.0)
 
 
 def test_dear_hours_are_slow_ones_and_what_that_saved_is_counted():
@@ -195,6 +228,7 @@ def test_a_run_that_pauses_in_dear_hours_goes_on_after_them(ramp):
     means = dict(plant.means())
     assert means[1500] == pytest.approx(plant.rest, rel=0.02)
     assert means[2600] > 950e3
+    assert ramp is not None or means[1820] > 950e3, "at once, not after a window"
     assert governor.cost()["paused_s"] > 500
     assert ramp is None or steepest(plant) <= 1.02 * ramp * 1e6
 

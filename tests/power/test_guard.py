@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gigatrain.power import restore
+from gigatrain.power.guard import Caps
 from gigatrain.preflight import gpu
 
 # A process that sets limits: a line in is watts or "close", a line out is what came of it.
@@ -330,6 +331,12 @@ def test_a_folder_of_somebody_elses_is_not_trusted(node):
     (node.limits.parent / "elsewhere").mkdir()
     node.records.symlink_to(node.limits.parent / "elsewhere")
     assert "no folder of this user's alone" in node.hear(node.hold())
+
+
+def test_a_node_without_accelerators_has_nothing_to_set(tmp_path):
+    with Caps([], folder=tmp_path / "records") as caps:
+        caps.apply(300.0)
+    assert not (tmp_path / "records").exists()
 
 
 def test_without_a_driver_that_is_said(tmp_path):
