@@ -78,7 +78,7 @@ class Energy:
         uuids, self._whole, leads, self._leaders, self.nodes = _share(mesh, _accelerator(mesh.device))
         with agreed(mesh, PowerError, str):
             if leads:
-                self._carry = Path(tempfile.gettempdir()) / f"gigatrain-energy-{run}-{os.getuid()}-{mesh.rank}.json"
+                self._carry = Path(tempfile.gettempdir()) / f"gigatrain-energy-{run}-{os.getuid()}-{platform.node()}.json"
                 self.meter = meter.opened(plan.power, plan.watts, uuids, whole=self._whole, carry=self._carry, run=run)
                 if plan.power.caps and uuids and plan.watts.device_watts.value:
                     self._caps = guard.Caps([f"GPU-{one}" for one in uuids], run=str(folder), say=say)
