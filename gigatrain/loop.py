@@ -153,7 +153,7 @@ def _steps(
             plan.profile, folder, device, rank=mesh.rank, ranks=mesh.count, step=this.step, say=display.line, pulse=log.pulse
         )
         engine.trace = stack.enter_context(times)
-        budget = Budget(plan, this.id, energy, health, times)
+        budget = Budget(plan, this.id, energy, health, times, progress)
         budget.load(power)
         before = this.elapsed_s
 

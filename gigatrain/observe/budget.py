@@ -13,6 +13,7 @@ import torch
 from gigatrain.errors import PowerError
 from gigatrain.observe.energy import Energy
 from gigatrain.observe.health import Health
+from gigatrain.observe.logs import Progress
 from gigatrain.observe.trace import Trace
 from gigatrain.planning.plan import Plan
 from gigatrain.power.control import MEET_S, Governor, Orders, Pace, Seen, stagger
@@ -24,9 +25,9 @@ LOOP = ("now_ms", "stepping_ms", "waited_ms", "paused_ms", "mixed")  # what rank
 class Budget:
     """`wait` before a step, `meet` with the reduced numbers, `decide` at a report."""
 
-    def __init__(self, plan: Plan, run: str, energy: Energy, health: Health, times: Trace) -> None:
+    def __init__(self, plan: Plan, run: str, energy: Energy, health: Health, times: Trace, progress: Progress) -> None:
         """Raises PowerError for a schedule that cannot be read."""
-        self.plan, self.energy, self.health, self.times = plan, energy, health, times
+        self.plan, self.energy, self.health, self.times, self.progress = plan, energy, health, times, progress
         schedule = Schedule.read(plan.power.schedule) if plan.power.schedule else None
         self.governor = Governor(plan.power, plan.watts, began_s=time.time(), schedule=schedule)
         self.acts = self.governor.acts and bool(energy.nodes)
@@ -129,7 +130,7 @@ class Budget:
             if time.monotonic() - self._met_s > MEET_S:
                 report()
 
-        with self.times.phase("paced"), self.energy.during("paced"):
+        with self.times.phase("paced"), self.energy.during("paced"), self.progress.spent("paced"):
             single = self.health.mesh.count == 1
             paused_s = self.pace.wait(lambda: self.health.signal is not None, alone if single else alive, None if single else report)
             self._paused_s += paused_s

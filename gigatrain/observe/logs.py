@@ -352,8 +352,8 @@ class Progress:
             self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - begin
 
     def report(self, step: int, tokens: int, training_s: float) -> None:
-        """A window ended; its steps took `training_s`."""
-        self.seconds["training"] = self.seconds.get("training", 0.0) + training_s
+        """A window ended; its steps took `training_s`, and what they waited for power is not training."""
+        self.seconds["training"] = self.seconds.get("training", 0.0) + max(0.0, training_s - self.seconds.get("paced", 0.0))
         self.add("report", step=step, tokens=tokens)
 
     def add(self, event: str, **more: Any) -> None:

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from gigatrain.architectures import Architecture
-from gigatrain.errors import RunError
+from gigatrain.errors import PowerError, RunError
 from gigatrain.launching import job
 from gigatrain.planning.watts import Watts
+from gigatrain.power import schedule as schedules
 from gigatrain.power.boundary import Boundary, boundaries, disagreement, look, nodes_of, unknown, widest
 from gigatrain.power.live import over
 from gigatrain.power.reading import BIN_S, BOUNDARIES, Taken
@@ -51,7 +52,7 @@ class Schedule(Protocol):
 def account(run: Path, *, schedule: Schedule | None = None, until: float | None = None) -> dict[str, Any]:
     """What a run drew and what was got for it, as JSON values; a figure that is not known is None. POWER.md defines each.
 
-    `schedule` gives prices and carbon by time; without one, or where it has none, the site's. `until` leaves out what came later. Keys, each
+    `schedule` gives prices and carbon by time; without one that of the plan, and where that has none the site's. `until` leaves out what came later. Keys, each
     {boundary} one of device, node, it, facility:
 
     `tokens` that the run stands on; `wall_s` from its first process's begin to the last row, and `queued_s` for which no nodes were held, not in it;
@@ -70,6 +71,8 @@ def account(run: Path, *, schedule: Schedule | None = None, until: float | None 
         raise RunError(f"{run} is no folder; a run's is what `gigatrain train` prints last, or --run names")
     plan = one_object(run / "plan.json")
     watts, notes = _watts(plan)
+    if schedule is None:
+        schedule = _planned(plan, notes)
     rows, events = until_of(run / "energy.jsonl", until), until_of(run / "logs" / "progress.jsonl", until)
     sessions = sessions_of(events, rows)
     nodes = max([nodes_of(watts), *(row.taken.nodes for session in sessions for row in session.rows)], default=0) or 1
@@ -149,6 +152,19 @@ def _headline(found: Mapping[str, Boundary | None], why: Mapping[str, str], toke
         "watts": one.watts,
         "why": wider + one.words,
     }
+
+
+def _planned(plan: Mapping[str, Any], notes: list[str]) -> Schedule | None:
+    """The schedule that the run followed, if it can still be read."""
+    power = plan.get("power")
+    path = power.get("schedule") if isinstance(power, dict) else None
+    if not isinstance(path, str):
+        return None
+    try:
+        return schedules.Schedule.read(path)
+    except PowerError as failure:
+        notes.append(f"the run's schedule cannot be read: {failure}; prices and carbon are the site's")
+        return None
 
 
 def _watts(plan: Mapping[str, Any]) -> tuple[Watts, list[str]]:

@@ -27,7 +27,7 @@ DRIFT = 0.10  # a difference from the plan that is pointed at
 TRACE_BYTES = 64 << 20  # of the first rank's trace, its end: some 350,000 steps; of the others' a sixteenth
 RANKS = 64  # whose traces are read
 WITHIN_STEP = ("data", "forward", "backward", "reduce", "optimizer", "rest")  # the other phases lie between steps
-PHASES = (*WITHIN_STEP[:-1], "validation", "checkpoint", "profile", "rest")
+PHASES = (*WITHIN_STEP[:-1], "validation", "checkpoint", "paced", "profile", "rest")
 LONGEST_S = 1e9  # of a phase of a step: thirty years
 SHOWN = 4000  # characters of a failure
 

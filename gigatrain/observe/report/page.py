@@ -40,6 +40,7 @@ CLASSES = {
     "redone": "steps that a restart did again",
     "validation": "evaluation",
     "checkpoint": "saving",
+    "paced": "waited, to keep to a power budget",
     "starting": "from a process's begin to its first step",
     "stopped": "nobody had the run",
     "other": "what nothing else explains",
