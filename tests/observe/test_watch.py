@@ -122,7 +122,7 @@ KILLED = [
     event("0", 1055, "report", step=40, tokens=1, seconds={"training": 20, "checkpoint": 5}),
     event("1", 1100, "start"),  # it was killed, and lost what it did after step 30
     event("1", 1108, "steps", step=30),
-    event("1", 1128, "report", step=50, tokens=1, seconds={"training": 20}),
+    event("1", 1128, "report", step=50, tokens=1, seconds={"training": 20, "paced": 1}),
 ]
 
 
@@ -136,9 +136,10 @@ def test_goodput_counts_what_was_kept_and_names_where_the_rest_went(tmp_path):
         "redone": 10.0,
         "validation": 0.0,
         "checkpoint": 9.0,
+        "paced": 1.0,
         "starting": 6.0 + 8.0,
         "stopped": 45.0,
-        "other": 2.0,
+        "other": 1.0,
     }
     assert seen["goodput"]["share"] == pytest.approx(50 / 130)
     assert seen["eta_s"] == 50.0  # 50 steps at 1 s, saves included
