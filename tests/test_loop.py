@@ -61,7 +61,17 @@ def waited(child):
 
 def windows(folder):
     """metrics.jsonl without its timings and watts."""
-    timings = {"tokens_per_s", "step_s", "joules_per_token", "tokens_per_s_mw", "device_watts", "node_watts", "it_watts", "facility_watts"}
+    timings = {
+        "tokens_per_s",
+        "step_s",
+        "joules_per_token",
+        "tokens_per_s_mw",
+        "watts_change_10s",
+        "device_watts",
+        "node_watts",
+        "it_watts",
+        "facility_watts",
+    }
     return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -71,6 +72,7 @@ class Energy:
         self._waiting: dict[int, tuple[int, int, int]] = {}  # closed bins that not all have heard of: whether a node's, device and node mJ
         self._tokens = 0  # of the run where the open window began
         self._told: dict[str, float | None] = {}
+        self._last_bin: list[tuple[int, int, int, int]] = []
         self._phase, self._joules, self._phases = "starting", 0.0, {}
         self._ready, self._closed, self._at = False, False, (0, 0)
         if not plan.power.measure:
@@ -216,6 +218,10 @@ class Energy:
             joules = list(known.values())[-1].joules if known else 0.0
             if gained > 0 and joules > 0:
                 self._told |= {"joules_per_token": joules / gained, "tokens_per_s_mw": 1e6 * gained / joules}
+            if "node" in known and known["node"].joules > 0:
+                change = _steepest([*self._last_bin, *self._sum.bins], self.nodes)
+                self._told["watts_change_10s"] = None if change is None else change * joules / known["node"].joules
+            self._last_bin = self._sum.bins[-1:]
         return self._told
 
     def report(self, step: int, tokens: int, trace: Trace, *, must: bool = False) -> None:
@@ -302,6 +308,13 @@ class Energy:
                 file.write(json.dumps(row).encode() + b"\n")
         except OSError as failure:
             self.say(f"ENERGY NOT WRITTEN {self.path}: {failure.strerror}; training goes on")
+
+
+def _steepest(bins: Sequence[Sequence[int]], nodes: int) -> float | None:
+    """The largest change of the nodes' watts from ten seconds to the next, of those that all have closed; None where no two follow each other."""
+    whole = [(number, node) for number, count, _, node in bins if count == nodes]
+    changes = [after - before for (first, before), (second, after) in pairwise(whole) if second == first + 1]
+    return max(changes, key=abs) / 1e3 / BIN_S if changes else None
 
 
 def _split(phases: dict[str, float], seconds: dict[str, float]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from gigatrain import config, load, loop
 from gigatrain.errors import PowerError
 from gigatrain.observe.display import Display, drawn
-from gigatrain.observe.energy import _share, _split
+from gigatrain.observe.energy import _share, _split, _steepest
 from gigatrain.observe.health import Health
 from gigatrain.parallel.mesh import Mesh, alone
 from gigatrain.planning.plan import plan
@@ -135,6 +135,20 @@ def test_joules_of_training_follow_the_seconds_of_its_phases():
     split = _split({"training": 100.0, "checkpoint": 7.0}, {"forward": 2.0, "backward": 4.0, "optimizer": 2.0, "reduce": 1.5, "data": 0.5})
     assert split == {"checkpoint": 7.0, "compute": pytest.approx(80.0), "communication": pytest.approx(15.0), "data": pytest.approx(5.0)}
     assert _split({"training": 5.0}, {}) == {"training": 5.0}
+
+
+def test_the_steepest_change_is_of_neighbouring_ten_seconds_that_all_nodes_closed():
+    bins = [
+        (7, 2, 0, 1_000_000),
+        (8, 2, 0, 1_500_000),
+        (10, 2, 0, 9_000_000),
+        (11, 1, 0, 1_000_000),
+        (12, 2, 0, 2_000_000),
+        (13, 2, 0, 1_200_000),
+    ]
+    assert _steepest(bins, 2) == -80.0
+    assert _steepest(bins[:2], 2) == 50.0
+    assert _steepest(bins[1:4], 2) is None
 
 
 def test_the_line_says_the_widest_boundary_that_is_known():
