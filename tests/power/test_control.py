@@ -82,7 +82,7 @@ def test_ten_seconds_stay_under_a_budget_and_little_is_left_unused(given, budget
     assert governor.cost()["over_budget_s"] <= 60
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     rest=st.floats(0.15, 0.75),
     room=st.floats(0.25, 1.1),
