@@ -53,7 +53,7 @@ class Seen:
     stops_after: int | None = (
         None  # steps to the next save that holds them up, or the run's end; one that follows this decision at once is not meant
     )
-    peak_watts: float | None = None  # the highest 10-s mean in it, of the facility, where known
+    peak_watts: float | None = None  # the highest of the 10-s bins that closed in it, of the facility, where known
     mixed: bool = False  # a validation, a restart or a compilation is within it: nothing is learnt
     cap_min_share: float | None = None  # the least limit of its accelerators, over `watts.device_watts`; None: limits cannot be set
 
@@ -111,7 +111,7 @@ class _Line:
         return cls(0.45 * full, 0.55 * full, (0.2 * full) ** 2, (0.32 * full) ** 2, -0.04 * full**2, (0.01 * full) ** 2)
 
     @classmethod
-    def first(cls, watts: float, duty: float) -> "_Line":
+    def first(cls, watts: float, duty: float, seconds: float) -> "_Line":
         """From one look only: rest is between a quarter and two thirds of full power, as of all machines that were metered, and the look fits."""
         duty = max(duty, LOW / 2)
 
@@ -121,7 +121,8 @@ class _Line:
         rest = of(0.45)
         off = max(0.02 * watts, (of(0.65) - of(0.25)) / 2)
         swing = max(0.01 * watts, (watts - rest) / duty)
-        return cls(rest, swing, off**2, 1.02 * (off / duty) ** 2, -(off**2) / duty, (0.01 * watts) ** 2)
+        late = SETTLE_S * swing * duty / seconds  # it began at rest, and draw and meter followed
+        return cls(rest, swing, off**2 + late**2, 1.02 * (off / duty) ** 2, -(off**2) / duty, (0.01 * watts) ** 2, duty_before=duty)
 
     def at(self, duty: float) -> float:
         return self.rest + self.swing * duty
@@ -152,7 +153,8 @@ class _Line:
         self.var_rest -= gain[0] * gain[0] / total
         self.both -= gain[0] * gain[1] / total
         self.var_swing -= gain[1] * gain[1] / total
-        self.rest, self.swing = max(0.0, self.rest), max(1e-3 * watts, self.swing)
+        self.rest = max(0.0, self.rest)
+        self.swing = max(0.15 * self.rest, self.swing)  # no machine that trains draws less for it
         self._sound(watts)
 
     def _sound(self, watts: float) -> None:
@@ -306,9 +308,9 @@ class Governor:
         if self.cap is not None:
             return  # another line; it is fed back, not learnt
         if self.line is None or not self._sure:
-            self.line = _Line.first(watts, duty)  # one look at this machine says more than figures of others
-        self.line.learn(watts, duty, seconds)
-        self._sure = True
+            self.line, self._sure = _Line.first(watts, duty, seconds), True  # one look at this machine says more than figures of others
+        else:
+            self.line.learn(watts, duty, seconds)
 
     def _too_long(self, limit: float) -> bool:
         """Whether one step alone is above a budget's ten seconds."""
@@ -371,7 +373,8 @@ class Governor:
         if not self._sure and self._unmetered:  # no meter will ever say it: by the site's figures then
             duty = self.line.duty(limit, 0.0, 0.0)
         wanted = self._spaced(duty if self._sure else max(FIRST, duty))
-        held = self.line.at(self.share) + min(SURE, self.sure) * self.line.unsure(self.share) + more <= 1.0015 * limit
+        most = self._fullest(self.share)
+        held = self.line.at(most) + min(SURE, self.sure) * self.line.unsure(most) + more <= 1.0015 * limit
         if self.share < 1.0 and held and wanted <= UP * self.share:
             # Where nothing changes nothing is learnt: what it is not sure of counts for less, until it dares a step up; after each, later.
             dares = self._spaced(self.line.duty(limit, more, 0.0)) > 1.1 * self.share
@@ -390,6 +393,15 @@ class Governor:
         whole = math.floor(MEAN_S * duty / busy_s)
         period_s = busy_s + MEAN_S * (1 - duty) / whole if whole else busy_s / duty
         return max(LOW, self.busy_s / period_s)
+
+    def _fullest(self, share: float) -> float:
+        """The duty of the fullest ten seconds at a share of full speed: the opposite of `_spaced`, where one step fits into them."""
+        if self.busy_s is None or share >= 1.0:
+            return share
+        busy_s, period_s = 1.02 * self.busy_s, self.busy_s / share
+        whole = math.floor(MEAN_S / period_s)
+        fullest = (whole * busy_s + min(busy_s, MEAN_S - whole * period_s)) / MEAN_S
+        return fullest if whole and fullest < 1.0 else share
 
     def _capped(self, limit: float, more: float, seen: Seen) -> bool:
         """Whether limits of the accelerators are enough; sets them."""

