@@ -6,7 +6,7 @@ r"""Tokens per joule beside the peers: the same work as in step.py (architecture
     sudo -E python benchmarks/power.py --recipe quickstart       a processor with RAPL
 
 Providers and workers are step.py's. All stay on the device; one works at a time, the others' processes sleep. First every one is checked: its first losses
-must be ours but for rounding. Then come alternating rounds, whose order rotates: `--settle` steps that bring device and clocks into their state, and as many
+must be ours but for rounding. Then come alternating rounds, whose order rotates: `--settle` steps, 2 s at least, that bring clocks and meter along, and as many
 steps, the same for all, as the fastest needs for a window of at least 10 s and 100 updates of the slowest meter. The parent reads one meter for the whole
 machine before and after those steps. tokens per joule = tokens/s, by the worker's own clock from synchronised device to synchronised device, over watts, the
 counter's joules over the time that they belong to. Idle watts are measured before the workers start and after they are gone: weights that only lie there
@@ -82,6 +82,7 @@ OURS_BYTES, THEIRS_BYTES = 18, 12  # of a parameter, for as long as a provider w
 CONTEXT_BYTES, LAYER_BYTES = 0.7e9, 2.0e9  # of a process; activations of a layer at 8,192 tokens in bf16, of the one that works
 PILOT_STEPS = (3, 30)  # at most, of which the second look is the better one: the first ones after a warm-up are slow
 PILOT_S = 1.0
+SETTLE_S = 2.0  # at least, before a window: a meter whose looks are dear looks once a second, and its window begins with the look before
 ROW_TOKENS = 1 << 24  # that are prepared at most: 16 B each in every worker
 COLUMNS = (
     "commit", "date", "device", "threads", "versions", "load", "provider", "precision", "architecture", "parameters", "batch", "microbatch", "sequence",
@@ -147,8 +148,7 @@ def idle(meter: Any, seconds: float) -> Taken:
 
 def turn(meter: Any, board: Board, one: Turns, settle: int, steps: int, tokens: int, timeout_s: float) -> Round:
     """One provider's round."""
-    if settle:
-        one.peer.ask(0, settle, timeout_s)
+    one.peer.ask(0, settle, timeout_s)
     with board.watched() as state:
         meter.take()
         answer = one.peer.ask(0, steps, timeout_s)
@@ -187,9 +187,7 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
                 working = [one for one in everyone if one.peer.error is None]
                 if not working:
                     raise RunError(f"no provider works: {'; '.join(f'{one.peer.name}: {one.peer.error}' for one in everyone)}")
-                room = (most - options.warmup - sum(PILOT_STEPS)) // (
-                    options.rounds + 1
-                ) - options.settle  # one round may have to be made again
+                room = (most - options.warmup - sum(PILOT_STEPS)) // (options.rounds + 1)  # one round may have to be made again
                 rounds(meter, board, working, need_s, room, planned, options, began, say)
             finally:
                 for one in everyone:
@@ -241,9 +239,10 @@ def rounds(
 
     Raises RunError where a window takes more than `room` steps.
     """
-    steps, number, again = math.ceil(1.1 * need_s / min(one.step_s for one in everyone)), 0, False
+    fastest_s = min(one.step_s for one in everyone)
+    steps, settle, number, again = math.ceil(1.1 * need_s / fastest_s), max(options.settle, math.ceil(SETTLE_S / fastest_s)), 0, False
     while number < options.rounds:
-        if steps > room:
+        if steps + settle > room:
             raise RunError(
                 f"a window of {need_s:.1f} s takes {steps:,} steps, and {room:,} a round are prepared; fewer --rounds, or more --most-steps"
             )
@@ -251,7 +250,7 @@ def rounds(
         for one in power.rotated(list(everyone), number):
             if one.peer.error is None:
                 with step._noted(one.peer, say):
-                    one.rounds.append(turn(meter, board, one, options.settle, steps, planned.tokens_per_step, options.timeout))
+                    one.rounds.append(turn(meter, board, one, settle, steps, planned.tokens_per_step, options.timeout))
         working = [one for one in everyone if one.peer.error is None]
         speeds = ", ".join(f"{one.peer.name} {one.rounds[-1].tokens_per_s:,.0f}" for one in working)
         say(f"round {number + 1} of {options.rounds}, {steps} steps each, tokens/s: {speeds}")
@@ -438,7 +437,7 @@ def defaults(options: argparse.Namespace, gpu: bool) -> None:
         ours = [*GPU, f"model.architecture.layers={fitting(memory, names)}"]
     sysfs = [f"power.sysfs={options.sysfs}"] if options.sysfs else []
     options.set = [*ours, *sysfs, *options.set]
-    for name, size in {"rounds": 3, "settle": 5 if gpu else 1, "warmup": 5, "idle": 10.0}.items():
+    for name, size in {"rounds": 3, "settle": 5, "warmup": 5, "idle": 10.0}.items():
         if getattr(options, name) is None:
             setattr(options, name, size)
     options.steps, options.data = 1, "random"  # step.prepare's: a report a round, and rows that no tokenizer is needed for
@@ -459,7 +458,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--providers", help=f"comma-separated; default: {','.join(DEFAULT)}")
     parser.add_argument("--rounds", type=int, help="default: 3")
     parser.add_argument("--seconds", type=float, help="of a window; default: 10, or 100 updates of the slowest meter")
-    parser.add_argument("--settle", type=int, help="steps before it that are not counted; default: 1, on a GPU 5")
+    parser.add_argument("--settle", type=int, help="steps before it that are not counted, and 2 s of the fastest at least; default: 5")
     parser.add_argument("--warmup", type=int, help="steps before the first round; default: 5")
     parser.add_argument("--idle", type=float, help="seconds of the idle draw before and after; default: 10")
     parser.add_argument("--most-steps", type=int, help=f"for which rows are prepared; default: {ROW_TOKENS:,} tokens, 20,000 at most")
