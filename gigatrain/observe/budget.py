@@ -15,6 +15,7 @@ from gigatrain.observe.energy import Energy
 from gigatrain.observe.health import Health
 from gigatrain.observe.logs import Progress
 from gigatrain.observe.trace import Trace
+from gigatrain.parallel import ranks
 from gigatrain.planning.plan import Plan
 from gigatrain.power.control import MEET_S, Governor, Orders, Pace, Seen, stagger
 from gigatrain.power.schedule import Schedule
@@ -26,9 +27,10 @@ class Budget:
     """`wait` before a step, `meet` with the reduced numbers, `decide` at a report."""
 
     def __init__(self, plan: Plan, run: str, energy: Energy, health: Health, times: Trace, progress: Progress) -> None:
-        """Raises PowerError for a schedule that cannot be read."""
+        """Collective where there is a schedule, which rank 0 reads; raises PowerError, on all ranks, if it cannot be read."""
         self.plan, self.energy, self.health, self.times, self.progress = plan, energy, health, times, progress
-        schedule = Schedule.read(plan.power.schedule) if plan.power.schedule else None
+        path = plan.power.schedule
+        schedule = None if path is None else Schedule.of(ranks.first(health.mesh, lambda: Schedule.read(path).json()))
         self.governor = Governor(plan.power, plan.watts, began_s=time.time(), schedule=schedule)
         self.acts = self.governor.acts and bool(energy.nodes)
         self.pace = Pace(torch.cuda.synchronize if plan.device == "cuda" else None)
@@ -37,6 +39,7 @@ class Budget:
         self._met_s = time.monotonic()
         self._elsewhere_s = self._paused_s = 0.0
         self._loop = dict.fromkeys(LOOP, 0)
+        self._first = True  # window of this process: kernels and graphs are made in it
         self._before = (0, 0)  # steps and tokens at the last decision
 
     def saves_at(self, step: int) -> bool:
@@ -98,11 +101,11 @@ class Budget:
                 tokens=tokens - before,
                 stops_after=self._stops_after(step),
                 peak_watts=latest.peak_watts,
-                mixed=bool(loop["mixed"] or loop["paused_ms"]),
+                mixed=bool((self._first and self.plan.device == "cuda") or loop["mixed"] or loop["paused_ms"]),
                 cap_min_share=self.energy.least_cap,
             )
         )
-        self._before = (step, tokens)
+        self._before, self._first = (step, tokens), False
         self._loop = dict.fromkeys(LOOP, 0) | {"now_ms": loop["now_ms"]}
 
     def _follow(self, seen: Seen) -> None:
