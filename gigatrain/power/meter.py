@@ -23,7 +23,7 @@ from gigatrain.power.reading import BIN_S, FIELDS, Source, Taken
 from gigatrain.power.track import LOST_S, MICRO, SLOWEST_S, Drawn, Track
 
 SETTLE_S = 1.0  # how often looks are added up, if nobody asks
-SAVE_S = 5.0  # how often the carry file is written, if nobody asks
+SAVE_S = 8.0  # how often the carry file is written, if nobody asks
 LEAST_S, LEAST_UPDATES = 10.0, 100  # a difference of counters means something over no less
 COST = 0.0005  # of one core is what the thread may take, half of what would be felt; where looks are dear there are fewer of them
 SHORT = 0.95  # a node's meter that says less than this share of its devices' joules does not see them
@@ -49,9 +49,8 @@ class Meter:
         self._at_us = self._began_us = -1
         self._settled_s = self._saved_s = 0.0
         self._slower = 1.0
-        self._ahead_us = round(
-            2 * max([SETTLE_S, *(one.source.update_s for one in parts.tracks)]) * MICRO
-        )  # so far are looks behind, at most
+        slowest_s = max([SETTLE_S, *(one.source.update_s for one in parts.tracks)])
+        self._ahead_us = round(2 * slowest_s * MICRO)  # what is added up is behind by no more
         self._node_trusted, self._trial = True, [0, 0, 0]  # of the node's meter since it was last judged: µs, its nJ, its devices' nJ
         self._bin = self._given = -1
         self._whole, self._of_bin, self._offset_us = False, [0, 0], 0
@@ -88,7 +87,8 @@ class Meter:
                 if now_s - since_s >= SETTLE_S:
                     share = (time.thread_time() - spent_s) / (now_s - since_s)
                     spent_s, since_s = time.thread_time(), now_s
-                    self._pace(share)
+                    with self._lock:
+                        self._pace(share)
                 due_s = min((one.due_s for one in self.parts.tracks), default=now_s + SETTLE_S)
                 if self._stop.wait(max(0.001, due_s - now_s)):
                     self.look(every=True, last=True)
@@ -102,12 +102,8 @@ class Meter:
         """From the share of a core that the thread took to how often it looks. The counters' truth does not depend on it, only their check by watts does."""
         self._slower = min(max(1.0, self._slower * share / COST), max(1.0, SLOWEST_S / self._every_s))
         often_s = max(self._every_s, min(self._every_s * self._slower, SLOWEST_S))
-        asked = (
-            f", not every {self._every_s:g} s: looks are dear here, and the meter keeps to {100 * COST:g} % of a core"
-            if self._slower > 1
-            else ""
-        )
-        self.meters["looks"] = f"every {often_s:.2g} s{asked}"
+        asked = f", not every {self._every_s:g} s: more would take over {100 * COST:g} % of a core" if self._slower > 1 else ""
+        self._tell("looks", f"every {often_s:.2g} s{asked}")
 
     def look(self, *, every: bool = False, last: bool = False) -> None:
         """Ask each meter that is due, or every one; the last time nobody is waited for."""
@@ -173,7 +169,10 @@ class Meter:
         return None if unknown else milliwatts / 1000
 
     def _note(self, text: str) -> None:
-        self.meters["notes"] = f"{self.meters['notes']}; {text}" if self.meters.get("notes") else text
+        self._tell("notes", f"{self.meters['notes']}; {text}" if self.meters.get("notes") else text)
+
+    def _tell(self, what: str, how: str) -> None:
+        self.meters = self.meters | {what: how}  # a new one: somebody may be writing the old one out
 
     # -- sums
 

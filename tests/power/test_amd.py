@@ -115,7 +115,7 @@ def test_without_amdsmi_the_kernels_files_are_read_and_that_is_said(tmp_path, mo
     drm = tmp_path / "drm"
     card(drm, 0, "0x7408", energy1_input=12_345_678_000, power1_average=431_000_000)
     card(drm, 1, "0x7408", energy1_input=0)
-    card(drm, 2, "0x74a1", power1_input=650_000_000)
+    card(drm, 2, "0x74a1", power1_input=650_000_000, energy1_input=0)  # a counter of 0 is no counter
     monkeypatch.setattr(amd, "DRM", drm)
     found, notes = amd.sources([TORCH[1], TORCH[0], TORCH[2], TORCH[6]])
     assert [one.covers for one in found] == [(TORCH[1], TORCH[0]), (TORCH[2],)]

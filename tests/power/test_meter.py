@@ -612,7 +612,7 @@ def test_looks_are_irregular_and_become_fewer_where_they_are_dear_but_one_a_seco
     assert meter.meters.get("looks") is None
     meter._pace(0.002)
     assert len(looked_at(meter, clock, 30)) == pytest.approx(75, abs=2)
-    assert meter.meters["looks"].startswith("every 0.4 s, not every 0.1 s: looks are dear here")
+    assert meter.meters["looks"].startswith("every 0.4 s, not every 0.1 s: more would take over 0.05 % of a core")
     meter._pace(0.02)
     assert max(looked_at(meter, clock, 30)) == pytest.approx(1.0, abs=0.01)
     for _ in range(3):
