@@ -68,7 +68,8 @@ def _train(
         progress = stack.enter_context(Progress(log, folder if mesh.rank == 0 else None))
         if mesh.rank == 0:
             stack.enter_context(prometheus.served(folder, plan.report.prometheus_host, plan.report.prometheus, display.line))
-        energy = stack.enter_context(Energy(plan, mesh, folder, this.id, progress=progress, say=display.line))
+        say = display.line if mesh.rank == 0 else print  # into the rank's log
+        energy = stack.enter_context(Energy(plan, mesh, folder, this.id, progress=progress, say=say))
         log.pulse.mark("corpus")
         corpus = _corpus(plan, this, resumes, mesh, display, log)
         train_on, held = corpus.totals("train"), corpus.totals("validation")

@@ -38,6 +38,7 @@ COMPUTE = ("forward", "backward", "optimizer")
 APART = ("paced", "checkpoint", "validation", "profile")  # have joules of their own, by the clock
 COUNTS = ("nodes", "devices")  # what is there, of a window as of each part of it
 SPARE_BINS = 8
+JUMP = 10_000  # bins, more than a day: so long is no window
 MACHINE = 1 << 32  # in a bin's count of who has closed it: ranks that read below, machines above
 
 
@@ -61,6 +62,7 @@ class Energy:
         self.meter: meter.Meter | None = None
         self.window_s: float | None = None  # how long the last window was, and
         self.drawn: dict[str, Any] = {}  # by boundary, what was drawn in it: None or an account.Boundary
+        self._leads = self._whole = False
         self.nodes = self.devices = self._leaders = 0  # machines, their metered accelerators, and ranks that read; 0: nothing is measured
         self.latest, self.orders, self.elsewhere_s = Latest(), {}, 0.0
         self.least_cap: float | None = None  # the least limit of the accelerators, over their most; None: it cannot be set
@@ -77,29 +79,55 @@ class Energy:
         self._ready, self._closed, self._at = False, False, (0, 0)
         if not plan.power.measure:
             return
-        uuids, self._whole, leads, self._leaders, self.nodes = _share(mesh, _accelerator(mesh.device))
-        with agreed(mesh, PowerError, str):
-            if leads:
-                self._carry = Path(tempfile.gettempdir()) / f"gigatrain-energy-{run}-{os.getuid()}-{platform.node()}.json"
-                self.meter = meter.opened(plan.power, plan.watts, uuids, whole=self._whole, carry=self._carry, run=run)
-                if plan.power.caps and uuids and plan.watts.device_watts.value:
-                    self._caps = guard.Caps([f"GPU-{one}" for one in uuids], run=str(folder), say=say)
+        uuids, share, self._whole, self._leads, self._leaders, self.nodes = _share(mesh, _accelerator(mesh.device), plan.watts.per_node)
+        try:
+            with agreed(mesh, PowerError, str):
+                if self._leads:
+                    self._open(uuids, share, run, folder)
+        except BaseException:
+            self._let_go()
+            raise
         least_s = self.meter.least_s if self.meter is not None else 0.0
         self._next, self.least_s = ranks.first(mesh, lambda: [int(time.time()) // BIN_S, max(LEAST_S, least_s)])
         self._room = SPARE_BINS
 
+    def _open(self, uuids: Sequence[str], share: float | None, run: str, folder: Path) -> None:
+        """The meters and limits of this host. A meter that the recipe names must answer; any other failure costs the figures and not the run."""
+        power, watts = self.plan.power, self.plan.watts
+        self._carry = Path(tempfile.gettempdir()) / f"gigatrain-energy-{run}-{os.getuid()}-{platform.node()}.json"
+        try:
+            self.meter = meter.opened(power, watts, uuids, whole=self._whole, share=share, carry=self._carry, run=run)
+        except PowerError:
+            raise
+        except Exception as failure:  # of a driver's binding: whatever it is
+            self.say(f"POWER NOT MEASURED on {platform.node()}: {type(failure).__name__}: {str(failure)[:300]}; training goes on")
+        if power.caps and uuids and watts.device_watts.value:
+            self._caps = guard.Caps([f"GPU-{one}" for one in uuids], run=str(folder), say=self.say)
+
     def __enter__(self) -> Self:
         """Collective where limits may be set; raises PowerError, on all ranks, where one of them has not the right to."""
         if self.plan.power.caps and self.nodes:
-            with agreed(self.mesh, PowerError, str):
-                if self._caps is not None:
-                    self._caps.__enter__()
-            self.least_cap = self._least_cap()
+            try:
+                with agreed(self.mesh, PowerError, str):
+                    if self._caps is not None:
+                        self._caps.__enter__()
+                self.least_cap = self._least_cap()
+            except BaseException:
+                self._let_go()
+                raise
         if self.meter is not None:
             self.meter.__enter__()
-            if not self._finished:
-                self._write("begin", Taken(), [])
+        if self.path is not None and self.nodes and not self._finished:
+            self._write("begin", Taken(), [])
         return self
+
+    def _let_go(self) -> None:
+        """Of meters and limits that were opened in vain: another rank has failed."""
+        if self._caps is not None:
+            with contextlib.suppress(PowerError):
+                self._caps.close()
+        if self.meter is not None:
+            self.meter.__exit__(None, None, None)
 
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
         try:
@@ -120,15 +148,15 @@ class Energy:
     def close(self) -> None:
         """The last row, after a last look: what is left of rank 0's node (of the others, if they were killed, their next process recovers it). Not
         collective; once."""
-        if self.meter is None or self._closed:
+        if not self.nodes or self._closed:
             return
         self._closed = True
-        self.meter.__exit__(None, None, None)
-        self._add(self.meter.take())
-        if self.path is not None and not self._finished:
-            self._turn(self._phase)
+        if self.meter is not None:
+            self.meter.__exit__(None, None, None)
+            self._add(self.meter.take())
             self.meter.kept()
-            self._write("end", self._sum, [])
+        if self.path is not None and not self._finished:
+            self._write("end", self._sum, self._sum.bins)
         if self.complete and self._carry is not None:
             self._carry.unlink(missing_ok=True)
 
@@ -139,23 +167,20 @@ class Energy:
         if not self.nodes:
             return []
         bins = [[0, 0, 0] for _ in range(self._room)]
-        taken = Taken()
-        if self.meter is not None:
-            taken = self.meter.take()
+        taken = self.meter.take() if self.meter is not None else Taken()
+        if self._leads:
             self._keep(taken)
-            self._late()
             for number, (known, device, node) in self._waiting.items():
                 if 0 <= number - self._next < self._room:
                     bins[number - self._next] = [1 + known * MACHINE, device, node]
-        return [*taken.ints(), *(value for one in bins for value in one)]
+        now = int(time.time()) // BIN_S if self.mesh.rank == 0 else 0
+        return [*taken.ints(), *(value for one in bins for value in one), now]
 
     def _keep(self, taken: Taken) -> None:
+        """Bins that this host's meter has closed; what no meter has closed is closed without it, as known by nobody, so that the others' do not wait."""
         for number, _, device, node in taken.bins:
             self._waiting[number] = (int(self._whole), device, node)
-
-    def _late(self) -> None:
-        """What no meter has closed is closed without it, as known by nobody, so that the others' bins do not wait for ever."""
-        for number in range(self._next, int((time.time() - LATE_S) // BIN_S)):
+        for number in range(self._next, min(int((time.time() - LATE_S) // BIN_S), self._next + self._room)):
             self._waiting.setdefault(number, (0, 0, 0))
 
     def meet(self, sums: Sequence[int]) -> Sequence[int]:
@@ -163,7 +188,7 @@ class Energy:
         if not self.nodes:
             return sums
         size = len(FIELDS) + 3 * self._room
-        flat, taken = sums[len(FIELDS) : size], Taken.of(sums[: len(FIELDS)])
+        flat, now, taken = sums[len(FIELDS) : size], sums[size], Taken.of(sums[: len(FIELDS)])
         self._add(taken)
         closed = []
         for at in range(self._room):
@@ -172,6 +197,8 @@ class Energy:
                 break
             closed.append((self._next + at, who // MACHINE, device, node))
         self._next, full = self._next + len(closed), len(closed) == self._room
+        if now - self._next > JUMP:  # somebody set the clock of rank 0's node
+            self._next = now
         closed = [one for one in closed if one[1]]
         self._waiting = {number: value for number, value in self._waiting.items() if number >= self._next}
         self._sum.bins += closed
@@ -179,7 +206,7 @@ class Energy:
         self._room = SPARE_BINS + int(2 * seconds) // BIN_S + (self._room if full else 0)
         self._ready = seconds >= self.least_s
         self._look(taken, closed)
-        return sums[size:]
+        return sums[size + 1 :]
 
     def _look(self, taken: Taken, closed: Sequence[Sequence[int]]) -> None:
         seconds = taken.ms / 1e3 / self.nodes
@@ -201,8 +228,8 @@ class Energy:
             setattr(self._sum, name, max(before, more) if name in COUNTS else before + more)
 
     def _seconds(self) -> float:
-        """Of the open window, by the meters of all nodes alike; the same on every rank."""
-        return self._sum.ms / 1e3 / self.nodes
+        """Of the open window, by the meters of all nodes that answer; the same on every rank."""
+        return _seconds(self._sum)
 
     # ---- Rows and figures ----
 
@@ -212,7 +239,7 @@ class Energy:
         if self._ready:
             self.window_s = self._seconds()
             self.drawn = account.boundaries(self._sum, self.plan.watts, self.window_s)
-            known = {name: one for name, one in self.drawn.items() if one is not None}
+            known = {name: one for name, one in self.drawn.items() if one is not None and self._sum.nodes == self.nodes}
             gained, self._tokens = tokens - self._tokens, tokens
             self._told = {f"{name}_watts": round(one.watts, 1) for name, one in known.items() if one.watts is not None}
             joules = list(known.values())[-1].joules if known else 0.0
@@ -265,7 +292,7 @@ class Energy:
         self._cap_share = cap_share
         try:
             self._caps.apply(None if cap_share is None else max(self._caps.least_watts, cap_share * most))
-        except PowerError as failure:
+        except (PowerError, OSError) as failure:
             self.say(f"POWER LIMIT NOT SET: {failure}; training goes on, and the budget is kept by spacing steps where it is exceeded")
 
     def _changed(self) -> dict[str, Any]:
@@ -307,7 +334,18 @@ class Energy:
                         file.write(b"\n")
                 file.write(json.dumps(row).encode() + b"\n")
         except OSError as failure:
-            self.say(f"ENERGY NOT WRITTEN {self.path}: {failure.strerror}; training goes on")
+            self.say(f"ENERGY NOT WRITTEN {self.path}: {failure.strerror}; it is in the next row, and training goes on")
+            if taken is not self._sum:
+                self._add(taken)
+                self._sum.bins = [*bins, *self._sum.bins]  # type: ignore[list-item]
+            self._words = {}
+            for name, joules in phases.items():
+                self._phases[name] = self._phases.get(name, 0.0) + joules
+
+
+def _seconds(taken: Taken) -> float:
+    """How long its meters saw, each of them."""
+    return taken.ms / 1e3 / max(1, taken.nodes)
 
 
 def _steepest(bins: Sequence[Sequence[int]], nodes: int) -> float | None:
@@ -335,11 +373,9 @@ def _accelerator(device: torch.device) -> int:
     return uuid.UUID(str(torch.cuda.get_device_properties(device).uuid)).int if device.type == "cuda" else 0
 
 
-def _share(mesh: Mesh, mine: int) -> tuple[list[str], bool, bool, int, int]:
-    """UUIDs of the accelerators that this rank reads, whether it reads the machine, whether it leads its host, and how many hosts and machines there are.
-
-    Collective.
-    """
+def _share(mesh: Mesh, mine: int, per_node: int) -> tuple[list[str], float | None, bool, bool, int, int]:
+    """UUIDs of the accelerators that this rank reads; where several hosts (containers) are on its machine, the share of the machine's that are the run's;
+    whether it reads the machine, whether it leads its host, and how many hosts and machines there are. Collective."""
     row = [_hashed(_boot(), platform.node()), _hashed(_boot()), mine >> 64, mine & ((1 << 64) - 1)]
     table = torch.zeros(mesh.count, len(row), dtype=torch.int64)
     table[mesh.rank] = torch.tensor([value - (1 << 64) if value >> 63 else value for value in row])
@@ -348,9 +384,16 @@ def _share(mesh: Mesh, mine: int) -> tuple[list[str], bool, bool, int, int]:
     of_host = [number for number, one in enumerate(rows) if one[0] == host]
     leads = of_host[0] == mesh.rank
     whole = leads and next(number for number, one in enumerate(rows) if one[1] == machine) == mesh.rank
-    words = ((rows[number][2] % (1 << 64)) << 64 | rows[number][3] % (1 << 64) for number in of_host)
-    uuids = [str(uuid.UUID(int=word)) for word in dict.fromkeys(words) if word]
-    return uuids if leads else [], whole, leads, len({one[0] for one in rows}), len({one[1] for one in rows})
+
+    def words(numbers: Sequence[int]) -> list[int]:
+        found = ((rows[number][2] % (1 << 64)) << 64 | rows[number][3] % (1 << 64) for number in numbers)
+        return [word for word in dict.fromkeys(found) if word]
+
+    uuids = [str(uuid.UUID(int=word)) for word in words(of_host)]
+    of_machine = [number for number, one in enumerate(rows) if one[1] == machine]
+    several = len({rows[number][0] for number in of_machine}) > 1
+    share = min(1.0, len(words(of_machine)) / per_node) if several and per_node else None
+    return uuids if leads else [], share, whole, leads, len({one[0] for one in rows}), len({one[1] for one in rows})
 
 
 def _boot() -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 import uuid
 from typing import Any
 
@@ -15,9 +16,11 @@ from rich.console import Console
 
 from gigatrain import config, load, loop
 from gigatrain.errors import PowerError
+from gigatrain.observe import energy, trace
 from gigatrain.observe.display import Display, drawn
 from gigatrain.observe.energy import _share, _split, _steepest
 from gigatrain.observe.health import Health
+from gigatrain.observe.logs import Log, Progress
 from gigatrain.parallel.mesh import Mesh, alone
 from gigatrain.planning.plan import plan
 
@@ -105,7 +108,7 @@ def test_a_meter_that_the_recipe_names_and_that_is_not_there_stops_the_run(tiny,
 def hosts(rank, names):
     platform.node = lambda: names[rank]
     mesh = Mesh(config.Mesh(shard=len(names)), rank)
-    found = _share(mesh, 0)
+    found = _share(mesh, 0, 0)
     heard = Health(None, mesh).agree([rank, 1 << 40])  # type: ignore[arg-type]
     return found, heard
 
@@ -113,16 +116,84 @@ def hosts(rank, names):
 def test_one_rank_a_host_leads_and_one_a_machine_reads_it():
     found = together(4, hosts, ("left", "left", "right", "right"))
     assert [one for one, _ in found] == [
-        ([], True, True, 2, 1),
-        ([], False, False, 2, 1),
-        ([], False, True, 2, 1),
-        ([], False, False, 2, 1),
+        ([], None, True, True, 2, 1),
+        ([], None, False, False, 2, 1),
+        ([], None, False, True, 2, 1),
+        ([], None, False, False, 2, 1),
     ]
     assert all(heard == [6, 4 << 40] for _, heard in found)
 
 
+def of_hosts(rank, recipe, folder, sysfs, hosts, machines):
+    """A whole run, each rank on a host of its own, which may be another machine's."""
+    platform.node = lambda: hosts[rank]
+    energy._boot = lambda: machines[rank]
+    overrides = ["export=false", "report.trackers=[]", "train.steps=6", f"power.sysfs={sysfs}"]
+    chosen = plan(load.recipe(recipe, overrides), load.site("laptop"), len(hosts))
+    return loop.train(chosen, folder, display=Display(Console(file=open(os.devnull, "w"))))
+
+
+@pytest.mark.parametrize(("machines", "count"), [(("one", "two"), 2), (("one", "one"), 1)])
+def test_a_run_on_two_hosts_sums_their_machines(tiny, tmp_path, machines, count):
+    """Two machines, which here have the same tree, draw twice; two containers of one machine draw once."""
+    with Rapl(tmp_path / "sys", 50):
+        first, _ = together(2, of_hosts, tiny, tmp_path / "run", tmp_path / "sys", ("left", "right"), machines)
+    found = rows(tmp_path / "run")
+    assert [row["event"] for row in found] == ["begin", "steps", "window", "end"]
+    assert {row["taken"]["nodes"] for row in found[1:3]} == {count}
+    steps = sum(row["taken"]["device_measured_mj"] for row in found[1:3]) / sum(row["taken"]["ms"] for row in found[1:3])
+    assert steps == pytest.approx(50, rel=0.1)  # milliwatts over milliseconds of machines
+    assert first["energy"]["watts"]["device"] == pytest.approx(50 * count, rel=0.1)
+
+
+def test_a_row_that_cannot_be_written_is_in_the_next(tiny, tmp_path):
+    said = []
+    with Rapl(tmp_path / "sys", 50):
+        chosen = plan(load.recipe(tiny, [f"power.sysfs={tmp_path}/sys"]), load.site("laptop"))
+        (tmp_path / "run").mkdir()
+        progress = Progress(Log(tmp_path / "run"), tmp_path / "run")
+        with energy.Energy(chosen, alone(), tmp_path / "run", "r", progress=progress, say=said.append) as measured:
+            time.sleep(1.5)
+            (tmp_path / "run" / "energy.jsonl").rename(tmp_path / "run" / "kept")
+            (tmp_path / "run" / "energy.jsonl").mkdir()
+            measured.meet(measured.numbers())
+            measured.report(2, 100, trace.OFF, must=True)
+            (tmp_path / "run" / "energy.jsonl").rmdir()
+            time.sleep(1.5)
+            measured.meet(measured.numbers())
+            measured.report(4, 200, trace.OFF, must=True)
+    assert "it is in the next row" in said[0]
+    window = rows(tmp_path / "run")[0]
+    assert (window["event"], window["step"]) == ("window", 4)
+    assert window["taken"]["device_measured_mj"] == pytest.approx(50 * window["taken"]["ms"], rel=0.05)
+    assert window["taken"]["ms"] > 2000
+
+
+def test_a_clock_that_was_set_forward_costs_no_memory(tiny, tmp_path, monkeypatch):
+    (tmp_path / "sys").mkdir()
+    chosen = plan(load.recipe(tiny, [f"power.sysfs={tmp_path}/sys"]), load.site("laptop"))
+    with energy.Energy(chosen, alone(), tmp_path, "r", progress=Progress(Log(tmp_path), tmp_path), say=print) as measured:
+        later = time.time() + 10 * 365 * 86400
+        monkeypatch.setattr(time, "time", lambda: later)
+        for _ in range(3):
+            assert len(measured.numbers()) < 1000
+            measured.meet(measured.numbers())
+        assert len(measured._waiting) < 100
+        assert measured._next == int(later) // 10
+
+
+def test_a_driver_that_fails_in_its_own_way_costs_the_figures_and_not_the_run(tiny, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise KeyError("counter_resolution")
+
+    monkeypatch.setattr(energy.meter, "opened", broken)
+    summary = trained(tiny, tmp_path / "run", "train.steps=4")
+    assert summary is not None
+    assert set(summary["energy"]["joules"].values()) == {None}
+
+
 def uuids(rank, numbers):
-    return _share(Mesh(config.Mesh(shard=len(numbers)), rank), numbers[rank])[0]
+    return _share(Mesh(config.Mesh(shard=len(numbers)), rank), numbers[rank], 0)[0]
 
 
 def test_four_ranks_on_two_gpus_are_two_devices():
