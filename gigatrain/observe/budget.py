@@ -105,6 +105,7 @@ class Budget:
                 cap_min_share=self.energy.least_cap,
             )
         )
+        self.energy.decided()
         self._before, self._first = (step, tokens), False
         self._loop = dict.fromkeys(LOOP, 0) | {"now_ms": loop["now_ms"]}
 
@@ -130,7 +131,7 @@ class Budget:
 
         def alone() -> None:  # who waits for nobody leaves a pause at once
             alive()
-            if time.monotonic() - self._met_s > MEET_S:
+            if self.orders is not None and self.orders.pause_until_s is not None and time.monotonic() - self._met_s > MEET_S:
                 report()
 
         with self.times.phase("paced"), self.energy.during("paced"), self.progress.spent("paced"):

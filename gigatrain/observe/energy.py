@@ -31,12 +31,12 @@ from gigatrain.parallel.mesh import Mesh
 from gigatrain.planning.plan import Plan
 from gigatrain.power import account, guard, meter
 from gigatrain.power.reading import BIN_S, FIELDS, Taken
+from gigatrain.power.spans import plus
 
 LEAST_S = 10.0  # no figure is of less
 LATE_S = 3 * BIN_S  # a bin that a meter has not closed by then is closed without it
 COMPUTE = ("forward", "backward", "optimizer")
 APART = ("paced", "checkpoint", "validation", "profile")  # have joules of their own, by the clock
-COUNTS = ("nodes", "devices")  # what is there, of a window as of each part of it
 SPARE_BINS = 8
 JUMP = 10_000  # bins, more than a day: so long is no window
 MACHINE = 1 << 32  # in a bin's count of who has closed it: ranks that read below, machines above
@@ -60,8 +60,6 @@ class Energy:
         self.row = {"attempt": progress.log.attempt, "process": progress.process}
         self._finished = progress.waiting is not None  # nothing is written for who only looks at a finished run
         self.meter: meter.Meter | None = None
-        self.window_s: float | None = None  # how long the last window was, and
-        self.drawn: dict[str, Any] = {}  # by boundary, what was drawn in it: None or an account.Boundary
         self._leads = self._whole = False
         self.nodes = self.devices = self._leaders = 0  # machines, their metered accelerators, and ranks that read; 0: nothing is measured
         self.latest, self.orders, self.elsewhere_s = Latest(), {}, 0.0
@@ -70,7 +68,8 @@ class Energy:
         self._cap_share: float | None = None
         self._carry: Path | None = None
         self.complete = False  # nothing will follow: no process will have anything to recover
-        self._sum, self._words = Taken(), dict[str, str]()
+        self._sum, self._figured, self._since = Taken(), Taken(), Taken()  # since the last row, the last figures, the last decision
+        self._words: dict[str, str] = {}
         self._waiting: dict[int, tuple[int, int, int]] = {}  # closed bins that not all have heard of: whether a node's, device and node mJ
         self._tokens = 0  # of the run where the open window began
         self._told: dict[str, float | None] = {}
@@ -153,7 +152,7 @@ class Energy:
         self._closed = True
         if self.meter is not None:
             self.meter.__exit__(None, None, None)
-            self._add(self.meter.take())
+            plus(self._sum, self.meter.take())
             self.meter.kept()
         if self.path is not None and not self._finished:
             self._write("end", self._sum, self._sum.bins)
@@ -189,7 +188,6 @@ class Energy:
             return sums
         size = len(FIELDS) + 3 * self._room
         flat, now, taken = sums[len(FIELDS) : size], sums[size], Taken.of(sums[: len(FIELDS)])
-        self._add(taken)
         closed = []
         for at in range(self._room):
             who, device, node = flat[3 * at : 3 * at + 3]
@@ -201,54 +199,48 @@ class Energy:
             self._next = now
         closed = [one for one in closed if one[1]]
         self._waiting = {number: value for number, value in self._waiting.items() if number >= self._next}
-        self._sum.bins += closed
-        seconds = self._seconds()
+        for into in (self._sum, self._figured, self._since):
+            plus(into, taken)
+            into.bins += closed
+        seconds = _seconds(self._sum)
         self._room = SPARE_BINS + int(2 * seconds) // BIN_S + (self._room if full else 0)
         self._ready = seconds >= self.least_s
-        self._look(taken, closed)
+        self._look()
         return sums[size + 1 :]
 
-    def _look(self, taken: Taken, closed: Sequence[Sequence[int]]) -> None:
-        seconds = taken.ms / 1e3 / self.nodes
-        known = (
-            {name: one for name, one in account.boundaries(taken, self.plan.watts, seconds).items() if one is not None} if taken.ms else {}
-        )
+    def _look(self) -> None:
+        """What was drawn since the last decision; a node that is silent is no 0 W."""
+        taken, seconds = self._since, _seconds(self._since)
+        found = account.boundaries(taken, self.plan.watts, seconds) if taken.nodes == self.nodes else {}
+        known = {name: one for name, one in found.items() if one is not None}
         share = known["facility"].joules / known["node"].joules if "facility" in known and known["node"].joules else None
-        peak = (
-            max((node for _, nodes, _, node in closed if nodes == self.nodes), default=0) / 1e3 / BIN_S * share
-            if closed and share
-            else None
-        )
-        self.latest = Latest(seconds, {name: one.watts for name, one in known.items() if one.watts is not None}, peak)
+        means = [node / 1e3 / BIN_S for _, nodes, _, node in taken.bins if nodes == self.nodes]
+        watts = {name: one.watts for name, one in known.items() if one.watts is not None}
+        self.latest = Latest(seconds, watts, max(means) * share if means and share else None)
         self.devices = taken.devices or self.devices
 
-    def _add(self, taken: Taken) -> None:
-        for name in FIELDS:
-            before, more = getattr(self._sum, name), getattr(taken, name)
-            setattr(self._sum, name, max(before, more) if name in COUNTS else before + more)
-
-    def _seconds(self) -> float:
-        """Of the open window, by the meters of all nodes that answer; the same on every rank."""
-        return _seconds(self._sum)
+    def decided(self) -> None:
+        """What is drawn from here on is for the next decision."""
+        self._since = Taken()
 
     # ---- Rows and figures ----
 
     def figures(self, tokens: int) -> dict[str, float | None]:
         """What a line of metrics.jsonl says of power: of the window that ends here, or where that is still too short of the last; what is unknown is not
         there."""
-        if self._ready:
-            self.window_s = self._seconds()
-            self.drawn = account.boundaries(self._sum, self.plan.watts, self.window_s)
-            known = {name: one for name, one in self.drawn.items() if one is not None and self._sum.nodes == self.nodes}
+        if self.nodes and _seconds(self._figured) >= self.least_s:
+            taken, self._figured = self._figured, Taken()
+            found = account.boundaries(taken, self.plan.watts, _seconds(taken)) if taken.nodes == self.nodes else {}
+            known = {name: one for name, one in found.items() if one is not None}
             gained, self._tokens = tokens - self._tokens, tokens
             self._told = {f"{name}_watts": round(one.watts, 1) for name, one in known.items() if one.watts is not None}
             joules = list(known.values())[-1].joules if known else 0.0
             if gained > 0 and joules > 0:
                 self._told |= {"joules_per_token": joules / gained, "tokens_per_s_mw": 1e6 * gained / joules}
             if "node" in known and known["node"].joules > 0:
-                change = _steepest([*self._last_bin, *self._sum.bins], self.nodes)
+                change = _steepest([*self._last_bin, *taken.bins], self.nodes)
                 self._told["watts_change_10s"] = None if change is None else change * joules / known["node"].joules
-            self._last_bin = self._sum.bins[-1:]
+            self._last_bin = taken.bins[-1:] or self._last_bin
         return self._told
 
     def report(self, step: int, tokens: int, trace: Trace, *, must: bool = False) -> None:
@@ -266,7 +258,7 @@ class Energy:
         self._tokens, self._at, self._finished = tokens, (step, tokens), False
         if self.nodes:
             self._turn("training")
-            taken, self._sum, self._ready = self._sum, Taken(), False
+            taken, self._sum, self._ready, self._figured, self._since = self._sum, Taken(), False, Taken(), Taken()
             if self.meter is not None:
                 self.meter.kept()
             if self.path is not None:
@@ -336,7 +328,7 @@ class Energy:
         except OSError as failure:
             self.say(f"ENERGY NOT WRITTEN {self.path}: {failure.strerror}; it is in the next row, and training goes on")
             if taken is not self._sum:
-                self._add(taken)
+                plus(self._sum, taken)
                 self._sum.bins = [*bins, *self._sum.bins]  # type: ignore[list-item]
             self._words = {}
             for name, joules in phases.items():
