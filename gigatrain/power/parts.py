@@ -27,7 +27,9 @@ class Parts:
     device_mw: int | None = None  # what such a one draws by its nameplate
     rest_mw: int | None = None  # what a node draws beside its devices
     share_ppm: int = MICRO  # the job's of the node
-    own_ppm: int = MICRO  # of the node's devices, those that are seen here; less than `share_ppm` where other processes see more of the job's
+    own_ppm: int = (
+        MICRO  # of the node's devices, those that are seen here; less than `share_ppm` where other processes see more of the job's
+    )
     alone: bool = False  # no accelerators: the processors are the devices
     whole: bool = True
     elsewhere: bool = False  # another process of this machine reads the node's meter, and that holds these devices

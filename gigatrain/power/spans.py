@@ -386,8 +386,8 @@ class Spans:
 
 
 def _held_s(before: Session, after: Session, since_s: float, history: list[dict[str, Any]]) -> tuple[float, str]:
-    """For how long nodes were held from then until the next process, by the job's history: a new attempt of the same allocation holds them all the time; one that was
-    queued again until the old job's end and from the new one's start."""
+    """For how long nodes were held from then until the next process, by the job's history: a new attempt of the same allocation holds them all the time; one
+    that was queued again until the old job's end and from the new one's start."""
     if before.attempt is None or after.attempt is None or before.attempt == after.attempt:
         return 0.0, ""
     judged = next((event for event in history if event["event"] == "judged" and event.get("attempt") == before.attempt), None)
