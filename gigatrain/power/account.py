@@ -81,6 +81,7 @@ def account(run: Path, *, schedule: Schedule | None = None, until: float | None 
     for index, session in enumerate(sessions):
         spans.take(session, sessions[index - 1] if index else None, sessions[index + 1] if index + 1 < len(sessions) else None)
     taken, wall_s = spans.sum, spans.seconds
+    notes += spans.notes
     found, why = look(taken, watts, wall_s)
     if not sessions:
         why |= dict.fromkeys(BOUNDARIES, "the run has no rows in energy.jsonl and no progress")

@@ -119,7 +119,8 @@ def look(taken: Taken, watts: Watts, seconds: float) -> tuple[dict[str, Boundary
     unseen_ms = taken.node_unknown_ms + missing_ms
     if taken.nodes:
         text = (
-            "nobody knows what the nodes drew beside their devices (a meter of the node, or power.node_watts in the site's file, would say)"
+            "nobody knows what the nodes drew beside their devices (a meter of the node, or power.node_watts in the site's file, would say; "
+            "of a node that others use too, power.node_watts)"
         )
         inner = found["device"]
         if said := _unseen(unseen_ms, taken.ms + missing_ms, text):

@@ -1,7 +1,8 @@
 """What there is of a node, what is added to what, and how its joules are put together.
 
-node, with a meter of its own    its joules; of them the job's share where others use the machine
+node, with a meter of its own    its joules
 node, without                    devices + processors, measured, + what the site's rest_watts has beyond the processors, estimated
+node that others use too         the job's devices + its share of what the node draws beside all devices, estimated (POWER.md, "What is counted")
 device of a CPU-only node        its processor packages: they do the computing
 """
 
@@ -26,6 +27,9 @@ class Parts:
     device_mw: int | None = None  # what such a one draws by its nameplate
     rest_mw: int | None = None  # what a node draws beside its devices
     share_ppm: int = MICRO  # the job's of the node
+    own_ppm: int = (
+        MICRO  # of the node's devices, those that are seen here; less than `share_ppm` where other processes see more of the job's
+    )
     alone: bool = False  # no accelerators: the processors are the devices
     whole: bool = True
     elsewhere: bool = False  # another process of this machine reads the node's meter, and that holds these devices
@@ -48,10 +52,7 @@ class Parts:
             missing_us = long_us - node.known_us
             if self.share_ppm == MICRO:
                 return node.measured_nj, node.estimated_nj, 0, missing_us
-            # Only ours can be seen; where the others' draw like ours, devices + (node - all devices) x share is the node's share.
-            part_nj = node.nj * self.share_ppm // MICRO
-            ours_nj = min(device.measured_nj, part_nj)
-            return ours_nj, part_nj - ours_nj, 0, missing_us
+            return self._of_shared(long_us, device, nameplate_nj, node.nj, missing_us)
         missing_us = min(long_us, unknown_us) if self.rest_mw is not None else long_us
         processors_nj = beside_nj + (device.nj if self.alone else 0)
         rest_nj = max(0, self.rest_mw * long_us - processors_nj) if self.rest_mw is not None else 0
@@ -59,12 +60,31 @@ class Parts:
             return device.measured_nj + beside_nj, device.estimated_nj + rest_nj, nameplate_nj, missing_us
         return device.measured_nj, device.estimated_nj + (beside_nj + rest_nj) * self.share_ppm // MICRO, nameplate_nj, missing_us
 
+    def _of_shared(self, long_us: int, device: Drawn, nameplate_nj: int, node_nj: int, missing_us: int) -> tuple[int, int, int, int]:
+        """Of a metered node that others use too: the job's devices, and its share of the rest.
+
+        The others' devices cannot be seen. They are taken to draw like ours, unless that leaves less for the rest of the node than the site says it draws:
+        then they draw less. Where the site says nothing, and the meter leaves no room for devices like ours, nobody knows.
+        """
+        nameplate_nj = min(nameplate_nj, max(0, node_nj - device.nj))
+        seen_nj = device.nj + nameplate_nj
+        ours_nj = max(seen_nj, seen_nj * self.share_ppm // max(1, self.own_ppm))
+        rest_nj, beside_nj = node_nj - seen_nj * MICRO // max(1, self.own_ppm), max(0, node_nj - ours_nj)
+        if self.rest_mw is not None:
+            rest_nj = max(rest_nj, min(self.rest_mw * long_us, beside_nj))
+        elif rest_nj < 0:
+            rest_nj, missing_us = 0, long_us
+        added_nj = ours_nj - seen_nj + min(rest_nj, beside_nj) * self.share_ppm // MICRO
+        return device.measured_nj, device.estimated_nj + added_nj, nameplate_nj, missing_us
+
 
 def composed(
     found: Sequence[Source], processors: Sequence[Source], meter: Source | None, watts: Watts, *, every_s: float = 0.1, unmetered: int = 0,
     share: float | None = None, whole: bool = True, elsewhere: bool = False, notes: list[str] | None = None,
 ) -> Parts:  # fmt: skip
-    """What counts towards what. Nothing that lies within another thing is added to it: `reading.total` refuses, and that is noted."""
+    """What counts towards what. `share`: of the node that is the job's, by all its processes on this machine; None: by the devices that are here.
+
+    Nothing that lies within another thing is added to it: `reading.total` refuses, and that is noted."""
     alone = not found and not unmetered
     if alone:
         computing = ("cpu", "module")
@@ -88,12 +108,13 @@ def composed(
     if alone and whole and not devices:
         unmetered = 1  # the processors, of which nobody says anything
     count = len(devices) + unmetered
+    own = 1.0 if alone else min(1.0, count / watts.per_node) if watts.per_node else None
     if share is None:
-        share = min(1.0, count / watts.per_node) if watts.per_node and not alone and whole else 1.0
+        share = own if own is not None and whole else 1.0
     return Parts(
         devices, beside, Track(meter, every_s) if meter is not None else None, tuple(added), unmetered=unmetered,
         device_mw=_mw(watts.device_watts.value) if not alone else None, rest_mw=_mw(watts.rest_watts.value),
-        share_ppm=round(share * MICRO), alone=alone, whole=whole, elsewhere=elsewhere,
+        share_ppm=round(share * MICRO), own_ppm=round((own if own is not None else share) * MICRO), alone=alone, whole=whole, elsewhere=elsewhere,
     )  # fmt: skip
 
 
@@ -132,6 +153,8 @@ def described(parts: Parts, watts: Watts, notes: Sequence[str]) -> dict[str, str
         )
     if parts.whole and parts.share_ppm != MICRO:
         said["share"] = f"{parts.share_ppm / MICRO:.4g} of the node is the job's; what is beside its devices is estimated by that"
+        if parts.node is not None:
+            said["share"] += ", others' devices are taken to draw like ours"
     if notes:
         said["notes"] = "; ".join(notes)
     return said

@@ -427,6 +427,188 @@ def test_what_meters_saw_while_a_job_held_its_nodes_is_measured(folder):
     assert found["provenance"]["device"]["measured"] == 1  # idle watts, and not a rule's
 
 
+def found_by_the_next(folder, left, *, process="b", attempt=0, own=10.0, step=10):
+    """The next process begins now, with what its meters found of those before it in its first row."""
+    folder.process, folder.attempt = process, attempt
+    folder.progress("start")
+    folder.energy("begin", Taken(), step)
+    both = Taken.of([one + two for one, two in zip(left.ints(), seen(own, 200.0).ints(), strict=True)])
+    both.nodes, both.devices, both.recovered_mj = 2, 8, left.node_measured_mj + left.node_estimated_mj
+    folder.energy("steps", both, step, after=own)
+    folder.progress("steps", step=step)
+
+
+@pytest.mark.parametrize("said_s", [9, 60])
+def test_a_killed_process_whose_words_are_newer_than_its_last_row_is_counted_once(folder, said_s):
+    folder.starts("a")
+    folder.window(10)
+    folder.now += said_s
+    folder.progress("report", step=15, tokens=1500)
+    folder.now += 100
+    found_by_the_next(folder, seen(said_s + 2))
+    folder.window(20)
+    found = account(folder.path)
+    assert found["joules"]["device"] == pytest.approx(8 * (200 * 20 + 500 * (40 + said_s + 2)))
+    assert found["wall_s"] == pytest.approx(10 + 20 + said_s + 2 + 10 + 20)
+    assert (found["held"]["seconds"], found["queued_s"]) == (said_s + 2, 98)
+    assert found["provenance"]["device"]["measured"] == 1
+    assert sum(one["seconds"] for one in found["windows"]) == pytest.approx(found["wall_s"])
+
+
+def test_what_was_not_found_of_a_killed_process_is_by_rule_until_its_last_word(folder):
+    """Its file was as old as 8 s."""
+    folder.starts("a")
+    folder.window(10)
+    folder.now += 9
+    folder.progress("report", step=15, tokens=1500)
+    folder.now += 100
+    found_by_the_next(folder, seen(3))
+    found = account(folder.path)
+    assert found["held"]["seconds"] == 9
+    assert found["joules"]["device"] == pytest.approx(8 * (200 * 20 + 500 * 29))
+    assert found["provenance"]["device"]["estimated"] == pytest.approx(8 * 500 * 6 / found["joules"]["device"])
+    assert "lived on" in found["held"]["why"]
+
+
+@pytest.mark.parametrize("queued_s", [0, 3600])
+def test_words_after_the_last_row_and_a_job_that_holds_its_nodes(folder, queued_s):
+    folder.starts("a")
+    folder.window(10)
+    folder.now += 60
+    folder.progress("report", step=15, tokens=1500)
+    folder.now += 2
+    folder.history("judged", verdict="requeue" if queued_s else "again")
+    folder.now += queued_s
+    folder.attempt = 1
+    folder.history("started")
+    folder.now += 38
+    found_by_the_next(folder, seen(62) if queued_s else seen(100, 300.0), attempt=1)
+    folder.window(20)
+    found = account(folder.path)
+    assert found["wall_s"] == pytest.approx(160, abs=1)
+    assert found["held"]["seconds"] == pytest.approx(100, abs=1)
+    assert found["queued_s"] == pytest.approx(queued_s, abs=1)
+    drawn = 500 * 100 if queued_s else 300 * 100  # by rule from when the new job starts; by meters
+    assert found["joules"]["device"] == pytest.approx(8 * (200 * 20 + 500 * 40 + drawn), rel=0.01)
+
+
+def test_a_person_who_resumes_in_the_same_allocation_held_its_nodes(folder):
+    """Two hours in which meters counted: their joules and their seconds, also at the fabric; the others' last half a second is in the last row's time."""
+    folder.starts("a")
+    folder.window(10)
+    folder.energy("end", seen(0.5, nodes=1), 10, after=0.5)
+    folder.progress("end", why="SIGTERM")
+    folder.now += 7200
+    idle, last = seen(7200, 90.0, rest=300.0), seen(0.5, nodes=1)
+    left = Taken.of([one + two for one, two in zip(idle.ints(), last.ints(), strict=True)])
+    found_by_the_next(folder, left)
+    folder.window(20)
+    found = account(folder.path)
+    assert found["wall_s"] == pytest.approx(10 + 20 + 0.5 + 7200 + 10 + 20)
+    assert (found["queued_s"], found["held"]["seconds"]) == (0, 7200)
+    assert found["joules"]["device"] == pytest.approx(8 * (200 * 20 + 500 * 40.5 + 90 * 7200))
+    assert found["joules"]["it"] - found["joules"]["node"] == pytest.approx(800 * found["wall_s"])
+    assert found["watts"]["device"] < 8 * 100
+    assert found["provenance"]["device"]["measured"] == 1
+
+
+def test_a_clock_that_was_set_back_leaves_no_joules_without_their_time(folder):
+    folder.starts("a")
+    folder.window(10)
+    folder.now -= 3600
+    found_by_the_next(folder, seen(6))
+    found = account(folder.path)
+    assert (found["wall_s"], found["queued_s"], found["held"]["seconds"]) == (46, 0, 6)
+
+
+def test_what_was_found_of_some_of_the_others_leaves_the_rest_alike(folder):
+    folder.starts("a")
+    folder.window(10)
+    folder.energy("end", seen(4, nodes=1), 10)
+    folder.progress("end", why="SIGTERM")
+    folder.now += 500
+    found_by_the_next(folder, seen(2, nodes=1))  # a file as old as two seconds
+    found = account(folder.path)
+    assert found["wall_s"] == 44
+    assert found["joules"]["device"] == pytest.approx(8 * (200 * 20 + 500 * 24))
+    assert found["provenance"]["device"]["estimated"] == pytest.approx(4 * 500 * 2 / found["joules"]["device"])
+
+
+@pytest.mark.parametrize("same_job", [False, True])
+def test_what_two_killed_processes_left_is_found_by_the_third_and_counted_once(folder, same_job):
+    """The second died in its start, before a row had what it had itself found."""
+    folder.starts("a")
+    folder.window(10)
+    folder.now += 9
+    folder.progress("report", step=15, tokens=1500)
+    if same_job:
+        folder.history("judged", verdict="again")
+    folder.now += 30
+    folder.process, folder.attempt = "b", int(same_job)
+    folder.progress("start")
+    folder.energy("begin", Taken(), 10)
+    folder.now += 7
+    folder.progress("report", step=None)
+    if same_job:
+        folder.history("judged", verdict="again")
+    folder.now += 20
+    found_by_the_next(folder, seen(9 + 30 + 7 + 20 if same_job else 10 + 7), process="c", attempt=2 * same_job)
+    folder.window(20)
+    found = account(folder.path)
+    left_s = 66 if same_job else 17
+    assert found["wall_s"] == pytest.approx(60 + left_s)
+    assert found["queued_s"] == pytest.approx(0 if same_job else 66 - 17)
+    assert found["joules"]["device"] == pytest.approx(8 * (200 * 20 + 500 * (40 + left_s)))
+    assert found["provenance"]["device"]["measured"] == 1
+
+
+@pytest.mark.parametrize(("rows", "words", "expected_s"), [(120, False, 2400), (120, True, 2400), (1, False, 20), (0, False, 0)])
+def test_rows_that_were_not_written_are_time_of_which_nobody_knows(folder, rows, words, expected_s):
+    """As on a disk that was full: of the whole their time counts, up to 1 % of it is scaled up, and beyond that the boundaries are unknown."""
+    folder.starts("a")
+    for number in range(1, 181):
+        if 30 <= number < 30 + rows:
+            folder.now += 20
+            if words:
+                folder.progress("report", step=10 * number, tokens=1000 * number)
+        else:
+            folder.window(10 * number)
+    found = account(folder.path)
+    assert found["wall_s"] == 3610
+    assert sum(one["seconds"] for one in found["windows"]) == pytest.approx(3610)
+    device = 8 * (200 * 10 + 500 * 3600)
+    if rows <= 1:
+        assert found["joules"]["device"] == pytest.approx(device, rel=1e-4)
+        assert found["provenance"]["device"]["estimated"] == pytest.approx(expected_s / 3610, rel=0.01)
+    else:
+        assert found["joules"] == dict.fromkeys(found["joules"])
+        assert "66.5 %" in found["unknown"]["device"]
+        assert found["headline"]["tokens_per_s_mw"] is None
+    assert [f"lacks rows for {expected_s:,} s of process a" in note for note in found["notes"]] == [True] * bool(rows)
+
+
+def test_a_clock_that_was_set_is_no_row_that_was_lost(folder):
+    folder.starts("a")
+    for number in range(1, 21):
+        folder.now += 3600 if number == 10 else -7200 if number == 15 else 0
+        folder.window(10 * number)
+    found = account(folder.path)
+    assert found["wall_s"] == pytest.approx(410, abs=10)
+    assert found["joules"]["device"] == pytest.approx(8 * (2000 + 500 * 400), rel=0.03)
+    assert found["notes"] == []
+
+
+def test_a_meter_that_is_late_loses_no_time(folder):
+    """Seconds that one row lacks and a later one has."""
+    folder.starts("a")
+    for number, seconds in enumerate([20, 12, 20, 28, 20, 11, 29, 20, 12], 1):
+        folder.window(10 * number, seconds, after=20.0)
+    found = account(folder.path)
+    assert found["wall_s"] == pytest.approx(10 + 180)
+    assert found["joules"]["device"] == pytest.approx(8 * (2000 + 500 * 180))
+    assert found["notes"] == []
+
+
 def test_the_last_row_is_of_one_node(folder):
     """Others drew what it did; unless their next process finds it, then nothing is added twice."""
     folder.starts("a")
