@@ -60,9 +60,9 @@ def account(run: Path, *, schedule: Schedule | None = None, until: float | None 
     attention), `flop6n_per_joule` (6 per parameter that a token meets), each {boundary}; `unknown` {boundary: why}; `provenance` {boundary: {kind: share}}
     and `mix` {boundary: words}; `headline` {boundary, tokens_per_s_mw, low, high, tokens_per_joule, joules, watts, why}; `eur`, `eur_per_gtoken`, `kg_co2e`,
     `kg_co2e_per_gtoken` at the facility; `phases` {name: joules of rank 0's node}; `held` {seconds, joules, why}; `disagreement` of counter and integral;
-    `gap_share` of the accelerators' time, `capped_share`, `thermal_share`, `brake_share` of that for which their meters gave reasons; `cpu_joules`; `ramp` {max_watts_per_10s, at_s, boundary}; `windows`
-    [{time_s, event (starting, steps, held), process, step, seconds, tokens, redone, watts, tokens_per_s_mw, provenance, capped_share}]; `meters`; `sources`
-    [{what, value, basis, source}];
+    `gap_share` of the accelerators' time; `capped_share`, `thermal_share`, `brake_share` of that for which their meters gave reasons; `cpu_joules`; `ramp`
+    {max_watts_per_10s, at_s, boundary}; `windows` [{time_s, event (starting, steps, held), process, step, seconds, tokens, redone, watts, tokens_per_s_mw,
+    provenance, capped_share}]; `meters`; `sources` [{what, value, basis, source}];
     `nodes`, `accelerators`, `processes`, `rows`, `notes`.
 
     Raises RunError where there is no folder.
