@@ -203,8 +203,11 @@ def test_a_counter_that_moves_again_tells_nothing_twice(caught_up):
     clock = Clock()
     source = Steady(clock, "GPU-a", watts=300)
     stands = (1010.0, 1030.0)
-    source.joules = lambda at_s: 300 * (  # type: ignore[method-assign]
-        min(at_s, stands[0]) if at_s < stands[1] else at_s if caught_up else at_s - stands[1] + stands[0]
+    source.joules = lambda at_s: (
+        300
+        * (  # type: ignore[method-assign]
+            min(at_s, stands[0]) if at_s < stands[1] else at_s if caught_up else at_s - stands[1] + stands[0]
+        )
     )
     meter = metered(clock, [source])
     pass_by(meter, clock, 60)
