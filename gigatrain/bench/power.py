@@ -41,6 +41,7 @@ from gigatrain.launching.size import shown
 from gigatrain.planning.plan import Plan
 from gigatrain.planning.watts import Watts
 from gigatrain.power.reading import BOUNDARIES, FIELDS, Taken
+from gigatrain.power.spans import taken_of
 from gigatrain.site import Site
 
 LEAST_S = 10.0  # a window is at least so long,
@@ -139,8 +140,9 @@ def added(taken: Iterable[Mapping[str, int]]) -> Taken:
     """One `Taken` of several that follow each other: counts of things are the most that answered, all else is summed."""
     made = Taken()
     for one in taken:
+        told = taken_of(one)
         for name in FIELDS:
-            before, now = getattr(made, name), one.get(name, 0)
+            before, now = getattr(made, name), getattr(told, name)
             setattr(made, name, max(before, now) if name in ("nodes", "devices") else before + now)
     return made
 
@@ -172,11 +174,10 @@ def figures(folder: Path, made: Plan, *, settle_s: float, least_s: float) -> Row
             continue
         row |= {f"watts_{name}": at.watts, f"tokens_per_joule_{name}": speed / at.watts, f"joules_per_token_{name}": at.watts / speed}
         words.append(f"{name}: {at.words}")
-    ms = taken.device_ms
     return row | {
         "provenance": "; ".join(words),
-        "capped_share": taken.power_capped_ms / ms if ms else None,
-        "thermal_share": taken.thermal_ms / ms if ms else None,
+        "capped_share": taken.held_down(taken.power_capped_ms),
+        "thermal_share": taken.held_down(taken.thermal_ms),
         "disagreement": abs(taken.integral_mj / taken.counter_mj - 1) if taken.counter_mj else None,
         "gaps": taken.gaps,
     }
@@ -546,14 +547,13 @@ def looked(power: Power, watts: Watts, uuids: Sequence[str]) -> tuple[float, dic
         time.sleep(LOOK_S)
         taken = found.take()
         meters = dict(found.meters)
-        slowest_s = max((track.source.update_s for track in found.parts.tracks), default=0.0)
     if not measured(taken):
         raise PowerError(
             f"no meter counts here, so there is no energy to compare ({pairs(meters) or 'nothing to read'}). A GPU's counter needs the driver and "
             f"nvidia-ml-py; a processor's RAPL read rights on {power.sysfs}/class/powercap/intel-rapl:*/energy_uj (root); a node's own meter is looked for "
             'with power.node = "pm_counters", "redfish" or "dcmi"'
         )
-    return max(LEAST_S, LEAST_UPDATES * max(slowest_s, power.every_s)), meters
+    return max(LEAST_S, LEAST_UPDATES * max(found.slowest_s, power.every_s)), meters
 
 
 def no_caps(allowed: bool, board: Board) -> str | None:

@@ -60,9 +60,9 @@ def account(run: Path, *, schedule: Schedule | None = None, until: float | None 
     attention), `flop6n_per_joule` (6 per parameter that a token meets), each {boundary}; `unknown` {boundary: why}; `provenance` {boundary: {kind: share}}
     and `mix` {boundary: words}; `headline` {boundary, tokens_per_s_mw, low, high, tokens_per_joule, joules, watts, why}; `eur`, `eur_per_gtoken`, `kg_co2e`,
     `kg_co2e_per_gtoken` at the facility; `phases` {name: joules of rank 0's node}; `held` {seconds, joules, why}; `disagreement` of counter and integral;
-    `gap_share`, `capped_share`, `thermal_share`, `brake_share` of the accelerators' time; `cpu_joules`; `ramp` {max_watts_per_10s, at_s, boundary}; `windows`
-    [{time_s, event (starting, steps, held), process, step, seconds, tokens, redone, watts, tokens_per_s_mw, provenance, capped_share}]; `meters`; `sources`
-    [{what, value, basis, source}];
+    `gap_share` of the accelerators' time; `capped_share`, `thermal_share`, `brake_share` of that for which their meters gave reasons; `cpu_joules`; `ramp`
+    {max_watts_per_10s, at_s, boundary}; `windows` [{time_s, event (starting, steps, held), process, step, seconds, tokens, redone, watts, tokens_per_s_mw,
+    provenance, capped_share}]; `meters`; `sources` [{what, value, basis, source}];
     `nodes`, `accelerators`, `processes`, `rows`, `notes`.
 
     Raises RunError where there is no folder.
@@ -119,9 +119,9 @@ def account(run: Path, *, schedule: Schedule | None = None, until: float | None 
         "held": spans.told(watts, found),
         "disagreement": off,
         "gap_share": taken.gap_ms / device_ms if device_ms else None,
-        "capped_share": taken.power_capped_ms / device_ms if device_ms and watts.accelerators else None,
-        "thermal_share": taken.thermal_ms / device_ms if device_ms and watts.accelerators else None,
-        "brake_share": taken.brake_ms / device_ms if device_ms and watts.accelerators else None,
+        "capped_share": taken.held_down(taken.power_capped_ms) if watts.accelerators else None,
+        "thermal_share": taken.held_down(taken.thermal_ms) if watts.accelerators else None,
+        "brake_share": taken.held_down(taken.brake_ms) if watts.accelerators else None,
         "cpu_joules": taken.cpu_mj / 1e3 if taken.cpu_mj else None,
         "ramp": _ramp(rows, sessions, nodes, watts, found),
         "windows": windows,
@@ -208,7 +208,6 @@ class _Chunk:
     def told(self, watts: Watts) -> dict[str, Any]:
         found = boundaries(self.taken, watts, self.seconds)
         known, _ = widest(found)
-        device_ms = self.taken.device_ms + self.taken.device_unknown_ms
         return {
             "time_s": self.end_s,
             "event": self.event,
@@ -220,7 +219,7 @@ class _Chunk:
             "watts": {name: one.watts if one else None for name, one in found.items()},
             "tokens_per_s_mw": {name: self.tokens / one.joules * 1e6 if one and one.joules else None for name, one in found.items()},
             "provenance": known.shares if known else None,
-            "capped_share": self.taken.power_capped_ms / device_ms if device_ms and watts.accelerators else None,
+            "capped_share": self.taken.held_down(self.taken.power_capped_ms) if watts.accelerators else None,
         }
 
 

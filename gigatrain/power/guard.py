@@ -6,7 +6,12 @@
     both killed (a job's cgroup, SIGKILL)        a record on this node stays: the next run here, or `python -m gigatrain.power.guard --restore` puts them back
     the node restarts                            the driver forgets limits; the record is void by its boot id
 
-Root (or CAP_SYS_ADMIN) is needed to set limits; a cluster's epilog that runs `--restore` covers the rest. A limit is never set above what was found.
+Root (or CAP_SYS_ADMIN) is needed to set limits. A limit is never set above what was found.
+
+A node's epilog, as root, runs `--restore` for runs that are root's. What a run of another user (with CAP_SYS_ADMIN) left it names; with `--others` it sets such
+a limit to the driver's default. Never to a number of that user's record: who may not set limits could forge one, and gets no more by it than the default, and
+that only if his record names the limit that is set. A site whose own limits are below the driver's default does not use `--others`, but sets its limits in the
+epilog: `nvidia-smi -pl WATTS`. That is also the way out of a container: its /dev/shm is its own, so the record goes with it, while the limit stays.
 """
 
 import argparse
@@ -21,7 +26,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +35,8 @@ from gigatrain.errors import PowerError
 from gigatrain.power import restore
 from gigatrain.power.restore import NO_PERMISSION, Limits, Refused
 
+_UUID = re.compile(r"GPU-[0-9A-Za-z-]{1,80}")
+MOST_RECORDS = 64  # that are read of a folder of somebody else's
 READY_S = 30.0  # for the process that guards to begin
 _INSTEAD = "set power.caps = false: then steps are spaced out instead, which needs no right"
 
@@ -62,7 +70,7 @@ class Caps:
 
     def __enter__(self) -> Self:
         for uuid in self.uuids:
-            if not re.fullmatch(r"GPU-[0-9A-Za-z-]{1,80}", uuid):
+            if not _UUID.fullmatch(uuid):
                 part = "a part of a GPU, which has no limit of its own" if uuid.startswith("MIG-") else "no GPU of NVIDIA's"
                 raise PowerError(f"{uuid[:90]}: power limits are set of whole NVIDIA GPUs, and this is {part}; {_INSTEAD}")
         if not self.uuids:
@@ -75,9 +83,9 @@ class Caps:
             self._start()
             for uuid in self.uuids:  # the right is tried with the value that is there already
                 self._set(uuid, self._records[uuid]["found_mw"])
-        except Refused as failure:
+        except (Refused, OSError, ValueError, KeyError) as failure:
             self.close()
-            raise PowerError(f"power limits cannot be set here: {failure.text}; {_INSTEAD}") from None
+            raise PowerError(f"power limits cannot be set here: {failure}; {_INSTEAD}") from None
         except BaseException:
             self.close()
             raise
@@ -113,11 +121,11 @@ class Caps:
         self._leaving = True
         failures = []
         with self._turn:
-            for uuid in self._records:
+            for uuid, record in self._records.items():
                 assert self._limits is not None
                 try:
-                    said = restore.put_back(self._limits, str(self.folder), uuid)
-                except (Refused, OSError) as failure:
+                    said = restore.put_back(self._limits, str(self.folder), uuid, record)
+                except (Refused, OSError, ValueError, KeyError) as failure:
                     said = None
                     failures.append(f"{uuid}: {failure}")
                 if said and "somebody else" in said:
@@ -143,11 +151,19 @@ class Caps:
         assert self._limits is not None
         lock = _locked(self.folder, uuid)
         if lock is None:
-            record = restore.read(str(self.folder), uuid) or {}
+            record: dict[str, Any] = {}
+            with contextlib.suppress(OSError, ValueError):
+                record = restore.read(str(self.folder), uuid) or {}
             whose = f"{record.get('run') or 'another run'} (process {record.get('pid', '?')})"
             raise PowerError(f"{uuid}: its power limit is {whose}'s, and two runs cannot set it; wait for that one, or {_INSTEAD}")
         self._locks[uuid] = lock
-        left = restore.put_back(self._limits, str(self.folder), uuid)
+        try:
+            left = restore.put_back(self._limits, str(self.folder), uuid)
+        except (Refused, OSError, ValueError, KeyError) as failure:
+            raise PowerError(
+                f"{uuid}: a run that was killed left its power limit, and it cannot be put back by {restore.path_of(str(self.folder), uuid)}: {failure}; "
+                f"set it with nvidia-smi -pl and remove that file, or {_INSTEAD}"
+            ) from None
         if left:
             self._say(f"left by a run that was killed: {left}")
         try:
@@ -157,8 +173,7 @@ class Caps:
             least, most = self._limits.range(handle, scope)
         except Refused as failure:
             raise PowerError(f"{uuid}: its power limit cannot be read: {failure.text}; {_INSTEAD}") from None
-        self._handles[uuid] = handle
-        self._records[uuid] = {
+        record = {
             "uuid": uuid,
             "boot": restore.boot(),
             "scope": scope,
@@ -169,17 +184,32 @@ class Caps:
             "pid": os.getpid(),
             "run": self.run,
         }
-        restore.write(str(self.folder), self._records[uuid])
+        self._write(record)
+        self._handles[uuid], self._records[uuid] = handle, record
         self.least_watts = max(self.least_watts, least / 1000)
         self.most_watts = min(self.most_watts or float("inf"), most / 1000, found / 1000)
 
+    def _write(self, record: dict[str, Any]) -> None:
+        try:
+            restore.write(str(self.folder), record)
+        except OSError as failure:
+            raise PowerError(
+                f"{record['uuid']}: its power limit is not changed, since what it was cannot be written down in {self.folder}: {failure.strerror}; "
+                f"make room there, or {_INSTEAD}"
+            ) from None
+
     def _set(self, uuid: str, milliwatts: int) -> None:
-        """Write down what comes, then set it."""
+        """Write down what comes, then set it; what was found is set even if nothing can be written, since that is in the record already."""
         assert self._limits is not None
         record = self._records[uuid]
         with self._turn:
-            record["set_mw"] = [*record["set_mw"][-1:], milliwatts]
-            restore.write(str(self.folder), record)
+            coming = record | {"set_mw": [*record["set_mw"][-1:], milliwatts]}
+            try:
+                self._write(coming)
+            except PowerError:
+                if milliwatts != record["found_mw"] or not record["set_mw"]:
+                    raise
+            record["set_mw"] = coming["set_mw"]
             try:
                 self._limits.set(self._handles[uuid], record["scope"], milliwatts)
             except Refused as failure:
@@ -237,42 +267,121 @@ class Caps:
                 self._say(f"POWER LIMITS ARE NOT GUARDED: {failure}; they are put back when this process ends, or by the next run")
 
 
-def left(folder: Path | None = None) -> list[str]:
-    """UUIDs of accelerators whose limits a dead run left on this node: there is a record and nobody holds its lock."""
-    folder = folder or place()
-    found = []
-    for path in sorted(folder.glob("GPU-*.json")):
-        lock = _locked(folder, path.stem)
-        if lock is not None:
-            found.append(path.stem)
-            os.close(lock)
-    return found
+def left(folder: Path | None = None) -> tuple[list[str], list[str]]:
+    """UUIDs of accelerators whose limits a dead run left on this node: there is a record and nobody holds its lock; and a line for each folder or record that
+    is not believed. Root sees every user's."""
+    found: list[str] = []
+    notes: list[str] = []
+    with _places(folder or place(), notes) as places:
+        for one in places:
+            for uuid in one.records():
+                try:
+                    lock = one.locked(uuid)
+                    if lock is not None:
+                        os.close(lock)
+                        restore.read(one.path, uuid, one.owner)
+                        found.append(uuid)
+                except (PowerError, OSError, ValueError) as failure:
+                    notes.append(f"{one.folder}: {uuid}: not believed: {failure}")
+    return list(dict.fromkeys(found)), notes
 
 
-def put_back(folder: Path | None = None) -> tuple[list[str], list[str]]:
-    """Put back what dead runs left on this node: `(done, failures)`, a line each."""
-    folder = folder or place()
-    done: list[str] = []
+def put_back(folder: Path | None = None, *, others: bool = False) -> tuple[list[str], list[str]]:
+    """Put back what dead runs left on this node: `(said, failures)`, a line each. As root with `others` also what runs of other users left: to the driver's
+    default. What others wrote is never a failure: an epilog that fails drains its node, and that is not for a user to do."""
+    said: list[str] = []
     failures: list[str] = []
     limits = None
-    for path in sorted(folder.glob("GPU-*.json")):
-        lock = _locked(folder, path.stem)
-        if lock is None:
-            done.append(f"{path.stem}: a run that lives holds it; left alone")
-            continue
-        try:
-            limits = limits or Limits()
-            done.append(restore.put_back(limits, str(folder), path.stem) or f"{path.stem}: already as it was found")
-        except (Refused, OSError, ValueError, KeyError) as failure:
-            root = "; only root may set it" if isinstance(failure, Refused) and failure.code == NO_PERMISSION else ""
-            failures.append(f"{path.stem}: not put back: {failure}{root}")
-        finally:
-            os.close(lock)
-    return done, failures
+    with contextlib.ExitStack() as stack:
+        free: list[tuple[_Place, str]] = []
+        held: set[str] = set()
+        for one in stack.enter_context(_places(folder or place(), said)):
+            for uuid in one.records():
+                try:
+                    lock = one.locked(uuid)
+                except PowerError as failure:
+                    (said if one.foreign else failures).append(f"{uuid}: not put back by {one.folder}: {failure}")
+                    continue
+                if lock is None:
+                    held.add(uuid)
+                    said.append(f"{uuid}: a run that lives holds it; left alone")
+                else:
+                    stack.callback(os.close, lock)
+                    free.append((one, uuid))
+        for one, uuid in free:
+            try:
+                if one.foreign and uuid in held:
+                    continue
+                if one.foreign and not others:
+                    restore.read(one.path, uuid, one.owner)
+                    said.append(
+                        f"{uuid}: a run of uid {one.owner} that was killed left its power limit; --others sets the driver's default"
+                    )
+                    continue
+                if limits is None:
+                    limits = Limits()
+                    stack.callback(limits.close)
+                path = one.path
+                done = restore.to_default(limits, path, uuid, one.owner) if one.foreign else restore.put_back(limits, path, uuid)
+                said.append(done or f"{uuid}: already as it was found")
+            except (Refused, OSError, ValueError, KeyError) as failure:
+                root = "; only root may set it" if isinstance(failure, Refused) and failure.code == NO_PERMISSION else ""
+                (said if one.foreign else failures).append(f"{uuid}: not put back by {one.folder}: {failure}{root}")
+    return said, failures
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A folder of records that was looked at and is held open, so that nobody can put another in its place."""
+
+    folder: Path
+    path: str
+    owner: int
+
+    @property
+    def foreign(self) -> bool:
+        return self.owner != os.getuid()
+
+    def records(self) -> list[str]:
+        """UUIDs."""
+        names = sorted(name[:-5] for name in os.listdir(self.path) if name.endswith(".json") and _UUID.fullmatch(name[:-5]))
+        return names[:MOST_RECORDS] if self.foreign else names
+
+    def locked(self, uuid: str) -> int | None:
+        return _locked(Path(self.path), uuid, self.owner)
+
+
+@contextlib.contextmanager
+def _places(folder: Path, notes: list[str]) -> Iterator[list[_Place]]:
+    """This user's folder, and as root those of others beside it; what cannot be trusted gets a note."""
+    with contextlib.ExitStack() as stack:
+        places = []
+        beside = sorted(folder.parent.glob("gigatrain-power-*")) if os.getuid() == 0 else []
+        for one in dict.fromkeys([folder, *beside]):
+            try:
+                descriptor = os.open(one, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            except OSError as failure:
+                notes.append(f"{_plain(one)}: not looked into: {failure.strerror}")
+                continue
+            stack.callback(os.close, descriptor)
+            found = os.fstat(descriptor)
+            ours = found.st_uid == os.getuid() and one == folder
+            if found.st_mode & 0o022 or not (ours or (os.getuid() == 0 and one.name == f"gigatrain-power-{found.st_uid}")):
+                notes.append(f"{_plain(one)}: not believed: it is uid {found.st_uid}'s, {stat.filemode(found.st_mode)}; remove it")
+                continue
+            places.append(_Place(one, str(one) if ours else f"/proc/self/fd/{descriptor}", found.st_uid))
+        yield sorted(places, key=lambda one: one.foreign)
+
+
+def _plain(path: Path) -> str:
+    """A name that anybody may have made, for a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(path))[:200]
 
 
 def _owned(folder: Path) -> None:
-    """A folder that nobody else can put anything into."""
+    """A folder that nobody else can put anything into; made, if it is not there."""
     try:
         folder.mkdir(mode=0o700, parents=False, exist_ok=True)
         found = folder.lstat()
@@ -284,18 +393,30 @@ def _owned(folder: Path) -> None:
         )
 
 
-def _locked(folder: Path, uuid: str) -> int | None:
-    """The lock of one accelerator, as a descriptor; None where another process has it. It ends with the last process that has it open."""
+def _locked(folder: Path, uuid: str, owner: int | None = None) -> int | None:
+    """The lock of one accelerator, as a descriptor; None where another process has it. It ends with the last process that has it open.
+
+    Of another owner's folder it is opened and never made: who writes a record has its lock.
+    """
+    ours = owner is None or owner == os.getuid()
+    where = folder / f"{uuid}.lock"
+    named = where if ours else where.name
     try:
-        lock = os.open(folder / f"{uuid}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(where, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if ours else 0), 0o600)
     except OSError as failure:
-        raise PowerError(f"{folder / uuid}.lock: {failure.strerror}; {_INSTEAD}") from None
+        raise PowerError(f"{named}: {'it is a link' if failure.errno == errno.ELOOP else failure.strerror}; {_INSTEAD}") from None
     try:
+        found = os.fstat(lock)
+        if not restore.owned(found, os.getuid() if owner is None else owner):
+            raise PowerError(f"{named} is no file of its folder's owner alone (uid {found.st_uid}); remove it, or {_INSTEAD}")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as failure:
         os.close(lock)
         if failure.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return None
+        raise PowerError(f"{named} cannot be locked: {failure.strerror}; {_INSTEAD}") from None
+    except PowerError:
+        os.close(lock)
         raise
     return lock
 
@@ -304,13 +425,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m gigatrain.power.guard --restore`: for a node's epilog, or by hand."""
     parser = argparse.ArgumentParser(prog="python -m gigatrain.power.guard", description="Power limits that dead runs left on this node.")
     parser.add_argument("--restore", action="store_true", help="put them back; else they are only named")
+    parser.add_argument(
+        "--others",
+        action="store_true",
+        help="as root, with --restore: limits that runs of other users left are set to the driver's default",
+    )
     parser.add_argument("--folder", type=Path, default=None, help=f"where records lie (default: {place()})")
     options = parser.parse_args(arguments)
+    if options.others and (not options.restore or os.getuid() != 0):
+        parser.error("--others goes with --restore, and is root's")
     if not options.restore:
-        for uuid in left(options.folder):
+        found, notes = left(options.folder)
+        for uuid in found:
             print(f"{uuid}: its power limit was left by a run that was killed; put it back with --restore")
+        for text in notes:
+            print(text)
         return 0
-    done, failures = put_back(options.folder)
+    done, failures = put_back(options.folder, others=options.others)
     for text in [*done, *failures] or ["no run has left a power limit on this node"]:
         print(text)
     return PowerError.exit_code if failures else 0

@@ -91,6 +91,7 @@ class Counter:
         self._file = File(path)
         self._range_uj = range_uj
         self._most_watts = most_watts
+        self.round_s = range_uj / 1e6 / most_watts if range_uj is not None else None  # within which it goes round at the soonest
         self._last: tuple[float, int] | None = None  # when, and what the file said
         self._total_uj = 0
 

@@ -81,7 +81,6 @@ class Live:
         if newest is not None and before is not None:
             ends = count_of(newest, "tokens"), count_of(before, "tokens")
             tokens = max(0, ends[0] - ends[1]) if ends[0] is not None and ends[1] is not None else None
-        device_ms = taken.device_ms + taken.device_unknown_ms
         orders = newest.get("orders") if newest is not None else None
         total = look(self.total, watts, self.seconds)[0]
         return {
@@ -94,8 +93,8 @@ class Live:
             },
             "joules_per_token": {key: one.joules / tokens if one and tokens else None for key, one in found.items()},
             "joules": {key: one.joules if one else None for key, one in total.items()},
-            "capped_share": taken.power_capped_ms / device_ms if device_ms and watts.accelerators else None,
-            "thermal_share": taken.thermal_ms / device_ms if device_ms and watts.accelerators else None,
+            "capped_share": taken.held_down(taken.power_capped_ms) if watts.accelerators else None,
+            "thermal_share": taken.held_down(taken.thermal_ms) if watts.accelerators else None,
             "ramp_watts": self._ramp(watts, name),
             "orders": str(orders.get("why")) if isinstance(orders, dict) and orders.get("why") else None,
             "why": next((why[key] for key in reversed(BOUNDARIES) if key in why), "") if self.rows else "",

@@ -7,6 +7,8 @@ after that moment is the next take's: the takes add up to the whole, to the mill
 
 import json
 import os
+import secrets
+import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +28,8 @@ SETTLE_S = 1.0  # how often looks are added up, if nobody asks
 SAVE_S = 8.0  # how often the carry file is written, if nobody asks
 LEAST_S, LEAST_UPDATES = 10.0, 100  # a difference of counters means something over no less
 COST = 0.0005  # of one core is what the thread may take, half of what would be felt; where looks are dear there are fewer of them
+MOST_CARRIED = 1 << 20  # bytes; a real one has some thousands
+NOTES, NOTE = 16, 300  # what happens on the way: so many lines, of so many letters
 SHORT = 0.95  # a node's meter that says less than this share of its devices' joules does not see them
 
 
@@ -38,8 +42,10 @@ class Meter:
     ) -> None:  # fmt: skip
         self.meters = meters  # what: how; what happens on the way is added to its "notes"
         self.parts = parts
+        self._found, self._notes, self._more = meters.get("notes", ""), dict[str, tuple[str, int]](), 0
         self.least_s = max([LEAST_S, *(LEAST_UPDATES * one.source.update_s for one in parts.devices)])
         self._every_s, self._clock, self._wall = every_s, clock, wall
+        self._mark = secrets.token_hex(8)  # in the names of its files, so that nobody can guess them
         self._carry, self._key = carry, {"run": run, "boot": _boot(), "node": os.uname().nodename}
         self._lock, self._ready, self._stop = threading.Lock(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -47,16 +53,18 @@ class Meter:
         self._told = dict.fromkeys(FIELDS, 0)
         self._pending, self._unkept = Taken(), [0] * len(FIELDS)  # not told yet; told, and not yet where a killed process leaves it
         self._at_us = self._began_us = -1
+        self._begun = False
         self._settled_s = self._saved_s = 0.0
         self._slower = 1.0
-        slowest_s = max([SETTLE_S, *(one.source.update_s for one in parts.tracks)])
-        self._ahead_us = round(2 * slowest_s * MICRO)  # what is added up is behind by no more
+        self.slowest_s = max((one.source.update_s for one in parts.tracks), default=0.0)  # how often the slowest of all meters has news
+        self._ahead_us = round(2 * max(SETTLE_S, self.slowest_s) * MICRO)  # what is added up is behind by no more
         self._node_trusted, self._trial = True, [0, 0, 0]  # of the node's meter since it was last judged: µs, its nJ, its devices' nJ
         self._bin = self._given = -1
         self._whole, self._of_bin, self._offset_us = False, [0, 0], 0
         self._live = (0, 0, 0, True)  # until when, node's nJ since this process began, mW, whether something is unknown
         self._highest, self._base_nj = 0.0, 0
         self._dead: set[int] = set()
+        self._unsaved = False  # whether the last try to write the carry file failed, which is said once
         self._claim()
 
     # -- the thread
@@ -127,7 +135,8 @@ class Meter:
                     one.silent(round(after_s * MICRO), why)
                     if one.last is None and number not in self._dead:
                         self._dead.add(number)
-                        self._note(f"{'/'.join(one.source.place)} no longer answers: {why}")
+                        what = f"{'/'.join(one.source.place)} no longer answers"
+                        self._note(f"{what}: {why}", what)
         now_s = self._clock()
         if self._at_us < 0 or every or now_s - self._settled_s >= SETTLE_S:
             with self._lock:
@@ -168,8 +177,16 @@ class Meter:
         _, _, milliwatts, unknown = self._live
         return None if unknown else milliwatts / 1000
 
-    def _note(self, text: str) -> None:
-        self._tell("notes", f"{self.meters['notes']}; {text}" if self.meters.get("notes") else text)
+    def _note(self, text: str, what: str = "") -> None:
+        """One line of what happened; of a `what` that happens again the newest, and how often. So many are kept that a row of them stays short."""
+        times = self._notes.get(what or text, ("", 0))[1] + 1
+        if times == 1 and len(self._notes) >= NOTES:
+            self._more += 1
+        else:
+            self._notes[what or text] = (text[:NOTE], times)
+        said = [self._found] if self._found else []
+        said += [one + (f" ({times} times)" if times > 1 else "") for one, times in self._notes.values()]
+        self._tell("notes", "; ".join([*said, *([f"and {self._more} more"] if self._more else [])]))
 
     def _tell(self, what: str, how: str) -> None:
         self.meters = self.meters | {what: how}  # a new one: somebody may be writing the old one out
@@ -193,6 +210,10 @@ class Meter:
         self._offset_us, self._settled_s = offset_us, now_us / MICRO
         if until_us <= self._at_us or until_us < self._began_us:
             return
+        if not self._begun:  # what one of them saw before the last had begun is of no stretch of the node's
+            self._begun = True
+            for one in self.parts.tracks:
+                one.since(self._at_us)
         before, start_us = self._node_nj(), self._at_us
         unknown = self._exact["node_unknown_ms"] + self._exact["device_unknown_ms"]
         if self._at_us < self._began_us:  # between a killed process and this one
@@ -258,6 +279,7 @@ class Meter:
         add("power_capped_ms", device.capped_us)
         add("thermal_ms", device.thermal_us)
         add("brake_ms", device.brake_us)
+        add("reasons_ms", device.reasons_us)
         add("cpu_mj", sum(processors.values()) + (device.nj if parts.alone else 0))
         trusted = node if self._node_trusted else None
         if trusted is not None:
@@ -294,25 +316,33 @@ class Meter:
                 counters[_called(one.source)] = [counter, max(one.most_mw, 0)]
         self._saved_s = self._clock()
         record = self._key | {
-            "job": os.environ.get("SLURM_JOB_ID"),
+            "job": _job(),
             "at_us": self._at_us,
             "pending": [before + more for before, more in zip(self._unkept, self._pending.ints(), strict=True)],
             "counters": counters,
         }
-        written = self._carry.with_name(f"{self._carry.name}.{os.getpid()}")
+        written = self._carry.with_name(f"{self._carry.name}.{self._mark}")
         try:
-            written.write_text(json.dumps(record))
+            _written(written, json.dumps(record).encode())
             written.replace(self._carry)
         except OSError as failure:
-            self._carry = None
-            self._note(f"joules would be lost with this process, its file cannot be written: {failure}")
+            for stale in (written, self._carry):  # what it says has been told meanwhile
+                with suppress(OSError):
+                    stale.unlink()
+            if not self._unsaved:
+                self._note(f"joules would be lost with this process, its file cannot be written: {failure}")
+            self._unsaved = True
 
     def _claim(self) -> None:
         """What a killed process of this run left on this node is ours, and no other's: renamed first, so that it is counted once."""
         if self._carry is None:
             return
-        claimed = self._carry.with_name(f"{self._carry.name}.{os.getpid()}.claimed")
+        claimed = self._carry.with_name(f"{self._carry.name}.{self._mark}.claimed")
         try:
+            found = self._carry.lstat()
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+                self._note(f"{self._carry} is not read: it is no file of this user's (uid {found.st_uid}, {stat.filemode(found.st_mode)})")
+                return
             self._carry.rename(claimed)
         except FileNotFoundError:
             return
@@ -320,23 +350,50 @@ class Meter:
             self._note(f"what a former process saw cannot be claimed: {failure}")
             return
         try:
-            left = json.loads(claimed.read_text())
-            claimed.unlink()
+            try:
+                left = json.loads(_read(claimed))
+            finally:
+                claimed.unlink()
             if not self._key["boot"] or any(left[name] != value for name, value in self._key.items()):
                 return
             pending, at_us, counters, job = Taken.of(left["pending"]), int(left["at_us"]), dict(left["counters"]), left["job"]
-        except (OSError, ValueError, KeyError, TypeError) as failure:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as failure:
             self._note(f"what a former process saw cannot be read: {failure}")
             return
         pending.nodes = pending.devices = 0
         pending.recovered_mj = pending.node_measured_mj + pending.node_estimated_mj + pending.node_nameplate_mj
         self._pending = pending
-        if job is not None and job == os.environ.get(
-            "SLURM_JOB_ID"
-        ):  # the node was held all the while: from there on by the counters' difference
+        if job is not None and job == _job():  # the node was held all the while: from there on by the counters' difference
             self._began_us = round(self._clock() * MICRO)
             for one in self.parts.tracks:
-                one.begin(at_us, *counters.get(_called(one.source), (None,)))
+                round_s = getattr(
+                    one.source, "round_s", None
+                )  # that a counter takes at least to go round: after so long nobody knows how often it did
+                sure = round_s is None or (self._began_us - at_us) / MICRO < 0.9 * round_s
+                one.begin(at_us, *(counters.get(_called(one.source), (None,)) if sure else (None,)))
+
+
+def _written(path: Path, text: bytes) -> None:
+    """A new file: in a folder that others write to as well, nothing that they put there under its name is followed or filled."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(text)
+
+
+def _read(path: Path) -> bytes:
+    """Of a file of this user's; no link, no pipe, no other's."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+            raise PermissionError(f"{path} is no file of this user's (uid {found.st_uid}, {stat.filemode(found.st_mode)})")
+        return file.read(MOST_CARRIED)
+
+
+def _job() -> str | None:
+    """Of this allocation: a job that was queued again keeps its number, and its nodes were others' meanwhile."""
+    number = os.environ.get("SLURM_JOB_ID")
+    return None if number is None else f"{number}.{os.environ.get('SLURM_RESTART_COUNT') or 0}"
 
 
 def _called(source: Source) -> str:

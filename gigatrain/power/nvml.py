@@ -202,7 +202,7 @@ class Gpu:
                 counter = self._total(self._handle)
             if self._usage is not None:
                 milliwatts = self._usage(self._handle)
-            reasons = self._reasons(self._handle) if self._reasons is not None else 0
+            reasons = self._reasons(self._handle) if self._reasons is not None else None
         except self._nvml.NVMLError as failure:
             raise PowerError(f"{self.uuid}: {failure}") from failure
         if counter is None and milliwatts is None:

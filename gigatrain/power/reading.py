@@ -65,7 +65,7 @@ class Sample:
     time_s: float  # time.monotonic() half-way between before and after the look
     counter_mj: int | None = None  # millijoules since some moment in the past
     milliwatts: int | None = None  # now, or over the meter's own short mean
-    reasons: int = 0  # NVML's clock event reasons; of other makers translated to its bits
+    reasons: int | None = None  # NVML's clock event reasons; of other makers translated to its bits; None: this meter gives none
 
 
 class Source(Protocol):
@@ -109,11 +109,16 @@ class Taken:
     thermal_ms: int = 0  # by heat,
     brake_ms: int = 0  # by the power brake or another hardware slowdown
     recovered_mj: int = 0  # node joules of a process that was killed, counted by the next one on the same node: part of the node's measured
+    reasons_ms: int = 0  # device-milliseconds for which a meter said whether and why clocks were held down
     bins: list[tuple[int, int, int, int]] = field(default_factory=list)  # number, nodes that have closed it, device mJ, node mJ
 
     def ints(self) -> list[int]:
         """Without the bins, in the order of FIELDS."""
         return [getattr(self, name) for name in FIELDS]
+
+    def held_down(self, ms: int) -> float | None:
+        """`power_capped_ms`, `thermal_ms` or `brake_ms` as a share of the time for which reasons were read; None where that is not half of the devices'."""
+        return ms / self.reasons_ms if self.reasons_ms and 2 * self.reasons_ms >= self.device_ms else None
 
     @classmethod
     def of(cls, numbers: Sequence[int]) -> "Taken":

@@ -7,6 +7,8 @@ pass it by; its session is its own.
 A record, FOLDER/UUID.json, is written before a limit is changed and removed after it is put back: {"uuid", "boot", "scope", "found_mw", "default_mw", "set_mw":
 the last two values, "pid", "run"}. One of another boot is void: a boot resets limits. A limit that is neither what was found nor what was set was changed by
 somebody else since, and is left alone.
+
+A record is believed only as a regular file of whoever owns its folder, and of the shape that is written here; no link is followed.
 """
 
 import contextlib
@@ -15,6 +17,7 @@ import json
 import os
 import select
 import signal
+import stat
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +25,7 @@ from typing import Any
 GPU, MODULE = 0, 1  # NVML's power scopes
 NO_PERMISSION, NOT_SUPPORTED = 4, 3
 NEAR_MW = 1000  # a driver may round what it is given
+MOST_MW, MOST_BYTES = 1 << 32, 1 << 16  # of a record; more is none
 IGNORED = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGTSTP")
 LOOK_S = 0.5
 _MIN, _MAX, _DEFAULT, _CURRENT = 187, 188, 189, 190  # NVML_FI_DEV_POWER_*_LIMIT, which take a scope
@@ -140,33 +144,69 @@ def path_of(folder: str, uuid: str) -> str:
     return os.path.join(folder, uuid + ".json")
 
 
-def read(folder: str, uuid: str) -> dict[str, Any] | None:
-    """The record of an accelerator, or None; a torn one cannot be, since it is renamed into its place."""
+def read(folder: str, uuid: str, owner: int | None = None) -> dict[str, Any] | None:
+    """The record of an accelerator, or None; a torn one cannot be, since it is renamed into its place. `owner` of the folder: this user, if not another.
+
+    Raises OSError, and ValueError for what is no record.
+    """
+    path = path_of(folder, uuid)
     try:
-        with open(path_of(folder, uuid), encoding="utf-8") as file:
-            found = json.load(file)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
-    return found if isinstance(found, dict) and found.get("uuid") == uuid else None
+    with open(descriptor, "rb") as file:
+        whose = os.fstat(descriptor)
+        text = file.read(MOST_BYTES) if owned(whose, os.getuid() if owner is None else owner) else None
+    if text is None:
+        raise ValueError(f"it is no file of its folder's owner alone (uid {whose.st_uid}, {stat.filemode(whose.st_mode)})")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or found.get("uuid") != uuid or not isinstance(found.get("boot"), str):
+        raise ValueError("it is no record of this accelerator's limit")
+    numbers = [found.get("scope"), found.get("found_mw"), *(said if isinstance(said := found.get("set_mw"), list) else [None])]
+    if not all(type(one) is int and 0 <= one < MOST_MW for one in numbers) or found["scope"] not in (GPU, MODULE):
+        raise ValueError("it lacks numbers that a record has")
+    return found
+
+
+def owned(found: os.stat_result, owner: int) -> bool:
+    """A regular file of this user, which nobody else can write."""
+    return stat.S_ISREG(found.st_mode) and found.st_uid == owner and not found.st_mode & 0o022
 
 
 def write(folder: str, record: dict[str, Any]) -> None:
     """Whole or not at all, whoever is killed."""
     path = path_of(folder, record["uuid"])
-    with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as file:
-        json.dump(record, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    new = f"{path}.{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(new)  # of a process of this number that was killed
+    try:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "w", encoding="utf-8") as file:
+            json.dump(record, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(new)
+        raise
 
 
-def put_back(limits: Limits, folder: str, uuid: str) -> str | None:
-    """Put one limit back by its record and remove that; what was done, in words, or None where nothing was to be done. Raises Refused, and keeps the record."""
-    record = read(folder, uuid)
+def forget(folder: str, uuid: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path_of(folder, uuid))
+
+
+def put_back(limits: Limits, folder: str, uuid: str, record: dict[str, Any] | None = None) -> str | None:
+    """Put one limit back by its record and remove that; what was done, in words, or None where nothing was to be done. `record`: by who set it himself and
+    needs no file. Raises Refused, OSError or ValueError, and keeps the record."""
+    record = read(folder, uuid) if record is None else record
     if record is None:
         return None
     if record["boot"] != boot():
-        os.unlink(path_of(folder, uuid))
+        forget(folder, uuid)
         return f"{uuid}: the record of its power limit is of another boot, which reset it"
     handle, scope, found = limits.handle(uuid), record["scope"], record["found_mw"]
     now = limits.limit(handle, scope)
@@ -180,7 +220,32 @@ def put_back(limits: Limits, folder: str, uuid: str) -> str | None:
                 f"{uuid}: power limit {now // 1000} W is neither what was found ({found // 1000} W) nor what was set; "
                 "somebody else changed it, and it stays"
             )
-    os.unlink(path_of(folder, uuid))
+    forget(folder, uuid)
+    return done
+
+
+def to_default(limits: Limits, folder: str, uuid: str, owner: int) -> str | None:
+    """The same for root by the record of another user, which may be forged: no number of it is ever set. Where it is of this boot and names the limit that the
+    accelerator has, below its driver's default, that default is set. Words or None; raises Refused, OSError or ValueError."""
+    record = read(folder, uuid, owner)
+    if record is None:
+        return None
+    if record["boot"] != boot():
+        forget(folder, uuid)
+        return None
+    handle = limits.handle(uuid)
+    scope = limits.scope(handle)
+    now, default, (least, most) = limits.limit(handle, scope), limits.default(handle, scope), limits.range(handle, scope)
+    if not all(least - NEAR_MW <= one <= most + NEAR_MW for one in (record["found_mw"], *record["set_mw"])):
+        raise ValueError("it has numbers that the driver does not take")
+    done = None
+    if abs(now - default) > NEAR_MW:
+        if now > default or not any(abs(now - one) <= NEAR_MW for one in record["set_mw"]):
+            done = f"{uuid}: power limit {now // 1000} W is none that uid {owner} has set below the driver's default; it stays"
+        else:
+            limits.set(handle, scope, default)
+            done = f"{uuid}: power limit {default // 1000} W, the driver's default ({now // 1000} W before, by a run of uid {owner})"
+    forget(folder, uuid)
     return done
 
 
@@ -198,14 +263,14 @@ def main(pipe: int, ready: int, parent: int, folder: str, uuids: Sequence[str]) 
             break
     code = 0
     for uuid in uuids:
-        for _ in range(3):
+        said = None
+        for turn in range(3):
             try:
                 said = put_back(limits, folder, uuid)
+                break
             except (Refused, OSError, ValueError, KeyError) as failure:
-                said, code = f"{uuid}: POWER LIMIT NOT PUT BACK: {failure}; python -m gigatrain.power.guard --restore", 1
-                continue
-            code = 0
-            break
+                said = f"{uuid}: POWER LIMIT NOT PUT BACK: {failure}; python -m gigatrain.power.guard --restore"
+                code = 1 if turn == 2 else code
         if said:
             with contextlib.suppress(OSError):
                 os.write(2, f"gigatrain: {said}\n".encode())

@@ -149,6 +149,8 @@ def taken_of(said: Mapping[str, Any]) -> Taken:
         number = said.get(name)
         if type(number) is int and 0 < number < MOST:  # not True, and no fraction: meters count
             setattr(taken, name, number)
+    if "reasons_ms" not in said:  # a row of before there was that
+        taken.reasons_ms = taken.device_ms + taken.device_unknown_ms
     return taken
 
 

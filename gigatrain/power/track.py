@@ -31,13 +31,14 @@ class Drawn(NamedTuple):
     brake_us: int = 0
     counter_nj: int = 0  # of stretches that have both: by the counter,
     integral_nj: int = 0  # and by watts
+    reasons_us: int = 0  # for which it said whether clocks were held down
 
     @property
     def nj(self) -> int:
         return self.measured_nj + self.estimated_nj
 
 
-MEASURED, ESTIMATED, KNOWN, GAP, CAPPED, THERMAL, BRAKE, COUNTER, INTEGRAL = range(len(Drawn._fields))
+MEASURED, ESTIMATED, KNOWN, GAP, CAPPED, THERMAL, BRAKE, COUNTER, INTEGRAL, REASONS = range(len(Drawn._fields))
 
 
 class Track:
@@ -121,6 +122,8 @@ class Track:
             self.gaps += 1
             drawn[GAP] += long_us
         reasons = sample.reasons
+        if reasons is not None:
+            drawn[REASONS] += long_us
         if reasons:
             if reasons & SW_POWER_CAP:
                 drawn[CAPPED] += long_us
@@ -140,8 +143,9 @@ class Track:
             self.gaps += 1
             return None
         if went_mj:
+            told = self._still_nj < 0
             self._still_us = self._still_nj = 0
-            return went_mj
+            return None if told else went_mj  # it may have caught up: what it stood still for is told already, by watts, and not again
         # What runs draws something: a counter that stands still is broken, and its zero is no measurement.
         self._still_us += long_us
         if self._still_us <= self._lost_us:

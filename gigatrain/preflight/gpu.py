@@ -590,12 +590,13 @@ def _kmsg(path: Path) -> list[str]:
 def left_limits(folder: Path | None = None) -> Finding:
     """Power limits that a run left here when it was killed together with the process that guards them (power/guard.py)."""
     try:
-        found = guard.left(folder)
-    except PowerError as failure:
+        found, notes = guard.left(folder)
+    except (PowerError, OSError) as failure:
         return Finding("left limits", "untested", str(failure))
-    if not found:
+    if not found and not notes:
         return Finding("left limits", "ok", "no run that was killed has left a power limit")
-    said = f"{', '.join(found)}: a run that was killed left its power limit"
+    left = f"{', '.join(found)}: a run that was killed left its power limit" if found else "no run that is believed has left a power limit"
+    said = "; ".join([left, *notes[:4], *(["and more"] if len(notes) > 4 else [])])
     return Finding("left limits", "warn", said, len(found), 0, "python -m gigatrain.power.guard --restore")
 
 

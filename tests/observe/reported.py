@@ -90,7 +90,7 @@ def made(
         taken = Taken(
             nodes=NODES, ms=round(seconds * 1e3) * NODES, devices=NODES * EACH, device_ms=round(seconds * 1e3) * NODES * EACH,
             device_measured_mj=device, node_measured_mj=device + rest, counter_mj=device, integral_mj=round(device * 1.004),
-            power_capped_ms=round(0.34 * seconds * 1e3) * NODES * EACH,
+            power_capped_ms=round(0.34 * seconds * 1e3) * NODES * EACH, reasons_ms=round(seconds * 1e3) * NODES * EACH,
         )  # fmt: skip
         said = dict(zip(FIELDS, taken.ints(), strict=True))
         bins = [[number, NODES, device // 12, (device + rest) // 12] for number in range(int((now - seconds) // 10) + 1, int(now // 10))][

@@ -32,7 +32,7 @@ class Steady:
 
     def __init__(
         self, clock: Clock, *place: str, scope: Scope = "gpu", watts: float = 500.0, counter: bool = True, power: bool = True, update_s: float = 0.1,
-        wrap_mj: int | None = None, reset_s: Sequence[float] = (), lost: Iterable[tuple[float, float]] = (), reasons: int = 0, name: str = "",
+        wrap_mj: int | None = None, reset_s: Sequence[float] = (), lost: Iterable[tuple[float, float]] = (), reasons: int | None = 0, name: str = "",
     ) -> None:  # fmt: skip
         self.clock, self.level = clock, watts
         self.place: tuple[str, ...] = place

@@ -1,10 +1,13 @@
 """Power limits are put back as they were found, whatever dies: on a libnvidia-ml.so.1 whose limits lie in files."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,10 +19,14 @@ from gigatrain.preflight import gpu
 
 # A process that sets limits: a line in is watts or "close", a line out is what came of it.
 _HOLDER = """\
-import sys
+import resource, sys
 from pathlib import Path
 from gigatrain.errors import PowerError
 from gigatrain.power.guard import Caps
+def full():  # as of a disk without room: a limit still fits, a record does not
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+if sys.argv[3:]:
+    full()
 caps = Caps(sys.argv[2].split(","), run="runs/mine", folder=Path(sys.argv[1]), say=lambda text: print("said", text, flush=True))
 try:
     with caps:
@@ -30,6 +37,9 @@ try:
                 break
             if word == "fail":
                 raise KeyError("a mistake")
+            if word == "full":
+                full()
+                continue
             if word == "race":
                 print("races", flush=True)
                 while True:
@@ -62,9 +72,9 @@ class Node:
         self.environment = os.environ | {"LD_LIBRARY_PATH": str(library), "FAKE_DIR": str(self.limits)}
         self.processes, self.guards = [], []
 
-    def hold(self, uuids="GPU-0,GPU-1", session=False, **faults):
+    def hold(self, uuids="GPU-0,GPU-1", session=False, given=(), before=(), **faults):
         process = subprocess.Popen(
-            [sys.executable, "-c", _HOLDER, str(self.records), uuids],
+            [*before, sys.executable, "-c", _HOLDER, str(self.records), uuids, *given],
             stdin=-1,
             stdout=-1,
             stderr=-1,
@@ -102,8 +112,8 @@ class Node:
             assert time.monotonic() < end, (self.watts(), list(self.records.glob("*")))
             time.sleep(0.02)
 
-    def restore(self):
-        command = [sys.executable, "-m", "gigatrain.power.guard", "--restore", "--folder", str(self.records)]
+    def restore(self, *options, folder=None):
+        command = [sys.executable, "-m", "gigatrain.power.guard", "--restore", "--folder", str(folder or self.records), *options]
         return subprocess.run(command, capture_output=True, text=True, env=self.environment, check=False)
 
 
@@ -346,3 +356,186 @@ def test_without_a_driver_that_is_said(tmp_path):
     if said.startswith("ready"):
         pytest.skip("this machine has a GPU called GPU-0")
     assert "power limits cannot be set here: there is no libnvidia-ml.so.1" in said or "GPU-0" in said
+
+
+# -- no room, no record
+
+
+def test_without_room_for_a_record_no_limit_is_changed_and_those_that_were_are_put_back(node):
+    one = node.hold()
+    node.hear(one)
+    node.tell(one, 400)
+    assert one.stdin
+    one.stdin.write("full\n")
+    said = node.tell(one, 300)
+    assert said.startswith("PowerError GPU-0: its power limit is not changed, since what it was cannot be written down in")
+    assert "File too large; make room there, or set power.caps = false" in said
+    one.wait(60)
+    node.until([700.0, 700.0])
+    assert sorted(path.name for path in node.records.iterdir()) == ["GPU-0.lock", "GPU-1.lock"]
+
+
+def test_without_room_from_the_beginning_that_is_said(node):
+    said = node.hear(node.hold(given=["full"]))
+    assert said.startswith("PowerError GPU-0: its power limit is not changed")
+    assert node.watts() == [700.0, 700.0]
+
+
+def test_who_set_a_limit_puts_it_back_even_if_its_record_was_deleted(node):
+    one = node.hold("GPU-0")
+    node.hear(one)
+    node.tell(one, 400)
+    (node.records / "GPU-0.json").unlink()
+    assert node.tell(one, "close") == "closed"
+    assert node.watts() == [700.0, 700.0]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"uuid":"GPU-0"}', "[" * 60_000, "", '{"uuid":"GPU-0","boot":"x","scope":0,"found_mw":1e99,"set_mw":[]}', "link", "pipe"]
+)
+def test_what_is_no_record_is_named_and_never_done(node, text, tmp_path):
+    node.records.mkdir(mode=0o700)
+    path = node.records / "GPU-0.json"
+    if text == "link":
+        (tmp_path / "elsewhere").write_text(json.dumps(record_of()))
+        path.symlink_to(tmp_path / "elsewhere")
+    elif text == "pipe":
+        os.mkfifo(path, 0o600)
+    else:
+        path.write_text(text)
+    path.parent.joinpath("GPU-x;y.json").write_text("{}")
+    (node.limits / "GPU-0").write_text("400000")
+    found = node.restore()
+    assert (found.returncode, found.stderr) == (10, "")
+    assert found.stdout.startswith("GPU-0: not put back by ")
+    said = node.hear(node.hold("GPU-0"))
+    assert said.startswith("PowerError GPU-0: a run that was killed left its power limit, and it cannot be put back by")
+    assert "set it with nvidia-smi -pl and remove that file, or set power.caps = false" in said
+    assert node.watts() == [400.0, 700.0]
+    assert gpu.left_limits(node.records).state == "warn"
+
+
+def test_a_lock_that_is_a_link_makes_no_file_elsewhere(node, tmp_path):
+    node.records.mkdir(mode=0o700)
+    (node.records / "GPU-0.json").write_text(json.dumps(record_of()))
+    (node.records / "GPU-0.lock").symlink_to(tmp_path / "victim")
+    assert "it is a link" in gpu.left_limits(node.records).said
+    assert "it is a link" in node.restore().stdout
+    assert "it is a link" in node.hear(node.hold("GPU-0"))
+    assert not (tmp_path / "victim").exists()
+
+
+# -- what others wrote
+
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="root's")
+
+
+def record_of(**changed):
+    numbers = {"scope": 0, "found_mw": 650_000, "default_mw": 650_000, "range_mw": [200_000, 700_000], "set_mw": [400_000]}
+    return {"uuid": "GPU-0", "boot": restore.boot(), "pid": 1, "run": "x"} | numbers | changed
+
+
+def test_a_folder_that_others_may_write_is_not_looked_into(node):
+    node.records.mkdir()
+    (node.records / "GPU-0.json").write_text(json.dumps(record_of()))
+    node.records.chmod(0o777)
+    (node.limits / "GPU-0").write_text("400000")
+    found = node.restore()
+    assert (found.returncode, node.watts()) == (0, [400.0, 700.0])
+    assert "not believed: it is uid" in found.stdout
+    assert not (node.records / "GPU-0.lock").exists()
+    told = gpu.left_limits(node.records)
+    assert (told.state, told.value) == ("warn", 0)
+
+
+@as_root
+def test_a_folder_that_somebody_made_in_roots_place_is_not_looked_into(node, tmp_path):
+    place = tmp_path / "gigatrain-power-0"
+    place.mkdir(mode=0o700)
+    (place / "GPU-0.json").write_text(json.dumps(record_of()))
+    (place / "GPU-0.lock").symlink_to(tmp_path / "victim")
+    os.chown(place, NOBODY, NOBODY)
+    (node.limits / "GPU-0").write_text("400000")
+    found = node.restore("--others", folder=place)
+    assert (found.returncode, node.watts()) == (0, [400.0, 700.0])
+    assert f"gigatrain-power-0: not believed: it is uid {NOBODY}'s" in found.stdout
+    assert not (tmp_path / "victim").exists()
+
+
+def written_by_nobody(tmp_path, text, mode=0o600):
+    place = tmp_path / f"gigatrain-power-{NOBODY}"
+    place.mkdir(mode=0o700)
+    for name, said in (("GPU-0.json", text), ("GPU-0.lock", "")):
+        (place / name).write_text(said)
+        (place / name).chmod(mode)
+        os.chown(place / name, NOBODY, NOBODY)
+    os.chown(place, NOBODY, NOBODY)
+    return place
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("changed", "now", "then", "said"),
+    [
+        ({}, 400, 700, "GPU-0: power limit 700 W, the driver's default (400 W before, by a run of uid 65534)"),
+        ({"found_mw": 300_000, "default_mw": 300_000, "scope": 1}, 400, 700, "the driver's default"),  # no number of it is set
+        ({"set_mw": [450_000]}, 400, 400, "is none that uid 65534 has set"),
+        ({"set_mw": [700_000]}, 700, 700, "already as it was found"),
+        ({"boot": "another"}, 400, 400, "already as it was found"),
+        ({"found_mw": 9_000_000}, 400, 400, "numbers that the driver does not take"),
+        ({"uuid": "GPU-1"}, 400, 400, "it is no record of this accelerator's limit"),
+        ({"set_mw": "400000"}, 400, 400, "it lacks numbers"),
+        ({"run": "x" * 70_000}, 400, 400, "it is no record"),
+    ],
+)
+def test_by_what_another_user_wrote_root_sets_a_default_or_nothing(node, tmp_path, changed, now, then, said):
+    written_by_nobody(tmp_path, json.dumps(record_of(**changed)))
+    (node.limits / "GPU-0").write_text(f"{now}000")
+    found = node.restore("--others")
+    assert (found.returncode, node.watts()[0]) == (0, then)
+    assert said in found.stdout
+
+
+@as_root
+def test_records_that_others_may_write_or_that_a_living_run_holds_are_left_alone(node, tmp_path):
+    place = written_by_nobody(tmp_path, json.dumps(record_of()), 0o666)
+    (node.limits / "GPU-0").write_text("400000")
+    assert "is no file of its folder's owner alone" in node.restore("--others").stdout
+    for path in place.iterdir():
+        path.chmod(0o600)
+    with open(place / "GPU-0.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert node.restore("--others").stdout == "GPU-0: a run that lives holds it; left alone\n"
+    (place / "GPU-0.lock").unlink()
+    assert "No such file" in node.restore("--others").stdout
+    assert not (place / "GPU-0.lock").exists()
+    assert node.watts()[0] == 400.0
+
+
+@as_root
+@pytest.mark.skipif((become := shutil.which("setpriv")) is None, reason="no setpriv")
+def test_what_a_killed_run_of_another_user_left_is_named_and_put_to_the_default(node, library):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        shutil.copytree(library, Path(folder) / "library")
+        node.limits, node.records = Path(folder) / "limits", Path(folder) / f"gigatrain-power-{NOBODY}"
+        node.limits.mkdir(mode=0o777)
+        node.limits.chmod(0o777)
+        node.environment |= {"LD_LIBRARY_PATH": f"{folder}/library", "FAKE_DIR": str(node.limits)}
+        rights = "+sys_admin,+dac_override"  # the first is what NVML wants; the second lets it read a checkout and a Python of root's
+        one = node.hold("GPU-0", before=[become, f"--reuid={NOBODY}", "--clear-groups", f"--inh-caps={rights}", f"--ambient-caps={rights}"])
+        if not node.hear(one):
+            pytest.skip("this machine's root cannot become another user with rights")
+        node.tell(one, 400)
+        os.kill(one.pid, signal.SIGSTOP)
+        os.kill(node.guards[-1], signal.SIGKILL)
+        one.kill()
+        one.wait(60)
+        root = Path(folder) / "gigatrain-power-0"
+        named = node.restore(folder=root)
+        assert (named.returncode, node.watts()[0]) == (0, 400.0)
+        assert named.stdout == f"GPU-0: a run of uid {NOBODY} that was killed left its power limit; --others sets the driver's default\n"
+        assert gpu.left_limits(root).value == 1
+        assert "the driver's default (400 W before" in node.restore("--others", folder=root).stdout
+        assert (node.watts()[0], list(node.records.glob("*.json"))) == (700.0, [])

@@ -35,6 +35,7 @@ def row(number, event="window", *, seconds=5.0, watts=500.0, process="a", **more
         node_measured_mj=device_mj,
         node_estimated_mj=round(1600 * seconds * 1e3),
         power_capped_ms=2 * ms,
+        reasons_ms=8 * ms,
     )
     said = dict(zip(FIELDS, taken.ints(), strict=True))
     head = {"time_s": NOW + 5 * number, "event": event, "process": process, "step": number, "tokens": 100 * number}

@@ -1,5 +1,6 @@
 """The meter of a node: exact sums, gaps, what is added to what, and what a killed process leaves; on meters whose truth is known."""
 
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from replay import Clock, Replay, Steady, Waves, metered, pass_by, summed
 
 from gigatrain.config import Power
 from gigatrain.planning.watts import Watts
+from gigatrain.power import meter as meter_module
 from gigatrain.power.meter import opened
 from gigatrain.power.reading import FIELDS
 
@@ -68,6 +70,52 @@ def test_takes_add_up_to_the_whole_whenever_they_are_asked_for(waits, resets, lo
     assert all(getattr(one, name) >= 0 for one in takes for name in FIELDS)
     assert whole.device_ms + whole.device_unknown_ms == pytest.approx(4 * whole.ms, abs=5)
     assert whole.node_measured_mj + whole.node_estimated_mj + whole.node_nameplate_mj >= sum(mj for *_, mj in whole.bins)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    late=st.lists(st.floats(0, 1.4), min_size=3, max_size=3),
+    slow=st.lists(st.floats(0, 0.03), min_size=3, max_size=3),
+    waits=st.lists(st.tuples(st.floats(0.001, 3.0), st.booleans()), min_size=3, max_size=25),
+    lost=st.lists(st.tuples(st.floats(1000, 1030), st.floats(0, 9)), max_size=2),
+    share=st.sampled_from([None, 0.3]),
+)
+def test_no_field_is_ever_negative_whenever_meters_began_and_however_old_their_news_are(late, slow, waits, lost, share):
+    """One asked of a thread of its own (Polled) gives what it heard earlier, of a moment that is its own; a look takes time."""
+    clock = Clock()
+    gpu = Steady(clock, "GPU-a", lost=[(since, since + long) for since, long in lost])
+    socket = Steady(clock, "n", "package-0", scope="cpu", watts=150, update_s=0.001)
+    board = Steady(clock, "n", scope="node", watts=1700, counter=False, update_s=1.0)
+    for source, before, takes in zip((gpu, socket, board), late, slow, strict=True):
+        source.read = older(clock, source, before, takes)  # type: ignore[method-assign]
+    meter = metered(clock, [gpu], [socket], board, rest=1000.0, share=share)
+    taken = []
+    for wait, asked in waits:
+        meter.look(every=True)
+        taken += [meter.take()] if asked else []
+        clock.now += wait
+    meter.look(every=True, last=True)
+    taken.append(meter.take())
+    assert all(getattr(one, name) >= 0 for one in taken for name in FIELDS)
+    whole = summed(taken)
+    assert whole.device_ms + whole.device_unknown_ms == pytest.approx(whole.ms, abs=2)
+    assert whole.device_measured_mj <= 500 * (whole.ms + 100 + 2)  # the counter's news are of every 0.1 s
+    assert share is not None or whole.node_measured_mj + whole.node_estimated_mj <= 1700 * (whole.ms + 100 + 2)
+
+
+def older(clock, source, before, takes):
+    read = source.read
+
+    def look():
+        clock.now += takes
+        now = clock.now
+        clock.now = now - before
+        try:
+            return read()
+        finally:
+            clock.now = now
+
+    return look
 
 
 @pytest.mark.parametrize(
@@ -149,6 +197,65 @@ def test_a_counter_that_stands_still_beside_watts_is_no_measurement_of_nothing()
     assert taken.device_measured_mj == 0
     assert taken.device_estimated_mj == pytest.approx(300 * 60_000, rel=0.002)
     assert taken.gaps == 1
+
+
+@pytest.mark.parametrize("caught_up", [True, False])
+def test_a_counter_that_moves_again_tells_nothing_twice(caught_up):
+    """It stood for 20 s, and then says all that it missed, or goes on from where it stood: those seconds are told by watts, once."""
+    clock = Clock()
+    source = Steady(clock, "GPU-a", watts=300)
+    stands = (1010.0, 1030.0)
+    source.joules = lambda at_s: (
+        300
+        * (  # type: ignore[method-assign]
+            min(at_s, stands[0]) if at_s < stands[1] else at_s if caught_up else at_s - stands[1] + stands[0]
+        )
+    )
+    meter = metered(clock, [source])
+    pass_by(meter, clock, 60)
+    taken = meter.take()
+    assert taken.device_measured_mj + taken.device_estimated_mj == pytest.approx(300 * 60_000, rel=0.002)
+    assert taken.device_estimated_mj == pytest.approx(300 * 20_000, rel=0.01)
+    assert taken.gaps == 1
+
+
+def test_a_driver_that_fails_for_days_fills_no_rows():
+    clock = Clock()
+    gpus = [Steady(clock, f"GPU-{number}") for number in range(40)]
+    meter = metered(clock, gpus)
+    for round in range(200):
+        for number in range(40):
+            meter._note(f"GPU-{number} no longer answers: error {round} {'x' * 500}", f"GPU-{number} no longer answers")
+    assert len(meter.meters["notes"]) < 6000
+    assert "GPU-3 no longer answers: error 199" in meter.meters["notes"]
+    assert "(200 times)" in meter.meters["notes"]
+    assert meter.meters["notes"].endswith(f"; and {24 * 200} more")
+
+
+def test_one_that_comes_and_goes_is_one_note():
+    clock = Clock()
+    meter = metered(clock, [Steady(clock, "GPU-a", lost=[(at, at + 9) for at in range(1010, 1400, 20)])])
+    pass_by(meter, clock, 400, every_s=0.5)
+    assert meter.meters["notes"] == "GPU-a no longer answers: GPU-a is lost (20 times)"
+
+
+def test_time_for_which_a_meter_gives_no_reasons_is_not_time_at_full_clocks():
+    clock = Clock()
+    meter = metered(clock, [Steady(clock, "GPU-a", reasons=0x4), Steady(clock, "GPU-b", reasons=None)])
+    pass_by(meter, clock, 10)
+    taken = meter.take()
+    assert (taken.device_ms, taken.power_capped_ms, taken.reasons_ms) == (20_000, 10_000, 10_000)
+    assert taken.held_down(taken.power_capped_ms) == 1
+    none = metered(clock, [Steady(clock, "GPU-b", reasons=None)])
+    pass_by(none, clock, 10)
+    taken = none.take()
+    assert (taken.device_ms, taken.reasons_ms, taken.held_down(taken.power_capped_ms)) == (10_000, 0, None)
+
+
+def test_the_slowest_of_all_meters_is_told():
+    clock = Clock()
+    meter = metered(clock, [Steady(clock, "GPU-a")], [], Steady(clock, "n", scope="node", counter=False, update_s=10.0))
+    assert (meter.slowest_s, metered(clock, []).slowest_s) == (10.0, 0.0)
 
 
 def test_a_meter_that_is_silent_for_seconds_loses_nothing_and_one_lost_for_good_does_not_hold_up_the_others():
@@ -468,6 +575,62 @@ def test_in_a_held_allocation_the_counters_tell_what_was_drawn_meanwhile(tmp_pat
     assert following.joules() == pytest.approx(1300 * 20, rel=0.01)  # of this process only
 
 
+def test_a_job_that_was_queued_again_is_not_charged_for_what_others_drew(tmp_path, monkeypatch):
+    """It keeps its number, and its nodes were free meanwhile."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    clock, carry = Clock(), tmp_path / "carry.json"
+    killed = held(clock, carry)
+    pass_by(killed, clock, 20)
+    killed.take()
+    killed.kept()
+    pass_by(killed, clock, 3)
+    clock.now += 7200
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    following = held(clock, carry)
+    pass_by(following, clock, 5)
+    taken = following.take()
+    assert (taken.recovered_mj, taken.ms) == (1300 * 3_000, 8_000)
+
+
+def test_a_file_that_could_not_be_written_once_is_not_believed_later(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    clock, carry = Clock(), tmp_path / "carry.json"
+    killed = held(clock, carry)
+    pass_by(killed, clock, 20)
+    written = meter_module._written
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(meter_module, "_written", full)
+    pass_by(killed, clock, 20)
+    told = killed.take()
+    assert not carry.exists()
+    monkeypatch.setattr(meter_module, "_written", written)
+    following = held(clock, carry)
+    pass_by(following, clock, 5)
+    taken = following.take()
+    assert (told.ms, taken.recovered_mj, taken.ms) == (40_000, 0, 5_000)
+    assert killed.meters["notes"].count("would be lost") == 1
+
+
+def test_a_counter_that_may_have_gone_round_between_two_processes_is_not_believed(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    carry, taken = tmp_path / "carry.json", []
+    clock = Clock()
+    for seconds in (20, 5):
+        source = Steady(clock, "n", "package-0", scope="cpu", watts=300, power=False)
+        source.round_s = 65.0  # type: ignore[attr-defined]
+        meter = metered(clock, [], [source], carry=carry)
+        pass_by(meter, clock, seconds)
+        taken.append(meter.take())
+        meter.kept()
+        clock.now += 240
+    assert taken[1].device_measured_mj == pytest.approx(300 * 5_000, rel=0.05)
+    assert taken[1].device_unknown_ms == pytest.approx(240_000, rel=0.02)
+
+
 @pytest.mark.parametrize("changed", ["run", "boot", "node", "job", "counter", "torn"])
 def test_what_is_not_this_runs_on_this_node_since_this_boot_is_not_taken_over(tmp_path, monkeypatch, changed):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -532,6 +695,43 @@ def test_of_a_process_that_is_killed_for_real_nothing_is_lost_or_told_twice(tmp_
     assert 500 * 200 <= taken.recovered_mj <= 500_000 * (clock.now - began)
     assert abs(taken.device_measured_mj - 500 * taken.ms) <= 2_000
     assert not [one for one in tmp_path.iterdir() if one != carry]
+
+
+@pytest.mark.parametrize("what", ["link", "folder", "pipe", "another user's"])
+def test_what_somebody_else_put_in_the_carry_files_place_is_neither_read_nor_followed(tmp_path, what):
+    clock, carry = Clock(), tmp_path / "carry.json"
+    pass_by(held(clock, carry), clock, 20)
+    true = carry.read_bytes()
+    victim = tmp_path / "victim"
+    victim.write_bytes(true)
+    if what == "another user's":
+        if os.getuid() != 0:
+            pytest.skip("only root can make a file another's")
+        os.chown(carry, 65534, 65534)
+    else:
+        carry.unlink()
+        {"link": lambda: carry.symlink_to(victim), "folder": carry.mkdir, "pipe": lambda: os.mkfifo(carry)}[what]()
+    following = held(clock, carry)
+    assert "is not read: it is no file of this user's" in following.meters["notes"]
+    pass_by(following, clock, 10)
+    taken = following.take()
+    assert (taken.recovered_mj, taken.ms) == (0, 10_000)
+    assert victim.read_bytes() == true
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["carry.json", "victim"]
+
+
+def test_no_name_that_can_be_guessed_is_written_to(tmp_path, monkeypatch):
+    clock, carry, victim = Clock(), tmp_path / "carry.json", tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / f"carry.json.{os.getpid()}").symlink_to(victim)
+    pass_by(held(clock, carry), clock, 10)
+    assert carry.is_file()
+    assert victim.read_text() == "mine"
+    meter = held(clock, carry)
+    (tmp_path / f"carry.json.{meter._mark}").symlink_to(victim)  # guessed all the same
+    pass_by(meter, clock, 10)
+    assert victim.read_text() == "mine"
+    assert "cannot be written" in meter.meters["notes"]
 
 
 def test_a_file_that_cannot_be_written_is_told_and_no_failure(tmp_path):

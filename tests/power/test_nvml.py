@@ -119,6 +119,7 @@ def test_a_gpu_that_falls_off_the_bus_is_a_gap_of_known_length_and_no_zero(stub)
 def test_why_clocks_were_held_down_is_counted_in_device_time(stub, reasons, held):
     taken = stub(GPU[:2], seconds=10, REASONS=reasons)["taken"]
     assert (taken["power_capped_ms"], taken["thermal_ms"], taken["brake_ms"]) == tuple(20_000 * one for one in held)
+    assert taken["reasons_ms"] == 20_000
 
 
 _OPENED = """
