@@ -30,7 +30,7 @@ from gigatrain.parallel.agree import agreed
 from gigatrain.parallel.mesh import Mesh
 from gigatrain.planning.plan import Plan
 from gigatrain.power import account, guard, meter
-from gigatrain.power.reading import BIN_S, FIELDS, Taken
+from gigatrain.power.reading import BIN_S, BOUNDARIES, FIELDS, Taken
 
 LEAST_S = 10.0  # no figure is of less
 LATE_S = 3 * BIN_S  # a bin that a meter has not closed by then is closed without it
@@ -46,7 +46,19 @@ class Latest(NamedTuple):
 
     seconds: float = 0.0
     watts: dict[str, float] = {}  # noqa: RUF012 (never changed)
-    peak_watts: float | None = None  # the highest ten-second mean, of the facility
+    bins: tuple[
+        tuple[float, float], ...
+    ] = ()  # ten seconds that all nodes have closed: begin, seconds since 1970, and mean at the widest boundary
+
+    @property
+    def boundary(self) -> str | None:
+        """The widest that is known."""
+        return next((name for name in reversed(BOUNDARIES) if name in self.watts), None)
+
+    @property
+    def peak_watts(self) -> float | None:
+        """The highest ten-second mean, at the widest known boundary."""
+        return max((watts for _, watts in self.bins), default=None)
 
 
 class Energy:
@@ -186,13 +198,17 @@ class Energy:
         known = (
             {name: one for name, one in account.boundaries(taken, self.plan.watts, seconds).items() if one is not None} if taken.ms else {}
         )
-        share = known["facility"].joules / known["node"].joules if "facility" in known and known["node"].joules else None
-        peak = (
-            max((node for _, nodes, _, node in closed if nodes == self.nodes), default=0) / 1e3 / BIN_S * share
-            if closed and share
-            else None
-        )
-        self.latest = Latest(seconds, {name: one.watts for name, one in known.items() if one.watts is not None}, peak)
+        latest = Latest(seconds, {name: one.watts for name, one in known.items() if one.watts is not None})
+        wide, bins = latest.boundary, tuple[tuple[float, float], ...]()
+        if wide is not None:  # a bin has devices and nodes; what lies beyond is in it as in the window
+            inner = "device" if wide == "device" else "node"
+            times = known[wide].joules / known[inner].joules if inner in known and known[inner].joules else None
+            whole = [one for one in closed if one[1] == self.nodes] if times is not None else []
+            bins = tuple(
+                (float(number * BIN_S), (device if inner == "device" else node) / 1e3 / BIN_S * (times or 0.0))
+                for number, _, device, node in whole
+            )
+        self.latest = latest._replace(bins=bins)
         self.devices = taken.devices or self.devices
 
     def _add(self, taken: Taken) -> None:
