@@ -22,7 +22,15 @@ from gigatrain.power.pace import MEET_S, NOTHING, Orders, Pace
 from gigatrain.power.reading import BOUNDARIES
 from gigatrain.power.schedule import Schedule
 
-OVER = {"paused": "the pause is over: steps go on", "silent": "it is measured again"}  # what is told when a notice no longer holds
+OVER = {  # what is told when a notice no longer holds
+    "paused": "the pause is over: steps go on",
+    "silent": "it is measured again",
+    "narrow": "a wider boundary is measured now",
+}
+    "paused": "the pause is over: steps go on",
+    "silent": "it is measured again",
+    "narrow": "a wider boundary is measured now",
+}  # what is told when a notice no longer holds
 LOOP = ("now_ms", "stepping_ms", "waited_ms", "paused_ms", "mixed")  # what rank 0 says of its loop, beside the meters' sums
 
 
@@ -72,7 +80,9 @@ class Budget:
         what = self.governor.promised
         if what and self.governor.line is None and not self.metered and not self.energy.latest.watts:
             raise _shared(PowerError(f"{what} cannot be kept: nothing measures what the run draws, and its site does not say it; {CANNOT}"))
-        self._follow(Seen(now_s=self._decided_s, watts=None, stops_after=self._stops_after(step)))
+        latest = self.energy.latest  # of the start: it says which boundary there will be, and nothing of steps
+        watts, boundary = (latest.watts[latest.boundary], latest.boundary) if latest.boundary is not None else (None, BOUNDARIES[-1])
+        self._follow(Seen(now_s=self._decided_s, watts=watts, boundary=boundary, stops_after=self._stops_after(step)))
         if self.orders is not None and self.orders.leave:
             raise _shared(PowerError(f"nothing was begun: {self.orders.why}"))
 

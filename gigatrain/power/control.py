@@ -508,7 +508,7 @@ class Governor:
             notices.append(
                 ("silent", f"nothing is measured of {_NAMED[self.boundary]} any more: what was ordered before goes on until it is")
             )
-        elif self._sure and self.boundary != BOUNDARIES[-1] and (limit is not None or self.ramp is not None):
+        elif not blind and self.boundary != BOUNDARIES[-1] and (limit is not None or self.ramp is not None):
             why.append(f"{what or 'the ramp'} is held against {_NAMED[self.boundary]} only: what the facility draws beyond is unknown")
             notices.append(("narrow", why[-1]))
         if limit is None or limit <= 0.0:
