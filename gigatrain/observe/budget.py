@@ -27,10 +27,6 @@ OVER = {  # what is told when a notice no longer holds
     "silent": "it is measured again",
     "narrow": "a wider boundary is measured now",
 }
-    "paused": "the pause is over: steps go on",
-    "silent": "it is measured again",
-    "narrow": "a wider boundary is measured now",
-}  # what is told when a notice no longer holds
 LOOP = ("now_ms", "stepping_ms", "waited_ms", "paused_ms", "mixed")  # what rank 0 says of its loop, beside the meters' sums
 
 
