@@ -198,7 +198,7 @@ class Governor:
         """The opposite of `state`. Other nodes draw otherwise: what was learnt is believed half as much."""
         self.spent = _Cost(**state["cost"])
         if state["line"] is not None and state["sure"]:
-            self.line, self.busy_s, self._sure, self.boundary = Line(**state["line"]), state["busy_s"], True, state["boundary"]
+            self.line, self.busy_s, self._sure, self.boundary = Line(**state["line"]), state["busy_s"], True, state.get("boundary", self.boundary)
             self.line.var_rest, self.line.var_swing, self.line.both = (
                 4 * one for one in (self.line.var_rest, self.line.var_swing, self.line.both)
             )
