@@ -198,7 +198,12 @@ class Governor:
         """The opposite of `state`. Other nodes draw otherwise: what was learnt is believed half as much."""
         self.spent = _Cost(**state["cost"])
         if state["line"] is not None and state["sure"]:
-            self.line, self.busy_s, self._sure, self.boundary = Line(**state["line"]), state["busy_s"], True, state.get("boundary", self.boundary)
+            self.line, self.busy_s, self._sure, self.boundary = (
+                Line(**state["line"]),
+                state["busy_s"],
+                True,
+                state.get("boundary", self.boundary),
+            )
             self.line.var_rest, self.line.var_swing, self.line.both = (
                 4 * one for one in (self.line.var_rest, self.line.var_swing, self.line.both)
             )
@@ -474,6 +479,11 @@ class Governor:
             seconds = max(0.0, share - low) / slope
             brake = max(0, seen.stops_after - math.ceil(seconds * (share + low) / 2 / self.busy_s) - 1) if self.busy_s else None
         then_s, then_share = self._ahead(seen.now_s, share, slope, low)
+        soon = self._pauses_soon(seen, now, share) if slope is None and not pause else None
+        if soon is not None:
+            share = min(share, self._after(soon[1], low))
+            why.append(f"paused until {shown(soon[1])} after {soon[0]} more steps")
+            notices.append(("paused", f"paused from {shown(now.until_s or 0.0)} until {shown(soon[1])}, as the schedule says"))
         period_s = self.busy_s / share if self.busy_s is not None and share < 1.0 else None
         if share < 1.0:
             why.append(f"{100 * share:.0f} % of full speed" + (f", a step every {period_s:.3g} s" if period_s is not None else ""))
@@ -487,6 +497,9 @@ class Governor:
                 )
         return Orders(
             period_s=period_s,
+            pause_until_s=soon[1] if soon is not None else None,
+            pause_from_s=now.until_s or 0.0 if soon is not None else 0.0,
+            pause_after=soon[0] if soon is not None else 0,
             cap_share=self.cap,
             why="; ".join(why),
             share=share,
@@ -536,6 +549,19 @@ class Governor:
         """Whether only a pause draws so little; until that is known of this run it is not paused for it."""
         return slow == 0.0 or (slow < 1.0 and self._sure and self._slowed(slow) <= LOW)
 
+    def _pauses_soon(self, seen: Seen, now: Now, share: float) -> tuple[int, float] | None:
+        """After how many steps, and until when, to pause for what the schedule says next, if that comes before there is another decision."""
+        if self.schedule is None or now.until_s is None or self.busy_s is None or self._runs(after := self.schedule.at(now.until_s)):
+            return None
+        steps = max(0, math.floor((now.until_s - SETTLE_S - seen.now_s) * share / self.busy_s))
+        until_s = self._wakes(after) if steps < seen.steps else None
+        return None if until_s is None else (steps, until_s)
+
+    def _runs(self, now: Now) -> bool:
+        """Whether steps may run at all under what the schedule says."""
+        limit, slow = self._budget(now)[0], self._slow(now)
+        return not (limit is not None and (limit <= 0.0 or self._hopeless(limit))) and not (slow is not None and self._sleeps(slow))
+
     def _wakes(self, now: Now) -> float | None:
         """When a pause ends: the next time at which the schedule lets steps run; None: never."""
         for _ in range(len(self.schedule.rows) + 2 if self.schedule is not None else 0):
@@ -543,8 +569,7 @@ class Governor:
                 break
             at_s = now.until_s
             now = self.schedule.at(at_s)
-            limit, slow = self._budget(now)[0], self._slow(now)
-            if (limit is None or not (limit <= 0.0 or self._hopeless(limit))) and (slow is None or not self._sleeps(slow)):
+            if self._runs(now):
                 return at_s
         return None
 

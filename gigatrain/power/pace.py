@@ -19,7 +19,8 @@ class Orders:
 
     period_s: float | None = None  # least seconds between the starts of steps, once it is on its level
     pause_until_s: float | None = None  # wall-clock
-    pause_from_s: float = 0.0  # when it was decided: what ranks count their meetings from
+    pause_from_s: float = 0.0  # when it was decided, or is to begin: what ranks count their meetings from
+    pause_after: int = 0  # steps before it: alike on every rank, as a clock is not
     cap_share: float | None = None  # limit of each accelerator, over `watts.device_watts`
     why: str = ""
     share: float = 1.0  # of full speed
@@ -105,7 +106,7 @@ class Pace:
         if self.orders is NOTHING or self.orders.idle:
             self._begun_s = None
             return 0.0
-        paused_s = self._pause(stop, alive, meet) if self._pauses else 0.0
+        paused_s = self._pause(stop, alive, meet) if self._pauses and self._steps >= self.orders.pause_after else 0.0
         orders = self.orders
         self._braking = self._braking or (orders.brake_after is not None and self._steps >= orders.brake_after)
         self._steps += 1

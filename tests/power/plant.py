@@ -56,7 +56,7 @@ class Plant:
             if paused:
                 governor.paused(paused, self.began_s + before)
                 window = (self.now, self.joules, step, 0.0)
-                held = 0.0
+                held, mixed = 0.0, True
             took = self.busy_s * (1 + self.jitter * self.random.uniform(-1, 1)) / (self.cap**0.5)
             self._pass(took, True)
             self.busy_total += took

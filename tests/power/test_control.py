@@ -243,6 +243,19 @@ def test_no_megawatts_pause_at_once_or_end_the_run_if_it_is_for_ever():
         assert orders.why == "the schedule allows 0 W; give s.csv a row that allows more, or leave power.schedule out"
 
 
+@pytest.mark.parametrize("every", [20, 120])
+@pytest.mark.parametrize("megawatts", [0.0, 0.3])  # none, and less than it draws at rest
+def test_a_pause_begins_at_its_time_and_not_at_the_next_report(every, megawatts):
+    plant = Plant(every=every)
+    rows = schedule((-10, 0.8, None), (905, megawatts, None), (1800, 0.8, None))
+    governor = plant.run(Power(schedule="s.csv"), KNOWN, 2700, schedule=rows)
+    means = dict(plant.means())
+    assert (means[890] > 700e3, means[907]) == (True, pytest.approx(plant.rest, rel=0.02))
+    assert top(plant) <= 800e3
+    assert means[2600] > 700e3
+    assert 890 <= governor.cost()["paused_s"] <= 905
+
+
 def test_a_run_that_begins_in_a_dear_hour_is_slow_until_it_is_known_what_a_pause_is_worth():
     rows = schedule((-10, None, 200.0), (3600, None, 20.0))
     power = {"schedule": "s.csv", "follow": "price", "slow_above": 100.0}
