@@ -165,14 +165,14 @@ def _temperature(text: str) -> float:
 
 def _plan(options: argparse.Namespace) -> None:
     from gigatrain import load
-    from gigatrain.launching.size import by_budget, size
+    from gigatrain.launching.size import by_budget, kept, size
     from gigatrain.planning.plan import plan
 
     site, why = _site(options.site)
     recipe, asked = _scheduled(load.recipe(options.recipe, options.set)), (options.nodes, options.gpus, options.megawatts)
     asked = (by_budget(site, recipe), None, None) if asked == (None, None, None) else asked
     sized = None if asked == (None, None, None) else size(site, *asked)
-    chosen = plan(recipe, site, sized.ranks if sized else None, measure=_measured)
+    chosen = plan(kept(recipe, options.megawatts), site, sized.ranks if sized else None, measure=_measured)
     sized = sized or size(site, gpus=chosen.ranks)
     tried = None
     if options.dry_run:
@@ -589,7 +589,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     launched.add_argument("--nodes", metavar="N", type=_ranks, help="nodes that train")
     launched.add_argument("--gpus", metavar="G", type=_ranks, help="or ranks that train")
-    launched.add_argument("--megawatts", metavar="M", type=float, help="or what the run may draw at the site, cooling included")
+    launched.add_argument(
+        "--megawatts",
+        metavar="M",
+        type=float,
+        help="or what the run may draw at the facility, cooling included: as many nodes as that feeds, and the run keeps to it (power.megawatts)",
+    )
     launched.add_argument(
         "--spares", metavar="K", type=_count, default=0, help="nodes beside them, that take the place of bad ones (default: 0)"
     )
@@ -671,7 +676,12 @@ def _parser() -> argparse.ArgumentParser:
     planned.add_argument(
         "--nodes", metavar="N", type=_ranks, help="nodes of the site; with --gpus for a site that does not say what one holds"
     )
-    planned.add_argument("--megawatts", metavar="M", type=float, help="as many nodes as M MW of the facility feed, cooling included")
+    planned.add_argument(
+        "--megawatts",
+        metavar="M",
+        type=float,
+        help="as many nodes as M MW of the facility feed, cooling included, and a run that keeps to them",
+    )
     planned.add_argument(
         "--dry-run", action="store_true", help="build every kind of rank and step it on fake tensors: boxes, bytes, collectives"
     )
@@ -806,7 +816,7 @@ From a recipe and a site to a job in its queue: planned, checked, submitted; it 
 
   gigatrain launch my.toml --site jupiter --nodes 16 --time 06:00:00
   gigatrain launch my.toml --site jupiter --nodes 16 --spares 2 --dry-run      print the script, submit nothing
-  gigatrain launch my.toml --site jupiter --megawatts 0.5                       as many nodes as that feeds
+  gigatrain launch my.toml --site jupiter --megawatts 0.5                       as many nodes as that feeds, and the run keeps to it
   gigatrain launch my.toml --site leonardo --nodes 4 --run $WORK/mine --resume go on in a new job
   gigatrain launch my.toml --site lumi --nodes 1 --sweep optim.lr=1e-3,2e-3,4e-3
   gigatrain launch quickstart --site laptop                                    in the background of this machine

@@ -20,7 +20,7 @@ Ranks = Annotated[int, Field(ge=1, le=1 << 20)]
 class Section(BaseModel):
     """One table of a recipe: immutable, and a key that nobody reads cannot exist."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class Init(Section):
@@ -393,7 +393,8 @@ class Power(Section):
         default="auto", description="The meter of a whole node: the first that answers, this one, or none (it is then estimated)."
     )
     megawatts: Positive | None = Field(
-        default=None, description="What the run may draw at the facility; the plan refuses what would draw more."
+        default=None,
+        description="What the run may draw at the facility: the plan refuses what would draw more, a run what nothing can say the draw of.",
     )
     ramp_megawatts_min: Positive | None = Field(
         default=None, description="How fast the facility's draw may change, MW per minute, at starts, saves and ends; default: the site's."
@@ -421,6 +422,10 @@ class Power(Section):
             raise ValueError('`slow_above` is of what? Set `follow` to "price" or "carbon"')
         if not self.measure and (self.megawatts or self.follow or self.schedule):
             raise ValueError("a budget or a schedule cannot be kept without `measure`")
+        if not self.measure and (self.ramp_megawatts_min is not None or self.caps):
+            raise ValueError(
+                "a ramp or limits of accelerators (`caps`) need `measure`: they go by what is drawn; leave them out, or measure"
+            )
         return self
 
 

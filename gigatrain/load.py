@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import os
 import re
 import tomllib
@@ -268,8 +269,18 @@ def _validate(model: type[Section], tree: dict[str, Any], where: str, error: typ
     try:
         text = json.dumps(tree, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as failure:
-        raise error(f"{where}: {failure}; dates, inf and nan have no place here") from None
+        key = next(_strange(tree), "") if not isinstance(failure, RecursionError) else ""
+        raise error(f"{where}: {key or failure}; dates, inf and nan have no place here") from None
     return read_json(model, text, where, error)
+
+
+def _strange(value: Any, key: str = "") -> Iterator[str]:
+    """`power.megawatts is nan` for each value that JSON has no word for."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, one in inner:
+        yield from _strange(one, f"{key}.{name}" if key else str(name))
+    if not isinstance(value, dict | list | str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
+        yield f"{key} is {value}"
 
 
 def _explain(model: type[BaseModel], failure: ValidationError, where: str) -> str:

@@ -8,11 +8,11 @@ import math
 from dataclasses import dataclass
 
 from gigatrain.config import Recipe
-from gigatrain.errors import SiteError
+from gigatrain.errors import PlanError, SiteError
 from gigatrain.planning.budget import assumed, node_watts, shown, whole
 from gigatrain.site import Site
 
-__all__ = ["Size", "by_budget", "node_watts", "shown", "size", "whole"]
+__all__ = ["Size", "by_budget", "kept", "node_watts", "shown", "size", "whole"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,18 @@ def by_budget(site: Site, recipe: Recipe) -> int | None:
         n for n in range(most, 0, -1) if n * per_node % (together * mesh.replicate) == 0 and train.batch % (n * per_node // together) == 0
     )
     return next(fitting, most or None)
+
+
+def kept(recipe: Recipe, megawatts: float | None) -> Recipe:
+    """The recipe of a run that was sized by megawatts and so keeps to them: `power.megawatts` is no more than that. Raises PlanError if it measures nothing."""
+    power = recipe.power
+    if megawatts is None or (power.megawatts is not None and power.megawatts <= megawatts):
+        return recipe
+    if not power.measure:
+        raise PlanError(
+            f"--megawatts {megawatts:g} is also what the run keeps to, and power.measure is false: leave that out, or give --nodes instead"
+        )
+    return recipe.model_copy(update={"power": power.model_copy(update={"megawatts": megawatts})})
 
 
 def _fits(site: Site, nodes: int | None, ranks: int) -> None:

@@ -23,7 +23,7 @@ from gigatrain.launching import hosts as ssh
 from gigatrain.launching import job as jobs
 from gigatrain.launching import kubernetes, restart, script, slurm
 from gigatrain.launching.job import Job
-from gigatrain.launching.size import Size, by_budget, shown, size
+from gigatrain.launching.size import Size, by_budget, kept, shown, size
 from gigatrain.planning import cost
 from gigatrain.planning.plan import Plan, plan
 from gigatrain.site import Site
@@ -63,6 +63,7 @@ class Prepared:
     changes: tuple[tuple[str, ...], ...]  # of each run of the sweep: its own overrides
     files: dict[str, str]  # of RUN/launch: the scheduler's own
     resumed: bool = False
+    notes: tuple[str, ...] = ()  # on power, for a reader
 
     @property
     def runs(self) -> list[Path]:
@@ -117,6 +118,12 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
     if (nodes, gpus, request.megawatts) == (None, None, None):
         nodes = by_budget(site, recipes[0])
     large = size(site, nodes=nodes, gpus=gpus, megawatts=request.megawatts)
+    sized, recipes = recipes, tuple(kept(recipe, request.megawatts) for recipe in recipes)
+    notes = tuple(
+        f"--megawatts {one.power.megawatts:g} is also power.megawatts of the run, which keeps to it"
+        for one, before in zip(recipes, sized, strict=True)
+        if one is not before
+    )
     if large.nodes is None or large.ranks_per_node is None:
         raise SiteError(
             f"{site.name} does not say how many GPUs a node has (node.accelerators or node.ranks); give --nodes as well as --gpus"
@@ -162,7 +169,7 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
         raise RunError(f"{folder} already holds something; go on with the run there with --resume, or name another folder with --run")
     if request.resume:
         _resumable(folder, made, plans)
-    return Prepared(made, large, plans, recipes, changes, files, resumed=taken)
+    return Prepared(made, large, plans, recipes, changes, files, resumed=taken, notes=tuple(dict.fromkeys(notes)))
 
 
 def launch(prepared: Prepared) -> Launched:
@@ -503,6 +510,7 @@ def summary(prepared: Prepared) -> list[str]:
     lines += [
         f"  power    {text}" for text in dict.fromkeys(one.draw.text() for one in prepared.plans if one.draw.budget_watts is not None)
     ]
+    lines += [f"  power    {text}" for text in prepared.notes]
     if made.exclude:
         lines.append(f"  excludes {len(made.exclude)} node{'s' * (len(made.exclude) > 1)} ({made.excluded})")
         has = made.site.nodes.value

@@ -30,7 +30,7 @@ from gigatrain.parallel.agree import agreed
 from gigatrain.parallel.mesh import Mesh
 from gigatrain.planning.plan import Plan
 from gigatrain.power import account, guard, meter
-from gigatrain.power.reading import BIN_S, FIELDS, Taken
+from gigatrain.power.reading import BIN_S, BOUNDARIES, FIELDS, Taken
 from gigatrain.power.spans import plus
 
 LEAST_S = 10.0  # no figure is of less
@@ -47,7 +47,19 @@ class Latest(NamedTuple):
 
     seconds: float = 0.0
     watts: dict[str, float] = {}  # noqa: RUF012 (never changed)
-    peak_watts: float | None = None  # the highest ten-second mean, of the facility
+    bins: tuple[
+        tuple[float, float], ...
+    ] = ()  # ten seconds that all nodes have closed: begin, seconds since 1970, and mean at the widest boundary
+
+    @property
+    def boundary(self) -> str | None:
+        """The widest that is known."""
+        return next((name for name in reversed(BOUNDARIES) if name in self.watts), None)
+
+    @property
+    def peak_watts(self) -> float | None:
+        """The highest ten-second mean, at the widest known boundary."""
+        return max((watts for _, watts in self.bins), default=None)
 
 
 class Energy:
@@ -213,10 +225,17 @@ class Energy:
         taken, seconds = self._since, _seconds(self._since)
         found = account.boundaries(taken, self.plan.watts, seconds) if taken.nodes == self.nodes else {}
         known = {name: one for name, one in found.items() if one is not None}
-        share = known["facility"].joules / known["node"].joules if "facility" in known and known["node"].joules else None
-        means = [node / 1e3 / BIN_S for _, nodes, _, node in taken.bins if nodes == self.nodes]
-        watts = {name: one.watts for name, one in known.items() if one.watts is not None}
-        self.latest = Latest(seconds, watts, max(means) * share if means and share else None)
+        latest = Latest(seconds, {name: one.watts for name, one in known.items() if one.watts is not None})
+        wide, bins = latest.boundary, tuple[tuple[float, float], ...]()
+        if wide is not None:  # a bin has devices and nodes; what lies beyond is in it as in the window
+            inner = "device" if wide == "device" else "node"
+            times = known[wide].joules / known[inner].joules if inner in known and known[inner].joules else None
+            whole = [one for one in taken.bins if one[1] == self.nodes] if times is not None else []
+            bins = tuple(
+                (float(number * BIN_S), (device if inner == "device" else node) / 1e3 / BIN_S * (times or 0.0))
+                for number, _, device, node in whole
+            )
+        self.latest = latest._replace(bins=bins)
         self.devices = taken.devices or self.devices
 
     def decided(self) -> None:

@@ -45,7 +45,7 @@ def draw(power: Wanted, site: Site, ranks: int) -> Draw:
         return Draw(budget_watts=budget, note=f"{shown(budget)} of {what} cannot be checked: {why}")
     nodes = math.ceil(ranks / per_node)
     expected = nodes * each
-    if budget is not None and expected > budget:
+    if budget is not None and expected > budget * (1 + 1e-9):  # a job that was sized by it is not refused for a rounding
         fits = math.floor(budget / each)
         most = f"{fits:,} {'node fits' if fits == 1 else 'nodes fit'}" if fits else "not even one node fits"
         slower = f"; --nodes {fits}" if fits else ""

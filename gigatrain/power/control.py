@@ -1,40 +1,46 @@
-"""From what is drawn to what is done: a budget kept, changes no faster than the grid bears, a schedule followed. Pure arithmetic, but for `Pace`, which sleeps.
+"""From what is drawn to what is done: a budget kept, changes no faster than the grid bears, a schedule followed. Pure arithmetic; pace.py sleeps.
 
 `Governor` decides once a window, on every rank alike from the same reduced numbers; it reads no clock and no file. What it believes of a run is
 
     watts = rest + swing x duty            duty: the share of time in which steps run, over what they take without waiting
 
-and both numbers are learnt from what was measured, with their uncertainty (a Kalman filter of two numbers): an order keeps the budget with `SURE` standard
-deviations of what is not known yet, and of the noise of a 10-s mean. So it begins low, and rises as it learns. Orders go through hysteresis.
+and both numbers are learnt from what was measured, with their uncertainty (line.py, a Kalman filter of two numbers): an order keeps the budget with `SURE`
+standard deviations of what is not known yet, and of the noise of a 10-s mean. So it begins low, and rises as it learns. Orders go through hysteresis.
 
-What it can do, in this order: lower the limits of accelerators (`power.caps`; guard.py), if that is enough; else space the starts of steps; else pause. Steps
-are not cut: a step that alone is longer than ten seconds' share of the budget is kept within it over its period, not over ten seconds, and `why` says so.
-Several stops of a run (saves, its end) are met by slowing down along the ramp before them and up again after them, which costs time: `cost()` has it.
+What it can do, in this order: lower the limits of accelerators (`power.caps`; guard.py), if that is enough; else space the starts of steps; else pause. Limits
+are fed back, not learnt: until a new one was seen to be enough, steps stay spaced as under the one before. Steps are not cut: a step that alone is longer than
+ten seconds' share of the budget is kept within it over its period, not over ten seconds, and `why` says so. Several stops of a run (saves, its end) are met by
+slowing down along the ramp before them and up again after them, which costs time: `cost()` has it.
+
+Watts are those of the widest boundary that is known. Where that is not the facility, the budget is held against a lower bound, and the orders say so. Where a
+meter falls silent, what was ordered goes on. A budget of the recipe or its schedule that nothing can be held against ends the run.
 """
 
 import hashlib
 import math
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from gigatrain.config import Power
+from gigatrain.planning.budget import shown as shown_watts
 from gigatrain.planning.watts import Watts
+from gigatrain.power.line import LOW, MEAN_S, SETTLE_S, SURE, Line
+from gigatrain.power.pace import NOTHING, Orders
+from gigatrain.power.reading import BOUNDARIES
 from gigatrain.power.schedule import Now, Schedule, shown
 
-MEAN_S = 10.0  # a budget is kept over means of so long; the same is the least that is learnt from
-SURE = 2.0  # standard deviations of what is not known of the model
 NOISY = 3.0  # standard deviations of a 10-s mean's noise
-LOW = 0.05  # of full speed: the least that a run is slowed to before it is paused
 FIRST = 0.15  # of full speed, until anything is measured: slower, and the first measurement would be long in coming
 UP = 1.03  # faster only if at least so much
 ROOM = 1.02  # an order is dropped only if full speed would be under the budget by so much
-SETTLE_S = 2.0  # of a meter's mean: earlier by so much before a drop
 HORIZON_S = 2 * 3600.0  # so far ahead limits are looked for
-MEET_S = 30.0  # in a pause ranks meet so often
-SLICE_S = 0.2  # the longest sleep
-MOST_WAIT_S = 60.0  # before a step whose length is not known yet
+BLIND_S = 60.0  # a run that was never measured for so long will not be
+CAP_RAMP, CAP_RAMP_S = (
+    0.8,
+    30.0,
+)  # of the ramp's watts of the time since the last one, at most of so long, one change of the accelerators' limits may take
+HALF = 0.5  # of the site's own limit: a run that cannot reach so much need not look at it
+CANNOT = "give the site's file what would say it (power.node_watts, power.pue), a meter (POWER.md), or leave the budget out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +48,7 @@ class Seen:
     """What all ranks know of the time since the last decision: reduced, so the same everywhere. Before the first step: `steps` 0."""
 
     now_s: float  # one wall-clock for all, seconds since 1970
-    watts_facility: float | None  # mean over `window_s`, everything included; None: unknown
+    watts: float | None  # mean over `window_s` at `boundary`; None: unknown
     watts_device: float | None = None
     step_s: float | None = None  # mean seconds between the starts of two steps, without saves and validations
     busy_share: float = 1.0  # of `step_s`, what was not waited in Pace
@@ -53,123 +59,24 @@ class Seen:
     stops_after: int | None = (
         None  # steps to the next save that holds them up, or the run's end; one that follows this decision at once is not meant
     )
-    peak_watts: float | None = None  # the highest of the 10-s bins that closed in it, of the facility, where known
+    boundary: str = "facility"  # the widest that is known
+    bins: tuple[tuple[float, float], ...] = ()  # that have closed: when each began, seconds since 1970, and its 10-s mean at `boundary`
     mixed: bool = False  # a validation, a restart or a compilation is within it: nothing is learnt
     cap_min_share: float | None = None  # the least limit of its accelerators, over `watts.device_watts`; None: limits cannot be set
 
+    @property
+    def peak_watts(self) -> float | None:
+        """The highest ten-second mean, where one is known."""
+        return max((watts for _, watts in self.bins), default=None)
+
 
 @dataclass(frozen=True, slots=True)
-class Orders:
-    """What is done until the next decision. None: nothing of the kind."""
+class _Mean:
+    """What windows of together at least ten seconds say."""
 
-    period_s: float | None = None  # least seconds between the starts of steps, once it is on its level
-    pause_until_s: float | None = None  # wall-clock
-    pause_from_s: float = 0.0  # when it was decided: what ranks count their meetings from
-    cap_share: float | None = None  # limit of each accelerator, over `watts.device_watts`
-    why: str = ""
-    share: float = 1.0  # of full speed
-    busy_s: float | None = None  # what a step takes without waiting; None: not known yet, each rank measures
-    slope: float | None = None  # how fast `share` may change, per second; None: at once
-    low: float = LOW  # where a ramp begins after a stop, and ends before one
-    brake_after: int | None = None  # after so many steps down to `low`
-    then_s: float | None = None  # from this time on
-    then_share: float = 1.0  # no more than this
-    leave: bool = False  # a budget that cannot be kept, ever: save and leave
-
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to do."""
-        return self == replace(_NOTHING, why=self.why, busy_s=self.busy_s, low=self.low)
-
-    def json(self) -> dict[str, Any]:
-        """For RUN/energy.jsonl: what is not None, and why."""
-        found = asdict(self)
-        return {name: found[name] for name in ("period_s", "pause_until_s", "cap_share", "share", "why")} | (
-            {"leave": True} if self.leave else {}
-        )
-
-
-_NOTHING = Orders()
-
-
-@dataclass
-class _Line:
-    """watts = rest + swing x duty, and how sure that is."""
-
-    rest: float
-    swing: float
-    var_rest: float
-    var_swing: float
-    both: float  # their covariance
-    noise: float  # variance of a mean over MEAN_S
-    looks: int = 0
-    duty_before: float | None = None
-
-    @classmethod
-    def prior(cls, full: float) -> "_Line":
-        """From what the run is expected to draw, which is a figure of alike machines: rest about 45 % of it, the sum within 25 %."""
-        return cls(0.45 * full, 0.55 * full, (0.2 * full) ** 2, (0.32 * full) ** 2, -0.04 * full**2, (0.01 * full) ** 2)
-
-    @classmethod
-    def first(cls, watts: float, duty: float, seconds: float) -> "_Line":
-        """From one look only: rest is between a quarter and two thirds of full power, as of all machines that were metered, and the look fits."""
-        duty = max(duty, LOW / 2)
-
-        def of(share: float) -> float:
-            return share * watts / (share + (1 - share) * duty)
-
-        rest = of(0.45)
-        off = max(0.02 * watts, (of(0.65) - of(0.25)) / 2)
-        swing = max(0.01 * watts, (watts - rest) / duty)
-        late = SETTLE_S * swing * duty / seconds  # it began at rest, and draw and meter followed
-        return cls(rest, swing, off**2 + late**2, 1.02 * (off / duty) ** 2, -(off**2) / duty, (0.01 * watts) ** 2, duty_before=duty)
-
-    def at(self, duty: float) -> float:
-        return self.rest + self.swing * duty
-
-    def unsure(self, duty: float) -> float:
-        return math.sqrt(max(0.0, self.var_rest + 2 * duty * self.both + duty * duty * self.var_swing))
-
-    def learn(self, watts: float, duty: float, seconds: float) -> None:
-        scale = (watts * 1e-3) ** 2 * seconds / MEAN_S  # what may have changed since
-        self.var_rest = min(self.var_rest + scale, (0.3 * watts) ** 2)
-        self.var_swing = min(self.var_swing + 9 * scale, (watts / max(duty, LOW)) ** 2)
-        self._sound(watts)
-        off, spread = watts - self.at(duty), self.unsure(duty) ** 2
-        # Draw and meter follow a change of duty within SETTLE_S: that much of the time may belong to what was before.
-        late = (SETTLE_S * self.swing * (duty - (duty if self.duty_before is None else self.duty_before)) / seconds) ** 2
-        noise, self.duty_before = self.noise * MEAN_S / seconds, duty
-        if off * off > 9 * (spread + late + noise):  # what no noise explains is a change, and believed as one
-            self.var_swing += off * off / max(duty, 0.3) ** 2
-        else:  # of what is off, noise's share is noise's
-            part = noise / (spread + late + noise)
-            self.looks += 1
-            self.noise += max(0.1, 1 / (self.looks + 2)) * part * (off * off * part * seconds / MEAN_S - self.noise)
-        self.noise = max(self.noise, (watts * 2e-3) ** 2)
-        gain = self.var_rest + duty * self.both, self.both + duty * self.var_swing
-        total = gain[0] + duty * gain[1] + noise + late
-        self.rest += gain[0] / total * off
-        self.swing += gain[1] / total * off
-        self.var_rest -= gain[0] * gain[0] / total
-        self.both -= gain[0] * gain[1] / total
-        self.var_swing -= gain[1] * gain[1] / total
-        self.rest = max(0.0, self.rest)
-        self.swing = max(0.15 * self.rest, self.swing)  # no machine that trains draws less for it
-        self._sound(watts)
-
-    def _sound(self, watts: float) -> None:
-        """Keep the covariance one, whatever was cut or rounded off."""
-        self.var_rest, self.var_swing = max(self.var_rest, (1e-4 * watts) ** 2), max(self.var_swing, (1e-4 * watts) ** 2)
-        most = 0.999 * math.sqrt(self.var_rest * self.var_swing)
-        self.both = max(-most, min(most, self.both))
-
-    def duty(self, watts: float, more: float, sure: float = SURE) -> float:
-        """The most duty that stays under so many watts, with what is unsure and `more` on top; below 0 if none does."""
-        low, high = -0.5, 1.5
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.at(middle) + sure * self.unsure(max(0.0, middle)) + more <= watts else (low, middle)
-        return low
+    watts: float
+    device: float | None
+    duty: float
 
 
 @dataclass
@@ -182,8 +89,11 @@ class _Cost:
     reference_watts: float | None = None
     saved: dict[str, float] = field(default_factory=dict)  # at the price of its hour: what full speed would have drawn more
     spent_rate: dict[str, list[float]] = field(default_factory=dict)  # [sum of rate x seconds, seconds] while it was not slowed
-    over_s: float = 0.0  # above the budget
-    over_watts: float = 0.0  # at most
+    over_s: float = 0.0  # of ten-second means above the budget
+    over_watts: float = 0.0  # by how much, at most
+
+
+_NAMED = {"device": "the devices", "node": "the nodes", "it": "the IT", "facility": "the facility"}
 
 
 class Governor:
@@ -193,35 +103,49 @@ class Governor:
         self.power, self.watts, self.schedule, self.began_s = power, watts, schedule, began_s
         ramp = power.ramp_megawatts_min * 1e6 if power.ramp_megawatts_min is not None else watts.ramp_watts_min.value
         self.ramp = ramp / 60 if ramp else None  # watts per second
-        self.acts = power.megawatts is not None or self.ramp is not None or schedule is not None
+        near = watts.cap_watts.known and ((most := reach(watts)) is None or most >= HALF * (watts.cap_watts.value or 0.0))
+        self.site_watts = watts.cap_watts.value if near else None
+        self.acts = power.megawatts is not None or self.ramp is not None or schedule is not None or near
         full = expected(watts)
-        self.line = _Line.prior(full) if full else None
+        self.line = Line.prior(full) if full else None
         self.busy_s: float | None = None
         self.share = 1.0
         self.sure, self.dared = SURE, 0
         self.cap: float | None = None
-        self.capless = 0.0  # a budget of so much was too little for limits
+        self.high = 0.0  # watts at full speed under `cap`
         self.extra = 0.0  # watts kept free because ten seconds were above the budget
         self.spent = _Cost()
-        self.orders = _NOTHING  # the last
+        self.orders = NOTHING  # the last
+        self.boundary = BOUNDARIES[-1]  # that all watts here are of
+        self.blind_s = 0.0  # since there was anything measured
+        self._mean: _Mean | None = None  # that nothing was made of yet
+        self._capped_s = began_s  # when the limits were changed last
         self._pending: list[Seen] = []
         self._begun = False
         self._limit: float | None = None  # that the last target was for
         self._sure = False  # whether anything was measured
-        self._unmetered = 0.0
+
+    @property
+    def promised(self) -> str:
+        """Which budget of the recipe, beside pauses, can only be kept by what is measured; empty: none."""
+        if self.power.megawatts is not None:
+            return "power.megawatts"
+        return "the schedule" if self.schedule is not None and any(row[1] for row in self.schedule.rows) else ""
 
     def decide(self, seen: Seen) -> Orders:
         """What to do until the next decision. Raises nothing; the same for the same history of `seen`."""
         if not self.acts:
-            return _NOTHING
+            return NOTHING
         now = self.schedule.at(seen.now_s) if self.schedule is not None else Now()
+        seen = self._alike(seen)
         self._account(seen, now)
         self._take(seen)
         limit, what = self._budget(now)
-        if not self._pending or limit != self._limit or not self._begun or seen.steps == 0:
+        news = not self._pending and not (self.blind_s and self._sure)
+        if news or limit != self._limit or not self._begun or seen.steps == 0:
             self.dared = self.dared if limit == self._limit else 0
             self._limit = limit
-            self._aim(limit, seen)
+            self._aim(limit, what, seen)
         self._begun = True
         self.orders = self._orders(seen, now, limit, what)
         return self.orders
@@ -266,6 +190,7 @@ class Governor:
             "line": None if self.line is None else asdict(self.line),
             "busy_s": self.busy_s,
             "sure": self._sure,
+            "boundary": self.boundary,
             "cost": asdict(self.spent),
         }
 
@@ -273,15 +198,33 @@ class Governor:
         """The opposite of `state`. Other nodes draw otherwise: what was learnt is believed half as much."""
         self.spent = _Cost(**state["cost"])
         if state["line"] is not None and state["sure"]:
-            self.line, self.busy_s, self._sure = _Line(**state["line"]), state["busy_s"], True
+            self.line, self.busy_s, self._sure, self.boundary = (
+                Line(**state["line"]),
+                state["busy_s"],
+                True,
+                state.get("boundary", self.boundary),
+            )
             self.line.var_rest, self.line.var_swing, self.line.both = (
                 4 * one for one in (self.line.var_rest, self.line.var_swing, self.line.both)
             )
 
     # What is known
 
+    def _alike(self, seen: Seen) -> Seen:
+        """`seen` at the boundary that the run is kept at: the widest that was ever known, so that a meter that fails for a while makes nothing lighter."""
+        if seen.watts is None or seen.boundary == self.boundary:
+            return seen
+        if self._sure and BOUNDARIES.index(seen.boundary) < BOUNDARIES.index(self.boundary):
+            return replace(seen, watts=None, watts_device=None, bins=())
+        if self._sure:  # what was learnt is of less
+            self.line, self._sure, self.cap, self.extra, self._mean, self._pending = None, False, None, 0.0, None, []
+        self.boundary = seen.boundary
+        return seen
+
     def _take(self, seen: Seen) -> None:
         """Windows are put together until they are ten seconds; then there is something to learn from."""
+        if seen.steps:
+            self.blind_s = 0.0 if seen.watts is not None else self.blind_s + (seen.window_s or seen.steps * (seen.step_s or 0.0))
         if seen.steps == 0 or seen.window_s <= 0:
             return
         self._pending.append(seen)
@@ -293,22 +236,23 @@ class Governor:
         timed = sum(one.steps for one in used)
         if timed:
             busy_s = sum(one.steps * (one.step_s or 0.0) * one.busy_share for one in used) / timed
-            self.busy_s = busy_s if self.busy_s is None else self.busy_s + 0.5 * (busy_s - self.busy_s)
-        metered = [one for one in used if one.watts_facility is not None]
-        self._unmetered = 0.0 if metered else self._unmetered + seconds
+            self.busy_s = busy_s if self.busy_s is None or self.cap is not None else self.busy_s + 0.5 * (busy_s - self.busy_s)
+        metered = [one for one in used if one.watts is not None]
         if not metered or self.busy_s is None:
             return
         seconds = sum(one.window_s for one in metered)
-        watts = sum((one.watts_facility or 0.0) * one.window_s for one in metered) / seconds
+        watts = sum((one.watts or 0.0) * one.window_s for one in metered) / seconds
         duty = min(1.0, sum(one.steps for one in metered) * self.busy_s / seconds)
-        limits = [limit for one in metered if (limit := self._held(one)) is not None]
-        peaks = [one.peak_watts for one in metered if one.peak_watts is not None]
-        if len(limits) == len(metered) and peaks and self._sure and self.line is not None and not self._too_long(max(limits)):
-            self.extra = min(0.2 * max(limits), max(0.995 * self.extra, self.extra + max(peaks) - max(limits)))
+        over = [watts for one in metered for watts in self._over(one)]
+        limit = self._limit
+        if over and limit is not None and self._sure and self.line is not None and not self._too_long(limit):
+            self.extra = min(0.2 * limit, max(0.995 * self.extra, self.extra + max(over)))
+        device = [(one.watts_device, one.window_s) for one in metered if one.watts_device is not None]
+        self._mean = _Mean(watts, sum(one * long_s for one, long_s in device) / seconds if len(device) == len(metered) else None, duty)
         if self.cap is not None:
             return  # another line; it is fed back, not learnt
         if self.line is None or not self._sure:
-            self.line, self._sure = _Line.first(watts, duty, seconds), True  # one look at this machine says more than figures of others
+            self.line, self._sure = Line.first(watts, duty, seconds), True  # one look at this machine says more than figures of others
         else:
             self.line.learn(watts, duty, seconds)
 
@@ -321,7 +265,7 @@ class Governor:
     def _is_over(self, seen: Seen) -> bool:
         """Far above the budget: no time to wait for ten seconds."""
         limit = self._limit
-        return limit is not None and seen.watts_facility is not None and seen.window_s >= SETTLE_S and seen.watts_facility > 1.05 * limit
+        return limit is not None and seen.watts is not None and seen.window_s >= SETTLE_S and seen.watts > 1.05 * limit
 
     def _more(self, limit: float) -> float:
         """Watts that are kept free for the noise of a ten-second mean."""
@@ -332,19 +276,26 @@ class Governor:
     def _budget(self, now: Now) -> tuple[float | None, str]:
         """The facility's watts that the run may draw, and who says so."""
         given = [
-            (1e6 * megawatts, what)
-            for megawatts, what in ((self.power.megawatts, "power.megawatts"), (now.megawatts, "the schedule"))
-            if megawatts is not None
+            (watts, what)
+            for watts, what in (
+                (None if self.power.megawatts is None else 1e6 * self.power.megawatts, "power.megawatts"),
+                (None if now.megawatts is None else 1e6 * now.megawatts, "the schedule"),
+                (self.site_watts, f"power.cap_watts of {self.watts.site or 'the site'}"),
+            )
+            if watts is not None
         ]
         return min(given) if given else (None, "")
 
-    def _held(self, seen: Seen) -> float | None:
-        """The limit that a window was under: of those at its begin and its end the laxer."""
-        begin, end = (
-            self._budget(self.schedule.at(at_s) if self.schedule is not None else Now())[0]
-            for at_s in (seen.now_s - seen.window_s, seen.now_s)
-        )
-        return None if begin is None or end is None else max(begin, end)
+    def _over(self, seen: Seen) -> list[float]:
+        """By how much each ten-second mean is above its limit (below: negative): the laxer of those at its begin and its end."""
+        found = []
+        for begin_s, watts in seen.bins:
+            begin, end = (
+                self._budget(self.schedule.at(at_s) if self.schedule is not None else Now())[0] for at_s in (begin_s, begin_s + MEAN_S)
+            )
+            if begin is not None and end is not None:
+                found.append(watts - max(begin, end))
+        return found
 
     def _slow(self, now: Now) -> float | None:
         """The share of full power, while price or carbon is above what the recipe says; 1: it is not; None: not followed, or not known."""
@@ -353,13 +304,16 @@ class Governor:
         value = now.price_eur_mwh if self.power.follow == "price" else now.carbon_g_kwh
         return None if value is None else self.power.slow_to if value > self.power.slow_above else 1.0
 
-    def _aim(self, limit: float | None, seen: Seen) -> None:
+    def _aim(self, limit: float | None, what: str, seen: Seen) -> None:
         """Set cap or share for a budget."""
         if limit is None:
-            self.share, self.cap = 1.0, None
+            self.share = 1.0
+            if self.cap is not None:
+                self._cap(1.0, seen)
             return
-        if self.line is None:  # nothing was measured and nothing is declared: the least, until there is a measurement
-            self.share = FIRST if self._unmetered == 0.0 else 1.0
+        if self.line is None:  # nothing was measured and nothing is declared: little, until there is a measurement
+            unseen = self.blind_s >= MEAN_S and what not in ("power.megawatts", "the schedule")  # what only the site says ends no run
+            self.share = 1.0 if unseen else FIRST
             return
         more = self._more(limit)
         full = self.line.at(1.0) + SURE * self.line.unsure(1.0) + more
@@ -367,10 +321,9 @@ class Governor:
             self.share = 1.0
             return
         if self._capped(limit, more, seen):
-            self.share = 1.0
             return
         duty = self.line.duty(limit, more, self.sure)
-        if not self._sure and self._unmetered:  # no meter will ever say it: by the site's figures then
+        if not self._sure and self.blind_s >= MEAN_S:  # no meter says it: by the site's figures then
             duty = self.line.duty(limit, 0.0, 0.0)
         wanted = self._spaced(duty if self._sure else max(FIRST, duty))
         most = self._fullest(self.share)
@@ -404,91 +357,109 @@ class Governor:
         return fullest if whole and fullest < 1.0 else share
 
     def _capped(self, limit: float, more: float, seen: Seen) -> bool:
-        """Whether limits of the accelerators are enough; sets them."""
-        most, least = self.watts.device_watts.value, seen.cap_min_share
-        if not self.power.caps or least is None or not most or not seen.devices or limit <= self.capless or self.line is None:
+        """Whether the accelerators' limits are part of what keeps the budget; sets them, and the share for as long as they are not enough."""
+        most, least, mean, line = self.watts.device_watts.value, seen.cap_min_share, self._mean, self.line
+        if not self.power.caps or least is None or not most or not seen.devices or line is None:
             self.cap = None
             return False
-        each = most * seen.devices * self._factor()  # facility watts of a whole share
+        self._mean = None
+        each = most * seen.devices * self._factor()  # watts of a whole share
         if self.cap is None:
-            mean = 1.0  # a device's draw at full speed, over its limit: the devices' share of what is drawn, which at full speed is at least as large
-            if seen.watts_device is not None and seen.watts_facility:
-                mean = min(1.0, seen.watts_device / seen.watts_facility * self.line.at(1.0) / (most * seen.devices))
-            if not self._sure or SURE * self.line.unsure(1.0) > 0.1 * limit:
+            top = 1.0  # a device's draw at full speed, over its limit: the devices' share of what is drawn, which at full speed is at least as large
+            if mean is not None and mean.device is not None and mean.watts:
+                top = min(1.0, mean.device / mean.watts * line.at(1.0) / (most * seen.devices))
+            self.high = line.at(1.0) + SURE * line.unsure(1.0)
+            if not self._sure or SURE * line.unsure(1.0) > 0.1 * limit:
                 return False  # until more is known steps are spaced
-            wanted = mean - (self.line.at(1.0) + SURE * self.line.unsure(1.0) + more - limit) / each
+            wanted = top - (self.high + more - limit) / each
             if wanted < least - 0.05:
-                self.capless = max(self.capless, 1.03 * limit)
                 return False
-            wanted = max(least, wanted)
-        elif seen.watts_facility is None or seen.steps == 0:
-            return True
-        else:
-            mean = seen.watts_device / (most * seen.devices) if seen.watts_device is not None else 1.0
-            off = limit - more - seen.watts_facility
-            wanted = self.cap
-            if off > 0.015 * limit:
+            self.cap = top
+            self._cap(max(least, wanted), seen)
+        elif mean is not None and seen.steps:
+            self.high = line.rest + max(0.0, mean.watts - line.rest) / max(mean.duty, LOW)
+            off, wanted = limit - more - self.high, self.cap
+            if off > 0.015 * limit and self.share >= 1.0:
                 wanted += 0.7 * off / each
             elif off < 0:
-                wanted = min(self.cap, mean + 0.02) + off / each
-            if self.cap <= least and off < 0:
-                self.cap, self.capless = None, max(self.capless, 1.03 * limit)
-                return False
-            wanted = max(least, wanted)
-        self.cap = None if wanted >= 1.0 and self._sure else min(1.0, wanted)
+                top = 1.0 if mean.device is None else mean.device / (most * seen.devices) * max(1.0, self.high / mean.watts)
+                wanted = min(self.cap, top + 0.02) + off / each
+            self._cap(max(least, wanted), seen)
+        self.share = 1.0 if self.high + 0.5 * more <= limit else self._level(limit)
         return True
 
+    def _cap(self, wanted: float, seen: Seen) -> None:
+        """Move the accelerators' limits towards a share, no faster than the ramp; 1 takes them away."""
+        assert self.cap is not None
+        if self.ramp is not None and self.line is not None:
+            each = max(self.line.swing, (self.watts.device_watts.value or 0.0) * seen.devices * self._factor())
+            step = CAP_RAMP * self.ramp * min(CAP_RAMP_S, max(0.0, seen.now_s - self._capped_s)) / each
+            wanted = max(self.cap - step, min(self.cap + step, wanted))
+        if wanted != self.cap:
+            self._capped_s = seen.now_s
+        self.cap = None if wanted >= 1.0 else wanted
+
+    def _level(self, limit: float) -> float:
+        """The share of full speed that keeps a limit, under the limits that the accelerators have now."""
+        assert self.line is not None
+        more = self._more(limit)
+        if self.cap is None:
+            return self._spaced(self.line.duty(limit, more))
+        return self._spaced((limit - more - self.line.rest) / max(self.high - self.line.rest, 1e-3 * self.high, 1e-9))
+
     def _factor(self) -> float:
-        """Facility watts of one more watt of a device; where PUE is unknown 1, which takes more off the device than need be."""
-        return (self.watts.pue.value or 1.0) * (1.0 + (self.watts.storage_share.value or 0.0))
+        """Watts at the boundary of one more watt of a device; where PUE is unknown 1, which takes more off the device than need be."""
+        pue = (self.watts.pue.value or 1.0) if self.boundary == "facility" else 1.0
+        return pue * (1.0 + (self.watts.storage_share.value or 0.0) if self.boundary in ("it", "facility") else 1.0)
 
     # What is ordered
 
     def _orders(self, seen: Seen, now: Now, limit: float | None, what: str) -> Orders:
-        share, why = self.share, []
-        if now.note:
-            why.append(now.note)
-        if limit is not None and self.line is None and not self._unmetered:
-            why.append(f"{what} allows {_watts(limit)}, and what the run draws is not measured yet")
-        elif limit is not None and self._unmetered:
-            why.append(
-                f"{_watts(limit)} of {what} cannot be kept: what the run draws at the facility is unknown"
-                + (", and slowed by the site's figures" if self.line is not None else "")
-            )
-        elif limit is not None and self.cap is not None:
-            why.append(f"{what} allows {_watts(limit)}: accelerators at {100 * self.cap:.0f} % of their limit")
-        elif limit is not None and share < 1.0:
-            why.append(f"{what} allows {_watts(limit)}")
+        share = self.share
+        why, notices = self._said(now, limit, what)
+        pause, leave = False, ""
+        if limit is not None and (limit <= 0.0 or self._hopeless(limit)):
+            pause = True
+            if limit > 0.0 and self.line is not None:
+                why.append(f"at rest it draws {shown_watts(self.line.rest)}, and {what} allows {shown_watts(limit)}, which cannot be kept")
+            else:
+                why.append(f"{what} allows 0 W")
+            way = f"raise {what}"
+            if what == "the schedule" and self.schedule is not None:
+                way = f"give {self.schedule.source or 'it'} a row that allows more"
+            leave = f"{way}, or take fewer nodes" if limit > 0.0 else f"{way}, or leave power.schedule out"
+        elif limit is not None and self.line is None and self.blind_s >= BLIND_S and self.promised:
+            said = f"{what} allows {shown_watts(limit)}, which cannot be kept: what the run draws is unknown at every boundary; {CANNOT}"
+            return Orders(why=said, share=share, busy_s=self.busy_s, leave=True)
         slow = self._slow(now)
-        pause, leave = False, False
-        if self.line is not None and limit is not None and self._hopeless(limit):
-            why.append(f"at rest it draws {_watts(self.line.rest)}, and {what} allows {_watts(limit)}, which cannot be kept")
-            pause = now.until_s is not None and what == "the schedule"  # else nothing will ever change it
-            leave = not pause
-            if leave:
-                why.append("raise power.megawatts, or take fewer nodes")
         if slow is not None and slow < 1.0:
             value, unit = (now.price_eur_mwh, "EUR/MWh") if self.power.follow == "price" else (now.carbon_g_kwh, "g CO2e/kWh")
             why.append(f"{value:g} {unit} are above {self.power.slow_above:g}")
-            rest, swing = (self.line.rest, self.line.swing) if self.line is not None else (0.5, 0.5)
-            wanted = (slow * (rest + swing) - rest) / swing
-            if slow == 0.0 or wanted <= LOW:
+            wanted = self._slowed(slow)
+            if self._sleeps(slow):
                 pause = True
-                if slow > 0.0:
-                    why.append(
-                        f"at rest it draws {100 * rest / (rest + swing):.0f} % of full power, more than the {100 * slow:.0f} % of slow_to"
-                    )
-            share = min(share, max(LOW, wanted))
+                if slow > 0.0 and self.line is not None:
+                    rest = self.line.rest / (self.line.rest + self.line.swing)
+                    why.append(f"at rest it draws {100 * rest:.0f} % of full power, more than the {100 * slow:.0f} % of slow_to")
+            share = min(share, max(LOW if self._sure else FIRST, wanted))
         slope = self.slope
         low = LOW if slope is None else min(1.0, max(LOW, slope * MEAN_S))
         if self.ramp is not None and slope is None:
-            share, low = min(share, LOW), LOW
-            why.append("the ramp begins when it is known what the run draws")
+            if self.blind_s >= MEAN_S:
+                why.append("the ramp is not kept: what the run draws is unknown at every boundary")
+                notices.append(("ramp", why[-1]))
+            else:
+                share, low = min(share, LOW), LOW
+                why.append("the ramp begins when it is known what the run draws")
         elif slope is not None and low >= 1.0:
             slope = None  # from rest to full is no more than ten seconds of the ramp
-        until_s = now.until_s
-        if pause and until_s is not None and until_s > seen.now_s:
+        until_s = self._wakes(now) if pause else None
+        if pause and until_s is None and leave:
+            said = "; ".join([*why, leave])
+            return Orders(cap_share=self.cap, why=said, share=max(LOW, share), busy_s=self.busy_s, slope=slope, low=low, leave=True)
+        if until_s is not None and until_s > seen.now_s:
             if slope is None or seen.steps == 0 or self._duty(seen) <= 2 * low + 0.02:
+                notices.append(("paused", f"paused until {shown(until_s)}: {why[-1]}"))
                 why.append(f"paused until {shown(until_s)}")
                 return Orders(
                     pause_until_s=until_s,
@@ -499,6 +470,7 @@ class Governor:
                     busy_s=self.busy_s,
                     slope=slope,
                     low=low,
+                    notices=tuple(notices),
                 )
             share = low
             why.append("slowed down along the ramp, to pause")
@@ -507,13 +479,27 @@ class Governor:
             seconds = max(0.0, share - low) / slope
             brake = max(0, seen.stops_after - math.ceil(seconds * (share + low) / 2 / self.busy_s) - 1) if self.busy_s else None
         then_s, then_share = self._ahead(seen.now_s, share, slope, low)
+        soon = self._pauses_soon(seen, now, share) if slope is None and not pause else None
+        if soon is not None:
+            share = min(share, self._after(soon[1], low))
+            why.append(f"paused until {shown(soon[1])} after {soon[0]} more steps")
+            notices.append(("paused", f"paused from {shown(now.until_s or 0.0)} until {shown(soon[1])}, as the schedule says"))
         period_s = self.busy_s / share if self.busy_s is not None and share < 1.0 else None
         if share < 1.0:
             why.append(f"{100 * share:.0f} % of full speed" + (f", a step every {period_s:.3g} s" if period_s is not None else ""))
             if limit is not None and self.busy_s is not None and self.line is not None and self._too_long(limit):
                 why.append(f"kept over {period_s or 0:.0f} s, not over 10 s: one step is busy for {self.busy_s:.0f} s")
+                notices.append(
+                    (
+                        "long",
+                        f"{what} is kept over the period of a step, not over 10 s: one step alone is busy for longer than its share of them",
+                    )
+                )
         return Orders(
             period_s=period_s,
+            pause_until_s=soon[1] if soon is not None else None,
+            pause_from_s=now.until_s or 0.0 if soon is not None else 0.0,
+            pause_after=soon[0] if soon is not None else 0,
             cap_share=self.cap,
             why="; ".join(why),
             share=share,
@@ -523,8 +509,69 @@ class Governor:
             brake_after=brake,
             then_s=then_s,
             then_share=then_share,
-            leave=leave,
+            notices=tuple(notices),
         )
+
+    def _said(self, now: Now, limit: float | None, what: str) -> tuple[list[str], list[tuple[str, str]]]:
+        """What holds of a budget now: for the orders, and what is told to the user when it begins to."""
+        why, notices = [now.note] if now.note else [], list[tuple[str, str]]()
+        blind = self.blind_s >= MEAN_S
+        if self._sure and blind and (limit is not None or self.ramp is not None):
+            why.append(f"nothing was measured of {_NAMED[self.boundary]} for {self.blind_s:.0f} s: what was ordered before goes on")
+            notices.append(
+                ("silent", f"nothing is measured of {_NAMED[self.boundary]} any more: what was ordered before goes on until it is")
+            )
+        elif not blind and self.boundary != BOUNDARIES[-1] and (limit is not None or self.ramp is not None):
+            why.append(f"{what or 'the ramp'} is held against {_NAMED[self.boundary]} only: what the facility draws beyond is unknown")
+            notices.append(("narrow", why[-1]))
+        if limit is None or limit <= 0.0:
+            return why, notices
+        allowed = f"{what} allows {shown_watts(limit)}"
+        if self.line is None:
+            why.append(f"{allowed}, and what the run draws is {'unknown' if blind else 'not measured yet'}")
+            if blind and self.share >= 1.0:
+                notices.append(("unknown", f"{allowed}, which cannot be kept: what the run draws is unknown at every boundary"))
+        elif not self._sure and blind:
+            why.append(f"{allowed}: nothing is measured, and slowed by the site's figures")
+            notices.append(("figures", f"{allowed}; nothing measures what the run draws, so it is kept by the site's figures alone"))
+        elif self.cap is not None:
+            why.append(f"{allowed}: accelerators at {100 * self.cap:.0f} % of their limit")
+        elif self.share < 1.0:
+            why.append(allowed)
+        return why, notices
+
+    def _slowed(self, slow: float) -> float:
+        """The share of full speed at which it draws so much of full power."""
+        rest, swing = (self.line.rest, self.line.swing) if self.line is not None else (0.5, 0.5)
+        return (slow * (rest + swing) - rest) / swing
+
+    def _sleeps(self, slow: float) -> bool:
+        """Whether only a pause draws so little; until that is known of this run it is not paused for it."""
+        return slow == 0.0 or (slow < 1.0 and self._sure and self._slowed(slow) <= LOW)
+
+    def _pauses_soon(self, seen: Seen, now: Now, share: float) -> tuple[int, float] | None:
+        """After how many steps, and until when, to pause for what the schedule says next, if that comes before there is another decision."""
+        if self.schedule is None or now.until_s is None or self.busy_s is None or self._runs(after := self.schedule.at(now.until_s)):
+            return None
+        steps = max(0, math.floor((now.until_s - SETTLE_S - seen.now_s) * share / self.busy_s))
+        until_s = self._wakes(after) if steps < seen.steps else None
+        return None if until_s is None else (steps, until_s)
+
+    def _runs(self, now: Now) -> bool:
+        """Whether steps may run at all under what the schedule says."""
+        limit, slow = self._budget(now)[0], self._slow(now)
+        return not (limit is not None and (limit <= 0.0 or self._hopeless(limit))) and not (slow is not None and self._sleeps(slow))
+
+    def _wakes(self, now: Now) -> float | None:
+        """When a pause ends: the next time at which the schedule lets steps run; None: never."""
+        for _ in range(len(self.schedule.rows) + 2 if self.schedule is not None else 0):
+            if self.schedule is None or now.until_s is None:
+                break
+            at_s = now.until_s
+            now = self.schedule.at(at_s)
+            if self._runs(now):
+                return at_s
+        return None
 
     @property
     def slope(self) -> float | None:
@@ -536,13 +583,12 @@ class Governor:
 
     def _hopeless(self, limit: float) -> bool:
         """Whether even at rest the budget is exceeded, beyond doubt."""
-        assert self.line is not None
-        return self._sure and self.line.rest - SURE * math.sqrt(self.line.var_rest) > limit
+        return self.line is not None and self._sure and self.line.rest - SURE * math.sqrt(self.line.var_rest) > limit
 
     def _ahead(self, now_s: float, share: float, slope: float | None, low: float) -> tuple[float | None, float]:
         """When, before the schedule allows less, to go down, and how far: the earliest of all changes that are near."""
         found: tuple[float | None, float] = (None, 1.0)
-        if self.schedule is None or self.line is None or self.cap is not None:
+        if self.schedule is None or self.line is None:
             return found
         at_s, limit = now_s, self._limit
         for _ in range(200):
@@ -553,7 +599,7 @@ class Governor:
             before, (limit, _) = limit, self._budget(self.schedule.at(at_s))
             if limit is None or limit == before:
                 continue
-            wanted = max(low, self._spaced(self.line.duty(limit, self._more(limit))))
+            wanted = max(low, self._level(limit))
             if wanted < share:
                 begin_s = at_s - SETTLE_S - (min(MEAN_S, self.busy_s or 0.0)) - ((share - wanted) / slope if slope is not None else 0.0)
                 if found[0] is None or begin_s < found[0]:
@@ -566,7 +612,7 @@ class Governor:
         limit, _ = self._budget(then)
         if self._slow(then) not in (None, 1.0) or self.line is None:
             return low
-        return 1.0 if limit is None or self.cap is not None else self._spaced(self.line.duty(limit, self._more(limit)))
+        return 1.0 if limit is None else self._level(limit)
 
     def _duty(self, seen: Seen) -> float:
         return seen.steps * self.busy_s / seen.window_s if self.busy_s is not None and seen.window_s > 0 else 1.0
@@ -575,18 +621,15 @@ class Governor:
 
     def _account(self, seen: Seen, now: Now) -> None:
         cost = self.spent
+        over = [watts for watts in self._over(seen) if watts > 0.0]
+        cost.over_s += MEAN_S * len(over)
+        cost.over_watts = max([cost.over_watts, *over])
         if seen.window_s <= 0 or seen.steps == 0:
             return
         cost.seconds += seen.window_s
         stepping_s = min(seen.window_s, seen.steps * (seen.step_s or 0.0))
         waited_s = stepping_s * (1.0 - seen.busy_share)
         cost.waited_s += waited_s
-        held = self._held(seen)
-        if held is not None and seen.watts_facility is not None:
-            over = (seen.peak_watts if seen.peak_watts is not None else seen.watts_facility) - held
-            if over > 0:
-                cost.over_watts = max(cost.over_watts, over)
-                cost.over_s += seen.window_s if seen.peak_watts is None else min(seen.window_s, MEAN_S)
         busy_s = stepping_s - waited_s
         if seen.tokens and busy_s > 0 and not seen.mixed:
             speed = seen.tokens / busy_s
@@ -596,7 +639,7 @@ class Governor:
         if cost.reference_tokens_s is not None:
             cost.lost_tokens += waited_s * cost.reference_tokens_s
         full = self.line.at(1.0) if self.line is not None and self._sure else None
-        if full is None or seen.watts_facility is None:
+        if full is None or seen.watts is None:
             return
         cost.reference_watts = full
         price = now.price_eur_mwh if now.price_eur_mwh is not None else self.watts.price_eur_mwh.value
@@ -607,7 +650,7 @@ class Governor:
                 continue
             if slowed:
                 cost.saved[name] = (
-                    cost.saved.get(name, 0.0) + max(0.0, full * stepping_s / seen.window_s - seen.watts_facility) * seen.window_s * rate
+                    cost.saved.get(name, 0.0) + max(0.0, full * stepping_s / seen.window_s - seen.watts) * seen.window_s * rate
                 )
             else:
                 kept = cost.spent_rate.setdefault(name, [0.0, 0.0])
@@ -632,139 +675,6 @@ class Governor:
                     cost.saved[name] = cost.saved.get(name, 0.0) + full.swing * stretch_s * rate
 
 
-class Pace:
-    """Keeps steps to their orders by sleeping before them. Without orders `wait` returns at once.
-
-    `ready` waits until the device has done what it was given (torch.cuda.synchronize); it is called only where there is something to wait for, since a host
-    that runs ahead does not know how long a step takes. clock, sleep and wall are for tests.
-    """
-
-    def __init__(
-        self,
-        ready: Callable[[], None] | None = None,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-        wall: Callable[[], float] = time.time,
-    ) -> None:
-        self.orders = _NOTHING
-        self._ready, self._clock, self._sleep, self._wall = ready, clock, sleep, wall
-        self._share: float | None = None  # now; None: nothing has begun
-        self._steps = 0  # since these orders
-        self._braking = False
-        self._begun_s: float | None = None  # of the last step
-        self._moved_s: float | None = None  # until when `_share` is true
-        self._busy: list[float] = []
-        self._waited_s = 0.0
-        self._pauses = False
-
-    def follow(self, orders: Orders) -> None:
-        """These orders from the next step on."""
-        if orders.slope is None:
-            self._share = orders.share
-        elif self._share is None:
-            self._share = orders.low  # a cold start
-        self.orders, self._steps, self._braking = orders, 0, False
-        self._pauses = orders.pause_until_s is not None
-
-    def restart(self) -> None:
-        """After a save: whatever was drawn before, it now begins at rest again."""
-        if self._braking:
-            self.orders = replace(self.orders, brake_after=None)  # that was for this save
-        self._braking, self._begun_s = False, None
-        if self.orders.slope is not None:
-            self._share, self._moved_s = self.orders.low, self._clock()
-
-    def take_waited_s(self) -> float:
-        """Seconds waited since this was last asked, pauses not among them."""
-        found, self._waited_s = self._waited_s, 0.0
-        return found
-
-    def wait(self, stop: Callable[[], bool], alive: Callable[[], None], meet: Callable[[], bool] | None = None) -> float:
-        """Wait until the next step may begin; returns the seconds of a pause that was in it.
-
-        `stop`: whether to leave at once; `alive`: called at least every 0.2 s; `meet`: called in a pause every 30 s, on all ranks equally often whatever their
-        clocks say, and leaves it where it says so (as `stop` of one rank alone must not, where ranks wait for each other).
-        """
-        if self.orders is _NOTHING or self.orders.idle:
-            self._begun_s = None
-            return 0.0
-        paused_s = self._pause(stop, alive, meet) if self._pauses else 0.0
-        orders = self.orders
-        self._braking = self._braking or (orders.brake_after is not None and self._steps >= orders.brake_after)
-        self._steps += 1
-        now = self._clock()
-        if self._goal() >= 1.0 and (self._share or 0.0) >= 1.0:
-            self._begun_s = None
-            return paused_s
-        if self._ready is not None:
-            self._ready()
-            now = self._clock()
-        if self._begun_s is not None:
-            base = self._base(now - self._begun_s)
-            done = self._advance(self._begun_s if self._moved_s is None else max(self._begun_s, self._moved_s), now)
-            began = now
-            while (left := base - done) > 1e-9 and not stop():
-                alive()
-                share = max(self._share or 0.0, 1e-6)
-                self._sleep(min(SLICE_S, left / share))
-                later = self._clock()
-                done += self._advance(now, later)
-                now = later
-                if orders.busy_s is None and now - began > MOST_WAIT_S:
-                    break
-            self._waited_s += now - began
-        self._begun_s = self._moved_s = now
-        return paused_s
-
-    def _base(self, measured_s: float) -> float:
-        """What a step takes without waiting, by the governor, else by this rank's last ones."""
-        if self.orders.busy_s is not None:
-            return self.orders.busy_s
-        self._busy = [*self._busy[-2:], measured_s]
-        return min(self._busy)
-
-    def _goal(self) -> float:
-        orders = self.orders
-        goal = orders.share
-        if orders.then_s is not None and self._wall() >= orders.then_s:
-            goal = min(goal, orders.then_share)
-        return min(goal, orders.low) if self._braking else goal
-
-    def _advance(self, before: float, now: float) -> float:
-        """Busy seconds that are allowed between two moments, while the share goes to its goal along the ramp."""
-        goal, slope, seconds = self._goal(), self.orders.slope, max(0.0, now - before)
-        share = self._share if self._share is not None else goal
-        if slope is None or share == goal:
-            self._share = goal
-            return goal * seconds
-        moving = min(seconds, abs(goal - share) / slope)
-        reached = share + math.copysign(slope * moving, goal - share)
-        self._share = goal if moving < seconds else reached
-        return (share + reached) / 2 * moving + goal * (seconds - moving)
-
-    def _pause(self, stop: Callable[[], bool], alive: Callable[[], None], meet: Callable[[], bool] | None) -> float:
-        assert self.orders.pause_until_s is not None
-        began_s, until_s, from_s = self._clock(), self.orders.pause_until_s, self.orders.pause_from_s
-        meetings = 0 if meet is None else max(0, math.ceil((until_s - from_s) / MEET_S) - 1)
-        met = 0
-        while (now := self._wall()) < until_s or met < meetings:
-            alive()
-            if meet is not None:
-                if met < meetings and now >= from_s + (met + 1) * MEET_S:
-                    met += 1
-                    if meet():
-                        break
-                    continue
-            elif stop():
-                break
-            self._sleep(min(SLICE_S, max(0.0, until_s - now) or SLICE_S))
-        self._pauses, self._begun_s = False, None
-        if self.orders.slope is not None:
-            self._share, self._moved_s = self.orders.low, self._clock()
-        return self._clock() - began_s
-
-
 def expected(watts: Watts) -> float | None:
     """The run's facility watts by the figures of its site, before anything is measured; None: unknown."""
     nodes = -(-watts.accelerators // watts.per_node) if watts.per_node and watts.accelerators else 0
@@ -776,12 +686,12 @@ def expected(watts: Watts) -> float | None:
     return (watts.node_watts.value * nodes + shared) * (1.0 + (watts.storage_share.value or 0.0)) * watts.pue.value
 
 
+def reach(watts: Watts) -> float | None:
+    """What the run could draw by the figures of its site: what it is expected to, or its accelerators alone at their limit; None: unknown."""
+    devices = watts.accelerators * watts.device_watts.value if watts.device_watts.value is not None and watts.accelerators else None
+    return max((one for one in (expected(watts), devices) if one is not None), default=None)
+
+
 def stagger(run_id: str, every: int) -> int:
     """The offset in steps at which this run saves: when (step + offset) % every == 0. By a hash of its name, so that the saves of many runs spread evenly."""
     return int.from_bytes(hashlib.sha256(run_id.encode()).digest()[:8], "big") % max(1, every)
-
-
-def _watts(watts: float) -> str:
-    if watts < 9_999.5:
-        return f"{watts:,.0f} W"
-    return f"{watts / 1e3:,.1f} kW" if watts < 999_950 else f"{watts / 1e6:,.2f} MW"

@@ -17,6 +17,7 @@ import csv
 import datetime
 import math
 import re
+import stat
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,10 +56,11 @@ class Schedule:
         """A schedule from its file; raises PowerError that names file, line and value."""
         path = Path(path).expanduser()
         try:
-            if path.stat().st_size > MOST_BYTES:
-                raise PowerError(
-                    f"{path}: {path.stat().st_size:,} bytes are no schedule (at most {MOST_BYTES:,}); a row a change is enough"
-                )
+            about = path.stat()
+            if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for, and read once
+                raise PowerError(f"{path}: the schedule is no regular file; set power.schedule to a CSV file")
+            if about.st_size > MOST_BYTES:
+                raise PowerError(f"{path}: {about.st_size:,} bytes are no schedule (at most {MOST_BYTES:,}); a row a change is enough")
             text = path.read_text(encoding="utf-8-sig")
         except OSError as failure:
             raise PowerError(f"{path}: the schedule cannot be read: {failure.strerror}; set power.schedule to a CSV file") from None

@@ -50,6 +50,30 @@ def test_a_request_becomes_a_job_and_nothing_is_written(tiny, site, tmp_path):
     assert (one.job.nodes, one.job.ranks_per_node) == (1, 1)
 
 
+def test_a_job_that_is_sized_by_megawatts_keeps_to_them(tiny, tmp_path):
+    where = tmp_path / "here.toml"
+    said = '{ value = 500, basis = "declared", source = "a test" }'
+    where.write_text(
+        f'name = "here"\nsummary = "a test"\ndevice = "cpu"\n[node]\nranks = 2\n[paths]\nruns = "$TEST_SCRATCH/runs"\n[scheduler]\nkind = "slurm"\n'
+        f"[power]\nnode_watts = {said}\npue = {said.replace('500', '1.1')}\n"
+    )
+
+    def made(*overrides, **more):
+        return prepared(tiny, str(where), nodes=None, overrides=overrides, **more)
+
+    sized = made(megawatts=0.0011)
+    assert (sized.job.nodes, sized.recipes[0].power.megawatts, sized.plans[0].power.megawatts) == (2, 0.0011, 0.0011)
+    lines = submit.summary(sized)
+    assert "  power    1,100 W expected at the facility, of 1,100 W allowed (power.megawatts of the recipe)" in lines
+    assert "  power    --megawatts 0.0011 is also power.megawatts of the run, which keeps to it" in lines
+    own = made("power.megawatts=0.0011", megawatts=0.0012)
+    assert own.recipes[0].power.megawatts == 0.0011
+    assert not own.notes
+    assert made("power.megawatts=9", megawatts=0.0012).recipes[0].power.megawatts == 0.0012
+    with pytest.raises(PlanError, match=r"power\.measure is false: leave that out, or give --nodes"):
+        made("power.measure=false", megawatts=0.0012)
+
+
 def test_what_a_job_reads_is_the_recipe_and_the_site_as_they_were(tiny, site, tmp_path, monkeypatch):
     monkeypatch.setitem(
         submit.BACKENDS, "slurm", submit.Backend(submit.BACKENDS["slurm"].files, lambda made: ["41"], sweeps=True, chains=True)

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import time
 import uuid
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,14 @@ from gigatrain import config, load, loop
 from gigatrain.errors import PowerError
 from gigatrain.observe import energy, trace
 from gigatrain.observe.display import Display, drawn
-from gigatrain.observe.energy import _share, _split, _steepest
+from gigatrain.observe.energy import Energy, _share, _split, _steepest
 from gigatrain.observe.health import Health
 from gigatrain.observe.logs import Log, Progress
 from gigatrain.parallel.mesh import Mesh, alone
 from gigatrain.planning.plan import plan
+from gigatrain.planning.watts import Watts
+from gigatrain.power.reading import Taken
+from gigatrain.site import Figure
 
 
 def rows(folder):
@@ -231,3 +235,28 @@ def test_signals_still_agree_beside_the_numbers(tiny):
     health = Health(plan(load.recipe(tiny), load.site("laptop")), alone())
     assert health.agree([1, 2, 3]) == [1, 2, 3]
     assert not health.wants_out
+
+
+@pytest.mark.parametrize(
+    ("taken", "wide", "means"),
+    [
+        (
+            {"device_ms": 20_000, "device_measured_mj": 4_000_000, "node_unknown_ms": 20_000, "device_unknown_ms": 0},
+            "device",
+            (200.0, 100.0),
+        ),
+        ({"device_ms": 20_000, "device_measured_mj": 4_000_000, "node_measured_mj": 8_000_000}, "facility", (550.0, 220.0)),
+        ({"device_unknown_ms": 20_000, "node_unknown_ms": 20_000}, None, ()),
+    ],
+)
+def test_ten_second_means_are_of_the_widest_boundary_that_is_known(taken, wide, means):
+    energy = Energy.__new__(Energy)
+    figure = {name: Figure(value=value, basis="declared", source="a test") for name, value in (("pue", 1.1), ("zero", 0.0))}
+    watts = Watts(accelerators=1, per_node=1, fabric_watts=figure["zero"], storage_watts=figure["zero"], pue=figure["pue"])
+    energy.nodes, energy.devices, energy.plan = 1, 0, SimpleNamespace(watts=watts)  # type: ignore[assignment]
+    closed = [(7, 1, 2_000_000, 5_000_000), (8, 0, 9_000_000, 9_000_000), (9, 1, 1_000_000, 2_000_000)]  # one that not all have closed
+    energy._since = Taken(nodes=1, ms=20_000, devices=1, bins=closed, **taken)
+    energy._look()
+    assert energy.latest.boundary == wide
+    assert energy.latest.bins == tuple((at, pytest.approx(mean)) for at, mean in zip((70.0, 90.0), means, strict=False))
+    assert energy.latest.peak_watts == (pytest.approx(means[0]) if means else None)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from gigatrain.config import Power
 from gigatrain.planning.watts import Watts
-from gigatrain.power.control import Governor, Orders, Pace, Seen
+from gigatrain.power.control import Governor, Seen
+from gigatrain.power.pace import Orders, Pace
 
 
 @dataclass
@@ -27,6 +28,8 @@ class Plant:
     began_s: float = 1_790_000_000.0
     device_share: float = 0.6  # of the facility's swing is the devices'
     min_cap: float | None = None
+    deaf: bool = False  # limits are ordered, and the driver takes none
+    boundary: str = "facility"
     series: tuple[float, ...] = ()  # of a recorded run: the draw of each second over its mean, while steps run
     now: float = field(default=0.0, init=False)
     tokens: int = field(default=0, init=False)
@@ -53,7 +56,7 @@ class Plant:
             if paused:
                 governor.paused(paused, self.began_s + before)
                 window = (self.now, self.joules, step, 0.0)
-                held = 0.0
+                held, mixed = 0.0, True
             took = self.busy_s * (1 + self.jitter * self.random.uniform(-1, 1)) / (self.cap**0.5)
             self._pass(took, True)
             self.busy_total += took
@@ -66,7 +69,7 @@ class Plant:
                 waited = pace.take_waited_s()
                 seen = Seen(
                     now_s=self.began_s + self.now,
-                    watts_facility=(self.joules - joules) / span if knows else None,
+                    watts=(self.joules - joules) / span if knows else None,
                     watts_device=self.device_share * (self.joules - joules) / span,
                     step_s=stepping / (step - first),
                     busy_share=1 - waited / stepping,
@@ -75,9 +78,10 @@ class Plant:
                     steps=step - first,
                     tokens=1000 * (step - first),
                     stops_after=self._stops(step, total_steps),
-                    peak_watts=self._peak(began),
+                    bins=self._bins(began) if knows else (),
                     mixed=mixed,
                     cap_min_share=self.min_cap,
+                    boundary=self.boundary,
                 )
                 self._order(pace, governor.decide(seen))
                 if self.orders[-1][1].leave:
@@ -101,7 +105,7 @@ class Plant:
     def _order(self, pace, orders):
         pace.follow(orders)
         self.orders.append((self.now, orders))
-        self.cap = orders.cap_share if orders.cap_share is not None else 1.0
+        self.cap = orders.cap_share if orders.cap_share is not None and not self.deaf else 1.0
 
     def _pass(self, seconds, busy):
         """Time goes by, at most a second at once; the draw follows its target with a lag."""
@@ -124,11 +128,10 @@ class Plant:
             self.now += part
             seconds -= part
 
-    def _peak(self, began):
-        """The highest of the ten-second bins that closed since, as Taken.bins has them."""
+    def _bins(self, began):
+        """The ten-second bins that closed since, as Latest.bins has them."""
         first = int(began // 10)
-        means = [sum(self.seconds[10 * n : 10 * n + 10]) / 10 for n in range(first, int(self.now // 10))]
-        return max(means, default=None)
+        return tuple((self.began_s + 10 * n, sum(self.seconds[10 * n : 10 * n + 10]) / 10) for n in range(first, int(self.now // 10)))
 
     def means(self, after=0.0, span=10):
         """`(second, mean)` of every `span` seconds that slide by one."""

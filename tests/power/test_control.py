@@ -14,7 +14,9 @@ from plant import Plant
 
 from gigatrain.config import Power
 from gigatrain.planning.watts import Watts
-from gigatrain.power.control import LOW, Governor, Orders, Pace, Seen, expected, stagger
+from gigatrain.power.control import Governor, Seen, expected, stagger
+from gigatrain.power.line import LOW
+from gigatrain.power.pace import Orders, Pace
 from gigatrain.power.schedule import Schedule
 from gigatrain.site import Figure
 
@@ -146,12 +148,136 @@ def test_a_budget_below_what_is_drawn_at_rest_ends_the_run_or_waits_for_the_sche
 
 def test_what_cannot_be_measured_is_not_claimed_to_be_kept():
     plant = Plant()
-    plant.run(Power(megawatts=0.7), Watts(), 120, knows=False)
-    assert plant.orders[-1][1].why.endswith("cannot be kept: what the run draws at the facility is unknown")
+    plant.run(Power(megawatts=0.7), Watts(), 1200, knows=False)
+    orders = plant.orders[-1][1]
+    assert (orders.leave, plant.now < 600) == (True, True)
+    assert "which cannot be kept: what the run draws is unknown at every boundary; give the site's file" in orders.why
+    assert max(orders.share for _, orders in plant.orders) <= 0.15, "and full speed is not what it runs at until then"
     by_figures = Plant()
     by_figures.run(Power(megawatts=0.9), KNOWN, 600, knows=False)
     assert "and slowed by the site's figures; 6" in by_figures.orders[-1][1].why
     assert by_figures.means()[-1][1] == pytest.approx(0.9 * plant.full / 1.1, rel=0.1), "which are a tenth too high here"
+    assert [kind for kind, _ in by_figures.orders[-1][1].notices] == ["figures"]
+
+
+def test_where_the_facility_is_unknown_a_budget_is_held_against_the_widest_boundary_and_that_is_said():
+    plant = Plant(boundary="device")
+    plant.run(Power(megawatts=0.7), Watts(), 900)
+    orders = plant.orders[-1][1]
+    assert top(plant) <= 700e3
+    assert "power.megawatts is held against the devices only: what the facility draws beyond is unknown" in orders.why
+    assert len({orders.notices for at, orders in plant.orders if at > 60}) == 1, "said once: its words stay"
+
+
+def test_a_meter_that_falls_silent_changes_no_order_and_one_that_sees_less_is_not_believed():
+    plant = Plant()
+    governor = plant.run(Power(megawatts=0.7), Watts(), 900)
+    share, silent = governor.share, []
+    for boundary, watts in (("facility", None), ("device", 2e5)):
+        for _ in range(10):
+            seen = Seen(BEGAN_S + 900, watts, step_s=0.5, busy_share=1.0, window_s=20.0, steps=20, boundary=boundary)
+            silent.append(governor.decide(seen))
+    assert {orders.share for orders in silent} == {share}
+    assert {orders.notices for orders in silent} == {
+        (("silent", "nothing is measured of the facility any more: what was ordered before goes on until it is"),)
+    }
+    resumed = Governor(Power(megawatts=0.7), Watts(), began_s=BEGAN_S)
+    resumed.load(governor.state())
+    assert resumed.decide(Seen(BEGAN_S, None)).share < 1.0
+    wider = Governor(Power(megawatts=0.7), Watts(), began_s=BEGAN_S)
+    wider.decide(Seen(BEGAN_S, None))
+    for boundary, watts in (("device", 3e5), ("node", 5e5)):
+        orders = wider.decide(Seen(BEGAN_S + 20, watts, step_s=0.5, busy_share=0.15, window_s=20.0, steps=6, boundary=boundary))
+    assert "held against the nodes only" in orders.why
+
+
+def test_a_window_that_is_not_learnt_from_is_no_window_without_a_meter():
+    governor = Governor(Power(megawatts=0.7), Watts(), began_s=BEGAN_S)
+    governor.decide(Seen(BEGAN_S, None))
+    compiled = Seen(BEGAN_S + 90, 5e5, step_s=4.0, window_s=90.0, steps=20, mixed=True)
+    orders = governor.decide(compiled)
+    assert (orders.share, orders.notices) == (0.15, ())
+
+
+def test_a_ramp_that_nothing_is_known_for_is_not_kept_and_not_at_five_per_cent_for_ever():
+    for power, watts in ((Power(ramp_megawatts_min=0.1), Watts()), (Power(), Watts(ramp_watts_min=figure(1e5)))):
+        plant = Plant()
+        plant.run(power, watts, 600, knows=False)
+        orders = plant.orders[-1][1]
+        assert (orders.share, orders.slope, orders.notices[0][0]) == (1.0, None, "ramp")
+        assert "the ramp is not kept: what the run draws is unknown" in orders.why
+        plant = Plant()
+        plant.run(power, KNOWN.model_copy(update={"ramp_watts_min": figure(1e5)}), 600, knows=False)
+        assert plant.orders[-1][1].slope is not None, "by the site's figures"
+        assert steepest(plant) <= 1.02 * 0.1e6
+
+
+def test_a_sites_own_limit_is_kept_by_runs_that_could_reach_half_of_it():
+    site = KNOWN.model_copy(update={"cap_watts": figure(0.7e6), "site": "made"})
+    plant = Plant()
+    plant.run(Power(), site, 900)
+    assert top(plant) <= 700e3
+    assert "power.cap_watts of made allows 700.0 kW" in plant.orders[-1][1].why
+    assert not Governor(Power(), site.model_copy(update={"cap_watts": figure(200e6)}), began_s=0.0).acts
+    assert Governor(Power(), Watts(cap_watts=figure(1e6)), began_s=0.0).acts, "a run whose draw is unknown"
+    assert (
+        Governor(Power(megawatts=0.9), site, began_s=BEGAN_S)
+        .decide(Seen(BEGAN_S, None))
+        .why.startswith("power.cap_watts of made allows 700")
+    )
+    blind = Plant()
+    blind.run(Power(), Watts(cap_watts=figure(1e6)), 300, knows=False)
+    assert (blind.orders[-1][1].share, blind.orders[-1][1].leave) == (1.0, False), "what the recipe did not ask for ends no run"
+    assert blind.orders[-1][1].notices[0][0] == "unknown"
+
+
+def test_no_megawatts_pause_at_once_or_end_the_run_if_it_is_for_ever():
+    rows = schedule((-10, 0.0, 50.0), (300, 0.0, 60.0), (600, 1.2, None))
+    governor = Governor(Power(schedule="s.csv"), Watts(), began_s=BEGAN_S, schedule=rows)
+    orders = governor.decide(Seen(BEGAN_S, None))
+    assert orders.pause_until_s == BEGAN_S + 600, "not until the next row, which allows nothing either"
+    assert orders.notices == (("paused", "paused until 2026-09-21 14:23 UTC: the schedule allows 0 W"),)
+    for never in (schedule((-10, 1.0, None), (0, 0.0, None)), Schedule(((0.0, 0.0, 1.0, None), (3600.0, 0.0, 2.0, None)), True, "s.csv")):
+        orders = Governor(Power(schedule="s.csv"), Watts(), began_s=BEGAN_S, schedule=never).decide(Seen(BEGAN_S, None))
+        assert orders.leave
+        assert orders.why == "the schedule allows 0 W; give s.csv a row that allows more, or leave power.schedule out"
+
+
+@pytest.mark.parametrize("every", [20, 120])
+@pytest.mark.parametrize("megawatts", [0.0, 0.3])  # none, and less than it draws at rest
+def test_a_pause_begins_at_its_time_and_not_at_the_next_report(every, megawatts):
+    plant = Plant(every=every)
+    rows = schedule((-10, 0.8, None), (905, megawatts, None), (1800, 0.8, None))
+    governor = plant.run(Power(schedule="s.csv"), KNOWN, 2700, schedule=rows)
+    means = dict(plant.means())
+    assert (means[890] > 700e3, means[907]) == (True, pytest.approx(plant.rest, rel=0.02))
+    assert top(plant) <= 800e3
+    assert means[2600] > 700e3
+    assert 890 <= governor.cost()["paused_s"] <= 905
+
+
+def test_a_run_that_begins_in_a_dear_hour_is_slow_until_it_is_known_what_a_pause_is_worth():
+    rows = schedule((-10, None, 200.0), (3600, None, 20.0))
+    power = {"schedule": "s.csv", "follow": "price", "slow_above": 100.0}
+    first = Governor(Power(**power), Watts(), began_s=BEGAN_S, schedule=rows).decide(Seen(BEGAN_S, None))
+    assert (first.pause_until_s, first.share) == (None, 0.15)
+    plant = Plant()
+    plant.run(Power(**power, slow_to=0.5), Watts(), 1800, schedule=rows)
+    late = [watts for _, watts in plant.means(600)]
+    assert sum(late) / len(late) == pytest.approx(0.5 * plant.full, rel=0.05)
+    none = Governor(Power(**power, slow_to=0.0), Watts(), began_s=BEGAN_S, schedule=rows).decide(Seen(BEGAN_S, None))
+    assert none.pause_until_s == BEGAN_S + 3600
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_what_was_above_a_budget_is_counted_in_closed_ten_seconds(knows):
+    governor = Governor(Power(megawatts=1.0), Watts(), began_s=0.0)
+    governor.decide(Seen(0.0, None))
+    for minute in range(10):
+        bins = tuple((60.0 * minute + 10 * n, 1.5e6 if n < 5 else 0.9e6) for n in range(6)) if knows else ()
+        governor.decide(Seen(60.0 * minute + 60, 1.4e6, step_s=1.0, window_s=60.0, steps=60, tokens=60, bins=bins))
+    cost = governor.cost()
+    assert (cost["over_budget_s"], cost["over_budget_watts"]) == ((500.0, 0.5e6) if knows else (0.0, 0.0))
 
 
 @pytest.mark.parametrize("watts", [Watts(), KNOWN])
@@ -253,6 +379,31 @@ def test_limits_come_first_where_they_may_be_set_and_are_enough():
     forbidden = Plant(min_cap=0.3)
     forbidden.run(Power(megawatts=0.7), KNOWN, 900)
     assert {orders.cap_share for _, orders in forbidden.orders} == {None}
+
+
+@pytest.mark.parametrize("every", [20, 120])
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_budget_that_falls_is_met_under_limits_of_accelerators_too(every, refused):
+    rows = schedule((-10, 1.0, None), (1800, 0.7, None), (3600, 1.0, None))
+    plant = Plant(min_cap=0.3, every=every, deaf=refused)
+    governor = plant.run(Power(megawatts=0.85, caps=True, schedule="s.csv"), KNOWN, 4500, schedule=rows)
+    assert top(plant, before=1800) <= 850e3
+    assert max(watts for second, watts in plant.means() if 1800 <= second < 3590) <= 700e3
+    assert governor.cost()["over_budget_s"] == 0
+    assert any(orders.cap_share is not None for at, orders in plant.orders if 2000 < at < 3000)
+    if not refused:
+        assert {orders.share for at, orders in plant.orders if 3000 < at < 3590} == {1.0}, "limits alone, once they were seen to be enough"
+
+
+@pytest.mark.parametrize("every", [20, 60, 120])
+def test_limits_of_accelerators_move_along_the_ramp(every):
+    rows = schedule((-10, 1.0, None), (1800, 0.7, None), (3000, None, None))
+    plant, most = Plant(min_cap=0.3, noise=0.0, jitter=0.0, every=every), 0.05e6
+    plant.run(Power(megawatts=0.9, caps=True, ramp_megawatts_min=most / 1e6, schedule="s.csv"), KNOWN, 6000, schedule=rows)
+    capped = [orders.cap_share for _, orders in plant.orders if orders.cap_share is not None]
+    assert (len(capped) > 5, min(capped) < 0.7) == (True, True)
+    assert steepest(plant, 600) <= 1.02 * most  # at the start, where ten seconds hold two steps, less fine: that is a pace's, not a limit's
+    assert max(watts for second, watts in plant.means() if 1800 <= second < 2990) <= 700e3
 
 
 def test_every_rank_decides_alike_and_a_resume_goes_on_with_what_was_learnt():

@@ -1,6 +1,7 @@
 """Times, prices and limits: read as written, refused by line, and never believed for longer than they hold."""
 
 import datetime
+import os
 
 import pytest
 
@@ -87,3 +88,10 @@ def test_a_file_that_is_not_there_or_no_text_is_named(tmp_path):
     (tmp_path / "prices.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(PowerError, match="not UTF-8"):
         Schedule.read(tmp_path / "prices.csv")
+
+
+def test_a_pipe_is_no_schedule_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "prices.csv")
+    for path in (tmp_path / "prices.csv", tmp_path):
+        with pytest.raises(PowerError, match=r"no regular file; set power\.schedule to a CSV file"):
+            Schedule.read(path)
