@@ -518,7 +518,7 @@ def _power_lines(seen: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         cost = seen["joules_per_token"][name]
         each = f", {si(cost)}J a token" if cost is not None else ""
         yield "efficiency", f"{seen['tokens_per_s_mw'][name]:,.0f} tokens/s/MW at the {NAMED.get(name, name)}{each}, over the last window"
-    if seen["power_orders"] and watts is not None:
+    if seen["power_orders"]:  # most of all where the draw is not known: then a budget cannot be kept
         yield "orders", seen["power_orders"]
     one = seen["energy"]
     if one and _number(one, "tokens_per_s_mw") is not None:
