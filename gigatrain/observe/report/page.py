@@ -263,7 +263,8 @@ def _budget(tag: str, value: Value) -> list[str]:
         found.append(("highest ten-second mean", f"unknown: {highest['unknown']}"))
     else:
         held, when = finite(highest.get("limit_watts")), _when(highest.get("time"))
-        share = signed(highest["value"] / held - 1) + " of the limit" if held else "no limit then"
+        off = highest["value"] / held - 1 if held else 0.0
+        share = f"{per_cent(abs(off))} {'above' if off > 0 else 'below'} the limit" if held else "no limit then"
         found.append(("highest ten-second mean", f"{words.watts(highest['value'])}, {share}{f', at {when}' if when else ''}"))
     if budget["bins_held"]:
         found.append(
@@ -280,7 +281,7 @@ def _budget(tag: str, value: Value) -> list[str]:
 
     reports = "the run told none"
     spent(
-        "above it by its reports",
+        "above it, as the run counted",
         "over_budget_s",
         lambda it: span(it) + (f", by {words.watts(cost['over_budget_watts'])} at most" if it and cost.get("over_budget_watts") else ""),
         reports,
@@ -297,7 +298,15 @@ def _budget(tag: str, value: Value) -> list[str]:
             found.append((f"{unit} saved", f"{said[2]}: {said[0]} not drawn, {said[1]} to catch up later"))
         elif cost:
             found.append((f"{unit} saved", f"unknown: there is no {price}, or full speed was never measured"))
-    text = "What the run was told to keep to, whether it did, and what that took. A limit is of each ten seconds of wall-clock that all nodes have closed."
+    text = ""
+    if budget["bins_held"]:
+        of = f"{budget['bins_held']:,} ten-second means"
+        text = (
+            f"Not kept: {budget['bins_above']:,} of {of} above the limit. "
+            if budget["bins_above"]
+            else f"Kept: none of {of} was above the limit. "
+        )
+    text += "What the run was told to keep to, and what that took. A limit is of each ten seconds of wall-clock that all nodes have closed."
     last = ""
     if budget["why"]:
         when = _when(budget["since"])
@@ -334,7 +343,8 @@ def _draw(tag: str, value: Value) -> str:
         for at, name in enumerate(there)
     ]
     outer = known[-1]
-    heights[-1] = (*heights[-1][:2], watts["watts"][outer])
+    inner = f"{WITHIN[outer]}, all" if len(there) == 1 < len(known) else heights[-1][0]
+    heights[-1] = (inner, f"{WITHIN[outer]}, all within", watts["watts"][outer])
     planned = watts["planned"].get(outer)
     why = "".join(f" Boundary {WITHIN[name]} unknown: {_why_not(value, name)}." for name in BOUNDARIES if name not in known)
     text = f"Up to the {WITHIN[outer]} boundary, by what it is of; fabric with storage, cooling with losses. Hatched: no reading."
@@ -532,7 +542,8 @@ def _amount(value: float, unit: str) -> str:
 
 
 def _drift(row: Value) -> str:
-    return f"<span class=mark>{'above the most' if row['most'] else 'drift'} {signed(row['drift'])}</span>"
+    mark = "drift" if not row["most"] else "above the limit" if row.get("noun") == "allowed" else "above the most"
+    return f"<span class=mark>{mark} {signed(row['drift'])}</span>"
 
 
 def _plan(tag: str, value: Value) -> str:
@@ -735,7 +746,7 @@ def _step(value: Value, name: str) -> Value:
 def _kept(value: Value, name: str) -> Value:
     budget = value["budget"]
     if not budget:
-        return {"value": None, "unknown": "no budget"}
+        return {"value": None, "unknown": "not asked for"}
     if name == "highest":
         return budget["highest"]
     return {"value": budget["cost"].get(name), "unknown": "the run told none"}

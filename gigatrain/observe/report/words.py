@@ -9,6 +9,7 @@ from typing import Any
 from gigatrain.observe import logs, watch
 from gigatrain.observe.report.collect import finite
 
+_APART = re.compile(r"(?<=[±<>−]) (?=\d)")  # a sign and its number stay on one line
 MINUTES_S = 600.0  # from where on a duration is told in minutes: below, its share beside it would not fit it
 _HIDDEN = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")  # what turns or hides the words around it
 
@@ -16,6 +17,7 @@ _HIDDEN = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")  # what 
 def escaped(text: Any, most: int = 600) -> str:
     """A text as HTML, in an element or in a quoted attribute: without control characters, and not longer than anybody reads."""
     shown = _HIDDEN.sub("", logs.printable(str(text))).encode("utf-8", "replace").decode("utf-8").replace(" %", "\u00a0%")
+    shown = _APART.sub("\u00a0", shown)
     return html.escape(shown if len(shown) <= most else shown[: most - 1] + "…", quote=True)
 
 
