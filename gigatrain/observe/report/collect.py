@@ -21,12 +21,12 @@ from gigatrain.observe import logs, watch
 from gigatrain.planning.watts import Watts
 from gigatrain.power.reading import BIN_S, BOUNDARIES, PROVENANCES
 from gigatrain.power.schedule import Schedule
+from gigatrain.power.spans import MOST
 from gigatrain.site import Figure
 
 POINTS = 600  # of a curve
 BINS = 40  # of the histogram of step times
 SLACK = 0.005  # above a limit, before it is pointed at: a counter's edge may be off by one in a hundred
-BIGGEST = 1 << 62  # a larger count is a damaged one
 ASKED = ("megawatts", "schedule", "follow", "ramp_megawatts_min", "caps")  # of watts, in plan.json
 DRIFT = 0.10  # a difference from the plan that is pointed at
 TRACE_BYTES = 64 << 20  # of the first rank's trace, its end: some 350,000 steps; of the others' a sixteenth
@@ -464,7 +464,7 @@ def _bins(rows: Sequence[Mapping[str, Any]], nodes: float | None) -> dict[int, f
     for row in rows:
         given = row.get("bins")
         for one in given if isinstance(given, list) else ():
-            if isinstance(one, list) and len(one) == 4 and all(type(word) is int and 0 <= word < BIGGEST for word in one):
+            if isinstance(one, list) and len(one) == 4 and all(type(word) is int and 0 <= word < MOST for word in one):
                 found[one[0]] = (one[1], one[3])
     most = nodes or max((count for count, _ in found.values()), default=0)
     return {number: float(joules) for number, (count, joules) in sorted(found.items()) if count >= most}
