@@ -174,7 +174,9 @@ def framed(
         named.append((top / 10, axes.planned_text, axes.shown(axes.planned), "xp"))
     if axes.allowed:
         shown = [(min(max(x, begin), end), y) for x, y in axes.limit if x is not None]
-        inside.append(f"<path class=limit d='{_path(shown, place)}'><title>{escaped(axes.limit_text)}</title></path>")
+        inside.append(
+            f"<path class=halo d='{_path(shown, place)}'/><path class=limit d='{_path(shown, place)}'><title>{escaped(axes.limit_text)}</title></path>"
+        )
         named.append((place(begin, axes.allowed[-1])[1] / 10, axes.limit_text, axes.shown(axes.allowed[-1]), "xl5"))
     few = len(named) <= FEW
     for top, (_, name, last, kind) in zip(apart([top for top, *_ in named], 13.0 if few else 6.0), named, strict=True):

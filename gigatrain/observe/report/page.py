@@ -306,6 +306,8 @@ def _budget(tag: str, value: Value) -> list[str]:
             if budget["bins_above"]
             else f"Kept: none of {of} was above the limit. "
         )
+    elif levels:
+        text = f"Whether it was kept is unknown: {highest.get('unknown') or 'no ten seconds had a limit'}. "
     text += "What the run was told to keep to, and what that took. A limit is of each ten seconds of wall-clock that all nodes have closed."
     last = ""
     if budget["why"]:
@@ -347,7 +349,10 @@ def _draw(tag: str, value: Value) -> str:
     heights[-1] = (inner, f"{WITHIN[outer]}, all within", watts["watts"][outer])
     planned = watts["planned"].get(outer)
     why = "".join(f" Boundary {WITHIN[name]} unknown: {_why_not(value, name)}." for name in BOUNDARIES if name not in known)
-    text = f"Up to the {WITHIN[outer]} boundary, by what it is of; fabric with storage, cooling with losses. Hatched: no reading."
+    text = (
+        f"Up to the {WITHIN[outer]} boundary, by what it is of; fabric with storage, cooling with losses."
+        + " Hatched: no reading." * bool(watts["gaps"])
+    )
     text += " Dashed: as planned." if planned else f" Plan: {value['plan']['watts'][outer].get('unknown', 'not planned')}."
     if flat:
         text += f" Below {LEAST * 100:.1f} % of the whole all the time, and not drawn apart: {', '.join(LAYERS[name] for name in flat)}."
@@ -358,7 +363,7 @@ def _draw(tag: str, value: Value) -> str:
         text += f" The limit of the budget, {words.watts(min(allowed))} and more, lies far above this picture."
         limit = []
     elif allowed:
-        text += " Red: the limit of the budget, for each ten seconds; windows here are as long as a figure needs."
+        text += " Solid line: the limit of the budget, for each ten seconds; windows here are as long as a figure needs."
     axes = Axes(
         unit, shown=words.watts, tick=words.watts, zero=True, marks=[at / scale for at in _seconds_of_restarts(value)], gaps=gaps(times),
         planned=planned, planned_text="plan", limit=limit,
