@@ -224,6 +224,7 @@ def within(key, damage):
         "taken": {"nodes": 1, "ms": damage, "node_measured_mj": damage},
         "bins": [[179_000_001, 4, damage, damage], [179_000_002, damage, 1, damage], [damage, 4, 1, 1], damage],
         "orders": {"why": damage, "period_s": damage, "cost": cost},
+        "watts": {"accelerators": damage, "per_node": damage, "device_watts": {"value": 700.0, "basis": "declared", "source": "s"}},
         "power": {"megawatts": damage, "schedule": damage, "ramp_megawatts_min": damage, "every_s": damage, "follow": damage},
     }.get(key, damage)
 
