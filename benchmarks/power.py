@@ -27,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -199,7 +199,29 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         whole = [one for one in everyone if one.peer.error is None and one.rounds]
         rows = table(planned, whole, least_s, board, limits, how, (before, after))
     say(f"all in {time.monotonic() - began:.0f} s")
-    return {"rows": rows, "failed": {name: failed[name] for name in names if name in failed}}
+    failed = {name: failed[name] for name in names if name in failed}
+    return {"rows": rows, "failed": failed, "absent": absent(planned, failed, rows, board.name or power.processor())}
+
+
+def absent(planned: Plan, failed: Mapping[str, str | None], rows: Sequence[Row], device: str) -> list[Row]:
+    """Rows of those that gave no figure, with why: who reads the file later is to see that they were tried."""
+    alike = ("device", "threads", "versions", "architecture", "parameters", "batch", "microbatch", "sequence", "lr")
+    known = {name: rows[0][name] for name in alike} if rows else described(planned) | {"device": device}
+    now = {"commit": step._commit(), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "load": round(os.getloadavg()[0], 2)}
+    return [dict.fromkeys(COLUMNS) | known | now | {"provider": name, "note": f"no figure: {why}"} for name, why in failed.items()]
+
+
+def described(planned: Plan) -> Row:
+    """What everybody does."""
+    arch = planned.decoder
+    return {
+        "architecture": f"{arch.family} {arch.layers}x{arch.hidden} vocab {arch.vocab}",
+        "parameters": planned.parameters,
+        "batch": planned.batch,
+        "microbatch": planned.microbatch,
+        "sequence": planned.sequence,
+        "lr": planned.optim.lr,
+    }
 
 
 def checked(everyone: Sequence[Turns], options: argparse.Namespace, say: Callable[[str], None]) -> None:
@@ -310,7 +332,6 @@ def table(
         speeds = [turn.tokens_per_s for turn in rounds]
         differences = [abs(a - b) for a, b in zip(peer.losses, ours.peer.losses, strict=False)]
         versions = dict(peer.ready["versions"])
-        arch = planned.decoder
         row: Row = dict.fromkeys(COLUMNS) | {
             "commit": step._commit(),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -320,12 +341,7 @@ def table(
             "load": round(os.getloadavg()[0], 2),
             "provider": peer.name,
             "precision": step._precision(peer.name, planned),
-            "architecture": f"{arch.family} {arch.layers}x{arch.hidden} vocab {arch.vocab}",
-            "parameters": planned.parameters,
-            "batch": planned.batch,
-            "microbatch": planned.microbatch,
-            "sequence": planned.sequence,
-            "lr": planned.optim.lr,
+            **described(planned),
             "steps": len(peer.losses),
             "rounds": len(rounds),
             "window_s": min(turn.window_s for turn in rounds),
@@ -480,7 +496,7 @@ def main(arguments: list[str] | None = None) -> int:
         report.load(options.out, COLUMNS, NUMBERS)  # other columns are refused now rather than after nine minutes
         found = measure(options, lambda text: print(text, file=sys.stderr, flush=True))
         print(json.dumps(found)) if options.json else show(found)
-        report.append(options.out, found["rows"], COLUMNS)
+        report.append(options.out, [*found["rows"], *found["absent"]], COLUMNS)
     except GigatrainError as failure:
         print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
         return failure.exit_code

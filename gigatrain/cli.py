@@ -772,7 +772,11 @@ def _parser() -> argparse.ArgumentParser:
         "--csv", metavar="PATH", help="rows are added here (default: benchmarks/results/power-variants.csv in a checkout, else here)"
     )
     joules.add_argument("--plots", metavar="DIR", help="write DIR/power.png")
-    joules.add_argument("--quick", action="store_true", help="one round and a shorter settling: a look, and no spread of joules")
+    joules.add_argument(
+        "--quick",
+        action="store_true",
+        help="one round and a shorter settling: a look, without a spread of joules, or a word on whether losses are the baseline's",
+    )
     joules.add_argument("--json", action="store_true", help="the rows as JSON, for programs")
 
     doctor = command("doctor", _doctor, "say whether this machine, or a job's, can train", _DOCTOR)

@@ -73,7 +73,12 @@ def test_providers_are_measured_by_one_meter_and_checked_first(benchmark, tiny, 
         assert rows["gigatrain"]["steps"] == rows["trainer"]["steps"]
     assert list(found["failed"]) == ["broken", "trainer-bf16"]
     with out.open(newline="") as file:
-        assert [line["provider"] for line in csv.DictReader(file)] == providers.split(",")
+        kept = list(csv.DictReader(file))
+    assert [line["provider"] for line in kept] == [*providers.split(","), "broken", "trainer-bf16"]
+    lost = kept[-2]
+    assert lost["note"].startswith("no figure: KeyError")
+    assert lost["architecture"] == kept[0]["architecture"]
+    assert not any(lost[name] for name in lost if name.startswith(("watts_", "tokens_", "ratio_")))
     benchmark.show(found)
     shown = capsys.readouterr().out
     for text in ("tokens/J", "facility", "broken: KeyError", "trainer-bf16: bf16 weights", "idle before and after", "no limit is told"):
@@ -177,3 +182,34 @@ def test_what_cannot_be_compared_is_refused(benchmark, tiny, capsys, tmp_path):
         assert (status, found) == (7, None)
         assert message in said
     assert set(benchmark.NUMBERS) < set(benchmark.COLUMNS)
+
+
+@pytest.fixture(scope="module")
+def overhead():
+    spec = importlib.util.spec_from_file_location("benchmarks_meter", FOLDER / "meter.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_measuring_costs_is_of_a_meter_and_without_its_start(overhead, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(overhead.torch, "set_num_threads", lambda _: None)  # this process has its own
+    out = tmp_path / "meter.csv"
+    (tmp_path / "none").mkdir()
+    assert overhead.main(["--sysfs", str(tmp_path / "none"), "--out", str(out)]) == 10
+    assert "PowerError: no meter counts here" in capsys.readouterr().err
+    assert not out.exists()
+    assert overhead.main(["--rounds", "0", "--out", str(out)]) == 7
+    blocks, real = [], overhead.block
+    monkeypatch.setattr(overhead, "block", lambda seconds, work: blocks.append(seconds) or real(seconds, work))
+    with Tree(tmp_path / "sys") as tree:
+        words = ["--seconds", "1.6", "--rounds", "2", "--settle-s", "0.25", "--sysfs", str(tree.root), "--out", str(out)]
+        assert overhead.main(words) == 0
+    assert blocks == [0.25, 0.4] * 4  # what lies before each is not counted
+    with out.open(newline="") as file:
+        [line] = csv.DictReader(file)
+    assert (line["rounds"], line["block_s"], line["settle_s"]) == ("2", "0.4", "0.25")
+    assert 0 <= float(line["thread_pct"]) <= float(line["thread_pct_high"]) < 100
+    assert "package" in line["meters"] or "RAPL" in line["meters"]

@@ -5,7 +5,8 @@ of steps, until its last report. Start, settling, validation and saves are left 
 gives no figure. tokens per joule at a boundary = tokens of the stretch over joules at that boundary (POWER.md), and is Mtok/s/MW.
 
 The yardstick of a loss is the baseline's own: it runs in every round, and beside it a `control`, the baseline under other seeds. `loss_tolerance` is the spread
-of the losses of both; a variant whose losses differ from the baseline's by no more is loss-neutral. The control's tokens per joule are an A/A test: what
+of the losses of both, LOSSES of them at least; a variant whose losses differ from the baseline's by no more is loss-neutral. One whose losses differ by
+more is shown, but no site is planned with it. The control's tokens per joule are an A/A test: what
 they differ by from the baseline's is noise.
 """
 
@@ -45,6 +46,7 @@ from gigatrain.power.spans import taken_of
 from gigatrain.site import Site
 
 LEAST_S = 10.0  # a window is at least so long,
+LOSSES = 3  # of the baseline and its control that a spread is of: two numbers say nothing of how far a third one lies
 LEAST_UPDATES = 100  # and so many of the slowest meter's updates: a counter is news every 20 to 100 ms, and an edge may be off by one
 SETTLE_S = 5.0  # clocks and caches; the board's heat takes a minute and is met by alternating
 WINDOW_S = 1.0  # about so often a run reports: what is left out at both ends is no more than this
@@ -226,11 +228,11 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def judge(rows: Sequence[Row], runs: Mapping[str, Sequence[Row]]) -> None:
-    """Fill in the differences of losses from the baseline's and whether they are within its own spread: null where that spread is of fewer than two runs."""
+    """Fill in the differences of losses from the baseline's and whether they are within its own spread: null where that spread is of fewer than LOSSES runs."""
     tolerances: dict[str, float | None] = {}
     for name in ("loss", "val_loss"):
         yard = [row[name] for who in (BASELINE, CONTROL) for row in runs.get(who, ()) if row.get(name) is not None]
-        tolerances[name] = max(yard) - min(yard) if len(yard) > 1 else None
+        tolerances[name] = max(yard) - min(yard) if len(yard) >= LOSSES else None
     first = next((row for row in rows if row["variant"] == BASELINE), None)
     judged = [
         name for name in tolerances if first is not None and first[name] is not None
@@ -257,6 +259,21 @@ def pareto(rows: Sequence[Row], at: str) -> set[str]:
 
 
 # ---- A site under a limit ----
+
+
+def damaging(rows: Iterable[Row]) -> dict[str, str]:
+    """The variants whose loss is known to be another than the baseline's, and by how much: no site is planned with these."""
+    found = {}
+    for row in rows:
+        if row["loss_neutral"] is False:
+            over = [
+                f"{what} {row[f'{name}_difference']:+.2g}, and {row[f'{name}_tolerance']:.2g} is the baseline's own spread"
+                for name, what in (("loss", "loss"), ("val_loss", "validation loss"))
+                if None not in (row[f"{name}_difference"], row[f"{name}_tolerance"])
+                and not abs(row[f"{name}_difference"]) <= row[f"{name}_tolerance"]
+            ]
+            found[row["variant"]] = "not loss-neutral: " + "; ".join(over)
+    return found
 
 
 def fleet(rows: Sequence[Row], watts: Watts, site: Site, megawatts: float, at: str) -> dict[str, Any]:
@@ -307,6 +324,10 @@ def fleet(rows: Sequence[Row], watts: Watts, site: Site, megawatts: float, at: s
         assumes.append("single accelerators: the site does not say what a node holds (node.accelerators)")
     if not has:
         assumes.append("as many accelerators as the megawatts feed: how many the site has is unknown")
+    if unjudged := [row["variant"] for row in rows if row["loss_neutral"] is None and row["variant"] != BASELINE]:
+        assumes.append(
+            f"that the loss of {', '.join(unjudged)} is the baseline's: unknown, its spread takes {LOSSES} runs or more (--rounds)"
+        )
     return {"best": best, "rows": found, "why": why, "assumes": assumes, "boundary": at, "megawatts": megawatts}
 
 
@@ -682,23 +703,42 @@ def outcome(entries: Sequence[Entry], refused: Mapping[str, str], watts: Watts, 
             row["spread_pct"] = spread([one[f"tokens_per_joule_{at}"] for one in entry.runs if one["status"] == OK])
     cap = megawatts if megawatts is not None else site.power.cap_watts.value / 1e6 if site.power.cap_watts.value else None
     best, no_site = None, None
+    damaged = damaging(good)
+    fit = [row for row in good if row["variant"] != CONTROL and row["variant"] not in damaged]
     if at is None:
         no_site = "no boundary's watts are known for every variant" if good else "nothing was measured"
     elif cap is None:
         no_site = "no limit is given: --megawatts M, or the site's power.cap_watts"
     else:
         try:
-            best = fleet([row for row in good if row["variant"] != CONTROL], watts, site, cap, at)
+            best = fleet(fit, watts, site, cap, at)
+            best["excluded"] = _excluded(good, damaged, best, at)
         except SiteError as failure:  # what was measured is worth more than this
             no_site = str(failure)
     return {
         "rows": rows,
         "refused": dict(refused),
         "boundary": at,
-        "pareto": sorted(pareto([row for row in good if row["variant"] != CONTROL], at)) if at else [],
+        "pareto": sorted(pareto(fit, at)) if at else [],
+        "damaged": damaged,
         "site": best,
         "no_site": no_site,
     }
+
+
+def _excluded(good: Sequence[Row], damaged: Mapping[str, str], best: Mapping[str, Any], at: str) -> list[str]:
+    """Those that would have been chosen before the best one, were it not for their loss."""
+    found = []
+    for row in good:
+        if why := damaged.get(row["variant"]):
+            apiece = best["best"]
+            faster = row["tokens_per_s"] / row["accelerators"] / apiece["tokens_per_s_each"]
+            thriftier = row[f"tokens_per_joule_{at}"] / (apiece["tokens_per_s_each"] / apiece["watts_each"])
+            if max(faster, thriftier) > 1:
+                found.append(
+                    f"{row['variant']}, {faster:.3f} times the tokens/s and {thriftier:.3f} times the tokens/J of {apiece['variant']}, is {why}"
+                )
+    return found
 
 
 def processor() -> str:
@@ -725,9 +765,14 @@ def show(found: Mapping[str, Any], console: Console) -> None:
             console.print(f"  unknown     {one['unknown']}", markup=False)
         console.print(f"  limits      {_limits(one)}", markup=False)
         tolerance = one["val_loss_tolerance"]
-        said = "unknown: the baseline ran once" if tolerance is None else f"{tolerance:.2g} nats of validation loss"
+        runs = "validation has no held-out documents" if one["val_loss"] is None and one["loss_tolerance"] is not None else ""
+        said = (
+            runs or f"unknown: the baseline and its control ran fewer than {LOSSES} times"
+            if tolerance is None
+            else f"{tolerance:.2g} nats of validation loss"
+        )
         console.print(f"  neutral     within the spread of the baseline and its control under other seeds, {said}", markup=False)
-        console.print("  *           nobody is better in both tokens/s and tokens/J", markup=False)
+        console.print("  *           nobody whose loss is not worse is better in both tokens/s and tokens/J", markup=False)
         console.print(
             "  counted     steady steps: a run's own figure (goodput) also has its start, saves, validation and restarts", markup=False
         )
@@ -743,6 +788,8 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     best = site["best"]
     many = f"{best['accelerators']:,} accelerators of {best['watts_each']:,.0f} W, {best['tokens_per_s']:,.0f} tokens/s"
     console.print(f"  site        {site['megawatts']:g} MW at {site['boundary']}: {best['variant']}, {many}; {site['why']}", markup=False)
+    for text in site.get("excluded", ()):
+        console.print(f"  excluded    {text}", markup=False)
     for text in site["assumes"]:
         console.print(f"  assumes     {text}", markup=False)
 

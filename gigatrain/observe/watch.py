@@ -132,7 +132,7 @@ class Reader:
             "steps": steps,
             "tokens": _number(window, "tokens"),
             "loss": _number(window, "loss"),
-            "losses": [row.get("loss") for row in self._windows[-WINDOWS:]],
+            "losses": [_number(row, "loss") for row in self._windows[-WINDOWS:]],
             "grad_norm": _number(window, "grad_norm"),
             "lr": _number(window, "lr"),
             "bad_steps": _number(window, "bad_steps"),
@@ -416,6 +416,12 @@ def _number(row: Mapping[str, Any], key: str) -> Any:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST else None
 
 
+def _utc(time_s: float) -> str:
+    with contextlib.suppress(OverflowError, ValueError, OSError):  # a damaged one
+        return datetime.datetime.fromtimestamp(time_s, datetime.UTC).isoformat(timespec="seconds")
+    return "at an unknown time"
+
+
 def spark(values: list[Any], width: int = 48) -> str:
     """The last `width` numbers as blocks; what is no number is a blank."""
     shown = values[-width:]
@@ -480,7 +486,7 @@ def lines(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         share = seen["goodput"]["share"]
         add("goodput", f"{'unknown' if share is None else f'{share:.1%}'} of {span(seen['goodput']['wall_s'])}: {parts}")
         for one in seen["restarts"][-4:]:
-            when = datetime.datetime.fromtimestamp(one["time_s"], datetime.UTC).isoformat(timespec="seconds")
+            when = _utc(one["time_s"])
             begun = "before its first step" if one["step"] is None else f"at step {one['step']:,}"
             add("restart", f"{when} attempt {one['attempt']}, {begun}; before it: {one['why']}")
         if len(seen["restarts"]) > 4:
@@ -518,7 +524,7 @@ def _power_lines(seen: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         cost = seen["joules_per_token"][name]
         each = f", {si(cost)}J a token" if cost is not None else ""
         yield "efficiency", f"{seen['tokens_per_s_mw'][name]:,.0f} tokens/s/MW at the {NAMED.get(name, name)}{each}, over the last window"
-    if seen["power_orders"] and watts is not None:
+    if seen["power_orders"]:  # most of all where the draw is not known: then a budget cannot be kept
         yield "orders", seen["power_orders"]
     one = seen["energy"]
     if one and _number(one, "tokens_per_s_mw") is not None:

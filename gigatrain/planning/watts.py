@@ -4,6 +4,8 @@ Every one is a Figure with its basis and source. What is unknown stays unknown, 
 definitions.
 """
 
+from pydantic import Field
+
 from gigatrain.config import Section
 from gigatrain.planning import hardware
 from gigatrain.site import UNKNOWN, Basis, Figure, Site
@@ -12,13 +14,16 @@ STORAGE_SHARE = 0.03  # storage, management and service nodes over nodes and fab
 FABRIC_GBIT_S = 400.0  # of the network that hardware.FABRIC_WATTS_H100 was declared for
 
 
+MOST = 10**9  # accelerators: a larger count is damage in a plan that was read back
+
+
 class Watts(Section):
     """Per accelerator (a package: an MI250X is one) where nothing else is said."""
 
     site: str = ""
     chip: str | None = None
-    accelerators: int = 0  # of the whole run
-    per_node: int = 0  # of a node; 0: unknown
+    accelerators: int = Field(default=0, le=MOST)  # of the whole run
+    per_node: int = Field(default=0, le=MOST)  # of a node; 0: unknown
     device_watts: Figure = UNKNOWN  # the most that one may draw here
     rest_watts: Figure = UNKNOWN  # of a node without its accelerators, under training load
     node_watts: Figure = UNKNOWN  # of a whole node under training load

@@ -22,7 +22,7 @@ from gigatrain.power import schedule as schedules
 from gigatrain.power.boundary import Boundary, boundaries, disagreement, look, nodes_of, unknown, widest
 from gigatrain.power.live import over
 from gigatrain.power.reading import BIN_S, BOUNDARIES, Taken
-from gigatrain.power.spans import Session, Spans, number_of, one_object, plus, retained, sessions_of, taken_of, times, until_of
+from gigatrain.power.spans import MOST, Session, Spans, number_of, one_object, plus, retained, sessions_of, taken_of, times, until_of
 from gigatrain.site import Figure
 
 __all__ = ["Boundary", "account", "boundaries", "taken_of", "unknown"]
@@ -289,7 +289,7 @@ def _ramp(
     for row in rows:
         said = row.get("bins")
         for one in said if isinstance(said, list) else ():
-            if isinstance(one, list) and len(one) == 4 and all(isinstance(word, int) for word in one):
+            if isinstance(one, list) and len(one) == 4 and all(isinstance(word, int) and abs(word) < MOST for word in one):
                 number, closed, device_mj, node_mj = one
                 if closed >= nodes and number not in partial:
                     bins[number] = (device_mj / 1e3 / BIN_S, node_mj / 1e3 / BIN_S)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from gigatrain.planning.watts import Watts
 from gigatrain.power.boundary import look, widest
 from gigatrain.power.reading import BIN_S, BOUNDARIES, Taken
-from gigatrain.power.spans import LATEST_S, count_of, number_of, plus, taken_of
+from gigatrain.power.spans import LATEST_S, MOST, count_of, number_of, plus, taken_of
 
 ROWS = 64  # that are kept to make up WINDOW_S
 WINDOW_S = 10.0  # shorter ones tell nothing: a counter has news every 0.1 s
@@ -49,7 +49,12 @@ class Live:
             self.nodes = max(self.nodes, taken.nodes)
             bins = row.get("bins")
             for one in bins if isinstance(bins, list) else ():
-                if isinstance(one, list) and len(one) == 4 and all(type(word) is int for word in one) and one[0] not in self.partial:
+                if (
+                    isinstance(one, list)
+                    and len(one) == 4
+                    and all(type(word) is int and abs(word) < MOST for word in one)
+                    and one[0] not in self.partial
+                ):
                     self.bins[one[0]] = (one[1], one[2], one[3])
         while len(self.bins) > BINS:
             self.bins.pop(next(iter(self.bins)))

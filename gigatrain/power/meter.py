@@ -368,9 +368,9 @@ class Meter:
             for one in self.parts.tracks:
                 round_s = getattr(
                     one.source, "round_s", None
-                )  # that a counter takes at least to go round: after so long nobody knows how often it did
+                )  # a counter takes at least so long to go round: after it nobody knows how often it did
                 sure = round_s is None or (self._began_us - at_us) / MICRO < 0.9 * round_s
-                one.begin(at_us, *(counters.get(_called(one.source), (None,)) if sure else (None,)))
+                one.begin(at_us, *(counters.get(_called(one.source), ()) if sure else ()))
 
 
 def _written(path: Path, text: bytes) -> None:

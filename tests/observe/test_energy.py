@@ -22,9 +22,11 @@ from gigatrain.observe.display import Display, drawn
 from gigatrain.observe.energy import Energy, _share, _split, _steepest
 from gigatrain.observe.health import Health
 from gigatrain.observe.logs import Log, Progress
+from gigatrain.observe.report.collect import collect
 from gigatrain.parallel.mesh import Mesh, alone
 from gigatrain.planning.plan import plan
 from gigatrain.planning.watts import Watts
+from gigatrain.power import account
 from gigatrain.power.reading import Taken
 from gigatrain.site import Figure
 
@@ -53,6 +55,9 @@ def test_a_run_counts_what_the_meter_counted_from_its_first_second_to_its_last(t
     assert "package" in json.dumps(found[0]["meters"])
     assert summary is not None
     told = summary["energy"]
+    later = {name: one for name, one in account.account(tmp_path / "run").items() if name != "windows"}
+    assert json.loads(json.dumps(told)) == json.loads(json.dumps(later))  # what is written at the end is what a report finds
+    assert collect(tmp_path / "run")["summary_differs"] == ""
     assert told["joules"]["device"] == pytest.approx(millijoules(found) / 1e3, rel=0.02)  # what the first look missed is scaled up
     assert told["watts"]["device"] == pytest.approx(50, rel=0.1)
     assert told["tokens_per_joule"]["device"] == pytest.approx(summary["tokens"] / told["joules"]["device"])

@@ -1,5 +1,6 @@
 """The page: nothing in it is obeyed, everybody can read it, and it says what it does not know."""
 
+import datetime
 import json
 import re
 import subprocess
@@ -10,14 +11,16 @@ from importlib.util import find_spec
 from itertools import pairwise
 
 import pytest
-from reported import made
+from reported import STEP_TOKENS, made
 from test_report_collect import accounted, windows
 
 from gigatrain import cli
-from gigatrain.observe.report.collect import collect
+from gigatrain.observe.prometheus import exposition
+from gigatrain.observe.report.collect import collect, compare
 from gigatrain.observe.report.curves import DASHES, TONES, apart, ticks
 from gigatrain.observe.report.page import PALETTE, POLICY, page
-from gigatrain.observe.report.words import escaped, exact, number, provenance, scaled, signed
+from gigatrain.observe.report.words import escaped, exact, number, provenance, scaled, signed, span
+from gigatrain.observe.watch import Reader, lines
 from gigatrain.power.reading import BOUNDARIES
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> & \x1b[31m\x07\u202e\ud800</style><style>*{display:none}"
@@ -212,11 +215,26 @@ def test_hostile_words_are_shown_and_not_obeyed(monkeypatch, tmp_path, values):
         assert len(text) < 400_000
 
 
+def within(key, damage):
+    """A row's value with the damage where a number is looked for."""
+    cost = {"seconds": damage, "waited_s": damage, "over_budget_s": damage, "over_budget_watts": damage, "eur": {"saved": damage}}
+    return {
+        "seconds": {"training": damage, "forward": damage},
+        "phases": {"training": damage, "forward": damage},
+        "taken": {"nodes": 1, "ms": damage, "node_measured_mj": damage},
+        "bins": [[179_000_001, 4, damage, damage], [179_000_002, damage, 1, damage], [damage, 4, 1, 1], damage],
+        "orders": {"why": damage, "period_s": damage, "cost": cost},
+        "watts": {"accelerators": damage, "per_node": damage, "device_watts": {"value": 700.0, "basis": "declared", "source": "s"}},
+        "power": {"megawatts": damage, "schedule": damage, "ramp_megawatts_min": damage, "every_s": damage, "follow": damage},
+    }.get(key, damage)
+
+
 @pytest.mark.parametrize("damage", [10**400, -1e308, 5e-324, -1, 1e99, "x", {"a": 1}], ids=range(7))
 def test_damaged_numbers_break_no_page(tmp_path, damage):
-    folder = made(tmp_path / "run", windows=4, killed=3, energy=False)
+    folder = made(tmp_path / "run", windows=4, killed=3)
     for name, keys in (
-        ("plan.json", ("steps", "tokens", "ranks", "flops_per_token", "watts", "memory", "kernels")),
+        ("energy.jsonl", ("time_s", "step", "tokens", "taken", "bins", "phases", "orders")),
+        ("plan.json", ("power", "steps", "tokens", "ranks", "flops_per_token", "watts", "memory", "kernels")),
         ("metrics.jsonl", ("step", "loss", "tokens_per_s", "step_s")),
         ("logs/progress.jsonl", ("time_s", "step", "process", "seconds")),
         ("trace/rank-00000.jsonl", ("phases", "step")),
@@ -225,11 +243,15 @@ def test_damaged_numbers_break_no_page(tmp_path, damage):
         for key in keys:
             rows = [json.loads(line) for line in text.splitlines()]
             for row in rows[1::2] or rows:
-                row[key] = {"training": damage, "forward": damage} if key in ("seconds", "phases") else damage
+                row[key] = within(key, damage)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             value = collect(folder)
             json.dumps(value, allow_nan=False)
             Read(page([value]))
+            seen = Reader(folder).seen()
+            json.dumps(seen)
+            assert list(lines(seen))
+            assert exposition(seen)
         path.write_text(text)
 
 
@@ -273,6 +295,10 @@ def test_numbers_as_people_read_them():
         provenance({"measured": 0.71, "estimated": 0.286, "declared": 0.004, "nameplate": 0.0})
         == "71 % measured, 29 % estimated, < 1 % declared"
     )
+    assert provenance({"measured": 0.9996, "estimated": 0.0004}) == "> 99 % measured, < 1 % estimated"
+    assert provenance({"measured": 1.0}) == "100 % measured"
+    assert [span(one) for one in (0.25, 6.49, 156.8, 599.9, 600, 7200)] == ["250 ms", "6.5 s", "156.8 s", "599.9 s", "10 min", "2.0 h"]
+    assert escaped("measured ± 5 %, < 1 % estimated") == "measured ±\u00a05\u00a0%, &lt;\u00a01\u00a0% estimated"
     assert provenance({}) == provenance(None) == "provenance unknown"
     assert escaped("<" * 1000, 5) == "&lt;" * 4 + "…"
 
@@ -318,6 +344,157 @@ def test_an_output_that_cannot_be_written_is_one_line(values, tmp_path, monkeypa
     said = capsys.readouterr().err
     assert words in said
     assert len(said.splitlines()) == 1
+
+
+def test_an_output_that_cannot_be_written_names_the_way_out_and_an_empty_folder_is_no_run(values, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    whole, _, empty = (one["run"]["folder"] for one in values)
+    for words, way in (
+        ([whole, "-o", "nowhere/report.html"], "make the folder, or name another -o"),
+        ([whole, "-o", "."], "name another -o"),
+        ([empty], "no run here yet"),
+        ([empty, empty, "--json"], "no run here yet"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["report", *words])
+        assert ended.value.code == 7
+        assert way in capsys.readouterr().err
+    cli.main(["report", whole, empty])
+    assert "2 runs" in capsys.readouterr().out
+
+
+def budgeted(folder, *, carried=False):
+    """The folder's rows with orders: each process waits 2 s a window, and says so of itself alone, or with what a checkpoint brought along."""
+    path = folder / "energy.jsonl"
+    rows, spent, before = [json.loads(line) for line in path.read_text().splitlines()], {}, {}
+    for row in rows:
+        if row["event"] != "window":
+            continue
+        if row["process"] not in spent:
+            kept = max((cost for step, cost in before.items() if step <= row["step"] - 10), key=lambda it: it["seconds"], default=None)
+            spent[row["process"]] = dict(kept) if carried and kept else dict.fromkeys(("seconds", "waited_s", "tokens_not_trained"), 0.0)
+        cost = spent[row["process"]]
+        for name, more in (("seconds", row["taken"]["ms"] / row["taken"]["nodes"] / 1e3), ("waited_s", 2.0), ("tokens_not_trained", 500.0)):
+            cost[name] += more
+        before[row["step"]] = dict(cost)
+        money = {"not_drawn": 3.0, "to_catch_up": 1.0, "saved": 2.0}
+        row["orders"] = {"why": f"power.megawatts allows 50 kW; step {row['step']}"}
+        row["orders"]["cost"] = cost | {
+            "paused_s": 0.0,
+            "over_budget_s": 10.0,
+            "over_budget_watts": 700.0,
+            "eur": money,
+            "kg_co2e": dict.fromkeys(money),
+        }
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_a_budget_that_was_not_kept_and_what_it_took(tmp_path, carried):
+    folder = made(tmp_path / "run", windows=30, killed=20)
+    rows = budgeted(folder, carried=carried)
+    plan = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps(plan | {"power": {"megawatts": 0.0045}}))
+    value = collect(folder)
+    budget = value["budget"]
+    means = {one[0]: one[3] / 1e4 for row in rows for one in row["bins"]}
+    node, facility = (value["energy"]["joules"][name] for name in ("node", "facility"))
+    assert budget["highest"]["value"] == pytest.approx(max(means.values()) * facility / node)
+    assert budget["highest"]["limit_watts"] == 4500
+    assert (budget["bins"], budget["above_s"]) == (len(means), 10 * budget["bins_above"])
+    assert budget["bins_above"] == sum(one * facility / node > 4500 * 1.005 for one in means.values()) > 0
+    assert budget["cost"]["waited_s"] == pytest.approx(2.0 * 32)  # every window that was trained, twice where a restart did it again
+    assert budget["cost"]["tokens_not_trained"] == pytest.approx(500.0 * 32)
+    assert budget["cost"]["eur_saved"] is not None
+    assert budget["cost"]["kg_co2e_saved"] is None
+    [row] = [one for one in value["plan"]["rows"] if one["what"] == "budget, facility"]
+    assert row["actual"]["value"] == budget["highest"]["value"]  # not the mean of the run, for which nothing was asked
+    text = page([value])
+    for said in ("Not kept: ", "power.megawatts allows 50 kW; step 300", "waited before steps", "64.0 s", "class=limit", "above the limit"):
+        assert said in text, said
+    (folder / "plan.json").write_text(json.dumps(plan | {"power": {"megawatts": 5.0}}))
+    text = page([collect(folder)])
+    assert "Kept: none of" in text
+    assert "class=limit" not in text  # far above the picture
+    (folder / "plan.json").write_text(json.dumps(plan | {"power": {}}))
+    made(tmp_path / "free", windows=3, killed=None)
+    (tmp_path / "free" / "plan.json").write_text(json.dumps(plan | {"power": {}}))
+    assert collect(tmp_path / "free")["budget"] == {}
+
+
+def test_a_limit_that_changes_with_the_hour(tmp_path):
+    folder = made(tmp_path / "run", windows=12, killed=None)
+    rows = budgeted(folder)
+    half = rows[len(rows) // 2]["time_s"]
+    lower = datetime.datetime.fromtimestamp(half, datetime.UTC).isoformat()
+    (tmp_path / "day.csv").write_text(f"time,megawatts\n2026-01-01T00:00+00:00,1\n{lower},0.001\n")
+    plan = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps(plan | {"power": {"megawatts": 0.5, "schedule": str(tmp_path / "day.csv")}}))
+    budget = collect(folder)["budget"]
+    assert [watts for _, watts in budget["limit"]] == [500_000, 500_000, 1000, 1000]  # the lower of the two
+    later = {one[0] for row in rows for one in row["bins"] if one[0] * 10 >= half}
+    assert budget["bins_above"] == len(later)  # the bin in which it fell is held to the laxer one
+    (tmp_path / "day.csv").unlink()
+    assert "cannot be read any more" in collect(folder)["budget"]["unread"]
+    assert "by power.megawatts" in page([collect(folder)])
+
+
+def test_runs_are_compared_at_equal_tokens_and_differ_by_their_power(tmp_path):
+    folders = [made(tmp_path / name, windows=count, killed=None, name=name) for name, count in (("long", 12), ("short", 5))]
+    plan = json.loads((folders[1] / "plan.json").read_text())
+    power = {
+        "megawatts": 0.02,
+        "ramp_megawatts_min": 0.5,
+        "caps": True,
+        "schedule": "/a.csv",
+        "follow": "price",
+        "slow_above": 60,
+        "slow_to": 0.5,
+    }
+    (folders[1] / "plan.json").write_text(json.dumps(plan | {"power": power}))
+    both = [collect(one) for one in folders]
+    compare(both)
+    assert {one["headline"]["loss_common"]["tokens"] for one in both} == {50 * STEP_TOKENS}
+    assert both[0]["headline"]["loss_common"]["value"] == both[1]["headline"]["loss"]["value"]  # the same curve, further
+    text = page(both)
+    for said in (
+        "at other tokens, not comparable",
+        "the last that all report",
+        "+0.0\u00a0%",
+        "price: above 60 down to 50\u00a0%",
+        "0.5 MW a minute",
+        "may be set",
+    ):
+        assert said in text, said
+
+
+def test_layers_that_add_nothing_are_not_drawn_and_names_stand_as_they_lie(monkeypatch, tmp_path):
+    folder = made(tmp_path / "run", windows=10, killed=None, energy=False)
+    rows = windows(6)
+    for row in rows:
+        row["watts"] = {"device": 40.0, "node": 40.004, "it": 41.0, "facility": 41.0}
+    accounted(monkeypatch, folder, {"windows": rows, "headline": {"boundary": "facility", "tokens_per_s_mw": 1.0}})
+    text = page([collect(folder)])
+    drawn = text[text.index("<h2>Draw</h2>") : text.index("<h2>Tokens/s per MW</h2>")]
+    assert "not drawn apart: node rest, cooling" in drawn
+    assert "node rest <b>" not in drawn
+    tops = {name: float(top) for top, name in re.findall(r"class='end x\d' style='top:([\d.]+)%'>(\w+)", drawn)}
+    assert tops["fabric"] < tops["devices"]
+
+
+def test_which_of_price_and_energy_is_missing_and_notes_are_no_meter(monkeypatch, tmp_path):
+    folder = made(tmp_path / "run", windows=10, killed=None, energy=False)
+    joules = {"device": 5.0, "facility": None}
+    energy = {"windows": [], "joules": joules, "unknown": {"facility": "pue unknown"}, "sources": [{"what": "price_eur_mwh", "value": 90}]}
+    accounted(monkeypatch, folder, energy | {"meters": {"device": "NVML", "notes": "no RAPL here; no BMC"}})
+    value = collect(folder)
+    assert value["headline"]["eur"]["unknown"] == "the facility's energy is unknown: pue unknown"
+    assert value["headline"]["kg_co2e"]["unknown"].startswith("the carbon of a kWh is unknown")
+    text = page([value])
+    assert "meter of device" in text
+    assert "meter of notes" not in text
+    assert text.count("<dt>not metered</dt>") == 2
 
 
 def test_the_command_needs_no_torch_and_refuses_what_is_no_run(values, tmp_path):

@@ -331,3 +331,21 @@ def test_sparks_and_spans():
     assert spark([3, 3]) == "▁▁"
     assert spark([None]) == ""
     assert [watch.span(seconds) for seconds in (None, 5, 720, 7200 * 2, 86400 * 3)] == ["unknown", "5 s", "12 min", "4.0 h", "3.0 days"]
+
+
+def test_orders_are_shown_where_the_draw_is_not_known(tmp_path):
+    """A budget that cannot be kept is one whose draw nobody measures: then most of all its reader is to see what was ordered."""
+    folder = made(tmp_path / "run", KILLED, [window(20)])
+    why = "power.megawatts allows 55 W, and what the run draws is not measured yet; 15 % of full speed"
+    row = {
+        "time_s": 1100.0,
+        "event": "window",
+        "process": "a",
+        "step": 20,
+        "tokens": 1,
+        "taken": {"nodes": 1, "ms": 10_000, "node_unknown_ms": 10_000},
+    }
+    (folder / "energy.jsonl").write_text(json.dumps(row | {"orders": {"why": why}}) + "\n")
+    seen = Reader(folder, now=lambda: 1130.0).seen()
+    assert seen["power_watts"] is None
+    assert ("orders", why) in [(title, text) for title, text, _ in lines(seen)]

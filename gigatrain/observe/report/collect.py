@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import importlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,21 +16,29 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gigatrain.errors import GigatrainError
+from gigatrain.errors import GigatrainError, PowerError
 from gigatrain.observe import logs, watch
 from gigatrain.planning.watts import Watts
-from gigatrain.power.reading import BOUNDARIES, PROVENANCES
+from gigatrain.power.reading import BIN_S, BOUNDARIES, PROVENANCES
+from gigatrain.power.schedule import Schedule
+from gigatrain.power.spans import MOST
 from gigatrain.site import Figure
 
 POINTS = 600  # of a curve
 BINS = 40  # of the histogram of step times
+SLACK = 0.005  # above a limit, before it is pointed at: a counter's edge may be off by one in a hundred
+ASKED = ("megawatts", "schedule", "follow", "ramp_megawatts_min", "caps")  # of watts, in plan.json
 DRIFT = 0.10  # a difference from the plan that is pointed at
 TRACE_BYTES = 64 << 20  # of the first rank's trace, its end: some 350,000 steps; of the others' a sixteenth
+POWERED = ("power budget", "power schedule", "power ramp", "power follows", "power limits")  # settings of a run without any:
+NONE = "none"
 RANKS = 64  # whose traces are read
 WITHIN_STEP = ("data", "forward", "backward", "reduce", "optimizer", "rest")  # the other phases lie between steps
 PHASES = (*WITHIN_STEP[:-1], "validation", "checkpoint", "paced", "profile", "rest")
 LONGEST_S = 1e9  # of a phase of a step: thirty years
 SHOWN = 4000  # characters of a failure
+CHANGES = 500  # of a limit that are drawn
+CARRIED_S = 1.0  # a cost of more seconds than its process has stepped was taken over from a checkpoint
 
 Point = tuple[float, float | None]
 
@@ -97,6 +106,7 @@ def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any
             "step": finite(seen["step"]),
             "steps": finite(seen["steps"]),
         },
+        "empty": not any(folder.iterdir()),
         "missing": _missing(folder),
         "headline": {
             "loss": loss,
@@ -126,6 +136,8 @@ def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any
         ],
         "memory": _memory(plan, summary),
         "energy": {name: said for name, said in energy.items() if name != "windows"},  # they are in `watts`, thinned
+        "budget": _budget(folder, plan, energy, began_s),
+        "summary_differs": _differs(energy, summary),
         "watts": _watts(energy, began_s),
         "settings": _settings(plan),
         "versions": {str(name): _word(said) or "unknown" for name, said in versions.items()}
@@ -307,9 +319,34 @@ def _headline(energy: Mapping[str, Any], lacking: str) -> dict[str, Any]:
         spent |= {"boundary": widest, "provenance": _shares(_of(energy, "provenance", widest))}
     found = {"tokens_per_s_mw": speed, "mwh": spent}
     for name in ("eur", "kg_co2e"):
-        what = "price" if name == "eur" else "carbon"
-        found[name] = known(energy.get(name), lacking or _unknown(energy, name) or f"the {what} or the facility's energy is unknown")
+        found[name] = known(energy.get(name), lacking or _unknown(energy, name) or _uncounted(energy, name))
     return found
+
+
+def _uncounted(energy: Mapping[str, Any], name: str) -> str:
+    """Which of the two that make up a cost is not known."""
+    what, key = ("price", "price_eur_mwh") if name == "eur" else ("carbon of a kWh", "carbon_g_kwh")
+    given = energy.get("sources")
+    there = any(isinstance(one, Mapping) and one.get("what") == key for one in given) if isinstance(given, list) else False
+    why = [] if there else [f"the {what} is unknown: neither the site nor a schedule has {key}"]
+    if finite(_of(energy, "joules", "facility")) is None:
+        why.append(f"the facility's energy is unknown: {_unknown(energy, 'facility') or 'no reason given'}")
+    return "; ".join(why) or "not recorded"
+
+
+def _differs(energy: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """Where summary.json has another figure than the files beside it give now: one account of one run's files has one figure, so another version wrote it."""
+    kept = summary.get("energy")
+    then, now = (
+        finite(one.get("tokens_per_s_mw")) if isinstance(found, Mapping) and isinstance(one := found.get("headline"), Mapping) else None
+        for found in (kept, energy)
+    )
+    if then is None or now is None or abs(then - now) <= 1e-9 * abs(now):
+        return ""
+    return (
+        f"summary.json says {then:,.0f} tokens/s/MW, and this version's account of the same files {now:,.0f}: the run was finished by another version, "
+        "or its files were changed since"
+    )
 
 
 def _unknown(energy: Mapping[str, Any], name: str) -> str:
@@ -358,6 +395,134 @@ def _watts(energy: Mapping[str, Any], began_s: float | None) -> dict[str, Any]:
                 found["watts"][name].append(None)
                 found["tokens_per_s_mw"][name].append(None)
     return found | {"windows": len(rows), "gaps": gaps, "planned": {}, "planned_tokens_per_s_mw": {}}
+
+
+# ---- What was asked of its watts, and what keeping to it took ----
+
+
+def _budget(folder: Path, plan: Mapping[str, Any], energy: Mapping[str, Any], began_s: float | None) -> dict[str, Any]:
+    """The limit, the highest ten-second mean of the facility against it, and what was spent; empty where nothing was asked for.
+
+    A ten-second bin counts if every node has closed it, times facility over node of the whole run. A bin in which the limit changed is held to the laxer one.
+    """
+    power = plan.get("power")
+    asked = {name: power.get(name) for name in ASKED if power.get(name)} if isinstance(power, Mapping) else {}
+    rows = [row for row in watch.Tail(folder / "energy.jsonl").rows()[0] if finite(row.get("time_s")) is not None]
+    if not asked and not any(isinstance(row.get("orders"), dict) and row["orders"] for row in rows):
+        return {}
+    megawatts, path, unread = finite(asked.get("megawatts")), asked.get("schedule"), ""
+    schedule = None
+    if isinstance(path, str):
+        try:
+            schedule = Schedule.read(path)
+        except (PowerError, OSError, ValueError) as failure:
+            unread = f"its schedule cannot be read any more: {failure}"
+
+    def limit(at_s: float) -> float | None:
+        by_time = finite(schedule.at(at_s).megawatts) if schedule is not None else None
+        return min((one * 1e6 for one in (megawatts, by_time) if one is not None), default=None)
+
+    bins = _bins(rows, finite(energy.get("nodes")))
+    node, facility = (finite(_of(energy, "joules", name)) for name in ("node", "facility"))
+    ratio = facility / node if facility is not None and node else None
+    drawn: list[tuple[float, float, float | None]] = []
+    for number, node_mj in bins.items() if ratio is not None else ():
+        first, last = limit(number * BIN_S), limit((number + 1) * BIN_S - 1e-3)
+        laxer = None if first is None or last is None else max(first, last)
+        drawn.append((node_mj / 1e3 / BIN_S * (ratio or 0.0), float(number * BIN_S), laxer))
+    held = [one for one in drawn if one[2] is not None]
+    top = max(held, key=lambda one: one[0] / one[2] if one[2] else math.inf, default=None) or max(
+        drawn, key=lambda one: one[0], default=None
+    )
+    why = (
+        "no ten seconds were closed by all nodes" if ratio is not None else _unknown(energy, "facility") or "the facility's draw is unknown"
+    )
+    ordered = [row for row in rows if isinstance(row.get("orders"), dict)]
+    said = [(row, text) for row in ordered if (text := _word(row["orders"].get("why")))]
+    begin, end = (rows[0]["time_s"], rows[-1]["time_s"]) if rows else (0.0, 0.0)
+    zero = began_s if began_s is not None else begin
+    above = [one for one in held if one[2] is not None and one[0] > one[2] * (1 + SLACK)]
+    return {
+        "asked": {name: _word(one) if isinstance(one, str) else one for name, one in asked.items()},
+        "unread": unread,
+        "limit": [[at_s - zero, watts] for at_s, watts in _changing(limit, schedule, begin, end)],
+        "highest": known(top[0] if top else None, why) | ({"time": _utc(top[1]), "limit_watts": top[2]} if top else {}),
+        "bins": len(drawn),
+        "bins_held": len(held),
+        "bins_above": len(above),
+        "above_s": len(above) * BIN_S,
+        "cost": _spent(rows),
+        "why": said[-1][1] if said else "",
+        "since": _utc(said[-1][0]["time_s"]) if said else None,
+        "over": bool(said) and said[-1][0] is not ordered[-1],  # the last order of all is to do nothing
+    }
+
+
+def _bins(rows: Sequence[Mapping[str, Any]], nodes: float | None) -> dict[int, float]:
+    """Node millijoules by number, of those that all nodes have closed."""
+    found: dict[int, tuple[int, int]] = {}
+    for row in rows:
+        given = row.get("bins")
+        for one in given if isinstance(given, list) else ():
+            if isinstance(one, list) and len(one) == 4 and all(type(word) is int and 0 <= word < MOST for word in one):
+                found[one[0]] = (one[1], one[3])
+    most = nodes or max((count for count, _ in found.values()), default=0)
+    return {number: float(joules) for number, (count, joules) in sorted(found.items()) if count >= most}
+
+
+def _changing(
+    limit: Callable[[float], float | None], schedule: Schedule | None, begin: float, end: float
+) -> Iterator[tuple[float, float | None]]:
+    """The limit by time, each level with both its ends."""
+    at_s = begin
+    for _ in range(CHANGES):
+        until = schedule.at(at_s).until_s if schedule is not None else None
+        next_s = end if until is None or until <= at_s else min(end, until)
+        level = limit(at_s)
+        yield at_s, level
+        yield next_s, level
+        if next_s >= end:
+            return
+        at_s = next_s
+
+
+def _spent(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What keeping to it took, over all processes: each one's last word, less what it took over from the checkpoint that it went on from."""
+    sessions: dict[Any, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    steps: dict[Any, float] = {}
+    for row in rows:
+        process, orders = str(row.get("process")), row.get("orders")
+        if row.get("event") == "steps" or process not in steps:
+            steps[process] = row["time_s"]
+        cost = orders.get("cost") if isinstance(orders, Mapping) else None
+        if isinstance(cost, Mapping):
+            sessions.setdefault(process, []).append((row, cost))
+    total: dict[str, float | None] = {}
+    earlier: list[dict[str, float | None]] = []
+    for process, said in sessions.items():
+        costs = [_flat(cost) for _, cost in said]
+        begun = (costs[0].get("seconds") or 0.0) - max(0.0, said[0][0]["time_s"] - steps[process])
+        before: dict[str, float | None] = {}
+        if begun > CARRIED_S and earlier:
+            before = min(earlier, key=lambda one: abs((one.get("seconds") or 0.0) - begun))
+        for name, now in costs[-1].items():
+            if name == "over_budget_watts":
+                total[name] = max((one for one in (total.get(name), now) if one is not None), default=None)
+            elif name not in total or total[name] is not None:
+                total[name] = None if now is None else (total.get(name) or 0.0) + now - (before.get(name) or 0.0)
+        earlier += costs
+    return total
+
+
+def _flat(cost: Mapping[str, Any]) -> dict[str, float | None]:
+    """Its numbers by name, money and carbon as `eur_saved` and alike; None: unknown."""
+    found = {
+        name: finite(cost.get(name))
+        for name in ("seconds", "waited_s", "paused_s", "tokens_not_trained", "over_budget_s", "over_budget_watts")
+    }
+    for name in ("eur", "kg_co2e"):
+        found |= {f"{name}_{what}": finite(_of(cost, name, what)) for what in ("not_drawn", "to_catch_up", "saved")}
+    return found
 
 
 def _memory(plan: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -421,11 +586,17 @@ def _compared(value: Mapping[str, Any], plan: Mapping[str, Any], summary: Mappin
         mean = known(_of(energy, "watts", name), _unknown(energy, name) or headline["mwh"].get("unknown", "") or "unknown")
         if watts[name]["value"] is not None or mean["value"] is not None or name == "facility":
             rows.append(_row(f"mean draw, {name if name != 'it' else 'IT'}", "W", watts[name], mean, most=name == "device"))
-    power = plan.get("power")
-    budget = finite(power.get("megawatts")) if isinstance(power, Mapping) else None
-    if budget is not None:
-        mean = known(_of(energy, "watts", "facility"), headline["mwh"].get("unknown", "") or "the facility's draw is unknown")
-        rows.append(_row("budget, facility", "W", known(budget * 1e6), mean, most=True))
+    budget = value["budget"]
+    levels = [watts for _, watts in budget.get("limit", ()) if watts is not None] or [
+        one * 1e6 for one in [finite(budget.get("asked", {}).get("megawatts"))] if one is not None
+    ]
+    if levels:
+        highest = budget["highest"]
+        held = finite(highest.get("limit_watts"))
+        rows.append(
+            _row("budget, facility", "W", known(min(levels) if held is None else held), highest, most=True)
+            | {"note": "in its highest ten seconds", "noun": "allowed"}
+        )
     memory = value["memory"]
     rows.append(_row("memory of a rank", "bytes", memory["planned_bytes"], memory["peak_bytes"]))
     return {"rows": rows, "watts": watts}
@@ -437,7 +608,7 @@ def _row(
     """`open`: the run has not ended, so less is no drift; `most`: less than planned is as it should be."""
     wanted, got = planned["value"], actual["value"]
     drift = None if wanted is None or got is None or not wanted else finite(got / wanted - 1)
-    drifted = drift is not None and (drift > 0.005 if most else abs(drift) > DRIFT and not (open and drift < 0))
+    drifted = drift is not None and (drift > SLACK if most else abs(drift) > DRIFT and not (open and drift < 0))
     return {
         "what": what,
         "unit": unit,
@@ -493,7 +664,35 @@ def _settings(plan: Mapping[str, Any]) -> dict[str, str]:
     add("checkpoint every", "checkpoint", "every", say="{} steps")
     add("validation every", "validation", "every", say="{} steps")
     add("seed", "seed")
+    power = plan.get("power")
+    if isinstance(power, Mapping):
+        found |= dict.fromkeys(POWERED, NONE)
+        add("power budget", "power", "megawatts", say="{} MW")
+        add("power schedule", "power", "schedule")
+        add("power ramp", "power", "ramp_megawatts_min", say="{} MW a minute")
+        if power.get("follow"):
+            above, slow = finite(power.get("slow_above")), finite(power.get("slow_to"))
+            said = ("unknown" if above is None else f"{above:g}", "unknown" if slow is None else f"{slow * 100:g} %")
+            found["power follows"] = f"{_word(power['follow'])}: above {said[0]} down to {said[1]}"
+        if power.get("caps") is True:
+            found["power limits"] = "may be set"
     return found
+
+
+def compare(values: Sequence[dict[str, Any]]) -> None:
+    """Fill in the loss of each run at the last number of tokens that all of them report one at: runs of other lengths have other last losses."""
+    losses = [
+        {
+            tokens: loss
+            for row in _windows(Path(value["run"]["folder"]))[0]
+            if (tokens := finite(row.get("tokens"))) is not None and (loss := finite(row.get("loss"))) is not None
+        }
+        for value in values
+    ]
+    common = max(set.intersection(*(set(one) for one in losses)), default=None) if losses else None
+    for value, found in zip(values, losses, strict=True):
+        value["headline"]["loss_common"] = known(None if common is None else found[common], "no report of all runs at as many tokens")
+        value["headline"]["loss_common"]["tokens"] = common
 
 
 def _missing(folder: Path) -> list[str]:

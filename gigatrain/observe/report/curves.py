@@ -50,6 +50,12 @@ class Axes:
     gaps: Sequence[tuple[float, float]] = ()  # where nothing was read
     planned: float | None = None
     planned_text: str = ""
+    limit: Points = ()  # what was allowed, by x
+    limit_text: str = "limit"
+
+    @property
+    def allowed(self) -> list[float]:
+        return [y for _, y in self.limit if y is not None]
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -104,7 +110,7 @@ def layers(
     """A card of areas upon each other: `heights` of (the layer's name, what the sum up to it is called, that sum), innermost first."""
     end = max(one for one in times if one is not None)
     outer = [one for one in heights[-1][2] if one is not None]
-    steps = ticks(0.0, max([*outer, *([axes.planned] if axes.planned is not None else [])]))
+    steps = ticks(0.0, max([*outer, *([axes.planned] if axes.planned is not None else []), *axes.allowed]))
     place = placing(0.0, end, steps)
     drawn, labels, below = [], [], [0.0 if one is not None else None for one in times]
     for tone, (name, _, sums) in enumerate(heights):
@@ -122,6 +128,7 @@ def layers(
         labels.append((place(0.0, (low + high) / 2)[1] / 10, name, axes.shown(max(0.0, high - low)), f"x{tone}"))
         below = [high if high is not None else low for low, high in zip(below, sums, strict=True)]
     curves = [Curve(called, list(zip(times, sums, strict=True))) for _, called, sums in heights]
+    labels.reverse()  # as they lie: of labels of one height the outermost stands above
     return figure(tag, title, text, framed(title, curves, axes, (0.0, end), steps, drawn, labels), _numbers(title, curves, axes))
 
 
@@ -165,6 +172,12 @@ def framed(
         top = place(begin, axes.planned)[1]
         inside.append(f"<path class=plan d='M0 {top:.5g}h1000'/>")
         named.append((top / 10, axes.planned_text, axes.shown(axes.planned), "xp"))
+    if axes.allowed:
+        shown = [(min(max(x, begin), end), y) for x, y in axes.limit if x is not None]
+        inside.append(
+            f"<path class=halo d='{_path(shown, place)}'/><path class=limit d='{_path(shown, place)}'><title>{escaped(axes.limit_text)}</title></path>"
+        )
+        named.append((place(begin, axes.allowed[-1])[1] / 10, axes.limit_text, axes.shown(axes.allowed[-1]), "xl5"))
     few = len(named) <= FEW
     for top, (_, name, last, kind) in zip(apart([top for top, *_ in named], 13.0 if few else 6.0), named, strict=True):
         if len(named) <= MANY:  # more have no room: the key above and the table behind have them
@@ -173,6 +186,9 @@ def framed(
             )
     said = "; ".join(curve.spoken(axes.shown) for curve in curves)
     extra = f"; {axes.planned_text} {axes.shown(axes.planned)}" if axes.planned is not None else ""
+    if axes.allowed:
+        levels = sorted({axes.shown(one) for one in (min(axes.allowed), max(axes.allowed))})
+        extra += f"; {axes.limit_text} {' to '.join(levels)}"
     extra += f"; {len(axes.gaps)} gaps without a reading" if axes.gaps else ""
     picture = svg(f"{title} over {axes.x_label}. {said}{extra}", grid + "".join(inside))
     return f"<div class=chart>{picture}<div aria-hidden=true>{''.join(words)}</div></div>"

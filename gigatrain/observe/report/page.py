@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gigatrain.observe.report import words
-from gigatrain.observe.report.collect import DRIFT, finite, letters, names
+from gigatrain.observe.report.collect import DRIFT, NONE, SLACK, finite, letters, names
 from gigatrain.observe.report.curves import DASHES, TONES, Axes, Curve, gaps, histogram, layers, lines
 from gigatrain.observe.report.parts import (
     Shown,
@@ -58,6 +58,8 @@ PALETTE = {
     },
 }  # fmt: skip
 RANKS = 8  # whose step times are shown
+LEAST = 0.005  # of the whole: a thinner layer is no layer
+ROOM = 3.0  # a limit that is so many times what was drawn is told and not drawn
 LATEST = 20  # restarts that are shown
 
 
@@ -138,10 +140,13 @@ def _short(value: Value) -> list[str]:
     draws = [row for row in drifted if row["what"].startswith("mean draw")]
     for row in drifted:
         if row not in draws[:-1]:  # of nested draws the widest stands for all
-            beside = f"{_amount(row['actual']['value'], row['unit'])}, planned {_amount(row['planned']['value'], row['unit'])}"
-            said.append(f"{_drift(row)} {escaped(row['what'])}: {escaped(beside)}.")
+            beside = f"{_amount(row['actual']['value'], row['unit'])}, {row.get('noun', 'planned')} {_amount(row['planned']['value'], row['unit'])}"
+            where = f" {row['note']}" if row.get("note") else ""
+            said.append(f"{_drift(row)} {escaped(row['what'] + where)}: {escaped(beside)}.")
     if value["refused_steps"]:
         said.append(f"{number(value['refused_steps'])} updates were refused: they were not finite.")
+    if value["summary_differs"]:
+        said.append(f"{escaped(value['summary_differs'])}.")
     return said + [f"Missing: {escaped(text)}." for text in value["missing"]]
 
 
@@ -156,11 +161,20 @@ def _tile(name: str, found: Value, shown: Callable[[float], tuple[str, str]], no
     return f"<div{kind}><dt>{name}</dt><dd class=v>{escaped(text)}{after}</dd>{below}</div>"
 
 
+def _errs(speed: Value) -> str:
+    """What bounds are made of, by POWER.md's table."""
+    widths = {"measured": "± 5 %", "estimated": "± 50 %", "nameplate": "− 33 %", "declared": "± 20 %"}
+    shares = speed.get("provenance")
+    kinds = [kind for kind in widths if isinstance(shares, Mapping) and shares.get(kind)]
+    said = ", ".join(f"{kind} {widths[kind]}" for kind in kinds)
+    return f", if all of it errs one way: {said}, by POWER.md" if said else ""
+
+
 def _tiles(value: Value) -> str:
     said = value["headline"]
     speed, spent, checked = said["tokens_per_s_mw"], said["mwh"], said["val_loss"]
     low, high = speed.get("low"), speed.get("high")
-    between = f"Between {number(low)} and {number(high)}" if low is not None and high is not None else "Bounds unknown"
+    between = f"Bounds {number(low)} to {number(high)}{_errs(speed)}" if low is not None and high is not None else "Bounds unknown"
     rests = speed.get("why") or provenance(speed.get("provenance"))
     of = f"{WITHIN.get(spent.get('boundary'), 'boundary unknown')}: {provenance(spent.get('provenance'))}"
     loss = f"validation {checked['value']:.4f}" if checked["value"] is not None else f"validation unknown: {checked['unknown']}"
@@ -220,7 +234,91 @@ def _power(tag: str, value: Value) -> list[str]:
     """Draw, tokens/s/MW and the table by boundary; one card with the reason where nothing is known."""
     if not value["energy"]:
         return [lacking(tag, "Energy", value["headline"]["mwh"].get("unknown", "no reason given"), wide=True)]
-    return [_draw(tag, value), _efficiency(tag, value), _energy(tag, value)]
+    return [_draw(tag, value), _efficiency(tag, value), *_budget(tag, value), _energy(tag, value)]
+
+
+def _budget(tag: str, value: Value) -> list[str]:
+    """Whether what was asked of its watts was kept, and what that took; nothing where nothing was asked."""
+    budget = value["budget"]
+    if not budget:
+        return []
+    asked, cost, highest = budget["asked"], budget["cost"], budget["highest"]
+    levels = [watts for _, watts in budget["limit"] if watts is not None]
+    if not levels and (megawatts := finite(asked.get("megawatts"))) is not None:
+        levels = [megawatts * 1e6]
+    found = []
+    if levels:
+        ends = dict.fromkeys(words.watts(one) for one in (min(levels), max(levels)))
+        by = " and ".join(f"power.{name}" for name in ("megawatts", "schedule") if asked.get(name))
+        found.append(("limit, at the facility", f"{' to '.join(ends)}, by {by}"))
+    elif "schedule" in asked:
+        found.append(("limit, at the facility", "its schedule sets none" if not budget["unread"] else f"unknown: {budget['unread']}"))
+    if "follow" in asked:
+        found.append(("follows", str(asked["follow"])))
+    if (ramp := finite(asked.get("ramp_megawatts_min"))) is not None:
+        found.append(("ramp", f"{words.watts(ramp * 1e6)} a minute"))
+    if asked.get("caps"):
+        found.append(("limits of accelerators", "may be set"))
+    if highest["value"] is None:
+        found.append(("highest ten-second mean", f"unknown: {highest['unknown']}"))
+    else:
+        held, when = finite(highest.get("limit_watts")), _when(highest.get("time"))
+        off = highest["value"] / held - 1 if held else 0.0
+        share = f"{per_cent(abs(off))} {'above' if off > 0 else 'below'} the limit" if held else "no limit then"
+        found.append(("highest ten-second mean", f"{words.watts(highest['value'])}, {share}{f', at {when}' if when else ''}"))
+    if budget["bins_held"]:
+        found.append(
+            (
+                "ten-second means above it",
+                f"{budget['bins_above']:,} of {budget['bins_held']:,}" + (f", {span(budget['above_s'])}" * bool(budget["bins_above"])),
+            )
+        )
+
+    def spent(name: str, what: str, shown: Shown, why: str) -> None:
+        if cost:
+            amount = cost.get(what)
+            found.append((name, f"unknown: {why}" if amount is None else shown(amount)))
+
+    reports = "the run told none"
+    spent(
+        "above it, as the run counted",
+        "over_budget_s",
+        lambda it: span(it) + (f", by {words.watts(cost['over_budget_watts'])} at most" if it and cost.get("over_budget_watts") else ""),
+        reports,
+    )
+    spent("waited before steps", "waited_s", span, reports)
+    spent("paused", "paused_s", span, reports)
+    spent(
+        "tokens not trained meanwhile", "tokens_not_trained", lambda it: number(it, 6 if it < 1e6 else 4), "full speed was never measured"
+    )
+    for key, unit, price in (("eur", "€", "price"), ("kg_co2e", "kg CO2e", "carbon of a kWh")):
+        parts = [cost.get(f"{key}_{what}") for what in ("not_drawn", "to_catch_up", "saved")]
+        if any(one is not None for one in parts):
+            said = ["unknown" if one is None else f"{number(one, 3)} {unit}" for one in parts]
+            found.append((f"{unit} saved", f"{said[2]}: {said[0]} not drawn, {said[1]} to catch up later"))
+        elif cost:
+            found.append((f"{unit} saved", f"unknown: there is no {price}, or full speed was never measured"))
+    text = ""
+    if budget["bins_held"]:
+        of = f"{budget['bins_held']:,} ten-second means"
+        text = (
+            f"Not kept: {budget['bins_above']:,} of {of} above the limit. "
+            if budget["bins_above"]
+            else f"Kept: none of {of} was above the limit. "
+        )
+    elif levels:
+        text = f"Whether it was kept is unknown: {highest.get('unknown') or 'no ten seconds had a limit'}. "
+    text += "What the run was told to keep to, and what that took. A limit is of each ten seconds of wall-clock that all nodes have closed."
+    last = ""
+    if budget["why"]:
+        when = _when(budget["since"])
+        later = "; since then nothing was asked of it" if budget["over"] else ""
+        last = f"<p>Last order{f', {escaped(when)}' if when else ''}: {escaped(budget['why'])}{later}.</p>"
+    return [card(tag, "Budget", text, pairs(found, "kv2") + last, wide=True)]
+
+
+def _when(text: Any) -> str:
+    return str(text or "").replace("T", " ").replace("+00:00", " UTC")
 
 
 def _seconds_of_restarts(value: Value) -> list[float]:
@@ -236,25 +334,53 @@ def _why_not(value: Value, boundary: str) -> str:
 def _draw(tag: str, value: Value) -> str:
     """Watts of the boundaries upon each other; what no meter read is a gap."""
     watts = value["watts"]
-    there = [name for name in BOUNDARIES if any(one is not None for one in watts["watts"][name])]
-    if not there:
+    known = [name for name in BOUNDARIES if any(one is not None for one in watts["watts"][name])]
+    if not known:
         return lacking(tag, "Draw", _why_not(value, "node"))
+    there, flat = seen_layers(watts["watts"], known)
     scale, unit = clock(max(one for one in watts["t_s"] if one is not None))
     times = [None if one is None else one / scale for one in watts["t_s"]]
     heights = [
         (LAYERS[name] if at or name == "device" else f"{WITHIN[name]}, all", f"{WITHIN[name]}, all within", watts["watts"][name])
         for at, name in enumerate(there)
     ]
-    outer = there[-1]
+    outer = known[-1]
+    inner = f"{WITHIN[outer]}, all" if len(there) == 1 < len(known) else heights[-1][0]
+    heights[-1] = (inner, f"{WITHIN[outer]}, all within", watts["watts"][outer])
     planned = watts["planned"].get(outer)
-    why = "".join(f" Boundary {WITHIN[name]} unknown: {_why_not(value, name)}." for name in BOUNDARIES if name not in there)
-    text = f"Up to the {WITHIN[outer]} boundary, by what it is of; fabric with storage, cooling with losses. Hatched: no reading."
+    why = "".join(f" Boundary {WITHIN[name]} unknown: {_why_not(value, name)}." for name in BOUNDARIES if name not in known)
+    text = (
+        f"Up to the {WITHIN[outer]} boundary, by what it is of; fabric with storage, cooling with losses."
+        + " Hatched: no reading." * bool(watts["gaps"])
+    )
     text += " Dashed: as planned." if planned else f" Plan: {value['plan']['watts'][outer].get('unknown', 'not planned')}."
+    if flat:
+        text += f" Below {LEAST * 100:.1f} % of the whole all the time, and not drawn apart: {', '.join(LAYERS[name] for name in flat)}."
+    limit = [[at / scale, one] for at, one in value["budget"].get("limit", ())] if outer == "facility" else []
+    allowed = [one for _, one in limit if one is not None]
+    highest = max(one for one in watts["watts"][outer] if one is not None)
+    if allowed and max(allowed) > ROOM * max(highest, planned or 0.0):
+        text += f" The limit of the budget, {words.watts(min(allowed))} and more, lies far above this picture."
+        limit = []
+    elif allowed:
+        text += " Solid line: the limit of the budget, for each ten seconds; windows here are as long as a figure needs."
     axes = Axes(
         unit, shown=words.watts, tick=words.watts, zero=True, marks=[at / scale for at in _seconds_of_restarts(value)], gaps=gaps(times),
-        planned=planned, planned_text="plan",
+        planned=planned, planned_text="plan", limit=limit,
     )  # fmt: skip
     return layers(tag, "Draw", text + (" ↻ marks a restart." if value["restarts"] else "") + why, times, heights, axes)
+
+
+def seen_layers(watts: Mapping[str, Sequence[float | None]], known: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Of nested boundaries those that add anything that can be seen, and those that never do."""
+    outer, there, flat = watts[known[-1]], [known[0]], []
+    for name in known[1:]:
+        rises = zip(watts[there[-1]], watts[name], outer, strict=True)
+        if any(high - (low or 0.0) > LEAST * (whole or high) for low, high, whole in rises if high is not None):
+            there.append(name)
+        else:
+            flat.append(name)
+    return there, flat
 
 
 def _efficiency(tag: str, value: Value) -> str:
@@ -421,7 +547,8 @@ def _amount(value: float, unit: str) -> str:
 
 
 def _drift(row: Value) -> str:
-    return f"<span class=mark>{'above the most' if row['most'] else 'drift'} {signed(row['drift'])}</span>"
+    mark = "drift" if not row["most"] else "above the limit" if row.get("noun") == "allowed" else "above the most"
+    return f"<span class=mark>{mark} {signed(row['drift'])}</span>"
 
 
 def _plan(tag: str, value: Value) -> str:
@@ -434,10 +561,10 @@ def _plan(tag: str, value: Value) -> str:
         elif row["drifted"]:
             cells += f"<td>{_drift(row)}</td>"
         else:
-            note = ", not at its end" if row["open"] and row["drift"] < 0 else ", planned at most" if row["most"] else ""
-            cells += sentence(signed(row["drift"]) + note)
-        rows.append(head(row["what"]) + cells)
-    text = f"What is more than {DRIFT * 100:.0f} % from the plan is marked as drift. Draws are means over all of wall-clock."
+            most = f", {row.get('noun', 'planned')} at most" if row["most"] else ""
+            cells += sentence(signed(row["drift"]) + (", not at its end" if row["open"] and row["drift"] < 0 else most))
+        rows.append(head(row["what"], row.get("note", "")) + cells)
+    text = f"What is more than {DRIFT * 100:.0f} % from the plan, or {SLACK * 100:.1f} % above a most, is marked. Draws are means over all of wall-clock."
     return card(
         tag, "Plan and actual", text, table(("what", "planned", "actual", "difference"), rows, kind="plain", right=(1, 2)), wide=True
     )
@@ -506,14 +633,22 @@ def _told(energy: Value) -> list[tuple[str, str]]:
         spent = "joules unknown" if joules is None else words.energy(joules)
         found.append(("held without a process", f"{span(held['seconds'])}, {spent}" + (f": {held['why']}" if held.get("why") else "")))
     meters, notes = energy.get("meters"), energy.get("notes")
-    found += [(f"meter of {what}", str(how)) for what, how in (meters.items() if isinstance(meters, Mapping) else ())]
+    said = meters if isinstance(meters, Mapping) else {}
+    found += [(f"meter of {what}", str(how)) for what, how in said.items() if what != "notes"]
+    found += [("not metered", one) for one in str(said["notes"]).split("; ")] if said.get("notes") else []
     return found + [("note", str(note)) for note in (notes if isinstance(notes, list) else ())[:20]]
 
 
 def _settings(tag: str, value: Value) -> str:
     if not value["settings"]:
         return lacking(tag, "Recipe", "plan.json is not there, or is none", wide=True)
-    return card(tag, "Recipe", "Main settings, as the plan has them.", pairs(value["settings"].items(), "kv2"), wide=True)
+    return card(
+        tag,
+        "Recipe",
+        "Main settings, as the plan has them.",
+        pairs([(name, said) for name, said in value["settings"].items() if said != NONE], "kv2"),
+        wide=True,
+    )
 
 
 def _identity(tag: str, value: Value) -> str:
@@ -532,8 +667,8 @@ def _comparison(values: Sequence[Value], called: Sequence[str]) -> str:
     """The headline figures side by side with their differences from the first, and the curves over each other."""
     short = letters(len(values))
     figures: list[tuple[str, Callable[[Value], Value], Shown]] = [
-        ("loss", lambda it: it["headline"]["loss"], lambda it: f"{it:.4f}"),
-        ("validation loss", lambda it: it["headline"]["val_loss"], lambda it: f"{it:.4f}"),
+        ("loss, last", lambda it: it["headline"]["loss"], lambda it: f"{it:.4f}"),
+        ("validation loss, last", lambda it: it["headline"]["val_loss"], lambda it: f"{it:.4f}"),
         ("tokens, retained", lambda it: it["headline"]["tokens"], lambda it: number(it, 6 if it < 1e6 else 4)),
         ("tokens/s", lambda it: it["headline"]["tokens_per_s"], number),
         ("MFU", lambda it: it["headline"]["mfu"], per_cent),
@@ -546,10 +681,22 @@ def _comparison(values: Sequence[Value], called: Sequence[str]) -> str:
         ("step time, p50", lambda it: _step(it, "p50"), words.seconds),
         ("step time, p99", lambda it: _step(it, "p99"), words.seconds),
     ]
+    done = [value["headline"]["tokens"]["value"] for value in values]
+    common = values[0]["headline"].get("loss_common", {}).get("tokens")
+    if len(set(done)) > 1 and common is not None:
+        at_common = f"loss at {number(common, 6 if common < 1e6 else 4)} tokens, the last that all report"
+        figures.insert(2, (at_common, lambda it: it["headline"]["loss_common"], lambda it: f"{it:.4f}"))
+    if any(value["budget"] for value in values):
+        figures.append(("highest ten seconds, facility, W", lambda it: _kept(it, "highest"), number))
+        figures.append(("waited for a budget", lambda it: _kept(it, "waited_s"), span))
     rows = []
     for name, pick, shown in figures:
         found = [pick(value) for value in values]
-        rows.append(head(name) + "".join(_beside(one, found[0] if at else None, shown) for at, one in enumerate(found)))
+        cells = []
+        for at, one in enumerate(found):
+            others = name.endswith(", last") and done[at] != done[0]  # a run that is further has a lower loss
+            cells.append(_beside(one, found[0] if at else None, shown, "at other tokens, not comparable" if others else ""))
+        rows.append(head(name) + "".join(cells))
     keys = [
         svg(f"line of run {letter}", f"<path class='cv c{at % TONES} d{at % DASHES}' d='M2 6h40'/>", "0 0 44 12", "key")
         for at, letter in enumerate(short)
@@ -601,12 +748,23 @@ def _step(value: Value, name: str) -> Value:
     return {"value": found[name]} if name in found else {"value": None, "unknown": found["unknown"]}
 
 
-def _beside(found: Value, first: Value | None, shown: Shown) -> str:
+def _kept(value: Value, name: str) -> Value:
+    budget = value["budget"]
+    if not budget:
+        return {"value": None, "unknown": "not asked for"}
+    if name == "highest":
+        return budget["highest"]
+    return {"value": budget["cost"].get(name), "unknown": "the run told none"}
+
+
+def _beside(found: Value, first: Value | None, shown: Shown, other: str = "") -> str:
     """A run's figure and its difference from the first run's, where both are of the same boundary."""
     if found["value"] is None:
         return unknown(found["unknown"])
     notes = []
-    if first is not None and first["value"]:
+    if first is not None and other:
+        notes.append(other)
+    elif first is not None and first["value"]:
         if found.get("boundary") != first.get("boundary"):
             notes.append("another boundary, not comparable")
         elif shown is per_cent:

@@ -9,12 +9,15 @@ from typing import Any
 from gigatrain.observe import logs, watch
 from gigatrain.observe.report.collect import finite
 
+_APART = re.compile(r"(?<=[±<>−]) (?=\d)")  # a sign and its number stay on one line
+MINUTES_S = 600.0  # from where on a duration is told in minutes: below, its share beside it would not fit it
 _HIDDEN = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")  # what turns or hides the words around it
 
 
 def escaped(text: Any, most: int = 600) -> str:
     """A text as HTML, in an element or in a quoted attribute: without control characters, and not longer than anybody reads."""
     shown = _HIDDEN.sub("", logs.printable(str(text))).encode("utf-8", "replace").decode("utf-8").replace(" %", "\u00a0%")
+    shown = _APART.sub("\u00a0", shown)
     return html.escape(shown if len(shown) <= most else shown[: most - 1] + "…", quote=True)
 
 
@@ -77,7 +80,9 @@ def size(count: float) -> str:
 
 def span(seconds: float) -> str:
     """A duration as people say it, from milliseconds to days."""
-    return watch.span(seconds) if seconds >= 10 else f"{seconds:.1f} s" if seconds >= 1 or not seconds else f"{seconds * 1e3:.0f} ms"
+    if seconds >= MINUTES_S:
+        return watch.span(seconds)
+    return f"{seconds:.1f} s" if seconds >= 0.9995 or not seconds else f"{seconds * 1e3:.0f} ms"
 
 
 def seconds(value: float) -> str:
@@ -89,10 +94,14 @@ def per_cent(share: float) -> str:
 
 
 def provenance(shares: Any) -> str:
-    """71 % measured, 29 % estimated; whole per cents, and never 0 for what is there."""
+    """71 % measured, 29 % estimated; whole per cents, and never 0 for what is there, nor 100 beside it."""
     said = shares if isinstance(shares, Mapping) else {}
     parts = [(kind, share) for kind, given in said.items() if (share := finite(given))]
-    return ", ".join(f"{'< 1' if share < 0.005 else f'{share * 100:.0f}'} % {kind}" for kind, share in parts) or "provenance unknown"
+
+    def shown(share: float) -> str:
+        return "< 1" if share < 0.005 else "> 99" if share >= 0.995 and len(parts) > 1 else f"{share * 100:.0f}"
+
+    return ", ".join(f"{shown(share)} % {kind}" for kind, share in parts) or "provenance unknown"
 
 
 def clock(longest_s: float) -> tuple[float, str]:
