@@ -131,11 +131,14 @@ class Cluster:
         mark = f"SLURMD_NODENAME={node}".encode()
         processes = [pid for pid in _pids() if mark in _environment(pid)]
         daemons = [parent for parent in map(_parent, processes) if _name(parent) == "slurmstepd"]
-        # The daemons first: they would report the death of what they watch, which a node without power does not.
-        for doomed in ([self._pid(f"slurmd.{node}"), *daemons], processes):
-            for pid in set(doomed) - {0, os.getpid()}:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        doomed = list(dict.fromkeys([self._pid(f"slurmd.{node}"), *daemons, *processes]))
+        # All stand still before the first one dies, and the daemons die first: who outlives another by a moment would report it, or, as a script does whose
+        # srun is gone, clean up; a node without power does neither.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in doomed:
+                if pid not in (0, os.getpid()):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, number)
 
     def scratch(self, node: str) -> Path:
         """The node's own folder, whose name tasks have in GIGATRAIN_TEST_SCRATCH."""

@@ -25,6 +25,7 @@ def test_a_job_from_its_queue_to_its_end(here, tmp_path):
     assert "to start at" in slurm.tested(path) or slurm.tested(path) == ""
     job = slurm.submit(path, "--requeue")
     here.wait(lambda: slurm.queued(job)[0].state == "RUNNING", 20, "it runs")
+    here.wait(lambda: slurm.queued(job)[0].limit_s is not None, 20, "its limit, which Slurm says a moment after it says that the job runs")
     (found,) = slurm.queued(job)
     assert (found.id, found.name, found.user, found.partition, found.nodes) == (job, "a|b c", here.user, "debug", 2)
     assert slurm.hostnames(found.node_list) == ["n1", "n2"]
