@@ -17,10 +17,6 @@ from gigatrain.planning.plan import plan
 from gigatrain.power.reading import Taken
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-needs_meter = pytest.mark.skipif(
-    importlib.util.find_spec("gigatrain.power.meter") is None or importlib.util.find_spec("gigatrain.power.account") is None,
-    reason="gigatrain.power.meter and account are written beside this and not merged yet",
-)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +39,6 @@ def run(benchmark, capsys, *words):
     return status, json.loads(out) if out else None, err
 
 
-@needs_meter
 @pytest.mark.parametrize("providers", ["gigatrain", pytest.param("gigatrain,trainer", marks=pytest.mark.long)])
 def test_providers_are_measured_by_one_meter_and_checked_first(benchmark, tiny, capsys, tmp_path, monkeypatch, providers):
     monkeypatch.setattr(benchmark.power, "LEAST_S", 0.5)  # ten seconds are for real meters
@@ -125,7 +120,6 @@ def test_a_round_that_is_too_short_is_made_again_and_too_many_steps_are_refused(
             benchmark.rounds(Still(), board, one, 10.0, 50, plan, options, time.monotonic(), said.append)
 
 
-@needs_meter
 def test_without_a_meter_it_says_why_and_leaves_with_10(benchmark, tiny, capsys, tmp_path):
     (tmp_path / "sys").mkdir()
     status, found, said = run(benchmark, capsys, "--recipe", tiny, "--sysfs", tmp_path / "sys", "--out", tmp_path / "none.csv")

@@ -169,7 +169,8 @@ class Energy:
         if self.path is not None and not self._finished:
             self._write("end", self._sum, self._sum.bins)
         if self.complete and self._carry is not None:
-            self._carry.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a file that stays is of a run that is over, and nobody's
+                self._carry.unlink()
 
     # ---- The window's reduction ----
 
@@ -268,7 +269,7 @@ class Energy:
             return
         taken, self._sum, self._ready, self._at = self._sum, Taken(), False, (step, tokens)
         if self.meter is not None:
-            self.meter.kept()  # before the row: what a kill between the two loses is estimated, and nothing is counted twice
+            self.meter.kept()  # before the row: what a kill of rank 0 between the two loses is estimated, and counted once
         if self.path is not None:
             self._write("window", taken, taken.bins, trace)
 

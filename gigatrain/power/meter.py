@@ -110,7 +110,8 @@ class Meter:
         """From the share of a core that the thread took to how often it looks. The counters' truth does not depend on it, only their check by watts does."""
         self._slower = min(max(1.0, self._slower * share / COST), max(1.0, SLOWEST_S / self._every_s))
         often_s = max(self._every_s, min(self._every_s * self._slower, SLOWEST_S))
-        asked = f", not every {self._every_s:g} s: more would take over {100 * COST:g} % of a core" if self._slower > 1 else ""
+        fewer = f"{often_s:.2g}" != f"{self._every_s:.2g}"
+        asked = f", not every {self._every_s:g} s: more would take over {100 * COST:g} % of a core" if fewer else ""
         self._tell("looks", f"every {often_s:.2g} s{asked}")
 
     def look(self, *, every: bool = False, last: bool = False) -> None:

@@ -4,7 +4,6 @@ Record rows are written as power/__init__.py says the loop writes them. Figures 
 """
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import stubs
 from metered import Tree
 
 from gigatrain import cli, load
@@ -23,9 +23,6 @@ from gigatrain.errors import PowerError, RunError, SiteError
 from gigatrain.planning.plan import plan
 from gigatrain.planning.watts import Watts
 from gigatrain.site import Figure, Site
-
-MERGED = importlib.util.find_spec("gigatrain.power.account") is not None
-needs_account = pytest.mark.skipif(not MERGED, reason="gigatrain.power.account is written beside this and not merged yet")
 
 
 def known(value):
@@ -90,7 +87,6 @@ def test_what_counts_begins_after_settling_and_ends_with_the_last_report(tmp_pat
         power.rows_of(tmp_path / "energy.jsonl")
 
 
-@needs_account
 def test_figures_are_tokens_over_joules_of_the_steady_stretch(tiny, tmp_path):
     made = plan(load.recipe(tiny), load.site("laptop"))
     found = power.figures(record(tmp_path / "run"), made, settle_s=1.5, least_s=10.0)
@@ -271,21 +267,7 @@ def alive(pid):
 @pytest.fixture(scope="session")
 def boards(tmp_path_factory):
     """The folder of the stub of NVML, for LD_LIBRARY_PATH."""
-    folder = tmp_path_factory.mktemp("board")
-    source = Path(__file__).parent / "fakeboard.c"
-    command = [
-        "gcc",
-        "-shared",
-        "-fPIC",
-        "-Wall",
-        "-Werror",
-        "-Wl,-soname,libnvidia-ml.so.1",
-        "-o",
-        str(folder / "libnvidia-ml.so.1"),
-        str(source),
-    ]
-    subprocess.run(command, check=True)
-    return folder
+    return stubs.nvml(Path(__file__).parent / "fakeboard.c", tmp_path_factory.mktemp("board"))
 
 
 _BOARD = """
@@ -304,7 +286,6 @@ with board.Board() as on:
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gigatrain.power.guard") is None, reason="gigatrain.power.guard is not merged yet")
 def test_limits_are_found_set_for_a_variant_and_put_back(boards, tmp_path):
     names = [f"GPU-{letter}-bench-{os.getpid()}" for letter in "ab"]
     environment = os.environ | {"LD_LIBRARY_PATH": str(boards), "FAKE_DIR": str(tmp_path), "FAKE_NAME": f"bench-{os.getpid()}"}
@@ -380,7 +361,6 @@ def test_the_table_shows_losers_refusals_and_what_is_assumed(tmp_path):
     json.dumps(found)
 
 
-@needs_account
 def test_without_a_meter_it_says_what_is_missing(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sys").mkdir()
@@ -393,7 +373,6 @@ def test_without_a_meter_it_says_what_is_missing(tiny, tmp_path, monkeypatch, ca
     assert not (tmp_path / "runs").exists()
 
 
-@needs_account
 @pytest.mark.long
 def test_the_whole_command_with_a_tree_of_meters(tiny, tmp_path, monkeypatch, capsys):
     """Real runs of the tiny recipe, 25 s each: the loop's own windows are of 10 s and more."""

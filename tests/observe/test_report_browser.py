@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import chromium
@@ -50,15 +49,14 @@ def pages(tiny, tmp_path_factory):
         "train.steps=6",
     ]
     subprocess.run(command, capture_output=True, check=True, timeout=200)
-    energy = find_spec("gigatrain.power.account") is not None
-    made(folder / "whole", energy=energy)
+    made(folder / "whole")
     made(folder / "hostile", windows=12, killed=6, energy=False, finished=False, name=HOSTILE)
     history = folder / "hostile" / "launch" / "history.jsonl"
     history.write_text(json.dumps({"time": "T", "event": "judged", "attempt": 0, "why": HOSTILE}) + "\n")
     report([folder / "real"], str(folder / "real.html"), say=str)
     report([folder / "whole"], str(folder / "whole.html"), say=str)
     report([folder / "whole", folder / "real", folder / "hostile"], str(folder / "several.html"), say=str)
-    small = made(folder / "small", windows=8, killed=None, energy=energy)
+    small = made(folder / "small", windows=8, killed=None)
     report([small] * 12, str(folder / "many.html"), say=str)
     return folder
 

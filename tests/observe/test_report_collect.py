@@ -6,7 +6,6 @@ import random
 import shutil
 import sys
 import types
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -19,8 +18,6 @@ from gigatrain.observe.watch import CLASSES
 from gigatrain.planning.watts import Watts
 from gigatrain.power.reading import BOUNDARIES
 from gigatrain.site import UNKNOWN
-
-ACCOUNTED = pytest.mark.skipif(find_spec("gigatrain.power.account") is None, reason="gigatrain.power.account is not in this tree yet")
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +273,6 @@ def test_joules_of_the_summary_where_the_rows_are_gone(tmp_path):
     assert value["watts"]["windows"] == 0
 
 
-@ACCOUNTED
 def test_the_real_account_of_a_whole_run(tmp_path):
     folder = made(tmp_path / "run")
     value = collect(folder)

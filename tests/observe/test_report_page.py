@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from html.parser import HTMLParser
-from importlib.util import find_spec
 from itertools import pairwise
 
 import pytest
@@ -65,7 +64,7 @@ class Read(HTMLParser):
 def values(tmp_path_factory):
     """A whole run, one that goes on, and an empty folder."""
     folder = tmp_path_factory.mktemp("paged")
-    whole = made(folder / "whole", energy=find_spec("gigatrain.power.account") is not None)
+    whole = made(folder / "whole")
     begun = made(folder / "begun", windows=6, killed=None, energy=False, finished=False, name="begun")
     (folder / "empty").mkdir()
     return [collect(one) for one in (whole, begun, folder / "empty")]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import stubs
 
 HERE = Path(__file__).parent
 
@@ -61,23 +62,7 @@ for line in sys.stdin:
 @pytest.fixture(scope="session")
 def nvml_library(tmp_path_factory) -> Path:
     """The folder of the stub, for LD_LIBRARY_PATH."""
-    folder = tmp_path_factory.mktemp("nvml")
-    source = HERE / "fakenvml.c"
-    command = [
-        "gcc",
-        "-O1",
-        "-shared",
-        "-fPIC",
-        "-Wall",
-        "-Werror",
-        "-Wl,-soname,libnvidia-ml.so.1",
-        "-o",
-        str(folder / "libnvidia-ml.so.1"),
-        str(source),
-        "-lm",
-    ]
-    subprocess.run(command, check=True)
-    return folder
+    return stubs.nvml(HERE / "fakenvml.c", tmp_path_factory.mktemp("nvml"))
 
 
 @pytest.fixture(scope="session")

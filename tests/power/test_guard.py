@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import stubs
 
 from gigatrain.power import restore
 from gigatrain.power.guard import Caps
@@ -56,11 +57,7 @@ except PowerError as failure:
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
     """The folder of the stub, for LD_LIBRARY_PATH."""
-    folder = tmp_path_factory.mktemp("limits")
-    source = Path(__file__).parent / "fakelimits.c"
-    command = ["gcc", "-shared", "-fPIC", "-Wall", "-Wl,-soname,libnvidia-ml.so.1", "-o", str(folder / "libnvidia-ml.so.1"), str(source)]
-    subprocess.run(command, check=True)
-    return folder
+    return stubs.nvml(Path(__file__).parent / "fakelimits.c", tmp_path_factory.mktemp("limits"))
 
 
 class Node:

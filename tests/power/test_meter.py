@@ -886,7 +886,6 @@ def test_with_nothing_to_read_time_passes_and_all_is_unknown():
 
 
 def test_a_machine_with_no_meter_is_opened_and_says_what_it_lacks(tmp_path):
-    pytest.importorskip("gigatrain.power.host")
     with opened(Power(sysfs=str(tmp_path), node="none"), Watts(), ["GPU-1", "GPU-2"], whole=True) as meter:
         assert meter.meters["device"] == "2 x unknown: no meter, no nameplate"
         assert "no NVML: " in meter.meters["notes"]
@@ -894,7 +893,6 @@ def test_a_machine_with_no_meter_is_opened_and_says_what_it_lacks(tmp_path):
 
 
 def test_a_cpu_machine_with_rapl_is_opened(tmp_path):
-    pytest.importorskip("gigatrain.power.host")
     zone = tmp_path / "class" / "powercap" / "intel-rapl:0"
     zone.mkdir(parents=True)
     for name, text in (("name", "package-0"), ("energy_uj", "1000000"), ("max_energy_range_uj", "262143328850")):

@@ -140,7 +140,6 @@ print(json.dumps([meter.meters, taken.devices, taken.device_measured_mj / taken.
 
 
 def test_a_meter_is_opened_on_a_driver_and_its_thread_counts_what_was_drawn(nvml_library, tmp_path):
-    pytest.importorskip("gigatrain.power.host")
     environment = os.environ | {"LD_LIBRARY_PATH": str(nvml_library), "FAKE_UPDATE_S": "0.001"}
     command = [sys.executable, "-c", _OPENED, str(tmp_path), *GPU]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import stubs
 
 # One process for all questions: each line is a JSON pair (faults, wanted accelerators); each answer the findings by name.
 _ASKED = """
@@ -30,11 +31,7 @@ for line in sys.stdin:
 @pytest.fixture(scope="session")
 def nvml_library(tmp_path_factory) -> Path:
     """The folder of the stub, for LD_LIBRARY_PATH."""
-    folder = tmp_path_factory.mktemp("nvml")
-    source = Path(__file__).parent / "fakenvml.c"
-    command = ["gcc", "-shared", "-fPIC", "-Wall", "-Wl,-soname,libnvidia-ml.so.1", "-o", str(folder / "libnvidia-ml.so.1"), str(source)]
-    subprocess.run(command, check=True)
-    return folder
+    return stubs.nvml(Path(__file__).parent / "fakenvml.c", tmp_path_factory.mktemp("nvml"))
 
 
 @pytest.fixture(scope="session")
