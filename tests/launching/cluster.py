@@ -131,14 +131,14 @@ class Cluster:
         mark = f"SLURMD_NODENAME={node}".encode()
         processes = [pid for pid in _pids() if mark in _environment(pid)]
         daemons = [parent for parent in map(_parent, processes) if _name(parent) == "slurmstepd"]
-        doomed = list(dict.fromkeys([self._pid(f"slurmd.{node}"), *daemons, *processes]))
-        # All stand still before the first one dies, and the daemons die first: who outlives another by a moment would report it, or, as a script does whose
-        # srun is gone, clean up; a node without power does neither.
+        doomed = {pid for pid in (self._pid(f"slurmd.{node}"), *daemons, *processes) if pid not in (0, os.getpid())}
+        # All stand still before the first one dies: who outlives another by a moment would report it, or clean up. And children die before their parents: to
+        # a process group that loses its last parent while a member is stopped, Linux sends SIGHUP and SIGCONT, and an srun that wakes so cancels its step.
+        children_first = sorted(doomed, key=_depth, reverse=True)
         for number in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in doomed:
-                if pid not in (0, os.getpid()):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, number)
+            for pid in children_first:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def scratch(self, node: str) -> Path:
         """The node's own folder, whose name tasks have in GIGATRAIN_TEST_SCRATCH."""
@@ -253,6 +253,14 @@ def _stat(pid: int) -> list[str]:
 
 def _parent(pid: int) -> int:
     return int(_stat(pid)[1])
+
+
+def _depth(pid: int) -> int:
+    """How many ancestors a process has."""
+    depth = 0
+    while (pid := _parent(pid)) > 0:
+        depth += 1
+    return depth
 
 
 def _pids() -> list[int]:

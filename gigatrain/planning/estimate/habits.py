@@ -1,0 +1,39 @@
+"""What one thing costs, what a software stack does by habit, and what a simulated step came to: records between rates.py, stacks.py and step.py."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one item on the device's stream; `launch_s` is the host's time to launch it, which is the floor of an eager stream."""
+
+    seconds: float
+    launch_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """How a stack, of a version, runs a step. Shares are of 1."""
+
+    stack: str
+    overlaps: dict[str, float] = field(
+        default_factory=dict
+    )  # axis -> share of its transfers that run beside compute where there is enough of it
+    slowdown: dict[str, float] = field(
+        default_factory=dict
+    )  # axis -> share of compute's rate that a transfer beside it takes (its SMs, its HBM)
+    launch_s: float = 0.0  # of the host, per kernel
+    graphed: bool = False
+    passes_share: float = 1.0  # passes over memory that remain after fusion, of operations.py's unfused ones
+    bucket_bytes: float = 0.0  # of gradients, zero 0 to 2
+    step_s: float = 0.0  # constant of a step: host, logging, gradient norm's read
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """A simulated step; keys as `Estimate.phases` and `Estimate.busy`."""
+
+    step_s: float
+    phases: dict[str, float]
+    busy: dict[str, float]
+    spans: tuple[tuple[int, str, str, float, float], ...] = ()  # pipeline rank, stream, name, begin, end; where they were asked for
