@@ -3,10 +3,10 @@
     memory(workload, works, constants) -> a dict of bytes for each pipeline rank
     seen(memory, kind)                 -> of them, what a meter of that kind shows
 
-Alive the whole step: weights, gradients and optimizer by `States` and ZeRO stage. Alive from a microbatch's forward to its backward: what blocks keep, times the
-microbatches in flight (planning/layout.py's `live`; Korthikanti 2022, section 4). Alive for a moment, of which the largest counts: a block's gradients, and what
-it makes again; logits and their gradient; weights gathered and gradients on their way (ZeRO 3). Beside torch's tensors: what its allocator has reserved and does
-not use, the device's context, and NCCL's buffers: `slack`.
+Alive the whole step: weights, gradients and optimizer by `States` and ZeRO stage. Alive from a microbatch's forward to its backward: what blocks keep, times
+the microbatches in flight (planning/layout.py's `live`; Korthikanti 2022, section 4). Alive for a moment, of which the largest counts: a block's gradients, and
+what it makes again; logits and their gradient; weights gathered and gradients on their way (ZeRO 3). Beside torch's tensors: what its allocator has reserved
+and does not use, the device's context, and NCCL's buffers: `slack`.
 
     weights      zero 3: a rank's shard, fp32 where that is the master copy
     gradients    the sums
@@ -20,8 +20,8 @@ not use, the device's context, and NCCL's buffers: `slack`.
 from collections.abc import Mapping, Sequence
 
 from gigatrain.planning import layout as pipelines
-from gigatrain.planning.estimate.layers import FUSED_SUM, Local
 from gigatrain.planning.estimate.operations import trained
+from gigatrain.planning.estimate.pieces import FUSED_SUM, Local
 from gigatrain.planning.estimate.work import Block, Work
 from gigatrain.planning.estimate.workload import Workload
 
@@ -72,6 +72,8 @@ def _rank(local: Local, rank: int, work: Work, constants: Mapping[str, float]) -
     master = states.master if states.weights else 0.0
     weights = (states.weights or states.master) * held if layout.zero == 3 else (states.weights or states.master) * (dense + experts)
     gradients = states.gradients * (shared if layout.zero >= 2 else mine + of_experts)
+    if workload.stack == "gigatrain_native" and not workload.frozen:
+        gradients = _own_gradients(local, blocks, gradients, shared if layout.zero == 3 else mine + of_experts)
     optimizer = (master + states.moments) * (shared if layout.zero else mine + of_experts)
     if workload.precision == "fp16" and workload.stack == "megatron":
         optimizer += 4.0 * (shared if layout.zero else mine + of_experts)
@@ -102,6 +104,18 @@ def _rank(local: Local, rank: int, work: Work, constants: Mapping[str, float]) -
     }  # fmt: skip
 
 
+def _own_gradients(local: Local, blocks: Sequence[Block], sums: float, count: float) -> float:
+    """gigatrain's engine: a microbatch's gradients beside their sum, as wide as what is trained; `main_grads` spares the layers' matrices, and with `release`
+    no more exists than one layer's, or the embedding's."""
+    w = local.workload
+    wide = (w.states.weights or w.states.master) if w.layout.zero == 3 else float(local.size)
+    layers = sum(block.parameters for block in blocks if block.name in LAYERS)
+    every = sum(block.parameters for block in blocks) or 1.0
+    if "release" in w.lean:
+        return (sums + wide * count) * max(block.parameters for block in blocks) / every
+    return sums + wide * count * ((every - layers) / every if "main_grads" in w.lean else 1.0)
+
+
 def _live(local: Local, rank: int, work: Work) -> float:
     """Kept at once by all microbatches between forward and backward: those of the first stages most, as they wait longest."""
     layout, steps = local.workload.layout, local.workload.accumulation
@@ -121,7 +135,7 @@ def _loss(local: Local, work: Work) -> float:
     each = OLD_LOGIT_BYTES if w.stack == "megatron" and local.unfused else LOGIT_BYTES.get(w.stack, 10.0)
     logits = float(local.tokens * outputs)
     if w.stack == "gigatrain_native":
-        each, logits = 14.0, min(logits, CHUNK)
+        each, logits = 2.0, min(logits, CHUNK)
     elif w.chunked_loss:  # Liger: as many chunks as hidden goes into the vocabulary, and the head's gradient in fp32 beside it
         each, logits = 14.0, logits / max(1.0, w.shape.vocab / w.shape.hidden)
     gradient = 0.0 if w.frozen else (local.size + 4.0 * w.chunked_loss) * outputs * w.shape.hidden
