@@ -1,4 +1,4 @@
-"""The simulated step: pipelines against their closed forms and torch's own orders, transfers between all hidden and none, a long accumulation against all of it."""
+"""The simulated step: pipelines against closed forms and torch's own orders, transfers between all hidden and none, a long accumulation against all of it."""
 
 from dataclasses import replace
 

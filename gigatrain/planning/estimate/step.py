@@ -14,7 +14,7 @@ from gigatrain.planning.estimate.pipeline_order import run as run_events
 from gigatrain.planning.estimate.work import Item, Transfer, Work
 from gigatrain.planning.estimate.workload import Workload
 
-COMPUTE = ("gemm", "grouped", "attention", "memory", "optimizer")
+COMPUTE: tuple[str, ...] = ("gemm", "grouped", "attention", "memory", "optimizer")
 _NAMES = ("forward", "backward", "weights")
 _Span = tuple[int, str, str, float, float]
 
@@ -38,7 +38,7 @@ def simulate(works: Sequence[Work], workload: Workload, time_of: TimeOf, habits:
     ahead = [end.weights_ahead(first, len(table[0])) for end in ends]
     step_s = met + update + max(sum(late.values()) for late in ahead) + habits.step_s
     shown = max(range(len(works)), key=lambda rank: _worked(body.parts[rank]) + _worked(behind[rank]) + ends[rank].update.floor_s)
-    phases = dict.fromkeys(COMPUTE, 0.0)
+    phases: dict[str, float] = dict.fromkeys(COMPUTE, 0.0)
     phases["launch"] = habits.step_s + body.launch[shown] + ends[shown].update.floor_s - ends[shown].update.device_s
     for parts in (body.parts[shown], ends[shown].update.parts, behind[shown], ahead[shown]):
         for name, seconds in parts.items():
