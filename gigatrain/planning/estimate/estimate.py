@@ -112,9 +112,10 @@ def wait_share(workload: Workload, cluster: Cluster, constants: Mapping[str, flo
 
 
 _WORDS = {
-    "gemm": "products of matrices", "grouped": "products of experts", "attention": "attention", "memory": "passes over memory", "optimizer": "the optimizer",
-    "launch": "launches of kernels by the host", "bubble": "the pipeline's bubble", "tensor": "tensor-parallel transfers", "context": "context-parallel transfers",
-    "expert": "transfers of tokens to experts", "shard": "transfers of weights and gradients", "replicate": "transfers of gradients between replicas",
+    "gemm": "products of matrices", "grouped": "products of experts", "attention": "attention", "memory": "passes over memory",
+    "optimizer": "the optimizer", "launch": "launches of kernels by the host", "bubble": "the pipeline's bubble",
+    "tensor": "tensor-parallel transfers", "context": "context-parallel transfers", "expert": "transfers of tokens to experts",
+    "shard": "transfers of weights and gradients", "replicate": "transfers of gradients between replicas",
     "pipeline": "transfers between pipeline stages", "wait": "waiting for the slowest node", "host": "the host's work of each step",
 }  # fmt: skip
 

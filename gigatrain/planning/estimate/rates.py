@@ -115,12 +115,8 @@ def shape_share(op: Op, found: Device, constants: Mapping[str, float]) -> float:
     loss = constants["gemm.wave_loss"]
     best = 0.0
     for rows, columns, share in _TILES:
-        if (
-            op.kind == "grouped"
-        ):  # rows of one expert are never a multiple of a tile: half of one is lost in the mean, and a whole one at least
-            down = max(1.0, op.m / rows + 0.5)
-        else:
-            down = ceil(op.m / rows)
+        # Rows of one expert are never a multiple of a tile: half of one is lost in the mean, and a whole one at least.
+        down = max(1.0, op.m / rows + 0.5) if op.kind == "grouped" else ceil(op.m / rows)
         across = ceil(op.n / columns)
         tiles = op.groups * down * across
         used = min(1.0, op.groups * op.m * op.n / (tiles * rows * columns))
@@ -205,4 +201,4 @@ def clock_of(chip: str, cap_watts: float | None, clock_share: float, constants: 
     if cap_watts <= idle:
         raise PlanError(f"a cap of {cap_watts:.0f} W is no more than what a {hardware.CHIPS[chip].name} draws at any clock ({idle:.0f} W)")
     needed = constants["power.gemm_share"] * sold
-    return min(share, min(1.0, ((cap_watts - idle) / (needed - idle)) ** (1 / constants["power.exponent"])))
+    return min(share, 1.0, ((cap_watts - idle) / (needed - idle)) ** (1 / constants["power.exponent"]))

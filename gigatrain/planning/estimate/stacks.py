@@ -1,4 +1,4 @@
-"""What each software stack does by habit, from its constants: overlap by axis, fusion, launches, the implementation of attention. One record per stack and era."""
+"""What each software stack does by habit, from its constants: overlap by axis, fusion, launches, attention. One record per stack and era."""
 
 import re
 from collections.abc import Mapping
