@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from gigatrain.planning.estimate.collectives import COLLECTIVES
+
 FITTED = Path(__file__).with_name("fitted.json")
 _MLE = "stas00/ml-engineering compute/accelerator/README.md at 744d01e1: MAMF"
 _AZURE = "Azure/AI-benchmarking-guide, Azure_Results"
@@ -205,6 +207,12 @@ _add(
     slowdown__shard=0.08,
 )
 _add("share", "prior: as a shard's", 0.0, slowdown__replicate=0.08, slowdown__context=0.08, slowdown__expert=0.15, slowdown__pipeline=0.03)
+
+
+# Links, by collectives.py's measurements. Nccl-tests fix them well; a fit may move only the rates that training sees beside its own compute.
+_FREE_LINKS = ("link.nvlink4.share", "link.nvlink5.share", "net.infiniband.share", "link.nvlink4.alltoall_share", "link.nvl72.alltoall_share")
+for _name, (_value, _spread, _unit, _source) in COLLECTIVES.items():
+    _add(_unit, _source, _spread if _name in _FREE_LINKS else 0.0, **{_name: _value})
 
 
 def _table() -> dict[str, Constant]:
