@@ -30,6 +30,7 @@ class Habits:
     bucket_bytes: float = 0.0  # of gradients, zero 0 to 2
     attention: str = "fused"  # the fastest of the accelerator (cuDNN, FlashAttention-3 or -4); flash1, flash2: those, where they are slower
     pace: float = 1.0  # of its kernels' seconds: a later release has faster ones
+    synced_sends: bool = False  # the host waits for the device at each send between pipeline stages, and so never runs ahead of it
     step_s: float = 0.0  # constant of a step: host, logging, gradient norm's read
 
 

@@ -55,6 +55,7 @@ def habits(stack: str, version: str, constants: Mapping[str, float]) -> Habits:
         bucket_bytes=_BUCKETS.get(name, 100 * MiB),
         attention=_ATTENTION.get(name, "fused") if not _LATER.search(version.lower()) else "fused",
         pace=exp(-constants["software.gain_year"] * (released(version) - RELEASED)),
+        synced_sends=name in _SYNCED,
         step_s=constants[f"stack.{name}.step_s"],
     )
 
@@ -70,6 +71,9 @@ _BUCKETS: dict[str, float] = {
     "torchtitan": 100 * MiB,
     "nanotron": 100 * MiB,
 }
+
+# Megatron's batched sends end with torch.cuda.synchronize() (batch_p2p_sync, on by default; off where sends overlap).
+_SYNCED = frozenset({"megatron_2021", "megatron_plain"})
 
 # What one kernel does: Transformer Engine's and Liger's rotary, gated activation and loss; torch.compile fuses what lies between two products (`compiled`).
 COMPILED = frozenset({"norm", "rope", "activation", "residual", "bias", "cross_entropy"})
