@@ -26,6 +26,9 @@ class Habits:
     graphed: bool = False
     passes_share: float = 1.0  # passes over memory that remain after fusion, of operations.py's unfused ones
     bucket_bytes: float = 0.0  # of gradients, zero 0 to 2
+    attention: str = (
+        "fused"  # fused: the fastest of the accelerator (cuDNN, FlashAttention-3 or -4); flash2: FlashAttention-2 where that is slower
+    )
     step_s: float = 0.0  # constant of a step: host, logging, gradient norm's read
 
 
