@@ -60,7 +60,7 @@ def habits_of(workload: Workload, constants: Mapping[str, float]) -> Habits:
         overlaps=overlaps,
         graphed=found.graphed or workload.graphed,
         launch_s=found.launch_s * (constants["compiled.launch_share"] if workload.compiled else 1.0),
-        passes_share=min(found.passes_share, constants["compiled.passes_share"]) if workload.compiled else found.passes_share,
+        fused=found.fused | stacks.COMPILED if workload.compiled else found.fused,
     )
 
 
@@ -68,7 +68,6 @@ def timer(workload: Workload, cluster: Cluster, habits: Habits, constants: Mappi
     """What one item costs in this workload on this cluster; equal items are timed once."""
     clock = rates.clock_of(cluster.chip, cluster.cap_watts, cluster.clock_share, constants)
     products = products_share(workload, constants)
-    uneven = 1.0 if workload.balanced else 1.0 + constants["moe.imbalance"]
     groups: dict[str, tuple[int, int]] = {}
     known: dict[int, tuple[Item, Cost]] = {}  # by identity; the item is kept, so that its identity stays its own
 
@@ -83,11 +82,10 @@ def timer(workload: Workload, cluster: Cluster, habits: Habits, constants: Mappi
             if item.axis not in groups:
                 groups[item.axis] = collectives.group(workload.layout, item.axis)
             seconds = collectives.seconds(item, cluster, *groups[item.axis], constants)
-            return Cost(seconds * (uneven if item.axis == "expert" else 1.0), 0.0 if habits.graphed else habits.launch_s)
+            return Cost(seconds, 0.0 if habits.graphed else habits.launch_s)
         if item.kind == "optimizer" and workload.offload:
             return offloaded(item, constants)
-        found = rates.cost(item, cluster.chip, constants, habits, clock=clock, products=products)
-        return replace(found, seconds=found.seconds * uneven) if item.kind == "grouped" else found
+        return rates.cost(item, cluster.chip, constants, habits, clock=clock, products=products)
 
     return of
 
@@ -112,9 +110,10 @@ def wait_share(workload: Workload, cluster: Cluster, constants: Mapping[str, flo
 
 
 _WORDS = {
-    "gemm": "products of matrices", "grouped": "products of experts", "attention": "attention", "memory": "passes over memory", "optimizer": "the optimizer",
-    "launch": "launches of kernels by the host", "bubble": "the pipeline's bubble", "tensor": "tensor-parallel transfers", "context": "context-parallel transfers",
-    "expert": "transfers of tokens to experts", "shard": "transfers of weights and gradients", "replicate": "transfers of gradients between replicas",
+    "gemm": "products of matrices", "grouped": "products of experts", "attention": "attention", "memory": "passes over memory",
+    "optimizer": "the optimizer", "launch": "launches of kernels by the host", "bubble": "the pipeline's bubble",
+    "tensor": "tensor-parallel transfers", "context": "context-parallel transfers", "expert": "transfers of tokens to experts",
+    "shard": "transfers of weights and gradients", "replicate": "transfers of gradients between replicas",
     "pipeline": "transfers between pipeline stages", "wait": "waiting for the slowest node", "host": "the host's work of each step",
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What each software stack does by habit, from its constants: overlap by axis, fusion, launches, the implementation of attention. One record per stack and era."""
+"""What each software stack does by habit, from its constants: overlap by axis, fusion, launches, attention. One record per stack and era."""
 
 import re
 from collections.abc import Mapping
@@ -41,7 +41,9 @@ def habits(stack: str, version: str, constants: Mapping[str, float]) -> Habits:
         slowdown={axis: constants[f"slowdown.{axis}"] for axis in AXES},
         launch_s=constants[f"stack.{name}.launch_s"],
         passes_share=constants[f"stack.{name}.passes_share"],
+        fused=_FUSED.get(name, frozenset()),
         bucket_bytes=_BUCKETS.get(name, 100 * MiB),
+        attention="flash2" if name in _FLASH2 and not _LATER.search(version.lower()) else "fused",
         step_s=constants[f"stack.{name}.step_s"],
     )
 
@@ -56,3 +58,19 @@ _BUCKETS: dict[str, float] = {
     "torchtitan": 100 * MiB,
     "nanotron": 100 * MiB,
 }
+
+# What one kernel does: Transformer Engine's and Liger's rotary, gated activation and loss; torch.compile fuses what lies between two products (`compiled`).
+COMPILED = frozenset({"norm", "rope", "activation", "residual", "bias", "cross_entropy"})
+_FUSED: dict[str, frozenset[str]] = {
+    "gigatrain_native": frozenset({"rope", "activation", "residual", "cross_entropy"}),
+    "gigatrain_deepspeed": frozenset({"rope", "activation", "residual", "cross_entropy"}),
+    "megatron": frozenset({"rope", "activation", "bias"}),
+    "megatron_plain": frozenset({"rope", "activation", "bias"}),
+    "megatron_2021": frozenset({"activation"}),
+    "nanotron": frozenset({"rope"}),
+    "deepspeed": frozenset({"rope", "activation", "cross_entropy"}),
+    "generic": frozenset({"rope", "activation"}),
+}
+# Torch's own scaled_dot_product_attention and the flash_attn package are FlashAttention-2, unless the version says that a later one is there.
+_FLASH2 = frozenset({"llm_foundry", "torchtitan", "nanotron", "deepspeed", "megatron_2021", "generic"})
+_LATER = re.compile(r"fa-?[34]\b|flash.?(attention)?.?[34]\b|cudnn|\bte\b")
