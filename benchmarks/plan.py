@@ -7,6 +7,7 @@ Errors are of seconds of a step, predicted over measured - 1; a row that tells n
 sources count FLOPs each in their own way. Data (benchmarks/data/), each row with the repository, path and commit that it was read from:
 
     measured.jsonl.gz     1,772 rows of 10 sets: what constants are fitted on
+    unseen.jsonl          68 rows of sources that nothing is fitted on: does what was learnt from the ten hold elsewhere?
     measured_power.csv    86 power logs of MLPerf, reduced to watts of a node and kWh of a run
 """
 
@@ -25,6 +26,11 @@ def measured() -> list[Row]:
     """The published measurements that constants are fitted on: a row holds what its source says, and no nulls."""
     with gzip.open(DATA / "measured.jsonl.gz", "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+def unseen() -> list[Row]:
+    """Published measurements of sources that no constant and no interval is fitted on."""
+    return [json.loads(line) for line in (DATA / "unseen.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def measured_power() -> list[Row]:
