@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from gigatrain.planning.estimate.cluster import Cluster
-from gigatrain.planning.estimate.workload import PRODUCTS_BITS, Layout, Precision, Recompute, Schedule, Shape, Stack, Workload
+from gigatrain.planning.estimate.workload import PRODUCTS_BITS, Layout, Precision, Recompute, Schedule, Shape, Stack, States, Workload
 
 OWN: tuple[Stack, ...] = ("gigatrain_native", "gigatrain_deepspeed")
 # What each stack can share among the ranks of `shard`, and whether it drops gathered weights again: (zero, reshard).
@@ -163,9 +163,10 @@ def _sharing(mine: Layout, stack: Stack) -> int:
     return mine.shard * mine.context * (mine.tensor if mine.expert_tensor == 1 else 1)
 
 
-def splits(workload: Workload, cluster: Cluster, pruned: Counter[str]) -> Iterator[Split]:
-    """Every split of the ranks whose matrices, samples and tokens divide; what does not is counted by its reason in `pruned`."""
-    shape, stack, sequence, batch, ranks = workload.shape, workload.stack, workload.sequence, workload.batch, workload.layout.ranks
+def splits(workload: Workload, cluster: Cluster, pruned: Counter[str], *, batch: int | None = None) -> Iterator[Split]:
+    """Every split of the ranks whose matrices, samples (the workload's, or `batch`) and tokens divide; what does not is counted by its reason in `pruned`."""
+    shape, stack, sequence, ranks = workload.shape, workload.stack, workload.sequence, workload.layout.ranks
+    batch = batch or workload.batch
     has, far = AXES[stack], domain(cluster)
     for tensor in divisors(ranks) if "tensor" in has else (1,):
         if tensor > far:
@@ -283,15 +284,18 @@ def arranged(
 FUSED = frozenset({"fuse", "main_grads", "graph", "release"})
 
 
+def states_of(workload: Workload, precision: Precision, zero: int) -> States:
+    """Bytes per parameter in that form: FSDP2's shards are the fp32 masters themselves, whole weights are bf16 beside them (planning/cost.py)."""
+    states = workload.states
+    if workload.stack != "gigatrain_native" or PRODUCTS_BITS[precision] == 32 or (states.weights, states.master) not in ((2.0, 4.0), (4.0, 0.0)):
+        return states
+    return replace(states, weights=4.0, master=0.0, gathered=2.0) if zero == 3 else replace(states, weights=2.0, master=4.0, gathered=2.0)
+
+
 def _own(workload: Workload) -> Workload:
-    """Of gigatrain's native engine: FSDP2's shards are the fp32 masters themselves, and whole weights are bf16 beside them (planning/cost.py)."""
-    mine, states = workload.layout, workload.states
-    if PRODUCTS_BITS[workload.precision] < 32 and states.weights + states.master == 6.0 and mine.zero == 3:
-        states = replace(states, weights=4.0, master=0.0, gathered=2.0)
-    elif PRODUCTS_BITS[workload.precision] < 32 and (states.weights, states.master) == (4.0, 0.0) and mine.zero == 0:
-        states = replace(states, weights=2.0, master=4.0, gathered=2.0)
-    if PRODUCTS_BITS[workload.precision] < 32 and mine.zero == 3 and (states.weights, states.master) == (2.0, 4.0):
-        states = replace(states, weights=4.0, master=0.0)
+    """Of gigatrain's native engine: the form of its states, and which fusions there can be."""
+    mine = workload.layout
+    states = states_of(workload, workload.precision, mine.zero)
     whole = mine.zero == 0 and not workload.compiled and mine.schedule != "zbv" and PRODUCTS_BITS[workload.precision] >= 16
     fused = {"fuse", "main_grads"} if whole else set()
     graphed = workload.graphed and mine.zero == 0 and mine.pipeline == 1
