@@ -196,7 +196,7 @@ class Prices:
     def _owned(self, layout: Layout, zero: int, dense: float, experts: float) -> float:
         if zero == 0:
             return dense + experts
-        return dense / self._ranks(layout, dense=True) + experts / self._ranks(layout, dense=False)
+        return dense / collectives.group(layout, "shard")[0] + experts / collectives.group(layout, "shard", experts=True)[0]
 
     def priced(
         self,
@@ -272,14 +272,6 @@ class Prices:
             gathered += (states.gathered + states.reduced) * max(layer, sizes.ends)
         return Priced(step, kept + live + gathered + max(body.transient_bytes, ends.transient_bytes))
 
-    @staticmethod
-    def _ranks(layout: Layout, *, dense: bool) -> int:
-        """Ranks that share a dense parameter, or an expert's."""
-        shared = layout.shard * layout.context
-        if dense:
-            return shared
-        return max(1, shared * (layout.tensor if layout.expert_tensor < layout.tensor else 1) // layout.expert)
-
     def _shared(
         self,
         layout: Layout,
@@ -295,15 +287,15 @@ class Prices:
         """Exposed seconds of a step's transfers of weights and gradients, between `shard` and between `replicate`."""
         total = 0.0
         per_microbatch = zero == 3 and (layout.pipeline == 1 or reshard)
-        shard, replicate = collectives.group(layout, "shard"), collectives.group(layout, "replicate")
+        replicate = collectives.group(layout, "replicate")
         once, between = 0.0, 0.0
         gathers, scatters = 0.0, 0.0
         chunks = max(1, self.workload.shape.layers // layout.pipeline)
-        for number, ranks in ((dense, self._ranks(layout, dense=True)), (experts, self._ranks(layout, dense=False))):
+        for number, of_experts in ((dense, False), (experts, True)):
             if not number:
                 continue
+            ranks, _ = group = collectives.group(layout, "shard", experts=of_experts)
             if ranks > 1:
-                group = (ranks, shard[1] if number is dense else max(1, shard[0] * shard[1] // ranks))
                 if zero == 0:
                     once += self.transfer_s(Transfer("reduce", "shard", "all_reduce", number * states.reduced, "step"), *group)
                 else:  # layer by layer
