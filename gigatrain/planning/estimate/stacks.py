@@ -1,0 +1,76 @@
+"""What each software stack does by habit, from its constants: overlap by axis, fusion, launches, attention. One record per stack and era."""
+
+import re
+from collections.abc import Mapping
+from typing import get_args
+
+from gigatrain.errors import PlanError
+from gigatrain.planning.estimate.habits import Habits
+from gigatrain.planning.estimate.work import Axis
+from gigatrain.planning.estimate.workload import Stack
+
+AXES: tuple[str, ...] = get_args(Axis)
+MiB = 1024.0**2
+
+
+def era(stack: str, version: str) -> str:
+    """The name under which the constants of this stack and version are; raises PlanError for a stack nobody described.
+
+    Megatron before 2023 (its name in `version`: 2021, 2022, or Megatron-DeepSpeed) has no overlap and apex kernels; Megatron-LM as started by hand lacks the
+    overlaps that NeMo and Megatron-Bridge turn on.
+    """
+    if stack not in get_args(Stack):
+        raise PlanError(
+            f"no stack is called {stack!r}; known: {', '.join(get_args(Stack))}. An unknown one is best described by 'generic'."
+        )
+    if stack == "megatron":
+        said = version.lower()
+        if "deepspeed" in said or re.search(r"\b20(19|20|21|22)\b", said) or "apex" in said or "unfused" in said:
+            return "megatron_2021"
+        if "overlap off" in said or "plain" in said:
+            return "megatron_plain"
+    return stack
+
+
+def habits(stack: str, version: str, constants: Mapping[str, float]) -> Habits:
+    """Habits of `stack` at `version`, from `constants` (names `stack.*`, `slowdown.*`); raises PlanError for an unknown stack."""
+    name = era(stack, version)
+    return Habits(
+        stack=name,
+        overlaps={axis: constants[f"stack.{name}.overlap.{axis}"] for axis in AXES},
+        slowdown={axis: constants[f"slowdown.{axis}"] for axis in AXES},
+        launch_s=constants[f"stack.{name}.launch_s"],
+        passes_share=constants[f"stack.{name}.passes_share"],
+        fused=_FUSED.get(name, frozenset()),
+        bucket_bytes=_BUCKETS.get(name, 100 * MiB),
+        attention="flash2" if name in _FLASH2 and not _LATER.search(version.lower()) else "fused",
+        step_s=constants[f"stack.{name}.step_s"],
+    )
+
+
+# Bytes of one reduced bucket of gradients: Megatron's max(40 M, 1 M x dp) parameters in fp32, DeepSpeed's 5e8 elements in bf16, DDP's 25 MiB.
+_BUCKETS: dict[str, float] = {
+    "megatron": 160e6,
+    "megatron_plain": 160e6,
+    "megatron_2021": 160e6,
+    "deepspeed": 1e9,
+    "gigatrain_deepspeed": 1e9,
+    "torchtitan": 100 * MiB,
+    "nanotron": 100 * MiB,
+}
+
+# What one kernel does: Transformer Engine's and Liger's rotary, gated activation and loss; torch.compile fuses what lies between two products (`compiled`).
+COMPILED = frozenset({"norm", "rope", "activation", "residual", "bias", "cross_entropy"})
+_FUSED: dict[str, frozenset[str]] = {
+    "gigatrain_native": frozenset({"rope", "activation", "residual", "cross_entropy"}),
+    "gigatrain_deepspeed": frozenset({"rope", "activation", "residual", "cross_entropy"}),
+    "megatron": frozenset({"rope", "activation", "bias"}),
+    "megatron_plain": frozenset({"rope", "activation", "bias"}),
+    "megatron_2021": frozenset({"activation"}),
+    "nanotron": frozenset({"rope"}),
+    "deepspeed": frozenset({"rope", "activation", "cross_entropy"}),
+    "generic": frozenset({"rope", "activation"}),
+}
+# Torch's own scaled_dot_product_attention and the flash_attn package are FlashAttention-2, unless the version says that a later one is there.
+_FLASH2 = frozenset({"llm_foundry", "torchtitan", "nanotron", "deepspeed", "megatron_2021", "generic"})
+_LATER = re.compile(r"fa-?[34]\b|flash.?(attention)?.?[34]\b|cudnn|\bte\b")
