@@ -26,7 +26,7 @@ from gigatrain.errors import CheckpointError, DataError, RunError
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
-from gigatrain.observe import hang, prometheus, trace
+from gigatrain.observe import hang, prometheus, trace, watch
 from gigatrain.observe.budget import Budget
 from gigatrain.observe.display import Display
 from gigatrain.observe.energy import Energy
@@ -98,7 +98,11 @@ def _train(
         summary["wall_s"] = round(this.elapsed_s + time.monotonic() - began, 3)
         energy.close()
         summary["energy"] = {key: value for key, value in account.account(folder).items() if key != "windows"}
+        drifts = watch.Reader(folder).drift()  # None: the plan expects nothing
+        summary["drift"] = None if drifts is None else [one["words"] for one in drifts]
         write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        for one in drifts or ():
+            display.line(f"DRIFT: {one['words']}")
         _show_sample(plan, folder, display)
         _show_summary(summary, folder, display)
         return summary

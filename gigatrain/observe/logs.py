@@ -533,6 +533,12 @@ def _marks(path: Path, *, whole: bool = False) -> list[Sequence[bytes]]:
         return []
 
 
+def node_of(run: Path, number: int | None, rank: int) -> str | None:
+    """The node that a rank of an attempt says that it is on; None: it left no log, or says nothing there."""
+    marks = [] if number is None else _marks(folder_of(run, number) / f"rank-{rank:05d}.log")
+    return marks[-1][2].decode("utf-8", "replace") if marks else None
+
+
 def _time_s(said: bytes) -> float:
     """Seconds since 1970 of a mark's time; what is none is of now, so that nothing is left out for it."""
     try:

@@ -135,6 +135,8 @@ class Metrics:
             "step_s": seconds / len(durations) if durations else None,
             "bad_steps": int(counts[0]),
         } | dict(beside(self.tokens) if beside else {})
+        if self.clock.cuda:  # of this rank, since it began; the host has these numbers, so nobody waits
+            window |= {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
         self.write(window)
         self.sums[:5].zero_()
         return [int(count) for count in counts]

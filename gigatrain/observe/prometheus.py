@@ -83,6 +83,11 @@ METRICS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], list[Sample]]], ...
     ("power_capped_ratio", "Share of the accelerators' time at their power limit, over the last window.", _one("power_capped_share")),
     ("power_thermal_ratio", "Share of the accelerators' time that heat held them down, over the last window.", _one("power_thermal_share")),
     ("power_ramp_watts", "Largest change within ten seconds in the last hour, at the widest known boundary.", _one("power_ramp_watts")),
+    (
+        "drift_ratio",
+        "Of what lies beyond the interval that the plan expected, over the interval's middle.",
+        lambda seen: [({"what": one["what"]}, one["ratio"]) for one in seen["drift"] or ()],
+    ),
     ("failed_ranks", "Ranks of the newest attempt that left an error.", _one("failed_ranks")),
     ("hung_ranks", "Ranks of the newest attempt that report no progress.", _one("hung_ranks")),
 )

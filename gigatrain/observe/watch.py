@@ -14,14 +14,18 @@ import importlib
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from gigatrain import load
 from gigatrain.errors import GigatrainError, RunError
-from gigatrain.observe import logs
+from gigatrain.observe import beside, logs
+from gigatrain.planning.watts import Watts
 from gigatrain.power.live import Live
 from gigatrain.power.reading import BOUNDARIES
 
@@ -91,6 +95,7 @@ class Reader:
             Tail(run / name) for name in ("metrics.jsonl", "logs/progress.jsonl", "launch/history.jsonl", "energy.jsonl")
         )
         self._power = Live()
+        self._drawn_rows: deque[dict[str, Any]] = deque(maxlen=2 * WINDOWS)
         self._windows: list[dict[str, Any]] = []
         self._validations: list[dict[str, Any]] = []
         self._events: list[dict[str, Any]] = []
@@ -152,7 +157,31 @@ class Reader:
             **self._drawn(plan, summary, state),
             "job": {key: self._job[-1].get(key) for key in ("time", "event")} if self._job else None,
             "scheduler": self._asked() if state != "finished" else None,
+            "drift": self._drift(plan, summary, goodput, slow, number),
         } | left
+
+    def drift(self) -> list[dict[str, Any]] | None:
+        """`seen()["drift"]` alone, and nothing is asked of a scheduler."""
+        self._read()
+        goodput, slow = _goodput(_sessions(self._events), None), _slowest(self.run)[0]
+        return self._drift(_json(self.run / "plan.json"), _json(self.run / "summary.json"), goodput, slow, logs.newest(self.run))
+
+    def _drift(
+        self, plan: Mapping[str, Any], summary: Mapping[str, Any], goodput: Any, slow: list[dict[str, Any]], number: int | None
+    ) -> list[dict[str, Any]] | None:
+        """What lies beyond what the plan expected, in the newest windows; None of a plan that expects nothing."""
+        expected = beside.expected_of(plan)
+        if expected is None:
+            return None
+        try:
+            watts = Watts.model_validate(plan.get("watts") or {})
+        except ValidationError:
+            watts = None
+        found = beside.windows(
+            self._windows, self._events, self._drawn_rows, beside.traced(self.run), watts,
+            goodput=goodput, slowest=slowest_of(self.run, slow, number), peak_bytes=_number(summary, "peak_bytes"),
+        )  # fmt: skip
+        return [beside.said(one) for one in beside.drifts(expected, found)]
 
     def _drawn(self, plan: Mapping[str, Any], summary: Mapping[str, Any], state: str) -> dict[str, Any]:
         """Watts and what is got for them. A run that is over draws nothing; what it took to get there is in summary.json."""
@@ -222,8 +251,11 @@ class Reader:
                     self._tokens_s[0] += speed * step_s
                     self._tokens_s[1] += step_s
         rows, afresh = self._energy.rows()
-        self._power = Live() if afresh else self._power
+        if afresh:
+            self._power = Live()
+            self._drawn_rows.clear()
         self._power.add(rows)
+        self._drawn_rows.extend(rows)
         for tail, name in ((self._progress, "_events"), (self._history, "_job")):
             rows, afresh = tail.rows()
             kept = [row for row in rows if isinstance(row.get("event"), str) and (name == "_job" or _timed(row))]
@@ -393,8 +425,16 @@ def _slowest(run: Path) -> tuple[list[dict[str, Any]], str]:
             )
             if own:
                 found.append({"rank": int(path.stem.removeprefix("rank-")), "own_s": own[len(own) // 2]})
+    usual = sorted(row["own_s"] for row in found)
+    for row in found:
+        row["median_s"] = usual[(len(usual) - 1) // 2]  # of two the faster: the other is the slow one
     some = f"only the first {TRACED} of {len(paths):,} ranks that record are looked at" if len(paths) > TRACED else ""
     return sorted(found, key=lambda row: -row["own_s"])[:5], some
+
+
+def slowest_of(run: Path, slow: list[dict[str, Any]], number: int | None) -> dict[str, Any] | None:
+    """The slowest rank that records, with its node; None where only one does."""
+    return {**slow[0], "node": logs.node_of(run, number, slow[0]["rank"])} if slow else None
 
 
 def _timed(row: Mapping[str, Any]) -> bool:
@@ -479,6 +519,10 @@ def lines(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         mean = f", {seen['tokens_per_s_mean']:,.0f} in the mean" if seen["tokens_per_s_mean"] else ""
         add("tokens/s", f"{seen['tokens_per_s']:,.0f} now{mean}")
         add("MFU", f"{seen['mfu']:.1%} of dense bf16" if seen["mfu"] is not None else f"unknown: {seen['mfu_why']}")
+    for one in seen["drift"] or ():
+        add("DRIFT", one["words"], "bold yellow")
+    if seen["drift"] == []:
+        add("plan", "no judged window lies beyond what it expects")
     if seen["goodput"]:
         parts = ", ".join(
             f"{what} {span(spent)}" for what, spent in seen["goodput"]["seconds"].items() if spent >= 0.5 or what == "training"

@@ -17,7 +17,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from gigatrain.errors import GigatrainError, PowerError
-from gigatrain.observe import logs, watch
+from gigatrain.observe import beside, logs, watch
+from gigatrain.observe.report.figures import SLACK, against, finite, known
+from gigatrain.observe.report.ranges import ranged
 from gigatrain.planning.watts import Watts
 from gigatrain.power.reading import BIN_S, BOUNDARIES, PROVENANCES
 from gigatrain.power.schedule import Schedule
@@ -26,9 +28,7 @@ from gigatrain.site import Figure
 
 POINTS = 600  # of a curve
 BINS = 40  # of the histogram of step times
-SLACK = 0.005  # above a limit, before it is pointed at: a counter's edge may be off by one in a hundred
 ASKED = ("megawatts", "schedule", "follow", "ramp_megawatts_min", "caps")  # of watts, in plan.json
-DRIFT = 0.10  # a difference from the plan that is pointed at
 TRACE_BYTES = 64 << 20  # of the first rank's trace, its end: some 350,000 steps; of the others' a sixteenth
 POWERED = ("power budget", "power schedule", "power ramp", "power follows", "power limits")  # settings of a run without any:
 NONE = "none"
@@ -48,21 +48,6 @@ class _Quiet(watch.Reader):
 
     def _asked(self) -> None:
         return None
-
-
-def known(value: Any, why: str = "", note: str = "") -> dict[str, Any]:
-    """A figure; `why` is said where it has no value, `note` where it has one."""
-    number = finite(value)
-    if number is None:
-        return {"value": None, "unknown": why or "not recorded"}
-    return {"value": number} | ({"note": note} if note else {})
-
-
-def finite(value: Any) -> float | int | None:
-    """A number, or None for what is none: words, true, infinity, and what is larger than anything that a run counts."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return value if abs(value) < watch.LARGEST else None
 
 
 def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any]:
@@ -145,6 +130,10 @@ def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any
         else {},
     }
     value["plan"] = _compared(value, plan, summary)
+    expected = beside.expected_of(plan)
+    value["plan"] |= {"drifts": [], "expects": False}
+    if expected is not None:
+        value["plan"] |= ranged(expected, value, folder, windows, events, seen, plan, summary)
     planned = value["plan"]["watts"]
     for boundary in BOUNDARIES:  # as if every watt had been as planned: of the measured speed, since a plan has no speed
         watts = planned[boundary]["value"]
@@ -578,14 +567,16 @@ def _compared(value: Mapping[str, Any], plan: Mapping[str, Any], summary: Mappin
         watts = None
     watts = watts or {name: known(None, "not planned: plan.json has no watts that this version reads") for name in BOUNDARIES}
     rows = [
-        _row("steps", "steps", known(plan.get("steps"), "plan.json has none"), known(value["run"]["step"], "no window yet"), open=not done),
-        _row("tokens", "tokens", known(plan.get("tokens"), "plan.json has none"), headline["tokens"], open=not done),
-        _row("tokens/s", "tokens/s", known(None, "not planned: a plan has no speed"), headline["tokens_per_s"]),
+        against(
+            "steps", "steps", known(plan.get("steps"), "plan.json has none"), known(value["run"]["step"], "no window yet"), open=not done
+        ),
+        against("tokens", "tokens", known(plan.get("tokens"), "plan.json has none"), headline["tokens"], open=not done),
+        against("tokens/s", "tokens/s", known(None, "not planned: a plan has no speed"), headline["tokens_per_s"]),
     ]
     for name in BOUNDARIES:
         mean = known(_of(energy, "watts", name), _unknown(energy, name) or headline["mwh"].get("unknown", "") or "unknown")
         if watts[name]["value"] is not None or mean["value"] is not None or name == "facility":
-            rows.append(_row(f"mean draw, {name if name != 'it' else 'IT'}", "W", watts[name], mean, most=name == "device"))
+            rows.append(against(f"mean draw, {name if name != 'it' else 'IT'}", "W", watts[name], mean, most=name == "device"))
     budget = value["budget"]
     levels = [watts for _, watts in budget.get("limit", ()) if watts is not None] or [
         one * 1e6 for one in [finite(budget.get("asked", {}).get("megawatts"))] if one is not None
@@ -594,31 +585,12 @@ def _compared(value: Mapping[str, Any], plan: Mapping[str, Any], summary: Mappin
         highest = budget["highest"]
         held = finite(highest.get("limit_watts"))
         rows.append(
-            _row("budget, facility", "W", known(min(levels) if held is None else held), highest, most=True)
+            against("budget, facility", "W", known(min(levels) if held is None else held), highest, most=True)
             | {"note": "in its highest ten seconds", "noun": "allowed"}
         )
     memory = value["memory"]
-    rows.append(_row("memory of a rank", "bytes", memory["planned_bytes"], memory["peak_bytes"]))
+    rows.append(against("memory of a rank", "bytes", memory["planned_bytes"], memory["peak_bytes"]))
     return {"rows": rows, "watts": watts}
-
-
-def _row(
-    what: str, unit: str, planned: dict[str, Any], actual: dict[str, Any], *, open: bool = False, most: bool = False
-) -> dict[str, Any]:
-    """`open`: the run has not ended, so less is no drift; `most`: less than planned is as it should be."""
-    wanted, got = planned["value"], actual["value"]
-    drift = None if wanted is None or got is None or not wanted else finite(got / wanted - 1)
-    drifted = drift is not None and (drift > SLACK if most else abs(drift) > DRIFT and not (open and drift < 0))
-    return {
-        "what": what,
-        "unit": unit,
-        "planned": planned,
-        "actual": actual,
-        "drift": drift,
-        "drifted": drifted,
-        "open": open,
-        "most": most,
-    }
 
 
 def _settings(plan: Mapping[str, Any]) -> dict[str, str]:

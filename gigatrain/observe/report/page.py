@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from gigatrain.observe.report import words
-from gigatrain.observe.report.collect import DRIFT, NONE, SLACK, finite, letters, names
+from gigatrain.observe.report.collect import NONE, letters, names
 from gigatrain.observe.report.curves import DASHES, TONES, Axes, Curve, gaps, histogram, layers, lines
+from gigatrain.observe.report.figures import DRIFT, SLACK, finite
 from gigatrain.observe.report.parts import (
     Shown,
     bars,
@@ -136,7 +137,8 @@ def _short(value: Value) -> list[str]:
     for name, what in (("capped_share", "the power limit"), ("thermal_share", "heat"), ("brake_share", "a hardware brake")):
         if (share := finite(energy.get(name))) is not None and share >= 0.01:
             said.append(f"Clocks were held down by {what} {per_cent(share)} of the time.")
-    drifted = [row for row in value["plan"]["rows"] if row["drifted"]]
+    said += [f"<span class=mark>drift</span> {escaped(one['words'])}." for one in value["plan"]["drifts"]]
+    drifted = [row for row in value["plan"]["rows"] if row["drifted"] and not row.get("caused")]
     draws = [row for row in drifted if row["what"].startswith("mean draw")]
     for row in drifted:
         if row not in draws[:-1]:  # of nested draws the widest stands for all
@@ -537,13 +539,8 @@ def _memory(tag: str, value: Value) -> str:
 
 
 def _amount(value: float, unit: str) -> str:
-    return (
-        words.size(value)
-        if unit == "bytes"
-        else words.watts(value)
-        if unit == "W"
-        else number(value, 6 if value == int(value) and value < 1e6 else 4)
-    )
+    shown = {"bytes": words.size, "W": words.watts, "s": words.seconds, "share": per_cent}.get(unit)
+    return shown(value) if shown else number(value, 6 if value == int(value) and value < 1e6 else 4)
 
 
 def _drift(row: Value) -> str:
@@ -555,19 +552,29 @@ def _plan(tag: str, value: Value) -> str:
     rows = []
     for row in value["plan"]["rows"]:
         both = (row["planned"], row["actual"])
-        cells = "".join(unknown(one["unknown"]) if one["value"] is None else cell(_amount(one["value"], row["unit"])) for one in both)
+        between = f"{_amount(row['low'], row['unit'])} to {_amount(row['high'], row['unit'])}" if "low" in row else ""
+        cells = "".join(
+            unknown(one["unknown"]) if one["value"] is None else cell(_amount(one["value"], row["unit"]), between * (one is row["planned"]))
+            for one in both
+        )
         if row["drift"] is None:
             cells += "<td class=un>not comparable</td>"
         elif row["drifted"]:
             cells += f"<td>{_drift(row)}</td>"
         else:
-            most = f", {row.get('noun', 'planned')} at most" if row["most"] else ""
-            cells += sentence(signed(row["drift"]) + (", not at its end" if row["open"] and row["drift"] < 0 else most))
+            more = f", {row.get('noun', 'planned')} at most" if row["most"] else ""
+            if "low" in row:
+                more = ", within" if row["low"] <= row["actual"]["value"] <= row["high"] else ", in the mean"
+            cells += sentence(signed(row["drift"]) + (", not at its end" if row["open"] and row["drift"] < 0 else more))
         rows.append(head(row["what"], row.get("note", "")) + cells)
     text = f"What is more than {DRIFT * 100:.0f} % from the plan, or {SLACK * 100:.1f} % above a most, is marked. Draws are means over all of wall-clock."
-    return card(
-        tag, "Plan and actual", text, table(("what", "planned", "actual", "difference"), rows, kind="plain", right=(1, 2)), wide=True
-    )
+    causes = ""
+    if value["plan"]["expects"]:
+        text += " Of what the plan has a range for, small below its middle, windows are judged: three in a row beyond it, a process's first two left out."
+        causes = "".join(f"<p>{escaped(one['words'])}.</p>" for one in value["plan"]["drifts"])
+        causes = causes or f"<p>{value['plan']['judged']:,} windows were held against the plan's ranges; none drifted.</p>"
+    whole = table(("what", "planned", "actual", "difference"), rows, kind="plain", right=(1, 2))
+    return card(tag, "Plan and actual", text, whole + causes, wide=True)
 
 
 def _metered(tag: str, value: Value) -> list[str]:

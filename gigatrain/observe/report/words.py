@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gigatrain.observe import logs, watch
-from gigatrain.observe.report.collect import finite
+from gigatrain.observe.report.figures import finite
 
 _APART = re.compile(r"(?<=[±<>−]) (?=\d)")  # a sign and its number stay on one line
 MINUTES_S = 600.0  # from where on a duration is told in minutes: below, its share beside it would not fit it
