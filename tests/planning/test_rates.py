@@ -110,7 +110,7 @@ def test_every_constant_has_a_unit_a_source_and_a_value_within_reason() -> None:
     for name, constant in TABLE.items():
         assert constant.unit, name
         assert len(constant.source) > 12, name
-        assert constant.value > 0, name
+        assert constant.value > 0 or name.endswith(".reduced_share"), name  # a link whose switch reduces nothing has none
         if constant.unit == "share":
             assert constant.value <= 1.0, name
         if constant.spread:  # a fit that had to go further than this found a wrong model, not a constant

@@ -68,7 +68,7 @@ def timer(workload: Workload, cluster: Cluster, habits: Habits, constants: Mappi
     """What one item costs in this workload on this cluster; equal items are timed once."""
     clock = rates.clock_of(cluster.chip, cluster.cap_watts, cluster.clock_share, constants)
     products = products_share(workload, constants)
-    groups: dict[str, tuple[int, int]] = {}
+    groups: dict[tuple[str, bool], tuple[int, int]] = {}
     known: dict[int, tuple[Item, Cost]] = {}  # by identity; the item is kept, so that its identity stays its own
 
     def of(item: Item) -> Cost:
@@ -79,11 +79,12 @@ def timer(workload: Workload, cluster: Cluster, habits: Habits, constants: Mappi
 
     def fresh(item: Item) -> Cost:
         if isinstance(item, Transfer):
-            if item.axis not in groups:
-                groups[item.axis] = collectives.group(workload.layout, item.axis)
-            seconds = collectives.seconds(item, cluster, *groups[item.axis], constants)
+            key = item.axis, item.name.endswith("_experts")
+            if key not in groups:
+                groups[key] = collectives.group(workload.layout, item.axis, experts=key[1])
+            seconds = collectives.seconds(item, cluster, *groups[key], constants)
             return Cost(seconds, 0.0 if habits.graphed else habits.launch_s)
-        if item.kind == "optimizer" and workload.offload:
+        if item.name in ("adamw_host", "host_copy"):
             return offloaded(item, constants)
         return rates.cost(item, cluster.chip, constants, habits, clock=clock, products=products)
 
@@ -91,8 +92,8 @@ def timer(workload: Workload, cluster: Cluster, habits: Habits, constants: Mappi
 
 
 def offloaded(op: Op, constants: Mapping[str, float]) -> Cost:
-    """An optimizer's pass on the host: its bytes through a rank's share of the host's memory. The way there and back is in the operations."""
-    return Cost(op.bytes / (constants["offload.host_gbyte_s"] * 1e9))
+    """What an optimizer on the host costs: its states through a rank's share of the host's memory, gradients and weights through PCIe."""
+    return Cost(op.bytes / (constants["offload.link_gbyte_s" if op.name == "host_copy" else "offload.host_gbyte_s"] * 1e9))
 
 
 def products_share(workload: Workload, constants: Mapping[str, float]) -> float:

@@ -248,7 +248,7 @@ def _core(local: Local, window: int | None, kv_heads: int) -> list[_Step]:
 
 def _attention(local: Local, window: int | None) -> list[_Step]:
     """From the stream's norm to the sum: queries, keys, values (or latents and what becomes of them), positions, attention, output."""
-    w, shape, t, e, tokens = local.workload, local.workload.shape, local.t, local.size, local.tokens
+    shape, t, e, tokens = local.workload.shape, local.t, local.size, local.tokens
     h, d, heads = shape.hidden, shape.head_dim, shape.heads
     steps = [_norm(local, local.rows * h), _Step("move", *_enter(local))]
     if shape.kv_rank is None:
@@ -492,7 +492,7 @@ def embedding(local: Local) -> Block:
 
 def head(local: Local, *, tied_here: bool) -> Block:
     """Last norm, product with the vocabulary, loss. `tied_here`: its weights are the embedding's on this same rank, and not counted again."""
-    w, shape, e = local.workload, local.workload.shape, local.size
+    shape, e = local.workload.shape, local.size
     h, tokens, outputs = shape.hidden, local.tokens, -(-shape.vocab // local.t)
     logits = float(tokens * outputs)
     forward, backward = _product(local, "head", tokens, outputs, h, bits=min(32, 8 * e))

@@ -22,6 +22,7 @@ Boundary activations are sent by whoever runs the schedule: `Work.boundary_bytes
 """
 
 from functools import lru_cache
+from itertools import pairwise
 
 from gigatrain.planning import layout as pipelines
 from gigatrain.planning.estimate import layers
@@ -73,7 +74,7 @@ def cut(workload: Workload) -> tuple[range, ...]:
             return tuple(range(i * each, (i + 1) * each) for i in range(count))
         if (shape.layers + 2) % count == 0:
             ends = [0, *((shape.layers + 2) // count * (i + 1) - 1 for i in range(count - 1)), shape.layers]
-            return tuple(range(a, b) for a, b in zip(ends, ends[1:], strict=False))
+            return tuple(range(a, b) for a, b in pairwise(ends))
     return _weighed(shape, workload.sequence, count)
 
 
@@ -105,7 +106,7 @@ def work(workload: Workload, rank_of_pipeline: int = 0) -> Work:
 
 
 def _work(local: Local, rank: int, cuts: tuple[range, ...], blocks: dict[object, Block], steps: dict[object, tuple[Item, ...]]) -> Work:
-    w, shape, layout = local.workload, local.workload.shape, local.workload.layout
+    shape, layout = local.workload.shape, local.workload.layout
     count = layout.pipeline * layout.stages
     numbers = pipelines.held(layout.schedule, rank, layout.pipeline, layout.stages) if count > 1 else (0,)
     ends = {0, count - 1} & set(numbers)

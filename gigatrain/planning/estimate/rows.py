@@ -1,0 +1,569 @@
+"""Published measurements as workloads: one row, in the schema of measured.jsonl, is a `Case`. Any column but sizes may be missing; what then is taken is said.
+
+parse(row) -> Case            raises Refused with the reason where a row has no meaning here
+columns                       gpu, n_gpus, framework, precision, layers, hidden, heads, ffn, vocab, seq_len, tp, pp, cp, dp, ep, vp, micro_batch, global_batch,
+                              sharding, act_ckpt, attention_impl, overlap, notes, ...
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gigatrain.planning.estimate.cluster import Cluster, Level
+from gigatrain.planning.estimate.workload import Attention, Layout, Precision, Recompute, Schedule, Shape, Stack, States, Workload
+from gigatrain.planning.hardware import CHIPS
+
+MEASURED = (
+    "step_time_s", "tokens_per_s", "tokens_per_s_per_gpu", "samples_per_s", "model_tflops_per_gpu", "hw_tflops_per_gpu", "mfu_pct", "hfu_pct",
+    "node_power_w_mean", "status",
+)  # fmt: skip
+# Of the memory as sold, what torch.cuda reports: 79.15 of 80 GiB on an A100, 79.1 on an H100, 139.8 of 141 on an H200, 178.4 of 180 on a B200.
+VISIBLE = 0.99
+AXES = ("tensor", "context", "expert", "shard", "replicate", "pipeline")
+# One direction, GB/s of one port, by the name of its generation.
+_PORTS = {
+    "xdr": 100.0,
+    "ndr400": 50.0,
+    "ndr200": 25.0,
+    "ndr": 50.0,
+    "hdr200": 25.0,
+    "hdr100": 12.5,
+    "hdr": 25.0,
+    "edr": 12.5,
+    "omnipath": 12.5,
+    "slingshot": 25.0,
+}
+_RAIL = 32  # nodes that one rail of leaf switches joins (64 ports, half of them up)
+
+
+class Refused(Exception):
+    """A row that cannot be expressed; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A row that was understood. `measured`: the columns of `MEASURED` that it has, and `peak_bytes` with `peak_kind`."""
+
+    id: str
+    set: str
+    workload: Workload
+    cluster: Cluster
+    measured: dict[str, Any]
+    assumed: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Row:
+    """A row with its words in lower case, and what was taken for want of a word."""
+
+    row: Mapping[str, Any]
+    assumed: list[str] = field(default_factory=list)
+
+    def number(self, name: str) -> float | None:
+        value = self.row.get(name)
+        if value is None or value == "" or isinstance(value, bool):
+            return None
+        try:
+            found = float(value)
+        except (TypeError, ValueError):
+            raise Refused(f"{name} is {value!r}, which is no number") from None
+        return found if math.isfinite(found) else None
+
+    def whole(self, name: str, default: int | None = None, why: str = "") -> int:
+        found = self.number(name)
+        if found is None:
+            if default is None:
+                raise Refused(f"the row has no {name}, and nothing implies it")
+            if why:
+                self.assumed.append(f"{name} {default}: {why}")
+            return default
+        if found < 0 or found != int(found):
+            raise Refused(f"{name} is {found:g}, and must be a whole number of 0 or more")
+        return int(found)
+
+    def text(self, *names: str) -> str:
+        return " | ".join(str(self.row[name]) for name in names if self.row.get(name) is not None).lower()
+
+    def flag(self, name: str) -> bool | None:
+        value = self.row.get(name)
+        if isinstance(value, bool) or value is None:
+            return value
+        return str(value).lower() in ("true", "yes", "on", "1")
+
+
+def parse(row: Mapping[str, Any]) -> Case:
+    """The row as a workload on a cluster; raises `Refused`."""
+    found = _Row(row)
+    stack = _stack(found)
+    chip, name = _chip(found)
+    shape = _shape(found)
+    layout, microbatch, accumulation, ranks = _layout(found, stack, shape)
+    cluster = _cluster(found, chip, name, ranks)
+    workload = _workload(found, stack, shape, layout, microbatch, accumulation, chip)
+    measured = {key: row[key] for key in MEASURED if row.get(key) is not None}
+    peak = found.number("peak_mem")
+    if peak:
+        unit = found.text("peak_mem_unit")
+        measured["peak_bytes"] = peak * {"gib": 2**30, "gb": 1e9, "mib": 2**20, "mb": 1e6}.get(unit, 2**30)
+        measured["peak_kind"] = found.text("peak_mem_kind")
+    return Case(str(row.get("id", "")), str(row.get("set") or ""), workload, cluster, measured, tuple(found.assumed))
+
+
+# ---- software ----
+
+_STACKS: tuple[tuple[str, Stack, str], ...] = (
+    (r"gigatrain.*deepspeed", "gigatrain_deepspeed", ""),
+    (r"gigatrain", "gigatrain_native", ""),
+    (r"torchtitan", "torchtitan", ""),
+    (r"automodel", "torchtitan", "NeMo AutoModel is FSDP2 over transformers"),
+    (r"fms|foundation.model.stack", "torchtitan", "IBM's fms-fsdp is FSDP with torch.compile"),
+    (r"llm-?foundry|composer|mosaic", "llm_foundry", ""),
+    (r"nanotron", "nanotron", ""),
+    (r"megatron|nemo|nvidia.*release|primus|modulus", "megatron", ""),
+    (r"deepspeed", "deepspeed", ""),
+    (r"litgpt|lightning|fsdp2|torchtune|olmo", "torchtitan", "an FSDP trainer"),
+    (r"transformers|hugging|accelerate|\bhf\b|liger|axolotl|trl", "deepspeed", "transformers' modules"),
+)
+
+
+def _stack(row: _Row) -> Stack:
+    text = row.text("framework")
+    for pattern, stack, why in _STACKS:
+        if re.search(pattern, text):
+            if why:
+                row.assumed.append(f"stack {stack}: {why}")
+            return stack
+    row.assumed.append(f"stack generic: nothing is known of {row.row.get('framework')!r}")
+    return "generic"
+
+
+def _version(row: _Row) -> str:
+    said = row.row.get("framework_version")
+    if said:
+        return str(said)
+    numbers = re.findall(r"\d+\.\d+(?:\.\d+)?", row.text("framework"))
+    return numbers[0] if numbers else ""
+
+
+def _old(row: _Row, stack: Stack) -> bool:
+    """Megatron before flash attention and sequence parallelism: its forks on DeepSpeed, and what was published before 2023."""
+    if stack != "megatron":
+        return False
+    date = row.text("source_date")
+    return "deepspeed" in row.text("framework") or row.text("precision").startswith("fp16") or ("2019" <= date[:4] <= "2022")
+
+
+def _precision(row: _Row, stack: Stack, chip: str) -> Precision:
+    text = row.text("precision")
+    blackwell = chip in ("b200", "gb200", "b300", "gb300")
+    if not text:
+        row.assumed.append("precision bf16: the row names none")
+        return "bf16"
+    if "fp4" in text and not ("fp8" in text and " or " in text):
+        return "nvfp4"
+    if "fp8" in text or "float8" in text:
+        marks: tuple[tuple[str, Precision], ...] = (
+            (r"mx|variant 1", "mxfp8"), (r"delayed|[-_ ]ds\b", "fp8_delayed"), (r"row", "fp8_rowwise"), (r"block|sub|[-_ ]sc\b", "fp8_blockwise"),
+            (r"current|tensor|[-_ ]cs\b|variant 0", "fp8_tensorwise"),
+        )  # fmt: skip
+        for pattern, found in marks:
+            if re.search(pattern, text):
+                if "variant" in text:
+                    row.assumed.append(f"precision {found}: the page lists two recipes without saying which row has which")
+                return found
+        plain: Precision = "fp8_tensorwise" if stack in ("torchtitan", "gigatrain_native") or blackwell else "fp8_delayed"
+        row.assumed.append(f"precision {plain}: the row says {row.row['precision']}")
+        return plain
+    for word in ("bf16", "bfloat16", "fp16", "float16", "half"):
+        if word in text:
+            return "bf16" if word.startswith("b") else "fp16"
+    if "fp32" in text or "tf32" in text or "float32" in text:
+        return "fp32"
+    raise Refused(f"precision {row.row['precision']!r} is none of fp32, bf16, fp16, fp8 or fp4 recipes")
+
+
+# ---- machines ----
+
+_CHIPS: tuple[tuple[str, str], ...] = (
+    (r"GB300", "gb300"), (r"GB200", "gb200"), (r"B300", "b300"), (r"B200", "b200"), (r"GH200", "gh200"), (r"H200", "h200"), (r"H800", "h100"),
+    (r"H100", "h100"), (r"A800", "a100"), (r"A100", "a100"), (r"MI250", "mi250x"), (r"MI300X", "mi300x"), (r"MI325", "mi325x"), (r"MI355", "mi355x"),
+    (r"MI350", "mi350x"),
+)  # fmt: skip
+
+
+def _chip(row: _Row) -> tuple[str, str]:
+    """`(id in hardware.py, the row's own name)`."""
+    name = str(row.row.get("gpu") or "").upper()
+    memory = row.number("gpu_mem_gb")
+    if not name:
+        raise Refused("the row names no gpu")
+    found = next((chip for pattern, chip in _CHIPS if re.search(pattern, name.replace(" ", ""))), None)
+    if found is None:
+        raise Refused(f"gpu {row.row['gpu']!r} is not in planning/hardware.py, and none there is nearly the same")
+    if found == "a100" and memory is not None and memory < 70:
+        found = "a100-40" if memory < 50 else "a100-64"
+    if found == "a100" and memory is None and "40" in name:
+        found = "a100-40"
+    if found == "gh200" and (memory or 0) > 100:
+        found = "gh200-144"
+    if found == "h100":
+        if "PCIE" in name:
+            found = "h100-pcie"
+        elif "NVL" in name and (memory or 0) > 90:
+            row.assumed.append("chip h100: the H100 NVL's rates are unknown")
+        elif memory is not None and 60 < memory < 70:
+            found = "h100-64"
+    if found.startswith("a100") and "PCIE" in name:
+        row.assumed.append("chip a100: the PCIe card has its rates, with less power and no switch between cards")
+    return found, name
+
+
+def _nic(row: _Row, chip: str, per_node: int) -> float:
+    """GB/s of one direction that one rank has between nodes."""
+    text = row.text("interconnect_inter").replace("omni-path", "omnipath").replace("gbps", "gb/s_bit").replace("gbit/s", "gb/s_bit")
+    raw = str(row.row.get("interconnect_inter") or "")
+    if "compute:" in text:
+        text = re.split(r"management:|storage:", text.split("compute:")[1])[0]
+        raw = text
+    if text:
+        if match := re.search(r"(\d+(?:\.\d+)?)\s*(t|g)b/s_bit\s*(?:/|per)\s*(node|gpu|gcd)", text):
+            total = float(match[1]) / 8 * (1000 if match[2] == "t" else 1)
+            return total / (per_node if match[3] == "node" else 1)
+        count = re.search(r"(\d+)\s*x\b", text)
+        ports = int(count[1]) if count else None
+        speed = None
+        if match := re.search(r"(\d+(?:\.\d+)?)\s*GB/s", raw):
+            speed = float(match[1])
+        elif match := re.search(r"(\d{2,4})\s*(?:gb/s_bit|gb/s|gb/sec|g\b|gbe)", text):
+            speed = float(match[1]) / 8
+        if speed is None or "omnipath" in text or "slingshot" in text:
+            speed = speed or next((value for word, value in _PORTS.items() if word in text.replace(" ", "")), None)
+        if speed is not None and ports:
+            return speed * ports / per_node
+        if speed is not None:
+            if speed * 8 >= 800:  # a node's, as EFA's 3,200 Gbit/s
+                return speed / per_node
+            return speed if speed <= 50 and not re.search(r"ethernet|tcp", text) else speed / per_node
+    declared = CHIPS[chip].nic_gbit_s.value or {"h100-pcie": 200.0}.get(chip, 200.0)
+    each = declared / 8 / CHIPS[chip].devices
+    row.assumed.append(f"{each:g} GB/s between nodes for each rank: the row names no speed, {CHIPS[chip].name} nodes mostly have it")
+    return each
+
+
+def _cluster(row: _Row, chip: str, name: str, ranks: int) -> Cluster:
+    """Levels count ranks, and their rates are of one rank; of an MI250X each device is one."""
+    devices, found = CHIPS[chip].devices, CHIPS[chip]
+    usual = 4 if chip in ("gb200", "gb300", "gh200", "a100-64", "h100-64") else 4 * devices if chip == "mi250x" else 8
+    per_node = row.whole("gpus_per_node", usual)
+    if not 1 <= per_node <= 1024:
+        raise Refused(f"gpus_per_node is {per_node}")
+    intra = row.text("interconnect_intra")
+    link = (found.scale_up_gbyte_s.value or (300.0 if chip.startswith("a100") else 450.0)) / devices
+    pcie = "PCIE" in name or ("pcie" in intra and "nvlink" not in intra)
+    if pcie:
+        link = 25.0
+        row.assumed.append("25 GB/s between the cards of a node: PCIe 4.0 as reached")
+    elif match := re.search(r"(\d+(?:\.\d+)?)\s*gb/s", intra):
+        said = float(match[1]) / (1 if "unidir" in intra or "one direction" in intra else 2)
+        link = min(link, said / (devices if chip == "mi250x" and said > link else 1))
+    if "H800" in name or "A800" in name:
+        link = min(link, 200.0)
+        row.assumed.append(f"{name}: its sister's rates, with 200 GB/s of NVLink")
+    domain = 72 if chip in ("gb200", "gb300") and "nvl72" in (intra + name.lower()) else per_node
+    levels = [Level("scale_up", min(domain, ranks) if ranks > domain else max(1, ranks), link)]
+    if ranks > domain:
+        levels[0] = Level("scale_up", domain, link)
+        nic = _nic(row, chip, per_node)
+        rail = max(_RAIL * per_node, domain)
+        if ranks > rail:
+            levels.append(Level("rail", rail, nic))
+        levels.append(Level("spine" if ranks > rail else "rail", ranks, nic))
+    memory = row.number("gpu_mem_gb") or (found.hbm_bytes.value or 0) / devices / 2**30
+    return Cluster(
+        chip, max(1, ranks // devices), max(1, per_node // devices), tuple(levels), int(memory * 2**30 * VISIBLE) if memory else None,
+        cap_watts=row.number("gpu_power_cap_w"), assumed=tuple(row.assumed),
+    )  # fmt: skip
+
+
+# ---- model ----
+
+
+def _shape(row: _Row) -> Shape:
+    model, layers = row.text("model"), row.whole("layers")
+    hidden = row.whole("hidden")
+    heads = row.whole("heads", max(1, hidden // 128), "128 channels a head") or 1
+    if min(layers, hidden) < 1:
+        raise Refused(f"a model of {layers} layers and {hidden} channels")
+    kv_heads = row.whole("kv_heads", heads) or heads
+    learned = "learned" in row.text("pos_emb") or (
+        not row.text("pos_emb") and bool(re.search(r"gpt-?[23]|mpt|opt", model)) and "oss" not in model
+    )
+    gated = row.flag("glu")
+    if gated is None:
+        gated = not learned
+        row.assumed.append(f"{'a' if gated else 'no'} gate in the feed-forward layers")
+    ffn = row.whole("ffn", 4 * hidden if not gated else -(-8 * hidden // 3 // 256) * 256, "4 channels of each hidden one")
+    tied = row.flag("tied_embeddings")
+    if tied is None:
+        tied = learned
+    alibi = "alibi" in row.text("pos_emb")
+    values: dict[str, Any] = {}
+    experts = row.whole("moe_experts", 0)
+    if experts > 1:
+        sparse = row.number("moe_layers")
+        if sparse is None:
+            sparse = layers - (1 if "deepseek" in model and "truncated" not in model else 0)
+            row.assumed.append(f"{int(sparse)} of {layers} layers have experts")
+        values = {
+            "experts": experts, "experts_per_token": row.whole("moe_topk"), "expert_width": row.whole("moe_ffn", ffn),
+            "shared_width": row.whole("moe_shared_ffn", 0), "sparse_layers": min(layers, int(sparse)),
+        }  # fmt: skip
+    head_dim = row.whole("head_dim", hidden // heads) or hidden // heads
+    value_dim, mla = head_dim, row.row.get("mla")
+    if isinstance(mla, Mapping) and mla:
+
+        def latent(*names: str) -> int:
+            return int(next((mla[n] for n in names if mla.get(n) is not None), 0))
+
+        turned = latent("qk_rope", "qk_pos_emb_head_dim", "qk_rope_head_dim")
+        head_dim = latent("qk_nope", "qk_head_dim", "qk_nope_head_dim") + turned
+        value_dim = latent("v", "v_head_dim")
+        values |= {"q_rank": latent("q_lora", "q_lora_rank") or None, "kv_rank": latent("kv_lora", "kv_lora_rank"), "rotary_dim": turned}
+        kv_heads = heads
+    elif mla:
+        raise Refused(f"mla is {mla!r}: latent attention without its ranks")
+    windows: tuple[int | None, ...] = ()
+    if "oss" in model:
+        windows = tuple(128 if i % 2 == 0 else None for i in range(layers))
+    elif "gemma" in model:
+        windows = tuple(
+            (4096 if i % 2 == 0 else None) if "2" in model.split("gemma")[1][:2] else (1024 if i % 6 < 5 else None) for i in range(layers)
+        )
+    text = row.text("notes", "overlap", "model")
+    predicted = 1 if re.search(r"\bmtp\b", text) and not re.search(r"no mtp|without mtp|mtp off|mtp disabled", text) else 0
+    return Shape(
+        layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, intermediate=ffn, gated=gated,
+        vocab=row.whole("vocab", 50304, "a GPT-2 vocabulary"), tied=tied, learned_positions=learned and not alibi,
+        biases=learned or "bloom" in model, layer_norm=learned or alibi or "nemotron" in model or "bloom" in model,
+        qk_norm="qwen3" in model.replace("-", "").replace(" ", ""), windows=windows, predicted=predicted, **values,
+    )  # fmt: skip
+
+
+# ---- layout ----
+
+
+def _layout(row: _Row, stack: Stack, shape: Shape) -> tuple[Layout, int, int, int]:
+    """`(layout, microbatch, accumulation, ranks)`."""
+    tensor, pipeline, context = (row.whole(name, 1) or 1 for name in ("tp", "pp", "cp"))
+    inner = tensor * pipeline * context
+    ranks, data = row.whole("n_gpus", 0), row.whole("dp", 0)
+    if not ranks and not data:
+        raise Refused("the row has neither n_gpus nor dp")
+    if not ranks:
+        ranks = data * inner
+    if ranks % inner:
+        raise Refused(f"{ranks} ranks are no multiple of tp {tensor} x pp {pipeline} x cp {context}")
+    if data and data * inner != ranks:
+        row.assumed.append(f"dp {ranks // inner}, of {ranks} ranks, where the row says {data}")
+    data = ranks // inner
+    batch, micro, steps = (row.whole(name, 0) for name in ("global_batch", "micro_batch", "grad_accum"))
+    micro, steps = _batch(row, batch, micro, steps, data)
+    sharding = row.text("sharding")
+    zero = _zero(row, sharding, stack)
+    shard, replicate = data, 1
+    if zero == 3:
+        group = row.whole("fsdp_group", 0)
+        if group and group < data * context and group < ranks:
+            shard = max(1, math.gcd(max(1, group // context if group % context == 0 and group > data else group), data))
+        elif not group and re.search(r"hsdp|hybrid", sharding):
+            shard = math.gcd(data, row.whole("gpus_per_node", 8))
+            row.assumed.append(f"{shard} ranks share a copy of the weights")
+        replicate = data // shard
+    expert = row.whole("ep", 1) or 1
+    wide = row.whole("etp", 0)
+    if not wide:
+        wide = 1
+        if shape.experts > 1 and tensor > 1:
+            row.assumed.append("experts are not cut by tensor parallelism")
+    expert = min(expert, max(1, shape.experts)) if shape.experts > 1 else 1
+    stages = row.whole("vp", 1) or 1
+    text = row.text("overlap", "notes", "framework")
+    schedule: Schedule = "1f1b"
+    if pipeline > 1 and re.search(r"zbv|dualpipe|zero.?bubble", text):
+        schedule, stages = "zbv", 2
+    elif pipeline > 1 and stages > 1:
+        schedule = "interleaved"
+    if pipeline == 1:
+        stages = 1
+    if pipeline * stages > shape.layers + 2:
+        raise Refused(f"pp {pipeline} x vp {stages} stages of {shape.layers} layers")
+    parallel = row.flag("seq_parallel")
+    if parallel is None:
+        parallel = not _old(row, stack)
+    if context > 1 and "ulysses" in text + sharding:
+        exchange = "ulysses"
+    else:
+        exchange = "ring"
+    deep = bool(re.search(r"deepep|hybridep", text)) or (stack == "megatron" and "bridge" in row.text("framework") and expert > 1)
+    if deep and not re.search(r"deepep|hybridep", text):
+        row.assumed.append("DeepEP's dispatch, as NVIDIA's recipes have")
+    layout = Layout(
+        replicate=replicate, shard=shard, context=context, tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=wide, schedule=schedule,
+        stages=stages, exchange=exchange, sequence_parallel=parallel, zero=zero, reshard=_reshards(row, sharding, stack, pipeline),
+        dispatch="hierarchical" if deep else "alltoall",
+    )  # fmt: skip
+    return layout, micro, steps, ranks
+
+
+def _batch(row: _Row, batch: int, micro: int, steps: int, data: int) -> tuple[int, int]:
+    """`(samples of a microbatch, microbatches of a step)` of one data rank."""
+    if not batch and not micro:
+        raise Refused("the row has neither global_batch nor micro_batch")
+    if not batch:
+        if not steps:
+            row.assumed.append("one microbatch a step")
+        return micro, steps or 1
+    if not micro:
+        if steps:
+            micro = max(1, round(batch / data / steps))
+        else:
+            micro = 1
+        row.assumed.append(f"microbatches of {micro}")
+    found = batch / (data * micro)
+    if found < 1:
+        row.assumed.append(f"microbatches of {max(1, batch // data)}, for a batch of {batch} on {data} data ranks")
+        return max(1, batch // data), 1
+    if found != int(found):
+        row.assumed.append(f"{round(found)} microbatches, where {batch} of {data} x {micro} are {found:.2f}")
+    return micro, max(1, round(found))
+
+
+def _zero(row: _Row, sharding: str, stack: Stack) -> Any:
+    stage = row.number("zero_stage")
+    if stage is not None:
+        if stage not in (0, 1, 2, 3):
+            raise Refused(f"zero_stage {stage:g} is none of 0 to 3")
+        return int(stage)
+    words: tuple[tuple[str, int], ...] = (
+        (r"zero[- ]?3|full_shard|fsdp|hsdp|hybrid", 3), (r"zero[- ]?2|shard_grad_op", 2), (r"zero[- ]?1|distributed optimizer|dist.?opt", 1),
+        (r"ddp|none|zero[- ]?0|no_shard", 0),
+    )  # fmt: skip
+    for pattern, found in words:
+        if re.search(pattern, sharding):
+            return found
+    found = {"torchtitan": 3, "llm_foundry": 3, "deepspeed": 3, "gigatrain_native": 3, "gigatrain_deepspeed": 3}.get(stack, 1)
+    row.assumed.append(f"ZeRO {found}: the row names no sharding")
+    return found
+
+
+def _reshards(row: _Row, sharding: str, stack: Stack, pipeline: int) -> bool:
+    """Whether weights are dropped after the forward: not behind a pipeline of torchtitan's or ours, nor where the row says so."""
+    if re.search(r"no.?reshard|reshard(_after_forward)?[ =:]*(false|never|off)|shard_grad_op", sharding + row.text("notes")):
+        return False
+    return not (pipeline > 1 and stack in ("torchtitan", "gigatrain_native"))
+
+
+# ---- the rest of the workload ----
+
+
+def _workload(row: _Row, stack: Stack, shape: Shape, layout: Layout, microbatch: int, accumulation: int, chip: str) -> Workload:
+    sequence = row.whole("seq_len")
+    precision = _precision(row, stack, chip)
+    text = row.text("notes", "overlap", "framework", "model", "sharding", "act_ckpt", "precision")
+    frozen = "lora" in text
+    if frozen:
+        row.assumed.append("LoRA of rank 16 on attention's products")
+    recompute, lean = _recompute(row, stack)
+    compiled = row.flag("torch_compile")
+    if compiled is None:
+        compiled = bool(re.search(r"compile|fms|maxtext|jax", row.text("framework", "notes")))
+    adam = row.text("optimizer")
+    offload = "offload" in row.text("sharding", "optimizer")
+    if "activation" in text and "offload" in text and "activation offload" in text:
+        row.assumed.append("activations stay on the device")
+    return Workload(
+        shape=shape, layout=layout, sequence=sequence, microbatch=microbatch, accumulation=accumulation, precision=precision,
+        states=_states(row, stack, layout, precision, frozen), recompute=recompute, attention=_attention(row, stack), stack=stack,
+        version=_version(row), compiled=compiled, graphed=bool(re.search(r"cuda.?graph|_cg\b|cudagraph", text)), offload=offload, frozen=frozen,
+        adapter_rank=16 if frozen else 0, balanced=not ("dropless" in text and "forced" not in text and shape.experts > 1),
+        chunked_loss="liger" in text or "chunked" in text or stack == "gigatrain_native", optimizer="muon" if "muon" in adam else "adamw",
+        overlap=_overlap(row), lean=lean,
+    )  # fmt: skip
+
+
+def _attention(row: _Row, stack: Stack) -> Attention:
+    text = row.text("attention_impl")
+    if "unfused" in text or "eager" in text or "math" in text:
+        return "unfused"
+    if text:
+        return "flash"
+    if _old(row, stack):
+        row.assumed.append("attention unfused, as Megatron's was until 2023")
+        return "unfused"
+    return "auto"
+
+
+def _recompute(row: _Row, stack: Stack) -> tuple[Recompute, tuple[str, ...]]:
+    text = row.text("act_ckpt")
+    if not text:
+        row.assumed.append("nothing is made again: the row names no checkpointing")
+        return "none", ()
+    if re.search(r"^(none|no|false|off|disabled)\b", text):
+        return "none", ()
+    if re.search(r"core|attention", text) and "full" not in text:
+        return "attention", ()
+    if re.search(r"norm|act\b|_act|mlp|moe|mla_up", text) and not re.search(r"^full|\bop\b", text):
+        return "lean", ("moe",) if re.search(r"\bmoe\b", text) else ()
+    if "selective" in text or re.search(r"\bsac\b|\bop\b", text):
+        return ("attention" if stack in ("megatron", "nanotron") else "selective"), ()
+    if "lean" in text:
+        return "lean", ()
+    if not re.search(r"full|true|yes|all|on\b", text):
+        row.assumed.append(f"every layer is made again: {row.row['act_ckpt']!r} is not known")
+    return "full", ()
+
+
+def _overlap(row: _Row) -> tuple[tuple[str, bool], ...]:
+    """By axis, what the row says of it."""
+    text = row.text("overlap", "notes")
+    if re.search(r"all overlap off|no overlap", text):
+        return tuple((axis, False) for axis in AXES)
+    found: dict[str, bool] = {}
+    if re.search(r"gradient_bucket false|gradient bucket false|overlap_grad_reduce[ =:]*(false|off)", text):
+        found["shard"] = False
+    elif re.search(r"overlap_grad_reduce|dp overlap on|dp_comm_overlap", text):
+        found["shard"] = True
+    if re.search(r"ep overlap on|1f1b overlap|overlap_moe", text):
+        found["expert"] = True
+    elif "ep overlap off" in text:
+        found["expert"] = False
+    if re.search(r"tp overlap off|tp_comm_overlap[ =:]*(false|off)", text):
+        found["tensor"] = False
+    elif re.search(r"tp overlap|tp_comm_overlap|userbuffers", text):
+        found["tensor"] = True
+    return tuple(found.items())
+
+
+def _states(row: _Row, stack: Stack, layout: Layout, precision: Precision, frozen: bool) -> States:
+    """Bytes per parameter by what a stack keeps.
+
+    Megatron: bf16 weights, fp32 sums of gradients, fp32 master and moments: 18 (megatron/training/theoretical_memory_usage.py), 6 + 12 / data with its
+    distributed optimizer; its fp16 keeps gradients in fp16 until the optimizer makes fp32 copies. FSDP of torch: fp32 shards are the master, gathered in bf16,
+    reduced in fp32 (llm-foundry's PURE: in bf16). DeepSpeed: 2 + 2 + 12. Narrower gathers of fp8 weights where torchtitan's float8 is tensorwise.
+    """
+    if precision == "fp32":
+        return States(weights=4, gradients=4, master=0, moments=8, reduced=4, gathered=4)
+    if stack in ("torchtitan", "llm_foundry") and layout.zero == 3:
+        pure = "pure" in row.text("precision", "sharding") or "fms" in row.text("framework")
+        narrow = 1.0 if precision == "fp8_tensorwise" and stack == "torchtitan" else 2.0
+        return States(weights=0, gradients=4, master=4, moments=8, reduced=2 if pure else 4, gathered=narrow)
+    if stack in ("torchtitan", "llm_foundry"):
+        return States(weights=4, gradients=4, master=0, moments=8, reduced=4, gathered=4)
+    if stack in ("deepspeed", "gigatrain_deepspeed"):
+        return States(weights=2, gradients=2, master=4, moments=8, reduced=2, gathered=2)
+    if stack == "megatron" and precision == "fp16":
+        return States(weights=2, gradients=2, master=4, moments=8, reduced=2, gathered=2)
+    gathered = 1.0 if stack == "megatron" and precision in ("fp8_delayed", "fp8_tensorwise") and layout.zero < 3 and not frozen else 2.0
+    return States(weights=2, gradients=4, master=4, moments=8, reduced=4, gathered=gathered)
