@@ -36,6 +36,7 @@ NUMBERS = ("step_time_s", "low_s", "high_s", "tokens_per_s_per_gpu", "memory_gib
 DIGITS = 6  # significant ones of an answer
 LONGEST = 1 << 20  # characters of a row; the longest published one has 2,500
 SHOWN = 400  # characters of a reason
+FAULT = "the planner failed on this row, which is its own mistake:"
 
 
 @dataclass(slots=True)
@@ -69,9 +70,6 @@ def predict(row: Any, *, strict: bool = False, constants: Mapping[str, float] = 
         return _refused(row, f"{FAULT} {type(fault).__name__}: {fault}")
 
 
-FAULT = "the planner failed on this row, which is its own mistake:"
-
-
 def predict_file(source: Path, target: Path, *, strict: bool = False, constants: Mapping[str, float] = VALUES) -> Summary:
     """Answers each line of `source` by one of `target`, in the same order, one at a time. Raises PlanError for files that cannot be read or written."""
     if source.resolve() == target.resolve():
@@ -87,7 +85,9 @@ def predict_file(source: Path, target: Path, *, strict: bool = False, constants:
                     summary.faults += answer["refused"].startswith(FAULT)
                 answers.write(json.dumps(answer, ensure_ascii=False) + "\n")
     except OSError as failure:
-        raise PlanError(f"{failure.filename or source}: {failure.strerror or failure}; --predict reads a file of rows, one JSON object a line") from None
+        raise PlanError(
+            f"{failure.filename or source}: {failure.strerror or failure}; --predict reads a file of rows, one JSON object a line"
+        ) from None
     return summary
 
 
@@ -133,7 +133,7 @@ def _answered(row: Any, strict: bool, constants: Mapping[str, float]) -> dict[st
         "step_time_s": found.step_s,
         "low_s": low_s,
         "high_s": high_s,
-        "tokens_per_s_per_gpu": found.tokens / found.step_s / case.cluster.accelerators,
+        "tokens_per_s_per_gpu": found.tokens_per_s_per_rank,
         "memory_gib": found.memory_bytes / 2**30,
         "fits": found.fits,
         "node_power_w": None,
