@@ -50,7 +50,7 @@ def timed(works: tuple[Work, ...], workload: Workload, cluster: Cluster, constan
 
 def habits_of(workload: Workload, constants: Mapping[str, float]) -> Habits:
     """The stack's habits, with what the workload itself says of its overlap, compilation and graphs."""
-    found = stacks.habits(workload.stack, workload.version, constants)
+    found = stacks.habits(workload.stack, workload.version + (" unfused" if workload.attention == "unfused" else ""), constants)
     overlaps = dict(found.overlaps)
     for axis, hidden in workload.overlap:
         for name in stacks.AXES if axis == "all" else (axis,):
@@ -58,6 +58,7 @@ def habits_of(workload: Workload, constants: Mapping[str, float]) -> Habits:
     return replace(
         found,
         overlaps=overlaps,
+        bucket_bytes=max(found.bucket_bytes, stacks.BUCKET_BYTES_A_RANK * workload.layout.shard) if workload.stack == "megatron" else found.bucket_bytes,
         graphed=found.graphed or workload.graphed,
         launch_s=found.launch_s * (constants["compiled.launch_share"] if workload.compiled else 1.0),
         fused=found.fused | stacks.COMPILED if workload.compiled else found.fused,

@@ -59,6 +59,7 @@ def habits(stack: str, version: str, constants: Mapping[str, float]) -> Habits:
     )
 
 
+BUCKET_BYTES_A_RANK = 4e6  # Megatron's buckets grow with the ranks that share them, 1 M parameters each, so that a ring's chunks stay large
 # Bytes of one reduced bucket of gradients: Megatron's max(40 M, 1 M x dp) parameters in fp32, DeepSpeed's 5e8 elements in bf16, DDP's 25 MiB.
 _BUCKETS: dict[str, float] = {
     "megatron": 160e6,
