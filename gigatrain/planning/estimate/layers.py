@@ -8,7 +8,7 @@ Counted from a `Shape`, per microbatch, as the steps that a plain implementation
                 experts_gate_up and experts_down (kind "grouped"), scores and weighted (attention unfused: batched products of kind "gemm"),
                 NAME_lora_a and NAME_lora_b. Passes: forward, dgrad, wgrad, recompute
     attention   kind "attention": forward, or backward with 2.5 times the products (scores are made again); flops of visible pairs alone
-    norm        R h read and written: 2; backward 3 (input, its gradient in and out)
+    norm        R h read and written: 2; backward 3 (input, its gradient in and out); transformers' own (`EAGER_NORM`) 18 and 24
     rope        9 of queries and keys in PyTorch's own operations: 2 fused
     activation  gated 5 i (silu 2, product 3; fused 3), else 2 i; backward 8 i (fused 5), else 3 i
     residual    3 h (two read, one written; fused with a norm 1 more than its 2); backward 3 h where the two gradients meet
@@ -50,7 +50,10 @@ QUANTISED: dict[str, float] = {
 IMBALANCE = 1.2
 FUSED_SUM = frozenset({"megatron"})  # weight gradients are added to fp32 sums by the product itself
 REGATHERS = frozenset({"megatron", "generic", "nanotron"})  # keep a sequence-sharded input and gather it again in the backward
-UNFUSED_GATE = frozenset({"torchtitan", "llm_foundry", "nanotron"})  # keep silu(gate) beside gate, up and their product, unless compiled
+UNFUSED_GATE = frozenset(
+    {"torchtitan", "llm_foundry", "nanotron", "deepspeed"}
+)  # keep silu(gate) beside gate, up and their product, unless compiled
+EAGER_NORM = frozenset({"deepspeed"})  # transformers' RMSNorm, in six operations of which fp32 copies are kept, unless compiled or Liger's
 AGAIN: dict[Recompute, frozenset[str]] = {
     "none": frozenset(),
     "lean": frozenset({"norm", "activation"}),
@@ -170,11 +173,12 @@ def _leave(local: Local) -> tuple[list[Item], list[Item]]:
 def _norm(local: Local, elements: float, *, operand: bool = True, gathered: bool = True) -> _Step:
     """RMSNorm or LayerNorm of `elements`; its output is an operand of a product, and kept as wide as that, gathered where a stack keeps it so."""
     e, w = local.size, local.workload
+    eager = w.stack in EAGER_NORM and not (w.compiled or w.chunked_loss or w.shape.layer_norm)
     spread = local.t if gathered and w.layout.sequence_parallel and local.t > 1 and w.stack not in REGATHERS else 1
     kept = elements * spread * (min(e, local.bits / 8) if operand else e)
-    return _Step(
-        "norm", [memory("norm", "forward", 2.0 * e * elements)], [memory("norm", "backward", 3.0 * e * elements)], kept, 2 * e * elements
-    )
+    read, written, kernels = (18.0, 24.0, 6) if eager else (2.0, 3.0, 1)
+    forward, backward = memory("norm", "forward", read * e * elements, kernels), memory("norm", "backward", written * e * elements, kernels)
+    return _Step("norm", [forward], [backward], kept + (4 + e) * elements * eager, 2 * e * elements)
 
 
 def _residual(local: Local, *, kept: bool) -> _Step:
@@ -257,7 +261,7 @@ def _attention(local: Local, window: int | None) -> list[_Step]:
         if shape.biases:
             backward.insert(0, memory("bias", "backward", e * tokens * outputs))
         turned = tokens * (heads + max(shape.kv_heads, t)) * d / t
-        steps.append(_Step("product", forward, backward, float(tokens * outputs * e), 2.0 * e * tokens * outputs))
+        steps.append(_Step("product", forward, backward, float(tokens * outputs * e), e * tokens * (outputs + h)))
         kv_heads = shape.kv_heads
     else:
         down = (shape.q_rank or 0) + shape.kv_rank + shape.rotary_dim
@@ -291,14 +295,15 @@ def _activation(local: Local, elements: float) -> _Step:
     e, w = local.size, local.workload
     forward, backward, kernels = (5, 8, 2) if w.shape.gated else (2, 3, 1)
     kept = elements * min(e, local.bits / 8)
-    if w.shape.gated and w.stack in UNFUSED_GATE and not w.compiled:
+    liger = w.stack == "deepspeed" and w.chunked_loss  # whose gradients overwrite gate and up
+    if w.shape.gated and w.stack in UNFUSED_GATE and not (w.compiled or liger):
         kept += elements * e
     return _Step(
         "activation",
         [memory("activation", "forward", forward * e * elements, kernels)],
         [memory("activation", "backward", backward * e * elements, kernels)],
         kept,
-        (3 if w.shape.gated else 2) * e * elements,
+        (1 if liger else 3 if w.shape.gated else 2) * e * elements,
     )
 
 
@@ -313,7 +318,7 @@ def _dense(local: Local, width: int, names: tuple[str, str] = ("gate_up", "down"
     enter, leave = _enter(local), _leave(local)
     return [
         _Step("move", *enter),
-        _Step("product", first, first_back, float(e * tokens * wide), 2.0 * e * tokens * wide),
+        _Step("product", first, first_back, float(e * tokens * wide), e * tokens * (wide + shape.hidden)),
         _activation(local, tokens * width / t),
         _Step("product", second, second_back),
         _Step("move", *leave),
@@ -370,7 +375,7 @@ def _mixture(local: Local) -> list[_Step]:
     second, second_back = _product(local, "experts_down", mean, h, width, groups=here, rows=visits, grouped=True)
     steps += [
         _Step("routing", out, out_back, visits * h * min(e, local.bits / 8), 2 * e * visits * h),
-        _Step("product", first, first_back, e * visits * wide, 2 * e * visits * wide),
+        _Step("product", first, first_back, e * visits * wide, e * visits * (wide + h)),
         _activation(local, visits * width),
         _Step(
             "product", second, second_back, 0.0 if w.stack == "megatron" else e * visits * h

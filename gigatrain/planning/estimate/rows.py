@@ -314,7 +314,7 @@ def _shape(row: _Row) -> Shape:
     if experts > 1:
         sparse = row.number("moe_layers")
         if sparse is None:
-            sparse = layers - (1 if "deepseek" in model and "truncated" not in model else 0)
+            sparse = layers - (0 if "deepseek" not in model else 3 if "v3" in model and "truncated" not in model else 1)
             row.assumed.append(f"{int(sparse)} of {layers} layers have experts")
         values = {
             "experts": experts, "experts_per_token": row.whole("moe_topk"), "expert_width": row.whole("moe_ffn", ffn),
@@ -402,10 +402,7 @@ def _layout(row: _Row, stack: Stack, shape: Shape) -> tuple[Layout, int, int, in
     parallel = row.flag("seq_parallel")
     if parallel is None:
         parallel = not _old(row, stack)
-    if context > 1 and "ulysses" in text + sharding:
-        exchange = "ulysses"
-    else:
-        exchange = "ring"
+    exchange = "ulysses" if context > 1 and "ulysses" in text + sharding else "ring"
     deep = bool(re.search(r"deepep|hybridep", text)) or (stack == "megatron" and "bridge" in row.text("framework") and expert > 1)
     if deep and not re.search(r"deepep|hybridep", text):
         row.assumed.append("DeepEP's dispatch, as NVIDIA's recipes have")
@@ -426,10 +423,7 @@ def _batch(row: _Row, batch: int, micro: int, steps: int, data: int) -> tuple[in
             row.assumed.append("one microbatch a step")
         return micro, steps or 1
     if not micro:
-        if steps:
-            micro = max(1, round(batch / data / steps))
-        else:
-            micro = 1
+        micro = max(1, round(batch / data / steps)) if steps else 1
         row.assumed.append(f"microbatches of {micro}")
     found = batch / (data * micro)
     if found < 1:
@@ -565,5 +559,10 @@ def _states(row: _Row, stack: Stack, layout: Layout, precision: Precision, froze
         return States(weights=2, gradients=2, master=4, moments=8, reduced=2, gathered=2)
     if stack == "megatron" and precision == "fp16":
         return States(weights=2, gradients=2, master=4, moments=8, reduced=2, gathered=2)
+    if stack == "megatron" and re.search(
+        r"nemo|bridge|nvidia.*release", row.text("framework")
+    ):  # NVIDIA's recipes sum and reduce gradients in bf16
+        narrow = 1.0 if precision in ("fp8_delayed", "fp8_tensorwise") and layout.zero < 3 and not frozen else 2.0
+        return States(weights=2, gradients=2, master=4, moments=8, reduced=2, gathered=narrow)
     gathered = 1.0 if stack == "megatron" and precision in ("fp8_delayed", "fp8_tensorwise") and layout.zero < 3 and not frozen else 2.0
     return States(weights=2, gradients=4, master=4, moments=8, reduced=4, gathered=gathered)
