@@ -59,6 +59,7 @@ def habits(stack: str, version: str, constants: Mapping[str, float]) -> Habits:
     )
 
 
+BUCKET_BYTES_A_RANK = 4e6  # Megatron's buckets grow with the ranks that share them, 1 M parameters each, so that a ring's chunks stay large
 # Bytes of one reduced bucket of gradients: Megatron's max(40 M, 1 M x dp) parameters in fp32, DeepSpeed's 5e8 elements in bf16, DDP's 25 MiB.
 _BUCKETS: dict[str, float] = {
     "megatron": 160e6,
@@ -85,4 +86,4 @@ _FUSED: dict[str, frozenset[str]] = {
 # Torch's own scaled_dot_product_attention and the flash_attn package are FlashAttention-2, unless the version says that a later one is there; llm-foundry's
 # published tables are of the first (its Triton form), where that exists.
 _ATTENTION: dict[str, str] = dict.fromkeys(("torchtitan", "nanotron", "deepspeed", "megatron_2021", "generic"), "flash2") | {"llm_foundry": "flash1"}
-_LATER = re.compile(r"fa-?[34]\b|flash.?(attention)?.?[34]\b|cudnn|\bte\b")
+_LATER = re.compile(r"\bfa-?[34]\b|flash.?attention.?[34]\b|cudnn|\bte\b")
