@@ -5,7 +5,7 @@ r"""How well the planner predicts watts and energy: held against MLPerf's power 
 Three makers metered their nodes: SMC (H100, immersed; at the sockets, AC, and behind the supplies, DC), Dell (H100, air), Lenovo (B200, water). Data:
 
     measured_power.csv    86 power logs, reduced to watts of a node and kWh of a run (plan.py)
-    power_phases.csv      of the same runs' logs: how much of a run trains, evaluates, and waits (it starts, it reads the first evaluation), and seconds of a step
+    power_phases.csv      of the same runs' logs: how much of a run trains, evaluates and waits (it starts, it reads data), and seconds of a step
 
 A run's node watts are the means of its three stretches. A stretch of training draws by the operation mix of a step (energy.py); of waiting as nodes that hold;
 of evaluation EVALUATION of the way between both. What is around the devices (energy.REST, HELD) is fitted anew without the system that is predicted.
@@ -20,7 +20,6 @@ from pathlib import Path
 import plan
 
 from gigatrain.planning.estimate import energy, operations, rates, stacks
-from gigatrain.planning.estimate.cluster import Cluster, Level
 from gigatrain.planning.estimate.constants import VALUES
 from gigatrain.planning.estimate.work import Block, Item, Op
 from gigatrain.planning.estimate.workload import Layout, Shape, Workload
@@ -88,7 +87,11 @@ class Meter:
 
 def meter(config: Config, side: str = "AC") -> Meter:
     who, what, nodes = config.alike
-    rows = [row for row in plan.measured_power() if who in row["server_note"] and what in row["workload"] and row["n_nodes"] == nodes and row["side"].startswith(side)]
+    rows = [
+        row
+        for row in plan.measured_power()
+        if who in row["server_note"] and what in row["workload"] and row["n_nodes"] == nodes and row["side"].startswith(side)
+    ]
     return Meter(statistics.mean(row["node_w_mean"] for row in rows), statistics.mean(row["energy_kwh_run"] for row in rows))
 
 
@@ -185,7 +188,9 @@ def table() -> list[dict[str, object]]:
 
 
 def main() -> None:
-    print("config            metered W  predicted W   error   metered kWh  predicted kWh   error   server metered elsewhere   rest W (without | own)")
+    print(
+        "config            metered W  predicted W   error   metered kWh  predicted kWh   error   server metered elsewhere   rest W (without | own)"
+    )
     for row in table():
         known = f"{row['known_error']:+7.1%}" if row["known_error"] is not None else "   only one"
         print(

@@ -13,6 +13,7 @@ from typing import Literal
 
 from gigatrain.errors import PlanError
 from gigatrain.planning import hardware
+from gigatrain.planning.estimate import rates
 from gigatrain.planning.estimate.cluster import Cluster
 from gigatrain.planning.estimate.constants import VALUES
 from gigatrain.planning.estimate.work import Estimate
@@ -52,18 +53,14 @@ POWER: dict[str, Share] = {
 }  # fmt: skip
 MIX = 0.05  # of the devices' watts: what a wrong operation mix makes of them, 90 %; half of the spread of one job on eight Dell nodes (8.05 to 8.6 kW)
 
-# The law of caps is that of rates.clock_of, whose constants are power.*; ends of its 90 % interval, and where voltage can fall no further.
+# Caps: the middle is the law of rates.clock_of (constants power.*); these are the ends of its 90 % interval, and where voltage can fall no further.
 EXPONENT = Share(
-    3.0,
-    2.0,
-    4.0,
-    "power.exponent: P ~ f V^2; sweeps give 2.6 (RTX 3090, noonghunna/club-3090#104: 175 W for 281 at 0.80 of the rate) to 3.6 (V100)",
-)
-STATIC = Share(
-    0.25, 0.35, 0.15, "power.idle_share: draw that stays at any clock; a high share leaves less for clocks, so it is the low end"
-)
-FLOOR = 0.6  # share of the clock at which the voltage is lowest: below it the draw falls with the clock alone. GB300 at 500 of 1400 W: 0.28 to 0.39 of the rate
-FLOOR_SOURCE = "prior, against facebookexperimental/triton#2023: cuBLAS 617 TFLOP/s at 500 W, 1600 to 2174 at 1400 W"
+    4.0, 2.0, 5.0,
+    "P ~ f V^2; sweeps with STATIC taken off give 2.6 (RTX 3090, noonghunna/club-3090#104: 0.80 of the rate at 175 for 281 W), 3.7 (V100, "
+    "bradrlaw/ai-server#32: 0.88 at 175 for 250 W) and about 1.2 far down (GB300, facebookexperimental/triton#2023: 0.28 to 0.39 of the rate at 500 for 1400 W)",
+)  # fmt: skip
+STATIC = Share(0.25, 0.35, 0.15, "draw that stays at any clock; a high share leaves less for clocks, so it is the low end")
+FLOOR = 0.6  # prior: share of the clock at which the voltage is lowest; below it the draw falls with the clock alone. In the low end only
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +78,12 @@ class Server:
 
 # Per accelerator of a node of eight with two processors, 32 memory modules, eight network cards and the switches of the board: what is left of each metered
 # node when its devices (POWER), fans and losses are taken off. benchmarks/plan_power.py finds it again, and without each system.
-REST = Share(250.0, 205.0, 295.0, f"fitted on {_LOGS}: 226 to 271 W over three makers' nodes, H100 and B200")
+REST = Share(240.0, 205.0, 275.0, f"fitted on {_LOGS}: 218 to 264 W over six sets of runs on three makers' nodes")
 HELD = Share(205.0, 165.0, 245.0, f"fitted on {_LOGS}: nodes of the same three while no kernel runs")
+# Of nodes of four, with one or two processors and one network card for each: two systems' HPL (all of IT) less what their devices may draw.
+REST_OF_FOUR = Share(
+    80.0, 40.0, 200.0, "prior: 596 W of IT for each 500 W MI250X of LUMI, 542 W for each A100 of Leonardo, both at HPL, fabric within"
+)
 _FANS: dict[Cooling, Share] = {
     "air": Share(0.15, 0.10, 0.20, f"prior: fans take 0.10 to 0.20 of an air-cooled node of eight; {_LOGS} give 0.15 between Dell's and SMC's"),
     "water": Share(0.0, 0.0, 0.03, "prior: no fans; a few where drives and memory are in air"),
@@ -237,17 +238,21 @@ def node_watts(device: Range, around: Server, waits: bool = False) -> Range:
 def server_of(watts: Watts, chip: hardware.Chip) -> Server | None:
     """The servers that a site's figures tell of; None where nothing does.
 
-    Superchips' modules hold processors and memory: what their nodes have beside is watts.py's rest. A node of x86 processors is as the metered
-    ones, cooled nobody says how. A rack's share is the rest that its nameplate leaves.
+    Superchips' modules hold processors and memory: what their nodes have beside is watts.py's rest. A node of eight accelerators is as the metered ones, one of
+    four is REST_OF_FOUR; how either is cooled nobody says.
     """
     rest, each = watts.rest_watts, watts.per_node
     if chip.id in SUPERCHIPS:
         if rest.value is None or not each:
             return None
-        said = Share(rest.value / each, 0.5 * rest.value / each, 1.5 * rest.value / each, rest.source)
+        plate, sold = watts.nameplate_watts.value, watts.device_watts.value
+        most = max(1.5 * rest.value, plate - each * sold if plate is not None and sold is not None else 0.0)
+        said = Share(rest.value / each, 0.5 * rest.value / each, most / each, rest.source)
         within = Share(1.0, 0.94, 1.0, "the rest is of the node's supplies, whose losses are within it")
         return Server("water", said, said, Share(0.0, 0.0, 0.03, _FANS["water"].source), within, (said.source,))
-    return server() if each else None
+    if each == 8:
+        return server()
+    return server(rest=REST_OF_FOUR, held=REST_OF_FOUR) if each == 4 else None
 
 
 SUPERCHIPS = frozenset({"gh200", "gh200-144", "gb200", "gb300", "rubin"})  # whose module has its processor beside it
@@ -256,28 +261,21 @@ SUPERCHIPS = frozenset({"gh200", "gh200-144", "gb200", "gb300", "rubin"})  # who
 def capped_rate(chip: str, cap_watts: float | None, kind: str = "gemm", constants: Mapping[str, float] = VALUES) -> Range:
     """Share of the uncapped rate that a kind of work keeps under `cap_watts`, with its 90 % interval.
 
-    Above what stays at any clock, watts fall as the clock to the `power.exponent` until the voltage is at its lowest (FLOOR), then as the clock. Work that
-    draws less than the cap keeps its rate; HBM and links have clocks of their own. Raises PlanError for a cap below what the chip draws at any clock.
+    Above what stays at any clock, watts fall as a power of the clock; the middle is what rates.clock_of has. Work that draws less than the cap keeps its rate;
+    HBM and links have clocks of their own. Raises PlanError for a cap below what the chip draws at any clock.
     """
-    found = hardware.chip(chip)
-    sold = found.watts.value
-    if cap_watts is None or sold is None:
+    sold = hardware.chip(chip).watts.value
+    if cap_watts is None or sold is None or cap_watts >= POWER[kind].value * sold:
         return _range(1.0, 1.0, 1.0)
-    ends = [(constants["power.exponent"], constants["power.idle_share"]), (EXPONENT.low, STATIC.low), (EXPONENT.high, STATIC.high)]
-    if cap_watts <= ends[0][1] * sold:
-        raise PlanError(
-            f"a cap of {cap_watts:,.0f} W is no more than what a {found.name} draws at any clock ({ends[0][1] * sold:,.0f} W); raise it"
-        )
-    mid, low, high = (_clock(cap_watts, POWER[kind].value * sold, static * sold, exponent) for exponent, static in ends)
-    return _range(*_around(mid, low, high))
+    needed = POWER[kind].value
+    mid = rates.clock_of(chip, cap_watts / needed, 1.0, constants) / rates.clock_of(chip, None, 1.0, constants)
+    low = _clock(cap_watts, needed * sold, STATIC.low * sold, EXPONENT.low)
+    return _range(*_around(mid, low, _clock(cap_watts, needed * sold, STATIC.high * sold, EXPONENT.high)))
 
 
 def _clock(cap: float, needed: float, static: float, exponent: float) -> float:
-    if cap >= needed or needed <= static:
-        return 1.0
-    left = max(0.0, (cap - static) / (needed - static))
-    lowest = FLOOR**exponent
-    return left ** (1 / exponent) if left >= lowest else FLOOR * left / lowest
+    left, lowest = max(0.0, (cap - static) / max(needed - static, 1.0)), FLOOR**exponent
+    return min(1.0, left ** (1 / exponent) if left >= lowest else FLOOR * left / lowest)
 
 
 def bill(found: Draw, watts: Watts, seconds: float, trained: float = 1.0) -> Bill:
