@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gigatrain.architectures import Architecture
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
 from gigatrain.planning import hardware
+from gigatrain.planning.estimate import energy
 from gigatrain.planning.estimate.cluster import Cluster, Level
+from gigatrain.planning.estimate.estimate import estimate
+from gigatrain.planning.estimate.goodput import Goodput, forecast
+from gigatrain.planning.estimate.work import Estimate
 from gigatrain.planning.estimate.workload import Layout, Precision, Shape, Stack, States, Workload
+from gigatrain.planning.expected import Expected, Range
 from gigatrain.site import Site
 
 if TYPE_CHECKING:
@@ -168,3 +176,122 @@ def cluster_of(site: Site, ranks: int) -> Cluster:
         site=site.name,
         assumed=tuple(assumed),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """What `expect` came to and what it is made of: for `--explain`, pictures and tests. None where `expected.unknown` says why."""
+
+    expected: Expected
+    workload: Workload | None = None
+    cluster: Cluster | None = None
+    estimate: Estimate | None = None
+    draw: energy.Draw | None = None
+    goodput: Goodput | None = None
+
+
+def expect(plan: Plan, site: Site, constants: Mapping[str, float] | None = None) -> Expected:
+    """What a plan expects of its run on its site; what cannot be had is None, and `unknown` says why. Raises nothing for it: a run needs no forecast."""
+    return prospect(plan, site, constants).expected
+
+
+def prospect(plan: Plan, site: Site, constants: Mapping[str, float] | None = None, *, explain: bool = False) -> Prospect:
+    """The same with the records behind it; `explain`: with the goodput's sensitivity table."""
+    from gigatrain.planning.estimate.constants import VALUES
+
+    try:
+        workload, cluster = workload_of(plan), cluster_of(site, plan.ranks)
+        found = estimate(workload, cluster, VALUES if constants is None else constants)
+    except PlanError as failure:
+        return Prospect(Expected(unknown={"step_s": str(failure)}))
+    drawn = energy.draw(found, workload, cluster, plan.watts)
+    kept = _goodput(plan, site, cluster, found, explain=explain)
+    best = _goodput(plan, site, cluster, found, as_planned=False)
+    expected = _expected(plan, found, drawn, kept, best.every_steps)
+    return Prospect(expected, workload, cluster, found, drawn, kept)
+
+
+def _goodput(plan: Plan, site: Site, cluster: Cluster, found: Estimate, *, as_planned: bool = True, explain: bool = False) -> Goodput:
+    """Of the run as the recipe saves, else as often as is best; a checkpoint is what cost.py says that weights and optimizer are, over all ranks that share one copy."""
+    copies = plan.mesh.replicate
+    whole = (plan.memory.weights + plan.memory.optimizer) * (plan.ranks // copies)
+    return forecast(
+        cluster.accelerators,
+        cluster.per_node,
+        found.step_s,
+        float(whole),
+        write_gbyte_s=site.storage.write_gbyte_s.value,
+        replicas=copies,
+        every_steps=plan.checkpoint.every if as_planned else None,
+        days=plan.steps * found.step_s / 86_400,
+        explain=explain,
+    )
+
+
+def _expected(plan: Plan, found: Estimate, drawn: energy.Draw, kept: Goodput, best: int) -> Expected:
+    step = Range(low=found.low_s, mid=found.step_s, high=found.high_s)
+    rate = Range(low=found.tokens / found.high_s, mid=found.tokens / found.step_s, high=found.tokens / found.low_s)
+    goodput = Range(low=kept.low, mid=kept.share, high=kept.high)
+    seconds = plan.steps * found.step_s / kept.share if kept.share > 0 else math.inf
+    unknown = dict(drawn.unknown)
+    days = bill = None
+    if math.isfinite(seconds):
+        days = Range(
+            low=plan.steps * step.low / kept.high / 86_400, mid=seconds / 86_400, high=plan.steps * step.high / max(kept.low, 1e-6) / 86_400
+        )
+        bill = energy.bill(drawn, plan.watts, seconds, kept.share)
+        unknown |= bill.unknown
+    else:
+        unknown["days"] = "the run fails more often than it saves: no step of it is kept; save more often (checkpoint.every)"
+    facility = drawn.watts.get("facility")
+    share = Range(low=days.low / days.mid, mid=1.0, high=days.high / days.mid) if days is not None else None
+    chip = hardware.chip(plan.watts.chip) if plan.watts.chip else None
+    dense = chip.bf16.value / chip.devices if chip is not None and chip.bf16.value else None
+    return Expected(
+        step_s=step,
+        tokens_per_s=rate,
+        tokens_per_s_per_rank=_over(rate, found.ranks),
+        mfu=found.model_flops / found.step_s / found.ranks / (dense * 1e12) if dense else None,
+        phases={name: seconds for name, seconds in found.phases.items() if seconds},
+        busy=found.busy,
+        # By planning/cost.py, whose weights, gradients and states are exact for our engines; the interval is residency.py's of the same.
+        memory_bytes=Range(
+            low=plan.memory.total * found.memory_low / found.memory_bytes,
+            mid=plan.memory.total,
+            high=plan.memory.total * found.memory_high / found.memory_bytes,
+        ),
+        watts=drawn.watts,
+        peak_watts=drawn.peak,
+        ramp_watts=drawn.ramp_watts,
+        tokens_per_s_mw=None
+        if facility is None
+        else Range(
+            low=rate.low * goodput.low / facility.high * 1e6,
+            mid=rate.mid * goodput.mid / facility.mid * 1e6,
+            high=rate.high * goodput.high / facility.low * 1e6,
+        ),
+        goodput=goodput,
+        lost={name: share for name, share in kept.lost.items() if share > 0},
+        checkpoint_every=best,
+        days=days,
+        mwh=_wider(bill.mwh, share) if bill is not None else None,
+        eur=_wider(bill.eur, share) if bill is not None else None,
+        tco2=_wider(bill.tco2, share) if bill is not None else None,
+        limits=found.limits,
+        outside=found.outside,
+        assumed=tuple(dict.fromkeys((*found.assumed, *kept.assumed))),
+        unknown=unknown,
+    )
+
+
+def _over(one: Range, count: float) -> Range:
+    return Range(low=one.low / count, mid=one.mid / count, high=one.high / count)
+
+
+def _wider(one: Range | None, share: Range | None) -> Range | None:
+    """A bill whose length is uncertain too: both errors are independent, so that their logarithms' squares add up."""
+    if one is None or share is None or one.mid <= 0:
+        return one
+    low = math.exp(-math.hypot(math.log(one.mid / one.low), math.log(share.mid / share.low)))
+    high = math.exp(math.hypot(math.log(one.high / one.mid), math.log(share.high / share.mid)))
+    return Range(low=one.mid * low, mid=one.mid, high=one.mid * high)

@@ -30,6 +30,7 @@ from gigatrain.config import (
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
 from gigatrain.planning import attention, axes, budget, cost, fusions, hardware, products, watts
+from gigatrain.planning.expect import expect
 from gigatrain.planning.expected import Expected
 from gigatrain.planning.fusions import Fusion, Name
 from gigatrain.planning.watts import Watts
@@ -208,10 +209,19 @@ class Plan(Section):
         ]
 
 
-def plan(recipe: Recipe, site: Site, ranks: int | None = None, *, measure: Callable[[Mapping[str, Any]], Foreign] | None = None) -> Plan:
+def plan(
+    recipe: Recipe,
+    site: Site,
+    ranks: int | None = None,
+    *,
+    measure: Callable[[Mapping[str, Any]], Foreign] | None = None,
+    constants: Mapping[str, float] | None = None,
+    fits: bool = True,
+) -> Plan:
     """Make every number of the run concrete, on `ranks` processes (default: the recipe's `train.nproc`, else what its mesh needs).
 
-    `measure` gives the numbers of a model that is not of our families: models/autonumbers.py's `numbers`, which needs torch.
+    `measure` gives the numbers of a model that is not of our families: models/autonumbers.py's `numbers`, which needs torch. `constants`: of the estimate, where
+    runs of one's own have refitted them (calibrate.py). `fits` False: memory is not judged, as where a layout is still to be searched.
 
     Raises PlanError for what cannot work: a memory need beyond the site's, watts beyond a budget, a tokenizer beyond the model's vocabulary, a mesh that
     divides nothing.
@@ -260,7 +270,7 @@ def plan(recipe: Recipe, site: Site, ranks: int | None = None, *, measure: Calla
             'train.recompute "lean" and train.compile exclude each other: the compiler decides what it keeps; set recompute = "none" or "selective"'
         )
     room, why = hardware.memory_bytes(site)
-    if room is not None and memory.total > room:
+    if fits and room is not None and memory.total > room:
         said = f" ({why})" if site.memory_bytes is None else ""
         raise PlanError(
             f"the run needs {gib(memory.total)} on {site.name}, which has {gib(room)}{said}: weights {gib(memory.weights)}, "
@@ -268,7 +278,7 @@ def plan(recipe: Recipe, site: Site, ranks: int | None = None, *, measure: Calla
             f"workspace about {gib(memory.workspace)}; "
             'lower train.microbatch or train.sequence, or set train.recompute = "full"'
         )
-    return Plan(
+    found = Plan(
         name=recipe.name,
         summary=recipe.summary,
         site=site.name,
@@ -315,6 +325,7 @@ def plan(recipe: Recipe, site: Site, ranks: int | None = None, *, measure: Calla
         flops_per_token=architecture.flops_per_token(train.sequence),
         memory=memory,
     )
+    return found.model_copy(update={"expected": expect(found, site, constants)})
 
 
 def gib(count: int) -> str:

@@ -132,7 +132,9 @@ class Prices:
         work = max(found.device_s, found.launch_s)
         return work + sum(self.exposed(getattr(found, axis), work, axis) for axis in AXES)
 
-    def layer(self, split: Split, expert: int, microbatch: int, recompute: Recompute, precision: Precision, zero: int) -> tuple[Layer, Layer]:
+    def layer(
+        self, split: Split, expert: int, microbatch: int, recompute: Recompute, precision: Precision, zero: int
+    ) -> tuple[Layer, Layer]:
         """`(the mean layer, embedding and head)` of a microbatch."""
         key = (split.tensor, split.context, split.exchange, split.pipeline, split.data, expert, microbatch, recompute, precision, zero == 3)
         found = self.layers.get(key)
@@ -140,7 +142,9 @@ class Prices:
             # No transfer of shards is in these blocks: zero 3 as in a pipeline, where they are the step's.
             share = (split.data, 3 if zero == 3 else 1, False)
             turn: tuple[int, int, Schedule, int] = (microbatch, 1, "1f1b", 1)
-            local = layers.Local(arranged(self.workload, replace(split, pipeline=max(2, split.pipeline)), expert, share, turn, recompute, precision))
+            local = layers.Local(
+                arranged(self.workload, replace(split, pipeline=max(2, split.pipeline)), expert, share, turn, recompute, precision)
+            )
             layout = replace(local.workload.layout, pipeline=split.pipeline, reshard=False)
             count = self.workload.shape.layers
             body = [(layers.layer(local, sparse, window), times / count) for (sparse, window), times in self.kinds.items()]
@@ -253,7 +257,9 @@ class Prices:
         experts = local * sizes.experts
         step += self._shared(layout, states, zero, reshard, dense, experts, count, forward, backward + again)
         owned = self._owned(layout, zero, dense, experts)
-        optimizer = Op("adamw", "optimizer", "step", 0.0, owned * (states.weights + states.gradients + 2 * (states.master + states.moments)))
+        optimizer = Op(
+            "adamw", "optimizer", "step", 0.0, owned * (states.weights + states.gradients + 2 * (states.master + states.moments))
+        )
         step += self.op_s(optimizer, precision)[0] + self.habits.step_s
         step *= 1.0 + estimate.wait_share(self.workload, self.cluster, self.constants)
 
@@ -300,8 +306,12 @@ class Prices:
                     once += self.transfer_s(Transfer("reduce", "shard", "all_reduce", number * states.reduced, "step"), *group)
                 else:  # layer by layer
                     part = number / chunks
-                    gathers += chunks * self.transfer_s(Transfer("gather", "shard", "all_gather", part * states.gathered, "forward"), *group)
-                    scatters += chunks * self.transfer_s(Transfer("scatter", "shard", "reduce_scatter", part * states.reduced, "backward"), *group)
+                    gathers += chunks * self.transfer_s(
+                        Transfer("gather", "shard", "all_gather", part * states.gathered, "forward"), *group
+                    )
+                    scatters += chunks * self.transfer_s(
+                        Transfer("scatter", "shard", "reduce_scatter", part * states.reduced, "backward"), *group
+                    )
             if layout.replicate > 1:
                 own = number * states.reduced / (ranks if zero else 1) / chunks
                 between += chunks * self.transfer_s(Transfer("replicate", "replicate", "all_reduce", own, "backward"), *replicate)
