@@ -164,35 +164,130 @@ def _temperature(text: str) -> float:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    if options.predict:
+        _predict(options)
+    elif options.calibrate:
+        _calibrate(options)
+    elif options.recipe is None:
+        _arithmetic(options)
+    elif options.megawatts is not None and options.site is None:
+        _accelerators(options)
+    else:
+        _planned(options)
+
+
+def _planned(options: argparse.Namespace) -> None:
     from gigatrain import load
     from gigatrain.launching.size import by_budget, kept, size
+    from gigatrain.planning import choose, words
+    from gigatrain.planning.expect import prospect
     from gigatrain.planning.plan import plan
 
     site, why = _site(options.site)
     recipe, asked = _scheduled(load.recipe(options.recipe, options.set)), (options.nodes, options.gpus, options.megawatts)
     asked = (by_budget(site, recipe), None, None) if asked == (None, None, None) else asked
     sized = None if asked == (None, None, None) else size(site, *asked)
-    chosen = plan(kept(recipe, options.megawatts), site, sized.ranks if sized else None, measure=_measured)
+    recipe, constants = kept(recipe, options.megawatts), _constants(options.calibration)
+    found = None
+    if options.top or options.pilots:  # the recipe's own layout need not fit: the best one is planned
+        ranks = sized.ranks if sized else recipe.train.nproc or 1
+        found = choose.layouts(recipe, site, ranks, top=options.top or 5, measure=_measured, constants=constants)
+        recipe = choose.first(recipe, found)
+    chosen = plan(recipe, site, sized.ranks if sized else None, measure=_measured, constants=constants)
+    words.strict(chosen.expected, options.strict)
     sized = sized or size(site, gpus=chosen.ranks)
     tried = None
     if options.dry_run:
         from gigatrain.planning.dryrun import dry_run
 
         tried = dry_run(chosen)
+    behind = prospect(chosen, site, constants, explain=True) if options.explain or options.report else None
+    if options.report:
+        from gigatrain.observe.report import planned
+
+        planned.write(planned.picture(chosen, site, behind, found, constants), Path(options.report).expanduser())
+    pilots = None
+    if options.pilots:
+        from gigatrain.launching import pilots as short
+        from gigatrain.launching.submit import Request
+
+        asked_for = Request(options.recipe, options.site or site.name, tuple(options.set))
+        pilots = short.write(Path(options.pilots), found, asked_for, measure=_measured)
     if options.json:
-        found = chosen.model_dump(mode="json", by_alias=True) | {"sha256": chosen.sha256, "size": dataclasses.asdict(sized)}
-        print(json.dumps(found | ({"dry_run": tried.json()} if tried else {}), indent=2))
+        tree = chosen.model_dump(mode="json", by_alias=True) | {"sha256": chosen.sha256, "size": dataclasses.asdict(sized)}
+        tree |= {"dry_run": tried.json()} if tried else {}
+        print(json.dumps(tree | ({"layouts": choose.tree(found)} if found else {}), indent=2))
         return
     from gigatrain.observe import sites
     from gigatrain.observe.display import Display
 
     display = Display()
+    for line in choose.table(found) if found else ():
+        display.line(line)
     display.plan(chosen, why)
     for line in sites.on_site(site, sized):
+        display.line(line)
+    for line in words.expected(chosen.expected):
+        display.line(line)
+    for line in words.explained(behind) if options.explain else ():
         display.line(line)
     display.plan_details(chosen)
     for line in tried.lines() if tried else ():
         display.line(line)
+    if options.report:
+        display.line(f"  report   {options.report}")
+    if pilots is not None:
+        display.line(f"  pilots   {len(pilots.runs)} in {pilots.folder}; start them with {pilots.start}")
+
+
+def _arithmetic(options: argparse.Namespace) -> None:
+    from gigatrain import load
+    from gigatrain.errors import RecipeError
+    from gigatrain.planning import megawatts
+
+    if not (options.site and options.explain):
+        raise RecipeError("name a RECIPE (`gigatrain recipes` lists them); without one: --site S --explain, --predict FILE or --calibrate RUN")
+    found = megawatts.explain(load.site(options.site))
+    print(json.dumps(dataclasses.asdict(found), indent=2, default=str) if options.json else "\n".join(megawatts.explained(found)))
+
+
+def _accelerators(options: argparse.Namespace) -> None:
+    from gigatrain import load
+    from gigatrain.planning import choose, megawatts
+
+    found = choose.accelerators(load.recipe(options.recipe, options.set), options.megawatts, options.pue, measure=_measured)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(one) for one in found], indent=2, default=str))
+        return
+    print("\n".join(megawatts.report(found, options.megawatts, options.pue)))
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from gigatrain.planning.predict import predict_file
+
+    told = predict_file(Path(options.predict), Path(options.out or "predicted.jsonl"), strict=options.strict, constants=_constants(options.calibration))
+    print(f"{told}\nanswers: {options.out or 'predicted.jsonl'}")
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from gigatrain import load
+    from gigatrain.observe import calibrate
+
+    found = calibrate.calibrate([Path(run).expanduser() for run in options.calibrate], site=load.site(options.site) if options.site else None)
+    out = options.out or "calibration.json"
+    calibrate.write(found, Path(out))
+    print(f"{found}\nwritten: {out}; apply it with gigatrain plan RECIPE --calibration {out}")
+
+
+def _constants(path: str | None) -> Any:
+    """Of the estimate: as they ship, or on a cluster as `--calibrate` found it."""
+    from gigatrain.planning.estimate.constants import VALUES
+
+    if path is None:
+        return VALUES
+    from gigatrain.observe import calibrate
+
+    return calibrate.constants_of(calibrate.read(Path(path)))
 
 
 def _launch(options: argparse.Namespace) -> None:
@@ -667,8 +762,9 @@ def _parser() -> argparse.ArgumentParser:
     ended.add_argument("--down", help="nodes that the scheduler calls down, or @FILE: silence of others counts only twice in a row")
     ended.add_argument("--cut-short", action="store_true", help="not every node had the time to answer, so nobody's silence counts")
 
-    planned = command("plan", _plan, "show what a run will do, and start nothing", _PLAN)
-    recipe_arguments(planned)
+    planned = command("plan", _plan, "what a run will do, take and cost; starts nothing", _PLAN)
+    planned.add_argument("recipe", metavar="RECIPE", nargs="?", help="a recipe file, or the name of a shipped one (`gigatrain recipes`)")
+    planned.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the recipe; may be repeated")
     planned.add_argument("--site", metavar="SITE", help="where it would run (default: this machine)")
     planned.add_argument(
         "--gpus", metavar="N", type=_ranks, help="ranks that it would run on (default: train.nproc, else what the mesh needs)"
@@ -680,8 +776,20 @@ def _parser() -> argparse.ArgumentParser:
         "--megawatts",
         metavar="M",
         type=float,
-        help="as many nodes as M MW of the facility feed, cooling included, and a run that keeps to them",
+        help="as many nodes as M MW of the facility feed, cooling included, and a run that keeps to them; without --site: which accelerators, at which limit",
     )
+    planned.add_argument("--pue", metavar="P", type=_positive, default=1.2, help="of --megawatts without a site: facility over IT (default: 1.2)")
+    planned.add_argument("--top", metavar="K", type=_ranks, help="search every layout, show the K best that differ, and plan the first")
+    planned.add_argument("--explain", action="store_true", help="the arithmetic: phases, bytes, watts, losses, and what was assumed; of a site alone, its MW")
+    planned.add_argument("--report", metavar="FILE", help="one HTML page: where time, bytes, watts and money go, layouts, scaling, what-if")
+    planned.add_argument("--pilots", metavar="DIR", help="write job scripts of short runs that decide among the best layouts")
+    planned.add_argument("--strict", action="store_true", help="refuse what is outside of what was calibrated")
+    planned.add_argument(
+        "--calibrate", metavar="RUN", nargs="+", help="refit compute, communication and launches to run folders, into -o FILE"
+    )
+    planned.add_argument("--calibration", metavar="FILE", help="plan with what --calibrate wrote")
+    planned.add_argument("--predict", metavar="FILE", help="answer rows of measurements (JSON lines, PLANNER.md), into -o FILE")
+    planned.add_argument("-o", "--out", metavar="FILE", default=None, help="of --predict (predicted.jsonl) and --calibrate (calibration.json)")
     planned.add_argument(
         "--dry-run", action="store_true", help="build every kind of rank and step it on fake tensors: boxes, bytes, collectives"
     )
@@ -863,14 +971,22 @@ The reasons are in RUN/launch/history.jsonl.
   gigatrain job begin runs/mine
   gigatrain job after runs/mine --code 1 --held n1,n2"""
 _PLAN = """\
-Resolve a recipe on a site into a plan: every number concrete, the memory it needs, the kernel of each operation. Starts nothing.
+Resolve a recipe on a site into a plan: every number concrete, the memory it needs, the kernel of each operation; and what to expect of it: tokens/s,
+watts at four boundaries, goodput, days, euros, CO2, each with its 90 % interval. Starts nothing. PLANNER.md says how, and how wrong it is.
 
   gigatrain plan quickstart
   gigatrain plan my.toml --site one-gpu --set train.microbatch=4
   gigatrain plan my.toml --site jupiter --nodes 64            what it assumes of the site is said, what it lacks refused
   gigatrain plan my.toml --site jupiter --megawatts 0.5
   gigatrain plan my.toml --site jupiter --set power.megawatts=0.5   a budget: sizes the run, and refuses what would draw more
-  gigatrain plan my.toml --json | jq .memory"""
+  gigatrain plan my.toml --site jupiter --nodes 64 --top 5    the best layouts, why, and what limits each
+  gigatrain plan my.toml --site jupiter --nodes 64 --explain --report plan.html
+  gigatrain plan my.toml --megawatts 20 --pue 1.1             how many of which accelerators, at which limit, train most
+  gigatrain plan --site aion --explain                        a site's promise: accelerators x watts x PUE against its MW
+  gigatrain plan my.toml --site my-site.toml --gpus 64 --pilots pilots
+  gigatrain plan --calibrate runs/a runs/b -o mine.json ; gigatrain plan my.toml --calibration mine.json
+  gigatrain plan --predict rows.jsonl -o answers.jsonl        published measurements, predicted
+  gigatrain plan my.toml --json | jq .expected"""
 _SITES = """\
 The machines that runs are planned for and launched on. Every number is measured, declared by its operator or maker, assumed with a reason, or unknown by name.
 

@@ -8,12 +8,20 @@ from gigatrain import load
 from gigatrain.config import Mesh, Recipe
 from gigatrain.errors import PlanError, RecipeError
 from gigatrain.foreign import Foreign
+from gigatrain.planning import hardware
+from gigatrain.planning import megawatts as megawatts_of
+from gigatrain.planning.estimate.cluster import Cluster
 from gigatrain.planning.estimate.constants import VALUES
-from gigatrain.planning.estimate.search import Candidate, Found, overrides, search
+from gigatrain.planning.estimate.estimate import estimate
+from gigatrain.planning.estimate.goodput import forecast
+from gigatrain.planning.estimate.search import Candidate, Found, overrides, search, table, tree
 from gigatrain.planning.estimate.workload import Layout, Precision, Workload
 from gigatrain.planning.expect import cluster_of, workload_of
+from gigatrain.planning.megawatts import Option
 from gigatrain.planning.plan import plan
 from gigatrain.site import Site
+
+__all__ = ["accelerators", "first", "layouts", "table", "tree", "undivided"]
 
 Measure = Callable[[Mapping[str, Any]], Foreign]
 
@@ -68,3 +76,50 @@ def layouts(
         constants=VALUES if constants is None else constants,
         refusal=refusal,
     )
+
+
+def first(recipe: Recipe, found: Found) -> Recipe:
+    """The recipe with the best layout of a search."""
+    return load.changed(recipe, overrides(found.candidates[0]))
+
+
+def accelerators(recipe: Recipe, megawatts: float, pue: float, *, measure: Measure | None = None) -> tuple[Option, ...]:
+    """Every accelerator of hardware.py at a grid of limits under `megawatts` of a facility, most retained tokens first; losses by failures are taken off.
+
+    Each has the layout that is best on the fewest of it that hold the model with SAMPLES samples a rank, repeated: a step's batch grows with the accelerators.
+    """
+    found: list[Option] = []
+    for name, chip in hardware.CHIPS.items():
+        try:
+            workload, cluster = _block(recipe, chip, measure)
+        except PlanError as failure:
+            found.append(Option(name, unknown=str(failure)))
+            continue
+        seconds = estimate(workload, cluster).step_s
+        whole = workload.shape.parameters * (workload.states.weights + workload.states.master + workload.states.moments)
+
+        def kept(count: int, per_node: int = cluster.per_node, seconds: float = seconds, whole: float = whole) -> float:
+            return forecast(count, per_node, seconds, whole).share
+
+        found += megawatts_of.options(workload, megawatts, pue, [name], goodput=kept)
+    return tuple(sorted(found, key=lambda one: (bool(one.unknown), -one.goodput_tokens_per_s)))
+
+
+SAMPLES = 8  # of a rank and step
+MOST = 1024  # ranks of one copy
+
+
+def _block(recipe: Recipe, chip: hardware.Chip, measure: Measure | None) -> tuple[Workload, Cluster]:
+    """The best layout on the fewest accelerators that hold the model."""
+    if chip.watts.value is None:
+        raise PlanError(f"how many watts a {chip.name} may draw is not published")
+    ranks, failed = 8, PlanError(f"{MOST} ranks of a {chip.name} do not hold the model")
+    while ranks <= MOST:
+        cluster = megawatts_of.cluster_of(chip.id, -(-ranks // chip.devices))
+        site = megawatts_of.site_of(chip.id, cluster.accelerators)
+        of_block = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch": SAMPLES * ranks, "microbatch": None})})
+        try:
+            return search(undivided(of_block, site, ranks, measure), cluster, top=1).candidates[0].workload, cluster
+        except PlanError as failure:
+            failed, ranks = failure, 2 * ranks
+    raise failed

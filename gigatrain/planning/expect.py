@@ -147,7 +147,9 @@ def cluster_of(site: Site, ranks: int) -> Cluster:
         raise PlanError(f"{site.name} does not say how many accelerators a node has (node.accelerators); nothing between them can be timed")
     levels: list[Level] = []
     devices, joined = chip.devices, int(inner or per_node)
-    if ranks > 1:
+    if ranks == 1:
+        levels.append(Level("scale_up", devices, 1.0))  # which joins nobody: no transfer is ever timed by it
+    else:
         fast = known("network.scale_up_gbyte_s", network.scale_up_gbyte_s.value, chip.scale_up_gbyte_s.value)
         if fast is None:
             raise PlanError(
@@ -212,7 +214,7 @@ def prospect(plan: Plan, site: Site, constants: Mapping[str, float] | None = Non
 
 
 def _goodput(plan: Plan, site: Site, cluster: Cluster, found: Estimate, *, as_planned: bool = True, explain: bool = False) -> Goodput:
-    """Of the run as the recipe saves, else as often as is best; a checkpoint is what cost.py says that weights and optimizer are, over all ranks that share one copy."""
+    """Of the run as the recipe saves, else as often as is best; a checkpoint is cost.py's weights and optimizer, of all ranks that share one copy."""
     copies = plan.mesh.replicate
     whole = (plan.memory.weights + plan.memory.optimizer) * (plan.ranks // copies)
     return forecast(

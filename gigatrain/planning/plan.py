@@ -220,8 +220,8 @@ def plan(
 ) -> Plan:
     """Make every number of the run concrete, on `ranks` processes (default: the recipe's `train.nproc`, else what its mesh needs).
 
-    `measure` gives the numbers of a model that is not of our families: models/autonumbers.py's `numbers`, which needs torch. `constants`: of the estimate, where
-    runs of one's own have refitted them (calibrate.py). `fits` False: memory is not judged, as where a layout is still to be searched.
+    `measure` gives the numbers of a model that is not of our families: models/autonumbers.py's `numbers`, which needs torch. `constants`: of the
+    estimate, where runs of one's own have refitted them (calibrate.py). `fits` False: memory is not judged, as where a layout is still to be searched.
 
     Raises PlanError for what cannot work: a memory need beyond the site's, watts beyond a budget, a tokenizer beyond the model's vocabulary, a mesh that
     divides nothing.
@@ -325,7 +325,7 @@ def plan(
         flops_per_token=architecture.flops_per_token(train.sequence),
         memory=memory,
     )
-    return found.model_copy(update={"expected": expect(found, site, constants)})
+    return found.model_copy(update={"expected": expect(found, site, constants)}) if fits else found
 
 
 def gib(count: int) -> str:
