@@ -84,7 +84,7 @@ def timer(workload: Workload, cluster: Cluster, habits: Habits, constants: Mappi
             if key not in groups:
                 groups[key] = collectives.group(workload.layout, item.axis, experts=key[1])
             seconds = collectives.seconds(item, cluster, *groups[key], constants)
-            return Cost(seconds, 0.0 if habits.graphed else habits.launch_s)
+            return Cost(seconds, min(habits.launch_s, constants["collective.launch_s"]))
         if item.name in ("adamw_host", "host_copy"):
             return offloaded(item, constants)
         return rates.cost(item, cluster.chip, constants, habits, clock=clock, products=products)
