@@ -140,11 +140,11 @@ def _stack(row: _Row) -> Stack:
 
 
 def _version(row: _Row) -> str:
+    """What is said of the release, and of an attention later than FlashAttention-2 (stacks.py reads it)."""
     said = row.row.get("framework_version")
-    if said:
-        return str(said)
     numbers = re.findall(r"\d+\.\d+(?:\.\d+)?", row.text("framework"))
-    return numbers[0] if numbers else ""
+    attention = re.search(r"\bfa-?[34]\b|flash.?attention.?[34]\b|cudnn|\bte\b", row.text("attention_impl"))
+    return " ".join([str(said) if said else numbers[0] if numbers else "", attention[0] if attention else ""]).strip()
 
 
 def _old(row: _Row, stack: Stack) -> bool:
@@ -227,6 +227,11 @@ def _nic(row: _Row, chip: str, per_node: int) -> float:
     if "compute:" in text:
         text = re.split(r"management:|storage:", text.split("compute:")[1])[0]
         raw = text
+    elif re.search(r"infiniband|\bib\b|\broce\b", text):  # beside a network of management, which a list may name first
+        text, raw = (
+            ",".join(part for part in re.split(r"[,;]", said) if re.search(r"infiniband|\bib\b|\broce\b", part.lower()))
+            for said in (text, raw)
+        )
     if text:
         if match := re.search(r"(\d+(?:\.\d+)?)\s*(t|g)b/s_bit\s*(?:/|per)\s*(node|gpu|gcd)", text):
             total = float(match[1]) / 8 * (1000 if match[2] == "t" else 1)
@@ -565,5 +570,7 @@ def _states(row: _Row, stack: Stack, layout: Layout, precision: Precision, froze
         return States(weights=2, gradients=2, master=4, moments=8, reduced=2, gathered=2)
     if stack == "megatron" and precision == "fp16":
         return States(weights=2, gradients=2, master=4, moments=8, reduced=2, gathered=2)
+    # NVIDIA's recipes (NeMo, Megatron-Bridge, MLPerf) turn grad_reduce_in_fp32 off; Megatron-LM by itself leaves it on where weights are bf16.
+    sums = 2.0 if stack == "megatron" and re.search(r"nemo|bridge|nvidia.*release", row.text("framework")) else 4.0
     gathered = 1.0 if stack == "megatron" and precision in ("fp8_delayed", "fp8_tensorwise") and layout.zero < 3 and not frozen else 2.0
-    return States(weights=2, gradients=4, master=4, moments=8, reduced=4, gathered=gathered)
+    return States(weights=2, gradients=sums, master=4, moments=8, reduced=sums, gathered=gathered)
