@@ -123,6 +123,7 @@ class Ran(NamedTuple):
 
     ends: list[float]
     launch: list[float]
+    last: dict[int, float]  # by event key, the end of its last event
     times: list[tuple[float, float]]  # of each event, where asked for
 
 
@@ -143,6 +144,7 @@ def run(
     host = [0.0] * ranks
     done: list[float] = []
     add = done.append
+    last: dict[int, float] = {}
     kept: list[tuple[float, float]] = []
     if hosts is None or floors is None:
         for rank, key, after, sent in todo:
@@ -153,10 +155,11 @@ def run(
                     begin = ready
             end = begin + seconds[key]
             add(end)
+            last[key] = end
             free[rank] = end + held[key]
             if times:
                 kept.append((begin, end))
-        return Ran(free, launch, kept)
+        return Ran(free, launch, last, kept)
     for rank, key, after, sent in todo:
         begin = free[rank]
         if after >= 0:
@@ -170,7 +173,8 @@ def run(
             launch[rank] += floor - end
             end = floor
         add(end)
+        last[key] = end
         free[rank] = end + held[key]
         if times:
             kept.append((begin, end))
-    return Ran(free, launch, kept)
+    return Ran(free, launch, last, kept)
