@@ -89,5 +89,7 @@ _FUSED: dict[str, frozenset[str]] = {
 }
 # Torch's own scaled_dot_product_attention and the flash_attn package are FlashAttention-2, unless the version says that a later one is there; llm-foundry's
 # published tables are of the first (its Triton form), where that exists.
-_ATTENTION: dict[str, str] = dict.fromkeys(("torchtitan", "nanotron", "deepspeed", "megatron_2021", "generic"), "flash2") | {"llm_foundry": "flash1"}
+_ATTENTION: dict[str, str] = dict.fromkeys(("torchtitan", "nanotron", "deepspeed", "megatron_2021", "generic"), "flash2") | {
+    "llm_foundry": "flash1"
+}
 _LATER = re.compile(r"\bfa-?[34]\b|flash.?attention.?[34]\b|cudnn|\bte\b")
