@@ -265,9 +265,9 @@ def _spans(
         todo = events(workload.layout.schedule, ranks, stages, count)
         ran = _Wires.of(works, workload, table, time_of, habits).run(todo, times=True)
         seen: dict[int, int] = {}
-        for event, (begin, end) in zip(todo, ran.times, strict=True):
-            microbatch = seen[event.key] = seen.get(event.key, -1) + 1
-            stage, kind = event.key // 3 % stages, event.key % 3
-            found.append((event.rank, "compute", f"{_NAMES[kind]} {microbatch}.{stage}", begin, end))
+        for (rank, key, *_), (begin, end) in zip(todo, ran.times, strict=True):
+            microbatch = seen[key] = seen.get(key, -1) + 1
+            stage, kind = key // 3 % stages, key % 3
+            found.append((rank, "compute", f"{_NAMES[kind]} {microbatch}.{stage}", begin, end))
     found += [(rank, "compute", "update", met, step_s) for rank in range(ranks)]
     return tuple(found)
