@@ -3,6 +3,7 @@
 Sources are named as in failures.py.
 """
 
+import math
 from dataclasses import dataclass
 
 from gigatrain.planning.estimate.failures import DAY_S
@@ -91,7 +92,9 @@ class Spares:
         """What `nodes` spares do against losing single nodes at `single_s` and `together` nodes at `together_s` (1/s, while the run runs)."""
         if single_s + together_s <= 0 or self.repair_s <= 0:
             return Pool(nodes, 0.0, (1.0,))
-        return Pool(nodes, *_out(single_s * self.repair_s, together_s * self.repair_s, together, nodes, self.shrink))
+        load = (single_s + together_s * together) * self.repair_s
+        needed = math.ceil(load + 12 * math.sqrt(load * together) + 12 * together)  # beyond it none is ever short
+        return Pool(nodes, *_out(single_s * self.repair_s, together_s * self.repair_s, together, min(nodes, needed), self.shrink))
 
 
 @dataclass(frozen=True, slots=True)
