@@ -141,6 +141,14 @@ def test_against_reliabilitys_own_table(bench):
         assert [100 * share for share in found] == pytest.approx(row, abs=1), name
 
 
+def test_a_restart_grows_as_it_was_published():
+    cold, warm = Restart(), Restart(standby=True)  # arXiv 2602.00277, figure 2
+    for accelerators, published_s in ((16_384, 200), (22_528, 300), (65_536, 600), (98_304, 900)):
+        assert cold.seconds(accelerators) == pytest.approx(published_s, rel=0.16)
+    assert warm.seconds(98_304) == pytest.approx(600, rel=0.02)
+    assert cold.seconds(64) < cold.seconds(16_384)
+
+
 def test_losing_a_replica_is_cheaper_than_losing_all():
     case = Case(98_304, 8, 20.0, PUBLISHED["hsdp-98k"], Saving(2.8e13, 2000.0), replicas=12)
     whole, part = expected(case), expected(replace(case, tolerance=True))

@@ -1,7 +1,8 @@
 """How often runs are interrupted and by what: published counts with their exposure, as a rate of each kind and the range that counts leave open.
 
 A rate is per accelerator and second of wall-clock. Sources:
-LLAMA3   The Llama 3 Herd of Models, arXiv 2407.21783, table 5: 419 unexpected and 47 planned interruptions of 54 days on 16,384 H100 (the rows add up to 419)
+LLAMA3   The Llama 3 Herd of Models, arXiv 2407.21783, table 5: 419 unexpected and 47 planned interruptions of 54 days on 16,384 H100. The small rows are
+         recalled; the large ones were read in articles, and all add up to 419
 HSDP     Training LLMs with Fault Tolerant HSDP on 100,000 GPUs, arXiv 2602.00277, as quoted by public summaries: 678 interruptions on 32K H100, 2.3 for each
          1,000 servers and day; one every 18 minutes at 98K, 50 if the rate of 32K held; detection, restart and stall times
 RSC      Revisiting Reliability in Large-Scale ML Research Clusters, arXiv 2410.21680: 6.50 for each 1,000 node-days on RSC-1, 2.34 on RSC-2 (recalled); 3 % and

@@ -58,8 +58,8 @@ class Saving:
 class Restart:
     """From the moment a run is being stopped to its next step, without loading a checkpoint.
 
-    The defaults give HSDP's figure 2: of 200, 300, 600 and 900 s at 16K, 22K, 64K and 98K (cold) they say 200, 250, 620 and 900, of which forming the
-    communicators is 17, 26, 114 and 200 (published 17, 30, 100, 200). Warm, with nodes at hand, 98K took about 600.
+    The defaults give HSDP's figure 2: of 200, 300, 600 and 900 s at 16K, 22K, 64K and 98K (cold) they say 200, 255, 635 and 905, of which forming the
+    communicators is 17, 26, 115 and 200 (published 17, 30, 100, 200). Warm, with nodes at hand, 98K took about 600.
     """
 
     allocation_s: float = 78.0  # another node from the scheduler; what cold is more than warm
