@@ -379,24 +379,35 @@ def sensitivity(case: Case) -> tuple[Effect, ...]:
         inputs["save interval"] = scaled("saving", "far_interval_s")
     if case.spares.nodes:
         inputs["spares"] = lambda factor: replace(case, spares=replace(case.spares, nodes=round((case.spares.nodes or 0) * factor)))
-    middle = expected(case).share
-    rows = [Effect(name, *(100 * (expected(change(factor)).share - middle) for factor in (0.5, 2.0))) for name, change in inputs.items()]
+    middle = expected(case)
+
+    def share(name: str, factor: float) -> float:
+        other = inputs[name](factor)
+        if name not in ("failure rate", "repair", "correlated losses", "spares"):  # what the best number of spares does not depend on
+            other = replace(other, spares=replace(other.spares, nodes=middle.spares))
+        return expected(other).share
+
+    rows = [Effect(name, *(100 * (share(name, factor) - middle.share) for factor in (0.5, 2.0))) for name in inputs]
     return tuple(sorted(rows, key=lambda row: -max(abs(row.halved), abs(row.doubled))))
 
 
 def lines(case: Case, found: Goodput) -> tuple[str, ...]:
     """What `--explain` prints: what is lost to what, and what half and double of each input would do."""
     lost = ", ".join(f"{name} {100 * value:.1f}" for name, value in sorted(found.lost.items(), key=lambda item: -item[1]) if value >= 5e-4)
-    near = f", every {found.near_every_steps} steps in node memory" if found.near_every_steps else ""
+    near = f", every {_steps(found.near_every_steps)} in node memory" if found.near_every_steps else ""
     table = [
         f"goodput {100 * found.share:.1f} % ({100 * found.low:.1f} to {100 * found.high:.1f}): a failure every {_span(found.mtbf_s)}, "
-        f"{_span(found.recovery_s)} until the next step; saves every {found.every_steps} steps ({_span(found.interval_s)}){near}; "
+        f"{_span(found.recovery_s)} until the next step; saves every {_steps(found.every_steps)} ({_span(found.interval_s)}){near}; "
         f"{found.spares} spare nodes",
         f"lost, % of the wall-clock: {lost or 'nothing'}",
         f"failures: {case.failures.source}",
         "points of goodput if an input is  halved  doubled",
     ]
     return (*table, *(f"{row.name:>32} {row.halved:+7.1f} {row.doubled:+8.1f}" for row in sensitivity(case)))
+
+
+def _steps(count: int) -> str:
+    return "step" if count == 1 else f"{count} steps"
 
 
 def _span(seconds: float) -> str:
