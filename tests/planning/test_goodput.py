@@ -11,6 +11,7 @@ import pytest
 from gigatrain.errors import PlanError
 from gigatrain.planning.estimate.failures import DAY_S, KINDS, PUBLISHED, SPREAD, Failures, Kind, counted, elsewhere
 from gigatrain.planning.estimate.goodput import Case, expected, forecast, sensitivity
+from gigatrain.planning.estimate.goodput_simulation import Saves, poisson, replay
 from gigatrain.planning.estimate.recovery import Restart, Saving, Spares
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "goodput.py"
@@ -182,6 +183,16 @@ def test_a_longer_run_and_more_counts_are_surer():
     short, long = (forecast(1024, 8, 5.0, 1e12, failures=PUBLISHED["llama3"], days=days) for days in (3, 300))
     assert long.high - long.low < short.high - short.low
     assert forecast(1024, 8, 5.0, 1e12, days=300).low < long.low  # another site's rate
+
+
+def test_the_interval_holds_nine_runs_of_ten():
+    days, mtbf_s = 30, 2 * DAY_S
+    case = replace(plain(mtbf_s, 3600, 20), days=days)
+    found = expected(case)
+    saves = Saves(found.interval_s, 20)
+    runs = [replay(poisson(mtbf_s, days * DAY_S, [0], [3600], seed), days * DAY_S, saves).share for seed in range(400)]
+    assert sum(runs) / len(runs) == pytest.approx(found.share, abs=0.002)
+    assert 0.85 <= sum(found.low <= share <= found.high for share in runs) / len(runs) <= 0.95
 
 
 def test_forecast_says_what_it_assumed():
