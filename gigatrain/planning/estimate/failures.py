@@ -1,7 +1,8 @@
 """How often runs are interrupted and by what: published counts with their exposure, as a rate of each kind and the range that counts leave open.
 
 A rate is per accelerator and second of wall-clock. Sources:
-LLAMA3   The Llama 3 Herd of Models, arXiv 2407.21783, table 5: 419 unexpected and 47 planned interruptions of 54 days on 16,384 H100 (the rows add up to 419)
+LLAMA3   The Llama 3 Herd of Models, arXiv 2407.21783, table 5: 419 unexpected and 47 planned interruptions of 54 days on 16,384 H100. The small rows are
+         recalled; the large ones were read in articles, and all add up to 419
 HSDP     Training LLMs with Fault Tolerant HSDP on 100,000 GPUs, arXiv 2602.00277, as quoted by public summaries: 678 interruptions on 32K H100, 2.3 for each
          1,000 servers and day; one every 18 minutes at 98K, 50 if the rate of 32K held; detection, restart and stall times
 RSC      Revisiting Reliability in Large-Scale ML Research Clusters, arXiv 2410.21680: 6.50 for each 1,000 node-days on RSC-1, 2.34 on RSC-2 (recalled); 3 % and
@@ -112,8 +113,8 @@ def _kinds(counts: Mapping[str, float], rules: Mapping[str, Kind]) -> tuple[Kind
 
 
 # Seconds to detect: ROBUST's table 3 (GPU lost 10 s, kernel fault 2 s, NIC 30 s, switch 60 s); a hang is found by the collectives' timeout, which is 10 minutes
-# in NCCL and in our ranks (parallel/spawn.py); a silent corruption by what it does to the loss, within hours (HSDP says "hours to days" of root-causing; prior).
-# Of what needs another node, GPU, memory and host do; a flapping link mostly does not (prior).
+# in NCCL and in our ranks (parallel/spawn.py); a silent corruption by what it does to the loss, within hours (prior). Of what needs another node, GPU, memory
+# and host do; a flapping link mostly does not (prior).
 RULES = {
     "gpu": Kind("gpu", 0, 10, 1),
     "hbm": Kind("hbm", 0, 10, 1),

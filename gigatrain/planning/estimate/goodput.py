@@ -1,13 +1,15 @@
 """What share of a run's wall-clock is retained work: failures, saves at two tiers, restarts, spares, maintenance; in closed form.
 
-A run is stopped at exponential times by hazards, each with a hold (detection, restart, load), which the next hazard may interrupt, and a place where it lands:
-where it was (`stay`: maintenance, a lost replica), at the last `near` save or at the last `far` one. With the total rate L, A = sum p_k (1 - exp(-L hold_k)) is the
-chance that a hold is interrupted, and every second of running costs 1 / (1 - A) of wall-clock; a chain of holds lands at its worst. One tier is then Daly's exact
+A run is stopped at exponential times by hazards, each with a hold (detection, restart, load), which the next hazard may interrupt, and a place where
+it lands: where it was (`stay`: maintenance, a lost replica), at the last `near` save or at the last `far` one. With the total rate L,
+A = sum p_k (1 - exp(-L hold_k)) is the chance that a hold is interrupted, and every second of running costs 1 / (1 - A) of wall-clock; a chain of
+holds lands at its worst. One tier is then Daly's exact
 
-    share = L T (1 - A) / (exp(L (T + stall)) - 1)     (T: work between saves; J. Daly, FGCS 22 (2006) 303, his restart exp(-L R) here for every kind)
+    share = L T (1 - A) / (exp(L (T + stall)) - 1)     T: work between saves; J. Daly, FGCS 22 (2006) 303, whose restart is exp(-L R) for one kind
 
-and two tiers are the mean time to absorption of a chain over the m near segments of a far one. A save that is written beside training for w seconds costs exp(L w).
-What is approximated: replicas out, nodes in repair and corrupted stretches as stationary and independent of the rest. goodput_simulation.py has none of it.
+and two tiers are the mean time to absorption of a chain over the near segments of a far one. A save that is written beside training for w seconds costs
+exp(L w). What is approximated: replicas out, nodes in repair and corrupted stretches as stationary and independent of the rest; goodput_simulation.py
+has none of it.
 """
 
 import math
@@ -20,6 +22,7 @@ from gigatrain.planning.estimate.recovery import WRITE_GBYTE_S, Pool, Restart, S
 
 _Z = 1.6448536  # of a 90 % interval
 DAYS = 30.0  # of a run that nobody said the length of
+MANY = 32_768  # accelerators; published rates of single runs end here, but for one of a whole cluster of 98K
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,8 +336,8 @@ def _best(value: Callable[[float], float], low: float, high: float) -> float:
 
 def _deviation(case: Case, chain: _Chain, segment_s: float) -> float:
     """Of the share of a run of `days`, by the chance of how many failures it meets: each costs its hold and what has to be done again."""
-    square = chain.hold_square + chain.hold_s * segment_s + segment_s**2 / 3
-    return math.sqrt(chain.rate * square / (case.days * DAY_S)) / chain.inverse
+    square = chain.rate * chain.hold_square + chain.ruin * (chain.hold_s * segment_s + segment_s**2 / 3)
+    return math.sqrt(square / (case.days * DAY_S)) / chain.inverse
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,24 +379,35 @@ def sensitivity(case: Case) -> tuple[Effect, ...]:
         inputs["save interval"] = scaled("saving", "far_interval_s")
     if case.spares.nodes:
         inputs["spares"] = lambda factor: replace(case, spares=replace(case.spares, nodes=round((case.spares.nodes or 0) * factor)))
-    middle = expected(case).share
-    rows = [Effect(name, *(100 * (expected(change(factor)).share - middle) for factor in (0.5, 2.0))) for name, change in inputs.items()]
+    middle = expected(case)
+
+    def share(name: str, factor: float) -> float:
+        other = inputs[name](factor)
+        if name not in ("failure rate", "repair", "correlated losses", "spares"):  # what the best number of spares does not depend on
+            other = replace(other, spares=replace(other.spares, nodes=middle.spares))
+        return expected(other).share
+
+    rows = [Effect(name, *(100 * (share(name, factor) - middle.share) for factor in (0.5, 2.0))) for name in inputs]
     return tuple(sorted(rows, key=lambda row: -max(abs(row.halved), abs(row.doubled))))
 
 
 def lines(case: Case, found: Goodput) -> tuple[str, ...]:
     """What `--explain` prints: what is lost to what, and what half and double of each input would do."""
     lost = ", ".join(f"{name} {100 * value:.1f}" for name, value in sorted(found.lost.items(), key=lambda item: -item[1]) if value >= 5e-4)
-    near = f", every {found.near_every_steps} steps in node memory" if found.near_every_steps else ""
+    near = f", every {_steps(found.near_every_steps)} in node memory" if found.near_every_steps else ""
     table = [
         f"goodput {100 * found.share:.1f} % ({100 * found.low:.1f} to {100 * found.high:.1f}): a failure every {_span(found.mtbf_s)}, "
-        f"{_span(found.recovery_s)} until the next step; saves every {found.every_steps} steps ({_span(found.interval_s)}){near}; "
+        f"{_span(found.recovery_s)} until the next step; saves every {_steps(found.every_steps)} ({_span(found.interval_s)}){near}; "
         f"{found.spares} spare nodes",
         f"lost, % of the wall-clock: {lost or 'nothing'}",
         f"failures: {case.failures.source}",
         "points of goodput if an input is  halved  doubled",
     ]
     return (*table, *(f"{row.name:>32} {row.halved:+7.1f} {row.doubled:+8.1f}" for row in sensitivity(case)))
+
+
+def _steps(count: int) -> str:
+    return "step" if count == 1 else f"{count} steps"
 
 
 def _span(seconds: float) -> str:
@@ -412,7 +426,7 @@ def forecast(
     write_gbyte_s: float | None = None,
     failures: Failures | None = None,
     restart: Restart | None = None,
-    spares: int | None = None,
+    spares: int | Spares | None = None,
     replicas: int = 1,
     tolerance: bool = False,
     every_steps: int | None = None,
@@ -422,7 +436,9 @@ def forecast(
 ) -> Goodput:
     """Goodput of a run from what a plan and its site know; what nobody said is in `assumed`. `every_steps`: saves as the recipe has them, else best.
 
-    `saving` is for a tier in node memory or saves beside training; its bytes, bandwidth and interval are taken from the plain arguments where they are given.
+    `saving` is for a tier in node memory or saves beside training; its bytes, bandwidth and interval are taken from the plain arguments where they are
+    given. `spares`: nodes that stand by, or a record with their repair; None: as many as are best. Where a scheduler has others, they are
+    Spares(idle nodes, idle_share=0).
     """
     assumed = []
     if write_gbyte_s is None:
@@ -447,9 +463,12 @@ def forecast(
     saving = replace(
         saving, checkpoint_bytes=checkpoint_bytes, write_gbyte_s=write_gbyte_s, far_interval_s=interval or saving.far_interval_s
     )
-    case = Case(accelerators, per_node, step_s, failures, saving, restart, Spares(spares), replicas, tolerance, days)
+    pool = spares if isinstance(spares, Spares) else Spares(spares)
+    case = Case(accelerators, per_node, step_s, failures, saving, restart, pool, replicas, tolerance, days)
+    if accelerators > MANY and failures.wear == 1:
+        assumed.append(f"failures go with accelerators; Meta saw 2.8 times as many a node at 98K as at {MANY:,} (arXiv 2602.00277)")
     found = replace(expected(case), assumed=tuple(assumed))
-    if spares is None:
+    if pool.nodes is None:
         note = f"{found.spares} spare nodes, the best number where a repair takes {case.spares.repair_s / DAY_S:g} days"
         found = replace(found, assumed=(*found.assumed, note))
     return replace(found, table=lines(case, found)) if explain else found

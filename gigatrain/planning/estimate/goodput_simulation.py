@@ -1,7 +1,8 @@
 """A run, failure by failure: what goodput.py says in closed form, counted event by event; and a measured fault run told again.
 
-`replay` takes a list of faults with their measured durations and says what goodput they leave: what the compressed-time fault run is held against. `simulate` draws
-the list from a Case. Both walk from fault to fault; the saves between two of them are arithmetic, so that a year of 288,000 accelerators takes a second.
+`replay` takes a list of faults with their measured durations and says what goodput they leave: what the compressed-time fault run is held against.
+`simulate` draws the list from a Case. Both walk from fault to fault; the saves between two of them are arithmetic, so that a year of 288,000
+accelerators takes seconds.
 
 Position is the running time that led to the present state: work, and the stalls of its saves. A failure takes it back to a mark.
 """
@@ -9,7 +10,7 @@ Position is the running time that led to the present state: work, and the stalls
 import heapq
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from gigatrain.errors import PlanError
@@ -108,7 +109,7 @@ class _Run:
         self.repairs: list[float] = []  # when each node in repair is back
         self.out: dict[int, float] = {}  # replicas that rebuild, and until when
         self.corrupt: tuple[float, float, Fault] | None = None  # good far mark, when it is found, what then
-        self.spent = dict.fromkeys(("detection", "restart", "maintenance", "wait", "redone", "corruption"), 0.0)
+        self.spent: dict[str, float] = dict.fromkeys(("detection", "restart", "maintenance", "wait", "redone", "corruption"), 0.0)
         self.reduced = self.ran = 0.0
         self.stops = 0
 
@@ -211,8 +212,9 @@ class _Run:
         if self.spares is not None and not self.shrink:
             while self.repairs and self.repairs[0] <= now:
                 heapq.heappop(self.repairs)
-            while len(self.repairs) > self.spares:
-                starts = max(starts, heapq.heappop(self.repairs))
+            short = len(self.repairs) - self.spares
+            if short > 0:
+                starts = max(starts, sorted(self.repairs)[short - 1])
         if fault.rebuild_s > 0:
             self.out[fault.replica] = starts + fault.restart_s + fault.rebuild_s
         self.hold = (now, detected, starts, "maintenance" if fault.name == "maintenance" else "restart")
@@ -263,10 +265,18 @@ def replay(
     return run.outcome(wall_s)
 
 
+def poisson(mtbf_s: float, wall_s: float, detect_s: Sequence[float], restart_s: Sequence[float], seed: int, lands: int = 2) -> list[Fault]:
+    """Faults at exponential times, each with one of the measured durations: what a fault run of that rate should meet."""
+    draw, at, found = random.Random(seed), 0.0, []
+    while (at := at + draw.expovariate(1 / mtbf_s)) < wall_s:
+        found.append(Fault(at, draw.choice(detect_s), draw.choice(restart_s), lands))
+    return found
+
+
 def simulate(case: Case, plan: Goodput, seed: int, stops: int = 10_000) -> Outcome:
     """A run of `case` at the intervals and spares of `plan` that is as long as it takes to meet about `stops` hazards.
 
-    Their number, kinds and gaps are drawn so that they add up to their means, which leaves less to chance than a run of that length has; lemons and repairs are not.
+    Their number, kinds and gaps are drawn so that they add up to their means, which leaves less to chance than a run of that length has.
     """
     draw = random.Random(seed)
     every = replace(case, failures=replace(case.failures, strikes=0))
@@ -280,8 +290,9 @@ def simulate(case: Case, plan: Goodput, seed: int, stops: int = 10_000) -> Outco
         near, saving.near_stall_s(accelerators), saving.near_lag_s(accelerators),
     )  # fmt: skip
     faults = _drawn(found, stops, wall, case, draw) if rate > 0 else iter(())
+    repairs = _exponential(case.spares.repair_s, draw)
     return replay(
-        faults, wall, saves, spares=plan.spares, repair=lambda: draw.expovariate(1 / case.spares.repair_s), replicas=case.replicas,
+        faults, wall, saves, spares=plan.spares, repair=lambda: next(repairs), replicas=case.replicas,
         nodes_per_replica=case.accelerators / case.per_node / case.replicas, shrink=case.replicas > 1 and (case.spares.shrink or case.tolerance),
     )  # fmt: skip
 
@@ -304,6 +315,14 @@ def _drawn(found: tuple, stops: int, wall_s: float, case: Case, draw: random.Ran
                 at, one.detect_s, one.restart_s, one.lands, one.name, one.nodes, one.lag_s, one.rebuild_s,
                 draw.randrange(case.replicas) if one.rebuild_s > 0 else -1,
             )  # fmt: skip
+
+
+def _exponential(mean: float, draw: random.Random, block: int = 1024) -> Iterator[float]:
+    """Exponential times, of which every `block` in a row add up to what they should (one from each of as many equal chances)."""
+    while True:
+        chances = [(index + draw.random()) / block for index in range(block)]
+        draw.shuffle(chances)
+        yield from (-mean * math.log1p(-chance) for chance in chances)
 
 
 class _Lemons:

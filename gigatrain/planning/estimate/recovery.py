@@ -3,6 +3,7 @@
 Sources are named as in failures.py.
 """
 
+import math
 from dataclasses import dataclass
 
 from gigatrain.planning.estimate.failures import DAY_S
@@ -15,7 +16,7 @@ WRITE_GBYTE_S = 2000 / 16_384  # of an accelerator
 class Saving:
     """Checkpoints at two tiers: `near`, in node memory with a copy at a peer, and `far`, on the shared file system. Intervals of 0 are chosen best.
 
-    A far save of `synchronous` stalls while it is written; else only while it is copied to host memory, and it counts once it is written.
+    A far save of `synchronous` stalls while it is written; else while it is copied to host memory, and a little by its writing; it counts once it is written.
     """
 
     checkpoint_bytes: float
@@ -25,6 +26,9 @@ class Saving:
     near: bool = False
     copy_gbyte_s: float = 20.0  # of an accelerator to host memory; PCIe 4 x16 gives about 25 of its 32 (prior)
     peer_gbyte_s: float = 10.0  # of an accelerator to a peer's memory, beside training; a fifth of its NIC of 400 Gbit/s (prior)
+    beside_share: float = (
+        0.01  # of training's rate, taken while something is written beside it; ROBUST: saving every step costs less than 0.9 % (prior)
+    )
     commit_s: float = 0.0  # added to every far save: gathering the manifest, a barrier, metadata; measure it
     near_interval_s: float = 0.0
     far_interval_s: float = 0.0
@@ -33,15 +37,19 @@ class Saving:
         """Of a far save's writing."""
         return self.checkpoint_bytes / (self.write_gbyte_s * 1e9) + self.commit_s
 
-    def near_stall_s(self, accelerators: int) -> float:
+    def copy_s(self, accelerators: int) -> float:
+        """To host memory: training stands still."""
         return self.checkpoint_bytes / accelerators / (self.copy_gbyte_s * 1e9)
+
+    def near_stall_s(self, accelerators: int) -> float:
+        return self.copy_s(accelerators) + self.beside_share * self.near_lag_s(accelerators)
 
     def near_lag_s(self, accelerators: int) -> float:
         """From a near save's stall until its peer has it."""
         return self.checkpoint_bytes / accelerators / (self.peer_gbyte_s * 1e9)
 
     def far_stall_s(self, accelerators: int) -> float:
-        return self.far_s() if self.synchronous else self.near_stall_s(accelerators)
+        return self.far_s() if self.synchronous else self.copy_s(accelerators) + self.beside_share * self.far_s()
 
     def far_lag_s(self) -> float:
         return 0.0 if self.synchronous else self.far_s()
@@ -57,8 +65,8 @@ class Saving:
 class Restart:
     """From the moment a run is being stopped to its next step, without loading a checkpoint.
 
-    The defaults give HSDP's figure 2: of 200, 300, 600 and 900 s at 16K, 22K, 64K and 98K (cold) they say 200, 250, 620 and 900, of which forming the
-    communicators is 17, 26, 114 and 200 (published 17, 30, 100, 200). Warm, with nodes at hand, 98K took about 600.
+    The defaults give HSDP's figure 2: of 200, 300, 600 and 900 s at 16K, 22K, 64K and 98K (cold) they say 200, 255, 635 and 905, of which forming the
+    communicators is 17, 26, 115 and 200 (published 17, 30, 100, 200). Warm, with nodes at hand, 98K took about 600.
     """
 
     allocation_s: float = 78.0  # another node from the scheduler; what cold is more than warm
@@ -91,7 +99,9 @@ class Spares:
         """What `nodes` spares do against losing single nodes at `single_s` and `together` nodes at `together_s` (1/s, while the run runs)."""
         if single_s + together_s <= 0 or self.repair_s <= 0:
             return Pool(nodes, 0.0, (1.0,))
-        return Pool(nodes, *_out(single_s * self.repair_s, together_s * self.repair_s, together, nodes, self.shrink))
+        load = (single_s + together_s * together) * self.repair_s
+        needed = math.ceil(load + 12 * math.sqrt(load * together) + 12 * together)  # beyond it none is ever short
+        return Pool(nodes, *_out(single_s * self.repair_s, together_s * self.repair_s, together, min(nodes, needed), self.shrink))
 
 
 @dataclass(frozen=True, slots=True)
