@@ -138,6 +138,8 @@ _add(
 _add("share", "prior: draw that stays at any clock: leakage, HBM, links", 0.0, power__idle_share=0.25)
 # Releases: planning.md 1d, the same configuration in later NeMo containers, 54 groups: 5.9 % in the median, of two releases about a year apart.
 _add("1", "planning.md 1d: 5.9 % between releases, of a step of which kernels are most", 0.5, software__gain_year=0.06)
+# Experts: the host reads how many tokens each expert has before it launches what follows; until that is launched the device waits.
+_add("s", "prior: one copy to the host, and launches of a dozen kernels behind it", 0.5, moe__sync_s=150e-6)
 # Scale: the slowest of many ranks. Per doubling of the nodes that wait for each other.
 _add(
     "1",
@@ -180,8 +182,8 @@ _STACKS: dict[str, tuple[str, float, float, float, tuple[float, float, float, fl
         (0.05, 0.6, 0.05, 0.05, 0.05, 0.3),
     ),
     "megatron_2021": (
-        "prior: before 2023, apex and jit kernels, no overlap; eager layers of 20 kernels and 15 modules, random states kept and set: 0.4 ms forward",
-        30e-6,
+        "prior: before 2023, apex and jit kernels, no overlap; about twice the kernels that are counted, 20 us each on hosts of 2.25 GHz, and random states kept for what is made again",
+        45e-6,
         1.0,
         10e-3,
         (0.05, 0.05, 0.05, 0.05, 0.05, 0.05),
@@ -198,12 +200,33 @@ _STACKS: dict[str, tuple[str, float, float, float, tuple[float, float, float, fl
     "deepspeed": ("prior: ZeRO's hooks in Python for every module", 20e-6, 1.0, 20e-3, (0.05, 0.3, 0.05, 0.6, 0.5, 0.1)),
     "generic": ("prior: between the named stacks", 14e-6, 1.0, 10e-3, (0.1, 0.4, 0.05, 0.6, 0.5, 0.3)),
 }
+# What measurements speak of; the rest stays as said.
+_FREE = {
+    "megatron": ("launch_s", "passes_share", "tensor", "expert", "expert_across", "shard", "pipeline"),
+    "megatron_2021": ("launch_s", "passes_share", "step_s"),
+    "llm_foundry": ("launch_s", "passes_share", "shard"),
+    "deepspeed": ("passes_share", "shard"),
+    "torchtitan": ("launch_s", "passes_share", "shard"),
+}
+
+
+def _spread(name: str, of: str, spread: float) -> float:
+    return spread if of in _FREE.get(name, ()) else 0.0
+
+
 for _name, (_source, _launch, _passes, _step, _overlap) in _STACKS.items():
-    _add("s", _source, 0.5, **{f"stack.{_name}.launch_s": _launch})
-    _add("1", _source, 0.3, **{f"stack.{_name}.passes_share": _passes})
-    _add("s", _source, 0.5, **{f"stack.{_name}.step_s": _step})
+    _add("s", _source, _spread(_name, "launch_s", 0.5), **{f"stack.{_name}.launch_s": _launch})
+    _add("1", _source, _spread(_name, "passes_share", 0.3), **{f"stack.{_name}.passes_share": _passes})
+    _add("s", _source, _spread(_name, "step_s", 0.5), **{f"stack.{_name}.step_s": _step})
+    _across = 0.6 if _name == "megatron" else _overlap[2]
+    _add(
+        "share",
+        "prior: Megatron's recipes run 1F1B with the all-to-all beside it where it leaves the node",
+        _spread(_name, "expert_across", 0.6),
+        **{f"stack.{_name}.overlap.expert_across": _across},
+    )
     for _axis, _share in zip(_AXES, _overlap, strict=True):
-        _add("share", _source, 0.6, **{f"stack.{_name}.overlap.{_axis}": _share})
+        _add("share", _source, _spread(_name, _axis, 0.6), **{f"stack.{_name}.overlap.{_axis}": _share})
 _add("share", "prior: where a run is said to overlap an axis", 0.0, overlap__told_share=0.75)
 _add("share", "prior: torch.compile fuses a layer's passes, and launches about half as many kernels", 0.0, compiled__launch_share=0.5)
 # What a transfer beside compute takes of it: Calculon has 15 % by NVLink and 2 % between nodes; Echo models it by pairs of kernels.
