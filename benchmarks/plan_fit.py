@@ -75,7 +75,8 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, int]]:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 case = rows.parse(json.loads(line))
-                seconds = case.measured.get("step_time_s")
+                row = json.loads(line)
+                seconds = case.measured.get("step_time_s") or _by_flops(row, case)
                 if not seconds:
                     refused["no seconds"] += 1
                     continue
@@ -87,6 +88,14 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, int]]:
                 continue
             found.append(Row(case.id, case.set, case, float(seconds), works, frozenset(watched.read), moe=case.workload.shape.experts > 0))
     return found, dict(refused)
+
+
+def _by_flops(row: dict[str, Any], case: rows.Case) -> float | None:
+    """Seconds of a row that has TFLOP/s alone, where its page says that it counts what model_flops counts: causal attention, and nothing made again."""
+    said = str(row.get("flops_convention") or "")
+    if not row.get("model_tflops_per_gpu") or not said.startswith("causal attention"):
+        return None
+    return operations.model_flops(case.workload) / (float(row["model_tflops_per_gpu"]) * 1e12 * case.workload.layout.ranks)
 
 
 def thinned(found: list[Row], most: int = MOST) -> list[Row]:

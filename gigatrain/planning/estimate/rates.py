@@ -26,14 +26,33 @@ _TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.93), (128, 64, 0.80), (
 _SHARPNESS = 4.0  # of the corner of the roofline: arithmetic and memory hide each other, but not wholly where they are alike
 
 
+# Of a family: the accelerator whose rates its constants are shares of. Its kin differ by their watts more than by what they are sold as: B200, B300 and GB200
+# reach 1745, 1769 and 1822 TFLOP/s at 1000, 1000 and 1200 W, sold as 2250, 2250 and 2500; an H200 is an H100, a GH200 4 % faster by 100 W.
+REFERENCES: dict[str, str] = {
+    "sm_80": "a100",
+    "sm_90": "h100",
+    "sm_100": "b200",
+    "gfx90a": "mi250x",
+    "gfx942": "mi300x",
+    "gfx950": "mi355x",
+}
+_MODULES: dict[str, float] = {
+    "gh200": 100.0,
+    "gh200-144": 100.0,
+}  # watts of the host's processor within those of the accelerator (POWER.md: 98 to 109 W)
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """One rank's device, in FLOP/s and bytes/s; `reached` is the most of the sold rate that a benchmark of products alone has had."""
 
     family: str
+    ultra: bool  # Blackwell Ultra, whose exponentials are twice as fast
     units: int
-    peak: Mapping[int, float]  # by bits of the operands
+    peak: Mapping[int, float]  # by bits of the operands, as sold
     reached: Mapping[int, float]  # shares
+    level: float  # of what is sold, what is the reference's at the same watts
+    watts: tuple[float, float] | None  # as sold, and the reference's
     bandwidth: float
     assumed: tuple[str, ...]
 
@@ -49,6 +68,8 @@ def device(chip: str) -> Device:
         known = ", ".join(c.id for c in hardware.CHIPS.values() if c.architecture in FAMILIES and c.bf16.value is not None)
         raise PlanError(f"the {found.name}'s {what} is not known, so that no time can be told for it. Estimates exist for: {known}.")
     assumed: list[str] = []
+    family = FAMILIES[found.architecture]
+    reference = hardware.CHIPS[REFERENCES[family]]
     peak = {16: found.bf16.value, 32: found.bf16.value / 2}
     reached = {16: _reached(found, "reached_bf16", "bf16", assumed), 32: 1.0}
     if found.fp8.value is not None:
@@ -60,11 +81,17 @@ def device(chip: str) -> Device:
         alike = min((c for c in _kin(found) if c.hbm_tbyte_s.value is not None), key=lambda c: float(c.hbm_tbyte_s.value or 0.0))
         bandwidth = float(alike.hbm_tbyte_s.value or 0.0)
         assumed.append(f"memory bandwidth of the {found.name}: the {alike.name}'s {bandwidth} TB/s, the lowest of its architecture")
+    watts = None
+    if found.watts.value is not None and reference.watts.value is not None:
+        watts = (found.watts.value - _MODULES.get(chip, 0.0), reference.watts.value)
     return Device(
-        family=FAMILIES[found.architecture],
+        family=family,
+        ultra=found.architecture == "sm_103",
         units=UNITS[found.architecture],
         peak={bits: rate * 1e12 / found.devices for bits, rate in peak.items()},
         reached=reached,
+        level=float(reference.bf16.value or 0.0) / found.bf16.value if watts is not None else 1.0,
+        watts=watts,
         bandwidth=bandwidth * 1e12 / found.devices,
         assumed=tuple(assumed),
     )
@@ -99,13 +126,13 @@ def bits_of(found: Device, bits: int) -> int:
 _NAMES = {16: "bf16", 8: "fp8", 4: "fp4"}
 
 
-def product_rate(chip: str, bits: int, constants: Mapping[str, float]) -> float:
-    """FLOP/s of a large product of operands of `bits` on one rank of `chip`, at full clock."""
+def product_rate(chip: str, bits: int, constants: Mapping[str, float], clock: float | None = None) -> float:
+    """FLOP/s of a large product of operands of `bits` on one rank of `chip`; `clock` as `clock_of` gives it, None: as sold."""
     found = device(chip)
     bits = bits_of(found, bits)
-    if bits == 32:
-        return found.peak[32] * constants["gemm.fp32.peak_share"] * found.reached[16]
-    return found.peak[bits] * min(constants[f"gemm.{found.family}.{_NAMES[bits]}.peak_share"], found.reached[bits])
+    pace = clock_of(chip, None, 1.0, constants) if clock is None else clock
+    share = constants["gemm.fp32.peak_share"] if bits == 32 else constants[f"gemm.{found.family}.{_NAMES[bits]}.peak_share"]
+    return found.peak[bits] * min(share * found.level * pace, found.reached[bits] * min(pace, 1.0))
 
 
 def shape_share(op: Op, found: Device, constants: Mapping[str, float]) -> float:
@@ -130,10 +157,21 @@ def shape_share(op: Op, found: Device, constants: Mapping[str, float]) -> float:
     return keeps * best
 
 
+_OLDER: dict[str, tuple[str, ...]] = {"sm_80": ("flash1",), "sm_90": ("flash2",)}  # slower than the best that the family has
+
+
 def attention_share(op: Op, found: Device, habits: Habits, constants: Mapping[str, float]) -> float:
     """Share of the sold bf16 rate that fused attention reaches: by architecture and implementation, direction, head_dim, keys and tiles of queries."""
-    kind = "flash2" if found.family == "sm_80" or (found.family == "sm_90" and habits.attention == "flash2") else "fused"
-    share = constants[f"attention.{found.family}.{kind}"]
+    kind = (
+        habits.attention
+        if found.family in _OLDER and habits.attention in _OLDER[found.family]
+        else "flash2"
+        if found.family == "sm_80"
+        else "fused"
+    )
+    share = constants[f"attention.{found.family}.{kind}"] * found.level
+    if found.ultra:
+        share *= constants["attention.ultra_gain"]
     if op.passes == "backward":
         share *= constants["attention.backward_share"]
     if op.k < 128:
@@ -147,10 +185,10 @@ def attention_share(op: Op, found: Device, habits: Habits, constants: Mapping[st
 
 
 def cost(
-    op: Op, chip: str | hardware.Chip, constants: Mapping[str, float], habits: Habits, *, clock: float = 1.0, products: float = 1.0
+    op: Op, chip: str | hardware.Chip, constants: Mapping[str, float], habits: Habits, *, clock: float | None = None, products: float = 1.0
 ) -> Cost:
-    """Seconds of `op` on one rank of `chip`, and of the host to launch it. `clock`: share of the full clock that compute holds; `products`: share of the
-    rate that the recipe of a low precision keeps. Raises PlanError for a chip whose rates nobody knows."""
+    """Seconds of `op` on one rank of `chip`, and of the host to launch it. `clock`: as `clock_of` gives it, None as sold; `products`: share of the rate that
+    the recipe of a low precision keeps. Raises PlanError for a chip whose rates nobody knows."""
     name = chip if isinstance(chip, str) else chip.id
     found = device(name)
     share, kernels = remains(op, habits)
@@ -158,19 +196,26 @@ def cost(
     launch = 0.0 if habits.graphed else habits.launch_s * kernels
     if op.kind == "memory":
         return Cost(op.bytes * share / (found.bandwidth * memory_share(op, found, constants)) + latency, launch)
-    moved = op.bytes / (found.bandwidth * constants[f"memory.{found.family}.share"])
     if op.kind == "optimizer":
         return Cost(op.bytes / (found.bandwidth * constants["optimizer.share"]) + latency, launch)
+    moved = op.bytes / (found.bandwidth * constants[f"memory.{found.family}.share"])
     if op.kind == "attention":
-        rate = found.peak[16] * min(attention_share(op, found, habits, constants), found.reached[16])
+        pace = clock_of(name, None, 1.0, constants) if clock is None else clock
+        rate = found.peak[16] * min(attention_share(op, found, habits, constants) * pace, found.reached[16])
     else:
-        rate = product_rate(name, op.bits, constants) * shape_share(op, found, constants)
+        rate = product_rate(name, op.bits, constants, clock) * shape_share(op, found, constants)
         if op.bits < 16 and bits_of(found, op.bits) < 16:
             rate *= products
         if op.kind == "grouped":
             rate *= constants[f"grouped.{found.family}.of_gemm"]
-    computed = op.flops / (rate * clock) if op.flops else 0.0
-    return Cost((computed**_SHARPNESS + moved**_SHARPNESS) ** (1 / _SHARPNESS) + latency, launch)
+    computed = op.flops / rate if op.flops else 0.0
+    # Releases of a stack make its kernels faster, and none of the machine: what remains is no less than the bytes.
+    seconds = (computed**_SHARPNESS + moved**_SHARPNESS) ** (1 / _SHARPNESS)
+    return Cost(
+        max(seconds * habits.pace, op.flops / (found.peak[min(op.bits, 16) if op.kind == "attention" else bits_of(found, op.bits)]))
+        + latency,
+        launch,
+    )
 
 
 def memory_share(op: Op, found: Device, constants: Mapping[str, float]) -> float:
@@ -201,17 +246,21 @@ def remains(op: Op, habits: Habits) -> tuple[float, float]:
 
 
 def clock_of(chip: str, cap_watts: float | None, clock_share: float, constants: Mapping[str, float]) -> float:
-    """Share of the full clock that compute-bound kernels hold under a limit of watts and a set clock.
+    """Clock that compute-bound kernels hold under a limit of watts and a set clock, over the clock of the family's reference accelerator at its own limit.
 
-    Above its idle share, draw falls as the `power.exponent`-th power of the clock: (cap - idle) / (sold - idle) = clock ** exponent. Memory and links keep
-    their own clocks. A cap at or below what idles is refused with PlanError.
+    Products of matrices draw all that is allowed, and what is above idle goes as the `power.exponent`-th power of the clock: clock = ((watts - idle) /
+    (reference - idle)) ** (1 / exponent). Memory and links keep their own clocks. A cap at or below what idles is refused with PlanError.
     """
-    share = min(clock_share, 1.0)
-    sold = hardware.CHIPS[chip].watts.value
-    if cap_watts is None or sold is None:
-        return share
-    idle = constants["power.idle_share"] * sold
-    if cap_watts <= idle:
-        raise PlanError(f"a cap of {cap_watts:.0f} W is no more than what a {hardware.CHIPS[chip].name} draws at any clock ({idle:.0f} W)")
-    needed = constants["power.gemm_share"] * sold
-    return min(share, 1.0, ((cap_watts - idle) / (needed - idle)) ** (1 / constants["power.exponent"]))
+    found = device(chip)
+    if found.watts is None:
+        return min(clock_share, 1.0)
+    sold, reference = found.watts
+    idle = constants["power.idle_share"] * reference
+    watts = sold if cap_watts is None else min(sold, cap_watts - _MODULES.get(chip, 0.0))
+    if watts <= idle * 1.05:
+        raise PlanError(
+            f"a cap of {cap_watts:.0f} W is no more than what a {hardware.CHIPS[chip].name} draws at any clock ({idle + _MODULES.get(chip, 0.0):.0f} W)"
+        )
+    free = ((sold - idle) / (reference - idle)) ** (1 / constants["power.exponent"])
+    held = ((watts - idle) / (reference - idle)) ** (1 / constants["power.exponent"])
+    return min(held, free * min(clock_share, 1.0))

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from math import exp
 from typing import get_args
 
 from gigatrain.errors import PlanError
@@ -32,6 +33,15 @@ def era(stack: str, version: str) -> str:
     return stack
 
 
+RELEASED = 2024.6  # NeMo 24.07: the release that constants are of
+
+
+def released(version: str) -> float:
+    """The year of a release that is named by year and month (NeMo's 24.07, 25.11); RELEASED where the version does not say."""
+    found = re.search(r"\b(2[2-9])\.(0[1-9]|1[0-2])\b", version)
+    return 2000 + int(found[1]) + (int(found[2]) - 0.5) / 12 if found else RELEASED
+
+
 def habits(stack: str, version: str, constants: Mapping[str, float]) -> Habits:
     """Habits of `stack` at `version`, from `constants` (names `stack.*`, `slowdown.*`); raises PlanError for an unknown stack."""
     name = era(stack, version)
@@ -43,11 +53,14 @@ def habits(stack: str, version: str, constants: Mapping[str, float]) -> Habits:
         passes_share=constants[f"stack.{name}.passes_share"],
         fused=_FUSED.get(name, frozenset()),
         bucket_bytes=_BUCKETS.get(name, 100 * MiB),
-        attention="flash2" if name in _FLASH2 and not _LATER.search(version.lower()) else "fused",
+        attention=_ATTENTION.get(name, "fused") if not _LATER.search(version.lower()) else "fused",
+        pace=exp(-constants["software.gain_year"] * (released(version) - RELEASED)),
+        synced_sends=name in _SYNCED,
         step_s=constants[f"stack.{name}.step_s"],
     )
 
 
+BUCKET_BYTES_A_RANK = 4e6  # Megatron's buckets grow with the ranks that share them, 1 M parameters each, so that a ring's chunks stay large
 # Bytes of one reduced bucket of gradients: Megatron's max(40 M, 1 M x dp) parameters in fp32, DeepSpeed's 5e8 elements in bf16, DDP's 25 MiB.
 _BUCKETS: dict[str, float] = {
     "megatron": 160e6,
@@ -58,6 +71,9 @@ _BUCKETS: dict[str, float] = {
     "torchtitan": 100 * MiB,
     "nanotron": 100 * MiB,
 }
+
+# Megatron's batched sends end with torch.cuda.synchronize() (batch_p2p_sync, on by default; off where sends overlap).
+_SYNCED = frozenset({"megatron_2021", "megatron_plain"})
 
 # What one kernel does: Transformer Engine's and Liger's rotary, gated activation and loss; torch.compile fuses what lies between two products (`compiled`).
 COMPILED = frozenset({"norm", "rope", "activation", "residual", "bias", "cross_entropy"})
@@ -71,6 +87,9 @@ _FUSED: dict[str, frozenset[str]] = {
     "deepspeed": frozenset({"rope", "activation", "cross_entropy"}),
     "generic": frozenset({"rope", "activation"}),
 }
-# Torch's own scaled_dot_product_attention and the flash_attn package are FlashAttention-2, unless the version says that a later one is there.
-_FLASH2 = frozenset({"llm_foundry", "torchtitan", "nanotron", "deepspeed", "megatron_2021", "generic"})
-_LATER = re.compile(r"fa-?[34]\b|flash.?(attention)?.?[34]\b|cudnn|\bte\b")
+# Torch's own scaled_dot_product_attention and the flash_attn package are FlashAttention-2, unless the version says that a later one is there; llm-foundry's
+# published tables are of the first (its Triton form), where that exists.
+_ATTENTION: dict[str, str] = dict.fromkeys(("torchtitan", "nanotron", "deepspeed", "megatron_2021", "generic"), "flash2") | {
+    "llm_foundry": "flash1"
+}
+_LATER = re.compile(r"\bfa-?[34]\b|flash.?attention.?[34]\b|cudnn|\bte\b")
