@@ -83,13 +83,14 @@ def page(values: Sequence[Value]) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="referrer" content="no-referrer">\n'
-        f"<title>{escaped(title, 120)} | gigatrain report</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n"
+        f"<title>{escaped(title, 120)} | gigatrain report</title>\n<style>\n{style()}</style>\n</head>\n<body>\n"
         + "\n".join(parts)
         + f"\n</main>\n<footer><p>{escaped(made)}</p></footer>\n</body>\n</html>\n"
     )
 
 
-def _style() -> str:
+def style() -> str:
+    """page.css with both sets of colours."""
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     tones = (
         f".c{at} {{ stroke: var(--t{at}) }}\n.f{at} {{ fill: var(--t{at}) }}\n.chart .x{at} {{ color: var(--t{at}) }}"

@@ -17,10 +17,11 @@ def lacking(tag: str, title: str, why: str, *, wide: bool = False) -> str:
     return card(tag, title, f"unknown: {why}", wide=wide)
 
 
-def figure(tag: str, title: str, text: str, picture: str, behind: str) -> str:
+def figure(tag: str, title: str, text: str, picture: str, behind: str, *, wide: bool = False) -> str:
     """A picture, and `behind` it its numbers."""
     note = f"<figcaption><{tag}>{escaped(title)}</{tag}><p>{escaped(text)}</p></figcaption>"
-    return f"<figure class=card>{note}{picture}{behind}</figure>"
+    kind = "'card wide'" if wide else "card"
+    return f"<figure class={kind}>{note}{picture}{behind}</figure>"
 
 
 def column(*cards: str) -> str:
