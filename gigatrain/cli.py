@@ -246,7 +246,9 @@ def _arithmetic(options: argparse.Namespace) -> None:
     from gigatrain.planning import megawatts
 
     if not (options.site and options.explain):
-        raise RecipeError("name a RECIPE (`gigatrain recipes` lists them); without one: --site S --explain, --predict FILE or --calibrate RUN")
+        raise RecipeError(
+            "name a RECIPE (`gigatrain recipes` lists them); without one: --site S --explain, --predict FILE or --calibrate RUN"
+        )
     found = megawatts.explain(load.site(options.site))
     print(json.dumps(dataclasses.asdict(found), indent=2, default=str) if options.json else "\n".join(megawatts.explained(found)))
 
@@ -265,7 +267,9 @@ def _accelerators(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from gigatrain.planning.predict import predict_file
 
-    told = predict_file(Path(options.predict), Path(options.out or "predicted.jsonl"), strict=options.strict, constants=_constants(options.calibration))
+    told = predict_file(
+        Path(options.predict), Path(options.out or "predicted.jsonl"), strict=options.strict, constants=_constants(options.calibration)
+    )
     print(f"{told}\nanswers: {options.out or 'predicted.jsonl'}")
 
 
@@ -273,7 +277,9 @@ def _calibrate(options: argparse.Namespace) -> None:
     from gigatrain import load
     from gigatrain.observe import calibrate
 
-    found = calibrate.calibrate([Path(run).expanduser() for run in options.calibrate], site=load.site(options.site) if options.site else None)
+    found = calibrate.calibrate(
+        [Path(run).expanduser() for run in options.calibrate], site=load.site(options.site) if options.site else None
+    )
     out = options.out or "calibration.json"
     calibrate.write(found, Path(out))
     print(f"{found}\nwritten: {out}; apply it with gigatrain plan RECIPE --calibration {out}")
@@ -778,9 +784,13 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help="as many nodes as M MW of the facility feed, cooling included, and a run that keeps to them; without --site: which accelerators, at which limit",
     )
-    planned.add_argument("--pue", metavar="P", type=_positive, default=1.2, help="of --megawatts without a site: facility over IT (default: 1.2)")
+    planned.add_argument(
+        "--pue", metavar="P", type=_positive, default=1.2, help="of --megawatts without a site: facility over IT (default: 1.2)"
+    )
     planned.add_argument("--top", metavar="K", type=_ranks, help="search every layout, show the K best that differ, and plan the first")
-    planned.add_argument("--explain", action="store_true", help="the arithmetic: phases, bytes, watts, losses, and what was assumed; of a site alone, its MW")
+    planned.add_argument(
+        "--explain", action="store_true", help="the arithmetic: phases, bytes, watts, losses, and what was assumed; of a site alone, its MW"
+    )
     planned.add_argument("--report", metavar="FILE", help="one HTML page: where time, bytes, watts and money go, layouts, scaling, what-if")
     planned.add_argument("--pilots", metavar="DIR", help="write job scripts of short runs that decide among the best layouts")
     planned.add_argument("--strict", action="store_true", help="refuse what is outside of what was calibrated")
@@ -789,7 +799,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     planned.add_argument("--calibration", metavar="FILE", help="plan with what --calibrate wrote")
     planned.add_argument("--predict", metavar="FILE", help="answer rows of measurements (JSON lines, PLANNER.md), into -o FILE")
-    planned.add_argument("-o", "--out", metavar="FILE", default=None, help="of --predict (predicted.jsonl) and --calibrate (calibration.json)")
+    planned.add_argument(
+        "-o", "--out", metavar="FILE", default=None, help="of --predict (predicted.jsonl) and --calibrate (calibration.json)"
+    )
     planned.add_argument(
         "--dry-run", action="store_true", help="build every kind of rank and step it on fake tensors: boxes, bytes, collectives"
     )

@@ -39,9 +39,7 @@ class Pilots:
     start: Path
 
 
-def write(
-    folder: Path, found: Found, request: submit.Request, *, measure: Callable[[Any], Any] | None = None
-) -> Pilots:
+def write(folder: Path, found: Found, request: submit.Request, *, measure: Callable[[Any], Any] | None = None) -> Pilots:
     """A pilot of each candidate of `found`, of the recipe, overrides and site of `request`; submits nothing.
 
     Raises RunError where `folder` holds something or cannot be written, and what `submit.prepare` raises.
@@ -60,7 +58,9 @@ def write(
             recipe = _short(load.recipe(request.recipe, [*request.overrides, *overrides(candidate)]), number)
             path, run = folder / f"pilot-{number}.json", folder / f"run-{number}"
             path.write_text(json.dumps(recipe.model_dump(mode="json", by_alias=True), indent=1) + "\n", encoding="utf-8")
-            one = replace(request, recipe=str(path), overrides=(), sweep=(), chain=1, folder=str(run), nodes=None, gpus=ranks, megawatts=None)
+            one = replace(
+                request, recipe=str(path), overrides=(), sweep=(), chain=1, folder=str(run), nodes=None, gpus=ranks, megawatts=None
+            )
             prepared = submit.prepare(one, measure=measure)
             files[f"pilot-{number}.sh"] = submit.preview(prepared)
             lines.append(shlex.join(_command(one, prepared.job.python, local)))
@@ -203,7 +203,9 @@ def decided(folder: Path) -> list[str]:
     pilots = timed(folder)
     ran = sorted((one for one in pilots if one.step_s is not None), key=lambda one: one.step_s or 0.0)
     if not ran:
-        raise RunError(f"no pilot of {folder} has come to its timed steps yet; start them with: bash {shlex.quote(str(Path(folder) / 'pilots.sh'))}")
+        raise RunError(
+            f"no pilot of {folder} has come to its timed steps yet; start them with: bash {shlex.quote(str(Path(folder) / 'pilots.sh'))}"
+        )
     best = ran[0]
     lines = []
     for one in ran:

@@ -35,7 +35,7 @@ def undivided(recipe: Recipe, site: Site, ranks: int, measure: Measure | None = 
             "power": recipe.power.model_copy(update={"megawatts": None}),
         }
     )
-    found = workload_of(plan(alone, site, 1, measure=measure, fits=False))
+    found = workload_of(plan(alone, site, 1, measure=measure, fits=False, forecast=False))
     zero = recipe.engine.zero if recipe.engine.name == "deepspeed" else 3
     return replace(
         found,
@@ -61,9 +61,10 @@ def layouts(
 
     def refusal(workload: Workload) -> str:
         try:
-            plan(load.changed(recipe, overrides(Candidate(workload, None, changed=False))), site, ranks, measure=measure)  # type: ignore[arg-type]
+            plan(load.changed(recipe, overrides(Candidate(workload, None, changed=False))), site, ranks, measure=measure, forecast=False)  # type: ignore[arg-type]
         except (PlanError, RecipeError) as failure:
-            return str(failure).split(";")[0][:100]
+            said = str(failure).split(";")[0]
+            return "memory: by the engine's own count" if said.startswith("the run needs") else said[:100]
         return ""
 
     return search(

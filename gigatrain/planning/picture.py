@@ -177,7 +177,7 @@ def roofline(workload: Workload, cluster: Cluster, constants: Mapping[str, float
     found = rates.device(cluster.chip)
     names = {32: "fp32", 16: "bf16", 8: "fp8", 4: "fp4"}
     peaks = {names[bits]: rate for bits, rate in sorted(found.peak.items(), reverse=True) if bits in (16, min(16, _bits(workload)))}
-    of = estimate.timer(workload, cluster, estimate.habits_of(workload, constants), constants)
+    of = estimate.timer(workload, cluster, estimate.habits_of(workload, cluster, constants), constants)
     best: dict[tuple[str, str], Point] = {}
     for work in operations.works(workload):
         mine: dict[tuple[str, str], Point] = {}
@@ -222,7 +222,7 @@ def roles(
     from gigatrain.planning.estimate.constants import VALUES
 
     constants = VALUES if constants is None else constants
-    of = estimating.timer(workload, cluster, estimating.habits_of(workload, constants), constants)
+    of = estimating.timer(workload, cluster, estimating.habits_of(workload, cluster, constants), constants)
     found = []
     works = operations.works(workload)
     for rank, work in enumerate(works):

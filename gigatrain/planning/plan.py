@@ -217,11 +217,13 @@ def plan(
     measure: Callable[[Mapping[str, Any]], Foreign] | None = None,
     constants: Mapping[str, float] | None = None,
     fits: bool = True,
+    forecast: bool = True,
 ) -> Plan:
     """Make every number of the run concrete, on `ranks` processes (default: the recipe's `train.nproc`, else what its mesh needs).
 
     `measure` gives the numbers of a model that is not of our families: models/autonumbers.py's `numbers`, which needs torch. `constants`: of the
-    estimate, where runs of one's own have refitted them (calibrate.py). `fits` False: memory is not judged, as where a layout is still to be searched.
+    estimate, where runs of one's own have refitted them (calibrate.py). `fits` False: memory is not judged, as where a layout is still to be searched; `forecast`
+    False: nothing is expected of it.
 
     Raises PlanError for what cannot work: a memory need beyond the site's, watts beyond a budget, a tokenizer beyond the model's vocabulary, a mesh that
     divides nothing.
@@ -325,7 +327,7 @@ def plan(
         flops_per_token=architecture.flops_per_token(train.sequence),
         memory=memory,
     )
-    return found.model_copy(update={"expected": expect(found, site, constants)}) if fits else found
+    return found.model_copy(update={"expected": expect(found, site, constants)}) if forecast else found
 
 
 def gib(count: int) -> str:

@@ -56,7 +56,9 @@ def _expected(found: Expected) -> Iterator[tuple[str, str]]:
 def strict(found: Expected, asked: bool) -> None:
     """Raise PlanError where `--strict` was asked for and the case is outside of what was calibrated."""
     if asked and found.outside:
-        raise PlanError(f"outside of what was calibrated: {'; '.join(found.outside)}; without --strict the intervals are wider and the plan says so")
+        raise PlanError(
+            f"outside of what was calibrated: {'; '.join(found.outside)}; without --strict the intervals are wider and the plan says so"
+        )
 
 
 def explained(found: Prospect) -> list[str]:

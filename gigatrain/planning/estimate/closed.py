@@ -75,7 +75,7 @@ class Prices:
 
     def __init__(self, workload: Workload, cluster: Cluster, constants: Mapping[str, float]) -> None:
         self.workload, self.cluster, self.constants = workload, cluster, constants
-        self.habits = estimate.habits_of(workload, constants)
+        self.habits = estimate.habits_of(workload, cluster, constants)
         self.clock = rates.clock_of(cluster.chip, cluster.cap_watts, cluster.clock_share, constants)
         self.uneven = 1.0 if workload.balanced else 1.0 + constants["moe.imbalance"]
         self.kinds: dict[tuple[bool, int | None], int] = {}
