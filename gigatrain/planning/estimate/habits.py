@@ -24,8 +24,13 @@ class Habits:
     )  # axis -> share of compute's rate that a transfer beside it takes (its SMs, its HBM)
     launch_s: float = 0.0  # of the host, per kernel
     graphed: bool = False
-    passes_share: float = 1.0  # passes over memory that remain after fusion, of operations.py's unfused ones
+    # Bytes of passes over memory, of operations.py's with `fused` taken off: what its kernels read twice or not at all.
+    passes_share: float = 1.0
+    fused: frozenset[str] = frozenset()  # names of operations.py's passes that one kernel does
     bucket_bytes: float = 0.0  # of gradients, zero 0 to 2
+    attention: str = "fused"  # cuDNN, FlashAttention-3; flash1, flash2, flash4: those, on accelerators where they are slower or faster
+    pace: float = 1.0  # of its kernels' seconds: a later release has faster ones
+    synced_sends: bool = False  # the host waits for the device at each send between pipeline stages, and so never runs ahead of it
     step_s: float = 0.0  # constant of a step: host, logging, gradient norm's read
 
 

@@ -82,11 +82,11 @@ def _stack(row: Row) -> Stack:
 
 
 def _version(row: Row) -> str:
+    """What is said of the release, and of an attention later than FlashAttention-2 (stacks.py reads it)."""
     said = row.row.get("framework_version")
-    if said:
-        return str(said)
     numbers = re.findall(r"\d+\.\d+(?:\.\d+)?", row.text("framework"))
-    return numbers[0] if numbers else ""
+    attention = re.search(r"\bfa-?[34]\b|flash.?attention.?[34]\b|cudnn|\bte\b", row.text("attention_impl"))
+    return " ".join([str(said) if said else numbers[0] if numbers else "", attention[0] if attention else ""]).strip()
 
 
 def _old(row: Row, stack: Stack) -> bool:
