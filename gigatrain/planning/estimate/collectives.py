@@ -89,6 +89,17 @@ COLLECTIVES: dict[str, Published] = {
         tree=20e-6,
     ),
     **_net("efa", 0.96, 1.1e6, 46e-6, 15e-6, _EFA, alltoall=0.60, send=0.73, tree=75e-6),
+    **_net(
+        "omnipath",
+        0.75,
+        2.5e6,
+        40e-6,
+        8.0e-6,
+        "prior: its host moves the data; PSM2 below NCCL reaches 9 to 10 of 12.5 GB/s",
+        alltoall=0.55,
+        send=0.70,
+        tree=30e-6,
+    ),
     **_net("slingshot", 0.85, 2.5e6, 35e-6, 6.0e-6, "prior: between infiniband and efa", alltoall=0.60, send=0.75, tree=25e-6),
 }
 DEFAULTS: dict[str, float] = {name: value for name, (value, *_) in COLLECTIVES.items()}
