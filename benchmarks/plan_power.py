@@ -12,16 +12,19 @@ of evaluation EVALUATION of the way between both. What is around the devices (en
 """
 
 import csv
+import functools
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import plan
 
-from gigatrain.planning.estimate import energy, operations, rates, stacks
-from gigatrain.planning.estimate.constants import VALUES
-from gigatrain.planning.estimate.work import Block, Item, Op
+from gigatrain.planning import hardware, megawatts
+from gigatrain.planning.estimate import energy
+from gigatrain.planning.estimate.estimate import estimate
+from gigatrain.planning.estimate.work import Estimate
 from gigatrain.planning.estimate.workload import Layout, Shape, Workload
 from gigatrain.planning.expected import Range
 
@@ -101,50 +104,53 @@ def phases(name: str) -> dict[str, float]:
     return {key: float(text) for key, text in found.items() if key not in ("config", "source")}
 
 
-def busy(config: Config, step_s: float) -> dict[str, float]:
-    """Device-seconds of a step of rank 0 by kind, from its operations and their rates; what is left of the measured step is communication or waits for it."""
-    habits = replace(stacks.habits(config.workload.stack, config.workload.version, VALUES), graphed=config.workload.graphed)
-    found = dict.fromkeys((*energy.COMPUTE, "communication", "idle"), 0.0)
-    work = operations.work(config.workload)
-    for op in (op for stage in work.stages for block in stage for op in _ops(block)):
-        found[op.kind] += rates.cost(op, config.chip, VALUES, habits).seconds * config.workload.accumulation
-    for item in work.step:
-        if isinstance(item, Op):
-            found[item.kind] += rates.cost(item, config.chip, VALUES, habits).seconds
-    return found | {"communication": max(0.0, step_s - sum(found.values()))}
+@functools.cache
+def estimated(config: Config) -> Estimate:
+    return estimate(config.workload, megawatts.cluster_of(config.chip, 8 * config.nodes))
 
 
-def _ops(block: Block) -> Iterable[Op]:
-    items: tuple[Item, ...] = (*block.forward, *block.recompute, *block.backward)
-    return (item for item in items if isinstance(item, Op))
+def busy(config: Config, step_s: float | None) -> tuple[dict[str, float], float]:
+    """`(device-seconds by kind, seconds)` of a step as estimated. Where it took longer than that (`step_s`), ranks waited in communication for the rest; where
+    it took less, the estimate's own shares hold."""
+    found = estimated(config)
+    longer = max(0.0, (step_s or 0.0) - found.step_s)
+    return found.busy | {"communication": found.busy["communication"] + longer}, found.step_s + longer
 
 
-def around(config: Config, rest: float, held: float, side: str = "AC") -> energy.Server:
+def around(config: Config, rest: float, held: float) -> energy.Server:
     one = energy.server(config.cooling)
     share = energy.Share(config.efficiency, config.efficiency - 0.01, config.efficiency + 0.01, "as the logs say")
-    unity = energy.Share(1.0, 1.0, 1.0, "metered behind the supplies")
-    return replace(one, rest=replace(one.rest, value=rest), held=replace(one.held, value=held), efficiency=share if side == "AC" else unity)
+    return replace(one, rest=replace(one.rest, value=rest), held=replace(one.held, value=held), efficiency=share)
 
 
-def devices(config: Config) -> tuple[float, float]:
-    """`(training, waiting)` watts of one accelerator."""
+def unknown_server(rest: float) -> energy.Server:
+    """A node of eight of which nobody says how it is cooled and what its supplies lose."""
+    one = energy.server()
+    return replace(one, rest=replace(one.rest, value=rest))
+
+
+def devices(config: Config, known: bool = True) -> tuple[float, float]:
+    """`(training, waiting)` watts of one accelerator; `known`: the step's seconds are the log's."""
+    sold = hardware.chip(config.chip).watts.value or 0.0
+    mix, step_s = busy(config, phases(config.name)["step_s"] if known else None)
+    return energy.device_watts(mix, step_s, sold, sold), energy.POWER["idle"].value * sold
+
+
+def predicted(config: Config, rest: float, held: float, known: bool = True, server: energy.Server | None = None) -> tuple[float, float]:
+    """`(watts of a node, kWh of a run)` over the stretches that the run's log tells of; not `known`: training takes what the estimate says of a step."""
+    trains, waits = devices(config, known)
     found = phases(config.name)
-    sold = energy.hardware.chip(config.chip).watts.value or 0.0
-    return energy.device_watts(busy(config, found["step_s"]), found["step_s"], sold, sold), energy.POWER["idle"].value * sold
-
-
-def predicted(config: Config, rest: float, held: float, side: str = "AC") -> tuple[float, float]:
-    """`(watts of a node, kWh of a run)` over the stretches that the run's log tells of."""
-    trains, waits = devices(config)
-    server, found = around(config, rest, held, side), phases(config.name)
+    server = server or around(config, rest, held)
 
     def node(device: float, wait: bool) -> float:
         return 8 * energy.node_watts(Range(low=device, mid=device, high=device), server, wait).mid
 
     training, waiting = node(trains, False), node(waits, True)
     evaluates = waiting + EVALUATION * (training - waiting)
-    joules = training * found["train_s"] + evaluates * found["eval_s"] + waiting * found["wait_s"]
-    return joules / found["run_s"], joules * config.nodes / 3.6e6
+    train_s = found["train_s"] if known else found["train_s"] * estimated(config).step_s / found["step_s"]
+    run_s = train_s + found["eval_s"] + found["wait_s"]
+    joules = training * train_s + evaluates * found["eval_s"] + waiting * found["wait_s"]
+    return joules / run_s, joules * config.nodes / 3.6e6
 
 
 def rest_of(config: Config, held: float) -> float:
@@ -161,9 +167,9 @@ def learnt(configs: Iterable[Config], held: float = energy.HELD.value) -> float:
     return statistics.mean(statistics.mean(found) for found in by_system.values())
 
 
-def table() -> list[dict[str, object]]:
+def table() -> list[dict[str, Any]]:
     """One row a configuration: metered and predicted, with its system left out, and with its system's other configurations known."""
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for config in CONFIGS:
         measured = meter(config)
         without = learnt(one for one in CONFIGS if one.system != config.system)
@@ -180,6 +186,11 @@ def table() -> list[dict[str, object]]:
                 "metered_kwh": measured.kwh,
                 "predicted_kwh": kwh,
                 "error_kwh": kwh / measured.kwh - 1,
+                "predicted_step_w": predicted(config, without, energy.HELD.value, known=False)[0] / measured.node_watts - 1,
+                "predicted_step_kwh": predicted(config, without, energy.HELD.value, known=False)[1] / measured.kwh - 1,
+                "step_error": estimated(config).step_s / phases(config.name)["step_s"] - 1,
+                "unknown_server": predicted(config, without, energy.HELD.value, server=unknown_server(without))[0] / measured.node_watts
+                - 1,
                 "known_error": None if known is None else known / measured.node_watts - 1,
                 "own_rest_w": rest_of(config, energy.HELD.value),
             }
@@ -189,13 +200,17 @@ def table() -> list[dict[str, object]]:
 
 def main() -> None:
     print(
-        "config            metered W  predicted W   error   metered kWh  predicted kWh   error   server metered elsewhere   rest W (without | own)"
+        "Node watts and kWh of a run, error of the prediction; constants without the system that is predicted. Step: the estimate's against the log's."
+    )
+    print(
+        "config             metered W   error |  metered kWh   error | with the estimate's step: W     kWh  (step) | server unknown | server's other runs"
     )
     for row in table():
-        known = f"{row['known_error']:+7.1%}" if row["known_error"] is not None else "   only one"
+        known = f"{row['known_error']:+.1%}" if row["known_error"] is not None else "only one"
+        stepped = f"{row['predicted_step_w']:+15.1%}  {row['predicted_step_kwh']:+6.1%} ({row['step_error']:+.1%})"
         print(
-            f"{row['config']:16}  {row['metered_w']:9,.0f}  {row['predicted_w']:11,.0f}  {row['error']:+6.1%}  {row['metered_kwh']:11.2f}  "
-            f"{row['predicted_kwh']:13.2f}  {row['error_kwh']:+6.1%}   {known:>24}   {row['rest_w']:.0f} | {row['own_rest_w']:.0f}"
+            f"{row['config']:16}  {row['metered_w']:10,.0f}  {row['error']:+6.1%} |  {row['metered_kwh']:11.2f}  {row['error_kwh']:+6.1%} |           {stepped}"
+            f" | {row['unknown_server']:+14.1%} | {known:>12}   rest {row['rest_w']:.0f}, its own {row['own_rest_w']:.0f} W"
         )
     print(f"fitted on all: {learnt(CONFIGS):.0f} W around each accelerator")
 
