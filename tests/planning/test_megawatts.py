@@ -141,6 +141,7 @@ def test_a_lower_cap_holds_more_and_slower_accelerators() -> None:
 
 def test_losses_of_many_accelerators_are_taken_off() -> None:
     found = megawatts.options(WORKLOAD, 10.0, 1.2, chips=("h100",), caps=(1.0,), goodput=lambda count: 1 - count / 1e5)[0]
+    assert found.goodput is not None
     assert found.goodput == 1 - found.accelerators / 1e5
     assert found.goodput_tokens_per_s == pytest.approx(found.tokens_per_s * found.goodput)
     assert "goodput" in found.text(10.0)

@@ -16,7 +16,7 @@ from gigatrain.planning import hardware
 from gigatrain.planning.estimate import rates
 from gigatrain.planning.estimate.cluster import Cluster
 from gigatrain.planning.estimate.constants import VALUES
-from gigatrain.planning.estimate.work import Estimate
+from gigatrain.planning.estimate.work import Estimate, Kind
 from gigatrain.planning.estimate.workload import Workload
 from gigatrain.planning.expected import Range
 from gigatrain.planning.watts import Watts
@@ -258,7 +258,7 @@ def server_of(watts: Watts, chip: hardware.Chip) -> Server | None:
 SUPERCHIPS = frozenset({"gh200", "gh200-144", "gb200", "gb300", "rubin"})  # whose module has its processor beside it
 
 
-def capped_rate(chip: str, cap_watts: float | None, kind: str = "gemm", constants: Mapping[str, float] = VALUES) -> Range:
+def capped_rate(chip: str, cap_watts: float | None, kind: Kind = "gemm", constants: Mapping[str, float] = VALUES) -> Range:
     """Share of the uncapped rate that a kind of work keeps under `cap_watts`, with its 90 % interval.
 
     Above what stays at any clock, watts fall as a power of the clock; the middle is what rates.clock_of has. Work that draws less than the cap keeps its rate;
