@@ -228,10 +228,10 @@ def main() -> None:
     print("configuration     runs  node W |  A: W  in 90 %     kWh |  B: W     kWh  (step) |  C: W |  D: W | rest W: learnt, its own")
     for row in table():
         nobody, known = ("     -" if value is None else f"{value:+6.1%}" for value in (row["unknown_server"], row["known_error"]))
-        inside, of = "yes" if row["within"] else "no", f"of {row['metered_kwh']:6.2f}"
+        here = f"{row['error']:+6.1%}  {'yes' if row['within'] else 'no':3}  {row['error_kwh']:+6.1%} of {row['metered_kwh']:6.2f}"
         stepped = f"{row['stepped_error']:+6.1%}  {row['stepped_error_kwh']:+6.1%} ({row['step_error']:+.0%})"
         print(
-            f"{row['config']:16} {row['runs']:5} {row['metered_w']:7,.0f} | {row['error']:+6.1%}  {inside:3}  {row['error_kwh']:+6.1%} {of} | {stepped} | {nobody}"
+            f"{row['config']:16} {row['runs']:5} {row['metered_w']:7,.0f} | {here} | {stepped} | {nobody}"
             f" | {known} | {row['rest_w']:.0f}, {row['own_rest_w']:.0f}"
         )
     print(f"fitted on all: {learnt(CONFIGS):.0f} W around each accelerator (energy.REST: {energy.REST.value:.0f})")
