@@ -111,6 +111,11 @@ def _nic(row: Row, chip: str, per_node: int) -> float:
     if "compute:" in text:
         text = re.split(r"management:|storage:", text.split("compute:")[1])[0]
         raw = text
+    elif re.search(r"infiniband|\bib\b|\broce\b", text):  # beside a network of management, which a list may name first
+        text, raw = (
+            ",".join(part for part in re.split(r"[,;]", said) if re.search(r"infiniband|\bib\b|\broce\b", part.lower()))
+            for said in (text, raw)
+        )
     if text:
         if match := re.search(r"(\d+(?:\.\d+)?)\s*(t|g)b/s_bit\s*(?:/|per)\s*(node|gpu|gcd)", text):
             total = float(match[1]) / 8 * (1000 if match[2] == "t" else 1)

@@ -21,6 +21,7 @@ QUANTISED: dict[str, float] = {
 # Rows of the fullest rank over the mean where nothing forces balance: Qwen3-235B dropless against forced, planning.md section 3 (Megatron-MoE-ModelZoo): 8 to
 # 20 % of a step of which experts are two thirds.
 IMBALANCE = 1.2
+ADAPTED = frozenset({"qkv", "attention_output"})  # by LoRA: operations.trained counts the same
 FUSED_SUM = frozenset({"megatron"})  # weight gradients are added to fp32 sums by the product itself
 REGATHERS = frozenset({"megatron", "generic", "nanotron"})  # keep a sequence-sharded input and gather it again in the backward
 UNFUSED_GATE = frozenset(
@@ -105,7 +106,7 @@ def product(local: Local, name: str, m: int, n: int, k: int, *, groups: int = 1,
             passes.append(Op("quantise", "memory", "forward", 0.0, each * weights, kernels=1 if each < 5 else 2))
         forward = [*passes, *forward]
         backward = [Op("quantise", "memory", "backward", 0.0, each * rows * n, kernels=1 if each < 5 else 2), *backward]
-    if w.frozen and w.adapter_rank and frozen and not grouped:
+    if w.frozen and w.adapter_rank and frozen and name in ADAPTED:
         a, a_back = product(local, name + "_lora_a", m, w.adapter_rank, k, bits=16, frozen=False)
         b, b_back = product(local, name + "_lora_b", m, n, w.adapter_rank, bits=16, frozen=False)
         forward, backward = [*forward, *a, *b], [*b_back, *a_back, *backward]
