@@ -19,7 +19,7 @@ from gigatrain.planning.estimate.workload import Workload
 from gigatrain.planning.expected import Range
 from gigatrain.site import UNKNOWN, Accelerator, Figure, Network, Node, Power, Site
 
-CAPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of what a chip is sold with
+CAPS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of what a chip is sold with; further down published sweeps contradict each other (energy.EXPONENT)
 PUES = (1.0, 1.1, 1.2, 1.3)  # shown where a site's own is unknown: 1.0 is IT alone, 1.1 warm water, 1.2 and 1.3 halls cooled by air
 _PER_NODE = {"gh200": 4, "gh200-144": 4, "gb200": 4, "gb300": 4, "rubin": 4, "mi250x": 4, "a100-64": 4, "h100-64": 4}
 FABRIC_LEAST = (
@@ -39,22 +39,28 @@ class Option:
     watts: Range | None = None  # each, at the facility
     device_watts: float = 0.0
     tokens_per_s: float = 0.0  # of all, before losses
-    goodput: float = 1.0
+    goodput: float | None = None  # None: losses are not taken off
     kept: Range | None = None  # share of the uncapped compute rate
     limits: str = ""
     unknown: str = ""
 
     @property
     def goodput_tokens_per_s(self) -> float:
-        return self.tokens_per_s * self.goodput
+        return self.tokens_per_s * (1.0 if self.goodput is None else self.goodput)
 
     def text(self, megawatts: float) -> str:
-        """`b200 at 700 W   152,000 x 1,316 W   1,203 Mtok/s kept, 6.0 Mtok/s/MW`"""
+        """`b200 700 W  152,000 x 1,316 W (1,201 to 1,440)  203 Mtok/s kept (goodput 0.84), 1.02 Mtok/s/MW, 92% (85% to 95%) of the compute rate; ...`"""
         if self.unknown or self.watts is None:
             return f"{self.chip:10}  {self.unknown}"
+        kept = f"kept (goodput {self.goodput:.2f})" if self.goodput is not None else "before losses"
+        share = (
+            f", {self.kept.mid:.0%} ({self.kept.low:.0%} to {self.kept.high:.0%}) of the compute rate"
+            if self.kept and self.kept.mid < 1
+            else ""
+        )
         return (
             f"{self.chip:10} {self.cap_watts:5,.0f} W  {self.accelerators:9,} x {self.watts.mid:5,.0f} W ({self.watts.low:,.0f} to {self.watts.high:,.0f})  "
-            f"{_rate(self.goodput_tokens_per_s)} kept (goodput {self.goodput:.2f})  {_rate(self.goodput_tokens_per_s / megawatts)}/MW  {self.limits}"
+            f"{_rate(self.goodput_tokens_per_s)} {kept}, {_rate(self.goodput_tokens_per_s / megawatts)}/MW{share}; {self.limits}"
         )
 
 
@@ -95,8 +101,10 @@ def options(
 
 def report(found: Sequence[Option], megawatts: float, pue: float, best: int = 12) -> Iterator[str]:
     """Lines for a reader: the best, the best of each other accelerator, and what is unknown."""
-    yield f"{megawatts:g} MW at the facility, PUE {pue:g}: accelerators x watts of each, everything included, and the tokens that are kept"
+    yield f"{megawatts:g} MW at the facility, PUE {pue:g}: count x watts of each with its share of everything, and what they train; prices are not counted"
     shown = [one for one in found if not one.unknown]
+    if shown and shown[0].cap_watts == min(one.cap_watts or 0.0 for one in shown if one.chip == shown[0].chip):
+        yield "the best is at the lowest cap that was tried: more and slower ones win as long as only watts count; the price of accelerators sets the end"
     seen: set[str] = set()
     for place, one in enumerate(shown):
         if place < best or one.chip not in seen:
@@ -109,47 +117,41 @@ def _option(
     workload: Workload, facility: float, pue: float, chip: hardware.Chip, cap: float, goodput: Callable[[int], float] | None, estimator: Estimator,
     around: energy.Server | None,
 ) -> Option:  # fmt: skip
-    ranks = workload.layout.ranks
-    packages = max(1, -(-ranks // chip.devices))
-    try:
-        cluster = cluster_of(chip.id, packages, cap)
-        guess = estimator(workload, cluster)
+    packages = max(1, -(-workload.layout.ranks // chip.devices))  # of one copy of the layout
+
+    def held(copies: int) -> tuple[Estimate, energy.Draw, Range]:
+        """So many copies of the layout, with what one accelerator takes of the facility."""
+        grown = replace(workload, layout=replace(workload.layout, replicate=workload.layout.replicate * copies))
+        cluster = cluster_of(chip.id, packages * copies, cap)
+        guess = estimator(grown, cluster)
         if guess.fits is False:
-            held = f"{guess.memory_bytes / 2**30:.0f} GiB, and {(cluster.memory_bytes or 0) / 2**30:.0f} are there"
-            return Option(chip.id, cap, unknown=f"this layout does not fit: a rank holds {held}")
-        each = _each(guess, workload, cluster, pue, around)
-        count = int(facility // each.mid) // packages * packages  # whole copies of the layout
-        if not count:
-            return Option(
-                chip.id, cap, unknown=f"{facility / 1e6:g} MW do not hold one copy of the layout: {packages:,} x {each.mid:,.0f} W"
-            )
-        grown = replace(workload, layout=replace(workload.layout, replicate=workload.layout.replicate * (count // packages)))
-        cluster = cluster_of(chip.id, count, cap)
-        guess = estimator(grown, cluster)  # what waiting for more nodes costs is in it
+            told = f"{guess.memory_bytes / 2**30:.0f} GiB, and {(cluster.memory_bytes or 0) / 2**30:.0f} are there"
+            raise PlanError(f"this layout does not fit: a rank holds {told}")
+        drawn = energy.draw(guess, grown, cluster, watts_of(chip.id, cluster.accelerators, pue), around)
+        if "facility" not in drawn.watts:
+            raise PlanError(drawn.unknown["facility"])
+        whole, count = drawn.watts["facility"], cluster.accelerators
+        return guess, drawn, Range(low=whole.low / count, mid=whole.mid / count, high=whole.high / count)
+
+    try:
+        copies = 1
+        guess, drawn, each = held(copies)
+        for _ in range(4):  # how many fit depends on what one draws, which falls a little as more wait for each other
+            fit = int(facility // each.mid) // packages
+            if not fit:
+                raise PlanError(f"{facility / 1e6:g} MW do not hold one copy of the layout: {packages:,} x {each.mid:,.0f} W")
+            if fit == copies:
+                break
+            copies = fit
+            guess, drawn, each = held(copies)
         kept = energy.capped_rate(chip.id, cap)
     except PlanError as why:
         return Option(chip.id, cap, unknown=str(why))
-    each = _each(guess, grown, cluster, pue, around)
+    count = packages * copies
     return Option(
-        chip=chip.id,
-        cap_watts=cap,
-        accelerators=count,
-        watts=each,
-        device_watts=energy.draw(guess, grown, cluster, watts_of(chip.id, count, pue), around).watts["device"].mid / count,
-        tokens_per_s=guess.tokens_per_s,
-        goodput=1.0 if goodput is None else goodput(count),
-        kept=kept,
-        limits=guess.limits,
-    )
-
-
-def _each(guess: Estimate, workload: Workload, cluster: Cluster, pue: float, around: energy.Server | None) -> Range:
-    """Watts of the facility for one accelerator; raises PlanError where a boundary is unknown."""
-    drawn = energy.draw(guess, workload, cluster, watts_of(cluster.chip, cluster.accelerators, pue), around)
-    if "facility" not in drawn.watts:
-        raise PlanError(drawn.unknown["facility"])
-    whole = drawn.watts["facility"]
-    return Range(low=whole.low / cluster.accelerators, mid=whole.mid / cluster.accelerators, high=whole.high / cluster.accelerators)
+        chip=chip.id, cap_watts=cap, accelerators=count, watts=each, device_watts=drawn.watts["device"].mid / count, tokens_per_s=guess.tokens_per_s,
+        goodput=None if goodput is None else goodput(count), kept=kept, limits=guess.limits,
+    )  # fmt: skip
 
 
 def site_of(chip: Accelerator, accelerators: int, pue: float | None = None) -> Site:
