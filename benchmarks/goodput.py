@@ -3,7 +3,7 @@
     python benchmarks/goodput.py                 published figures, policies by size, sites' failure rates
     python benchmarks/goodput.py --simulate      a grid of cases through both, 20,000 stops each
 
-Every anchor takes its inputs from its source as far as that gives them; what it does not is said in its note, and no input is fitted on the figure itself.
+Every anchor takes its inputs from its source as far as that gives them; what it does not is said in its note, with what another choice would give.
 Two rows are arithmetic that the source did, told again by the simulation's `replay`. `by hand`: people restarted the run, at hours nobody published; what is
 printed is what a restart by itself would have left, and is not scored.
 """
@@ -63,7 +63,8 @@ def anchors() -> list[Anchor]:
         Anchor(
             "98K GPUs, synchronous", 0.44, "arXiv 2602.00277",
             Case(98_304, 8, 20.0, detected(hsdp, 60.0), behemoth, warm, many),
-            "a failure every 18 min, 60 s until a collective times out, warm restart 10 min; 2 T parameters saved at 2 TB/s, blocking (assumed)",
+            "a failure every 18 min, 60 s until a collective times out, warm restart 10 min; how it saved is "
+            "not published: 2 T parameters at 2 TB/s, blocking, are assumed (written beside training it would be 52)",
         ),
         Anchor(
             "98K GPUs, fault-tolerant HSDP, 12 replicas", 0.80, "arXiv 2602.00277",
