@@ -280,9 +280,14 @@ def planned_phases(expected: Expected) -> dict[str, float]:
         return {}
     found = {"data": 0.0, "compute": 0.0, "reduce": 0.0, "optimizer": 0.0}
     for name, seconds in expected.phases.items():
-        bare = name.removeprefix("exposed ")
-        found["optimizer" if bare == "optimizer" else "reduce" if bare in REDUCED else "compute"] += seconds
+        kind = bare(name)
+        found["optimizer" if kind == "optimizer" else "reduce" if kind in REDUCED else "compute"] += seconds
     return found
+
+
+def bare(phase: str) -> str:
+    """The axis of an exposed transfer's phase (`exposed_tensor`), and any other phase as it is."""
+    return phase.removeprefix("exposed").lstrip("_ ")
 
 
 # ---- Bytes, watts and wall-clock ----

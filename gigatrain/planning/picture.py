@@ -177,16 +177,18 @@ def roofline(workload: Workload, cluster: Cluster, constants: Mapping[str, float
     found = rates.device(cluster.chip)
     names = {32: "fp32", 16: "bf16", 8: "fp8", 4: "fp4"}
     peaks = {names[bits]: rate for bits, rate in sorted(found.peak.items(), reverse=True) if bits in (16, min(16, _bits(workload)))}
-    of = estimate.timer(workload, cluster, estimate.habits_of(workload, cluster, constants), constants)
+    habits = estimate.habits_of(workload, cluster, constants)
+    of = estimate.timer(workload, cluster, habits, constants)
     best: dict[tuple[str, str], Point] = {}
     for work in operations.works(workload):
         mine: dict[tuple[str, str], Point] = {}
         for item, times in _items(work.stages, work.step, workload.accumulation):
             if isinstance(item, Op):
                 key, seconds = (item.name, item.kind), of(item).seconds * times
+                moved = item.bytes * rates.remains(item, habits)[0]  # of what the stack's fused passes leave
                 old = mine.get(key, Point(item.name, item.kind, 0.0, 0.0, 0.0, item.bits))
                 mine[key] = replace(
-                    old, flops=old.flops + item.flops * times, bytes=old.bytes + item.bytes * times, seconds=old.seconds + seconds
+                    old, flops=old.flops + item.flops * times, bytes=old.bytes + moved * times, seconds=old.seconds + seconds
                 )
         if sum(one.seconds for one in mine.values()) > sum(one.seconds for one in best.values()):
             best = mine

@@ -11,8 +11,8 @@ GIB = 2**30
 ROLES = 16
 TOKENS = 15.6e12
 PHASES = {
-    "gemm": 3.1, "attention": 0.42, "memory": 0.31, "optimizer": 0.05, "launch": 0.02, "bubble": 0.36, "exposed tensor": 0.28, "exposed shard": 0.09,
-    "exposed pipeline": 0.03, "wait": 0.07,
+    "gemm": 3.1, "attention": 0.42, "memory": 0.31, "optimizer": 0.05, "launch": 0.02, "bubble": 0.36, "exposed_tensor": 0.28, "exposed_shard": 0.09,
+    "exposed_pipeline": 0.03, "wait": 0.07,
 }  # fmt: skip
 
 

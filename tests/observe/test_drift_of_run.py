@@ -5,6 +5,8 @@ import json
 import time
 
 import pytest
+from reported import lines as lines_of
+from reported import made
 from rich.console import Console
 
 from gigatrain import load, loop
@@ -85,3 +87,46 @@ def test_a_plan_that_expects_nothing_or_is_of_another_version(tmp_path):
     assert beside.expected_of({"expected": {"step_s": {"low": "x"}}}) is None
     assert beside.windows([{"step": True}, {"loss": 1}]) == []
     assert beside.traced(tmp_path) == {}
+
+
+def test_a_folder_with_joules_restarts_and_a_slow_rank(tmp_path):
+    folder = made(tmp_path / "run")
+    expected = Expected(
+        step_s=Range(low=1.9, mid=2.0, high=2.1),
+        watts={"device": Range(low=17_000, mid=18_000, high=19_000), "facility": Range(low=20_000, mid=24_000, high=50_000)},
+        memory_bytes=Range(low=40 * 2**30, mid=50 * 2**30, high=52 * 2**30),
+        goodput=Range(low=0.9, mid=0.95, high=0.97),
+        lost={"checkpoint": 0.01},
+    )
+    plan_json = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps(plan_json | {"expected": expected.model_dump(mode="json")}))
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"peak_bytes": 55 * 2**30}))
+    value = collect(folder)
+    by_name = {one["what"]: one for one in value["plan"]["drifts"]}
+    assert set(by_name) == {"watts, device", "memory of a rank", "goodput"}  # 505 W x 32, and 48 s of 2,700 before the first step
+    assert by_name["watts, device"]["seen"] == pytest.approx(505 * 32, rel=0.03)
+    assert "less than planned at the planned speed" in by_name["watts, device"]["cause"]
+    assert "stopped takes" in by_name["goodput"]["cause"]
+    rows = {row["what"]: row for row in value["plan"]["rows"]}
+    assert rows["watts, facility"]["drifted"] is False
+    assert rows["step"]["actual"]["value"] == pytest.approx(2.0, rel=0.02)
+    assert (rows["memory of a rank"]["low"], rows["memory of a rank"]["drifted"]) == (40 * 2**30, True)
+    assert len([row for row in value["plan"]["rows"] if row["what"] == "memory of a rank"]) == 1
+    html = page([value])
+    assert "activations or workspace are larger than planned" in html
+    assert [one["what"] for one in Reader(folder).seen()["drift"]] == ["memory of a rank", "watts, device", "goodput"]
+
+    for rank, factor in ((1, 1.0), (2, 1.6)):  # ranks that record, one of them slow, on a node that its log names
+        rows_ = [{"step": at, "start": at, "phases": {"data": 0.002, "forward": 0.6 * factor}} for at in range(40)]
+        (folder / "trace" / f"rank-{rank:05d}.jsonl").write_text(lines_of(rows_))
+        logs = folder / "logs" / "attempt-000"
+        logs.mkdir(exist_ok=True)
+        mark = f"[gigatrain] rank {rank} of 32 on node{rank}, pid 7, begins 2026-09-21T13:33:20+00:00\n"
+        (logs / f"rank-{rank:05d}.log").write_text(mark)
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    slow = [row | {"step_s": row["step_s"] * (1.5 if row["step"] > 1000 else 1.0)} if "step_s" in row else row for row in metrics]
+    (folder / "metrics.jsonl").write_text(lines_of(slow))
+    (one,) = [one for one in Reader(folder).seen()["drift"] if one["what"] == "step"]
+    assert one["since"] == 1010
+    assert "a straggler: rank 2 on node2 takes 1.6 times" in one["cause"]

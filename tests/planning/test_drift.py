@@ -9,7 +9,7 @@ GIB = 2**30
 EXPECTED = Expected(
     step_s=Range(low=0.9, mid=1.0, high=1.1),
     tokens_per_s=Range(low=900, mid=1000, high=1100),
-    phases={"gemm": 0.6, "attention": 0.1, "memory": 0.1, "tensor": 0.05, "shard": 0.05, "optimizer": 0.1},
+    phases={"gemm": 0.6, "attention": 0.1, "memory": 0.1, "exposed_tensor": 0.05, "exposed_shard": 0.05, "optimizer": 0.1},
     memory_bytes=Range(low=60 * GIB, mid=64 * GIB, high=68 * GIB),
     watts={"device": Range(low=9_000, mid=10_000, high=11_000), "node": Range(low=11_000, mid=12_000, high=13_000)},
     goodput=Range(low=0.92, mid=0.95, high=0.98),

@@ -6,6 +6,7 @@ from gigatrain.observe.report import words
 from gigatrain.observe.report.logscale import Dot, Line, Scales, chart
 from gigatrain.observe.report.parts import bars, card, cell, figure, head, lacking, pairs, scrolled, sentence, table, unknown
 from gigatrain.observe.report.words import escaped, number, per_cent, quoted, span
+from gigatrain.planning.drift import bare
 from gigatrain.planning.expected import Expected
 from gigatrain.planning.picture import Boundary, Candidate, PlanPicture, Role
 
@@ -42,6 +43,7 @@ LOST = {
 }  # fmt: skip
 ROLES = 12  # pipeline ranks that are drawn
 ROOFED = 12  # operations of the roofline
+SEEN = 0.003  # of all work: an operation of less has no mark there
 
 
 def step(picture: PlanPicture) -> str:
@@ -53,9 +55,19 @@ def step(picture: PlanPicture) -> str:
     rows, begin = [], 0.0
     for name, seconds in sorted(phases.items(), key=lambda one: -one[1]):
         if seconds > 0:
-            bare = name.removeprefix("exposed ")
-            tone = next((tone for tone, kinds in TIME.values() if bare in kinds), 4)
-            rows.append((name, PHASES.get(bare, ""), begin, seconds / whole, tone, words.seconds(seconds), per_cent(seconds / whole)))
+            kind = bare(name)
+            tone = next((tone for tone, kinds in TIME.values() if kind in kinds), 4)
+            rows.append(
+                (
+                    name.replace("_", " "),
+                    PHASES.get(kind, ""),
+                    begin,
+                    seconds / whole,
+                    tone,
+                    words.seconds(seconds),
+                    per_cent(seconds / whole),
+                )
+            )
             begin += seconds / whole
     rows.append(("step", "all of these", 0.0, 1.0, 4, words.seconds(whole), per_cent(1.0)))
     text = "Of the slowest rank. A transfer counts for what of it no work hides."
@@ -64,13 +76,10 @@ def step(picture: PlanPicture) -> str:
 
 def _grouped(parts: Mapping[str, float], groups: Mapping[str, tuple[int, tuple[str, ...]]]) -> list[tuple[str, int, float]]:
     """Name, colour and sum of each group that has anything; what no group names is in the last."""
-    found = {name: sum(parts.get(kind, 0.0) for kind in kinds) for name, (_, kinds) in groups.items()}
-    known = {kind for _, kinds in groups.values() for kind in kinds}
-    bare = {name.removeprefix("exposed "): value for name, value in parts.items() if name.startswith("exposed ")}
-    for name, (_, kinds) in groups.items():
-        found[name] += sum(value for kind, value in bare.items() if kind in kinds)
-    last = list(groups)[-1]
-    found[last] += sum(value for name, value in parts.items() if name.removeprefix("exposed ") not in known)
+    found = dict.fromkeys(groups, 0.0)
+    of = {kind: name for name, (_, kinds) in groups.items() for kind in kinds}
+    for part, value in parts.items():
+        found[of.get(bare(part), list(groups)[-1])] += value
     return [(name, groups[name][0], value) for name, value in found.items() if value > 0]
 
 
@@ -152,13 +161,13 @@ def drawn(boundaries: Sequence[Boundary], expected: Expected) -> str:
     whole = max(max(one.mean.high, one.peak or 0.0) for one in boundaries) or 1.0
     rows, before = [], 0.0
     for at, one in enumerate(boundaries):
-        more = max(0.0, one.mean.mid - before)
         note = f"within {words.watts(one.mean.low)} to {words.watts(one.mean.high)}"
-        rows.append((LAYERS.get(one.name, one.name), "", before / whole, more / whole, (0, 2, 3, 1)[at % 4], words.watts(more), ""))
-        rows.append(
-            (f"= {CALLED.get(one.name, one.name)}", note, 0.0, one.mean.mid / whole, 4, words.watts(one.mean.mid),
-             f"peak {words.watts(one.peak)}" if one.peak else "peak unknown")
-        )  # fmt: skip
+        more, most = max(0.0, one.mean.mid - before), f"peak {words.watts(one.peak)}" if one.peak else "peak unknown"
+        tone = (0, 2, 3, 1)[at % 4]
+        if at:
+            rows.append((f"+ {LAYERS.get(one.name, one.name)}", "", before / whole, more / whole, tone, words.watts(more), ""))
+        called = CALLED.get(one.name, one.name)
+        rows.append((f"= {called}" if at else called, note, 0.0, one.mean.mid / whole, 4 if at else tone, words.watts(one.mean.mid), most))
         before = one.mean.mid
     inside = bars(("boundary", "mean while it trains", "watts", "at most"), rows)
     if any(one.nameplate for one in boundaries):
@@ -220,7 +229,7 @@ def roof(picture: PlanPicture) -> str:
     if roof is None or not points:
         return lacking("h2", "Roofline", "the chip's rates or the operations' are not known")
     whole = sum(one.seconds for one in picture.points) or 1.0
-    shown = points[:ROOFED]
+    shown = [one for one in points if one.seconds >= SEEN * whole][:ROOFED] or points[:1]
     intensities = [one.intensity or 0.0 for one in shown]
     low = min(*intensities, *(peak / roof.bytes_s for peak in roof.peaks.values())) / 3
     high = max(*intensities, *(peak / roof.bytes_s for peak in roof.peaks.values())) * 3
@@ -246,7 +255,7 @@ def roof(picture: PlanPicture) -> str:
     behind = (
         f"<details><summary>Numbers of this picture</summary>{scrolled('Operations', table(names, rows, right=(1, 2, 3, 4, 5)))}</details>"
     )
-    least = len(picture.points) - len(points)
+    least = len(picture.points) - len(shown)
     text = f"{roof.chip}: what its memory ({roof.bytes_s / 1e12:,.2f} TB/s) and its tensor cores allow as sold, and what the estimate has this "
     text += "plan's operations reach. A mark is as large as its share of the time." + f" {least} without FLOPs are behind it only." * bool(
         least
@@ -291,9 +300,8 @@ def scaling(picture: PlanPicture) -> list[str]:
         picture.scaled or "The layout as it is; copies are added, and samples of a step with them."
     ) + " Dashed: as many times the first."
     text += f" {len(lacked)} numbers of accelerators have no figure; the numbers say why." * bool(lacked)
-    found = [
-        figure("h2", "Scaling, 8 to 288,000", text, chart("Scaling", lines, [], Scales("accelerators", "tokens/s", x_shown=_count)), behind)
-    ]
+    title = f"Scaling, {first.accelerators:,} to {known[-1].accelerators:,}"
+    found = [figure("h2", title, text, chart(title, lines, [], Scales("accelerators", "tokens/s", x_shown=_count)), behind)]
     shares = [(float(row.accelerators), min(1.0, (row.tokens_per_s or 0.0) / row.accelerators / each)) for row in known]
     curves = [Line("speed of each", shares, 0, last=per_cent(shares[-1][1]))]
     good = [(float(row.accelerators), row.goodput) for row in known if row.goodput is not None]
