@@ -96,10 +96,10 @@ def accelerators(recipe: Recipe, megawatts: float, pue: float, *, measure: Measu
         except PlanError as failure:
             found.append(Option(name, unknown=str(failure)))
             continue
-        seconds = estimate(workload, cluster).step_s
-        whole = workload.shape.parameters * (workload.states.weights + workload.states.master + workload.states.moments)
+        guess = estimate(workload, cluster)
+        whole = (guess.memory["weights"] + guess.memory["optimizer"]) * guess.ranks / workload.layout.replicate
 
-        def kept(count: int, per_node: int = cluster.per_node, seconds: float = seconds, whole: float = whole) -> float:
+        def kept(count: int, per_node: int = cluster.per_node, seconds: float = guess.step_s, whole: float = whole) -> float:
             return forecast(count, per_node, seconds, whole).share
 
         found += megawatts_of.options(workload, megawatts, pue, [name], goodput=kept)
