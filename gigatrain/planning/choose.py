@@ -1,6 +1,6 @@
 """The best layouts of a recipe on a site, as recipes: search.py's, with what only a recipe knows to refuse. Free of torch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -84,15 +84,17 @@ def first(recipe: Recipe, found: Found) -> Recipe:
     return load.changed(recipe, overrides(found.candidates[0]))
 
 
-def accelerators(recipe: Recipe, megawatts: float, pue: float, *, measure: Measure | None = None) -> tuple[Option, ...]:
-    """Every accelerator of hardware.py at a grid of limits under `megawatts` of a facility, most retained tokens first; losses by failures are taken off.
+def accelerators(
+    recipe: Recipe, megawatts: float, pue: float, *, chips: Sequence[str] = tuple(hardware.CHIPS), measure: Measure | None = None
+) -> tuple[Option, ...]:
+    """Each of `chips` (every accelerator of hardware.py) at a grid of limits under `megawatts` of a facility, most retained tokens first; losses by failures are taken off.
 
     Each has the layout that is best on the fewest of it that hold the model with SAMPLES samples a rank, repeated: a step's batch grows with the accelerators.
     """
     found: list[Option] = []
-    for name, chip in hardware.CHIPS.items():
+    for name in chips:
         try:
-            workload, cluster = _block(recipe, chip, measure)
+            workload, cluster = _block(recipe, hardware.chip(name), measure)
         except PlanError as failure:
             found.append(Option(name, unknown=str(failure)))
             continue
