@@ -87,9 +87,10 @@ def first(recipe: Recipe, found: Found) -> Recipe:
 def accelerators(
     recipe: Recipe, megawatts: float, pue: float, *, chips: Sequence[str] = tuple(hardware.CHIPS), measure: Measure | None = None
 ) -> tuple[Option, ...]:
-    """Each of `chips` (every accelerator of hardware.py) at a grid of limits under `megawatts` of a facility, most retained tokens first; losses by failures are taken off.
+    """Each of `chips` (every accelerator of hardware.py) at a grid of limits under `megawatts` of a facility, most retained tokens first.
 
     Each has the layout that is best on the fewest of it that hold the model with SAMPLES samples a rank, repeated: a step's batch grows with the accelerators.
+    Losses by failures are taken off.
     """
     found: list[Option] = []
     for name in chips:

@@ -31,7 +31,7 @@ def planned():
 
 def test_every_recipe_on_every_site_plans_and_says_what_it_cannot(recwarn):
     """The issue's bar: all of them in under a minute; here they are a fraction of that."""
-    began, seen = time.process_time(), 0
+    began, seen, refused = time.process_time(), 0, []
     for name in load.recipes():
         recipe = load.recipe(name)
         for where in SITES:
@@ -39,16 +39,17 @@ def test_every_recipe_on_every_site_plans_and_says_what_it_cannot(recwarn):
             ranks = 8 if site.device == "cuda" else 1
             try:
                 found = plan(recipe, site, ranks).expected
-            except GigatrainError as refused:
-                assert ";" in str(refused) or "," in str(refused), "a refusal says the way out"
+            except GigatrainError as failure:
+                refused.append(str(failure))
                 continue
             seen += 1
             if found.step_s is None:
-                assert "step_s" in found.unknown and site.name in found.unknown["step_s"]
+                assert site.name in found.unknown["step_s"]
             else:
                 assert 0 < found.step_s.low <= found.step_s.mid <= found.step_s.high < math.inf
                 assert set(found.watts) | set(found.unknown) >= {"device"}
     assert seen >= len(SITES) // 2
+    assert all(";" in text or "," in text for text in refused), "a refusal says the way out"
     assert time.process_time() - began < 60
 
 
