@@ -183,13 +183,13 @@ def test_metered_nodes_are_met_by_what_the_other_makers_taught(script: ModuleTyp
     assert sum(row["runs"] for row in table) == 86  # every power log
     for row in table:
         assert abs(row["error_kwh"]) < 0.08, row
-        assert abs(row["error"]) < 0.08, row
+        assert abs(row["error"]) < 0.06, row
         assert row["within"], row
         assert row["unknown_server"] is None or abs(row["unknown_server"]) < 0.15, row
         if row["known_error"] is not None:
             assert abs(row["known_error"]) < 0.05, row
-        assert energy.REST.low * 0.97 < row["own_rest_w"] < energy.REST.high * 1.03, row
-    assert script.learnt(script.CONFIGS) == pytest.approx(energy.REST.value, rel=0.05)
+        assert 0.9 * energy.REST.low < row["own_rest_w"] < 1.1 * energy.REST.high, row
+    assert script.learnt(script.CONFIGS) == pytest.approx(energy.REST.value, rel=0.1)
 
 
 def test_a_sites_own_figures_are_taken() -> None:

@@ -78,7 +78,7 @@ class Server:
 
 # Per accelerator of a node of eight with two processors, 32 memory modules, eight network cards and the switches of the board: what is left of each metered
 # node when its devices (POWER), fans and losses are taken off. benchmarks/plan_power.py finds it again, and without each system.
-REST = Share(230.0, 200.0, 275.0, f"fitted on {_LOGS}: 217 to 274 W over six sets of runs on three makers' nodes")
+REST = Share(240.0, 205.0, 280.0, f"fitted on {_LOGS}: 224 to 278 W over ten sets of runs on three makers' nodes")
 HELD = Share(205.0, 165.0, 245.0, f"fitted on {_LOGS}: nodes of the same three while no kernel runs")
 # Of nodes of four, with one or two processors and one network card for each: two systems' HPL (all of IT) less what their devices may draw.
 REST_OF_FOUR = Share(
