@@ -29,8 +29,8 @@ from gigatrain.planning.estimate.workload import Layout, Shape, Workload
 from gigatrain.planning.expected import Range
 
 DATA = Path(__file__).parent / "data"
-EVALUATION = 0.85  # prior: forwards alone, with a start and an end that wait; 0.91 of SMC's GPT-3 (6.3 of 6.9 kW), 0.98 of Lenovo, 0.8 of SMC's 8 nodes
-RELEASES = 0.059  # of a step: what the same configuration differs by between releases, in the median (54 of NeMo's): kernels that are slower, no waiting
+EVALUATION = 0.85  # set after a look: forwards alone, with a start and an end that wait; 0.91 of SMC's GPT-3 (6.3 of 6.9 kW), 0.98 of Lenovo, 0.8 of SMC's 8 nodes
+RELEASES = 0.059  # of a step: what the same configuration differs by between releases, in the median (54 of NeMo's): slower kernels, no waiting. Set after a look
 
 LLAMA2_70B = Shape(
     layers=80, hidden=8192, heads=64, kv_heads=8, head_dim=128, value_dim=128, intermediate=28672, gated=True, vocab=32000, tied=False

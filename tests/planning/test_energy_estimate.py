@@ -47,6 +47,8 @@ def test_each_boundary_holds_the_one_before_and_every_range_its_middle() -> None
     mids = [found.watts[name].mid for name in energy.BOUNDARIES]
     assert mids == sorted(mids)
     assert len(set(mids)) == 4
+    assert found.watts["it"].mid == pytest.approx((found.watts["node"].mid + 64 * 116) * 1.03)  # switches, then storage's share of both
+    assert found.peak["it"] == pytest.approx((found.peak["node"] + 64 * 116) * 1.03)
     assert found.watts["facility"].mid == pytest.approx(1.2 * found.watts["it"].mid)
     for one in found.watts.values():
         assert one.low < one.mid <= one.high
