@@ -29,8 +29,10 @@ from gigatrain.planning.estimate.workload import Layout, Shape, Workload
 from gigatrain.planning.expected import Range
 
 DATA = Path(__file__).parent / "data"
-EVALUATION = 0.85  # set after a look: forwards alone, with a start and an end that wait; 0.91 of SMC's GPT-3 (6.3 of 6.9 kW), 0.98 of Lenovo, 0.8 of SMC's 8 nodes
-RELEASES = 0.059  # of a step: what the same configuration differs by between releases, in the median (54 of NeMo's): slower kernels, no waiting. Set after a look
+# Both set after a look at these logs. Evaluation is forwards alone, with a start and an end that wait: 0.91 of SMC's GPT-3, 0.98 of Lenovo, 0.8 of SMC's 8 nodes.
+# A step that is longer than estimated by what releases of one stack differ by (the median of 54 of NeMo's) has slower kernels; beyond that its ranks wait.
+EVALUATION = 0.85  # of the way from waiting to training
+RELEASES = 0.059  # of a step
 
 LLAMA2_70B = Shape(
     layers=80, hidden=8192, heads=64, kv_heads=8, head_dim=128, value_dim=128, intermediate=28672, gated=True, vocab=32000, tied=False

@@ -85,7 +85,7 @@ REST_OF_FOUR = Share(
     80.0, 40.0, 200.0, "prior: 596 W of IT for each 500 W MI250X of LUMI, 542 W for each A100 of Leonardo, both at HPL, fabric within"
 )
 _FANS: dict[Cooling, Share] = {
-    "air": Share(0.15, 0.10, 0.20, f"prior: fans take 0.10 to 0.20 of an air-cooled node of eight; {_LOGS} give 0.15 between Dell's and SMC's"),
+    "air": Share(0.15, 0.10, 0.20, f"what Dell's nodes draw beyond SMC's in {_LOGS}; the ends are a prior"),
     "water": Share(0.0, 0.0, 0.03, "prior: no fans; a few where drives and memory are in air"),
     "immersed": Share(0.0, 0.0, 0.01, "no fans within the node; pumps are the facility's"),
     "unknown": Share(0.075, 0.0, 0.18, "the middle between air and water: nobody says how this node is cooled"),
