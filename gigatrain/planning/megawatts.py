@@ -446,15 +446,26 @@ def explained(found: Explained) -> Iterator[str]:
     groups: dict[tuple[str, str], list[Line]] = {}
     for line in found.lines:
         groups.setdefault((line.chip, line.basis), []).append(line)
-    for alike in groups.values():
+    never: dict[str, list[float]] = {}
+    for (chip, _), alike in groups.items():
+        firsts = [line for line in alike if line.pue == pues[0]]
+        if len(pues) > 1 and all(line.highest_pue is not None and line.highest_pue[2] < 1 for line in firsts):
+            never.setdefault(chip, []).extend(line.it_watts / line.ratio for line in firsts)
+            continue
         yield alike[0].text()
         if alike[0].allowed_watts is not None and len(pues) > 1:
-            yield "    " + "; ".join(_up_to(line) for line in alike if line.pue == pues[0])
+            yield "    " + "; ".join(_up_to(line) for line in firsts)
+    if never:
+        told = (f"{chip} {min(each):,.0f}" + (f" to {max(each):,.0f}" if max(each) > min(each) + 1 else "") for chip, each in never.items())
+        yield f"no PUE holds it, of which the best is 1, by W of IT per H100e: {'; '.join(told)}"
     if found.caps:
         shown = pues[min(1, len(pues) - 1)]
         yield f"limits of an accelerator that hold it at PUE {shown:g}, with its share of everything and every one at its limit:"
-        for chip in dict.fromkeys(cap.chip for cap in found.caps):
+        for chip in dict.fromkeys(cap.chip for cap in found.caps if cap.cap_watts is not None and cap.pue == shown):
             yield f"    {chip:8} {'; '.join(cap.text() for cap in found.caps if cap.chip == chip and cap.pue == shown)}"
+        none = dict.fromkeys(f"{cap.chip} in {cap.precision}" for cap in found.caps if cap.cap_watts is None and cap.pue == shown)
+        if none:
+            yield f"    none is low enough: {', '.join(none)}"
     yield from (f"compared: {line}" for line in found.compared)
     if found.unknown:
         yield f"unknown: {'; '.join(found.unknown)}"

@@ -47,6 +47,8 @@ def test_each_boundary_holds_the_one_before_and_every_range_its_middle() -> None
     mids = [found.watts[name].mid for name in energy.BOUNDARIES]
     assert mids == sorted(mids)
     assert len(set(mids)) == 4
+    assert found.watts["it"].mid == pytest.approx((found.watts["node"].mid + 64 * 116) * 1.03)  # switches, then storage's share of both
+    assert found.peak["it"] == pytest.approx((found.peak["node"] + 64 * 116) * 1.03)
     assert found.watts["facility"].mid == pytest.approx(1.2 * found.watts["it"].mid)
     for one in found.watts.values():
         assert one.low < one.mid <= one.high
@@ -188,8 +190,8 @@ def test_metered_nodes_are_met_by_what_the_other_makers_taught(script: ModuleTyp
         assert row["unknown_server"] is None or abs(row["unknown_server"]) < 0.15, row
         if row["known_error"] is not None:
             assert abs(row["known_error"]) < 0.05, row
-        assert energy.REST.low * 0.97 < row["own_rest_w"] < energy.REST.high * 1.03, row
-    assert script.learnt(script.CONFIGS) == pytest.approx(energy.REST.value, rel=0.05)
+        assert 0.9 * energy.REST.low < row["own_rest_w"] < 1.1 * energy.REST.high, row
+    assert script.learnt(script.CONFIGS) == pytest.approx(energy.REST.value, rel=0.1)
 
 
 def test_a_sites_own_figures_are_taken() -> None:

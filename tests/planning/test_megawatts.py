@@ -95,6 +95,9 @@ def test_every_site_is_explained_and_says_what_is_unknown() -> None:
         if not site.accelerators.known and not site.h100e.known:
             assert not found.lines
             assert "does not say how many" in found.promise
+    text = list(megawatts.explained(megawatts.explain(load.site("aion"))))
+    assert any(line.startswith("no PUE holds it") and "h100 999 to 1,433" in line for line in text)
+    assert any(line.startswith("    none is low enough: a100 in bf16") for line in text)
     assert any("mi430x" in line for line in megawatts.explain(load.site("aion")).unknown)
 
 

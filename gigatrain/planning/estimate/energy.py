@@ -78,14 +78,14 @@ class Server:
 
 # Per accelerator of a node of eight with two processors, 32 memory modules, eight network cards and the switches of the board: what is left of each metered
 # node when its devices (POWER), fans and losses are taken off. benchmarks/plan_power.py finds it again, and without each system.
-REST = Share(230.0, 200.0, 275.0, f"fitted on {_LOGS}: 217 to 274 W over six sets of runs on three makers' nodes")
+REST = Share(240.0, 205.0, 280.0, f"fitted on {_LOGS}: 224 to 278 W over ten sets of runs on three makers' nodes")
 HELD = Share(205.0, 165.0, 245.0, f"fitted on {_LOGS}: nodes of the same three while no kernel runs")
 # Of nodes of four, with one or two processors and one network card for each: two systems' HPL (all of IT) less what their devices may draw.
 REST_OF_FOUR = Share(
     80.0, 40.0, 200.0, "prior: 596 W of IT for each 500 W MI250X of LUMI, 542 W for each A100 of Leonardo, both at HPL, fabric within"
 )
 _FANS: dict[Cooling, Share] = {
-    "air": Share(0.15, 0.10, 0.20, f"prior: fans take 0.10 to 0.20 of an air-cooled node of eight; {_LOGS} give 0.15 between Dell's and SMC's"),
+    "air": Share(0.15, 0.10, 0.20, f"what Dell's nodes draw beyond SMC's in {_LOGS}; the ends are a prior"),
     "water": Share(0.0, 0.0, 0.03, "prior: no fans; a few where drives and memory are in air"),
     "immersed": Share(0.0, 0.0, 0.01, "no fans within the node; pumps are the facility's"),
     "unknown": Share(0.075, 0.0, 0.18, "the middle between air and water: nobody says how this node is cooled"),
