@@ -28,12 +28,13 @@ UNFUSED_GATE = frozenset(
     {"torchtitan", "llm_foundry", "nanotron", "deepspeed"}
 )  # keep silu(gate) beside gate, up and their product, unless compiled
 EAGER_NORM = frozenset({"deepspeed"})  # transformers' RMSNorm, in six operations of which fp32 copies are kept, unless compiled or Liger's
+WHOLE_EXPERTS = frozenset({"gigatrain_native", "gigatrain_deepspeed"})  # no tensor rank has a part of an expert, shared ones included
 AGAIN: dict[Recompute, frozenset[str]] = {
     "none": frozenset(),
     "lean": frozenset({"norm", "activation"}),
     "selective": frozenset({"norm", "activation", "rope"}),
     "attention": frozenset({"core"}),
-    "full": frozenset({"norm", "activation", "rope", "residual", "core", "product", "move", "routing"}),
+    "full": frozenset({"norm", "activation", "rope", "residual", "core", "product", "move", "routing", "expert"}),
 }
 
 
@@ -61,7 +62,8 @@ class Local:
         self.size = 4 if w.precision == "fp32" else 2
         self.bits = PRODUCTS_BITS[w.precision]
         self.shards = layout.shard * layout.context
-        wide = self.t if layout.expert_tensor < self.t else 1
+        # Megatron's expert ranks may be tensor ranks too; on ours every tensor rank has its experts whole, for its own tokens (parallel/tensor.py).
+        wide = self.t if layout.expert_tensor < self.t and w.stack not in WHOLE_EXPERTS else 1
         self.expert_shards = max(1, self.shards * wide // layout.expert)
         self.visits = self.rows * w.shape.experts_per_token * layout.expert_tensor * (1.0 if w.balanced else IMBALANCE)
         self.unfused = w.attention == "unfused"
@@ -100,7 +102,7 @@ def product(local: Local, name: str, m: int, n: int, k: int, *, groups: int = 1,
     if not frozen:
         backward.append(Op(name, kind, "wgrad", flops, operand * rows * (n + k) + summed, n, k, m, groups, bits))
     if bits < 16:
-        each = QUANTISED[w.precision]
+        each = QUANTISED[w.precision] - (bits / 8 if w.frozen else 0.0)  # without a weight gradient nothing is needed along columns
         passes = [Op("quantise", "memory", "forward", 0.0, each * rows * k, kernels=1 if each < 5 else 2)]
         if w.stack != "megatron":  # which quantises weights once a step (operations.py)
             passes.append(Op("quantise", "memory", "forward", 0.0, each * weights, kernels=1 if each < 5 else 2))
