@@ -63,9 +63,9 @@ _STACKS: tuple[tuple[str, Stack, str], ...] = (
     (r"fms|foundation.model.stack", "torchtitan", "IBM's fms-fsdp is FSDP with torch.compile"),
     (r"llm-?foundry|composer|mosaic", "llm_foundry", ""),
     (r"nanotron", "nanotron", ""),
-    (r"megatron|nemo|nvidia.*release|primus|modulus", "megatron", ""),
+    (r"megatron|nemo|nvidia.*release|primus|dgx|bridge", "megatron", ""),
     (r"deepspeed", "deepspeed", ""),
-    (r"litgpt|lightning|fsdp2|torchtune|olmo", "torchtitan", "an FSDP trainer"),
+    (r"lit-?gpt|lightning|fsdp2|torchtune|olmo", "torchtitan", "an FSDP trainer"),
     (r"transformers|hugging|accelerate|\bhf\b|liger|axolotl|trl", "deepspeed", "transformers' modules"),
 )
 
@@ -77,6 +77,9 @@ def _stack(row: Row) -> Stack:
             if why:
                 row.assumed.append(f"stack {stack}: {why}")
             return stack
+    if "mlperf" in row.text("set", "id", "source_repo"):
+        row.assumed.append("stack megatron, as most submissions to MLPerf")
+        return "megatron"
     row.assumed.append(f"stack generic: nothing is known of {row.row.get('framework')!r}")
     return "generic"
 
@@ -199,7 +202,7 @@ def _shape(row: Row) -> Shape:
     return Shape(
         layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, intermediate=ffn, gated=gated,
         vocab=row.whole("vocab", 50304, "a GPT-2 vocabulary"), tied=tied, learned_positions=learned and not alibi,
-        biases=learned or "bloom" in model, layer_norm=learned or alibi or "nemotron" in model or "bloom" in model,
+        biases=learned or alibi or "bloom" in model, layer_norm=learned or alibi or "nemotron" in model or "bloom" in model,
         qk_norm="qwen3" in model.replace("-", "").replace(" ", ""), windows=windows, predicted=predicted, **values,
     )  # fmt: skip
 
@@ -317,6 +320,8 @@ def _reshards(row: Row, sharding: str, stack: Stack, pipeline: int) -> bool:
 
 def _workload(row: Row, stack: Stack, shape: Shape, layout: Layout, microbatch: int, accumulation: int, chip: str) -> Workload:
     sequence = row.whole("seq_len")
+    if not sequence:
+        raise Refused("seq_len is 0")
     precision = _precision(row, stack, chip)
     text = row.text("notes", "overlap", "framework", "model", "sharding", "act_ckpt", "precision")
     frozen = "lora" in text
@@ -354,6 +359,9 @@ def _attention(row: Row, stack: Stack) -> Attention:
 
 def _recompute(row: Row, stack: Stack) -> tuple[Recompute, tuple[str, ...]]:
     text = row.text("act_ckpt")
+    if not text and "bridge" in row.text("framework") and re.search(r"deepseek.?v3", row.text("model")):
+        row.assumed.append("norms and activations are made again, as in Megatron-Bridge's recipes of DeepSeek-V3")
+        return "lean", ()
     if not text:
         row.assumed.append("nothing is made again: the row names no checkpointing")
         return "none", ()
