@@ -92,7 +92,7 @@ def timer(workload: Workload, cluster: Cluster, habits: Habits, constants: Mappi
             seconds = collectives.seconds(
                 item if share == 1.0 else replace(item, bytes=item.bytes * share), cluster, *groups[key], constants
             )
-            return Cost(seconds, min(habits.launch_s, constants["collective.launch_s"]))
+            return Cost(seconds, 0.0 if habits.graphed else min(habits.launch_s, constants["collective.launch_s"]))
         if item.name in ("adamw_host", "host_copy"):
             return offloaded(item, constants)
         found = rates.cost(item, cluster.chip, constants, habits, clock=clock, products=products)

@@ -32,20 +32,8 @@ its experts, over a group `expert` times smaller), replicate (HSDP: the scattere
 from collections.abc import Iterable
 from dataclasses import replace
 
-from gigatrain.planning.estimate.pieces import (
-    AGAIN,
-    FUSED_SUM,
-    IMBALANCE,
-    Local,
-    Step,
-    activation,
-    enter,
-    leave,
-    memory,
-    norm,
-    product,
-    residual,
-)
+from gigatrain.planning.estimate import pieces
+from gigatrain.planning.estimate.pieces import Local, Step, activation, enter, leave, memory, norm, product, residual
 from gigatrain.planning.estimate.work import Block, Item, Op, Transfer
 
 
@@ -110,8 +98,9 @@ def _attention(local: Local, window: int | None) -> list[Step]:
     """From the stream's norm to the sum: queries, keys, values (or latents and what becomes of them), positions, attention, output."""
     shape, t, e, tokens = local.workload.shape, local.t, local.size, local.tokens
     h, d, heads = shape.hidden, shape.head_dim, shape.heads
-    steps = [norm(local, local.rows * h), Step("move", *enter(local))]
+    steps = [norm(local, local.rows * h)]
     if shape.kv_rank is None:
+        steps.append(Step("move", *enter(local)))
         outputs = (heads + max(2 * shape.kv_heads, 2 * (t if t > shape.kv_heads else 0))) * d // t
         forward, backward = product(local, "qkv", tokens, outputs, h)
         if shape.biases:
@@ -120,10 +109,17 @@ def _attention(local: Local, window: int | None) -> list[Step]:
         steps.append(Step("product", forward, backward, float(tokens * outputs * e), e * tokens * (outputs + h)))
         kv_heads = shape.kv_heads
     else:
-        down = (shape.q_rank or 0) + shape.kv_rank + shape.rotary_dim
-        forward, backward = product(local, "latent_down", tokens, down, h)
-        steps.append(Step("product", forward, backward, float(tokens * down * e)))
-        steps.append(norm(local, tokens * ((shape.q_rank or 0) + shape.kv_rank), gathered=False))
+        # Products to latents are whole on every tensor rank, of its own tokens; what is gathered are latents (and the stream, where queries have none).
+        latents = (shape.q_rank or 0) + shape.kv_rank
+        down, shared = latents + shape.rotary_dim, local.t > 1 and local.workload.layout.sequence_parallel
+        if not shared or shape.q_rank is None:
+            steps.append(Step("move", *enter(local)))
+        forward, backward = product(local, "latent_down", local.rows, down, h)
+        steps += [Step("product", forward, backward, float(local.rows * down * e)), norm(local, local.rows * latents)]
+        if shared:
+            whole = float(tokens * down * e)
+            gather: list[Item] = [Transfer("sequence_gather", "tensor", "all_gather", whole, "forward")]
+            steps.append(Step("move", gather, [Transfer("sequence_scatter", "tensor", "reduce_scatter", whole, "backward")]))
         up = heads * (d - shape.rotary_dim + shape.value_dim) // t
         forward, backward = product(local, "latent_up_q", tokens, heads * d // t, shape.q_rank or h)
         keys_forward, keys_backward = product(local, "latent_up_kv", tokens, up, shape.kv_rank)
@@ -144,20 +140,21 @@ def _attention(local: Local, window: int | None) -> list[Step]:
     return steps
 
 
-def _dense(local: Local, width: int, names: tuple[str, str] = ("gate_up", "down")) -> list[Step]:
-    """A feed-forward block behind its norm."""
-    shape, t, e, tokens = local.workload.shape, local.t, local.size, local.tokens
+def _dense(local: Local, width: int, names: tuple[str, str] = ("gate_up", "down"), *, whole: bool = False) -> list[Step]:
+    """A feed-forward block behind its norm; `whole` on every tensor rank, of its own tokens, or cut."""
+    shape, e = local.workload.shape, local.size
+    t, tokens = (1, local.rows) if whole else (local.t, local.tokens)
     wide = (2 if shape.gated else 1) * width // t
     first, first_back = product(local, names[0], tokens, wide, shape.hidden)
     second, second_back = product(local, names[1], tokens, shape.hidden, width // t)
     if shape.biases:
         first_back.insert(0, memory("bias", "backward", e * tokens * wide))
     return [
-        Step("move", *enter(local)),
+        Step("move", *(([], []) if whole else enter(local))),
         Step("product", first, first_back, float(e * tokens * wide), e * tokens * (wide + shape.hidden)),
         activation(local, tokens * width / t),
         Step("product", second, second_back),
-        Step("move", *leave(local)),
+        Step("move", *(([], []) if whole else leave(local))),
     ]
 
 
@@ -184,7 +181,7 @@ def _mixture(local: Local) -> list[Step]:
     out_back: list[Item] = [memory("permute", "backward", moved, 2)]
     home_back: list[Item] = [memory("unpermute", "backward", moved, 2)]
     if ranks > 1:
-        copies = k * (1.0 if w.balanced else IMBALANCE)
+        copies = k * (1.0 if w.balanced else pieces.IMBALANCE)
         if layout.dispatch == "hierarchical":  # a token travels once to each rank that has experts of it
             copies *= ranks * (1 - (1 - 1 / ranks) ** k) / k
         whole = rows * h * e * copies
@@ -219,7 +216,7 @@ def _mixture(local: Local) -> list[Step]:
         Step("routing", home, home_back, 12.0 * rows * k, 2 * e * visits * h),
     ]
     if shape.shared_width:
-        steps += _dense(local, shape.shared_width, ("shared_gate_up", "shared_down"))
+        steps += _dense(local, shape.shared_width, ("shared_gate_up", "shared_down"), whole=w.stack in pieces.WHOLE_EXPERTS)
     return steps
 
 
@@ -243,7 +240,7 @@ def parameters(local: Local, sparse: bool) -> tuple[float, float]:
         block = h * shape.intermediate * (wide + 1) / t + ((wide * shape.intermediate / t + h) if shape.biases else 0.0)
         return attention + norms + biases + block, 0.0
     each = h * shape.expert_width * (wide + 1) / local.workload.layout.expert_tensor
-    block = h * shape.experts + h * shape.shared_width * (wide + 1) / t
+    block = h * shape.experts + h * shape.shared_width * (wide + 1) / (1 if local.workload.stack in pieces.WHOLE_EXPERTS else t)
     return attention + norms + biases + block, each * shape.experts / local.workload.layout.expert
 
 
@@ -252,7 +249,7 @@ def _sharded(local: Local, forward: list[Item], backward: list[Item], dense: flo
     w, layout, states = local.workload, local.workload.layout, local.workload.states
     once = layout.zero == 3 and layout.pipeline > 1 and not layout.reshard  # a step's, not a microbatch's: operations.py
     trained = 0.0 if w.frozen else 1.0
-    if not w.frozen and not (w.stack in FUSED_SUM and layout.zero < 3):
+    if not w.frozen and not (w.stack in pieces.FUSED_SUM and layout.zero < 3):
         many = dense + experts
         if layout.zero == 3:
             backward = [*backward, memory("grad_add", "wgrad", many * (local.size + states.reduced) + 12.0 * many / local.shards, 2)]
@@ -278,7 +275,7 @@ def _sharded(local: Local, forward: list[Item], backward: list[Item], dense: flo
 def _made_again(local: Local, steps: Iterable[Step]) -> tuple[list[Item], float]:
     """`(recomputed items, bytes kept of them)` under the workload's policy."""
     w = local.workload
-    words = AGAIN[w.recompute]
+    words = pieces.AGAIN[w.recompute]
     items: list[Item] = []
     kept, products = 0.0, 0
     for step in steps:

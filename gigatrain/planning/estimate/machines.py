@@ -11,19 +11,6 @@ from gigatrain.planning.hardware import CHIPS
 
 # Of the memory as sold, what torch.cuda reports: 79.15 of 80 GiB on an A100, 79.1 on an H100, 139.8 of 141 on an H200, 178.4 of 180 on a B200.
 VISIBLE = 0.99
-# One direction, GB/s of one port, by the name of its generation.
-_PORTS = {
-    "xdr": 100.0,
-    "ndr400": 50.0,
-    "ndr200": 25.0,
-    "ndr": 50.0,
-    "hdr200": 25.0,
-    "hdr100": 12.5,
-    "hdr": 25.0,
-    "edr": 12.5,
-    "omnipath": 12.5,
-    "slingshot": 25.0,
-}
 _RAIL = 32  # nodes that one rail of leaf switches joins (64 ports, half of them up)
 
 
@@ -104,46 +91,55 @@ def chip_of(row: Row) -> tuple[str, str]:
     return found, name
 
 
+# A rate: GB/s are bytes and everything else bits, so that the case of its letters counts.
+_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(GB/s|GBps|GByte/s)|(T?)G?b(?:it)?(?:ps|/s|/[Ss]ec|E)\b|G\b)")
+_PORTS = {
+    "xdr": 100.0,
+    "ndr200": 25.0,
+    "ndr": 50.0,
+    "hdr100": 12.5,
+    "hdr": 25.0,
+    "edr": 12.5,
+    "omnipath": 12.5,
+    "slingshot": 25.0,
+}  # GB/s of one, by name
+
+
 def _nic(row: Row, chip: str, per_node: int) -> float:
-    """GB/s of one direction that one rank has between nodes."""
-    text = row.text("interconnect_inter").replace("omni-path", "omnipath").replace("gbps", "gb/s_bit").replace("gbit/s", "gb/s_bit")
-    raw = str(row.row.get("interconnect_inter") or "")
-    if "compute:" in text:
-        text = re.split(r"management:|storage:", text.split("compute:")[1])[0]
-        raw = text
-    elif re.search(r"infiniband|\bib\b|\broce\b", text):  # beside a network of management, which a list may name first
-        text, raw = (
-            ",".join(part for part in re.split(r"[,;]", said) if re.search(r"infiniband|\bib\b|\broce\b", part.lower()))
-            for said in (text, raw)
-        )
-    if text:
-        if match := re.search(r"(\d+(?:\.\d+)?)\s*(t|g)b/s_bit\s*(?:/|per)\s*(node|gpu|gcd)", text):
-            total = float(match[1]) / 8 * (1000 if match[2] == "t" else 1)
-            return total / (per_node if match[3] == "node" else 1)
-        count = re.search(r"(\d+)\s*x\b", text)
-        ports = int(count[1]) if count else None
-        speed = None
-        if match := re.search(r"(\d+(?:\.\d+)?)\s*GB/s", raw):
-            speed = float(match[1])
-        elif match := re.search(r"(\d{2,4})\s*(?:gb/s_bit|gb/s|gb/sec|g\b|gbe)", text):
-            speed = float(match[1]) / 8
-        if speed is None or "omnipath" in text or "slingshot" in text:
-            speed = speed or next((value for word, value in _PORTS.items() if word in text.replace(" ", "")), None)
-        if speed is not None and ports:
-            return speed * ports / per_node
-        if speed is not None:
-            if speed * 8 >= 800:  # a node's, as EFA's 3,200 Gbit/s
-                return speed / per_node
-            return speed if speed <= 50 and not re.search(r"ethernet|tcp", text) else speed / per_node
-    declared = CHIPS[chip].nic_gbit_s.value or {"h100-pcie": 200.0}.get(chip, 200.0)
-    each = declared / 8 / CHIPS[chip].devices
+    """GB/s of one direction that one rank has between nodes: of the fastest fabric that the row names."""
+    parts = re.split(r"[,;|]", str(row.row.get("interconnect_inter") or ""))
+    found = [speed for part in parts if (speed := _fabric(part, per_node)) is not None and not re.search(r"(?i)storage|management", part)]
+    if found:
+        declared = CHIPS[chip].nic_gbit_s.value
+        return min(max(found), declared / 8 / CHIPS[chip].devices) if CHIPS[chip].devices > 1 and declared else max(found)
+    each = (CHIPS[chip].nic_gbit_s.value or 200.0) / 8 / CHIPS[chip].devices
     row.assumed.append(f"{each:g} GB/s between nodes for each rank: the row names no speed, {CHIPS[chip].name} nodes mostly have it")
     return each
 
 
+def _fabric(text: str, per_node: int) -> float | None:
+    """GB/s of a rank: `8x50 GB/s`, `8x HDR200`, `RoCE 1600 Gbps/node`, `EFA 3200 Gbps`, `4x Omni-Path 100`, `2x100 GbE`; None where nothing says."""
+    rate, words = _RATE.search(text), re.sub(r"[\s-]", "", text.lower())
+    count = re.search(r"(\d+)\s*[x×]", text)
+    if rate:
+        port = float(rate[1]) if rate[2] else float(rate[1]) / 8 * (1000 if rate[3] else 1)
+    else:
+        port = next((speed for word, speed in _PORTS.items() if word in words), None)
+    if port is None:
+        return None
+    of_node = re.search(r"/node|pernode", words)
+    adjacent = not rate or (count and re.fullmatch(r"\s*", text[count.end() : rate.start()]))
+    if count and count.start() < (rate.start() if rate else len(text)) and (adjacent or not of_node):
+        return port * int(count[1]) / per_node
+    if re.search(r"(?:/|per)(?:gpu|gcd|rank|accelerator)", words):
+        return port
+    # Without a count: a node's where the row says so, where no port is so fast, or where it is Ethernet; else each rank has a port of its own.
+    return port / per_node if port > 100 or of_node or re.search(r"ethernet|tcp|gbe", words) else port
+
+
 def cluster_of(row: Row, chip: str, name: str, ranks: int) -> Cluster:
     """Levels count ranks, and their rates are of one rank; of an MI250X each device is one."""
-    devices, found = CHIPS[chip].devices, CHIPS[chip]
+    devices, found, before = CHIPS[chip].devices, CHIPS[chip], len(row.assumed)
     usual = 4 if chip in ("gb200", "gb300", "gh200", "a100-64", "h100-64") else 4 * devices if chip == "mi250x" else 8
     per_node = row.whole("gpus_per_node", usual)
     if not 1 <= per_node <= 1024:
@@ -172,5 +168,5 @@ def cluster_of(row: Row, chip: str, name: str, ranks: int) -> Cluster:
     memory = row.number("gpu_mem_gb") or (found.hbm_bytes.value or 0) / devices / 2**30
     return Cluster(
         chip, max(1, ranks // devices), max(1, per_node // devices), tuple(levels), int(memory * 2**30 * VISIBLE) if memory else None,
-        cap_watts=row.number("gpu_power_cap_w"), assumed=tuple(row.assumed),
+        cap_watts=row.number("gpu_power_cap_w"), assumed=tuple(row.assumed[before:]),
     )  # fmt: skip

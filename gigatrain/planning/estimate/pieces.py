@@ -28,6 +28,7 @@ UNFUSED_GATE = frozenset(
     {"torchtitan", "llm_foundry", "nanotron", "deepspeed"}
 )  # keep silu(gate) beside gate, up and their product, unless compiled
 EAGER_NORM = frozenset({"deepspeed"})  # transformers' RMSNorm, in six operations of which fp32 copies are kept, unless compiled or Liger's
+WHOLE_EXPERTS = frozenset({"gigatrain_native", "gigatrain_deepspeed"})  # no tensor rank has a part of an expert, shared ones included
 AGAIN: dict[Recompute, frozenset[str]] = {
     "none": frozenset(),
     "lean": frozenset({"norm", "activation"}),
@@ -61,7 +62,8 @@ class Local:
         self.size = 4 if w.precision == "fp32" else 2
         self.bits = PRODUCTS_BITS[w.precision]
         self.shards = layout.shard * layout.context
-        wide = self.t if layout.expert_tensor < self.t else 1
+        # Megatron's expert ranks may be tensor ranks too; on ours every tensor rank has its experts whole, for its own tokens (parallel/tensor.py).
+        wide = self.t if layout.expert_tensor < self.t and w.stack not in WHOLE_EXPERTS else 1
         self.expert_shards = max(1, self.shards * wide // layout.expert)
         self.visits = self.rows * w.shape.experts_per_token * layout.expert_tensor * (1.0 if w.balanced else IMBALANCE)
         self.unfused = w.attention == "unfused"

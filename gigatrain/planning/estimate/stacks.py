@@ -53,7 +53,7 @@ def habits(stack: str, version: str, constants: Mapping[str, float]) -> Habits:
         passes_share=constants[f"stack.{name}.passes_share"],
         fused=_FUSED.get(name, frozenset()),
         bucket_bytes=_BUCKETS.get(name, 100 * MiB),
-        attention=_ATTENTION.get(name, "fused") if not _LATER.search(version.lower()) else "fused",
+        attention=_attention(name, version.lower()),
         pace=exp(-constants["software.gain_year"] * (released(version) - RELEASED)),
         synced_sends=name in _SYNCED,
         step_s=constants[f"stack.{name}.step_s"],
@@ -92,4 +92,13 @@ _FUSED: dict[str, frozenset[str]] = {
 _ATTENTION: dict[str, str] = dict.fromkeys(("torchtitan", "nanotron", "deepspeed", "megatron_2021", "generic"), "flash2") | {
     "llm_foundry": "flash1"
 }
+
+
+def _attention(name: str, version: str) -> str:
+    if _FLASH4.search(version):
+        return "flash4"
+    return "fused" if _LATER.search(version) else _ATTENTION.get(name, "fused")
+
+
+_FLASH4 = re.compile(r"\bfa-?4\b|flash.?attention.?4\b")
 _LATER = re.compile(r"\bfa-?[34]\b|flash.?attention.?[34]\b|cudnn|\bte\b")

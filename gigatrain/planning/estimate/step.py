@@ -15,6 +15,9 @@ from gigatrain.planning.estimate.work import Item, Transfer, Work
 from gigatrain.planning.estimate.workload import Workload
 
 COMPUTE: tuple[str, ...] = ("gemm", "grouped", "attention", "memory", "optimizer")
+_SCATTERED = (
+    "megatron",
+)  # tensor ranks that hold the same activations send a part each, which is gathered where it arrives (arXiv 2104.04473, 4.1)
 _NAMES = ("forward", "backward", "weights")
 _Span = tuple[int, str, str, float, float]
 
@@ -88,7 +91,7 @@ def _alone(rows: Sequence[Sequence[Run]], accumulation: int) -> _Body:
 def _pipeline(works: Sequence[Work], workload: Workload, table: list[list[tuple[Run, ...]]], time_of: TimeOf, habits: Habits) -> _Body:
     layout, count, ranks = workload.layout, workload.accumulation, len(works)
     stages = len(works[0].stages)
-    wires = _Wires.of(works, table, time_of, habits)
+    wires = _Wires.of(works, workload, table, time_of, habits)
 
     def simulated(microbatches: int) -> Ran:
         return wires.run(events(layout.schedule, ranks, stages, microbatches))
@@ -139,10 +142,15 @@ class _Wires:
     floors: list[float] | None
 
     @classmethod
-    def of(cls, works: Sequence[Work], table: list[list[tuple[Run, ...]]], time_of: TimeOf, habits: Habits) -> "_Wires":
-        sent = Transfer("boundary", "pipeline", "send", max(work.boundary_bytes for work in works), "forward")
-        cost = time_of(sent)
-        kept = (1 - share(habits, sent)) * cost.seconds
+    def of(cls, works: Sequence[Work], workload: Workload, table: list[list[tuple[Run, ...]]], time_of: TimeOf, habits: Habits) -> "_Wires":
+        whole = max(work.boundary_bytes for work in works)
+        sent = Transfer("boundary", "pipeline", "send", whole, "forward")
+        layout, joined = workload.layout, 0.0
+        if layout.tensor > 1 and not layout.sequence_parallel and workload.stack in _SCATTERED:
+            sent = replace(sent, bytes=whole / layout.tensor)
+            joined = time_of(Transfer("boundary", "tensor", "all_gather", whole, "forward")).seconds
+        send_s = time_of(sent).seconds + joined
+        kept = (1 - share(habits, sent)) * (send_s - joined) + joined
         owner = {number: rank for rank, work in enumerate(works) for number in work.numbers}
         last = len(owner) - 1
         runs = [one for rows in table for row in rows for one in row]
@@ -152,10 +160,10 @@ class _Wires:
             held += [kept * out for forward, backward in mine for out in (forward, backward, False)]
             sends.append(sum(map(sum, mine)))
         if habits.synced_sends:  # each pass begins with an idle device and a host that has launched nothing of it
-            return cls(len(works), [one.floor_s for one in runs], held, sends, cost.seconds, None, None)
+            return cls(len(works), [one.floor_s for one in runs], held, sends, send_s, None, None)
         launched = any(one.host_s for one in runs)
         return cls(
-            len(works), [one.device_s for one in runs], held, sends, cost.seconds,
+            len(works), [one.device_s for one in runs], held, sends, send_s,
             [one.host_s for one in runs] if launched else None, [one.floor_s for one in runs] if launched else None,
         )  # fmt: skip
 
@@ -255,11 +263,11 @@ def _spans(
                     now += row[kind].device_s
     else:
         todo = events(workload.layout.schedule, ranks, stages, count)
-        ran = _Wires.of(works, table, time_of, habits).run(todo, times=True)
+        ran = _Wires.of(works, workload, table, time_of, habits).run(todo, times=True)
         seen: dict[int, int] = {}
-        for event, (begin, end) in zip(todo, ran.times, strict=True):
-            microbatch = seen[event.key] = seen.get(event.key, -1) + 1
-            stage, kind = event.key // 3 % stages, event.key % 3
-            found.append((event.rank, "compute", f"{_NAMES[kind]} {microbatch}.{stage}", begin, end))
+        for (rank, key, *_), (begin, end) in zip(todo, ran.times, strict=True):
+            microbatch = seen[key] = seen.get(key, -1) + 1
+            stage, kind = key // 3 % stages, key % 3
+            found.append((rank, "compute", f"{_NAMES[kind]} {microbatch}.{stage}", begin, end))
     found += [(rank, "compute", "update", met, step_s) for rank in range(ranks)]
     return tuple(found)

@@ -1,0 +1,313 @@
+"""A step's seconds and a rank's bytes by formula, a thousand times cheaper than the events: what the search sorts a whole space by.
+
+Operations and transfers of one layer are those of layers.py, timed by rates.py and collectives.py, so that it errs only in how they are put together:
+
+    a microbatch   its rank's layers, as if they were alike, with the embedding and the head as so many layers more; whole layers to a stage
+    a pipeline     (m + p - 1) T of 1F1B, m T + (p - 1) T / v interleaved, m T + (p - 1) (F + D - W) of ZBV, at least 0 (F, D, W: forward, both gradients)
+    transfers      beside the work that may hide them as far as the stack overlaps that axis, and its slowing taken off; the rest in full
+    memory         states as residency.py shares them, the activations of every microbatch in flight, logits, gathered weights
+
+How far it is from the events is in tests/planning/test_search.py; the search allows for it (search.MARGIN).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from gigatrain.planning import layout as pipelines
+from gigatrain.planning.estimate import collectives, estimate, layers, rates
+from gigatrain.planning.estimate.cluster import Cluster
+from gigatrain.planning.estimate.layouts import Split, arranged, states_of
+from gigatrain.planning.estimate.work import Block, Item, Op, Transfer
+from gigatrain.planning.estimate.workload import Layout, Precision, Recompute, Schedule, States, Workload
+
+AXES = ("tensor", "context", "expert")  # whose transfers are within a layer
+
+
+@dataclass(slots=True)
+class Pass:
+    """Seconds of a stretch of items: on the device, of the host's launches, and of transfers by axis."""
+
+    device_s: float = 0.0
+    launch_s: float = 0.0
+    tensor: float = 0.0
+    context: float = 0.0
+    expert: float = 0.0
+
+    def add(self, other: "Pass", times: float) -> None:
+        self.device_s += times * other.device_s
+        self.launch_s += times * other.launch_s
+        self.tensor += times * other.tensor
+        self.context += times * other.context
+        self.expert += times * other.expert
+
+
+@dataclass(slots=True)
+class Layer:
+    """The mean layer of a rank, or its embedding and head together."""
+
+    forward_s: float  # what is exposed of its transfers included
+    backward_s: float
+    weights_s: float  # of the backward: products of weight gradients
+    again_s: float
+    saved_bytes: float
+    transient_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Parameters of one rank before any is sharded: of the mean layer and of embedding with head, dense and experts."""
+
+    dense: float
+    experts: float
+    ends: float
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """What a configuration comes to."""
+
+    step_s: float
+    memory_bytes: float
+
+
+class Prices:
+    """Of one workload on one cluster: what the layouts of a search have in common is timed once."""
+
+    def __init__(self, workload: Workload, cluster: Cluster, constants: Mapping[str, float]) -> None:
+        self.workload, self.cluster, self.constants = workload, cluster, constants
+        self.habits = estimate.habits_of(workload, constants)
+        self.clock = rates.clock_of(cluster.chip, cluster.cap_watts, cluster.clock_share, constants)
+        self.uneven = 1.0 if workload.balanced else 1.0 + constants["moe.imbalance"]
+        self.kinds: dict[tuple[bool, int | None], int] = {}
+        shape = workload.shape
+        for index in range(shape.layers):
+            kind = (shape.sparse_of(index), shape.window_of(index))
+            self.kinds[kind] = self.kinds.get(kind, 0) + 1
+        self.timed: dict[tuple[Precision, Op], tuple[float, float]] = {}
+        self.sent: dict[tuple[Transfer, int, int], float] = {}
+        self.layers: dict[tuple[object, ...], tuple[Layer, Layer]] = {}
+        self.counted: dict[tuple[int, int], Sizes] = {}
+
+    def transfer_s(self, transfer: Transfer, ranks: int, stride: int) -> float:
+        """Seconds of one collective of `ranks` that are `stride` apart."""
+        if ranks <= 1:
+            return 0.0
+        key = (transfer, ranks, stride)
+        found = self.sent.get(key)
+        if found is None:
+            found = self.sent[key] = collectives.seconds(transfer, self.cluster, ranks, stride, self.constants)
+        return found
+
+    def op_s(self, op: Op, precision: Precision) -> tuple[float, float]:
+        """`(device, launch)` seconds of one operation."""
+        found = self.timed.get((precision, op))
+        if found is None:
+            share = estimate.products_share(replace(self.workload, precision=precision), self.constants)
+            cost = rates.cost(op, self.cluster.chip, self.constants, self.habits, clock=self.clock, products=share)
+            found = cost.seconds * (self.uneven if op.kind == "grouped" else 1.0), cost.launch_s
+            self.timed[precision, op] = found
+        return found
+
+    def passed(self, items: tuple[Item, ...], layout: Layout, precision: Precision) -> tuple[Pass, float]:
+        """A stretch of items, and of it the seconds of weight gradients."""
+        found, weights = Pass(), 0.0
+        for item in items:
+            if isinstance(item, Op):
+                seconds, launch = self.op_s(item, precision)
+                found.device_s += seconds
+                found.launch_s += launch
+                weights += seconds if item.passes == "wgrad" else 0.0
+            elif item.axis in AXES:
+                seconds = self.transfer_s(item, *collectives.group(layout, item.axis))
+                setattr(found, item.axis, getattr(found, item.axis) + seconds * (self.uneven if item.axis == "expert" else 1.0))
+        return found, weights
+
+    def exposed(self, seconds: float, beside_s: float, axis: str) -> float:
+        """What `seconds` of transfers add to `beside_s` of work that may hide them."""
+        hidden = min(seconds * self.habits.overlaps.get(axis, 0.0), beside_s)
+        return seconds - hidden + hidden * self.habits.slowdown.get(axis, 0.0)
+
+    def seconds(self, found: Pass) -> float:
+        """Of a stretch: the device or the host that launches, whichever is slower, and what is not hidden of its transfers."""
+        work = max(found.device_s, found.launch_s)
+        return work + sum(self.exposed(getattr(found, axis), work, axis) for axis in AXES)
+
+    def layer(self, split: Split, expert: int, microbatch: int, recompute: Recompute, precision: Precision, zero: int) -> tuple[Layer, Layer]:
+        """`(the mean layer, embedding and head)` of a microbatch."""
+        key = (split.tensor, split.context, split.exchange, split.pipeline, split.data, expert, microbatch, recompute, precision, zero == 3)
+        found = self.layers.get(key)
+        if found is None:
+            # No transfer of shards is in these blocks: zero 3 as in a pipeline, where they are the step's.
+            share = (split.data, 3 if zero == 3 else 1, False)
+            turn: tuple[int, int, Schedule, int] = (microbatch, 1, "1f1b", 1)
+            local = layers.Local(arranged(self.workload, replace(split, pipeline=max(2, split.pipeline)), expert, share, turn, recompute, precision))
+            layout = replace(local.workload.layout, pipeline=split.pipeline, reshard=False)
+            count = self.workload.shape.layers
+            body = [(layers.layer(local, sparse, window), times / count) for (sparse, window), times in self.kinds.items()]
+            ends = [(layers.embedding(local), 1.0), (layers.head(local, tied_here=False), 1.0)]
+            ends += [(layers.predicted(local), float(self.workload.shape.predicted))] if self.workload.shape.predicted else []
+            found = self.layers[key] = self._mean(body, layout, precision), self._mean(ends, layout, precision)
+        return found
+
+    def _mean(self, blocks: list[tuple[Block, float]], layout: Layout, precision: Precision) -> Layer:
+        forward, backward, again, weights = Pass(), Pass(), Pass(), 0.0
+        for block, times in blocks:
+            forward.add(self.passed(block.forward, layout, precision)[0], times)
+            back, wgrad = self.passed(block.backward, layout, precision)
+            backward.add(back, times)
+            weights += times * wgrad
+            again.add(self.passed(block.recompute, layout, precision)[0], times)
+        return Layer(
+            self.seconds(forward),
+            self.seconds(backward),
+            weights,
+            self.seconds(again),
+            sum(block.saved_bytes * times for block, times in blocks),
+            max(block.transient_bytes for block, _ in blocks),
+        )
+
+    def sizes(self, tensor: int, expert: int) -> Sizes:
+        """Parameters of a rank's mean layer and ends."""
+        found = self.counted.get((tensor, expert))
+        if found is None:
+            mine = Layout(tensor=tensor, shard=max(1, expert), expert=expert, zero=1)
+            local, count = layers.Local(replace(self.workload, layout=mine, microbatch=1)), self.workload.shape.layers
+            each = [(layers.parameters(local, sparse), times) for (sparse, _), times in self.kinds.items()]
+            dense, experts = (sum(one[index] * times for one, times in each) / count for index in (0, 1))
+            shape = self.workload.shape
+            ends = -(-shape.vocab // tensor) * shape.hidden
+            found = self.counted[tensor, expert] = Sizes(dense, experts, float(ends))
+        return found
+
+    def state_bytes(self, split: Split, expert: int, share: tuple[int, int, bool], precision: Precision) -> float:
+        """Bytes of weights, gradients and optimizer states of the mean rank of a pipeline, which the fullest has at least."""
+        (shard, zero, _), shape, sizes = share, self.workload.shape, self.sizes(split.tensor, expert)
+        states = states_of(self.workload, precision, zero)
+        dense = (shape.layers * sizes.dense + sizes.ends * (1 if shape.tied else 2)) / split.pipeline
+        experts = shape.layers * sizes.experts / split.pipeline
+        layout = Layout(shard=shard, context=split.context, tensor=split.tensor, expert=expert)
+        return self._kept(states, zero, dense + experts, self._owned(layout, zero, dense, experts))
+
+    def _kept(self, states: States, zero: int, whole: float, owned: float) -> float:
+        """Bytes of so many parameters, of which a rank has `owned` of what is shared."""
+        found = states.weights * (owned if zero == 3 else whole) + states.gradients * (owned if zero >= 2 else whole)
+        return found + (0.0 if self.workload.offload else states.master + states.moments) * owned
+
+    def _owned(self, layout: Layout, zero: int, dense: float, experts: float) -> float:
+        if zero == 0:
+            return dense + experts
+        return dense / collectives.group(layout, "shard")[0] + experts / collectives.group(layout, "shard", experts=True)[0]
+
+    def priced(
+        self,
+        split: Split,
+        expert: int,
+        share: tuple[int, int, bool],
+        turn: tuple[int, int, Schedule, int],
+        recompute: Recompute,
+        precision: Precision,
+    ) -> Priced:
+        """Seconds of a step and bytes of the fullest rank."""
+        (shard, zero, reshard), (microbatch, count, schedule, each) = share, turn
+        body, ends = self.layer(split, expert, microbatch, recompute, precision, zero)
+        sizes, shape = self.sizes(split.tensor, expert), self.workload.shape
+        states = states_of(self.workload, precision, zero)
+        ranks, stages = split.pipeline, split.pipeline * each
+
+        # Whole layers to a stage; the ends weigh as so many layers more.
+        one = body.forward_s + body.backward_s + body.again_s
+        both = ends.forward_s + ends.backward_s
+        held = float(shape.layers)
+        forward, backward, again, weights = (held * s for s in (body.forward_s, body.backward_s, body.again_s, body.weights_s))
+        if ranks == 1:
+            forward, backward, weights = forward + ends.forward_s, backward + ends.backward_s, weights + ends.weights_s
+        else:
+            stage = max(-(-shape.layers // stages), (shape.layers + both / one) / stages)
+            held = each * stage
+            forward, backward, again, weights = (held * s for s in (body.forward_s, body.backward_s, body.again_s, body.weights_s))
+        total = forward + backward + again
+        match schedule:
+            case _ if ranks == 1:
+                step = count * total
+            case "1f1b":
+                step = (count + ranks - 1) * total
+            case "interleaved":
+                step = count * total + (ranks - 1) * total / each
+            case "zbv":
+                step = count * total + (ranks - 1) * max(0.0, forward + again + backward - 3 * weights) / 2
+        layout = Layout(
+            replicate=split.data // shard, shard=shard, context=split.context, tensor=split.tensor, pipeline=ranks, expert=expert, zero=3, stages=each
+        )  # fmt: skip
+        if ranks > 1:
+            rows = microbatch * self.workload.sequence // split.context
+            send = Transfer("boundary", "pipeline", "send", 2.0 * rows * shape.hidden / split.tensor, "forward")
+            sent = self.transfer_s(send, *collectives.group(layout, "pipeline"))
+            step += 2 * (ranks - 1) * sent + self.exposed(2 * each * count * sent, count * total, "pipeline")
+
+        local = min(held, float(shape.layers))
+        if ranks == 1:
+            dense = local * sizes.dense + sizes.ends * (1 if shape.tied else 2)
+        else:
+            dense = shape.layers / ranks * sizes.dense + sizes.ends * (2 if schedule == "zbv" and not shape.tied else 1)
+            local = shape.layers / ranks
+        experts = local * sizes.experts
+        step += self._shared(layout, states, zero, reshard, dense, experts, count, forward, backward + again)
+        owned = self._owned(layout, zero, dense, experts)
+        optimizer = Op("adamw", "optimizer", "step", 0.0, owned * (states.weights + states.gradients + 2 * (states.master + states.moments)))
+        step += self.op_s(optimizer, precision)[0] + self.habits.step_s
+        step *= 1.0 + estimate.wait_share(self.workload, self.cluster, self.constants)
+
+        # Memory: what is shared by zero, then what is in flight.
+        whole = dense + experts
+        kept = self._kept(states, zero, whole, owned)
+        if ranks == 1:
+            live = held * body.saved_bytes + ends.saved_bytes
+        else:
+            most = max(pipelines.live(schedule, rank, ranks, each, count) for rank in {0, ranks - 1})
+            live = most * held / each * body.saved_bytes
+        gathered = 0.0
+        if zero == 3:
+            layer = sizes.dense + sizes.experts
+            gathered = states.gathered * (whole if not reshard else 2 * layer + 2 * sizes.ends)
+            gathered += (states.gathered + states.reduced) * max(layer, sizes.ends)
+        return Priced(step, kept + live + gathered + max(body.transient_bytes, ends.transient_bytes))
+
+    def _shared(
+        self,
+        layout: Layout,
+        states: States,
+        zero: int,
+        reshard: bool,
+        dense: float,
+        experts: float,
+        count: int,
+        forward_s: float,
+        backward_s: float,
+    ) -> float:
+        """Exposed seconds of a step's transfers of weights and gradients, between `shard` and between `replicate`."""
+        total = 0.0
+        per_microbatch = zero == 3 and (layout.pipeline == 1 or reshard)
+        replicate = collectives.group(layout, "replicate")
+        once, between = 0.0, 0.0
+        gathers, scatters = 0.0, 0.0
+        chunks = max(1, self.workload.shape.layers // layout.pipeline)
+        for number, of_experts in ((dense, False), (experts, True)):
+            if not number:
+                continue
+            ranks, _ = group = collectives.group(layout, "shard", experts=of_experts)
+            if ranks > 1:
+                if zero == 0:
+                    once += self.transfer_s(Transfer("reduce", "shard", "all_reduce", number * states.reduced, "step"), *group)
+                else:  # layer by layer
+                    part = number / chunks
+                    gathers += chunks * self.transfer_s(Transfer("gather", "shard", "all_gather", part * states.gathered, "forward"), *group)
+                    scatters += chunks * self.transfer_s(Transfer("scatter", "shard", "reduce_scatter", part * states.reduced, "backward"), *group)
+            if layout.replicate > 1:
+                own = number * states.reduced / (ranks if zero else 1) / chunks
+                between += chunks * self.transfer_s(Transfer("replicate", "replicate", "all_reduce", own, "backward"), *replicate)
+        if per_microbatch:
+            total += count * self.exposed(gathers, forward_s, "shard")
+            total += count * self.exposed((gathers if reshard else 0.0) + scatters, backward_s, "shard")
+            return total + count * self.exposed(between, backward_s, "replicate")
+        total += self.exposed(gathers, forward_s, "shard") + self.exposed(scatters + once, backward_s, "shard")
+        return total + self.exposed(between, backward_s, "replicate")

@@ -1,0 +1,515 @@
+"""Layouts ranked: every legal one counted, pruned by memory and by formula, the best of them played event by event, and a few that differ shown.
+
+Three rounds, all deterministic, on one core:
+
+    1  every legal layout x microbatch x schedule x recomputation x precision (layouts.py) by formula (closed.py); of recomputation the least that fits, since
+       each policy does all that the one before it does and more
+    2  of each (tensor, pipeline, context, expert) the best few by formula, best group first, by events (estimate.py), until no group can come under the fifth
+       best: its best by formula is beyond that by more than the formula errs (MARGIN)
+    3  the winners' neighbours: half and twice a microbatch, the next shards, schedules and policies, by events, while that helps
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gigatrain.errors import PlanError
+from gigatrain.planning.estimate import estimate as whole
+from gigatrain.planning.estimate import layouts
+from gigatrain.planning.estimate.closed import Prices
+from gigatrain.planning.estimate.cluster import Cluster
+from gigatrain.planning.estimate.constants import VALUES
+from gigatrain.planning.estimate.layouts import Split
+from gigatrain.planning.estimate.work import Estimate
+from gigatrain.planning.estimate.workload import PRODUCTS_BITS, Layout, Precision, Recompute, Schedule, Workload
+
+# From the least that is made again to the most: each does the work of every one before it in its row, and more.
+POLICIES: tuple[Recompute, ...] = ("none", "lean", "attention", "selective", "full")
+MARGIN = 0.20  # by which the formula may be wrong about the events: tests/planning/test_search.py measures it
+SLACK = 0.80  # bytes by formula that are refused: those whose SLACK-th part does not fit; residency.py judges the rest
+EVENTS = 1_500_000  # items that the second and third round may play in all, which is what bounds their time
+EACH = 3  # of a group, by events
+KEPT = 24  # of a group, by formula
+Turn = tuple[int, int, Schedule, int]
+Share = tuple[int, int, bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A layout with what it comes to. `why`: what limits it, what is next, and how it stands to the first."""
+
+    workload: Workload
+    estimate: Estimate
+    why: str = ""
+    changed: bool = False  # whether its precision is another than the recipe's
+
+    @property
+    def layout(self) -> Layout:
+        return self.workload.layout
+
+    @property
+    def microbatch(self) -> int:
+        return self.workload.microbatch
+
+    @property
+    def accumulation(self) -> int:
+        return self.workload.accumulation
+
+    @property
+    def recompute(self) -> Recompute:
+        return self.workload.recompute
+
+    @property
+    def precision(self) -> Precision:
+        return self.workload.precision
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search came to: `considered` configurations in all; of them `pruned`, by reason, never had a price; `played` went through the events."""
+
+    candidates: tuple[Candidate, ...]
+    considered: int
+    pruned: dict[str, int]
+    played: int = 0
+    complete: bool = True  # False: `limit_s` or EVENTS ended it before every group that could win was played
+
+
+@dataclass(order=True, slots=True)
+class _Member:
+    """One configuration by formula; the order is of a group's best first, then by what it is, so that ties fall alike everywhere."""
+
+    step_s: float
+    tie: tuple[Any, ...]
+    memory_bytes: float = field(compare=False)
+    split: Split = field(compare=False)
+    expert: int = field(compare=False)
+    share: Share = field(compare=False)
+    turn: Turn = field(compare=False)
+    recompute: Recompute = field(compare=False)
+    precision: Precision = field(compare=False)
+
+    def workload(self, base: Workload) -> Workload:
+        return layouts.arranged(base, self.split, self.expert, self.share, self.turn, self.recompute, self.precision)
+
+
+Group = tuple[int, int, int, int]  # tensor, pipeline, context, expert
+
+
+def step_time(workload: Workload, estimate: Estimate) -> float:
+    """The default of what is least for the best: seconds of a step. A step's tokens are the same for all."""
+    return estimate.step_s
+
+
+def search(
+    workload: Workload,
+    cluster: Cluster,
+    *,
+    precisions: tuple[Precision, ...] | None = None,
+    recomputes: tuple[Recompute, ...] | None = None,
+    limit_s: float | None = None,
+    top: int = 5,
+    constants: Mapping[str, float] = VALUES,
+    key: Callable[[Workload, Estimate], float] = step_time,
+    refusal: Callable[[Workload], str] | None = None,
+    clock: Callable[[], float] | None = None,
+) -> Found:
+    """The `top` best layouts of `workload.layout.ranks` ranks for `workload.batch` samples a step, at most one of a (tensor, pipeline, context, expert).
+
+    `precisions` and `recomputes`: what may be chosen (default: the workload's precision, and every policy that its stack has). `key` ranks: less is better.
+    `refusal` may refuse a candidate for what a Workload does not know, in words (a recipe's own rules). `limit_s` ends it early, by `clock`.
+
+    Raises PlanError where no layout divides, or none fits the memory, with what would.
+    """
+    precisions = precisions or (workload.precision,)
+    recomputes = recomputes or policies(workload)
+    pruned: Counter[str] = Counter()
+    prices = Prices(workload, cluster, constants)
+    began = clock() if clock else 0.0
+    groups, considered = _by_formula(workload, cluster, prices, precisions, recomputes, pruned)
+    if not considered:
+        raise PlanError(_indivisible(workload, cluster, pruned))
+    if not groups:
+        raise PlanError(_too_large(workload, cluster, considered))
+    late = (lambda: clock() - began > limit_s) if clock and limit_s is not None else (lambda: False)
+    play = _Play(workload, cluster, constants, key, refusal, pruned)
+    complete = _by_events(groups, play, top, late)
+    _refined(play, groups, recomputes, top, late)
+    if not play.found:
+        raise PlanError(_too_large(workload, cluster, considered))
+    chosen = _different(play.ranked(), top)
+    return Found(explained(chosen, workload), considered, dict(sorted(pruned.items())), play.count, complete)
+
+
+def policies(workload: Workload) -> tuple[Recompute, ...]:
+    """Those that a stack has."""
+    match workload.stack:
+        case "gigatrain_native" | "gigatrain_deepspeed":
+            return ("none", "selective", "full") if workload.compiled else ("none", "lean", "selective", "full")
+        case "torchtitan":
+            return ("none", "selective", "full")
+        case "llm_foundry" | "deepspeed":
+            return ("none", "full")
+        case _:
+            return ("none", "attention", "full")
+
+
+def _by_formula(
+    workload: Workload,
+    cluster: Cluster,
+    prices: Prices,
+    precisions: tuple[Precision, ...],
+    recomputes: tuple[Recompute, ...],
+    pruned: Counter[str],
+) -> tuple[dict[Group, list[_Member]], int]:
+    """The first round: of each group the KEPT best by formula."""
+    groups: dict[Group, list[_Member]] = {}
+    room, considered = float(cluster.memory_bytes or float("inf")), 0
+    wanted = tuple(one for one in POLICIES if one in recomputes)
+    for split in layouts.splits(workload, cluster, pruned):
+        for precision in precisions:
+            turns = list(layouts.turns(workload, split, precision))
+            if not turns:
+                pruned["pipeline does not fit layers or microbatches"] += 1
+                continue
+            for expert in layouts.experts(workload, split):
+                shares = list(layouts.shards(workload, split, expert))
+                considered += len(turns) * len(shares) * len(wanted)
+                heap: list[_Member] = groups.setdefault((split.tensor, split.pipeline, split.context, expert), [])
+                for share in shares:
+                    if prices.state_bytes(split, expert, share, precision) > room:
+                        pruned["memory: weights, gradients and optimizer"] += len(turns) * len(wanted)
+                        continue
+                    for turn in turns:
+                        for index, recompute in enumerate(wanted):
+                            priced = prices.priced(split, expert, share, turn, recompute, precision)
+                            if priced.memory_bytes * SLACK > room:
+                                pruned["memory: activations, by formula"] += 1
+                                continue
+                            tie = (split.exchange, share, turn, index, precision)
+                            heap.append(_Member(priced.step_s, tie, priced.memory_bytes, split, expert, share, turn, recompute, precision))
+                            if priced.memory_bytes <= room * SLACK:
+                                pruned["more is made again than memory asks for"] += len(wanted) - index - 1
+                                break  # the rest does more work for memory that is not needed
+                if len(heap) > 4 * KEPT:
+                    heap[:] = heapq.nsmallest(KEPT, heap)
+    return {group: heapq.nsmallest(KEPT, members) for group, members in groups.items() if members}, considered
+
+
+class _Play:
+    """Candidates by events, each once."""
+
+    def __init__(
+        self,
+        base: Workload,
+        cluster: Cluster,
+        constants: Mapping[str, float],
+        key: Callable[[Workload, Estimate], float],
+        refusal: Callable[[Workload], str] | None,
+        pruned: Counter[str],
+    ) -> None:
+        self.base, self.cluster, self.constants, self.key, self.refusal, self.pruned = base, cluster, constants, key, refusal, pruned
+        self.known: dict[Workload, Candidate | None] = {}
+        self.found: list[tuple[float, int, Candidate]] = []
+        self.count, self.events = 0, 0
+
+    def __call__(self, workload: Workload) -> Candidate | None:
+        """None: it does not fit, or is refused."""
+        if workload in self.known:
+            return self.known[workload]
+        self.known[workload] = found = self._fresh(workload)
+        return found
+
+    def _fresh(self, workload: Workload) -> Candidate | None:
+        if self.refusal is not None and (why := self.refusal(workload)):
+            self.pruned[f"refused: {why}"] += 1
+            return None
+        self.count += 1
+        mine = workload.layout
+        self.events += 40 * (workload.shape.layers + 2) + 4 * mine.pipeline * mine.stages * workload.accumulation
+        estimate = whole.estimate(workload, self.cluster, self.constants)
+        if estimate.fits is False:
+            self.pruned["memory: by liveness"] += 1
+            return None
+        candidate = Candidate(workload, estimate, changed=workload.precision != self.base.precision)
+        self.found.append((self.key(workload, estimate), len(self.found), candidate))
+        return candidate
+
+    @property
+    def spent(self) -> bool:
+        return self.events >= EVENTS
+
+    def ranked(self) -> list[Candidate]:
+        return [candidate for _, _, candidate in sorted(self.found, key=lambda one: one[:2])]
+
+
+def group_of(workload: Workload) -> Group:
+    """What two shown candidates may not have in common."""
+    mine = workload.layout
+    return mine.tensor, mine.pipeline, mine.context, mine.expert
+
+
+def _by_events(groups: dict[Group, list[_Member]], play: _Play, top: int, late: Callable[[], bool]) -> bool:
+    """The second round; whether it came to its end."""
+    order = sorted(groups, key=lambda group: groups[group][0])
+    best: list[float] = []
+    for group in order:
+        members = groups[group]
+        if len(best) >= top and members[0].step_s > sorted(best)[top - 1] * (1 + MARGIN):
+            return True
+        if late() or play.spent:
+            return False
+        fits, ratio, tried = 0, 1.0, 0
+        mine = float("inf")
+        for member in members:
+            if fits >= EACH or tried >= 3 * EACH:
+                break
+            if fits and member.step_s > members[0].step_s * (1 + MARGIN):
+                break
+            tried += 1
+            candidate = play(member.workload(play.base))
+            if candidate is not None:
+                fits += 1
+                mine = min(mine, candidate.estimate.step_s)
+        del ratio
+        if fits:
+            best.append(mine)
+    return True
+
+
+def _refined(play: _Play, groups: dict[Group, list[_Member]], recomputes: tuple[Recompute, ...], top: int, late: Callable[[], bool]) -> None:
+    """The third round: each of the shown, improved one choice at a time."""
+    for _ in range(3):
+        before = [candidate.workload for candidate in _different(play.ranked(), top)]
+        for workload in before:
+            for near in _near(workload, play.base, play.cluster, recomputes):
+                if late() or play.spent:
+                    return
+                play(near)
+        if [candidate.workload for candidate in _different(play.ranked(), top)] == before:
+            return
+
+
+def _near(workload: Workload, base: Workload, cluster: Cluster, recomputes: tuple[Recompute, ...]) -> list[Workload]:
+    """Legal neighbours of the same group: another microbatch, share, schedule, policy or dispatch, one at a time."""
+    mine = workload.layout
+    split = Split(mine.tensor, mine.context, mine.pipeline, mine.exchange, mine.data, base.batch // mine.data)
+    share: Share = (mine.shard, mine.zero, mine.reshard)
+    turn: Turn = (workload.microbatch, workload.accumulation, mine.schedule, mine.stages)
+    turns = list(layouts.turns(base, split, workload.precision))
+    shares = list(layouts.shards(base, split, mine.expert))
+
+    def made(share: Share, turn: Turn, recompute: Recompute) -> Workload:
+        return layouts.arranged(base, split, mine.expert, share, turn, recompute, workload.precision)
+
+    sizes = sorted({one[0] for one in turns})
+    at = sizes.index(workload.microbatch)
+    found = [made(share, one, workload.recompute) for one in turns if one[0] in sizes[max(0, at - 1) : at + 2] and one[2:] == turn[2:]]
+    same = [one for one in turns if one[0] == turn[0] and one != turn]
+    found += [made(share, one, workload.recompute) for one in same if one[2] != mine.schedule or abs(one[3] - mine.stages) <= 1]
+    spans = sorted({one[0] for one in shares})
+    here = spans.index(mine.shard)
+    close = spans[max(0, here - 1) : here + 2]
+    found += [made(one, turn, workload.recompute) for one in shares if one[0] in close and one != share]
+    order = [one for one in POLICIES if one in recomputes]
+    step = order.index(workload.recompute)
+    found += [made(share, turn, one) for one in order[max(0, step - 1) : step + 2]]
+    if mine.expert > layouts.domain(cluster) and mine.dispatch == "alltoall" and base.stack in layouts.OWN:
+        found.append(replace(workload, layout=replace(mine, dispatch="hierarchical")))
+    return [one for one in dict.fromkeys(found) if one != workload]
+
+
+def _different(ranked: list[Candidate], top: int) -> list[Candidate]:
+    """The best of each group, then, where there are too few groups, the next best of any."""
+    first: dict[Group, Candidate] = {}
+    for candidate in ranked:
+        first.setdefault(group_of(candidate.workload), candidate)
+    chosen = list(first.values())[:top]
+    rest = [candidate for candidate in ranked if candidate not in chosen]
+    return chosen + rest[: top - len(chosen)]
+
+
+def explained(candidates: list[Candidate], base: Workload) -> tuple[Candidate, ...]:
+    """Each with its `why`: what the step waits for, what is next, and how it stands to the first."""
+    found = []
+    for index, candidate in enumerate(candidates):
+        said = _limits(candidate.estimate)
+        if index:
+            said = f"{_against(candidate, candidates[0])}; {said}"
+        found.append(replace(candidate, why=said))
+    return tuple(found)
+
+
+# Phases in which the device does the model's own work: nothing is to be won there by another layout.
+_WORK = ("gemm", "grouped", "attention")
+_NAMES = {
+    "memory": "passes over memory", "optimizer": "the optimizer", "launch": "launches", "bubble": "the bubble", "wait": "slow nodes", "host": "the host",
+    "gemm": "products", "grouped": "experts' products", "attention": "attention", "tensor": "exposed tensor transfers", "context": "exposed context transfers",
+    "expert": "exposed expert transfers", "shard": "exposed shard transfers", "replicate": "exposed replica transfers", "pipeline": "exposed stage transfers",
+}  # fmt: skip
+
+
+def _limits(estimate: Estimate) -> str:
+    whole_s = estimate.step_s
+    work = sum(estimate.phases.get(name, 0.0) for name in _WORK)
+    rest = sorted(((seconds, name) for name, seconds in estimate.phases.items() if name not in _WORK), reverse=True)[:2]
+    lost = ", then ".join(f"{_NAMES.get(name, name)} {seconds / whole_s:.0%}" for seconds, name in rest if seconds > 0.005 * whole_s)
+    full = ""
+    return f"{work / whole_s:.0%} products and attention{f'; {lost}' if lost else ''}{full}"
+
+
+def _against(candidate: Candidate, first: Candidate) -> str:
+    mine, theirs = candidate.estimate, first.estimate
+    changes = {name: mine.phases.get(name, 0.0) - theirs.phases.get(name, 0.0) for name in mine.phases.keys() | theirs.phases.keys()}
+    name = max(sorted(changes), key=lambda one: changes[one])
+    slower = mine.step_s / theirs.step_s - 1
+    said = f"{slower:+.1%} step"
+    if changes[name] > 0:
+        said += f": {_NAMES.get(name, name)} {seconds(changes[name])} more"
+    room = theirs.memory_bytes - mine.memory_bytes
+    return said + (f", {room / 2**30:.0f} GiB less memory" if room > 0.05 * theirs.memory_bytes else "")
+
+
+def seconds(value: float) -> str:
+    """For a reader: `1.24 s`, `35 ms`."""
+    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.0f} ms" if value >= 1e-3 else f"{1e6 * value:.0f} us"
+
+
+def _indivisible(workload: Workload, cluster: Cluster, pruned: Counter[str]) -> str:
+    """What no layout divides, and what would."""
+    ranks, batch = workload.layout.ranks, workload.batch
+    why = max(sorted(pruned), key=lambda one: pruned[one]) if pruned else "nothing divides"
+    said = f"no layout of {ranks:,} ranks can share {batch:,} samples of {workload.sequence:,} tokens (mostly: {why})"
+    near = [one for one in _near_batches(workload, cluster)]
+    return f"{said}; {near[0]}" if near else f"{said}; change the number of ranks or train.batch"
+
+
+def _near_batches(workload: Workload, cluster: Cluster) -> list[str]:
+    """Ways out that are legal: the nearest batches, then the nearest number of ranks below."""
+    ranks, batch = workload.layout.ranks, workload.batch
+    most = max(1, workload.shape.layers) * layouts.domain(cluster)
+    for share in layouts.divisors(ranks):
+        if share > most:
+            break
+        readers = ranks // share
+        if readers <= 2 * batch:
+            for more in range(max(1, round(batch / readers)), max(1, round(batch / readers)) + 64):
+                tried = replace(workload, layout=Layout(replicate=ranks, zero=0), microbatch=1, accumulation=1)
+                if legal(tried, cluster, more * readers):
+                    return [f"train.batch = {more * readers:,} can be, or another number of ranks"]
+    return []
+
+
+def legal(workload: Workload, cluster: Cluster, batch: int) -> bool:
+    """Whether any layout shares `batch` samples."""
+    ignored: Counter[str] = Counter()
+    for split in layouts.splits(workload, cluster, ignored, batch=batch):
+        if next(iter(layouts.turns(workload, split, workload.precision)), None) is not None:
+            return True
+    return False
+
+
+def _too_large(workload: Workload, cluster: Cluster, considered: int) -> str:
+    gib = (cluster.memory_bytes or 0) / 2**30
+    return (
+        f"none of {considered:,} layouts of {workload.layout.ranks:,} ranks fits into {gib:.1f} GiB; start more ranks, choose accelerators with more memory, "
+        "or narrower optimizer states (optim.master, optim.moments)"
+    )
+
+
+# How a precision is written in a recipe: train.precision, fp8.scaling, fp8.amax.
+_LANES: dict[Precision, tuple[str, ...]] = {
+    "fp8_rowwise": ("rowwise",), "fp8_blockwise": ("blockwise",), "fp8_tensorwise": ("tensorwise", "current"), "fp8_delayed": ("tensorwise", "delayed"),
+    "mxfp8": ("mxfp8",), "nvfp4": ("nvfp4",),
+}  # fmt: skip
+
+
+def overrides(candidate: Candidate) -> list[str]:
+    """The candidate as `--set` of a recipe for gigatrain's own stacks: `["mesh.tensor=4", "train.microbatch=1", ...]`.
+
+    Raises PlanError for another stack's layout, which no recipe of ours can say.
+    """
+    workload, mine = candidate.workload, candidate.workload.layout
+    if workload.stack not in layouts.OWN:
+        raise PlanError(
+            f'a layout of the stack "{workload.stack}" cannot be written as a recipe; search with "gigatrain_native" or "gigatrain_deepspeed"'
+        )
+    found = [f"mesh.{axis}={getattr(mine, axis)}" for axis in ("replicate", "shard", "context", "tensor", "pipeline", "expert")]
+    found += [f"mesh.schedule={mine.schedule}", f"mesh.stages={mine.stages}", f"mesh.exchange={mine.exchange}", f"mesh.dispatch={mine.dispatch}"]
+    if workload.stack == "gigatrain_deepspeed":
+        found.append(f"engine.zero={mine.zero}")
+    elif mine.zero == 3 and mine.pipeline == 1:
+        found.append(f"engine.reshard={str(mine.reshard).lower()}")
+    found += [f"train.microbatch={workload.microbatch}", f"train.recompute={workload.recompute}"]
+    if candidate.changed:
+        lane = _LANES.get(workload.precision)
+        found.append(f"train.precision={'fp8' if lane else workload.precision}")
+        if lane:
+            found += [f"fp8.{name}={value}" for name, value in zip(("scaling", "amax"), lane, strict=False)]
+        elif PRODUCTS_BITS[workload.precision] >= 16:
+            found.append("fp8={}")
+    return found
+
+
+def table(found: Found) -> list[str]:
+    """Lines for a terminal: one a candidate with its reason below, then how many there were and why the others are not here."""
+    head = ("", "tensor", "context", "pipeline", "expert", "shard", "replicate", "micro x acc", "recompute", "precision", "step", "tokens/s/rank", "memory")
+    rows = [head]
+    for index, candidate in enumerate(found.candidates, 1):
+        mine, estimate = candidate.layout, candidate.estimate
+        pipeline = str(mine.pipeline)
+        if mine.pipeline > 1:
+            pipeline += f" {mine.schedule}" + (f" x{mine.stages}" if mine.schedule == "interleaved" else "")
+        context = f"{mine.context} {mine.exchange}" if mine.context > 1 else "1"
+        kept = "" if mine.reshard or mine.zero < 3 else " kept"
+        rows.append(
+            (
+                str(index), str(mine.tensor), context, pipeline, str(mine.expert), f"{mine.shard} z{mine.zero}{kept}", str(mine.replicate),
+                f"{candidate.microbatch} x {candidate.accumulation}", candidate.recompute, candidate.precision,
+                f"{seconds(estimate.step_s)} ({estimate.low_s / estimate.step_s - 1:+.0%} {estimate.high_s / estimate.step_s - 1:+.0%})",
+                f"{estimate.tokens_per_s_per_rank:,.0f}", f"{estimate.memory_bytes / 2**30:.1f} GiB",
+            )
+        )  # fmt: skip
+    used = [column for column in range(len(head)) if column not in (4, 6) or any(row[column] != "1" for row in rows[1:])]
+    widths = {column: max(len(row[column]) for row in rows) for column in used}
+    lines = []
+    for index, row in enumerate(rows):
+        lines.append("  ".join(row[column].ljust(widths[column]) for column in used).rstrip())
+        if index:
+            lines.append(f"   {found.candidates[index - 1].why}")
+    lines.append(f"{found.considered:,} layouts considered, {found.played} played by events; not shown:")
+    lines += [f"   {count:>12,}  {reason}" for reason, count in sorted(found.pruned.items(), key=lambda one: (-one[1], one[0]))]
+    if not found.complete:
+        lines.append("   the search ended early: what is shown is the best of what was seen")
+    return lines
+
+
+def tree(found: Found) -> dict[str, Any]:
+    """The same for a machine, in JSON's types."""
+    return {
+        "considered": found.considered,
+        "played": found.played,
+        "complete": found.complete,
+        "pruned": found.pruned,
+        "candidates": [
+            {
+                "layout": {name: getattr(one.layout, name) for name in Layout.__slots__},
+                "microbatch": one.microbatch,
+                "accumulation": one.accumulation,
+                "recompute": one.recompute,
+                "precision": one.precision,
+                "step_s": one.estimate.step_s,
+                "low_s": one.estimate.low_s,
+                "high_s": one.estimate.high_s,
+                "tokens_per_s_per_rank": one.estimate.tokens_per_s_per_rank,
+                "memory_bytes": one.estimate.memory_bytes,
+                "phases": one.estimate.phases,
+                "limits": one.estimate.limits,
+                "why": one.why,
+                "overrides": overrides(one) if one.workload.stack in layouts.OWN else None,
+            }
+            for one in found.candidates
+        ],
+    }
