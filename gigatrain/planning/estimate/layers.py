@@ -208,10 +208,10 @@ def _mixture(local: Local) -> list[Step]:
     second, second_back = product(local, "experts_down", mean, h, width, groups=here, rows=visits, grouped=True)
     steps += [
         Step("routing", out, out_back, visits * h * min(e, local.bits / 8), 2 * e * visits * h),
-        Step("product", first, first_back, e * visits * wide, e * visits * (wide + h)),
+        Step("expert", first, first_back, e * visits * wide, e * visits * (wide + h)),
         activation(local, visits * width),
         Step(
-            "product", second, second_back, 0.0 if w.stack == "megatron" else e * visits * h
+            "expert", second, second_back, 0.0 if w.stack == "megatron" else e * visits * h
         ),  # Megatron weighs the activation and not the result
         Step("routing", home, home_back, 12.0 * rows * k, 2 * e * visits * h),
     ]
@@ -279,7 +279,7 @@ def _made_again(local: Local, steps: Iterable[Step]) -> tuple[list[Item], float]
     items: list[Item] = []
     kept, products = 0.0, 0
     for step in steps:
-        again = step.word in words or ("moe" in w.lean and step.word == "routing")
+        again = step.word in words or ("moe" in w.lean and step.word in ("routing", "expert"))
         if step.word == "product" and w.recompute == "selective" and w.stack == "torchtitan" and step.forward:
             products += 1  # it keeps every other product, and attention
             again = products % 2 == 0

@@ -34,7 +34,7 @@ AGAIN: dict[Recompute, frozenset[str]] = {
     "lean": frozenset({"norm", "activation"}),
     "selective": frozenset({"norm", "activation", "rope"}),
     "attention": frozenset({"core"}),
-    "full": frozenset({"norm", "activation", "rope", "residual", "core", "product", "move", "routing"}),
+    "full": frozenset({"norm", "activation", "rope", "residual", "core", "product", "move", "routing", "expert"}),
 }
 
 

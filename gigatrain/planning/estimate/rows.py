@@ -14,6 +14,7 @@ from typing import Any
 from gigatrain.planning.estimate.cluster import Cluster
 from gigatrain.planning.estimate.machines import Refused, Row, chip_of, cluster_of
 from gigatrain.planning.estimate.workload import Attention, Layout, Precision, Recompute, Schedule, Shape, Stack, States, Workload
+from gigatrain.planning.hardware import CHIPS
 
 MEASURED = (
     "step_time_s", "tokens_per_s", "tokens_per_s_per_gpu", "samples_per_s", "model_tflops_per_gpu", "hw_tflops_per_gpu", "mfu_pct", "hfu_pct",
@@ -100,8 +101,12 @@ def _precision(row: Row, stack: Stack, chip: str) -> Precision:
     text = row.text("precision")
     blackwell = chip in ("b200", "gb200", "b300", "gb300")
     if not text:
-        row.assumed.append("precision bf16: the row names none")
-        return "bf16"
+        # Submitters of MLPerf since 2023 train in fp8, and their logs do not say so.
+        found: Precision = "bf16"
+        if "mlperf" in row.text("set", "id", "source_repo") and CHIPS[chip].fp8.value:
+            found = "fp8_tensorwise" if blackwell or chip.startswith("mi") else "fp8_delayed"
+        row.assumed.append(f"precision {found}: the row names none")
+        return found
     if "fp4" in text and not ("fp8" in text and " or " in text):
         return "nvfp4"
     if "fp8" in text or "float8" in text:
@@ -109,11 +114,11 @@ def _precision(row: Row, stack: Stack, chip: str) -> Precision:
             (r"mx|variant 1", "mxfp8"), (r"delayed|[-_ ]ds\b", "fp8_delayed"), (r"row", "fp8_rowwise"), (r"block|sub|[-_ ]sc\b", "fp8_blockwise"),
             (r"current|tensor|[-_ ]cs\b|variant 0", "fp8_tensorwise"),
         )  # fmt: skip
-        for pattern, found in marks:
+        for pattern, recipe in marks:
             if re.search(pattern, text):
                 if "variant" in text:
-                    row.assumed.append(f"precision {found}: the page lists two recipes without saying which row has which")
-                return found
+                    row.assumed.append(f"precision {recipe}: the page lists two recipes without saying which row has which")
+                return recipe
         plain: Precision = "fp8_tensorwise" if stack in ("torchtitan", "gigatrain_native") or blackwell else "fp8_delayed"
         row.assumed.append(f"precision {plain}: the row says {row.row['precision']}")
         return plain
@@ -279,7 +284,7 @@ def _zero(row: Row, sharding: str, stack: Stack) -> Any:
             raise Refused(f"zero_stage {stage:g} is none of 0 to 3")
         return int(stage)
     words: tuple[tuple[str, int], ...] = (
-        (r"zero[- ]?3|full_shard|fsdp|hsdp|hybrid", 3), (r"zero[- ]?2|shard_grad_op", 2), (r"zero[- ]?1|distributed optimizer|dist.?opt", 1),
+        (r"zero[- ]?3|full_shard|fsdp|hsdp|hybrid|gemini", 3), (r"zero[- ]?2|shard_grad_op", 2), (r"zero[- ]?1|distributed optimizer|dist.?opt", 1),
         (r"ddp|none|zero[- ]?0|no_shard", 0),
     )  # fmt: skip
     for pattern, found in words:
