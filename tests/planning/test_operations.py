@@ -185,3 +185,12 @@ def test_windows_and_documents_shorten_attention():
     assert math.isclose(
         sum(i.flops for i in packed.forward if isinstance(i, Op) and i.kind == "attention"), flops[1] * 1025 / 8193, rel_tol=1e-9
     )
+
+
+def test_torchtitan_keeps_every_other_product_and_attention():
+    workload = Workload(shape_of("llama-3.1-8b"), Layout(), 8192, 1, 1, stack="torchtitan", recompute="selective")
+    block = operations.work(workload).stages[0][1]
+    stream, queries, values, output, gate, down = 4096, 4096, 1024, 4096, 14336, 4096
+    assert block.saved_bytes == 8192 * (2 * (stream + queries + values + output + gate + down) + 4 * 32)
+    again = sum(item.flops for item in block.recompute if isinstance(item, Op))
+    assert again == 2 * 8192 * 4096 * (1024 + 4096 + 14336)

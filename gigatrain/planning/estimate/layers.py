@@ -63,6 +63,12 @@ def _core(local: Local, window: int | None, kv_heads: int) -> list[Step]:
         gradient = Op("attention", "attention", "backward", 2.5 * flops, 2.0 * moved, length, s, d, groups, kernels=3)
         gathered = values * e * (context > 1 and layout.exchange == "ring")
         spans = 2 * e * (queries + values) + gathered
+        if w.stack == "torchtitan":  # whose keys and values are repeated for every query head before attention
+            return [
+                Step("rope", [], [], 2 * e * tokens * max(0.0, heads - kv_heads / local.t) * d),
+                Step("core", [*forward, core, *after], [*before, gradient, *backward], 4.0 * tokens * heads, spans),
+                Step("product", [], [], tokens * heads * v * e),
+            ]
         return [
             Step("core", [*forward, core, *after], [*before, gradient, *backward], 4.0 * tokens * heads, spans),  # log-sum-exp
             Step("product", [], [], tokens * heads * v * e),  # the output, which the next product keeps
@@ -276,18 +282,39 @@ def _made_again(local: Local, steps: Iterable[Step]) -> tuple[list[Item], float]
     """`(recomputed items, bytes kept of them)` under the workload's policy."""
     w = local.workload
     words = pieces.AGAIN[w.recompute]
+    by_product = w.recompute == "selective" and w.stack == "torchtitan"
     items: list[Item] = []
-    kept, products = 0.0, 0
+    kept = 0.0
     for step in steps:
-        again = step.word in words or ("moe" in w.lean and step.word in ("routing", "expert"))
-        if step.word == "product" and w.recompute == "selective" and w.stack == "torchtitan" and step.forward:
-            products += 1  # it keeps every other product, and attention
-            again = products % 2 == 0
-        if again:
-            items += [replace(item, passes="recompute") for item in step.forward]
-        else:
-            kept += step.keeps
+        share = 1.0 if step.word in words or ("moe" in w.lean and step.word in ("routing", "expert")) else 0.0
+        if by_product:
+            share, more = _every_other(local, step, share)
+            kept += more
+        if share:
+            items += [_part(item, share) for item in step.forward]
+        kept += step.keeps * (1 - share)
     return items, kept
+
+
+def _every_other(local: Local, step: Step, share: float) -> tuple[float, float]:
+    """torchtitan's selective policy keeps every other product of those that a layer has as matrices of their own (query, key, value, output, gate, down, up:
+    keys, output and one of gate and up are made again), and attention: `(share of the step made again, bytes kept beside its own)`."""
+    shape = local.workload.shape
+    names = {item.name for item in step.forward}
+    if "qkv" in names:
+        return shape.kv_heads / (shape.heads + 2 * shape.kv_heads), 0.0
+    if names & {"gate_up", "shared_gate_up"}:
+        return 0.5 if shape.gated else 0.0, 0.0
+    if names & {"down", "shared_down"}:
+        return 0.0, float(local.tokens * shape.hidden * local.size)
+    return (1.0 if step.word == "residual" or "attention_output" in names else share), 0.0
+
+
+def _part(item: Item, share: float) -> Item:
+    """Of a product so much of its outputs, made again."""
+    if share == 1.0 or isinstance(item, Transfer):
+        return replace(item, passes="recompute")
+    return replace(item, passes="recompute", flops=item.flops * share, bytes=item.bytes * share, n=max(1, round(item.n * share)))
 
 
 def _block(local: Local, name: str, steps: list[Step], counts: tuple[float, float], *, stream: bool = True) -> Block:

@@ -102,7 +102,7 @@ def product(local: Local, name: str, m: int, n: int, k: int, *, groups: int = 1,
     if not frozen:
         backward.append(Op(name, kind, "wgrad", flops, operand * rows * (n + k) + summed, n, k, m, groups, bits))
     if bits < 16:
-        each = QUANTISED[w.precision]
+        each = QUANTISED[w.precision] - (bits / 8 if w.frozen else 0.0)  # without a weight gradient nothing is needed along columns
         passes = [Op("quantise", "memory", "forward", 0.0, each * rows * k, kernels=1 if each < 5 else 2)]
         if w.stack != "megatron":  # which quantises weights once a step (operations.py)
             passes.append(Op("quantise", "memory", "forward", 0.0, each * weights, kernels=1 if each < 5 else 2))

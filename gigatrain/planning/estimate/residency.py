@@ -28,8 +28,9 @@ from gigatrain.planning.estimate.workload import Workload
 GIB = 2.0**30
 LAYERS = frozenset({"layer", "sparse_layer"})
 # Bytes of a logit at the loss. Megatron: bf16 and its gradient where the loss is one kernel; before that bf16, fp32 copy, exponentials
-# (core/tensor_parallel/cross_entropy.py). Torch's own: bf16, log-softmax and gradient in fp32; transformers makes the fp32 copy outlive its use.
-LOGIT_BYTES: dict[str, float] = {"megatron": 4.0, "deepspeed": 14.0}
+# (core/tensor_parallel/cross_entropy.py). llm-foundry has flash-attn's loss, one kernel too. Torch's own: bf16, log-softmax and gradient in fp32; transformers
+# makes the fp32 copy outlive its use.
+LOGIT_BYTES: dict[str, float] = {"megatron": 4.0, "llm_foundry": 4.0, "deepspeed": 14.0}
 OLD_LOGIT_BYTES = 10.0
 CHUNK = 1 << 29  # logits of one chunk (gigatrain's kernels/linear_cross_entropy.py)
 WORKSPACE_BYTES = (
@@ -42,7 +43,7 @@ ZERO3_BYTES = 2.5 * GIB  # what DeepSpeed's ZeRO 3 holds beyond that: fetches in
 CONTEXT_BYTES = 0.55 * GIB  # of CUDA with torch's kernels loaded. prior: nvidia-smi of an idle process on A100 and H100, 0.45 to 0.6 GiB
 COMMUNICATOR_BYTES = 0.1 * GIB  # of NCCL for each group that a rank is in: channels x (send + receive) buffers of 4 MiB. prior
 # Of what is not alive all step, reserved and not used. prior: with torch's expandable segments 1 to 3 %, without them 3 to 10 %, by whether a stack sets them
-# (torchtitan's run script and DeepSpeed's ALST recipes do).
+# (torchtitan's run script, DeepSpeed's ALST recipes and NVIDIA's of 2025 do).
 UNUSED = 0.06
 EXPANDABLE = 0.02
 EXPANDS = frozenset({"torchtitan", "deepspeed"})
@@ -96,7 +97,7 @@ def _rank(local: Local, rank: int, work: Work, constants: Mapping[str, float]) -
     if workload.stack == "deepspeed":
         buffers += 2 * states.reduced * min(BUCKET_ELEMENTS, mine)
     groups = sum(size > 1 for size in (layout.tensor, layout.context, layout.pipeline, layout.expert, local.shards, layout.replicate))
-    unused = constants.get("memory.unused", EXPANDABLE if workload.stack in EXPANDS else UNUSED)
+    unused = constants.get("memory.unused", EXPANDABLE if workload.stack in EXPANDS or workload.version[:3] in ("25.", "26.") else UNUSED)
     device = constants.get("memory.context_bytes", CONTEXT_BYTES) + groups * constants.get("memory.communicator_bytes", COMMUNICATOR_BYTES)
     return {
         "weights": weights, "gradients": gradients, "optimizer": optimizer, "activations": activations, "workspace": workspace, "buffers": buffers,

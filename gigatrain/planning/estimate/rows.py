@@ -63,9 +63,9 @@ _STACKS: tuple[tuple[str, Stack, str], ...] = (
     (r"fms|foundation.model.stack", "torchtitan", "IBM's fms-fsdp is FSDP with torch.compile"),
     (r"llm-?foundry|composer|mosaic", "llm_foundry", ""),
     (r"nanotron", "nanotron", ""),
-    (r"megatron|nemo|nvidia.*release|primus|modulus", "megatron", ""),
+    (r"megatron|nemo|nvidia.*release|primus|dgx|bridge", "megatron", ""),
     (r"deepspeed", "deepspeed", ""),
-    (r"litgpt|lightning|fsdp2|torchtune|olmo", "torchtitan", "an FSDP trainer"),
+    (r"lit-?gpt|lightning|fsdp2|torchtune|olmo", "torchtitan", "an FSDP trainer"),
     (r"transformers|hugging|accelerate|\bhf\b|liger|axolotl|trl", "deepspeed", "transformers' modules"),
 )
 
@@ -77,16 +77,29 @@ def _stack(row: Row) -> Stack:
             if why:
                 row.assumed.append(f"stack {stack}: {why}")
             return stack
+    if "mlperf" in row.text("set", "id", "source_repo"):
+        row.assumed.append("stack megatron, as most submissions to MLPerf")
+        return "megatron"
     row.assumed.append(f"stack generic: nothing is known of {row.row.get('framework')!r}")
     return "generic"
 
 
 def _version(row: Row) -> str:
-    """What is said of the release, and of an attention later than FlashAttention-2 (stacks.py reads it)."""
+    """What is said of the release; and, in words that stacks.py reads, of Megatron's fork on DeepSpeed, of Megatron-LM as others than its makers start it, and
+    of an attention later than FlashAttention-2."""
     said = row.row.get("framework_version")
-    numbers = re.findall(r"\d+\.\d+(?:\.\d+)?", row.text("framework"))
-    attention = re.search(r"\bfa-?[34]\b|flash.?attention.?[34]\b|cudnn|\bte\b", row.text("attention_impl"))
-    return " ".join([str(said) if said else numbers[0] if numbers else "", attention[0] if attention else ""]).strip()
+    framework = row.text("framework")
+    numbers = re.findall(r"\d+\.\d+(?:\.\d+)?", framework)
+    words = [str(said) if said else numbers[0] if numbers else ""]
+    if re.search(r"megatron.{0,3}deepspeed", framework):
+        words.append("megatron-deepspeed")
+    elif re.search(r"megatron-?lm|megatron-core|flagscale", framework) and not re.match(
+        r"nvidia|yanring|mlcommons|calculon", row.text("source_repo")
+    ):
+        words.append("plain")
+    if attention := re.search(r"\bfa-?[34]\b|flash.?attention.?[34]\b|cudnn|\bte\b", row.text("attention_impl")):
+        words.append(attention[0])
+    return " ".join(words).strip()
 
 
 def _old(row: Row, stack: Stack) -> bool:
@@ -189,7 +202,7 @@ def _shape(row: Row) -> Shape:
     return Shape(
         layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, intermediate=ffn, gated=gated,
         vocab=row.whole("vocab", 50304, "a GPT-2 vocabulary"), tied=tied, learned_positions=learned and not alibi,
-        biases=learned or "bloom" in model, layer_norm=learned or alibi or "nemotron" in model or "bloom" in model,
+        biases=learned or alibi or "bloom" in model, layer_norm=learned or alibi or "nemotron" in model or "bloom" in model,
         qk_norm="qwen3" in model.replace("-", "").replace(" ", ""), windows=windows, predicted=predicted, **values,
     )  # fmt: skip
 
@@ -344,6 +357,9 @@ def _attention(row: Row, stack: Stack) -> Attention:
 
 def _recompute(row: Row, stack: Stack) -> tuple[Recompute, tuple[str, ...]]:
     text = row.text("act_ckpt")
+    if not text and "bridge" in row.text("framework") and re.search(r"deepseek.?v3", row.text("model")):
+        row.assumed.append("norms and activations are made again, as in Megatron-Bridge's recipes of DeepSeek-V3")
+        return "lean", ()
     if not text:
         row.assumed.append("nothing is made again: the row names no checkpointing")
         return "none", ()
