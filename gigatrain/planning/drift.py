@@ -44,7 +44,7 @@ LOST = {  # a plan's words for lost time, of watch.CLASSES
 COMPUTE = ("gemm", "grouped", "attention", "memory", "launch", "bubble")  # of Expected.phases: what a trace has as forward and backward
 REDUCED = ("shard", "replicate")  # exposed transfers that the phase reduce holds, where the engine waits for them itself
 BOUNDARIES = ("device", "node", "it", "facility")
-CALIBRATE = "`gigatrain plan --calibrate RUN` refits the plan's constants on what this run measured"
+CALIBRATE = "gigatrain plan --calibrate RUN refits the plan's constants on what this run measured"
 
 Window = Mapping[str, Any]
 
@@ -204,7 +204,7 @@ def _slow(expected: Expected, streak: _Streak) -> tuple[str, str]:
     if most == "reduce":
         return (
             f"the fabric: the reduction between ranks is waited for {said('reduce')}",
-            "look for links that are down or shared (`gigatrain doctor` within a job measures them), and for neighbours' traffic",
+            "look for links that are down or shared (gigatrain doctor within a job measures them), and for neighbours' traffic",
         )
     if most == "optimizer":
         return (
@@ -218,7 +218,7 @@ def _slow(expected: Expected, streak: _Streak) -> tuple[str, str]:
     if most == "compute":
         return (
             f"forward and backward: {said('compute')}, with no power limit, heat or slow rank seen; transfers that layers wait for are within them",
-            "profile one step (profile.steps) and look which products or transfers; `gigatrain doctor` measures both on these nodes",
+            "profile one step (profile.steps) and look which products or transfers; gigatrain doctor measures both on these nodes",
         )
     if not now:
         return "unknown: there is no trace of these windows' phases", "profile.ranks and RUN/trace say which phase it is"
@@ -241,7 +241,7 @@ def _held_down(streak: _Streak) -> tuple[str, str] | None:
         than = f", {usual:.0%} before" if usual is not None else ""
         return (
             f"power limit: accelerators are at it {capped:.0%} of the time{than}".replace("%", " %"),
-            "see whether somebody set a lower one (`nvidia-smi -q -d POWER`), or plan with the site's real cap",
+            "see whether somebody set a lower one (nvidia-smi -q -d POWER), or plan with the site's real cap",
         )
     return None
 
@@ -257,7 +257,7 @@ def _straggler(streak: _Streak) -> tuple[str, str] | None:
     where = f"rank {slowest.get('rank')} on {node}" if node else f"rank {slowest.get('rank')}"
     return (
         f"a straggler: {where} takes {own / usual:.1f} times the ranks' median for its own part ({amount(own, 's')})",
-        f"`gigatrain doctor` on {node or 'its node'} and exclude it if it is slow there too",
+        f"gigatrain doctor on {node or 'its node'} and exclude it if it is slow there too",
     )
 
 
@@ -341,7 +341,7 @@ def _drawn(expected: Expected, streak: _Streak, name: str) -> tuple[str, str]:
                 return "steps are faster than planned, and work costs watts", CALIBRATE
             return (
                 "accelerators draw more than planned at the planned speed: a limit that the plan has is not set, or their mix of work is another",
-                "compare `nvidia-smi -q -d POWER` with the plan's cap",
+                "compare nvidia-smi -q -d POWER with the plan's cap",
             )
         if name == "node":
             return "the accelerators draw as planned: processors, fans and drives draw more", "look at fan speeds and inlet temperature"

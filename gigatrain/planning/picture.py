@@ -303,3 +303,25 @@ def scaling(
             )
         )  # fmt: skip
     return tuple(rows)
+
+
+def caps(
+    workload: Workload,
+    cluster: Cluster,
+    limits: Sequence[float],
+    watts_of: Callable[[Cluster, Estimate], float | None],
+    estimate_of: Callable[[Workload, Cluster], Estimate] | None = None,
+) -> tuple[Cap, ...]:
+    """Power limits of an accelerator, and what each leaves of the speed at the highest; `watts_of` is a device's mean draw. What cannot be is left out."""
+    if estimate_of is None:
+        from gigatrain.planning.estimate.estimate import estimate as estimate_of
+    found: list[tuple[float, float, float]] = []
+    for limit in sorted(limits):
+        capped = replace(cluster, cap_watts=limit)
+        try:
+            step = estimate_of(workload, capped)
+        except PlanError:
+            continue
+        if (watts := watts_of(capped, step)) is not None:
+            found.append((limit, step.tokens_per_s, watts))
+    return tuple(Cap(limit, speed / found[-1][1], watts) for limit, speed, watts in found)

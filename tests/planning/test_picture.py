@@ -8,7 +8,7 @@ from gigatrain.errors import PlanError
 from gigatrain.planning.estimate.cluster import Cluster, Level
 from gigatrain.planning.estimate.estimate import estimate
 from gigatrain.planning.estimate.workload import Layout, Shape, Workload
-from gigatrain.planning.picture import grown, layout_words, roles, roofline, scaling
+from gigatrain.planning.picture import caps, grown, layout_words, roles, roofline, scaling
 
 SHAPE = Shape(
     layers=16, hidden=2048, heads=16, kv_heads=8, head_dim=128, value_dim=128, intermediate=8192, gated=True, vocab=32768, tied=False
@@ -74,3 +74,9 @@ def test_copies_are_added_and_what_cannot_be_says_why(found):
     assert "does not fit" in row.unknown
     given = scaling(WORKLOAD, cluster, (32,), workload_of=lambda ranks: grown(WORKLOAD, 16))
     assert given[0].batch == WORKLOAD.batch
+
+
+def test_a_lower_limit_is_slower_and_one_that_cannot_be_is_left_out():
+    found = caps(WORKLOAD, cluster(16), (700, 400, 1, 550), lambda capped, estimate: capped.cap_watts)
+    assert [one.watts for one in found] == [400, 550, 700]
+    assert found[0].speed < found[1].speed < found[2].speed == 1.0

@@ -540,7 +540,8 @@ def _memory(tag: str, value: Value) -> str:
 
 
 def _amount(value: float, unit: str) -> str:
-    shown = {"bytes": words.size, "W": words.watts, "s": words.seconds, "share": per_cent}.get(unit)
+    known: dict[str, Shown] = {"bytes": words.size, "W": words.watts, "s": words.seconds, "share": per_cent}
+    shown = (known | {"MWh": lambda it: words.energy(it * 3.6e9), "€": lambda it: f"{number(it, 3)} €"}).get(unit)
     return shown(value) if shown else number(value, 6 if value == int(value) and value < 1e6 else 4)
 
 
@@ -558,7 +559,9 @@ def _plan(tag: str, value: Value) -> str:
             unknown(one["unknown"]) if one["value"] is None else cell(_amount(one["value"], row["unit"]), between * (one is row["planned"]))
             for one in both
         )
-        if row["drift"] is None:
+        if row["planned"]["value"] == 0 and row["actual"]["value"] is not None:
+            cells += sentence("planned none")
+        elif row["drift"] is None:
             cells += "<td class=un>not comparable</td>"
         elif row["drifted"]:
             cells += f"<td>{_drift(row)}</td>"
@@ -571,7 +574,7 @@ def _plan(tag: str, value: Value) -> str:
     text = f"What is more than {DRIFT * 100:.0f} % from the plan, or {SLACK * 100:.1f} % above a most, is marked. Draws are means over all of wall-clock."
     causes = ""
     if value["plan"]["expects"]:
-        text += " Of what the plan has a range for, small below its middle, windows are judged: three in a row beyond it, a process's first two left out."
+        text += " Where the plan has a range, small below its middle, windows are judged: three in a row beyond it, without the first two of each process."
         causes = "".join(f"<p>{escaped(one['words'])}.</p>" for one in value["plan"]["drifts"])
         causes = causes or f"<p>{value['plan']['judged']:,} windows were held against the plan's ranges; none drifted.</p>"
     whole = table(("what", "planned", "actual", "difference"), rows, kind="plain", right=(1, 2))

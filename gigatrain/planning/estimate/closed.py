@@ -1,6 +1,6 @@
 """A step's seconds and a rank's bytes by formula, a thousand times cheaper than the events: what the search sorts a whole space by.
 
-Operations and transfers of one layer are those of layers.py, timed by rates.py and collectives.py, so that it errs only in how they are put together:
+Operations and transfers of one layer are those of layers.py, timed as estimate.py times them, so that it errs only in how they are put together:
 
     a microbatch   its rank's layers, as if they were alike, with the embedding and the head as so many layers more; whole layers to a stage
     a pipeline     (m + p - 1) T of 1F1B, m T + (p - 1) T / v interleaved, m T + (p - 1) (F + D - W) of ZBV, at least 0 (F, D, W: forward, both gradients)
@@ -10,12 +10,13 @@ Operations and transfers of one layer are those of layers.py, timed by rates.py 
 How far it is from the events is in tests/planning/test_search.py; the search allows for it (search.MARGIN).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from gigatrain.planning import layout as pipelines
-from gigatrain.planning.estimate import collectives, estimate, layers, rates
+from gigatrain.planning.estimate import collectives, estimate, layers, pieces
 from gigatrain.planning.estimate.cluster import Cluster
+from gigatrain.planning.estimate.habits import Cost
 from gigatrain.planning.estimate.layouts import Split, arranged, states_of
 from gigatrain.planning.estimate.work import Block, Item, Op, Transfer
 from gigatrain.planning.estimate.workload import Layout, Precision, Recompute, Schedule, States, Workload
@@ -76,8 +77,7 @@ class Prices:
     def __init__(self, workload: Workload, cluster: Cluster, constants: Mapping[str, float]) -> None:
         self.workload, self.cluster, self.constants = workload, cluster, constants
         self.habits = estimate.habits_of(workload, cluster, constants)
-        self.clock = rates.clock_of(cluster.chip, cluster.cap_watts, cluster.clock_share, constants)
-        self.uneven = 1.0 if workload.balanced else 1.0 + constants["moe.imbalance"]
+        self.timers: dict[Precision, Callable[[Item], Cost]] = {}
         self.kinds: dict[tuple[bool, int | None], int] = {}
         shape = workload.shape
         for index in range(shape.layers):
@@ -102,9 +102,11 @@ class Prices:
         """`(device, launch)` seconds of one operation."""
         found = self.timed.get((precision, op))
         if found is None:
-            share = estimate.products_share(replace(self.workload, precision=precision), self.constants)
-            cost = rates.cost(op, self.cluster.chip, self.constants, self.habits, clock=self.clock, products=share)
-            found = cost.seconds * (self.uneven if op.kind == "grouped" else 1.0), cost.launch_s
+            if precision not in self.timers:
+                plain = replace(self.workload, precision=precision)
+                self.timers[precision] = estimate.timer(plain, self.cluster, self.habits, self.constants)
+            cost = self.timers[precision](op)
+            found = cost.seconds, cost.launch_s
             self.timed[precision, op] = found
         return found
 
@@ -119,7 +121,7 @@ class Prices:
                 weights += seconds if item.passes == "wgrad" else 0.0
             elif item.axis in AXES:
                 seconds = self.transfer_s(item, *collectives.group(layout, item.axis))
-                setattr(found, item.axis, getattr(found, item.axis) + seconds * (self.uneven if item.axis == "expert" else 1.0))
+                setattr(found, item.axis, getattr(found, item.axis) + seconds)
         return found, weights
 
     def exposed(self, seconds: float, beside_s: float, axis: str) -> float:
@@ -132,9 +134,7 @@ class Prices:
         work = max(found.device_s, found.launch_s)
         return work + sum(self.exposed(getattr(found, axis), work, axis) for axis in AXES)
 
-    def layer(
-        self, split: Split, expert: int, microbatch: int, recompute: Recompute, precision: Precision, zero: int
-    ) -> tuple[Layer, Layer]:
+    def layer(self, split: Split, expert: int, microbatch: int, recompute: Recompute, precision: Precision, zero: int) -> tuple[Layer, Layer]:
         """`(the mean layer, embedding and head)` of a microbatch."""
         key = (split.tensor, split.context, split.exchange, split.pipeline, split.data, expert, microbatch, recompute, precision, zero == 3)
         found = self.layers.get(key)
@@ -142,9 +142,7 @@ class Prices:
             # No transfer of shards is in these blocks: zero 3 as in a pipeline, where they are the step's.
             share = (split.data, 3 if zero == 3 else 1, False)
             turn: tuple[int, int, Schedule, int] = (microbatch, 1, "1f1b", 1)
-            local = layers.Local(
-                arranged(self.workload, replace(split, pipeline=max(2, split.pipeline)), expert, share, turn, recompute, precision)
-            )
+            local = pieces.Local(arranged(self.workload, replace(split, pipeline=max(2, split.pipeline)), expert, share, turn, recompute, precision))
             layout = replace(local.workload.layout, pipeline=split.pipeline, reshard=False)
             count = self.workload.shape.layers
             body = [(layers.layer(local, sparse, window), times / count) for (sparse, window), times in self.kinds.items()]
@@ -175,7 +173,7 @@ class Prices:
         found = self.counted.get((tensor, expert))
         if found is None:
             mine = Layout(tensor=tensor, shard=max(1, expert), expert=expert, zero=1)
-            local, count = layers.Local(replace(self.workload, layout=mine, microbatch=1)), self.workload.shape.layers
+            local, count = pieces.Local(replace(self.workload, layout=mine, microbatch=1)), self.workload.shape.layers
             each = [(layers.parameters(local, sparse), times) for (sparse, _), times in self.kinds.items()]
             dense, experts = (sum(one[index] * times for one, times in each) / count for index in (0, 1))
             shape = self.workload.shape
@@ -257,9 +255,7 @@ class Prices:
         experts = local * sizes.experts
         step += self._shared(layout, states, zero, reshard, dense, experts, count, forward, backward + again)
         owned = self._owned(layout, zero, dense, experts)
-        optimizer = Op(
-            "adamw", "optimizer", "step", 0.0, owned * (states.weights + states.gradients + 2 * (states.master + states.moments))
-        )
+        optimizer = Op("adamw", "optimizer", "step", 0.0, owned * (states.weights + states.gradients + 2 * (states.master + states.moments)))
         step += self.op_s(optimizer, precision)[0] + self.habits.step_s
         step *= 1.0 + estimate.wait_share(self.workload, self.cluster, self.constants)
 
@@ -306,12 +302,8 @@ class Prices:
                     once += self.transfer_s(Transfer("reduce", "shard", "all_reduce", number * states.reduced, "step"), *group)
                 else:  # layer by layer
                     part = number / chunks
-                    gathers += chunks * self.transfer_s(
-                        Transfer("gather", "shard", "all_gather", part * states.gathered, "forward"), *group
-                    )
-                    scatters += chunks * self.transfer_s(
-                        Transfer("scatter", "shard", "reduce_scatter", part * states.reduced, "backward"), *group
-                    )
+                    gathers += chunks * self.transfer_s(Transfer("gather", "shard", "all_gather", part * states.gathered, "forward"), *group)
+                    scatters += chunks * self.transfer_s(Transfer("scatter", "shard", "reduce_scatter", part * states.reduced, "backward"), *group)
             if layout.replicate > 1:
                 own = number * states.reduced / (ranks if zero else 1) / chunks
                 between += chunks * self.transfer_s(Transfer("replicate", "replicate", "all_reduce", own, "backward"), *replicate)
