@@ -14,7 +14,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -26,7 +26,7 @@ from gigatrain.planning.estimate.work import Work
 
 NOISE = 0.05  # of a published step time: releases of one stack differ by 5.9 %, vendors' equal nodes by 2.7 % (planning.md 1d)
 HUBER = 1.5  # residuals beyond so many times the noise pull linearly
-MOST = 72  # rows of one set that the fit sees: every so-manieth one
+MOST = 48  # rows of one set that the fit sees: every so-manieth one
 STEP = 0.05  # of the numeric Jacobian, in the transformed constant
 
 
@@ -39,7 +39,7 @@ class Row:
     case: Any
     seconds: float
     works: tuple[Work, ...]
-    reads: frozenset[str] = frozenset()  # constants that its estimate reads
+    reads: tuple[str, ...] = ()  # free constants that its estimate reads
     weight: float = 1.0
     moe: bool = False
 
@@ -61,12 +61,6 @@ class Watched(Mapping[str, float]):
         return len(self.values_)
 
 
-@dataclass(slots=True)
-class Problem:
-    rows: list[Row]
-    free: list[str] = field(default_factory=lambda: [name for name, constant in TABLE.items() if constant.spread > 0])
-
-
 def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, int]]:
     """Rows that can be expressed, with their works, and how many were refused for each reason."""
     found: list[Row] = []
@@ -75,7 +69,8 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, int]]:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 case = rows.parse(json.loads(line))
-                seconds = case.measured.get("step_time_s")
+                row = json.loads(line)
+                seconds = case.measured.get("step_time_s") or _by_flops(row, case)
                 if not seconds:
                     refused["no seconds"] += 1
                     continue
@@ -85,8 +80,26 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, int]]:
             except (rows.Refused, GigatrainError) as error:
                 refused[f"{json.loads(line).get('set')}: {str(error)[:90]}"] += 1
                 continue
-            found.append(Row(case.id, case.set, case, float(seconds), works, frozenset(watched.read), moe=case.workload.shape.experts > 0))
+            found.append(
+                Row(
+                    case.id,
+                    case.set,
+                    case,
+                    float(seconds),
+                    works,
+                    tuple(name for name in watched.read if TABLE[name].spread > 0),
+                    moe=case.workload.shape.experts > 0,
+                )
+            )
     return found, dict(refused)
+
+
+def _by_flops(row: dict[str, Any], case: rows.Case) -> float | None:
+    """Seconds of a row that has TFLOP/s alone, where its page says that it counts what model_flops counts: causal attention, and nothing made again."""
+    said = str(row.get("flops_convention") or "")
+    if not row.get("model_tflops_per_gpu") or not said.startswith("causal attention"):
+        return None
+    return operations.model_flops(case.workload) / (float(row["model_tflops_per_gpu"]) * 1e12 * case.workload.layout.ranks)
 
 
 def thinned(found: list[Row], most: int = MOST) -> list[Row]:
@@ -115,8 +128,14 @@ def back(name: str, value: float) -> float:
     return 1 / (1 + math.exp(-value)) if TABLE[name].unit == "share" else math.exp(value)
 
 
+_KNOWN: dict[tuple[object, ...], float] = {}  # fits that leave one set out all begin at the priors, and share what they find there
+
+
 def seconds(row: Row, values: Mapping[str, float]) -> float:
-    return estimate.timed(row.works, row.case.workload, row.case.cluster, values).step_s
+    key = (row.set, row.id, *(values[name] for name in row.reads))
+    if key not in _KNOWN:
+        _KNOWN[key] = estimate.timed(row.works, row.case.workload, row.case.cluster, values).step_s
+    return _KNOWN[key]
 
 
 def fit(
@@ -245,9 +264,8 @@ def main() -> None:
     else:
         fitted = fit(thinned(found), asked.iterations, say)
         for name, value in sorted(fitted.items()):
-            say(
-                f"{name:44s} {TABLE[name].prior:10.4g} -> {value:10.4g}  ({(forth(name, value) - forth(name, TABLE[name].prior)) / TABLE[name].spread:+.1f} spreads)"
-            )
+            moved = (forth(name, value) - forth(name, TABLE[name].prior)) / TABLE[name].spread
+            say(f"{name:44s} {TABLE[name].prior:10.4g} -> {value:10.4g}  ({moved:+.1f} spreads)")
         if asked.write:
             FITTED.write_text(
                 json.dumps({name: float(f"{value:.5g}") for name, value in sorted(fitted.items())}, indent=1) + "\n", encoding="utf-8"

@@ -12,16 +12,16 @@ the quicker of an all-reduce, as NCCL does. Free of torch.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from gigatrain.planning.estimate.cluster import Cluster, Level
 from gigatrain.planning.estimate.work import Axis, Transfer
 from gigatrain.planning.estimate.workload import Layout
-from gigatrain.planning.hardware import CHIPS
 
 Published = tuple[float, float, str, str]  # value, spread of its prior in log, unit, source
 _AZURE = "fitted on nccl-tests' tables by size of Azure/AI-benchmarking-guide (A100, H100) and stas00/ml-engineering network/ (H200, B200)"
 _NODES = "fitted on busbw over nodes: NVIDIA/nccl#1229 (reduce-scatter, H100, 4 to 128 nodes) and #1218 (all-gather of 2 GB, 32 nodes)"
-_EFA = "fitted on aws-samples/awsome-distributed-training nccl-tests (2 x p5), stas00 (4 x p6) and the nanotron playbook (1 to 64 nodes)"
+_EFA = "fitted on aws-samples/awsome-distributed-training nccl-tests (2 x p5) and stas00/ml-engineering network/ (4 x p6)"
 
 
 def _link(
@@ -56,10 +56,12 @@ def _net(
 
 
 COLLECTIVES: dict[str, Published] = {
-    **_link("nvlink3", 0.80, 1.3e6, 20e-6, 1.5e-6, _AZURE, alltoall=0.75, send=0.80),
-    **_link("nvlink4", 0.83, 0.4e6, 12e-6, 1.5e-6, _AZURE, reduced=0.615, alltoall=0.75, send=0.835),
-    **_link("nvlink5", 0.78, 0.6e6, 15e-6, 1.5e-6, _AZURE, reduced=0.55, alltoall=0.80, send=0.83),
-    **_link("nvl72", 0.78, 0.6e6, 15e-6, 1.5e-6, "prior: as nvlink5, whose links it has", reduced=0.55, alltoall=0.75, send=0.83),
+    # the host's, whatever a stack's kernels cost it: launch-bound vTrain rows of tensor 1, 2 and 4 take the same time, six transfers a layer or none
+    "collective.launch_s": (18e-6, 0.3, "s", "prior: torch.distributed's and NCCL's enqueue of one collective"),
+    **_link("nvlink3", 0.82, 1.35e6, 16e-6, 1.2e-6, _AZURE, alltoall=0.75, send=0.80),
+    **_link("nvlink4", 0.826, 1.15e6, 13.5e-6, 1.2e-6, _AZURE, reduced=0.628, alltoall=0.75, send=0.835),
+    **_link("nvlink5", 0.78, 1.85e6, 38e-6, 2.0e-6, _AZURE, reduced=0.54, alltoall=0.80, send=0.83),
+    **_link("nvl72", 0.78, 1.85e6, 38e-6, 2.0e-6, "prior: as nvlink5, whose links it has", reduced=0.54, alltoall=0.75, send=0.83),
     **_link(
         "xgmi", 0.72, 1.0e6, 20e-6, 2.0e-6, "prior: RCCL's all-reduce of 8 MI300X reaches 304 to 330 GB/s of 448", alltoall=0.70, send=0.13
     ),
@@ -74,7 +76,7 @@ COLLECTIVES: dict[str, Published] = {
         send=0.14,
     ),
     **_link("pcie", 0.60, 0.5e6, 25e-6, 4.0e-6, "prior: through the host bridge", alltoall=0.40, send=0.75),
-    **_net("infiniband", 0.94, 1.5e6, 25e-6, 3.0e-6, _NODES, alltoall=0.80, send=0.80, tree=15e-6),
+    **_net("infiniband", 0.94, 1.6e6, 25e-6, 3.0e-6, _NODES, alltoall=0.80, send=0.80, tree=15e-6),
     **_net(
         "roce",
         0.90,
@@ -86,7 +88,7 @@ COLLECTIVES: dict[str, Published] = {
         send=0.75,
         tree=20e-6,
     ),
-    **_net("efa", 0.94, 4.0e6, 60e-6, 20e-6, _EFA, alltoall=0.60, send=0.73, tree=40e-6),
+    **_net("efa", 0.96, 1.1e6, 46e-6, 15e-6, _EFA, alltoall=0.60, send=0.73, tree=75e-6),
     **_net("slingshot", 0.85, 2.5e6, 35e-6, 6.0e-6, "prior: between infiniband and efa", alltoall=0.60, send=0.75, tree=25e-6),
 }
 DEFAULTS: dict[str, float] = {name: value for name, (value, *_) in COLLECTIVES.items()}
@@ -97,7 +99,8 @@ _LINKS = {
 }  # fmt: skip
 _UNSWITCHED = ("gh200",)  # four joined by pairs: nothing reduces between them
 _SLINGSHOT = ("mi250x",)
-_MESHED = ("xgmi", "xgmi2")  # every pair has a link of its own: fewer ranks have fewer links
+_PCIE_GBYTE_S = 64.0  # of sixteen lanes of its fifth generation; no scale-up link is as slow
+_MESHED = ("link.xgmi", "link.xgmi2")  # every pair has a link of its own: fewer ranks have fewer links
 
 
 def group(layout: Layout, axis: Axis, *, experts: bool = False) -> tuple[int, int]:
@@ -123,47 +126,66 @@ def group(layout: Layout, axis: Axis, *, experts: bool = False) -> tuple[int, in
 
 
 def link_kind(cluster: Cluster, level: Level) -> str:
-    """Name of the constants of a level: `link.nvlink4`, `net.infiniband`. A level called `rail.efa` says its network itself."""
+    """Name of the constants of a level: `link.nvlink4`, `net.infiniband`. A level called `rail.efa` says its network itself; links of ranks that a faster
+    scale-up domain is inside of are PCIe's."""
     name, _, said = level.name.partition(".")
-    if name in ("scale_up", "node"):
-        return f"link.{said or ('pcie' if name == 'node' and len(cluster.levels) > 1 and level is not cluster.levels[0] else _LINKS.get(cluster.chip, 'pcie'))}"
-    return f"net.{said or ('slingshot' if cluster.chip in _SLINGSHOT else 'infiniband')}"
+    if name not in ("scale_up", "node"):
+        return f"net.{said or ('slingshot' if cluster.chip in _SLINGSHOT else 'infiniband')}"
+    if said:
+        return f"link.{said}"
+    slow = (name == "node" and level is not cluster.levels[0]) or level.gbyte_s <= _PCIE_GBYTE_S
+    return f"link.{'pcie' if slow else _LINKS.get(cluster.chip, 'pcie')}"
 
 
 def seconds(transfer: Transfer, cluster: Cluster, ranks: int, stride: int, constants: Mapping[str, float] = DEFAULTS) -> float:
     """Seconds of `transfer` among `ranks` that are `stride` apart, nothing else running; 0 for a group of one. What `constants` lacks is a default."""
-    if transfer.collective == "send":
-        return _send(transfer.bytes, cluster, stride, constants) if ranks > 1 else 0.0
     if ranks <= 1 or transfer.bytes <= 0:
         return 0.0
+    if transfer.collective == "send":
+        return _send(transfer, cluster, ranks, stride, constants)
     crossed = _crossed(cluster, ranks, stride)
     if transfer.collective == "all_to_all":
-        return _all_to_all(transfer.bytes, cluster, ranks, crossed, constants)
-    ring = _ring(transfer.bytes, cluster, ranks, crossed, constants, 2 if transfer.collective == "all_reduce" else 1)
+        return _all_to_all(transfer.bytes, ranks, crossed, constants)
+    ring = _ring(transfer.bytes, ranks, crossed, constants, 2 if transfer.collective == "all_reduce" else 1)
     if transfer.collective == "all_reduce":
-        return min(ring, _tree(transfer.bytes, cluster, ranks, crossed, constants))
+        return min(ring, _tree(transfer.bytes, ranks, crossed, cluster.chip not in _UNSWITCHED, constants))
     return ring
 
 
-# (kind, bytes a second of one rank as sold, ranks of the group below this level, ranks of the group within it)
-_Crossed = tuple[str, float, int, int]
+@dataclass(frozen=True, slots=True)
+class _Crossing:
+    """A level that a group crosses: `below` of its ranks are in one unit of what is inside, `within` in one unit of this level."""
+
+    kind: str
+    rate: float  # bytes a second of one rank, one direction, as sold: of traffic that leaves a unit by as many links as it has ranks in it
+    all_rate: float  # of traffic that every rank sends out at once: behind an oversubscribed spine less
+    below: int
+    within: int
 
 
-def _crossed(cluster: Cluster, ranks: int, stride: int) -> list[_Crossed]:
-    """The levels that the group crosses, inner to outer."""
-    devices = CHIPS[cluster.chip].devices if cluster.chip in CHIPS else 1
-    found: list[_Crossed] = []
-    below, narrowest = 1, math.inf
+def _crossed(cluster: Cluster, ranks: int, stride: int) -> list[_Crossing]:
+    """The levels that the group crosses, inner to outer; a spine behind the same NICs as the rail is one level with it.
+
+    A ring leaves a unit of the rail once by each of a node's links, so that an oversubscription of less than the nodes of a unit does not slow it.
+    """
+    found: list[_Crossing] = []
+    below, inner = 1, 1  # ranks of the group, and of the machine, in a unit of the level inside
     for index, level in enumerate(cluster.levels):
-        last = index == len(cluster.levels) - 1
-        within = ranks if last else min(ranks, max(1, level.accelerators * devices // stride))
-        rate = level.gbyte_s / level.oversubscription * 1e9 / devices
+        within = ranks if index == len(cluster.levels) - 1 else min(ranks, max(1, level.accelerators // stride))
+        if within <= below:
+            inner = max(inner, level.accelerators)
+            continue
+        sold = level.gbyte_s * 1e9
         kind = link_kind(cluster, level)
-        if kind.startswith("net."):  # a spine is behind the same NIC as the rail
-            narrowest = rate = min(narrowest, rate)
-        if within > below:
-            found.append((kind, rate, below, within))
-            below = within
+        before = found[-1] if found and found[-1].kind == kind else None
+        links = max(1, (before.below if before else below) * stride)
+        rate = sold * min(1.0, inner / links / level.oversubscription)
+        all_rate = sold / level.oversubscription
+        if before:
+            found[-1] = _Crossing(kind, min(before.rate, rate), min(before.all_rate, all_rate), before.below, within)
+        else:
+            found.append(_Crossing(kind, rate if kind.startswith("net.") else sold, all_rate, below, within))
+        below, inner = within, max(inner, level.accelerators)
         if within == ranks:
             break
     return found
@@ -176,63 +198,69 @@ def _of(constants: Mapping[str, float], name: str) -> float:
 
 def _reached(kind: str, rate: float, what: str, chunk: float, peers: int, constants: Mapping[str, float]) -> float:
     """Bytes a second of one rank on a link for pieces of `chunk` bytes."""
-    if kind in ("link.xgmi", "link.xgmi2") and what != "send_share":
+    if kind in _MESHED and what != "send_share":
         rate *= min(1.0, (peers - 1) / 7)
     return rate * _of(constants, f"{kind}.{what}") / (1 + math.sqrt(_of(constants, f"{kind}.half_bytes") / chunk))
 
 
-def _ring(size: float, cluster: Cluster, ranks: int, crossed: list[_Crossed], constants: Mapping[str, float], passes: int) -> float:
+def _ring(size: float, ranks: int, crossed: list[_Crossing], constants: Mapping[str, float], passes: int) -> float:
     """One ring through all ranks that enters and leaves each unit once; `passes` 2 of an all-reduce."""
     moved, chunk = passes * size * (ranks - 1) / ranks, size / ranks
     longest = latency = 0.0
-    done = 1  # of the ring's steps, those that cross nothing
-    for kind, rate, below, within in crossed:
-        longest = max(longest, moved / (below * _reached(kind, rate, "share", chunk, within, constants)))
-        units = -(-ranks // below)  # links of the ring that leave a unit of `below` ranks
-        outer = -(-ranks // within)
-        steps = (units - outer) if outer > 1 else (units - 1)
-        latency += _of(constants, f"{kind}.latency_s") + passes * steps * _of(constants, f"{kind}.step_s")
-        done += steps
+    for level in crossed:
+        reached = _reached(level.kind, level.rate, "share", chunk, level.within, constants)
+        longest = max(longest, moved / (level.below * reached))
+        units, outer = (
+            -(-ranks // level.below),
+            -(-ranks // level.within),
+        )  # the ring's links that leave a unit; those that leave this level
+        steps = units - outer if outer > 1 else units - 1
+        latency += _of(constants, f"{level.kind}.latency_s") + passes * steps * _of(constants, f"{level.kind}.step_s")
     return latency + longest
 
 
-def _tree(size: float, cluster: Cluster, ranks: int, crossed: list[_Crossed], constants: Mapping[str, float]) -> float:
-    """All-reduce in the switch within a unit (a chain where it has none), then a double binary tree between the units: latency grows with their logarithm."""
+def _tree(size: float, ranks: int, crossed: list[_Crossing], switched: bool, constants: Mapping[str, float]) -> float:
+    """All-reduce in the switch within a unit (a ring where it has none), then a double binary tree between units: latency grows with their logarithm."""
     longest = latency = 0.0
-    for kind, rate, below, within in crossed:
-        if kind.startswith("link."):
-            chunk = size / ranks
-            ring = _reached(kind, rate, "share", chunk, within, constants)
-            moved = 2 * size * (within - 1) / within
-            took = moved / (below * ring)
-            reduced = _of(constants, f"{kind}.reduced_share")
-            if reduced > 0 and cluster.chip not in _UNSWITCHED and within > 2:
-                took = min(took, size / (below * _reached(kind, rate, "reduced_share", chunk, within, constants)))
+    for level in crossed:
+        chunk = size / ranks
+        if level.kind.startswith("link."):
+            moved = 2 * size * (level.within - 1) / level.within
+            took = moved / (level.below * _reached(level.kind, level.rate, "share", chunk, level.within, constants))
+            steps = 2 * (level.within - 1)
+            if switched and level.within > 2 and _of(constants, f"{level.kind}.reduced_share") > 0:
+                took = min(took, size / (level.below * _reached(level.kind, level.rate, "reduced_share", chunk, level.within, constants)))
+                steps = 2
             longest = max(longest, took)
-            latency += _of(constants, f"{kind}.latency_s") + 2 * (within - 1) * _of(constants, f"{kind}.step_s")
+            latency += _of(constants, f"{level.kind}.latency_s") + steps * _of(constants, f"{level.kind}.step_s")
             continue
-        units = -(-ranks // below)
+        units = -(-ranks // level.below)
         # of two units each sends its half once; in a larger tree an inner unit sends up and down
         moved = size * (1.0 if units == 2 else 2.0)
-        longest = max(longest, moved / (below * _reached(kind, rate, "share", size / (below * min(units, 4)), within, constants)))
-        latency += _of(constants, f"{kind}.latency_s") + math.ceil(math.log2(units)) * 2 * _of(constants, f"{kind}.tree_s")
+        reached = _reached(level.kind, level.rate, "share", size / (level.below * min(units, 4)), level.within, constants)
+        longest = max(longest, moved / (level.below * reached))
+        latency += _of(constants, f"{level.kind}.latency_s") + 2 * math.ceil(math.log2(units)) * _of(constants, f"{level.kind}.tree_s")
     return latency + longest
 
 
-def _all_to_all(size: float, cluster: Cluster, ranks: int, crossed: list[_Crossed], constants: Mapping[str, float]) -> float:
+def _all_to_all(size: float, ranks: int, crossed: list[_Crossing], constants: Mapping[str, float]) -> float:
     """Every rank sends size/ranks to each: what leaves a unit goes over the rank's own link of that level; levels run at once."""
     longest = latency = 0.0
-    for kind, rate, below, within in crossed:
-        leaving = size * (ranks - below) / ranks if kind.startswith("net.") else size * (within - below) / ranks
-        longest = max(longest, leaving / _reached(kind, rate, "alltoall_share", size / ranks, within, constants))
-        latency += _of(constants, f"{kind}.latency_s") + math.log2(within / below) * _of(constants, f"{kind}.step_s")
+    for level in crossed:
+        leaving = size * ((ranks if level.kind.startswith("net.") else level.within) - level.below) / ranks
+        reached = _reached(level.kind, level.all_rate, "alltoall_share", size / ranks, level.within, constants)
+        longest = max(longest, leaving / reached)
+        latency += _of(constants, f"{level.kind}.latency_s") + math.log2(level.within / level.below) * _of(
+            constants, f"{level.kind}.step_s"
+        )
     return latency + longest
 
 
-def _send(size: float, cluster: Cluster, stride: int, constants: Mapping[str, float]) -> float:
-    """To the rank `stride` away."""
-    devices = CHIPS[cluster.chip].devices if cluster.chip in CHIPS else 1
-    chosen = next((level for level in cluster.levels if stride < level.accelerators * devices), cluster.levels[-1])
-    kind = link_kind(cluster, chosen)
-    rate = chosen.gbyte_s / chosen.oversubscription * 1e9 / devices
-    return _of(constants, f"{kind}.latency_s") + max(size, 1.0) / _reached(kind, rate, "send_share", max(size, 1.0), 2, constants)
+def _send(transfer: Transfer, cluster: Cluster, ranks: int, stride: int, constants: Mapping[str, float]) -> float:
+    """To the next rank of the group. A context ring's sends, ranks - 1 of them in `bytes`, all wait for the one that goes farthest."""
+    whole = transfer.axis == "context"
+    span = ranks * stride if whole else stride + 1
+    level = next((level for level in cluster.levels if span <= level.accelerators), cluster.levels[-1])
+    count = ranks - 1 if whole else 1
+    size, kind = max(transfer.bytes / count, 1.0), link_kind(cluster, level)
+    return count * (_of(constants, f"{kind}.latency_s") + size / _reached(kind, level.gbyte_s * 1e9, "send_share", size, 2, constants))

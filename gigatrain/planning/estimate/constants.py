@@ -84,12 +84,8 @@ _add("share", f"{_FLASH}: FlashAttention-2 on A100, 200 to 230 of 312", 0.2, att
 _add("share", f"{_FLASH}: FlashAttention (the first, and Triton's) on A100, 100 to 140 of 312", 0.2, attention__sm_80__flash1=0.40)
 _add("share", f"{_FLASH}: FlashAttention-2 on H100, 350 to 400 of 989; {_AZURE}: 328", 0.2, attention__sm_90__flash2=0.37)
 _add("share", f"{_FLASH}: FlashAttention-3 and cuDNN 9 on H100, 550 to 650 of 989", 0.2, attention__sm_90__fused=0.58)
-_add(
-    "share",
-    "prior: cuDNN 9 and FlashAttention-4 on B200, 1200 to 1500 of 2250 (arXiv 2603.05451, recalled)",
-    0.25,
-    attention__sm_100__fused=0.55,
-)
+_add("share", "prior: cuDNN 9 on B200, 1100 to 1350 of 2250 (arXiv 2603.05451, recalled)", 0.25, attention__sm_100__fused=0.52)
+_add("share", "prior: FlashAttention-4 on B200, up to 1600 of 2250 (arXiv 2603.05451, recalled)", 0.25, attention__sm_100__flash4=0.62)
 _add(
     "1",
     "prior: Blackwell Ultra has twice the exponentials a clock (NVIDIA, GB300), of which softmax is bound in part",
@@ -110,6 +106,12 @@ _add("share", "prior: 6.5 to 7 of 8 TB/s", 0.3, memory__sm_100__share=0.75)
 _add("share", "prior: 4.0 to 4.3 of 5.3 TB/s in BabelStream", 0.3, memory__gfx942__share=0.70)
 _add("share", "prior: as gfx942", 0.3, memory__gfx950__share=0.70, memory__gfx90a__share=0.70)
 _add("share", f"{_SIMUMAX}: permutation at 0.19 of HBM on A100; later kernels gather whole rows", 0.5, memory__permute_share=0.45)
+_add(
+    "share",
+    "prior: a cast that writes along rows and columns transposes through shared memory; Transformer Engine's reach half to two thirds",
+    0.4,
+    memory__quantise_share=0.60,
+)
 _add("s", _ARITHMETIC + ": ramp, drain and the scheduler's gap between dependent kernels, 1.5 to 4 us", 0.4, kernel__latency_s=2.5e-6)
 # Optimizer: multi-tensor passes over fp32 state, of the sold bandwidth; and its update on the host where it is offloaded.
 _add("share", "prior: apex and TE multi-tensor Adam", 0.3, optimizer__share=0.70)
@@ -132,12 +134,14 @@ _add(
 _add(
     "1",
     f"{_MLE}: B200 to GB200, H100 to GH200 by their watts; NVIDIA's power profiles: 15 % energy for 3 % of a step",
-    0.0,
+    0.3,
     power__exponent=4.0,
 )
 _add("share", "prior: draw that stays at any clock: leakage, HBM, links", 0.0, power__idle_share=0.25)
 # Releases: planning.md 1d, the same configuration in later NeMo containers, 54 groups: 5.9 % in the median, of two releases about a year apart.
 _add("1", "planning.md 1d: 5.9 % between releases, of a step of which kernels are most", 0.5, software__gain_year=0.06)
+# Experts: the host reads how many tokens each expert has before it launches what follows; until that is launched the device waits.
+_add("s", "prior: one copy to the host, and launches of a dozen kernels behind it", 0.5, moe__sync_s=150e-6)
 # Scale: the slowest of many ranks. Per doubling of the nodes that wait for each other.
 _add(
     "1",
@@ -180,8 +184,8 @@ _STACKS: dict[str, tuple[str, float, float, float, tuple[float, float, float, fl
         (0.05, 0.6, 0.05, 0.05, 0.05, 0.3),
     ),
     "megatron_2021": (
-        "prior: before 2023, apex and jit kernels, no overlap; eager layers of 20 kernels and 15 modules, random states kept and set: 0.4 ms forward",
-        30e-6,
+        "prior: before 2023, apex kernels, no overlap; twice the kernels that are counted, 20 us each at 2.25 GHz, and random states kept",
+        45e-6,
         1.0,
         10e-3,
         (0.05, 0.05, 0.05, 0.05, 0.05, 0.05),
@@ -198,12 +202,33 @@ _STACKS: dict[str, tuple[str, float, float, float, tuple[float, float, float, fl
     "deepspeed": ("prior: ZeRO's hooks in Python for every module", 20e-6, 1.0, 20e-3, (0.05, 0.3, 0.05, 0.6, 0.5, 0.1)),
     "generic": ("prior: between the named stacks", 14e-6, 1.0, 10e-3, (0.1, 0.4, 0.05, 0.6, 0.5, 0.3)),
 }
+# What measurements speak of; the rest stays as said.
+_FREE = {
+    "megatron": ("launch_s", "passes_share", "tensor", "expert", "expert_across", "shard", "pipeline"),
+    "megatron_2021": ("launch_s", "passes_share", "step_s"),
+    "llm_foundry": ("launch_s", "passes_share", "shard"),
+    "deepspeed": ("passes_share", "shard"),
+    "torchtitan": ("launch_s", "passes_share", "shard"),
+}
+
+
+def _spread(name: str, of: str, spread: float) -> float:
+    return spread if of in _FREE.get(name, ()) else 0.0
+
+
 for _name, (_source, _launch, _passes, _step, _overlap) in _STACKS.items():
-    _add("s", _source, 0.5, **{f"stack.{_name}.launch_s": _launch})
-    _add("1", _source, 0.3, **{f"stack.{_name}.passes_share": _passes})
-    _add("s", _source, 0.5, **{f"stack.{_name}.step_s": _step})
+    _add("s", _source, _spread(_name, "launch_s", 0.5), **{f"stack.{_name}.launch_s": _launch})
+    _add("1", _source, _spread(_name, "passes_share", 0.3), **{f"stack.{_name}.passes_share": _passes})
+    _add("s", _source, _spread(_name, "step_s", 0.5), **{f"stack.{_name}.step_s": _step})
+    _across = 0.6 if _name == "megatron" else _overlap[2]
+    _add(
+        "share",
+        "prior: Megatron's recipes run 1F1B with the all-to-all beside it where it leaves the node",
+        _spread(_name, "expert_across", 0.6),
+        **{f"stack.{_name}.overlap.expert_across": _across},
+    )
     for _axis, _share in zip(_AXES, _overlap, strict=True):
-        _add("share", _source, 0.6, **{f"stack.{_name}.overlap.{_axis}": _share})
+        _add("share", _source, _spread(_name, _axis, 0.6), **{f"stack.{_name}.overlap.{_axis}": _share})
 _add("share", "prior: where a run is said to overlap an axis", 0.0, overlap__told_share=0.75)
 _add("share", "prior: torch.compile fuses a layer's passes, and launches about half as many kernels", 0.0, compiled__launch_share=0.5)
 # What a transfer beside compute takes of it: Calculon has 15 % by NVLink and 2 % between nodes; Echo models it by pairs of kernels.
@@ -226,7 +251,12 @@ _FREE_LINKS = (
     "link.nvl72.alltoall_share",
 )
 for _name, (_value, _spread, _unit, _source) in COLLECTIVES.items():
-    _add(_unit, _source, _spread if _name in _FREE_LINKS else 0.0, **{_name: _value})
+    _add(
+        "share" if _name.endswith("share") and 0 < _value < 1 else _unit,
+        _source,
+        _spread * 2 if _name in _FREE_LINKS else 0.0,
+        **{_name: _value},
+    )
 
 
 def _table() -> dict[str, Constant]:

@@ -42,23 +42,27 @@ def estimate(workload: Workload, cluster: Cluster, constants: Mapping[str, float
 
 def timed(works: tuple[Work, ...], workload: Workload, cluster: Cluster, constants: Mapping[str, float] = VALUES) -> Timeline:
     """The step alone, without its memory: what search and fits call many thousand times. `works` are operations.works(workload)."""
-    habits = habits_of(workload, constants)
+    habits = habits_of(workload, cluster, constants)
     timeline = step.simulate(works, workload, timer(workload, cluster, habits, constants), habits)
     waits = timeline.step_s * wait_share(workload, cluster, constants)
     return replace(timeline, step_s=timeline.step_s + waits, phases=timeline.phases | {"wait": waits})
 
 
-def habits_of(workload: Workload, constants: Mapping[str, float]) -> Habits:
-    """The stack's habits, with what the workload itself says of its overlap, compilation and graphs."""
+def habits_of(workload: Workload, cluster: Cluster, constants: Mapping[str, float]) -> Habits:
+    """The stack's habits here, with what the workload itself says of its overlap, compilation and graphs."""
     found = stacks.habits(workload.stack, workload.version + (" unfused" if workload.attention == "unfused" else ""), constants)
     overlaps = dict(found.overlaps)
+    if workload.layout.expert > cluster.levels[0].accelerators:  # tokens that leave the domain are worth the memory that hiding them takes
+        overlaps["expert"] = max(overlaps["expert"], constants[f"stack.{found.stack}.overlap.expert_across"])
     for axis, hidden in workload.overlap:
         for name in stacks.AXES if axis == "all" else (axis,):
             overlaps[name] = max(overlaps[name], constants["overlap.told_share"]) if hidden else 0.0
     return replace(
         found,
         overlaps=overlaps,
-        bucket_bytes=max(found.bucket_bytes, stacks.BUCKET_BYTES_A_RANK * workload.layout.shard) if workload.stack == "megatron" else found.bucket_bytes,
+        bucket_bytes=max(found.bucket_bytes, stacks.BUCKET_BYTES_A_RANK * workload.layout.shard)
+        if workload.stack == "megatron"
+        else found.bucket_bytes,
         graphed=found.graphed or workload.graphed,
         launch_s=found.launch_s * (constants["compiled.launch_share"] if workload.compiled else 1.0),
         fused=found.fused | stacks.COMPILED if workload.compiled else found.fused,
@@ -70,6 +74,7 @@ def timer(workload: Workload, cluster: Cluster, habits: Habits, constants: Mappi
     clock = rates.clock_of(cluster.chip, cluster.cap_watts, cluster.clock_share, constants)
     products = products_share(workload, constants)
     groups: dict[tuple[str, bool], tuple[int, int]] = {}
+    distinct = across_share(workload, cluster)
     known: dict[int, tuple[Item, Cost]] = {}  # by identity; the item is kept, so that its identity stays its own
 
     def of(item: Item) -> Cost:
@@ -83,13 +88,29 @@ def timer(workload: Workload, cluster: Cluster, habits: Habits, constants: Mappi
             key = item.axis, item.name.endswith("_experts")
             if key not in groups:
                 groups[key] = collectives.group(workload.layout, item.axis, experts=key[1])
-            seconds = collectives.seconds(item, cluster, *groups[key], constants)
-            return Cost(seconds, 0.0 if habits.graphed else habits.launch_s)
+            share = distinct if item.axis == "expert" and workload.layout.dispatch == "hierarchical" else 1.0
+            seconds = collectives.seconds(
+                item if share == 1.0 else replace(item, bytes=item.bytes * share), cluster, *groups[key], constants
+            )
+            return Cost(seconds, 0.0 if habits.graphed else min(habits.launch_s, constants["collective.launch_s"]))
         if item.name in ("adamw_host", "host_copy"):
             return offloaded(item, constants)
-        return rates.cost(item, cluster.chip, constants, habits, clock=clock, products=products)
+        found = rates.cost(item, cluster.chip, constants, habits, clock=clock, products=products)
+        if item.name == "permute" and item.passes == "forward" and not habits.graphed:
+            return replace(found, seconds=found.seconds + constants["moe.sync_s"])
+        return found
 
     return of
+
+
+def across_share(workload: Workload, cluster: Cluster) -> float:
+    """Of the copies that a hierarchical dispatch (DeepEP, HybridEP) sends to ranks, those that leave the scale-up domain: a token goes once to each domain that
+    has experts of it, and on within. Where its group stays in one domain, 1."""
+    shape, layout, domain = workload.shape, workload.layout, cluster.levels[0].accelerators
+    if layout.expert <= domain or not shape.experts:
+        return 1.0
+    k, ranks, domains = shape.experts_per_token, layout.expert, layout.expert / domain
+    return domains * (1 - (1 - 1 / domains) ** k) / (ranks * (1 - (1 - 1 / ranks) ** k))
 
 
 def offloaded(op: Op, constants: Mapping[str, float]) -> Cost:

@@ -28,8 +28,9 @@ class Habits:
     passes_share: float = 1.0
     fused: frozenset[str] = frozenset()  # names of operations.py's passes that one kernel does
     bucket_bytes: float = 0.0  # of gradients, zero 0 to 2
-    attention: str = "fused"  # the fastest of the accelerator (cuDNN, FlashAttention-3 or -4); flash1, flash2: those, where they are slower
+    attention: str = "fused"  # cuDNN, FlashAttention-3; flash1, flash2, flash4: those, on accelerators where they are slower or faster
     pace: float = 1.0  # of its kernels' seconds: a later release has faster ones
+    synced_sends: bool = False  # the host waits for the device at each send between pipeline stages, and so never runs ahead of it
     step_s: float = 0.0  # constant of a step: host, logging, gradient norm's read
 
 

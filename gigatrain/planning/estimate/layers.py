@@ -30,170 +30,14 @@ its experts, over a group `expert` times smaller), replicate (HSDP: the scattere
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
+from gigatrain.planning.estimate import pieces
+from gigatrain.planning.estimate.pieces import Local, Step, activation, enter, leave, memory, norm, product, residual
 from gigatrain.planning.estimate.work import Block, Item, Op, Transfer
-from gigatrain.planning.estimate.workload import PRODUCTS_BITS, Recompute, Workload
-
-# Bytes read and written per element of an operand: read in 16 bits, written along rows and along columns, and read once more where a scale must be found
-# first (current scaling) or a rotation is applied (nvfp4). NVIDIA Transformer Engine's recipes; torchao's rowwise reads once for each direction.
-QUANTISED: dict[str, float] = {
-    "fp8_delayed": 4.0,
-    "fp8_tensorwise": 6.0,
-    "fp8_rowwise": 8.0,
-    "fp8_blockwise": 4.2,
-    "mxfp8": 4.1,
-    "nvfp4": 7.1,
-}
-# Rows of the fullest rank over the mean where nothing forces balance: Qwen3-235B dropless against forced, planning.md section 3 (Megatron-MoE-ModelZoo): 8 to
-# 20 % of a step of which experts are two thirds.
-IMBALANCE = 1.2
-FUSED_SUM = frozenset({"megatron"})  # weight gradients are added to fp32 sums by the product itself
-REGATHERS = frozenset({"megatron", "generic", "nanotron"})  # keep a sequence-sharded input and gather it again in the backward
-UNFUSED_GATE = frozenset(
-    {"torchtitan", "llm_foundry", "nanotron", "deepspeed"}
-)  # keep silu(gate) beside gate, up and their product, unless compiled
-EAGER_NORM = frozenset({"deepspeed"})  # transformers' RMSNorm, in six operations of which fp32 copies are kept, unless compiled or Liger's
-AGAIN: dict[Recompute, frozenset[str]] = {
-    "none": frozenset(),
-    "lean": frozenset({"norm", "activation"}),
-    "selective": frozenset({"norm", "activation", "rope", "residual"}),
-    "attention": frozenset({"core"}),
-    "full": frozenset({"norm", "activation", "rope", "residual", "core", "product", "move", "routing"}),
-}
 
 
-@dataclass(slots=True)
-class Local:
-    """One rank's numbers of a workload: tokens, widths after every cut, and bytes of an element."""
-
-    workload: Workload
-    t: int = field(init=False)
-    tokens: int = field(init=False)  # T
-    rows: int = field(init=False)  # R
-    size: int = field(init=False)  # e
-    bits: int = field(init=False)  # of the layers' products
-    shards: int = field(init=False)  # ranks that share a dense parameter
-    expert_shards: int = field(init=False)
-    visits: float = field(init=False)  # rows of the fullest rank's experts
-    unfused: bool = field(init=False)
-    dropout: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        w, layout = self.workload, self.workload.layout
-        self.t = layout.tensor
-        self.tokens = -(-w.microbatch * w.sequence // layout.context)
-        self.rows = -(-self.tokens // self.t) if layout.sequence_parallel else self.tokens
-        self.size = 4 if w.precision == "fp32" else 2
-        self.bits = PRODUCTS_BITS[w.precision]
-        self.shards = layout.shard * layout.context
-        wide = self.t if layout.expert_tensor < self.t else 1
-        self.expert_shards = max(1, self.shards * wide // layout.expert)
-        self.visits = self.rows * w.shape.experts_per_token * layout.expert_tensor * (1.0 if w.balanced else IMBALANCE)
-        self.unfused = w.attention == "unfused"
-        self.dropout = self.unfused and w.shape.learned_positions
-
-    def keys(self, window: int | None) -> float:
-        """Tokens that a token sees in the mean, itself included."""
-        s = min(self.workload.documents or self.workload.sequence, self.workload.sequence)
-        w = min(window or s, s)
-        return (w * (w + 1) / 2 + (s - w) * w) / s
-
-
-@dataclass(slots=True)
-class _Step:
-    """A stretch of a layer: what it runs, what its output weighs while it waits for the backward, and by which word of `AGAIN` it is made again."""
-
-    word: str
-    forward: list[Item]
-    backward: list[Item]
-    keeps: float = 0.0  # bytes
-    spans: float = 0.0  # bytes of its gradients at once
-
-
-def _product(local: Local, name: str, m: int, n: int, k: int, *, groups: int = 1, rows: float = 0.0, bits: int | None = None,
-             frozen: bool | None = None, grouped: bool = False) -> tuple[list[Item], list[Item]]:  # fmt: skip
-    """Forward, and both gradients of it; `rows` are the exact ones of all groups. Low precision adds passes that quantise."""
-    w, e = local.workload, local.size
-    bits = local.bits if bits is None else bits
-    frozen = w.frozen if frozen is None else frozen
-    rows, operand = rows or m * groups, bits / 8
-    flops, kind = 2.0 * rows * n * k, "grouped" if grouped else "gemm"
-    weights = groups * n * k
-    summed = (2 * w.states.gradients if w.stack in FUSED_SUM else e) * weights
-    forward: list[Item] = [Op(name, kind, "forward", flops, operand * (rows * k + weights) + e * rows * n, m, n, k, groups, bits)]
-    backward: list[Item] = [Op(name, kind, "dgrad", flops, operand * (rows * n + weights) + e * rows * k, m, k, n, groups, bits)]
-    if not frozen:
-        backward.append(Op(name, kind, "wgrad", flops, operand * rows * (n + k) + summed, n, k, m, groups, bits))
-    if bits < 16:
-        each = QUANTISED[w.precision]
-        passes = [Op("quantise", "memory", "forward", 0.0, each * rows * k, kernels=1 if each < 5 else 2)]
-        if w.stack != "megatron":  # which quantises weights once a step (operations.py)
-            passes.append(Op("quantise", "memory", "forward", 0.0, each * weights, kernels=1 if each < 5 else 2))
-        forward = [*passes, *forward]
-        backward = [Op("quantise", "memory", "backward", 0.0, each * rows * n, kernels=1 if each < 5 else 2), *backward]
-    if w.frozen and w.adapter_rank and frozen and not grouped:
-        a, a_back = _product(local, name + "_lora_a", m, w.adapter_rank, k, bits=16, frozen=False)
-        b, b_back = _product(local, name + "_lora_b", m, n, w.adapter_rank, bits=16, frozen=False)
-        forward, backward = [*forward, *a, *b], [*b_back, *a_back, *backward]
-    return forward, backward
-
-
-def memory(name: str, passes: str, bytes: float, kernels: int = 1) -> Op:
-    """A pass over memory."""
-    return Op(name, "memory", passes, 0.0, bytes, kernels=kernels)
-
-
-def _enter(local: Local) -> tuple[list[Item], list[Item]]:
-    """Before a product that tensor ranks cut by its outputs: tokens of all of them; backward the sum of their input gradients."""
-    if local.t == 1:
-        return [], []
-    whole = float(local.tokens * local.workload.shape.hidden * local.size)
-    if not local.workload.layout.sequence_parallel:
-        return [], [Transfer("tensor_sum", "tensor", "all_reduce", whole, "backward")]
-    back: list[Item] = [Transfer("sequence_scatter", "tensor", "reduce_scatter", whole, "backward")]
-    if local.workload.stack in REGATHERS and not local.workload.frozen:
-        back = [Transfer("regather", "tensor", "all_gather", whole, "backward"), *back]
-    return [Transfer("sequence_gather", "tensor", "all_gather", whole, "forward")], back
-
-
-def _leave(local: Local) -> tuple[list[Item], list[Item]]:
-    """Behind a product that tensor ranks cut by its inputs: their outputs' sum."""
-    if local.t == 1:
-        return [], []
-    whole = float(local.tokens * local.workload.shape.hidden * local.size)
-    if not local.workload.layout.sequence_parallel:
-        return [Transfer("tensor_sum", "tensor", "all_reduce", whole, "forward")], []
-    return (
-        [Transfer("sequence_scatter", "tensor", "reduce_scatter", whole, "forward")],
-        [Transfer("sequence_gather", "tensor", "all_gather", whole, "backward")],
-    )
-
-
-def _norm(local: Local, elements: float, *, operand: bool = True, gathered: bool = True) -> _Step:
-    """RMSNorm or LayerNorm of `elements`; its output is an operand of a product, and kept as wide as that, gathered where a stack keeps it so."""
-    e, w = local.size, local.workload
-    eager = w.stack in EAGER_NORM and not (w.compiled or w.chunked_loss or w.shape.layer_norm)
-    spread = local.t if gathered and w.layout.sequence_parallel and local.t > 1 and w.stack not in REGATHERS else 1
-    kept = elements * spread * (min(e, local.bits / 8) if operand else e)
-    read, written, kernels = (18.0, 24.0, 6) if eager else (2.0, 3.0, 1)
-    forward, backward = memory("norm", "forward", read * e * elements, kernels), memory("norm", "backward", written * e * elements, kernels)
-    return _Step("norm", [forward], [backward], kept + (4 + e) * elements * eager, 2 * e * elements)
-
-
-def _residual(local: Local, *, kept: bool) -> _Step:
-    """The block's output, dropped out where the model does, added to the stream; the next norm needs the sum."""
-    e, elements = local.size, local.rows * local.workload.shape.hidden
-    step = _Step("residual", [memory("residual", "forward", 3.0 * e * elements)], [memory("residual", "backward", 3.0 * e * elements)])
-    step.keeps = float(e * elements) if kept else 0.0
-    if local.dropout:
-        step.forward.insert(0, memory("dropout", "forward", (2.0 * e + 1) * elements))
-        step.backward.append(memory("dropout", "backward", (2.0 * e + 1) * elements))
-        step.keeps += elements
-    return step
-
-
-def _core(local: Local, window: int | None, kv_heads: int) -> list[_Step]:
+def _core(local: Local, window: int | None, kv_heads: int) -> list[Step]:
     """Attention proper and what context ranks exchange for it."""
     w, shape, layout, e = local.workload, local.workload.shape, local.workload.layout, local.size
     heads, d, v, context = shape.heads / local.t, shape.head_dim, shape.value_dim, layout.context
@@ -219,13 +63,19 @@ def _core(local: Local, window: int | None, kv_heads: int) -> list[_Step]:
         gradient = Op("attention", "attention", "backward", 2.5 * flops, 2.0 * moved, length, s, d, groups, kernels=3)
         gathered = values * e * (context > 1 and layout.exchange == "ring")
         spans = 2 * e * (queries + values) + gathered
+        if w.stack == "torchtitan":  # whose keys and values are repeated for every query head before attention
+            return [
+                Step("rope", [], [], 2 * e * tokens * max(0.0, heads - kv_heads / local.t) * d),
+                Step("core", [*forward, core, *after], [*before, gradient, *backward], 4.0 * tokens * heads, spans),
+                Step("product", [], [], tokens * heads * v * e),
+            ]
         return [
-            _Step("core", [*forward, core, *after], [*before, gradient, *backward], 4.0 * tokens * heads, spans),  # log-sum-exp
-            _Step("product", [], [], tokens * heads * v * e),  # the output, which the next product keeps
+            Step("core", [*forward, core, *after], [*before, gradient, *backward], 4.0 * tokens * heads, spans),  # log-sum-exp
+            Step("product", [], [], tokens * heads * v * e),  # the output, which the next product keeps
         ]
     square = float(tokens * s * heads)
     steps = [
-        _Step(
+        Step(
             "core",
             [Op("scores", "gemm", "forward", 2 * square * d, e * (queries + values / 2 + square), length, s, d, groups)],
             [
@@ -233,108 +83,97 @@ def _core(local: Local, window: int | None, kv_heads: int) -> list[_Step]:
                 Op("scores", "gemm", "dgrad", 2 * square * d, e * (queries + values / 2 + square), s, d, length, groups),
             ],
         ),
-        _Step(
+        Step(
             "core", [memory("softmax", "forward", 2 * e * square)], [memory("softmax", "backward", 3 * e * square)], e * square, e * square
         ),
     ]
     if local.dropout:
         drop = memory("attention_dropout", "forward", (2 * e + 1) * square)
-        steps.append(_Step("core", [drop], [replace(drop, passes="backward")], (e + 1) * square))
+        steps.append(Step("core", [drop], [replace(drop, passes="backward")], (e + 1) * square))
     weighted = Op("weighted", "gemm", "forward", 2 * square * v, e * (square + values / 2 + tokens * heads * v), length, v, s, groups)
     gradients: list[Item] = [
         Op("weighted", "gemm", "dgrad", weighted.flops, weighted.bytes, length, s, v, groups),
         Op("weighted", "gemm", "dgrad", weighted.flops, weighted.bytes, s, v, length, groups),
     ]
-    steps.append(_Step("core", [*forward, weighted, *after], [*before, *gradients, *backward]))
-    steps.append(_Step("product", [], [], float(tokens * heads * v * e)))  # the output, which the next product keeps
+    steps.append(Step("core", [*forward, weighted, *after], [*before, *gradients, *backward]))
+    steps.append(Step("product", [], [], float(tokens * heads * v * e)))  # the output, which the next product keeps
     return steps
 
 
-def _attention(local: Local, window: int | None) -> list[_Step]:
+def _attention(local: Local, window: int | None) -> list[Step]:
     """From the stream's norm to the sum: queries, keys, values (or latents and what becomes of them), positions, attention, output."""
     shape, t, e, tokens = local.workload.shape, local.t, local.size, local.tokens
     h, d, heads = shape.hidden, shape.head_dim, shape.heads
-    steps = [_norm(local, local.rows * h), _Step("move", *_enter(local))]
+    steps = [norm(local, local.rows * h)]
     if shape.kv_rank is None:
+        steps.append(Step("move", *enter(local)))
         outputs = (heads + max(2 * shape.kv_heads, 2 * (t if t > shape.kv_heads else 0))) * d // t
-        forward, backward = _product(local, "qkv", tokens, outputs, h)
+        forward, backward = product(local, "qkv", tokens, outputs, h)
         if shape.biases:
             backward.insert(0, memory("bias", "backward", e * tokens * outputs))
         turned = tokens * (heads + max(shape.kv_heads, t)) * d / t
-        steps.append(_Step("product", forward, backward, float(tokens * outputs * e), e * tokens * (outputs + h)))
+        steps.append(Step("product", forward, backward, float(tokens * outputs * e), e * tokens * (outputs + h)))
         kv_heads = shape.kv_heads
     else:
-        down = (shape.q_rank or 0) + shape.kv_rank + shape.rotary_dim
-        forward, backward = _product(local, "latent_down", tokens, down, h)
-        steps.append(_Step("product", forward, backward, float(tokens * down * e)))
-        norm = _norm(local, tokens * ((shape.q_rank or 0) + shape.kv_rank), gathered=False)
-        steps.append(norm)
+        # Products to latents are whole on every tensor rank, of its own tokens; what is gathered are latents (and the stream, where queries have none).
+        latents = (shape.q_rank or 0) + shape.kv_rank
+        down, shared = latents + shape.rotary_dim, local.t > 1 and local.workload.layout.sequence_parallel
+        if not shared or shape.q_rank is None:
+            steps.append(Step("move", *enter(local)))
+        forward, backward = product(local, "latent_down", local.rows, down, h)
+        steps += [Step("product", forward, backward, float(local.rows * down * e)), norm(local, local.rows * latents)]
+        if shared:
+            whole = float(tokens * down * e)
+            gather: list[Item] = [Transfer("sequence_gather", "tensor", "all_gather", whole, "forward")]
+            steps.append(Step("move", gather, [Transfer("sequence_scatter", "tensor", "reduce_scatter", whole, "backward")]))
         up = heads * (d - shape.rotary_dim + shape.value_dim) // t
-        forward, backward = _product(local, "latent_up_q", tokens, heads * d // t, shape.q_rank or h)
-        keys_forward, keys_backward = _product(local, "latent_up_kv", tokens, up, shape.kv_rank)
+        forward, backward = product(local, "latent_up_q", tokens, heads * d // t, shape.q_rank or h)
+        keys_forward, keys_backward = product(local, "latent_up_kv", tokens, up, shape.kv_rank)
         # Keys of every head are assembled from what is its own and the rotated part that all share; values are a view of the product.
         kept = tokens * (2 * heads * d + heads * shape.value_dim) / t * e
-        steps.append(_Step("product", [*forward, *keys_forward], [*keys_backward, *backward], kept, 2 * kept))
+        steps.append(Step("product", [*forward, *keys_forward], [*keys_backward, *backward], kept, 2 * kept))
         turned = tokens * (heads + 1) * shape.rotary_dim / t + tokens * heads * d / t / 4.5
         kv_heads = heads
     if shape.qk_norm:
-        step = _norm(local, tokens * (heads + shape.kv_heads) * d / t, operand=False, gathered=False)
+        step = norm(local, tokens * (heads + shape.kv_heads) * d / t, operand=False, gathered=False)
         steps.append(step)
     if not shape.learned_positions:
-        steps.append(_Step("rope", [memory("rope", "forward", 9.0 * e * turned, 8)], [memory("rope", "backward", 9.0 * e * turned, 8)]))
+        steps.append(Step("rope", [memory("rope", "forward", 9.0 * e * turned, 8)], [memory("rope", "backward", 9.0 * e * turned, 8)]))
     steps += _core(local, window, kv_heads)
-    forward, backward = _product(local, "attention_output", tokens, h, heads * shape.value_dim // t)
+    forward, backward = product(local, "attention_output", tokens, h, heads * shape.value_dim // t)
     low = tokens * heads * shape.value_dim / t * local.bits / 8 if local.bits < 16 else 0.0
-    leave = _leave(local)
-    steps += [_Step("product", forward, backward, low), _Step("move", *leave), _residual(local, kept=True)]
+    steps += [Step("product", forward, backward, low), Step("move", *leave(local)), residual(local, kept=True)]
     return steps
 
 
-def _activation(local: Local, elements: float) -> _Step:
-    """Of the first product's outputs; the result is the second's operand."""
-    e, w = local.size, local.workload
-    forward, backward, kernels = (5, 8, 2) if w.shape.gated else (2, 3, 1)
-    kept = elements * min(e, local.bits / 8)
-    liger = w.stack == "deepspeed" and w.chunked_loss  # whose gradients overwrite gate and up
-    if w.shape.gated and w.stack in UNFUSED_GATE and not (w.compiled or liger):
-        kept += elements * e
-    return _Step(
-        "activation",
-        [memory("activation", "forward", forward * e * elements, kernels)],
-        [memory("activation", "backward", backward * e * elements, kernels)],
-        kept,
-        (1 if liger else 3 if w.shape.gated else 2) * e * elements,
-    )
-
-
-def _dense(local: Local, width: int, names: tuple[str, str] = ("gate_up", "down")) -> list[_Step]:
-    """A feed-forward block behind its norm."""
-    shape, t, e, tokens = local.workload.shape, local.t, local.size, local.tokens
+def _dense(local: Local, width: int, names: tuple[str, str] = ("gate_up", "down"), *, whole: bool = False) -> list[Step]:
+    """A feed-forward block behind its norm; `whole` on every tensor rank, of its own tokens, or cut."""
+    shape, e = local.workload.shape, local.size
+    t, tokens = (1, local.rows) if whole else (local.t, local.tokens)
     wide = (2 if shape.gated else 1) * width // t
-    first, first_back = _product(local, names[0], tokens, wide, shape.hidden)
-    second, second_back = _product(local, names[1], tokens, shape.hidden, width // t)
+    first, first_back = product(local, names[0], tokens, wide, shape.hidden)
+    second, second_back = product(local, names[1], tokens, shape.hidden, width // t)
     if shape.biases:
         first_back.insert(0, memory("bias", "backward", e * tokens * wide))
-    enter, leave = _enter(local), _leave(local)
     return [
-        _Step("move", *enter),
-        _Step("product", first, first_back, float(e * tokens * wide), e * tokens * (wide + shape.hidden)),
-        _activation(local, tokens * width / t),
-        _Step("product", second, second_back),
-        _Step("move", *leave),
+        Step("move", *(([], []) if whole else enter(local))),
+        Step("product", first, first_back, float(e * tokens * wide), e * tokens * (wide + shape.hidden)),
+        activation(local, tokens * width / t),
+        Step("product", second, second_back),
+        Step("move", *(([], []) if whole else leave(local))),
     ]
 
 
-def _mixture(local: Local) -> list[_Step]:
+def _mixture(local: Local) -> list[Step]:
     """Router, journey to the experts' ranks, experts, journey back; shared experts beside them."""
     w, shape, layout, e = local.workload, local.workload.shape, local.workload.layout, local.size
     h, rows, visits, ranks, cut = shape.hidden, local.rows, local.visits, layout.expert, layout.expert_tensor
     here = max(1, shape.experts // ranks)
     steps = []
-    score, score_back = _product(local, "router", rows, shape.experts, h, bits=16)
+    score, score_back = product(local, "router", rows, shape.experts, h, bits=16)
     choice = 6.0 * 4 * rows * shape.experts
     steps.append(
-        _Step(
+        Step(
             "routing",
             [*score, memory("router", "forward", choice, 10)],
             [memory("router", "backward", choice, 8), *score_back],
@@ -348,7 +187,7 @@ def _mixture(local: Local) -> list[_Step]:
     out_back: list[Item] = [memory("permute", "backward", moved, 2)]
     home_back: list[Item] = [memory("unpermute", "backward", moved, 2)]
     if ranks > 1:
-        copies = k * (1.0 if w.balanced else IMBALANCE)
+        copies = k * (1.0 if w.balanced else pieces.IMBALANCE)
         if layout.dispatch == "hierarchical":  # a token travels once to each rank that has experts of it
             copies *= ranks * (1 - (1 - 1 / ranks) ** k) / k
         whole = rows * h * e * copies
@@ -371,19 +210,19 @@ def _mixture(local: Local) -> list[_Step]:
         out_back.insert(0, Transfer("sequence_scatter", "tensor", "reduce_scatter", whole, "backward"))
     width = shape.expert_width // cut
     wide, mean = (2 if shape.gated else 1) * width, max(1, round(visits / here))
-    first, first_back = _product(local, "experts_gate_up", mean, wide, h, groups=here, rows=visits, grouped=True)
-    second, second_back = _product(local, "experts_down", mean, h, width, groups=here, rows=visits, grouped=True)
+    first, first_back = product(local, "experts_gate_up", mean, wide, h, groups=here, rows=visits, grouped=True)
+    second, second_back = product(local, "experts_down", mean, h, width, groups=here, rows=visits, grouped=True)
     steps += [
-        _Step("routing", out, out_back, visits * h * min(e, local.bits / 8), 2 * e * visits * h),
-        _Step("product", first, first_back, e * visits * wide, e * visits * (wide + h)),
-        _activation(local, visits * width),
-        _Step(
-            "product", second, second_back, 0.0 if w.stack == "megatron" else e * visits * h
+        Step("routing", out, out_back, visits * h * min(e, local.bits / 8), 2 * e * visits * h),
+        Step("expert", first, first_back, e * visits * wide, e * visits * (wide + h)),
+        activation(local, visits * width),
+        Step(
+            "expert", second, second_back, 0.0 if w.stack == "megatron" else e * visits * h
         ),  # Megatron weighs the activation and not the result
-        _Step("routing", home, home_back, 12.0 * rows * k, 2 * e * visits * h),
+        Step("routing", home, home_back, 12.0 * rows * k, 2 * e * visits * h),
     ]
     if shape.shared_width:
-        steps += _dense(local, shape.shared_width, ("shared_gate_up", "shared_down"))
+        steps += _dense(local, shape.shared_width, ("shared_gate_up", "shared_down"), whole=w.stack in pieces.WHOLE_EXPERTS)
     return steps
 
 
@@ -407,7 +246,7 @@ def parameters(local: Local, sparse: bool) -> tuple[float, float]:
         block = h * shape.intermediate * (wide + 1) / t + ((wide * shape.intermediate / t + h) if shape.biases else 0.0)
         return attention + norms + biases + block, 0.0
     each = h * shape.expert_width * (wide + 1) / local.workload.layout.expert_tensor
-    block = h * shape.experts + h * shape.shared_width * (wide + 1) / t
+    block = h * shape.experts + h * shape.shared_width * (wide + 1) / (1 if local.workload.stack in pieces.WHOLE_EXPERTS else t)
     return attention + norms + biases + block, each * shape.experts / local.workload.layout.expert
 
 
@@ -416,7 +255,7 @@ def _sharded(local: Local, forward: list[Item], backward: list[Item], dense: flo
     w, layout, states = local.workload, local.workload.layout, local.workload.states
     once = layout.zero == 3 and layout.pipeline > 1 and not layout.reshard  # a step's, not a microbatch's: operations.py
     trained = 0.0 if w.frozen else 1.0
-    if not w.frozen and not (w.stack in FUSED_SUM and layout.zero < 3):
+    if not w.frozen and not (w.stack in pieces.FUSED_SUM and layout.zero < 3):
         many = dense + experts
         if layout.zero == 3:
             backward = [*backward, memory("grad_add", "wgrad", many * (local.size + states.reduced) + 12.0 * many / local.shards, 2)]
@@ -439,25 +278,46 @@ def _sharded(local: Local, forward: list[Item], backward: list[Item], dense: flo
     return [*before, *forward], [*again, *backward, *after]
 
 
-def _made_again(local: Local, steps: Iterable[_Step]) -> tuple[list[Item], float]:
+def _made_again(local: Local, steps: Iterable[Step]) -> tuple[list[Item], float]:
     """`(recomputed items, bytes kept of them)` under the workload's policy."""
     w = local.workload
-    words = AGAIN[w.recompute]
+    words = pieces.AGAIN[w.recompute]
+    by_product = w.recompute == "selective" and w.stack == "torchtitan"
     items: list[Item] = []
-    kept, products = 0.0, 0
+    kept = 0.0
     for step in steps:
-        again = step.word in words or ("moe" in w.lean and step.word == "routing")
-        if step.word == "product" and w.recompute == "selective" and w.stack == "torchtitan" and step.forward:
-            products += 1  # it keeps every other product, and attention
-            again = products % 2 == 0
-        if again:
-            items += [replace(item, passes="recompute") for item in step.forward]
-        else:
-            kept += step.keeps
+        share = 1.0 if step.word in words or ("moe" in w.lean and step.word in ("routing", "expert")) else 0.0
+        if by_product:
+            share, more = _every_other(local, step, share)
+            kept += more
+        if share:
+            items += [_part(item, share) for item in step.forward]
+        kept += step.keeps * (1 - share)
     return items, kept
 
 
-def _block(local: Local, name: str, steps: list[_Step], counts: tuple[float, float], *, stream: bool = True) -> Block:
+def _every_other(local: Local, step: Step, share: float) -> tuple[float, float]:
+    """torchtitan's selective policy keeps every other product of those that a layer has as matrices of their own (query, key, value, output, gate, down, up:
+    keys, output and one of gate and up are made again), and attention: `(share of the step made again, bytes kept beside its own)`."""
+    shape = local.workload.shape
+    names = {item.name for item in step.forward}
+    if "qkv" in names:
+        return shape.kv_heads / (shape.heads + 2 * shape.kv_heads), 0.0
+    if names & {"gate_up", "shared_gate_up"}:
+        return 0.5 if shape.gated else 0.0, 0.0
+    if names & {"down", "shared_down"}:
+        return 0.0, float(local.tokens * shape.hidden * local.size)
+    return (1.0 if step.word == "residual" or "attention_output" in names else share), 0.0
+
+
+def _part(item: Item, share: float) -> Item:
+    """Of a product so much of its outputs, made again."""
+    if share == 1.0 or isinstance(item, Transfer):
+        return replace(item, passes="recompute")
+    return replace(item, passes="recompute", flops=item.flops * share, bytes=item.bytes * share, n=max(1, round(item.n * share)))
+
+
+def _block(local: Local, name: str, steps: list[Step], counts: tuple[float, float], *, stream: bool = True) -> Block:
     forward = [item for step in steps for item in step.forward]
     backward = [item for step in reversed(steps) for item in step.backward]
     again, kept = _made_again(local, steps)
@@ -473,9 +333,9 @@ def _block(local: Local, name: str, steps: list[_Step], counts: tuple[float, flo
 def layer(local: Local, sparse: bool, window: int | None) -> Block:
     """One transformer layer of this rank."""
     h = local.workload.shape.hidden
-    steps = [*_attention(local, window), _norm(local, local.rows * h, gathered=not sparse)]
+    steps = [*_attention(local, window), norm(local, local.rows * h, gathered=not sparse)]
     steps += _mixture(local) if sparse else _dense(local, local.workload.shape.intermediate)
-    steps.append(_residual(local, kept=False))
+    steps.append(residual(local, kept=False))
     return _block(local, "sparse_layer" if sparse else "layer", steps, parameters(local, sparse))
 
 
@@ -486,12 +346,12 @@ def embedding(local: Local) -> Block:
     count = float(rows * h) + (w.sequence * h if shape.learned_positions else 0)
     forward: list[Item] = [memory("embedding", "forward", 2.0 * e * tokens * h, 2 if local.t == 1 else 6)]
     backward: list[Item] = [] if w.frozen else [memory("embedding", "backward", e * (3.0 * tokens * h + rows * h), 3)]
-    leave, leave_back = _leave(local)
+    after, after_back = leave(local)
     if shape.learned_positions:
-        leave.append(memory("residual", "forward", 3.0 * e * local.rows * h))
+        after.append(memory("residual", "forward", 3.0 * e * local.rows * h))
     if local.dropout:
-        leave.append(memory("dropout", "forward", (2.0 * e + 1) * local.rows * h))
-    step = _Step("embedding", [*forward, *leave], [*leave_back, *backward], 8.0 * tokens + (local.rows * h if local.dropout else 0))
+        after.append(memory("dropout", "forward", (2.0 * e + 1) * local.rows * h))
+    step = Step("embedding", [*forward, *after], [*after_back, *backward], 8.0 * tokens + (local.rows * h if local.dropout else 0))
     return _block(local, "embedding", [step], (count, 0.0), stream=False)
 
 
@@ -500,12 +360,12 @@ def head(local: Local, *, tied_here: bool) -> Block:
     shape, e = local.workload.shape, local.size
     h, tokens, outputs = shape.hidden, local.tokens, -(-shape.vocab // local.t)
     logits = float(tokens * outputs)
-    forward, backward = _product(local, "head", tokens, outputs, h, bits=min(32, 8 * e))
-    steps = [_norm(local, local.rows * h, operand=False), _Step("move", *_enter(local)), _Step("head", forward, backward)]
+    forward, backward = product(local, "head", tokens, outputs, h, bits=min(32, 8 * e))
+    steps = [norm(local, local.rows * h, operand=False), Step("move", *enter(local)), Step("head", forward, backward)]
     loss: list[Item] = [memory("cross_entropy", "forward", 14.0 * logits, 5)]
     if local.t > 1:
         loss.append(Transfer("loss_sum", "tensor", "all_reduce", 12.0 * tokens, "forward"))
-    steps.append(_Step("loss", loss, [memory("cross_entropy", "backward", 10.0 * logits, 2)]))
+    steps.append(Step("loss", loss, [memory("cross_entropy", "backward", 10.0 * logits, 2)]))
     count = (0.0 if tied_here else float(outputs * h)) + h * (2 if shape.layer_norm and shape.biases else 1)
     return _block(local, "head", steps, (count, 0.0))
 
@@ -514,8 +374,8 @@ def predicted(local: Local) -> Block:
     """A layer of multi-token prediction with its own pass through the head (arXiv:2412.19437, section 2.2): embedding and head are the model's."""
     shape, tokens, h = local.workload.shape, local.tokens, local.workload.shape.hidden
     inner, loss = layer(local, shape.sparse_layers > 0, None), head(local, tied_here=True)
-    join, join_back = _product(local, "predicted_join", tokens, h // local.t, 2 * h)
-    steps = [_norm(local, 2.0 * local.rows * h), _Step("move", *_enter(local)), _Step("product", join, join_back)]
+    join, join_back = product(local, "predicted_join", tokens, h // local.t, 2 * h)
+    steps = [norm(local, 2.0 * local.rows * h), Step("move", *enter(local)), Step("product", join, join_back)]
     count = 2.0 * h * h / local.t + 3 * h
     first = _block(local, "predicted", steps, (count, 0.0))
     return Block(

@@ -26,7 +26,7 @@ from itertools import pairwise
 
 from gigatrain.planning import layout as pipelines
 from gigatrain.planning.estimate import layers
-from gigatrain.planning.estimate.layers import FUSED_SUM, QUANTISED, Local
+from gigatrain.planning.estimate.pieces import FUSED_SUM, QUANTISED, Local
 from gigatrain.planning.estimate.work import Block, Item, Op, Transfer, Work
 from gigatrain.planning.estimate.workload import Shape, Workload
 

@@ -157,14 +157,15 @@ def shape_share(op: Op, found: Device, constants: Mapping[str, float]) -> float:
     return keeps * best
 
 
-_OLDER: dict[str, tuple[str, ...]] = {"sm_80": ("flash1",), "sm_90": ("flash2",)}  # slower than the best that the family has
+# Implementations that differ from what the family has by default.
+_OTHERS: dict[str, tuple[str, ...]] = {"sm_80": ("flash1",), "sm_90": ("flash2",), "sm_100": ("flash4",)}
 
 
 def attention_share(op: Op, found: Device, habits: Habits, constants: Mapping[str, float]) -> float:
     """Share of the sold bf16 rate that fused attention reaches: by architecture and implementation, direction, head_dim, keys and tiles of queries."""
     kind = (
         habits.attention
-        if found.family in _OLDER and habits.attention in _OLDER[found.family]
+        if found.family in _OTHERS and habits.attention in _OTHERS[found.family]
         else "flash2"
         if found.family == "sm_80"
         else "fused"
@@ -221,6 +222,8 @@ def cost(
 def memory_share(op: Op, found: Device, constants: Mapping[str, float]) -> float:
     """Share of the sold bandwidth that a pass over memory reaches; rows in another order (experts' tokens, embeddings) reach less of it."""
     share = constants[f"memory.{found.family}.share"]
+    if op.name == "quantise":
+        return share * constants["memory.quantise_share"]
     return share * constants["memory.permute_share"] if _scattered(op) else share
 
 
@@ -239,7 +242,7 @@ _FUSED: dict[tuple[str, bool], tuple[float, float]] = {
 
 def remains(op: Op, habits: Habits) -> tuple[float, float]:
     """`(share of a memory pass's bytes, kernels)` that a stack leaves of what operations.py counts."""
-    if op.kind != "memory" or _scattered(op):
+    if op.kind != "memory" or op.name == "quantise" or _scattered(op):
         return 1.0, op.kernels
     share, kernels = _FUSED.get((op.name, op.passes != "backward"), (1.0, 1.0)) if op.name in habits.fused else (1.0, 1.0)
     return share * habits.passes_share, op.kernels * kernels

@@ -8,10 +8,11 @@ columns                       gpu, n_gpus, framework, precision, layers, hidden,
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from gigatrain.planning.estimate.cluster import Cluster, Level
+from gigatrain.planning.estimate.cluster import Cluster
+from gigatrain.planning.estimate.machines import Refused, Row, chip_of, cluster_of
 from gigatrain.planning.estimate.workload import Attention, Layout, Precision, Recompute, Schedule, Shape, Stack, States, Workload
 from gigatrain.planning.hardware import CHIPS
 
@@ -19,27 +20,7 @@ MEASURED = (
     "step_time_s", "tokens_per_s", "tokens_per_s_per_gpu", "samples_per_s", "model_tflops_per_gpu", "hw_tflops_per_gpu", "mfu_pct", "hfu_pct",
     "node_power_w_mean", "status",
 )  # fmt: skip
-# Of the memory as sold, what torch.cuda reports: 79.15 of 80 GiB on an A100, 79.1 on an H100, 139.8 of 141 on an H200, 178.4 of 180 on a B200.
-VISIBLE = 0.99
 AXES = ("tensor", "context", "expert", "shard", "replicate", "pipeline")
-# One direction, GB/s of one port, by the name of its generation.
-_PORTS = {
-    "xdr": 100.0,
-    "ndr400": 50.0,
-    "ndr200": 25.0,
-    "ndr": 50.0,
-    "hdr200": 25.0,
-    "hdr100": 12.5,
-    "hdr": 25.0,
-    "edr": 12.5,
-    "omnipath": 12.5,
-    "slingshot": 25.0,
-}
-_RAIL = 32  # nodes that one rail of leaf switches joins (64 ports, half of them up)
-
-
-class Refused(Exception):
-    """A row that cannot be expressed; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,53 +35,14 @@ class Case:
     assumed: tuple[str, ...] = ()
 
 
-@dataclass(slots=True)
-class _Row:
-    """A row with its words in lower case, and what was taken for want of a word."""
-
-    row: Mapping[str, Any]
-    assumed: list[str] = field(default_factory=list)
-
-    def number(self, name: str) -> float | None:
-        value = self.row.get(name)
-        if value is None or value == "" or isinstance(value, bool):
-            return None
-        try:
-            found = float(value)
-        except (TypeError, ValueError):
-            raise Refused(f"{name} is {value!r}, which is no number") from None
-        return found if math.isfinite(found) else None
-
-    def whole(self, name: str, default: int | None = None, why: str = "") -> int:
-        found = self.number(name)
-        if found is None:
-            if default is None:
-                raise Refused(f"the row has no {name}, and nothing implies it")
-            if why:
-                self.assumed.append(f"{name} {default}: {why}")
-            return default
-        if found < 0 or found != int(found):
-            raise Refused(f"{name} is {found:g}, and must be a whole number of 0 or more")
-        return int(found)
-
-    def text(self, *names: str) -> str:
-        return " | ".join(str(self.row[name]) for name in names if self.row.get(name) is not None).lower()
-
-    def flag(self, name: str) -> bool | None:
-        value = self.row.get(name)
-        if isinstance(value, bool) or value is None:
-            return value
-        return str(value).lower() in ("true", "yes", "on", "1")
-
-
 def parse(row: Mapping[str, Any]) -> Case:
     """The row as a workload on a cluster; raises `Refused`."""
-    found = _Row(row)
+    found = Row(row)
     stack = _stack(found)
-    chip, name = _chip(found)
+    chip, name = chip_of(found)
     shape = _shape(found)
     layout, microbatch, accumulation, ranks = _layout(found, stack, shape)
-    cluster = _cluster(found, chip, name, ranks)
+    cluster = cluster_of(found, chip, name, ranks)
     workload = _workload(found, stack, shape, layout, microbatch, accumulation, chip)
     measured = {key: row[key] for key in MEASURED if row.get(key) is not None}
     peak = found.number("peak_mem")
@@ -121,33 +63,36 @@ _STACKS: tuple[tuple[str, Stack, str], ...] = (
     (r"fms|foundation.model.stack", "torchtitan", "IBM's fms-fsdp is FSDP with torch.compile"),
     (r"llm-?foundry|composer|mosaic", "llm_foundry", ""),
     (r"nanotron", "nanotron", ""),
-    (r"megatron|nemo|nvidia.*release|primus|modulus", "megatron", ""),
+    (r"megatron|nemo|nvidia.*release|primus|dgx|bridge", "megatron", ""),
     (r"deepspeed", "deepspeed", ""),
-    (r"litgpt|lightning|fsdp2|torchtune|olmo", "torchtitan", "an FSDP trainer"),
+    (r"lit-?gpt|lightning|fsdp2|torchtune|olmo", "torchtitan", "an FSDP trainer"),
     (r"transformers|hugging|accelerate|\bhf\b|liger|axolotl|trl", "deepspeed", "transformers' modules"),
 )
 
 
-def _stack(row: _Row) -> Stack:
+def _stack(row: Row) -> Stack:
     text = row.text("framework")
     for pattern, stack, why in _STACKS:
         if re.search(pattern, text):
             if why:
                 row.assumed.append(f"stack {stack}: {why}")
             return stack
+    if "mlperf" in row.text("set", "id", "source_repo"):
+        row.assumed.append("stack megatron, as most submissions to MLPerf")
+        return "megatron"
     row.assumed.append(f"stack generic: nothing is known of {row.row.get('framework')!r}")
     return "generic"
 
 
-def _version(row: _Row) -> str:
+def _version(row: Row) -> str:
+    """What is said of the release, and of an attention later than FlashAttention-2 (stacks.py reads it)."""
     said = row.row.get("framework_version")
-    if said:
-        return str(said)
     numbers = re.findall(r"\d+\.\d+(?:\.\d+)?", row.text("framework"))
-    return numbers[0] if numbers else ""
+    attention = re.search(r"\bfa-?[34]\b|flash.?attention.?[34]\b|cudnn|\bte\b", row.text("attention_impl"))
+    return " ".join([str(said) if said else numbers[0] if numbers else "", attention[0] if attention else ""]).strip()
 
 
-def _old(row: _Row, stack: Stack) -> bool:
+def _old(row: Row, stack: Stack) -> bool:
     """Megatron before flash attention and sequence parallelism: its forks on DeepSpeed, and what was published before 2023."""
     if stack != "megatron":
         return False
@@ -155,12 +100,16 @@ def _old(row: _Row, stack: Stack) -> bool:
     return "deepspeed" in row.text("framework") or row.text("precision").startswith("fp16") or ("2019" <= date[:4] <= "2022")
 
 
-def _precision(row: _Row, stack: Stack, chip: str) -> Precision:
+def _precision(row: Row, stack: Stack, chip: str) -> Precision:
     text = row.text("precision")
     blackwell = chip in ("b200", "gb200", "b300", "gb300")
     if not text:
-        row.assumed.append("precision bf16: the row names none")
-        return "bf16"
+        # Submitters of MLPerf since 2023 train in fp8, and their logs do not say so.
+        found: Precision = "bf16"
+        if "mlperf" in row.text("set", "id", "source_repo") and CHIPS[chip].fp8.value:
+            found = "fp8_tensorwise" if blackwell or chip.startswith("mi") else "fp8_delayed"
+        row.assumed.append(f"precision {found}: the row names none")
+        return found
     if "fp4" in text and not ("fp8" in text and " or " in text):
         return "nvfp4"
     if "fp8" in text or "float8" in text:
@@ -168,11 +117,11 @@ def _precision(row: _Row, stack: Stack, chip: str) -> Precision:
             (r"mx|variant 1", "mxfp8"), (r"delayed|[-_ ]ds\b", "fp8_delayed"), (r"row", "fp8_rowwise"), (r"block|sub|[-_ ]sc\b", "fp8_blockwise"),
             (r"current|tensor|[-_ ]cs\b|variant 0", "fp8_tensorwise"),
         )  # fmt: skip
-        for pattern, found in marks:
+        for pattern, recipe in marks:
             if re.search(pattern, text):
                 if "variant" in text:
-                    row.assumed.append(f"precision {found}: the page lists two recipes without saying which row has which")
-                return found
+                    row.assumed.append(f"precision {recipe}: the page lists two recipes without saying which row has which")
+                return recipe
         plain: Precision = "fp8_tensorwise" if stack in ("torchtitan", "gigatrain_native") or blackwell else "fp8_delayed"
         row.assumed.append(f"precision {plain}: the row says {row.row['precision']}")
         return plain
@@ -184,113 +133,10 @@ def _precision(row: _Row, stack: Stack, chip: str) -> Precision:
     raise Refused(f"precision {row.row['precision']!r} is none of fp32, bf16, fp16, fp8 or fp4 recipes")
 
 
-# ---- machines ----
-
-_CHIPS: tuple[tuple[str, str], ...] = (
-    (r"GB300", "gb300"), (r"GB200", "gb200"), (r"B300", "b300"), (r"B200", "b200"), (r"GH200", "gh200"), (r"H200", "h200"), (r"H800", "h100"),
-    (r"H100", "h100"), (r"A800", "a100"), (r"A100", "a100"), (r"MI250", "mi250x"), (r"MI300X", "mi300x"), (r"MI325", "mi325x"), (r"MI355", "mi355x"),
-    (r"MI350", "mi350x"),
-)  # fmt: skip
-
-
-def _chip(row: _Row) -> tuple[str, str]:
-    """`(id in hardware.py, the row's own name)`."""
-    name = str(row.row.get("gpu") or "").upper()
-    memory = row.number("gpu_mem_gb")
-    if not name:
-        raise Refused("the row names no gpu")
-    found = next((chip for pattern, chip in _CHIPS if re.search(pattern, name.replace(" ", ""))), None)
-    if found is None:
-        raise Refused(f"gpu {row.row['gpu']!r} is not in planning/hardware.py, and none there is nearly the same")
-    if found == "a100" and memory is not None and memory < 70:
-        found = "a100-40" if memory < 50 else "a100-64"
-    if found == "a100" and memory is None and "40" in name:
-        found = "a100-40"
-    if found == "gh200" and (memory or 0) > 100:
-        found = "gh200-144"
-    if found == "h100":
-        if "PCIE" in name:
-            found = "h100-pcie"
-        elif "NVL" in name and (memory or 0) > 90:
-            row.assumed.append("chip h100: the H100 NVL's rates are unknown")
-        elif memory is not None and 60 < memory < 70:
-            found = "h100-64"
-    if found.startswith("a100") and "PCIE" in name:
-        row.assumed.append("chip a100: the PCIe card has its rates, with less power and no switch between cards")
-    return found, name
-
-
-def _nic(row: _Row, chip: str, per_node: int) -> float:
-    """GB/s of one direction that one rank has between nodes."""
-    text = row.text("interconnect_inter").replace("omni-path", "omnipath").replace("gbps", "gb/s_bit").replace("gbit/s", "gb/s_bit")
-    raw = str(row.row.get("interconnect_inter") or "")
-    if "compute:" in text:
-        text = re.split(r"management:|storage:", text.split("compute:")[1])[0]
-        raw = text
-    if text:
-        if match := re.search(r"(\d+(?:\.\d+)?)\s*(t|g)b/s_bit\s*(?:/|per)\s*(node|gpu|gcd)", text):
-            total = float(match[1]) / 8 * (1000 if match[2] == "t" else 1)
-            return total / (per_node if match[3] == "node" else 1)
-        count = re.search(r"(\d+)\s*x\b", text)
-        ports = int(count[1]) if count else None
-        speed = None
-        if match := re.search(r"(\d+(?:\.\d+)?)\s*GB/s", raw):
-            speed = float(match[1])
-        elif match := re.search(r"(\d{2,4})\s*(?:gb/s_bit|gb/s|gb/sec|g\b|gbe)", text):
-            speed = float(match[1]) / 8
-        if speed is None or "omnipath" in text or "slingshot" in text:
-            speed = speed or next((value for word, value in _PORTS.items() if word in text.replace(" ", "")), None)
-        if speed is not None and ports:
-            return speed * ports / per_node
-        if speed is not None:
-            if speed * 8 >= 800:  # a node's, as EFA's 3,200 Gbit/s
-                return speed / per_node
-            return speed if speed <= 50 and not re.search(r"ethernet|tcp", text) else speed / per_node
-    declared = CHIPS[chip].nic_gbit_s.value or {"h100-pcie": 200.0}.get(chip, 200.0)
-    each = declared / 8 / CHIPS[chip].devices
-    row.assumed.append(f"{each:g} GB/s between nodes for each rank: the row names no speed, {CHIPS[chip].name} nodes mostly have it")
-    return each
-
-
-def _cluster(row: _Row, chip: str, name: str, ranks: int) -> Cluster:
-    """Levels count ranks, and their rates are of one rank; of an MI250X each device is one."""
-    devices, found = CHIPS[chip].devices, CHIPS[chip]
-    usual = 4 if chip in ("gb200", "gb300", "gh200", "a100-64", "h100-64") else 4 * devices if chip == "mi250x" else 8
-    per_node = row.whole("gpus_per_node", usual)
-    if not 1 <= per_node <= 1024:
-        raise Refused(f"gpus_per_node is {per_node}")
-    intra = row.text("interconnect_intra")
-    link = (found.scale_up_gbyte_s.value or (300.0 if chip.startswith("a100") else 450.0)) / devices
-    pcie = "PCIE" in name or ("pcie" in intra and "nvlink" not in intra)
-    if pcie:
-        link = 25.0
-        row.assumed.append("25 GB/s between the cards of a node: PCIe 4.0 as reached")
-    elif match := re.search(r"(\d+(?:\.\d+)?)\s*gb/s", intra):
-        said = float(match[1]) / (1 if "unidir" in intra or "one direction" in intra else 2)
-        link = min(link, said / (devices if chip == "mi250x" and said > link else 1))
-    if "H800" in name or "A800" in name:
-        link = min(link, 200.0)
-        row.assumed.append(f"{name}: its sister's rates, with 200 GB/s of NVLink")
-    domain = 72 if chip in ("gb200", "gb300") and "nvl72" in (intra + name.lower()) else per_node
-    levels = [Level("scale_up", min(domain, ranks) if ranks > domain else max(1, ranks), link)]
-    if ranks > domain:
-        levels[0] = Level("scale_up", domain, link)
-        nic = _nic(row, chip, per_node)
-        rail = max(_RAIL * per_node, domain)
-        if ranks > rail:
-            levels.append(Level("rail", rail, nic))
-        levels.append(Level("spine" if ranks > rail else "rail", ranks, nic))
-    memory = row.number("gpu_mem_gb") or (found.hbm_bytes.value or 0) / devices / 2**30
-    return Cluster(
-        chip, max(1, ranks // devices), max(1, per_node // devices), tuple(levels), int(memory * 2**30 * VISIBLE) if memory else None,
-        cap_watts=row.number("gpu_power_cap_w"), assumed=tuple(row.assumed),
-    )  # fmt: skip
-
-
 # ---- model ----
 
 
-def _shape(row: _Row) -> Shape:
+def _shape(row: Row) -> Shape:
     model, layers = row.text("model"), row.whole("layers")
     hidden = row.whole("hidden")
     heads = row.whole("heads", max(1, hidden // 128), "128 channels a head") or 1
@@ -346,7 +192,7 @@ def _shape(row: _Row) -> Shape:
     return Shape(
         layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, intermediate=ffn, gated=gated,
         vocab=row.whole("vocab", 50304, "a GPT-2 vocabulary"), tied=tied, learned_positions=learned and not alibi,
-        biases=learned or "bloom" in model, layer_norm=learned or alibi or "nemotron" in model or "bloom" in model,
+        biases=learned or alibi or "bloom" in model, layer_norm=learned or alibi or "nemotron" in model or "bloom" in model,
         qk_norm="qwen3" in model.replace("-", "").replace(" ", ""), windows=windows, predicted=predicted, **values,
     )  # fmt: skip
 
@@ -354,7 +200,7 @@ def _shape(row: _Row) -> Shape:
 # ---- layout ----
 
 
-def _layout(row: _Row, stack: Stack, shape: Shape) -> tuple[Layout, int, int, int]:
+def _layout(row: Row, stack: Stack, shape: Shape) -> tuple[Layout, int, int, int]:
     """`(layout, microbatch, accumulation, ranks)`."""
     tensor, pipeline, context = (row.whole(name, 1) or 1 for name in ("tp", "pp", "cp"))
     inner = tensor * pipeline * context
@@ -414,7 +260,7 @@ def _layout(row: _Row, stack: Stack, shape: Shape) -> tuple[Layout, int, int, in
     return layout, micro, steps, ranks
 
 
-def _batch(row: _Row, batch: int, micro: int, steps: int, data: int) -> tuple[int, int]:
+def _batch(row: Row, batch: int, micro: int, steps: int, data: int) -> tuple[int, int]:
     """`(samples of a microbatch, microbatches of a step)` of one data rank."""
     if not batch and not micro:
         raise Refused("the row has neither global_batch nor micro_batch")
@@ -434,14 +280,14 @@ def _batch(row: _Row, batch: int, micro: int, steps: int, data: int) -> tuple[in
     return micro, max(1, round(found))
 
 
-def _zero(row: _Row, sharding: str, stack: Stack) -> Any:
+def _zero(row: Row, sharding: str, stack: Stack) -> Any:
     stage = row.number("zero_stage")
     if stage is not None:
         if stage not in (0, 1, 2, 3):
             raise Refused(f"zero_stage {stage:g} is none of 0 to 3")
         return int(stage)
     words: tuple[tuple[str, int], ...] = (
-        (r"zero[- ]?3|full_shard|fsdp|hsdp|hybrid", 3), (r"zero[- ]?2|shard_grad_op", 2), (r"zero[- ]?1|distributed optimizer|dist.?opt", 1),
+        (r"zero[- ]?3|full_shard|fsdp|hsdp|hybrid|gemini", 3), (r"zero[- ]?2|shard_grad_op", 2), (r"zero[- ]?1|distributed optimizer|dist.?opt", 1),
         (r"ddp|none|zero[- ]?0|no_shard", 0),
     )  # fmt: skip
     for pattern, found in words:
@@ -452,7 +298,7 @@ def _zero(row: _Row, sharding: str, stack: Stack) -> Any:
     return found
 
 
-def _reshards(row: _Row, sharding: str, stack: Stack, pipeline: int) -> bool:
+def _reshards(row: Row, sharding: str, stack: Stack, pipeline: int) -> bool:
     """Whether weights are dropped after the forward: not behind a pipeline of torchtitan's or ours, nor where the row says so."""
     if re.search(r"no.?reshard|reshard(_after_forward)?[ =:]*(false|never|off)|shard_grad_op", sharding + row.text("notes")):
         return False
@@ -462,7 +308,7 @@ def _reshards(row: _Row, sharding: str, stack: Stack, pipeline: int) -> bool:
 # ---- the rest of the workload ----
 
 
-def _workload(row: _Row, stack: Stack, shape: Shape, layout: Layout, microbatch: int, accumulation: int, chip: str) -> Workload:
+def _workload(row: Row, stack: Stack, shape: Shape, layout: Layout, microbatch: int, accumulation: int, chip: str) -> Workload:
     sequence = row.whole("seq_len")
     precision = _precision(row, stack, chip)
     text = row.text("notes", "overlap", "framework", "model", "sharding", "act_ckpt", "precision")
@@ -487,7 +333,7 @@ def _workload(row: _Row, stack: Stack, shape: Shape, layout: Layout, microbatch:
     )  # fmt: skip
 
 
-def _attention(row: _Row, stack: Stack) -> Attention:
+def _attention(row: Row, stack: Stack) -> Attention:
     text = row.text("attention_impl")
     if "unfused" in text or "eager" in text or "math" in text:
         return "unfused"
@@ -499,8 +345,11 @@ def _attention(row: _Row, stack: Stack) -> Attention:
     return "auto"
 
 
-def _recompute(row: _Row, stack: Stack) -> tuple[Recompute, tuple[str, ...]]:
+def _recompute(row: Row, stack: Stack) -> tuple[Recompute, tuple[str, ...]]:
     text = row.text("act_ckpt")
+    if not text and "bridge" in row.text("framework") and re.search(r"deepseek.?v3", row.text("model")):
+        row.assumed.append("norms and activations are made again, as in Megatron-Bridge's recipes of DeepSeek-V3")
+        return "lean", ()
     if not text:
         row.assumed.append("nothing is made again: the row names no checkpointing")
         return "none", ()
@@ -519,7 +368,7 @@ def _recompute(row: _Row, stack: Stack) -> tuple[Recompute, tuple[str, ...]]:
     return "full", ()
 
 
-def _overlap(row: _Row) -> tuple[tuple[str, bool], ...]:
+def _overlap(row: Row) -> tuple[tuple[str, bool], ...]:
     """By axis, what the row says of it."""
     text = row.text("overlap", "notes")
     if re.search(r"all overlap off|no overlap", text):
@@ -540,7 +389,7 @@ def _overlap(row: _Row) -> tuple[tuple[str, bool], ...]:
     return tuple(found.items())
 
 
-def _states(row: _Row, stack: Stack, layout: Layout, precision: Precision, frozen: bool) -> States:
+def _states(row: Row, stack: Stack, layout: Layout, precision: Precision, frozen: bool) -> States:
     """Bytes per parameter by what a stack keeps.
 
     Megatron: bf16 weights, fp32 sums of gradients, fp32 master and moments: 18 (megatron/training/theoretical_memory_usage.py), 6 + 12 / data with its

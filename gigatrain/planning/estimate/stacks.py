@@ -53,8 +53,9 @@ def habits(stack: str, version: str, constants: Mapping[str, float]) -> Habits:
         passes_share=constants[f"stack.{name}.passes_share"],
         fused=_FUSED.get(name, frozenset()),
         bucket_bytes=_BUCKETS.get(name, 100 * MiB),
-        attention=_ATTENTION.get(name, "fused") if not _LATER.search(version.lower()) else "fused",
+        attention=_attention(name, version.lower()),
         pace=exp(-constants["software.gain_year"] * (released(version) - RELEASED)),
+        synced_sends=name in _SYNCED,
         step_s=constants[f"stack.{name}.step_s"],
     )
 
@@ -71,6 +72,9 @@ _BUCKETS: dict[str, float] = {
     "nanotron": 100 * MiB,
 }
 
+# Megatron's batched sends end with torch.cuda.synchronize() (batch_p2p_sync, on by default; off where sends overlap).
+_SYNCED = frozenset({"megatron_2021", "megatron_plain"})
+
 # What one kernel does: Transformer Engine's and Liger's rotary, gated activation and loss; torch.compile fuses what lies between two products (`compiled`).
 COMPILED = frozenset({"norm", "rope", "activation", "residual", "bias", "cross_entropy"})
 _FUSED: dict[str, frozenset[str]] = {
@@ -85,5 +89,16 @@ _FUSED: dict[str, frozenset[str]] = {
 }
 # Torch's own scaled_dot_product_attention and the flash_attn package are FlashAttention-2, unless the version says that a later one is there; llm-foundry's
 # published tables are of the first (its Triton form), where that exists.
-_ATTENTION: dict[str, str] = dict.fromkeys(("torchtitan", "nanotron", "deepspeed", "megatron_2021", "generic"), "flash2") | {"llm_foundry": "flash1"}
-_LATER = re.compile(r"fa-?[34]\b|flash.?(attention)?.?[34]\b|cudnn|\bte\b")
+_ATTENTION: dict[str, str] = dict.fromkeys(("torchtitan", "nanotron", "deepspeed", "megatron_2021", "generic"), "flash2") | {
+    "llm_foundry": "flash1"
+}
+
+
+def _attention(name: str, version: str) -> str:
+    if _FLASH4.search(version):
+        return "flash4"
+    return "fused" if _LATER.search(version) else _ATTENTION.get(name, "fused")
+
+
+_FLASH4 = re.compile(r"\bfa-?4\b|flash.?attention.?4\b")
+_LATER = re.compile(r"\bfa-?[34]\b|flash.?attention.?[34]\b|cudnn|\bte\b")

@@ -112,6 +112,8 @@ def _pipeline(works: Sequence[Work], workload: Workload, table: list[list[tuple[
         sends = sum(wires.held[rank * stages * 3 : (rank + 1) * stages * 3])
         if sends:
             done.parts["exposed_pipeline"] = done.parts.get("exposed_pipeline", 0.0) + count * sends
+        if habits.synced_sends:
+            launch[rank] = sum(one.floor_s - one.device_s for row in rows for one in row) * count
         parts.append(done.parts)
         moved.append(done.moved_s + count * wires.sends[rank] * wires.send_s)
     return _Body(ends, parts, launch, moved)
@@ -142,6 +144,8 @@ class _Wires:
             mine = [(number < last and owner[number + 1] != rank, number > 0 and owner[number - 1] != rank) for number in work.numbers]
             held += [kept * out for forward, backward in mine for out in (forward, backward, False)]
             sends.append(sum(map(sum, mine)))
+        if habits.synced_sends:  # each pass begins with an idle device and a host that has launched nothing of it
+            return cls(len(works), [one.floor_s for one in runs], held, sends, cost.seconds, None, None)
         launched = any(one.host_s for one in runs)
         return cls(
             len(works), [one.device_s for one in runs], held, sends, cost.seconds,

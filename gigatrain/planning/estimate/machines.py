@@ -1,0 +1,172 @@
+"""A published row's words, and its accelerators and links as a Cluster."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gigatrain.planning.estimate.cluster import Cluster, Level
+from gigatrain.planning.hardware import CHIPS
+
+# Of the memory as sold, what torch.cuda reports: 79.15 of 80 GiB on an A100, 79.1 on an H100, 139.8 of 141 on an H200, 178.4 of 180 on a B200.
+VISIBLE = 0.99
+_RAIL = 32  # nodes that one rail of leaf switches joins (64 ports, half of them up)
+
+
+class Refused(Exception):
+    """A row that cannot be expressed; the message is the reason."""
+
+
+@dataclass(slots=True)
+class Row:
+    """A row with its words in lower case, and what was taken for want of a word."""
+
+    row: Mapping[str, Any]
+    assumed: list[str] = field(default_factory=list)
+
+    def number(self, name: str) -> float | None:
+        value = self.row.get(name)
+        if value is None or value == "" or isinstance(value, bool):
+            return None
+        try:
+            found = float(value)
+        except (TypeError, ValueError):
+            raise Refused(f"{name} is {value!r}, which is no number") from None
+        return found if math.isfinite(found) else None
+
+    def whole(self, name: str, default: int | None = None, why: str = "") -> int:
+        found = self.number(name)
+        if found is None:
+            if default is None:
+                raise Refused(f"the row has no {name}, and nothing implies it")
+            if why:
+                self.assumed.append(f"{name} {default}: {why}")
+            return default
+        if found < 0 or found != int(found):
+            raise Refused(f"{name} is {found:g}, and must be a whole number of 0 or more")
+        return int(found)
+
+    def text(self, *names: str) -> str:
+        return " | ".join(str(self.row[name]) for name in names if self.row.get(name) is not None).lower()
+
+    def flag(self, name: str) -> bool | None:
+        value = self.row.get(name)
+        if isinstance(value, bool) or value is None:
+            return value
+        return str(value).lower() in ("true", "yes", "on", "1")
+
+
+_CHIPS: tuple[tuple[str, str], ...] = (
+    (r"GB300", "gb300"), (r"GB200", "gb200"), (r"B300", "b300"), (r"B200", "b200"), (r"GH200", "gh200"), (r"H200", "h200"), (r"H800", "h100"),
+    (r"H100", "h100"), (r"A800", "a100"), (r"A100", "a100"), (r"MI250", "mi250x"), (r"MI300X", "mi300x"), (r"MI325", "mi325x"), (r"MI355", "mi355x"),
+    (r"MI350", "mi350x"),
+)  # fmt: skip
+
+
+def chip_of(row: Row) -> tuple[str, str]:
+    """`(id in hardware.py, the row's own name)`."""
+    name = str(row.row.get("gpu") or "").upper()
+    memory = row.number("gpu_mem_gb")
+    if not name:
+        raise Refused("the row names no gpu")
+    found = next((chip for pattern, chip in _CHIPS if re.search(pattern, name.replace(" ", ""))), None)
+    if found is None:
+        raise Refused(f"gpu {row.row['gpu']!r} is not in planning/hardware.py, and none there is nearly the same")
+    if found == "a100" and memory is not None and memory < 70:
+        found = "a100-40" if memory < 50 else "a100-64"
+    if found == "a100" and memory is None and "40" in name:
+        found = "a100-40"
+    if found == "gh200" and (memory or 0) > 100:
+        found = "gh200-144"
+    if found == "h100":
+        if "PCIE" in name:
+            found = "h100-pcie"
+        elif "NVL" in name and (memory or 0) > 90:
+            row.assumed.append("chip h100: the H100 NVL's rates are unknown")
+        elif memory is not None and 60 < memory < 70:
+            found = "h100-64"
+    if found.startswith("a100") and "PCIE" in name:
+        row.assumed.append("chip a100: the PCIe card has its rates, with less power and no switch between cards")
+    return found, name
+
+
+# A rate: GB/s are bytes and everything else bits, so that the case of its letters counts.
+_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(GB/s|GBps|GByte/s)|(T?)G?b(?:it)?(?:ps|/s|/[Ss]ec|E)\b|G\b)")
+_PORTS = {
+    "xdr": 100.0,
+    "ndr200": 25.0,
+    "ndr": 50.0,
+    "hdr100": 12.5,
+    "hdr": 25.0,
+    "edr": 12.5,
+    "omnipath": 12.5,
+    "slingshot": 25.0,
+}  # GB/s of one, by name
+
+
+def _nic(row: Row, chip: str, per_node: int) -> float:
+    """GB/s of one direction that one rank has between nodes: of the fastest fabric that the row names."""
+    parts = re.split(r"[,;|]", str(row.row.get("interconnect_inter") or ""))
+    found = [speed for part in parts if (speed := _fabric(part, per_node)) is not None and not re.search(r"(?i)storage|management", part)]
+    if found:
+        declared = CHIPS[chip].nic_gbit_s.value
+        return min(max(found), declared / 8 / CHIPS[chip].devices) if CHIPS[chip].devices > 1 and declared else max(found)
+    each = (CHIPS[chip].nic_gbit_s.value or 200.0) / 8 / CHIPS[chip].devices
+    row.assumed.append(f"{each:g} GB/s between nodes for each rank: the row names no speed, {CHIPS[chip].name} nodes mostly have it")
+    return each
+
+
+def _fabric(text: str, per_node: int) -> float | None:
+    """GB/s of a rank: `8x50 GB/s`, `8x HDR200`, `RoCE 1600 Gbps/node`, `EFA 3200 Gbps`, `4x Omni-Path 100`, `2x100 GbE`; None where nothing says."""
+    rate, words = _RATE.search(text), re.sub(r"[\s-]", "", text.lower())
+    count = re.search(r"(\d+)\s*[x×]", text)
+    if rate:
+        port = float(rate[1]) if rate[2] else float(rate[1]) / 8 * (1000 if rate[3] else 1)
+    else:
+        port = next((speed for word, speed in _PORTS.items() if word in words), None)
+    if port is None:
+        return None
+    of_node = re.search(r"/node|pernode", words)
+    adjacent = not rate or (count and re.fullmatch(r"\s*", text[count.end() : rate.start()]))
+    if count and count.start() < (rate.start() if rate else len(text)) and (adjacent or not of_node):
+        return port * int(count[1]) / per_node
+    if re.search(r"(?:/|per)(?:gpu|gcd|rank|accelerator)", words):
+        return port
+    # Without a count: a node's where the row says so, where no port is so fast, or where it is Ethernet; else each rank has a port of its own.
+    return port / per_node if port > 100 or of_node or re.search(r"ethernet|tcp|gbe", words) else port
+
+
+def cluster_of(row: Row, chip: str, name: str, ranks: int) -> Cluster:
+    """Levels count ranks, and their rates are of one rank; of an MI250X each device is one."""
+    devices, found, before = CHIPS[chip].devices, CHIPS[chip], len(row.assumed)
+    usual = 4 if chip in ("gb200", "gb300", "gh200", "a100-64", "h100-64") else 4 * devices if chip == "mi250x" else 8
+    per_node = row.whole("gpus_per_node", usual)
+    if not 1 <= per_node <= 1024:
+        raise Refused(f"gpus_per_node is {per_node}")
+    intra = row.text("interconnect_intra")
+    link = (found.scale_up_gbyte_s.value or (300.0 if chip.startswith("a100") else 450.0)) / devices
+    pcie = "PCIE" in name or ("pcie" in intra and "nvlink" not in intra)
+    if pcie:
+        link = 25.0
+        row.assumed.append("25 GB/s between the cards of a node: PCIe 4.0 as reached")
+    elif match := re.search(r"(\d+(?:\.\d+)?)\s*gb/s", intra):
+        said = float(match[1]) / (1 if "unidir" in intra or "one direction" in intra else 2)
+        link = min(link, said / (devices if chip == "mi250x" and said > link else 1))
+    if "H800" in name or "A800" in name:
+        link = min(link, 200.0)
+        row.assumed.append(f"{name}: its sister's rates, with 200 GB/s of NVLink")
+    domain = 72 if chip in ("gb200", "gb300") and "nvl72" in (intra + name.lower()) else per_node
+    levels = [Level("scale_up", min(domain, ranks) if ranks > domain else max(1, ranks), link)]
+    if ranks > domain:
+        levels[0] = Level("scale_up", domain, link)
+        nic = _nic(row, chip, per_node)
+        rail = max(_RAIL * per_node, domain)
+        if ranks > rail:
+            levels.append(Level("rail", rail, nic))
+        levels.append(Level("spine" if ranks > rail else "rail", ranks, nic))
+    memory = row.number("gpu_mem_gb") or (found.hbm_bytes.value or 0) / devices / 2**30
+    return Cluster(
+        chip, max(1, ranks // devices), max(1, per_node // devices), tuple(levels), int(memory * 2**30 * VISIBLE) if memory else None,
+        cap_watts=row.number("gpu_power_cap_w"), assumed=tuple(row.assumed[before:]),
+    )  # fmt: skip
