@@ -78,40 +78,47 @@ def _zbv(ranks: int, microbatches: int, rank: int) -> list[Action]:
     return found
 
 
-class Event(NamedTuple):
-    rank: int
-    key: int  # (rank x stages + stage) x 3 + kind: which duration it has
-    after: int  # index of the event whose data it needs; -1: none
-    sent: bool  # over a link
+# rank; key, (rank x stages + stage) x 3 + kind, that says which duration it has; index of the event whose data it needs, -1 for none; whether over a link
+Event = tuple[int, int, int, bool]
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=256)
 def events(schedule: Schedule, ranks: int, stages: int, microbatches: int) -> tuple[Event, ...]:
-    """Every rank's order merged so that each event comes after what it needs; refuses nothing: an order that cannot run is our own mistake."""
-    orders = [order(schedule, ranks, stages, microbatches, rank) for rank in range(ranks)]
+    """Every rank's order merged so that each event comes after what it needs; an order that cannot run is our own mistake."""
+    count = ranks * stages
     numbers = [[number_of(schedule, ranks, rank, stage) for stage in range(stages)] for rank in range(ranks)]
-    owner = {numbers[rank][stage]: rank for rank in range(ranks) for stage in range(stages)}
-    last = ranks * stages - 1
-    position: dict[tuple[int, int, int], int] = {}  # (kind, global stage, microbatch) -> index
+    owner = {number: rank for rank, mine in enumerate(numbers) for number in mine}
+    orders = []
+    for rank in range(ranks):
+        # of each kind and stage: its key, where its own index is kept and the one that it needs (from there on by microbatch), and whether that is sent
+        slots: dict[tuple[int, int], tuple[int, int, int, bool]] = {}
+        for stage, number in enumerate(numbers[rank]):
+            for kind, other in ((FORWARD, number - 1), (BACKWARD, number + 1), (WEIGHTS, -1)):
+                own, key = (kind * count + number) * microbatches, (rank * stages + stage) * 3 + kind
+                needs = (kind * count + other) * microbatches if 0 <= other < count else -1
+                slots[kind, stage] = key, own, needs, owner.get(other, rank) != rank
+        mine = []
+        for kind, stage, microbatch in order(schedule, ranks, stages, microbatches, rank):
+            key, own, needs, sent = slots[kind, stage]
+            mine.append((key, own + microbatch, needs + microbatch if needs >= 0 else -1, sent))
+        orders.append(mine)
+    position = [-1] * (3 * count * microbatches)
     found: list[Event] = []
     pointers = [0] * ranks
     total = sum(map(len, orders))
     while len(found) < total:
         before = len(found)
-        for rank in range(ranks):
-            mine, index = orders[rank], pointers[rank]
-            while index < len(mine):
-                kind, stage, microbatch = mine[index]
-                number = numbers[rank][stage]
-                after, sent = -1, False
-                if (kind == FORWARD and number > 0) or (kind == BACKWARD and number < last):
-                    other = number - 1 if kind == FORWARD else number + 1
-                    needed = position.get((kind, other, microbatch))
-                    if needed is None:
+        for rank, mine in enumerate(orders):
+            index, end = pointers[rank], len(mine)
+            while index < end:
+                key, own, needs, sent = mine[index]
+                after = -1
+                if needs >= 0:
+                    after = position[needs]
+                    if after < 0:
                         break
-                    after, sent = needed, owner[other] != rank
-                position[kind, number, microbatch] = len(found)
-                found.append(Event(rank, (rank * stages + stage) * 3 + kind, after, sent))
+                position[own] = len(found)
+                found.append((rank, key, after, sent))
                 index += 1
             pointers[rank] = index
         assert len(found) > before, (schedule, ranks, stages, microbatches)
@@ -123,6 +130,7 @@ class Ran(NamedTuple):
 
     ends: list[float]
     launch: list[float]
+    last: dict[int, float]  # by event key, the end of its last event
     times: list[tuple[float, float]]  # of each event, where asked for
 
 
@@ -143,6 +151,7 @@ def run(
     host = [0.0] * ranks
     done: list[float] = []
     add = done.append
+    last: dict[int, float] = {}
     kept: list[tuple[float, float]] = []
     if hosts is None or floors is None:
         for rank, key, after, sent in todo:
@@ -153,10 +162,11 @@ def run(
                     begin = ready
             end = begin + seconds[key]
             add(end)
+            last[key] = end
             free[rank] = end + held[key]
             if times:
                 kept.append((begin, end))
-        return Ran(free, launch, kept)
+        return Ran(free, launch, last, kept)
     for rank, key, after, sent in todo:
         begin = free[rank]
         if after >= 0:
@@ -170,7 +180,8 @@ def run(
             launch[rank] += floor - end
             end = floor
         add(end)
+        last[key] = end
         free[rank] = end + held[key]
         if times:
             kept.append((begin, end))
-    return Ran(free, launch, kept)
+    return Ran(free, launch, last, kept)

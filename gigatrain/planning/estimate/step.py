@@ -9,12 +9,15 @@ from dataclasses import dataclass, replace
 
 from gigatrain.planning.estimate.habits import Habits, Timeline
 from gigatrain.planning.estimate.passes import Passes, Run, TimeOf, run, share
-from gigatrain.planning.estimate.pipeline_order import BACKWARD, FORWARD, Event, Ran, events
+from gigatrain.planning.estimate.pipeline_order import BACKWARD, FORWARD, WEIGHTS, Event, Ran, events
 from gigatrain.planning.estimate.pipeline_order import run as run_events
 from gigatrain.planning.estimate.work import Item, Transfer, Work
 from gigatrain.planning.estimate.workload import Workload
 
 COMPUTE: tuple[str, ...] = ("gemm", "grouped", "attention", "memory", "optimizer")
+_SCATTERED = (
+    "megatron",
+)  # tensor ranks that hold the same activations send a part each, which is gathered where it arrives (arXiv 2104.04473, 4.1)
 _NAMES = ("forward", "backward", "weights")
 _Span = tuple[int, str, str, float, float]
 
@@ -30,8 +33,7 @@ def simulate(works: Sequence[Work], workload: Workload, time_of: TimeOf, habits:
     table = [[tuple(passes.row(stage, name) for name in _NAMES) for stage in work.stages] for work in works]
     body = _alone(table[0], workload.accumulation) if len(works) == 1 else _pipeline(works, workload, table, time_of, habits)
     ends = [_End.of(work, time_of, habits) for work in works]
-    last = [_last_backward(rows) for rows in table]
-    behind = [end.gradients_behind(seconds, habits) for end, seconds in zip(ends, last, strict=True)]
+    behind = [end.gradients_behind(passes, habits) for end, passes in zip(ends, body.last, strict=True)]
     met = max(time + sum(late.values()) for time, late in zip(body.ends, behind, strict=True))  # the gradient's norm waits for every rank
     update = max(end.update.floor_s for end in ends)
     first = table[0][0][FORWARD].device_s
@@ -57,11 +59,6 @@ def _worked(parts: dict[str, float]) -> float:
     return sum(parts.values())
 
 
-def _last_backward(rows: Sequence[Sequence[Run]]) -> float:
-    """Seconds of the last microbatch's backward on a rank: what its gradients' transfers may hide behind."""
-    return sum(row[1].device_s + row[2].device_s for row in rows)
-
-
 @dataclass(frozen=True, slots=True)
 class _Body:
     """Of each pipeline rank, up to its last backward's end."""
@@ -70,6 +67,9 @@ class _Body:
     parts: list[dict[str, float]]
     launch: list[float]
     moved: list[float]
+    last: list[
+        list[tuple[float, float]]
+    ]  # each stage's last backward: seconds by which its end is ahead of the rank's, and seconds that it takes
 
 
 def _alone(rows: Sequence[Sequence[Run]], accumulation: int) -> _Body:
@@ -81,13 +81,17 @@ def _alone(rows: Sequence[Sequence[Run]], accumulation: int) -> _Body:
         whole = whole.then(row[BACKWARD])
     done = Run().then(whole, accumulation)
     took = max(done.device_s, done.floor_s)
-    return _Body([took], [done.parts], [took - done.device_s], [done.moved_s])
+    last, ahead = [], 0.0
+    for row in rows:
+        last.insert(0, (ahead, row[BACKWARD].device_s))
+        ahead += row[BACKWARD].device_s
+    return _Body([took], [done.parts], [took - done.device_s], [done.moved_s], [last])
 
 
 def _pipeline(works: Sequence[Work], workload: Workload, table: list[list[tuple[Run, ...]]], time_of: TimeOf, habits: Habits) -> _Body:
     layout, count, ranks = workload.layout, workload.accumulation, len(works)
     stages = len(works[0].stages)
-    wires = _Wires.of(works, table, time_of, habits)
+    wires = _Wires.of(works, workload, table, time_of, habits)
 
     def simulated(microbatches: int) -> Ran:
         return wires.run(events(layout.schedule, ranks, stages, microbatches))
@@ -96,6 +100,12 @@ def _pipeline(works: Sequence[Work], workload: Workload, table: list[list[tuple[
     near = count if exact else 2 * ranks + count % ranks
     ran = simulated(near)
     ends, launch = ran.ends, ran.launch
+    last = []
+    for rank, rows in enumerate(table):
+        keys = [(rank * stages + stage) * 3 for stage in range(stages)]
+        done_at = [max(ran.last[key + BACKWARD], ran.last.get(key + WEIGHTS, 0.0)) for key in keys]
+        took = [row[BACKWARD].device_s + row[WEIGHTS].device_s for row in rows]
+        last.append(sorted(((ends[rank] - at, seconds) for at, seconds in zip(done_at, took, strict=True)), reverse=True))
     if not exact:
         further = simulated(near + ranks)
         rounds = (count - near) // ranks
@@ -116,7 +126,7 @@ def _pipeline(works: Sequence[Work], workload: Workload, table: list[list[tuple[
             launch[rank] = sum(one.floor_s - one.device_s for row in rows for one in row) * count
         parts.append(done.parts)
         moved.append(done.moved_s + count * wires.sends[rank] * wires.send_s)
-    return _Body(ends, parts, launch, moved)
+    return _Body(ends, parts, launch, moved, last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +142,15 @@ class _Wires:
     floors: list[float] | None
 
     @classmethod
-    def of(cls, works: Sequence[Work], table: list[list[tuple[Run, ...]]], time_of: TimeOf, habits: Habits) -> "_Wires":
-        sent = Transfer("boundary", "pipeline", "send", max(work.boundary_bytes for work in works), "forward")
-        cost = time_of(sent)
-        kept = (1 - share(habits, sent)) * cost.seconds
+    def of(cls, works: Sequence[Work], workload: Workload, table: list[list[tuple[Run, ...]]], time_of: TimeOf, habits: Habits) -> "_Wires":
+        whole = max(work.boundary_bytes for work in works)
+        sent = Transfer("boundary", "pipeline", "send", whole, "forward")
+        layout, joined = workload.layout, 0.0
+        if layout.tensor > 1 and not layout.sequence_parallel and workload.stack in _SCATTERED:
+            sent = replace(sent, bytes=whole / layout.tensor)
+            joined = time_of(Transfer("boundary", "tensor", "all_gather", whole, "forward")).seconds
+        send_s = time_of(sent).seconds + joined
+        kept = (1 - share(habits, sent)) * (send_s - joined) + joined
         owner = {number: rank for rank, work in enumerate(works) for number in work.numbers}
         last = len(owner) - 1
         runs = [one for rows in table for row in rows for one in row]
@@ -145,10 +160,10 @@ class _Wires:
             held += [kept * out for forward, backward in mine for out in (forward, backward, False)]
             sends.append(sum(map(sum, mine)))
         if habits.synced_sends:  # each pass begins with an idle device and a host that has launched nothing of it
-            return cls(len(works), [one.floor_s for one in runs], held, sends, cost.seconds, None, None)
+            return cls(len(works), [one.floor_s for one in runs], held, sends, send_s, None, None)
         launched = any(one.host_s for one in runs)
         return cls(
-            len(works), [one.device_s for one in runs], held, sends, cost.seconds,
+            len(works), [one.device_s for one in runs], held, sends, send_s,
             [one.host_s for one in runs] if launched else None, [one.floor_s for one in runs] if launched else None,
         )  # fmt: skip
 
@@ -180,24 +195,30 @@ class _End:
         moved = update.moved_s + sum(seconds * count for _, seconds, _, count in gradients + weights)
         return cls(tuple(gradients), tuple(weights), update, moved)
 
-    def gradients_behind(self, backward_s: float, habits: Habits) -> dict[str, float]:
-        """Phase -> seconds after the last backward's end: a bucket is full when its part of the backward is done, and they go one after the other."""
-        late: dict[str, float] = {}
-        stream = 0.0
+    def gradients_behind(self, last: Sequence[tuple[float, float]], habits: Habits) -> dict[str, float]:
+        """Phase -> seconds after the last backward's end, of `last` (_Body): a bucket is full when its part of its stage's last backward is done; they go one
+        after the other, a replica's behind its shard's."""
+        if not self.gradients:
+            return {}
+        hidden = sum(seconds * may * count for _, seconds, may, count in self.gradients)
+        late = {f"exposed_{axis}": 0.0 for axis, *_ in self.gradients}
         for axis, seconds, may, count in self.gradients:
-            begun, end = stream, stream
-            if may > 0:
-                for index in range(count):
-                    end = max(end, backward_s * (index + 1) / count) + may * seconds
-                if axis == "replicate" and begun:  # of HSDP: each bucket's all-reduce follows its reduce-scatter
-                    end = max(begun + may * seconds, backward_s + may * seconds, stream)
-                stream = end
-            hidden = min(backward_s, count * may * seconds)
-            slowed = habits.slowdown.get(axis, 0.0) * hidden
-            late[f"exposed_{axis}"] = late.get(f"exposed_{axis}", 0.0) + count * (1 - may) * seconds + slowed
-        if stream > backward_s:
-            axis = self.gradients[-1][0]
-            late[f"exposed_{axis}"] += stream - backward_s
+            late[f"exposed_{axis}"] += count * (1 - may) * seconds
+        if not hidden:
+            return late
+        begin = -max(ahead + seconds for ahead, seconds in last)  # of a clock that is 0 at the rank's last end
+        stream = begin
+        buckets = max(1, round(max(count for *_, count in self.gradients) / len(last)))
+        each = hidden / len(last) / buckets
+        for ahead, seconds in last:
+            for index in range(buckets):
+                stream = max(stream, -ahead - seconds * (1 - (index + 1) / buckets)) + each
+        shown = max(0.0, stream)
+        for axis, seconds, may, count in self.gradients:
+            part = seconds * may * count / hidden
+            late[f"exposed_{axis}"] += part * (
+                shown + habits.slowdown.get(axis, 0.0) * min(hidden - min(shown, hidden), sum(s for _, s in last))
+            )
         return late
 
     def weights_ahead(self, forward_s: float, stages: int) -> dict[str, float]:
@@ -242,11 +263,11 @@ def _spans(
                     now += row[kind].device_s
     else:
         todo = events(workload.layout.schedule, ranks, stages, count)
-        ran = _Wires.of(works, table, time_of, habits).run(todo, times=True)
+        ran = _Wires.of(works, workload, table, time_of, habits).run(todo, times=True)
         seen: dict[int, int] = {}
-        for event, (begin, end) in zip(todo, ran.times, strict=True):
-            microbatch = seen[event.key] = seen.get(event.key, -1) + 1
-            stage, kind = event.key // 3 % stages, event.key % 3
-            found.append((event.rank, "compute", f"{_NAMES[kind]} {microbatch}.{stage}", begin, end))
+        for (rank, key, *_), (begin, end) in zip(todo, ran.times, strict=True):
+            microbatch = seen[key] = seen.get(key, -1) + 1
+            stage, kind = key // 3 % stages, key % 3
+            found.append((rank, "compute", f"{_NAMES[kind]} {microbatch}.{stage}", begin, end))
     found += [(rank, "compute", "update", met, step_s) for rank in range(ranks)]
     return tuple(found)
