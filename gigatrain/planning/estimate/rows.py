@@ -85,11 +85,21 @@ def _stack(row: Row) -> Stack:
 
 
 def _version(row: Row) -> str:
-    """What is said of the release, and of an attention later than FlashAttention-2 (stacks.py reads it)."""
+    """What is said of the release; and, in words that stacks.py reads, of Megatron's fork on DeepSpeed, of Megatron-LM as others than its makers start it, and
+    of an attention later than FlashAttention-2."""
     said = row.row.get("framework_version")
-    numbers = re.findall(r"\d+\.\d+(?:\.\d+)?", row.text("framework"))
-    attention = re.search(r"\bfa-?[34]\b|flash.?attention.?[34]\b|cudnn|\bte\b", row.text("attention_impl"))
-    return " ".join([str(said) if said else numbers[0] if numbers else "", attention[0] if attention else ""]).strip()
+    framework = row.text("framework")
+    numbers = re.findall(r"\d+\.\d+(?:\.\d+)?", framework)
+    words = [str(said) if said else numbers[0] if numbers else ""]
+    if re.search(r"megatron.{0,3}deepspeed", framework):
+        words.append("megatron-deepspeed")
+    elif re.search(r"megatron-?lm|megatron-core|flagscale", framework) and not re.match(
+        r"nvidia|yanring|mlcommons|calculon", row.text("source_repo")
+    ):
+        words.append("plain")
+    if attention := re.search(r"\bfa-?[34]\b|flash.?attention.?[34]\b|cudnn|\bte\b", row.text("attention_impl")):
+        words.append(attention[0])
+    return " ".join(words).strip()
 
 
 def _old(row: Row, stack: Stack) -> bool:
