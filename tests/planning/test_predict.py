@@ -24,6 +24,9 @@ def test_a_row_is_answered_with_every_key_and_its_interval():
     assert found["tokens_per_s_per_gpu"] == pytest.approx(128 * 8192 / found["step_time_s"] / 16, rel=1e-4)
     assert found["memory_gib"] > 0
     assert found["fits"] in (True, False)
+    assert 8 * 400 < found["node_power_w"] < 11_000
+    air, immersed = (predict.predict(ROW | {"server_note": note})["node_power_w"] for note in ("air cooled", "immersion cooling"))
+    assert immersed < found["node_power_w"] < air
     assert found["limits"]
 
 
@@ -45,6 +48,7 @@ def test_what_was_measured_changes_no_answer():
         ({"seq_len": -1}, "seq_len"),
         ({"n_gpus": None}, "n_gpus"),
         ({"mla": "yes"}, "mla"),
+        ({"layers": 10**30}, "no row has more"),
     ],
 )
 def test_a_row_that_means_nothing_is_refused_by_name(change, reason):
