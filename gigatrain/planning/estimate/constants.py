@@ -49,7 +49,7 @@ _add(
 )
 _add("share", f"{_MLE}: 0.80 of the peak; a run at 700 W holds less", 0.20, gemm__sm_90__bf16__peak_share=0.70)
 _add("share", f"{_MLE}: 0.71 of the peak; {_AZURE}: 1290 of 1979 at 8192^3", 0.30, gemm__sm_90__fp8__peak_share=0.61)
-_add("share", f"{_MLE}: 0.78 of the peak; {_SIMUMAX}: 0.36 to 0.66 by shape in situ", 0.15, gemm__sm_100__bf16__peak_share=0.62)
+_add("share", f"{_MLE}: 0.78 of the peak; as a run on Hopper holds 0.84 of its MAMF", 0.08, gemm__sm_100__bf16__peak_share=0.64)
 _add("share", f"{_MLE}: 0.76 of the peak", 0.30, gemm__sm_100__fp8__peak_share=0.64)
 _add("share", "prior: below the share of fp8, whose operands need half the bandwidth", 0.40, gemm__sm_100__fp4__peak_share=0.50)
 _add(
