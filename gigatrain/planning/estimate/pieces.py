@@ -28,6 +28,7 @@ UNFUSED_GATE = frozenset(
     {"torchtitan", "llm_foundry", "nanotron", "deepspeed"}
 )  # keep silu(gate) beside gate, up and their product, unless compiled
 EAGER_NORM = frozenset({"deepspeed"})  # transformers' RMSNorm, in six operations of which fp32 copies are kept, unless compiled or Liger's
+FSDP = frozenset({"gigatrain_native", "torchtitan", "llm_foundry", "generic"})  # torch's, which leaves its root module gathered
 WHOLE_EXPERTS = frozenset({"gigatrain_native", "gigatrain_deepspeed"})  # no tensor rank has a part of an expert, shared ones included
 AGAIN: dict[Recompute, frozenset[str]] = {
     "none": frozenset(),

@@ -320,6 +320,8 @@ def _reshards(row: Row, sharding: str, stack: Stack, pipeline: int) -> bool:
 
 def _workload(row: Row, stack: Stack, shape: Shape, layout: Layout, microbatch: int, accumulation: int, chip: str) -> Workload:
     sequence = row.whole("seq_len")
+    if not sequence:
+        raise Refused("seq_len is 0")
     precision = _precision(row, stack, chip)
     text = row.text("notes", "overlap", "framework", "model", "sharding", "act_ckpt", "precision")
     frozen = "lora" in text
