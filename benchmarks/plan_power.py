@@ -1,6 +1,7 @@
 r"""How well the planner predicts watts and energy: held against MLPerf's power logs, each system by what was learnt from the others.
 
-    python benchmarks/plan_power.py
+    python benchmarks/plan_power.py                 the table
+    python benchmarks/plan_power.py --markdown      its rows as POWER.md has them
 
 Three makers metered their nodes: SMC (H100, immersed; at the sockets, AC, and behind the supplies, DC), Dell (H100, air), Lenovo (B200, water). Data:
 
@@ -14,6 +15,7 @@ of evaluation EVALUATION of the way between both. What is around the devices (en
 import csv
 import functools
 import statistics
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +31,7 @@ from gigatrain.planning.estimate.workload import Layout, Shape, Workload
 from gigatrain.planning.expected import Range
 
 DATA = Path(__file__).parent / "data"
-# Both set after a look at these logs. Evaluation is forwards alone, with a start and an end that wait: 0.91 of SMC's GPT-3, 0.98 of Lenovo, 0.8 of SMC's 8 nodes.
+# Both set after a look at these logs. Evaluation is forwards alone, with a start and an end that wait: 0.91 of SMC's GPT-3, 0.98 of Lenovo, 0.8 of 8 nodes.
 # A step that is longer than estimated by what releases of one stack differ by (the median of 54 of NeMo's) has slower kernels; beyond that its ranks wait.
 EVALUATION = 0.85  # of the way from waiting to training
 RELEASES = 0.059  # of a step
@@ -240,5 +242,35 @@ def main() -> None:
     print(f"fitted on all: {learnt(CONFIGS):.0f} W around each accelerator (energy.REST: {energy.REST.value:.0f})")
 
 
+_LABELS = {
+    "smc_gpt3_64": "SMC H100 immersed, GPT-3 175B, 64 nodes",
+    "smc_lora_1": "SMC, Llama 2 70B LoRA, 1 node",
+    "smc_lora_8": "SMC, LoRA, 8 nodes",
+    "smc_lora_64": "SMC, LoRA, 64 nodes",
+    "dell_lora_8": "Dell H100 air, LoRA, 8 nodes",
+    "lenovo_lora_1": "Lenovo B200 water, LoRA, 1 node",
+}
+
+
+def markdown() -> None:
+    """Rows of POWER.md's table, by its columns."""
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:+.1f} %"
+
+    for row in table():
+        name = _LABELS[row["config"].removesuffix("_dc")] + (", DC" if row["config"].endswith("_dc") else "")
+        cells = [
+            name,
+            row["runs"],
+            f"{row['metered_w']:,.0f}",
+            percent(row["error"]),
+            percent(row["known_error"]),
+            percent(row["unknown_server"]),
+        ]
+        cells += [f"{row['metered_kwh']:.2f}", percent(row["error_kwh"]), percent(row["stepped_error"]), percent(row["stepped_error_kwh"])]
+        print(f"| {' | '.join(str(cell) for cell in cells)} |")
+
+
 if __name__ == "__main__":
-    main()
+    markdown() if "--markdown" in sys.argv[1:] else main()
