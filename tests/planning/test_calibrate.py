@@ -11,19 +11,32 @@ from gigatrain.planning.estimate import operations
 from gigatrain.planning.plan import plan
 
 TRUE = {"compute": 1.12, "communication": 1.5, "launch": 0.7}
-SMALL = ("train.sequence=512", "train.batch=1024", "train.microbatch=1")
+MODEL = tuple(
+    f"model.architecture.{name}={value}"
+    for name, value in {
+        "hidden": 4096,
+        "layers": 8,
+        "heads": 32,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "intermediate": 14336,
+        "vocab": 32768,
+    }.items()
+)
 LAYOUTS = {  # ranks and settings of runs that tell the scalars apart
-    "alone": (1, ("train.batch=8", "train.sequence=512")),
-    "node": (8, SMALL),
-    "tensor": (8, ("mesh.tensor=4", *SMALL)),
-    "nodes": (64, SMALL),
-    "long": (8, ("train.sequence=512", "train.batch=256", "train.microbatch=32")),
+    "alone": (1, ("train.batch=64", "train.microbatch=4", "train.sequence=4096")),
+    "small": (
+        1,
+        ("train.batch=64", "train.microbatch=1", "train.sequence=128", "model.architecture.layers=4", "model.architecture.hidden=512"),
+    ),
+    "tensor": (8, ("mesh.tensor=8", "train.batch=64", "train.microbatch=4", "train.sequence=2048")),
+    "nodes": (64, ("train.batch=64", "train.microbatch=1", "train.sequence=1024")),
 }
 
 
 def folder(path, site, ranks, settings, scalars, windows=8, name="quickstart"):
     """A run folder as a run on machines that differ by `scalars` leaves it."""
-    planned = plan(load.recipe(name, settings), load.site(site), ranks)
+    planned = plan(load.recipe(name, (*MODEL, *settings)), load.site(site), ranks)
     path.mkdir()
     (path / "plan.json").write_text(planned.text())
     if scalars is not None:
