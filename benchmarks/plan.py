@@ -41,6 +41,7 @@ HERE = Path(__file__).parent
 DATA, RESULTS, PAGE = HERE / "data", HERE / "results", HERE.parent / "PLANNER.md"
 FOLDS = DATA / "folds.json"
 LAYOUTS = 4  # of a group, from which on its ranking is scored
+ITERATIONS = 5  # of a fit; plan_fit.py's own default
 SAMPLED = 12  # rows of a set that a test may afford
 Row = dict[str, Any]
 
@@ -324,7 +325,7 @@ def folds() -> dict[str, dict[str, float]]:
 
 def refit(say: Callable[[str], None]) -> None:
     """Fits the constants without each set in turn, and keeps them in data/folds.json."""
-    import plan_fit
+    import plan_fit  # beside this file; needs numpy
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "measured.jsonl"
@@ -332,9 +333,7 @@ def refit(say: Callable[[str], None]) -> None:
         found, _ = plan_fit.read([path])
     made: dict[str, dict[str, float]] = {}
     for name in sorted({row.set for row in found}):
-        fitted = plan_fit.fit(
-            plan_fit.thinned([row for row in found if row.set != name]), plan_fit.ITERATIONS if hasattr(plan_fit, "ITERATIONS") else 5
-        )
+        fitted = plan_fit.fit(plan_fit.thinned([row for row in found if row.set != name]), ITERATIONS)
         made[name] = {key: float(f"{value:.5g}") for key, value in sorted(fitted.items()) if value != PRIORS[key]}
         say(plan_fit.line(name, plan_fit.score([row for row in found if row.set == name], fitted)))
     FOLDS.write_text(json.dumps({"of": provenance(), "folds": made}, indent=0) + "\n", encoding="utf-8")
@@ -468,12 +467,19 @@ def write(say: Callable[[str], None]) -> None:
 CHECKED = f"checked by CI: {SAMPLED} of a set"
 
 
+def few(found: Iterable[Row]) -> list[Row]:
+    """The rows of every set that a test may afford."""
+    by_set: dict[str, list[Row]] = defaultdict(list)
+    for row in found:
+        if seconds_of(row) is not None:
+            by_set[row["set"]].append(row)
+    return [row for name in sorted(by_set) for row in sampled(by_set[name], SAMPLED)]
+
+
 def checked(pairs: Sequence[Pair]) -> dict[str, Score]:
-    """The few rows that a test answers again, so that a model that got worse fails."""
-    by_set: dict[str, list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        by_set[pair.row["set"]].append(pair)
-    found = score([pair for name in sorted(by_set) for pair in sampled(by_set[name], SAMPLED)])
+    """The score of those rows: a test answers them again, so that a model that got worse fails."""
+    kept = {row["id"] for row in few(pair.row for pair in pairs)}
+    found = score(pair for pair in pairs if pair.row["id"] in kept)
     return {CHECKED: found} if found else {}
 
 

@@ -7,6 +7,7 @@ before it is read, so that an answer cannot depend on them.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from gigatrain.errors import GigatrainError, PlanError
-from gigatrain.planning.estimate import estimate, interval, rows
+from gigatrain.planning import hardware
+from gigatrain.planning.estimate import energy, estimate, interval, rows
 from gigatrain.planning.estimate.constants import VALUES
+from gigatrain.planning.estimate.work import Estimate
+from gigatrain.planning.watts import Watts
 
 MEASURED = frozenset(
     {
@@ -36,6 +40,13 @@ NUMBERS = ("step_time_s", "low_s", "high_s", "tokens_per_s_per_gpu", "memory_gib
 DIGITS = 6  # significant ones of an answer
 LONGEST = 1 << 20  # characters of a row; the longest published one has 2,500
 SHOWN = 400  # characters of a reason
+# Sizes beyond which a row is a slip of the pen, and its estimate would take minutes: some ten times what anybody has trained.
+LARGEST = {
+    "layers": 4_000, "hidden": 1_000_000, "heads": 100_000, "kv_heads": 100_000, "head_dim": 100_000, "ffn": 10_000_000, "vocab": 100_000_000,
+    "seq_len": 100_000_000, "n_gpus": 10_000_000, "global_batch": 100_000_000, "micro_batch": 1_000_000, "grad_accum": 100_000_000, "dp": 10_000_000,
+    "moe_experts": 100_000, "moe_topk": 10_000, "moe_ffn": 10_000_000, "moe_shared_ffn": 10_000_000, "moe_layers": 4_000, "ep": 100_000,
+    "vp": 4_000, "pp": 4_000, "tp": 100_000, "cp": 100_000,
+}  # fmt: skip
 FAULT = "the planner failed on this row, which is its own mistake:"
 
 
@@ -122,6 +133,9 @@ def _answered(row: Any, strict: bool, constants: Mapping[str, float]) -> dict[st
         raise rows.Refused(row.reason)
     if not isinstance(row, dict):
         raise rows.Refused(f"a row is a JSON object, not {type(row).__name__}")
+    for name, most in LARGEST.items():
+        if isinstance(value := row.get(name), (int, float)) and value > most:
+            raise rows.Refused(f"{name} is {value:.6g}; no row has more than {most:,}")
     case = rows.parse({key: value for key, value in row.items() if key not in MEASURED and value is not None})
     beyond = interval.outside(case.workload, case.cluster)
     if strict and beyond:
@@ -136,7 +150,7 @@ def _answered(row: Any, strict: bool, constants: Mapping[str, float]) -> dict[st
         "tokens_per_s_per_gpu": found.tokens_per_s_per_rank,
         "memory_gib": found.memory_bytes / 2**30,
         "fits": found.fits,
-        "node_power_w": None,
+        "node_power_w": _node_watts(row, case, found),
         "limits": found.limits,
         "refused": None,
     }
@@ -146,6 +160,26 @@ def _answered(row: Any, strict: bool, constants: Mapping[str, float]) -> dict[st
                 raise rows.Refused(f"{key} came out as {value}, which no machine does")
             answer[key] = float(f"{value:.{DIGITS}g}")
     return answer
+
+
+_COOLED: tuple[tuple[str, energy.Cooling], ...] = (
+    (r"immers", "immersed"),
+    (r"water|liquid|\bdlc\b|direct.to.chip", "water"),
+    (r"\bair\b|air-cooled|fans?\b", "air"),
+)
+
+
+def _node_watts(row: Mapping[str, Any], case: rows.Case, found: Estimate) -> float | None:
+    """Mean watts at a node's supplies; None where the accelerator's limit or what is around it is unknown. Cooling is what the row says of its server."""
+    chip = hardware.CHIPS[case.cluster.chip]
+    if chip.watts.value is None:
+        return None
+    watts = Watts(chip=chip.id, accelerators=case.cluster.accelerators, per_node=case.cluster.per_node, device_watts=chip.watts)
+    said = " ".join(str(row.get(name) or "") for name in ("server_note", "cooling", "server")).lower()
+    cooling = next((cooling for pattern, cooling in _COOLED if re.search(pattern, said)), None)
+    around = energy.server(cooling) if cooling and case.cluster.per_node == 8 else None
+    node = energy.draw(found, case.workload, case.cluster, watts, around).watts.get("node")
+    return None if node is None else node.mid / case.cluster.accelerators * min(case.cluster.per_node, case.cluster.accelerators)
 
 
 def _refused(row: Any, reason: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def habits_of(workload: Workload, cluster: Cluster, constants: Mapping[str, floa
     """The stack's habits here, with what the workload itself says of its overlap, compilation and graphs."""
     found = stacks.habits(workload.stack, workload.version + (" unfused" if workload.attention == "unfused" else ""), constants)
     overlaps = dict(found.overlaps)
-    if workload.layout.expert > cluster.levels[0].accelerators:  # tokens that leave the domain are worth the memory that hiding them takes
+    if cluster.levels and workload.layout.expert > cluster.levels[0].accelerators:  # tokens that leave the domain are worth the memory that hiding them takes
         overlaps["expert"] = max(overlaps["expert"], constants[f"stack.{found.stack}.overlap.expert_across"])
     for axis, hidden in workload.overlap:
         for name in stacks.AXES if axis == "all" else (axis,):
@@ -108,7 +108,7 @@ def timer(workload: Workload, cluster: Cluster, habits: Habits, constants: Mappi
 def across_share(workload: Workload, cluster: Cluster) -> float:
     """Of the copies that a hierarchical dispatch (DeepEP, HybridEP) sends to ranks, those that leave the scale-up domain: a token goes once to each domain that
     has experts of it, and on within. Where its group stays in one domain, 1."""
-    shape, layout, domain = workload.shape, workload.layout, cluster.levels[0].accelerators
+    shape, layout, domain = workload.shape, workload.layout, cluster.levels[0].accelerators if cluster.levels else 1
     if layout.expert <= domain or not shape.experts:
         return 1.0
     k, ranks, domains = shape.experts_per_token, layout.expert, layout.expert / domain
