@@ -103,6 +103,13 @@ def test_a_ring_of_a_whole_node_has_all_its_nics_and_a_strided_one_its_own() -> 
     assert 5.0 < own / whole < 6.2  # (3/4) over (31/32)/8, and the larger pieces of the smaller group are the quicker
 
 
+def test_gathers_on_efa_fall_off_with_nodes_as_they_were_seen_to() -> None:
+    """The ultra-scale playbook: 185, 119, 69, 55, 28 and 11 GB/s on 2 to 64 nodes, of a size that it does not say."""
+    found = [busbw(cluster("h100", nodes, net="rail.efa"), 8 * nodes, "all_gather", 48 * MiB) for nodes in (2, 4, 8, 16, 32, 64)]
+    assert found == sorted(found, reverse=True)
+    assert all(0.6 < rate / seen < 1.7 for rate, seen in zip(found, (185, 119, 69, 55, 28, 11), strict=True)), found
+
+
 def test_reduction_in_the_switch_helps_all_reduces_alone() -> None:
     assert busbw(H200, 8, "all_reduce", 16 * GiB) > 1.2 * busbw(H200, 8, "all_gather", 16 * GiB)
     unswitched = Cluster("gh200", 4, 4, (Level("scale_up", 4, 450.0),))

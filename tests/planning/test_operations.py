@@ -134,7 +134,9 @@ def test_sharded_ranks_move_three_passes_a_microbatch_and_zero_1_two_a_step():
     count = 8_030_261_248
     full = Workload(shape, Layout(shard=8), 4096, 1, 2, states=States(weights=0, gathered=2, reduced=4))
     found = items(operations.works(full))
-    assert volume(found, "gather") == 2 * 2 * count
+    ends = 2 * 128256 * 4096 + 4096  # which torch's FSDP leaves gathered from forward to backward
+    assert volume(found, "gather") == 2 * (2 * count - ends)
+    assert volume(items(operations.works(replace(full, stack="deepspeed"))), "gather") == 2 * 2 * count
     assert volume(found, "scatter") == 4 * count
     assert volume(items(operations.works(replace(full, layout=Layout(shard=8, reshard=False)))), "gather") == 2 * count
     hybrid = operations.works(replace(full, layout=Layout(shard=8, replicate=4)))
@@ -185,3 +187,12 @@ def test_windows_and_documents_shorten_attention():
     assert math.isclose(
         sum(i.flops for i in packed.forward if isinstance(i, Op) and i.kind == "attention"), flops[1] * 1025 / 8193, rel_tol=1e-9
     )
+
+
+def test_torchtitan_keeps_every_other_product_and_attention():
+    workload = Workload(shape_of("llama-3.1-8b"), Layout(), 8192, 1, 1, stack="torchtitan", recompute="selective")
+    block = operations.work(workload).stages[0][1]
+    stream, queries, values, output, gate, down = 4096, 4096, 1024, 4096, 14336, 4096
+    assert block.saved_bytes == 8192 * (2 * (stream + queries + values + output + gate + down) + 4 * 32)
+    again = sum(item.flops for item in block.recompute if isinstance(item, Op))
+    assert again == 2 * 8192 * 4096 * (1024 + 4096 + 14336)

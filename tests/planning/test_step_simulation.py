@@ -235,3 +235,42 @@ def test_spans_show_each_pass_where_it_ran() -> None:
     assert max(span[4] for span in line.spans) == pytest.approx(line.step_s)
     by_rank = sorted(span for span in line.spans if span[0] == 0 and span[2] != "update")
     assert len(by_rank) == 6
+
+
+def test_gradients_of_an_interleaved_rank_hide_behind_the_stages_that_are_still_to_come() -> None:
+    step: tuple[Item, ...] = (Transfer("gradients", "replicate", "all_reduce", 24.0, "backward"),)
+    habits = Habits("generic", overlaps={"replicate": 1.0}, bucket_bytes=4.0)
+    cases: tuple[tuple[int, Schedule], ...] = ((1, "1f1b"), (3, "interleaved"))  # of one microbatch 2 seconds of backward, and 6
+    made = [
+        simulate(works(4, stages, schedule, step=step), workload(4, stages, 16, schedule), cost, habits).phases["exposed_replicate"]
+        for stages, schedule in cases
+    ]
+    # one stage: 24 seconds start to be there 2 seconds before the end, a third of a bucket's backward after that the first of six buckets
+    assert made[0] == pytest.approx(24.0 - 2.0 + 2.0 / 6)
+    # three stages: a third of them is whole 16 seconds of backwards before the end, another one 8 before it
+    assert made[1] == pytest.approx(24.0 - 17.0)
+
+
+def test_a_send_that_synchronises_keeps_the_host_from_running_ahead() -> None:
+    def launched(item: Item) -> Cost:
+        return Cost(cost(item).seconds, 0.5)
+
+    ahead = simulate(works(4, 1), workload(4, 1, 16), launched, Habits("generic"))
+    synced = simulate(works(4, 1), workload(4, 1, 16), launched, Habits("generic", synced_sends=True))
+    adds_up(synced)
+    # half a second of launches before the device has work: of each pass, and of the rank's first pass alone
+    assert synced.step_s == pytest.approx(stepped(4, 1, 16).step_s + 0.5 * 2 * (16 + 3))
+    assert ahead.step_s == pytest.approx(stepped(4, 1, 16).step_s + 0.5)
+
+
+def test_tensor_ranks_of_megatron_send_a_part_of_the_boundary_each() -> None:
+    def timed(item: Item) -> Cost:
+        return Cost(0.0) if isinstance(item, Transfer) and item.axis == "tensor" else cost(item)
+
+    def stack(name: str, parallel: bool) -> float:
+        layout = Layout(pipeline=4, tensor=4, sequence_parallel=parallel)
+        made = replace(workload(4, 1, 8), layout=layout, stack=name)  # type: ignore[arg-type]
+        return simulate(works(4, 1, boundary=0.4), made, timed, Habits("generic")).step_s
+
+    assert stack("megatron", False) < stack("generic", False)
+    assert stack("megatron", True) == stack("generic", True)

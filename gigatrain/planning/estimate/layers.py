@@ -63,6 +63,12 @@ def _core(local: Local, window: int | None, kv_heads: int) -> list[Step]:
         gradient = Op("attention", "attention", "backward", 2.5 * flops, 2.0 * moved, length, s, d, groups, kernels=3)
         gathered = values * e * (context > 1 and layout.exchange == "ring")
         spans = 2 * e * (queries + values) + gathered
+        if w.stack == "torchtitan":  # whose keys and values are repeated for every query head before attention
+            return [
+                Step("rope", [], [], 2 * e * tokens * max(0.0, heads - kv_heads / local.t) * d),
+                Step("core", [*forward, core, *after], [*before, gradient, *backward], 4.0 * tokens * heads, spans),
+                Step("product", [], [], tokens * heads * v * e),
+            ]
         return [
             Step("core", [*forward, core, *after], [*before, gradient, *backward], 4.0 * tokens * heads, spans),  # log-sum-exp
             Step("product", [], [], tokens * heads * v * e),  # the output, which the next product keeps
@@ -208,10 +214,10 @@ def _mixture(local: Local) -> list[Step]:
     second, second_back = product(local, "experts_down", mean, h, width, groups=here, rows=visits, grouped=True)
     steps += [
         Step("routing", out, out_back, visits * h * min(e, local.bits / 8), 2 * e * visits * h),
-        Step("product", first, first_back, e * visits * wide, e * visits * (wide + h)),
+        Step("expert", first, first_back, e * visits * wide, e * visits * (wide + h)),
         activation(local, visits * width),
         Step(
-            "product", second, second_back, 0.0 if w.stack == "megatron" else e * visits * h
+            "expert", second, second_back, 0.0 if w.stack == "megatron" else e * visits * h
         ),  # Megatron weighs the activation and not the result
         Step("routing", home, home_back, 12.0 * rows * k, 2 * e * visits * h),
     ]
@@ -244,8 +250,11 @@ def parameters(local: Local, sparse: bool) -> tuple[float, float]:
     return attention + norms + biases + block, each * shape.experts / local.workload.layout.expert
 
 
-def _sharded(local: Local, forward: list[Item], backward: list[Item], dense: float, experts: float) -> tuple[list[Item], list[Item]]:
-    """With ZeRO 3: weights gathered before either direction, gradients scattered behind; with ZeRO 2 the gradients alone."""
+def _sharded(
+    local: Local, forward: list[Item], backward: list[Item], dense: float, experts: float, *, root: bool
+) -> tuple[list[Item], list[Item]]:
+    """With ZeRO 3: weights gathered before either direction, gradients scattered behind; with ZeRO 2 the gradients alone. FSDP keeps what its `root` has
+    (embedding, head) gathered from forward to backward."""
     w, layout, states = local.workload, local.workload.layout, local.workload.states
     once = layout.zero == 3 and layout.pipeline > 1 and not layout.reshard  # a step's, not a microbatch's: operations.py
     trained = 0.0 if w.frozen else 1.0
@@ -268,7 +277,7 @@ def _sharded(local: Local, forward: list[Item], backward: list[Item], dense: flo
             after.append(Transfer("replicate", "replicate", "all_reduce", count * states.reduced / ranks, "backward"))
     if layout.zero == 2:
         return forward, [*backward, *after]
-    again = [replace(item, passes="backward") for item in before] if layout.reshard else []
+    again = [replace(item, passes="backward") for item in before] if layout.reshard and not (root and w.stack in pieces.FSDP) else []
     return [*before, *forward], [*again, *backward, *after]
 
 
@@ -276,21 +285,42 @@ def _made_again(local: Local, steps: Iterable[Step]) -> tuple[list[Item], float]
     """`(recomputed items, bytes kept of them)` under the workload's policy."""
     w = local.workload
     words = pieces.AGAIN[w.recompute]
+    by_product = w.recompute == "selective" and w.stack == "torchtitan"
     items: list[Item] = []
-    kept, products = 0.0, 0
+    kept = 0.0
     for step in steps:
-        again = step.word in words or ("moe" in w.lean and step.word == "routing")
-        if step.word == "product" and w.recompute == "selective" and w.stack == "torchtitan" and step.forward:
-            products += 1  # it keeps every other product, and attention
-            again = products % 2 == 0
-        if again:
-            items += [replace(item, passes="recompute") for item in step.forward]
-        else:
-            kept += step.keeps
+        share = 1.0 if step.word in words or ("moe" in w.lean and step.word in ("routing", "expert")) else 0.0
+        if by_product:
+            share, more = _every_other(local, step, share)
+            kept += more
+        if share:
+            items += [_part(item, share) for item in step.forward]
+        kept += step.keeps * (1 - share)
     return items, kept
 
 
-def _block(local: Local, name: str, steps: list[Step], counts: tuple[float, float], *, stream: bool = True) -> Block:
+def _every_other(local: Local, step: Step, share: float) -> tuple[float, float]:
+    """torchtitan's selective policy keeps every other product of those that a layer has as matrices of their own (query, key, value, output, gate, down, up:
+    keys, output and one of gate and up are made again), and attention: `(share of the step made again, bytes kept beside its own)`."""
+    shape = local.workload.shape
+    names = {item.name for item in step.forward}
+    if "qkv" in names:
+        return shape.kv_heads / (shape.heads + 2 * shape.kv_heads), 0.0
+    if names & {"gate_up", "shared_gate_up"}:
+        return 0.5 if shape.gated else 0.0, 0.0
+    if names & {"down", "shared_down"}:
+        return 0.0, float(local.tokens * shape.hidden * local.size)
+    return (1.0 if step.word == "residual" or "attention_output" in names else share), 0.0
+
+
+def _part(item: Item, share: float) -> Item:
+    """Of a product so much of its outputs, made again."""
+    if share == 1.0 or isinstance(item, Transfer):
+        return replace(item, passes="recompute")
+    return replace(item, passes="recompute", flops=item.flops * share, bytes=item.bytes * share, n=max(1, round(item.n * share)))
+
+
+def _block(local: Local, name: str, steps: list[Step], counts: tuple[float, float], *, stream: bool = True, root: bool = False) -> Block:
     forward = [item for step in steps for item in step.forward]
     backward = [item for step in reversed(steps) for item in step.backward]
     again, kept = _made_again(local, steps)
@@ -299,7 +329,7 @@ def _block(local: Local, name: str, steps: list[Step], counts: tuple[float, floa
     whole = sum(step.keeps for step in steps)
     made = whole - kept if again else 0.0
     spans = max((step.spans for step in steps), default=0.0)
-    forward, backward = _sharded(local, forward, backward, *counts)
+    forward, backward = _sharded(local, forward, backward, *counts, root=root)
     return Block(name, tuple(forward), tuple(backward), tuple(again), kept, max(0.0, made) + spans, sum(counts), counts[1])
 
 
@@ -325,7 +355,7 @@ def embedding(local: Local) -> Block:
     if local.dropout:
         after.append(memory("dropout", "forward", (2.0 * e + 1) * local.rows * h))
     step = Step("embedding", [*forward, *after], [*after_back, *backward], 8.0 * tokens + (local.rows * h if local.dropout else 0))
-    return _block(local, "embedding", [step], (count, 0.0), stream=False)
+    return _block(local, "embedding", [step], (count, 0.0), stream=False, root=True)
 
 
 def head(local: Local, *, tied_here: bool) -> Block:
@@ -340,7 +370,7 @@ def head(local: Local, *, tied_here: bool) -> Block:
         loss.append(Transfer("loss_sum", "tensor", "all_reduce", 12.0 * tokens, "forward"))
     steps.append(Step("loss", loss, [memory("cross_entropy", "backward", 10.0 * logits, 2)]))
     count = (0.0 if tied_here else float(outputs * h)) + h * (2 if shape.layer_norm and shape.biases else 1)
-    return _block(local, "head", steps, (count, 0.0))
+    return _block(local, "head", steps, (count, 0.0), root=True)
 
 
 def predicted(local: Local) -> Block:

@@ -137,6 +137,17 @@ def _fabric(text: str, per_node: int) -> float | None:
     return port / per_node if port > 100 or of_node or re.search(r"ethernet|tcp|gbe", words) else port
 
 
+_NETWORKS = (
+    (r"infiniband|\b[hnx]dr|\bib\b", ""), (r"\befa\b|\baws\b|elastic fabric", ".efa"), (r"omni-?\s?path|\bopa\b", ".omnipath"), (r"slingshot", ".slingshot"),
+    (r"roce|ethernet|spectrum|gbe\b|tcp", ".roce"),
+)  # fmt: skip
+
+
+def _network(text: str) -> str:
+    """How collectives.py calls a network, behind a level's name; empty for InfiniBand and for what is not said."""
+    return next((kind for pattern, kind in _NETWORKS if re.search(pattern, text.lower())), "")
+
+
 def cluster_of(row: Row, chip: str, name: str, ranks: int) -> Cluster:
     """Levels count ranks, and their rates are of one rank; of an MI250X each device is one."""
     devices, found, before = CHIPS[chip].devices, CHIPS[chip], len(row.assumed)
@@ -161,10 +172,10 @@ def cluster_of(row: Row, chip: str, name: str, ranks: int) -> Cluster:
     if ranks > domain:
         levels[0] = Level("scale_up", domain, link)
         nic = _nic(row, chip, per_node)
-        rail = max(_RAIL * per_node, domain)
+        rail, kind = max(_RAIL * per_node, domain), _network(str(row.row.get("interconnect_inter") or ""))
         if ranks > rail:
-            levels.append(Level("rail", rail, nic))
-        levels.append(Level("spine" if ranks > rail else "rail", ranks, nic))
+            levels.append(Level("rail" + kind, rail, nic))
+        levels.append(Level(("spine" if ranks > rail else "rail") + kind, ranks, nic))
     memory = row.number("gpu_mem_gb") or (found.hbm_bytes.value or 0) / devices / 2**30
     return Cluster(
         chip, max(1, ranks // devices), max(1, per_node // devices), tuple(levels), int(memory * 2**30 * VISIBLE) if memory else None,

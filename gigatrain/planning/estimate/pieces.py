@@ -28,13 +28,14 @@ UNFUSED_GATE = frozenset(
     {"torchtitan", "llm_foundry", "nanotron", "deepspeed"}
 )  # keep silu(gate) beside gate, up and their product, unless compiled
 EAGER_NORM = frozenset({"deepspeed"})  # transformers' RMSNorm, in six operations of which fp32 copies are kept, unless compiled or Liger's
+FSDP = frozenset({"gigatrain_native", "torchtitan", "llm_foundry", "generic"})  # torch's, which leaves its root module gathered
 WHOLE_EXPERTS = frozenset({"gigatrain_native", "gigatrain_deepspeed"})  # no tensor rank has a part of an expert, shared ones included
 AGAIN: dict[Recompute, frozenset[str]] = {
     "none": frozenset(),
     "lean": frozenset({"norm", "activation"}),
     "selective": frozenset({"norm", "activation", "rope"}),
     "attention": frozenset({"core"}),
-    "full": frozenset({"norm", "activation", "rope", "residual", "core", "product", "move", "routing"}),
+    "full": frozenset({"norm", "activation", "rope", "residual", "core", "product", "move", "routing", "expert"}),
 }
 
 
@@ -102,7 +103,7 @@ def product(local: Local, name: str, m: int, n: int, k: int, *, groups: int = 1,
     if not frozen:
         backward.append(Op(name, kind, "wgrad", flops, operand * rows * (n + k) + summed, n, k, m, groups, bits))
     if bits < 16:
-        each = QUANTISED[w.precision]
+        each = QUANTISED[w.precision] - (bits / 8 if w.frozen else 0.0)  # without a weight gradient nothing is needed along columns
         passes = [Op("quantise", "memory", "forward", 0.0, each * rows * k, kernels=1 if each < 5 else 2)]
         if w.stack != "megatron":  # which quantises weights once a step (operations.py)
             passes.append(Op("quantise", "memory", "forward", 0.0, each * weights, kernels=1 if each < 5 else 2))

@@ -5,8 +5,7 @@
 
 Alive the whole step: weights, gradients and optimizer by `States` and ZeRO stage. Alive from a microbatch's forward to its backward: what blocks keep, times
 the microbatches in flight (planning/layout.py's `live`; Korthikanti 2022, section 4). Alive for a moment, of which the largest counts: a block's gradients, and
-what it makes again; logits and their gradient; weights gathered and gradients on their way (ZeRO 3). Beside torch's tensors: what its allocator has reserved
-and does not use, the device's context, and NCCL's buffers: `slack`.
+what it makes again; logits and their gradient; weights gathered and gradients on their way (ZeRO 3). Beside torch's tensors: `slack` and `device`.
 
     weights      zero 3: a rank's shard, fp32 where that is the master copy
     gradients    the sums
@@ -14,7 +13,8 @@ and does not use, the device's context, and NCCL's buffers: `slack`.
     activations  kept by all microbatches in flight
     workspace    the largest moment
     buffers      torch's own that are not tensors of the model: workspaces of products, buckets, boundary activations in flight
-    slack        not torch's tensors
+    slack        what torch's allocator has reserved and does not use
+    device       context and NCCL
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,20 +28,25 @@ from gigatrain.planning.estimate.workload import Workload
 GIB = 2.0**30
 LAYERS = frozenset({"layer", "sparse_layer"})
 # Bytes of a logit at the loss. Megatron: bf16 and its gradient where the loss is one kernel; before that bf16, fp32 copy, exponentials
-# (core/tensor_parallel/cross_entropy.py). Torch's own: bf16, log-softmax and gradient in fp32; transformers makes the fp32 copy outlive its use.
-LOGIT_BYTES: dict[str, float] = {"megatron": 4.0, "deepspeed": 14.0}
+# (core/tensor_parallel/cross_entropy.py). llm-foundry has flash-attn's loss, one kernel too. Torch's own: bf16, log-softmax and gradient in fp32; transformers
+# makes the fp32 copy outlive its use.
+LOGIT_BYTES: dict[str, float] = {"megatron": 4.0, "llm_foundry": 4.0, "deepspeed": 14.0}
 OLD_LOGIT_BYTES = 10.0
 CHUNK = 1 << 29  # logits of one chunk (gigatrain's kernels/linear_cross_entropy.py)
 WORKSPACE_BYTES = (
     0.15 * GIB
-)  # of cuBLAS and Transformer Engine on every stream: 32 MiB each (torch.backends, TE's get_cublas_workspace_size_bytes)
+)  # of cuBLAS and Transformer Engine: 32 MiB on each stream that multiplies (TE's get_cublas_workspace_size_bytes)
 # DeepSpeed's defaults (its config-json page): gradients are reduced from a buffer of 5e8 elements, beside the next one that fills; ZeRO 3 keeps up to 1e9
 # gathered parameters.
 BUCKET_ELEMENTS, LIVE_ELEMENTS = 5e8, 1e9
 ZERO3_BYTES = 2.5 * GIB  # what DeepSpeed's ZeRO 3 holds beyond that: fetches in flight and the fragments they leave. fitted on stas_upgrade
 CONTEXT_BYTES = 0.55 * GIB  # of CUDA with torch's kernels loaded. prior: nvidia-smi of an idle process on A100 and H100, 0.45 to 0.6 GiB
 COMMUNICATOR_BYTES = 0.1 * GIB  # of NCCL for each group that a rank is in: channels x (send + receive) buffers of 4 MiB. prior
-UNUSED = 0.02  # of what is not alive all step, reserved and not used: fragments. prior: torch's expandable segments leave 1 to 3 %, without them 3 to 10 %
+# Of what is not alive all step, reserved and not used. prior: with torch's expandable segments 1 to 3 %, without them 3 to 10 %, by whether a stack sets them
+# (torchtitan's run script, DeepSpeed's ALST recipes and NVIDIA's of 2025 do).
+UNUSED = 0.06
+EXPANDABLE = 0.02
+EXPANDS = frozenset({"torchtitan", "deepspeed"})
 
 
 def memory(workload: Workload, works: Sequence[Work], constants: Mapping[str, float]) -> tuple[dict[str, float], ...]:
@@ -50,15 +55,12 @@ def memory(workload: Workload, works: Sequence[Work], constants: Mapping[str, fl
     return tuple(_rank(local, rank, work, constants) for rank, work in enumerate(works))
 
 
-def seen(memory: Mapping[str, float], kind: str, constants: Mapping[str, float] | None = None) -> float:
+def seen(memory: Mapping[str, float], kind: str) -> float:
     """Bytes by torch's `max_memory_allocated` or `max_memory_reserved` where `kind` names one, else by the device."""
     total = sum(memory.values())
     if "allocated" in kind:
-        return total - memory["slack"]
-    if "reserved" in kind:
-        fragments = (constants or {}).get("memory.unused", UNUSED) * (memory["activations"] + memory["workspace"])
-        return total - memory["slack"] + fragments
-    return total
+        return total - memory["slack"] - memory["device"]
+    return total - memory["device"] if "reserved" in kind else total
 
 
 def _rank(local: Local, rank: int, work: Work, constants: Mapping[str, float]) -> dict[str, float]:
@@ -95,12 +97,11 @@ def _rank(local: Local, rank: int, work: Work, constants: Mapping[str, float]) -
     if workload.stack == "deepspeed":
         buffers += 2 * states.reduced * min(BUCKET_ELEMENTS, mine)
     groups = sum(size > 1 for size in (layout.tensor, layout.context, layout.pipeline, layout.expert, local.shards, layout.replicate))
-    moving = activations + workspace
-    slack = constants.get("memory.unused", UNUSED) * moving + constants.get("memory.context_bytes", CONTEXT_BYTES)
-    slack += groups * constants.get("memory.communicator_bytes", COMMUNICATOR_BYTES)
+    unused = constants.get("memory.unused", EXPANDABLE if workload.stack in EXPANDS or workload.version[:3] in ("25.", "26.") else UNUSED)
+    device = constants.get("memory.context_bytes", CONTEXT_BYTES) + groups * constants.get("memory.communicator_bytes", COMMUNICATOR_BYTES)
     return {
         "weights": weights, "gradients": gradients, "optimizer": optimizer, "activations": activations, "workspace": workspace, "buffers": buffers,
-        "slack": slack,
+        "slack": unused * (activations + workspace), "device": device,
     }  # fmt: skip
 
 

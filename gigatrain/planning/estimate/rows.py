@@ -14,6 +14,7 @@ from typing import Any
 from gigatrain.planning.estimate.cluster import Cluster
 from gigatrain.planning.estimate.machines import Refused, Row, chip_of, cluster_of
 from gigatrain.planning.estimate.workload import Attention, Layout, Precision, Recompute, Schedule, Shape, Stack, States, Workload
+from gigatrain.planning.hardware import CHIPS
 
 MEASURED = (
     "step_time_s", "tokens_per_s", "tokens_per_s_per_gpu", "samples_per_s", "model_tflops_per_gpu", "hw_tflops_per_gpu", "mfu_pct", "hfu_pct",
@@ -62,9 +63,9 @@ _STACKS: tuple[tuple[str, Stack, str], ...] = (
     (r"fms|foundation.model.stack", "torchtitan", "IBM's fms-fsdp is FSDP with torch.compile"),
     (r"llm-?foundry|composer|mosaic", "llm_foundry", ""),
     (r"nanotron", "nanotron", ""),
-    (r"megatron|nemo|nvidia.*release|primus|modulus", "megatron", ""),
+    (r"megatron|nemo|nvidia.*release|primus|dgx|bridge", "megatron", ""),
     (r"deepspeed", "deepspeed", ""),
-    (r"litgpt|lightning|fsdp2|torchtune|olmo", "torchtitan", "an FSDP trainer"),
+    (r"lit-?gpt|lightning|fsdp2|torchtune|olmo", "torchtitan", "an FSDP trainer"),
     (r"transformers|hugging|accelerate|\bhf\b|liger|axolotl|trl", "deepspeed", "transformers' modules"),
 )
 
@@ -76,16 +77,29 @@ def _stack(row: Row) -> Stack:
             if why:
                 row.assumed.append(f"stack {stack}: {why}")
             return stack
+    if "mlperf" in row.text("set", "id", "source_repo"):
+        row.assumed.append("stack megatron, as most submissions to MLPerf")
+        return "megatron"
     row.assumed.append(f"stack generic: nothing is known of {row.row.get('framework')!r}")
     return "generic"
 
 
 def _version(row: Row) -> str:
-    """What is said of the release, and of an attention later than FlashAttention-2 (stacks.py reads it)."""
+    """What is said of the release; and, in words that stacks.py reads, of Megatron's fork on DeepSpeed, of Megatron-LM as others than its makers start it, and
+    of an attention later than FlashAttention-2."""
     said = row.row.get("framework_version")
-    numbers = re.findall(r"\d+\.\d+(?:\.\d+)?", row.text("framework"))
-    attention = re.search(r"\bfa-?[34]\b|flash.?attention.?[34]\b|cudnn|\bte\b", row.text("attention_impl"))
-    return " ".join([str(said) if said else numbers[0] if numbers else "", attention[0] if attention else ""]).strip()
+    framework = row.text("framework")
+    numbers = re.findall(r"\d+\.\d+(?:\.\d+)?", framework)
+    words = [str(said) if said else numbers[0] if numbers else ""]
+    if re.search(r"megatron.{0,3}deepspeed", framework):
+        words.append("megatron-deepspeed")
+    elif re.search(r"megatron-?lm|megatron-core|flagscale", framework) and not re.match(
+        r"nvidia|yanring|mlcommons|calculon", row.text("source_repo")
+    ):
+        words.append("plain")
+    if attention := re.search(r"\bfa-?[34]\b|flash.?attention.?[34]\b|cudnn|\bte\b", row.text("attention_impl")):
+        words.append(attention[0])
+    return " ".join(words).strip()
 
 
 def _old(row: Row, stack: Stack) -> bool:
@@ -100,8 +114,12 @@ def _precision(row: Row, stack: Stack, chip: str) -> Precision:
     text = row.text("precision")
     blackwell = chip in ("b200", "gb200", "b300", "gb300")
     if not text:
-        row.assumed.append("precision bf16: the row names none")
-        return "bf16"
+        # Submitters of MLPerf since 2023 train in fp8, and their logs do not say so.
+        found: Precision = "bf16"
+        if "mlperf" in row.text("set", "id", "source_repo") and CHIPS[chip].fp8.value:
+            found = "fp8_tensorwise" if blackwell or chip.startswith("mi") else "fp8_delayed"
+        row.assumed.append(f"precision {found}: the row names none")
+        return found
     if "fp4" in text and not ("fp8" in text and " or " in text):
         return "nvfp4"
     if "fp8" in text or "float8" in text:
@@ -109,11 +127,11 @@ def _precision(row: Row, stack: Stack, chip: str) -> Precision:
             (r"mx|variant 1", "mxfp8"), (r"delayed|[-_ ]ds\b", "fp8_delayed"), (r"row", "fp8_rowwise"), (r"block|sub|[-_ ]sc\b", "fp8_blockwise"),
             (r"current|tensor|[-_ ]cs\b|variant 0", "fp8_tensorwise"),
         )  # fmt: skip
-        for pattern, found in marks:
+        for pattern, recipe in marks:
             if re.search(pattern, text):
                 if "variant" in text:
-                    row.assumed.append(f"precision {found}: the page lists two recipes without saying which row has which")
-                return found
+                    row.assumed.append(f"precision {recipe}: the page lists two recipes without saying which row has which")
+                return recipe
         plain: Precision = "fp8_tensorwise" if stack in ("torchtitan", "gigatrain_native") or blackwell else "fp8_delayed"
         row.assumed.append(f"precision {plain}: the row says {row.row['precision']}")
         return plain
@@ -184,7 +202,7 @@ def _shape(row: Row) -> Shape:
     return Shape(
         layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, intermediate=ffn, gated=gated,
         vocab=row.whole("vocab", 50304, "a GPT-2 vocabulary"), tied=tied, learned_positions=learned and not alibi,
-        biases=learned or "bloom" in model, layer_norm=learned or alibi or "nemotron" in model or "bloom" in model,
+        biases=learned or alibi or "bloom" in model, layer_norm=learned or alibi or "nemotron" in model or "bloom" in model,
         qk_norm="qwen3" in model.replace("-", "").replace(" ", ""), windows=windows, predicted=predicted, **values,
     )  # fmt: skip
 
@@ -279,7 +297,7 @@ def _zero(row: Row, sharding: str, stack: Stack) -> Any:
             raise Refused(f"zero_stage {stage:g} is none of 0 to 3")
         return int(stage)
     words: tuple[tuple[str, int], ...] = (
-        (r"zero[- ]?3|full_shard|fsdp|hsdp|hybrid", 3), (r"zero[- ]?2|shard_grad_op", 2), (r"zero[- ]?1|distributed optimizer|dist.?opt", 1),
+        (r"zero[- ]?3|full_shard|fsdp|hsdp|hybrid|gemini", 3), (r"zero[- ]?2|shard_grad_op", 2), (r"zero[- ]?1|distributed optimizer|dist.?opt", 1),
         (r"ddp|none|zero[- ]?0|no_shard", 0),
     )  # fmt: skip
     for pattern, found in words:
@@ -302,6 +320,8 @@ def _reshards(row: Row, sharding: str, stack: Stack, pipeline: int) -> bool:
 
 def _workload(row: Row, stack: Stack, shape: Shape, layout: Layout, microbatch: int, accumulation: int, chip: str) -> Workload:
     sequence = row.whole("seq_len")
+    if not sequence:
+        raise Refused("seq_len is 0")
     precision = _precision(row, stack, chip)
     text = row.text("notes", "overlap", "framework", "model", "sharding", "act_ckpt", "precision")
     frozen = "lora" in text
@@ -339,6 +359,9 @@ def _attention(row: Row, stack: Stack) -> Attention:
 
 def _recompute(row: Row, stack: Stack) -> tuple[Recompute, tuple[str, ...]]:
     text = row.text("act_ckpt")
+    if not text and "bridge" in row.text("framework") and re.search(r"deepseek.?v3", row.text("model")):
+        row.assumed.append("norms and activations are made again, as in Megatron-Bridge's recipes of DeepSeek-V3")
+        return "lean", ()
     if not text:
         row.assumed.append("nothing is made again: the row names no checkpointing")
         return "none", ()

@@ -56,6 +56,7 @@ def habits(stack: str, version: str, constants: Mapping[str, float]) -> Habits:
         attention=_attention(name, version.lower()),
         pace=exp(-constants["software.gain_year"] * (released(version) - RELEASED)),
         synced_sends=name in _SYNCED,
+        microbatch_s=constants[f"stack.{name}.microbatch_s"],
         step_s=constants[f"stack.{name}.step_s"],
     )
 
