@@ -64,11 +64,30 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Priced:
-    """What a configuration comes to."""
+class Turned:
+    """What microbatches, schedule and policy come to: seconds of the step without what `Shared` adds, those of one microbatch, and bytes in flight."""
 
     step_s: float
-    memory_bytes: float
+    forward_s: float
+    backward_s: float
+    count: int
+    bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What sharing weights comes to: transfers in a forward and in a backward (`often`: of every microbatch), the update, and bytes."""
+
+    forward_s: float
+    backward_s: float
+    between_s: float
+    often: bool
+    update_s: float
+    bytes: float
+
+
+Turn = tuple[int, int, Schedule, int]  # microbatch, accumulation, schedule, stages
+Share = tuple[int, int, bool]  # shard, zero, reshard
 
 
 class Prices:
@@ -77,6 +96,7 @@ class Prices:
     def __init__(self, workload: Workload, cluster: Cluster, constants: Mapping[str, float]) -> None:
         self.workload, self.cluster, self.constants = workload, cluster, constants
         self.habits = estimate.habits_of(workload, cluster, constants)
+        self.waits = 1.0 + estimate.wait_share(workload, cluster, constants)
         self.timers: dict[Precision, Callable[[Item], Cost]] = {}
         self.kinds: dict[tuple[bool, int | None], int] = {}
         shape = workload.shape
@@ -136,14 +156,16 @@ class Prices:
 
     def layer(self, split: Split, expert: int, microbatch: int, recompute: Recompute, precision: Precision, zero: int) -> tuple[Layer, Layer]:
         """`(the mean layer, embedding and head)` of a microbatch."""
-        key = (split.tensor, split.context, split.exchange, split.pipeline, split.data, expert, microbatch, recompute, precision, zero == 3)
+        key = (split.tensor, split.context, split.exchange, expert, microbatch, recompute, precision, zero == 3)
         found = self.layers.get(key)
         if found is None:
-            # No transfer of shards is in these blocks: zero 3 as in a pipeline, where they are the step's.
-            share = (split.data, 3 if zero == 3 else 1, False)
-            turn: tuple[int, int, Schedule, int] = (microbatch, 1, "1f1b", 1)
-            local = pieces.Local(arranged(self.workload, replace(split, pipeline=max(2, split.pipeline)), expert, share, turn, recompute, precision))
-            layout = replace(local.workload.layout, pipeline=split.pipeline, reshard=False)
+            # Nothing of a layer but its sums of gradients depends on who else shares it. No transfer of shards is in these blocks: zero 3 as in a pipeline,
+            # where they are the step's.
+            data = max(1, self.workload.layout.ranks // (split.tensor * split.context) // expert) * expert
+            alone, share = replace(split, pipeline=2, data=data), (data, 3 if zero == 3 else 1, False)
+            turn: Turn = (microbatch, 1, "1f1b", 1)
+            local = pieces.Local(arranged(self.workload, alone, expert, share, turn, recompute, precision))
+            layout = replace(local.workload.layout, pipeline=1, reshard=False)
             count = self.workload.shape.layers
             body = [(layers.layer(local, sparse, window), times / count) for (sparse, window), times in self.kinds.items()]
             ends = [(layers.embedding(local), 1.0), (layers.head(local, tied_here=False), 1.0)]
@@ -181,7 +203,7 @@ class Prices:
             found = self.counted[tensor, expert] = Sizes(dense, experts, float(ends))
         return found
 
-    def state_bytes(self, split: Split, expert: int, share: tuple[int, int, bool], precision: Precision) -> float:
+    def state_bytes(self, split: Split, expert: int, share: Share, precision: Precision) -> float:
         """Bytes of weights, gradients and optimizer states of the mean rank of a pipeline, which the fullest has at least."""
         (shard, zero, _), shape, sizes = share, self.workload.shape, self.sizes(split.tensor, expert)
         states = states_of(self.workload, precision, zero)
@@ -200,116 +222,78 @@ class Prices:
             return dense + experts
         return dense / collectives.group(layout, "shard")[0] + experts / collectives.group(layout, "shard", experts=True)[0]
 
-    def priced(
-        self,
-        split: Split,
-        expert: int,
-        share: tuple[int, int, bool],
-        turn: tuple[int, int, Schedule, int],
-        recompute: Recompute,
-        precision: Precision,
-    ) -> Priced:
-        """Seconds of a step and bytes of the fullest rank."""
-        (shard, zero, reshard), (microbatch, count, schedule, each) = share, turn
+    def turned(self, split: Split, expert: int, turn: Turn, recompute: Recompute, precision: Precision, zero: int) -> Turned:
+        """All of a step but what shards and replicas send and what the optimizer does: the least that a step can take however weights are shared."""
+        microbatch, count, schedule, each = turn
         body, ends = self.layer(split, expert, microbatch, recompute, precision, zero)
-        sizes, shape = self.sizes(split.tensor, expert), self.workload.shape
-        states = states_of(self.workload, precision, zero)
-        ranks, stages = split.pipeline, split.pipeline * each
-
+        shape, ranks = self.workload.shape, split.pipeline
+        stages = ranks * each
         # Whole layers to a stage; the ends weigh as so many layers more.
-        one = body.forward_s + body.backward_s + body.again_s
-        both = ends.forward_s + ends.backward_s
         held = float(shape.layers)
-        forward, backward, again, weights = (held * s for s in (body.forward_s, body.backward_s, body.again_s, body.weights_s))
+        if ranks > 1:
+            more = (ends.forward_s + ends.backward_s) / (body.forward_s + body.backward_s + body.again_s)
+            held = each * max(-(-shape.layers // stages), (shape.layers + more) / stages)
+        forward, backward, weights = held * body.forward_s, held * (body.backward_s + body.again_s), held * body.weights_s
         if ranks == 1:
             forward, backward, weights = forward + ends.forward_s, backward + ends.backward_s, weights + ends.weights_s
-        else:
-            stage = max(-(-shape.layers // stages), (shape.layers + both / one) / stages)
-            held = each * stage
-            forward, backward, again, weights = (held * s for s in (body.forward_s, body.backward_s, body.again_s, body.weights_s))
-        total = forward + backward + again
-        match schedule:
-            case _ if ranks == 1:
-                step = count * total
-            case "1f1b":
-                step = (count + ranks - 1) * total
-            case "interleaved":
-                step = count * total + (ranks - 1) * total / each
-            case "zbv":
-                step = count * total + (ranks - 1) * max(0.0, forward + again + backward - 3 * weights) / 2
-        layout = Layout(
-            replicate=split.data // shard, shard=shard, context=split.context, tensor=split.tensor, pipeline=ranks, expert=expert, zero=3, stages=each
-        )  # fmt: skip
+        total = forward + backward
+        step = count * total
         if ranks > 1:
+            match schedule:
+                case "1f1b":
+                    step += (ranks - 1) * total
+                case "interleaved":
+                    step += (ranks - 1) * total / each
+                case "zbv":
+                    step += (ranks - 1) * max(0.0, total - 3 * weights) / 2
             rows = microbatch * self.workload.sequence // split.context
             send = Transfer("boundary", "pipeline", "send", 2.0 * rows * shape.hidden / split.tensor, "forward")
-            sent = self.transfer_s(send, *collectives.group(layout, "pipeline"))
+            stride = self.workload.layout.ranks // ranks
+            sent = self.transfer_s(send, ranks, stride)
             step += 2 * (ranks - 1) * sent + self.exposed(2 * each * count * sent, count * total, "pipeline")
-
-        local = min(held, float(shape.layers))
-        if ranks == 1:
-            dense = local * sizes.dense + sizes.ends * (1 if shape.tied else 2)
-        else:
-            dense = shape.layers / ranks * sizes.dense + sizes.ends * (2 if schedule == "zbv" and not shape.tied else 1)
-            local = shape.layers / ranks
-        experts = local * sizes.experts
-        step += self._shared(layout, states, zero, reshard, dense, experts, count, forward, backward + again)
-        owned = self._owned(layout, zero, dense, experts)
-        optimizer = Op("adamw", "optimizer", "step", 0.0, owned * (states.weights + states.gradients + 2 * (states.master + states.moments)))
-        step += self.op_s(optimizer, precision)[0] + self.habits.step_s
-        step *= 1.0 + estimate.wait_share(self.workload, self.cluster, self.constants)
-
-        # Memory: what is shared by zero, then what is in flight.
-        whole = dense + experts
-        kept = self._kept(states, zero, whole, owned)
-        if ranks == 1:
-            live = held * body.saved_bytes + ends.saved_bytes
-        else:
             most = max(pipelines.live(schedule, rank, ranks, each, count) for rank in {0, ranks - 1})
             live = most * held / each * body.saved_bytes
-        gathered = 0.0
-        if zero == 3:
-            layer = sizes.dense + sizes.experts
-            gathered = states.gathered * (whole if not reshard else 2 * layer + 2 * sizes.ends)
-            gathered += (states.gathered + states.reduced) * max(layer, sizes.ends)
-        return Priced(step, kept + live + gathered + max(body.transient_bytes, ends.transient_bytes))
+        else:
+            live = held * body.saved_bytes + ends.saved_bytes
+        return Turned(step, forward, backward, count, live + max(body.transient_bytes, ends.transient_bytes))
 
-    def _shared(
-        self,
-        layout: Layout,
-        states: States,
-        zero: int,
-        reshard: bool,
-        dense: float,
-        experts: float,
-        count: int,
-        forward_s: float,
-        backward_s: float,
-    ) -> float:
-        """Exposed seconds of a step's transfers of weights and gradients, between `shard` and between `replicate`."""
-        total = 0.0
-        per_microbatch = zero == 3 and (layout.pipeline == 1 or reshard)
-        replicate = collectives.group(layout, "replicate")
-        once, between = 0.0, 0.0
-        gathers, scatters = 0.0, 0.0
-        chunks = max(1, self.workload.shape.layers // layout.pipeline)
+    def shared(self, split: Split, expert: int, share: Share, both: bool, precision: Precision) -> Shared:
+        """What does not depend on microbatches: transfers of weights and gradients, the optimizer, and the bytes of states. `both`: one rank has embedding and
+        head."""
+        (shard, zero, reshard), shape, sizes = share, self.workload.shape, self.sizes(split.tensor, expert)
+        states, ranks = states_of(self.workload, precision, zero), split.pipeline
+        layout = Layout(replicate=split.data // shard, shard=shard, context=split.context, tensor=split.tensor, pipeline=ranks, expert=expert)
+        dense = shape.layers / ranks * sizes.dense + sizes.ends * (2 if both and not shape.tied else 1)
+        experts = shape.layers / ranks * sizes.experts
+        chunks, replicate = max(1, shape.layers // ranks), collectives.group(layout, "replicate")
+        gather = scatter = between = 0.0
         for number, of_experts in ((dense, False), (experts, True)):
             if not number:
                 continue
-            ranks, _ = group = collectives.group(layout, "shard", experts=of_experts)
-            if ranks > 1:
-                if zero == 0:
-                    once += self.transfer_s(Transfer("reduce", "shard", "all_reduce", number * states.reduced, "step"), *group)
-                else:  # layer by layer
-                    part = number / chunks
-                    gathers += chunks * self.transfer_s(Transfer("gather", "shard", "all_gather", part * states.gathered, "forward"), *group)
-                    scatters += chunks * self.transfer_s(Transfer("scatter", "shard", "reduce_scatter", part * states.reduced, "backward"), *group)
+            group = collectives.group(layout, "shard", experts=of_experts)
+            if group[0] > 1 and zero == 0:
+                scatter += self.transfer_s(Transfer("reduce", "shard", "all_reduce", number * states.reduced, "step"), *group)
+            elif group[0] > 1:  # layer by layer
+                part = number / chunks
+                gather += chunks * self.transfer_s(Transfer("gather", "shard", "all_gather", part * states.gathered, "forward"), *group)
+                scatter += chunks * self.transfer_s(Transfer("scatter", "shard", "reduce_scatter", part * states.reduced, "backward"), *group)
             if layout.replicate > 1:
-                own = number * states.reduced / (ranks if zero else 1) / chunks
+                own = number * states.reduced / (group[0] if zero else 1) / chunks
                 between += chunks * self.transfer_s(Transfer("replicate", "replicate", "all_reduce", own, "backward"), *replicate)
-        if per_microbatch:
-            total += count * self.exposed(gathers, forward_s, "shard")
-            total += count * self.exposed((gathers if reshard else 0.0) + scatters, backward_s, "shard")
-            return total + count * self.exposed(between, backward_s, "replicate")
-        total += self.exposed(gathers, forward_s, "shard") + self.exposed(scatters + once, backward_s, "shard")
-        return total + self.exposed(between, backward_s, "replicate")
+        whole, owned = dense + experts, self._owned(layout, zero, dense, experts)
+        moved = states.weights + states.gradients + 2 * (states.master + states.moments)
+        update = self.op_s(Op("adamw", "optimizer", "update", 0.0, owned * moved), precision)[0]
+        kept = self._kept(states, zero, whole, owned)
+        if zero == 3:
+            layer = sizes.dense + sizes.experts
+            kept += states.gathered * (whole if not reshard else 2 * layer + 2 * sizes.ends)
+            kept += (states.gathered + states.reduced) * max(layer, sizes.ends)
+        often = zero == 3 and (ranks == 1 or reshard)
+        return Shared(gather, scatter + (gather if often and reshard else 0.0), between, often, update + self.habits.step_s, kept)
+
+    def together(self, turned: Turned, shared: Shared) -> tuple[float, float]:
+        """`(seconds of a step, bytes of the fullest rank)`."""
+        sent = self.exposed(shared.forward_s, turned.forward_s, "shard") + self.exposed(shared.backward_s, turned.backward_s, "shard")
+        sent += self.exposed(shared.between_s, turned.backward_s, "replicate")
+        step = turned.step_s + (turned.count if shared.often else 1) * sent + shared.update_s
+        return step * self.waits, turned.bytes + shared.bytes

@@ -26,17 +26,19 @@ def order(schedule: Schedule, ranks: int, stages: int, microbatches: int, rank: 
     if schedule == "zbv":
         return _zbv(ranks, microbatches, rank)
     total = microbatches * stages
+    # Microbatches of a turn: `ranks` where that divides them, else, as torch's Interleaved1F1B, equal turns of as few more as there are.
+    turn = ranks if microbatches % ranks == 0 else microbatches // max(1, microbatches // ranks)
     virtual = [
         (stage, microbatch)
-        for first in range(0, microbatches, ranks)
+        for first in range(0, microbatches, turn)
         for stage in range(stages)
-        for microbatch in range(first, min(first + ranks, microbatches))
+        for microbatch in range(first, min(first + turn, microbatches))
     ]
     if stages == 1:
         warm = min(total, ranks - 1 - rank)
         back = virtual
     else:
-        warm = min(total, (ranks - 1 - rank) * 2 + (stages - 1) * ranks)
+        warm = min(total, (ranks - 1 - rank) * 2 + (stages - 1) * turn)
         back = [(stages - 1 - stage, microbatch) for stage, microbatch in virtual]
     found: list[Action] = [(FORWARD, *virtual[index]) for index in range(warm)]
     for index in range(total - warm):

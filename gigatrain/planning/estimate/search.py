@@ -18,12 +18,12 @@ from typing import Any
 from gigatrain.errors import PlanError
 from gigatrain.planning.estimate import estimate as whole
 from gigatrain.planning.estimate import layouts
-from gigatrain.planning.estimate.closed import Prices
+from gigatrain.planning.estimate.closed import Prices, Share, Turn, Turned
 from gigatrain.planning.estimate.cluster import Cluster
 from gigatrain.planning.estimate.constants import VALUES
 from gigatrain.planning.estimate.layouts import Split
 from gigatrain.planning.estimate.work import Estimate
-from gigatrain.planning.estimate.workload import PRODUCTS_BITS, Layout, Precision, Recompute, Schedule, Workload
+from gigatrain.planning.estimate.workload import PRODUCTS_BITS, Layout, Precision, Recompute, Workload
 
 # From the least that is made again to the most: each does the work of every one before it in its row, and more.
 POLICIES: tuple[Recompute, ...] = ("none", "lean", "attention", "selective", "full")
@@ -32,8 +32,7 @@ SLACK = 0.80  # bytes by formula that are refused: those whose SLACK-th part doe
 EVENTS = 1_500_000  # items that the second and third round may play in all, which is what bounds their time
 EACH = 3  # of a group, by events
 KEPT = 24  # of a group, by formula
-Turn = tuple[int, int, Schedule, int]
-Share = tuple[int, int, bool]
+SLOWER = "slower than what is shown, by formula and its margin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +127,7 @@ def search(
     pruned: Counter[str] = Counter()
     prices = Prices(workload, cluster, constants)
     began = clock() if clock else 0.0
-    groups, considered = _by_formula(workload, cluster, prices, precisions, recomputes, pruned)
+    groups, considered = _by_formula(workload, cluster, prices, precisions, recomputes, pruned, top)
     if not considered:
         raise PlanError(_indivisible(workload, cluster, pruned))
     if not groups:
@@ -163,11 +162,18 @@ def _by_formula(
     precisions: tuple[Precision, ...],
     recomputes: tuple[Recompute, ...],
     pruned: Counter[str],
+    top: int,
 ) -> tuple[dict[Group, list[_Member]], int]:
     """The first round: of each group the KEPT best by formula."""
     groups: dict[Group, list[_Member]] = {}
     room, considered = float(cluster.memory_bytes or float("inf")), 0
     wanted = tuple(one for one in POLICIES if one in recomputes)
+    best: dict[Group, float] = {}
+
+    def limit() -> float:
+        """What no configuration that could be shown takes: as long as the `top`-th group's best, and what the formula may err by."""
+        return sorted(best.values())[top - 1] * (1 + MARGIN) if len(best) >= top else float("inf")
+
     for split in layouts.splits(workload, cluster, pruned):
         for precision in precisions:
             turns = list(layouts.turns(workload, split, precision))
@@ -177,24 +183,42 @@ def _by_formula(
             for expert in layouts.experts(workload, split):
                 shares = list(layouts.shards(workload, split, expert))
                 considered += len(turns) * len(shares) * len(wanted)
-                heap: list[_Member] = groups.setdefault((split.tensor, split.pipeline, split.context, expert), [])
+                members = groups.setdefault((split.tensor, split.pipeline, split.context, expert), [])
+                fits = []
                 for share in shares:
                     if prices.state_bytes(split, expert, share, precision) > room:
                         pruned["memory: weights, gradients and optimizer"] += len(turns) * len(wanted)
-                        continue
-                    for turn in turns:
+                    else:
+                        fits.append((share, prices.shared(split, expert, share, False, precision), prices.shared(split, expert, share, True, precision)))
+                for turn in turns:
+                    bound = min(limit(), members[-1].step_s if len(members) >= KEPT else float("inf"))
+                    whole: dict[tuple[Recompute, bool], Turned] = {}
+                    for share, apart, joined in fits:
+                        shared, many = joined if split.pipeline == 1 or turn[2] == "zbv" else apart, share[1] == 3
                         for index, recompute in enumerate(wanted):
-                            priced = prices.priced(split, expert, share, turn, recompute, precision)
-                            if priced.memory_bytes * SLACK > room:
+                            turned = whole.get((recompute, many))
+                            if turned is None:
+                                turned = whole[recompute, many] = prices.turned(split, expert, turn, recompute, precision, share[1])
+                            if turned.step_s * prices.waits > bound:  # before weights are shared and updated, and with the least made again
+                                pruned[SLOWER] += len(wanted) - index
+                                break
+                            step, needs = prices.together(turned, shared)
+                            if needs * SLACK > room:
                                 pruned["memory: activations, by formula"] += 1
                                 continue
-                            tie = (split.exchange, share, turn, index, precision)
-                            heap.append(_Member(priced.step_s, tie, priced.memory_bytes, split, expert, share, turn, recompute, precision))
-                            if priced.memory_bytes <= room * SLACK:
+                            if step > bound:
+                                pruned[SLOWER] += 1
+                            else:
+                                tie = (split.exchange, share, turn, index, precision)
+                                members.append(_Member(step, tie, needs, split, expert, share, turn, recompute, precision))
+                            if needs <= room * SLACK:
                                 pruned["more is made again than memory asks for"] += len(wanted) - index - 1
                                 break  # the rest does more work for memory that is not needed
-                if len(heap) > 4 * KEPT:
-                    heap[:] = heapq.nsmallest(KEPT, heap)
+                    if len(members) > 2 * KEPT:
+                        members[:] = heapq.nsmallest(KEPT, members)
+                members[:] = heapq.nsmallest(KEPT, members)
+                if members:
+                    best[(split.tensor, split.pipeline, split.context, expert)] = members[0].step_s
     return {group: heapq.nsmallest(KEPT, members) for group, members in groups.items() if members}, considered
 
 
@@ -348,8 +372,8 @@ def explained(candidates: list[Candidate], base: Workload) -> tuple[Candidate, .
 _WORK = ("gemm", "grouped", "attention")
 _NAMES = {
     "memory": "passes over memory", "optimizer": "the optimizer", "launch": "launches", "bubble": "the bubble", "wait": "slow nodes", "host": "the host",
-    "gemm": "products", "grouped": "experts' products", "attention": "attention", "tensor": "exposed tensor transfers", "context": "exposed context transfers",
-    "expert": "exposed expert transfers", "shard": "exposed shard transfers", "replicate": "exposed replica transfers", "pipeline": "exposed stage transfers",
+    "gemm": "products", "grouped": "experts' products", "attention": "attention", "exposed_tensor": "tensor transfers", "exposed_context": "context transfers",
+    "exposed_expert": "expert transfers", "exposed_shard": "shard transfers", "exposed_replicate": "replica transfers", "exposed_pipeline": "stage transfers",
 }  # fmt: skip
 
 
