@@ -124,6 +124,9 @@ def _states(plan: Plan, zero: int) -> States:
     )
 
 
+_NETWORKS = ("slingshot", "omni-path", "roce", "efa")  # what is none of them is taken for InfiniBand
+
+
 def cluster_of(site: Site, ranks: int) -> Cluster:
     """The machines of a run of `ranks` on a site, every number of it the site's, else its accelerator's.
 
@@ -162,10 +165,13 @@ def cluster_of(site: Site, ranks: int) -> Cluster:
             raise PlanError(
                 f"{site.name} does not say how fast its nodes are joined (network.nic_gbit_s); no transfer between them can be timed"
             )
+        kind = next(
+            (f".{name.replace('-', '')}" for name in _NETWORKS if name in network.name.lower()), ""
+        )  # as collectives.py calls its constants
         group = int(network.group_nodes.value or 0) * per_node * devices
         if group > joined * devices and ranks > group:
-            levels.append(Level("rail", group, nic / 8 / devices))
-        levels.append(Level("spine" if len(levels) > 1 else "rail", ranks, nic / 8 / devices))
+            levels.append(Level(f"rail{kind}", group, nic / 8 / devices))
+        levels.append(Level(f"{'spine' if len(levels) > 1 else 'rail'}{kind}", ranks, nic / 8 / devices))
     memory, _ = hardware.memory_bytes(site)
     cap, sold = site.power.device_watts.value, chip.watts.value
     return Cluster(

@@ -154,7 +154,9 @@ class Prices:
         work = max(found.device_s, found.launch_s)
         return work + sum(self.exposed(getattr(found, axis), work, axis) for axis in AXES)
 
-    def layer(self, split: Split, expert: int, microbatch: int, recompute: Recompute, precision: Precision, zero: int) -> tuple[Layer, Layer]:
+    def layer(
+        self, split: Split, expert: int, microbatch: int, recompute: Recompute, precision: Precision, zero: int
+    ) -> tuple[Layer, Layer]:
         """`(the mean layer, embedding and head)` of a microbatch."""
         key = (split.tensor, split.context, split.exchange, expert, microbatch, recompute, precision, zero == 3)
         found = self.layers.get(key)
@@ -262,7 +264,9 @@ class Prices:
         head."""
         (shard, zero, reshard), shape, sizes = share, self.workload.shape, self.sizes(split.tensor, expert)
         states, ranks = states_of(self.workload, precision, zero), split.pipeline
-        layout = Layout(replicate=split.data // shard, shard=shard, context=split.context, tensor=split.tensor, pipeline=ranks, expert=expert)
+        layout = Layout(
+            replicate=split.data // shard, shard=shard, context=split.context, tensor=split.tensor, pipeline=ranks, expert=expert
+        )
         dense = shape.layers / ranks * sizes.dense + sizes.ends * (2 if both and not shape.tied else 1)
         experts = shape.layers / ranks * sizes.experts
         chunks, replicate = max(1, shape.layers // ranks), collectives.group(layout, "replicate")
@@ -276,7 +280,9 @@ class Prices:
             elif group[0] > 1:  # layer by layer
                 part = number / chunks
                 gather += chunks * self.transfer_s(Transfer("gather", "shard", "all_gather", part * states.gathered, "forward"), *group)
-                scatter += chunks * self.transfer_s(Transfer("scatter", "shard", "reduce_scatter", part * states.reduced, "backward"), *group)
+                scatter += chunks * self.transfer_s(
+                    Transfer("scatter", "shard", "reduce_scatter", part * states.reduced, "backward"), *group
+                )
             if layout.replicate > 1:
                 own = number * states.reduced / (group[0] if zero else 1) / chunks
                 between += chunks * self.transfer_s(Transfer("replicate", "replicate", "all_reduce", own, "backward"), *replicate)

@@ -189,7 +189,13 @@ def _by_formula(
                     if prices.state_bytes(split, expert, share, precision) > room:
                         pruned["memory: weights, gradients and optimizer"] += len(turns) * len(wanted)
                     else:
-                        fits.append((share, prices.shared(split, expert, share, False, precision), prices.shared(split, expert, share, True, precision)))
+                        fits.append(
+                            (
+                                share,
+                                prices.shared(split, expert, share, False, precision),
+                                prices.shared(split, expert, share, True, precision),
+                            )
+                        )
                 for turn in turns:
                     bound = min(limit(), members[-1].step_s if len(members) >= KEPT else float("inf"))
                     whole: dict[tuple[Recompute, bool], Turned] = {}
