@@ -176,7 +176,7 @@ def _node_watts(row: Mapping[str, Any], case: rows.Case, found: Estimate) -> flo
         return None
     watts = Watts(chip=chip.id, accelerators=case.cluster.accelerators, per_node=case.cluster.per_node, device_watts=chip.watts)
     said = " ".join(str(row.get(name) or "") for name in ("server_note", "cooling", "server")).lower()
-    cooling = next((cooling for pattern, cooling in _COOLED if re.search(pattern, said)), None)
+    cooling: energy.Cooling | None = next((cooling for pattern, cooling in _COOLED if re.search(pattern, said)), None)
     around = energy.server(cooling) if cooling and case.cluster.per_node == 8 else None
     node = energy.draw(found, case.workload, case.cluster, watts, around).watts.get("node")
     return None if node is None else node.mid / case.cluster.accelerators * min(case.cluster.per_node, case.cluster.accelerators)
