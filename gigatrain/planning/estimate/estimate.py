@@ -146,4 +146,5 @@ _WORDS = {
 def limits(timeline: Timeline) -> str:
     """What the step waits for most, in words, with its share."""
     name, seconds = max(timeline.phases.items(), key=lambda phase: phase[1])
+    name = name.removeprefix("exposed_")
     return f"{_WORDS.get(name, name)} ({seconds / timeline.step_s:.0%} of the step)"
