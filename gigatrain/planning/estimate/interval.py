@@ -16,7 +16,6 @@ from typing import Any
 
 from gigatrain.planning import hardware
 from gigatrain.planning.estimate.cluster import Cluster
-from gigatrain.planning.estimate.work import Estimate
 from gigatrain.planning.estimate.workload import PRODUCTS_BITS, Workload
 
 LEARNT = Path(__file__).with_name("interval.json")
@@ -58,10 +57,10 @@ def group(workload: Workload, cluster: Cluster) -> tuple[str, str, str]:
     return family(cluster.chip), workload.stack, "MoE" if workload.shape.experts else "dense"
 
 
-def interval(workload: Workload, cluster: Cluster, estimate: Estimate) -> tuple[float, float]:
+def interval(workload: Workload, cluster: Cluster, step_s: float) -> tuple[float, float]:
     """(low, high) seconds of a step, which hold the measured one in nine of ten cases of a source that nothing was fitted on."""
-    wide = width(group(workload, cluster), len(outside(workload, cluster)))
-    return estimate.step_s * math.exp(-wide), estimate.step_s * math.exp(wide)
+    wide = math.exp(width(group(workload, cluster), len(outside(workload, cluster))))
+    return step_s / wide, step_s * wide
 
 
 def width(named: Sequence[str], beyond: int = 0, learnt: Mapping[str, Any] | None = None) -> float:
