@@ -52,7 +52,8 @@ def habits_of(workload: Workload, cluster: Cluster, constants: Mapping[str, floa
     """The stack's habits here, with what the workload itself says of its overlap, compilation and graphs."""
     found = stacks.habits(workload.stack, workload.version + (" unfused" if workload.attention == "unfused" else ""), constants)
     overlaps = dict(found.overlaps)
-    if cluster.levels and workload.layout.expert > cluster.levels[0].accelerators:  # tokens that leave the domain are worth the memory that hiding them takes
+    if cluster.levels and workload.layout.expert > cluster.levels[0].accelerators:
+        # Tokens that leave the domain are worth the memory that hiding them takes.
         overlaps["expert"] = max(overlaps["expert"], constants[f"stack.{found.stack}.overlap.expert_across"])
     for axis, hidden in workload.overlap:
         for name in stacks.AXES if axis == "all" else (axis,):
