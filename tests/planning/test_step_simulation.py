@@ -240,9 +240,10 @@ def test_spans_show_each_pass_where_it_ran() -> None:
 def test_gradients_of_an_interleaved_rank_hide_behind_the_stages_that_are_still_to_come() -> None:
     step: tuple[Item, ...] = (Transfer("gradients", "replicate", "all_reduce", 24.0, "backward"),)
     habits = Habits("generic", overlaps={"replicate": 1.0}, bucket_bytes=4.0)
+    cases: tuple[tuple[int, Schedule], ...] = ((1, "1f1b"), (3, "interleaved"))  # of one microbatch 2 seconds of backward, and 6
     made = [
         simulate(works(4, stages, schedule, step=step), workload(4, stages, 16, schedule), cost, habits).phases["exposed_replicate"]
-        for stages, schedule in ((1, "1f1b"), (3, "interleaved"))  # of one microbatch 2 seconds of backward, and 6
+        for stages, schedule in cases
     ]
     # one stage: 24 seconds start to be there 2 seconds before the end, a third of a bucket's backward after that the first of six buckets
     assert made[0] == pytest.approx(24.0 - 2.0 + 2.0 / 6)

@@ -250,12 +250,15 @@ def parameters(local: Local, sparse: bool) -> tuple[float, float]:
     return attention + norms + biases + block, each * shape.experts / local.workload.layout.expert
 
 
-def _sharded(local: Local, forward: list[Item], backward: list[Item], dense: float, experts: float) -> tuple[list[Item], list[Item]]:
-    """With ZeRO 3: weights gathered before either direction, gradients scattered behind; with ZeRO 2 the gradients alone."""
+def _sharded(
+    local: Local, forward: list[Item], backward: list[Item], dense: float, experts: float, *, root: bool
+) -> tuple[list[Item], list[Item]]:
+    """With ZeRO 3: weights gathered before either direction, gradients scattered behind; with ZeRO 2 the gradients alone. FSDP keeps what its `root` has
+    (embedding, head) gathered from forward to backward."""
     w, layout, states = local.workload, local.workload.layout, local.workload.states
     once = layout.zero == 3 and layout.pipeline > 1 and not layout.reshard  # a step's, not a microbatch's: operations.py
     trained = 0.0 if w.frozen else 1.0
-    if not w.frozen and not (w.stack in pieces.FUSED_SUM and layout.zero < 3):
+    if not w.frozen and not (local.fused_sum and layout.zero < 3):
         many = dense + experts
         if layout.zero == 3:
             backward = [*backward, memory("grad_add", "wgrad", many * (local.size + states.reduced) + 12.0 * many / local.shards, 2)]
@@ -274,7 +277,7 @@ def _sharded(local: Local, forward: list[Item], backward: list[Item], dense: flo
             after.append(Transfer("replicate", "replicate", "all_reduce", count * states.reduced / ranks, "backward"))
     if layout.zero == 2:
         return forward, [*backward, *after]
-    again = [replace(item, passes="backward") for item in before] if layout.reshard else []
+    again = [replace(item, passes="backward") for item in before] if layout.reshard and not (root and w.stack in pieces.FSDP) else []
     return [*before, *forward], [*again, *backward, *after]
 
 
@@ -317,7 +320,7 @@ def _part(item: Item, share: float) -> Item:
     return replace(item, passes="recompute", flops=item.flops * share, bytes=item.bytes * share, n=max(1, round(item.n * share)))
 
 
-def _block(local: Local, name: str, steps: list[Step], counts: tuple[float, float], *, stream: bool = True) -> Block:
+def _block(local: Local, name: str, steps: list[Step], counts: tuple[float, float], *, stream: bool = True, root: bool = False) -> Block:
     forward = [item for step in steps for item in step.forward]
     backward = [item for step in reversed(steps) for item in step.backward]
     again, kept = _made_again(local, steps)
@@ -326,7 +329,7 @@ def _block(local: Local, name: str, steps: list[Step], counts: tuple[float, floa
     whole = sum(step.keeps for step in steps)
     made = whole - kept if again else 0.0
     spans = max((step.spans for step in steps), default=0.0)
-    forward, backward = _sharded(local, forward, backward, *counts)
+    forward, backward = _sharded(local, forward, backward, *counts, root=root)
     return Block(name, tuple(forward), tuple(backward), tuple(again), kept, max(0.0, made) + spans, sum(counts), counts[1])
 
 
@@ -352,7 +355,7 @@ def embedding(local: Local) -> Block:
     if local.dropout:
         after.append(memory("dropout", "forward", (2.0 * e + 1) * local.rows * h))
     step = Step("embedding", [*forward, *after], [*after_back, *backward], 8.0 * tokens + (local.rows * h if local.dropout else 0))
-    return _block(local, "embedding", [step], (count, 0.0), stream=False)
+    return _block(local, "embedding", [step], (count, 0.0), stream=False, root=True)
 
 
 def head(local: Local, *, tied_here: bool) -> Block:
@@ -367,7 +370,7 @@ def head(local: Local, *, tied_here: bool) -> Block:
         loss.append(Transfer("loss_sum", "tensor", "all_reduce", 12.0 * tokens, "forward"))
     steps.append(Step("loss", loss, [memory("cross_entropy", "backward", 10.0 * logits, 2)]))
     count = (0.0 if tied_here else float(outputs * h)) + h * (2 if shape.layer_norm and shape.biases else 1)
-    return _block(local, "head", steps, (count, 0.0))
+    return _block(local, "head", steps, (count, 0.0), root=True)
 
 
 def predicted(local: Local) -> Block:

@@ -28,6 +28,7 @@ UNFUSED_GATE = frozenset(
     {"torchtitan", "llm_foundry", "nanotron", "deepspeed"}
 )  # keep silu(gate) beside gate, up and their product, unless compiled
 EAGER_NORM = frozenset({"deepspeed"})  # transformers' RMSNorm, in six operations of which fp32 copies are kept, unless compiled or Liger's
+FSDP = frozenset({"gigatrain_native", "torchtitan", "llm_foundry", "generic"})  # torch's, which leaves its root module gathered
 WHOLE_EXPERTS = frozenset({"gigatrain_native", "gigatrain_deepspeed"})  # no tensor rank has a part of an expert, shared ones included
 AGAIN: dict[Recompute, frozenset[str]] = {
     "none": frozenset(),
@@ -53,6 +54,7 @@ class Local:
     visits: float = field(init=False)  # rows of the fullest rank's experts
     unfused: bool = field(init=False)
     dropout: bool = field(init=False)
+    fused_sum: bool = field(init=False)  # a product adds its weight gradient to the sum itself
 
     def __post_init__(self) -> None:
         w, layout = self.workload, self.workload.layout
@@ -67,6 +69,7 @@ class Local:
         self.expert_shards = max(1, self.shards * wide // layout.expert)
         self.visits = self.rows * w.shape.experts_per_token * layout.expert_tensor * (1.0 if w.balanced else IMBALANCE)
         self.unfused = w.attention == "unfused"
+        self.fused_sum = w.stack in FUSED_SUM and "deepspeed" not in w.version  # Megatron's fork on DeepSpeed adds apart
         self.dropout = self.unfused and w.shape.learned_positions
 
     def keys(self, window: int | None) -> float:
@@ -96,7 +99,7 @@ def product(local: Local, name: str, m: int, n: int, k: int, *, groups: int = 1,
     rows, operand = rows or m * groups, bits / 8
     flops, kind = 2.0 * rows * n * k, "grouped" if grouped else "gemm"
     weights = groups * n * k
-    summed = (2 * w.states.gradients if w.stack in FUSED_SUM else e) * weights
+    summed = (2 * w.states.gradients if local.fused_sum else e) * weights
     forward: list[Item] = [Op(name, kind, "forward", flops, operand * (rows * k + weights) + e * rows * n, m, n, k, groups, bits)]
     backward: list[Item] = [Op(name, kind, "dgrad", flops, operand * (rows * n + weights) + e * rows * k, m, k, n, groups, bits)]
     if not frozen:
