@@ -13,7 +13,18 @@ from typing import Any
 
 from gigatrain.planning.estimate.cluster import Cluster
 from gigatrain.planning.estimate.machines import Refused, Row, chip_of, cluster_of
-from gigatrain.planning.estimate.workload import Attention, Layout, Precision, Recompute, Schedule, Shape, Stack, States, Workload
+from gigatrain.planning.estimate.workload import (
+    PRODUCTS_BITS,
+    Attention,
+    Layout,
+    Precision,
+    Recompute,
+    Schedule,
+    Shape,
+    Stack,
+    States,
+    Workload,
+)
 from gigatrain.planning.hardware import CHIPS
 
 MEASURED = (
@@ -323,6 +334,9 @@ def _workload(row: Row, stack: Stack, shape: Shape, layout: Layout, microbatch: 
     if not sequence:
         raise Refused("seq_len is 0")
     precision = _precision(row, stack, chip)
+    dtype = {8: "fp8", 4: "fp4"}.get(PRODUCTS_BITS[precision])
+    if dtype and CHIPS[chip].tflops(dtype).value is None:
+        raise Refused(f"precision {row.row['precision']!r}: no rate of {dtype} products is known of the {CHIPS[chip].name}")
     text = row.text("notes", "overlap", "framework", "model", "sharding", "act_ckpt", "precision")
     frozen = "lora" in text
     if frozen:
