@@ -1,5 +1,7 @@
 """What a plan expects of its run: the record that plan.json keeps, that `gigatrain plan` shows, and that a run is held against. `expect.py` fills it."""
 
+from pydantic import Field
+
 from gigatrain.config import Section
 
 
@@ -12,23 +14,23 @@ class Range(Section):
 
 
 class Expected(Section):
-    """Of the whole run on its site; None where a number cannot be had, and `unknown` says why: `{"step_s": "cpu is no accelerator of planning/hardware.py"}`."""
+    """Of the whole run on its site; None where a number cannot be had, and `unknown` says why: `{"step_s": "a cpu is in no table"}`."""
 
     step_s: Range | None = None
     tokens_per_s: Range | None = None
     tokens_per_s_per_rank: Range | None = None
     mfu: float | None = None  # model FLOPs over the accelerators' dense rate of bf16
-    phases: dict[
-        str, float
-    ] = {}  # seconds of a step, adding up to it: gemm, attention, memory, optimizer, launch, bubble, exposed tensor, shard, ...
-    busy: dict[str, float] = {}  # device-seconds of a rank: gemm, attention, memory, optimizer, communication, idle
+    phases: dict[str, float] = Field(
+        default={}
+    )  # seconds of a step, adding up to it: gemm, attention, memory, optimizer, launch, bubble, exposed tensor, shard, ...
+    busy: dict[str, float] = Field(default={})  # device-seconds of a rank: gemm, attention, memory, optimizer, communication, idle
     memory_bytes: Range | None = None  # peak of the fullest rank
-    watts: dict[str, Range] = {}  # mean while it trains, of the whole run: device, node, it, facility
-    peak_watts: dict[str, float] = {}  # by the same boundaries
+    watts: dict[str, Range] = Field(default={})  # mean while it trains, of the whole run: device, node, it, facility
+    peak_watts: dict[str, float] = Field(default={})  # by the same boundaries
     ramp_watts: float | None = None  # a step's compute to communication, of the whole run at IT
     tokens_per_s_mw: Range | None = None  # at the facility, goodput taken off
     goodput: Range | None = None
-    lost: dict[str, float] = {}  # shares of the wall-clock: checkpoint, redone, restart, detection, wait, ...
+    lost: dict[str, float] = Field(default={})  # shares of the wall-clock: checkpoint, redone, restart, detection, wait, ...
     checkpoint_every: int | None = None  # steps, what would be best
     days: Range | None = None  # wall-clock, losses included
     mwh: Range | None = None  # at the facility
@@ -37,4 +39,4 @@ class Expected(Section):
     limits: str = ""  # what a step waits for most
     outside: tuple[str, ...] = ()  # in what the case is outside of what was calibrated
     assumed: tuple[str, ...] = ()
-    unknown: dict[str, str] = {}
+    unknown: dict[str, str] = Field(default={})

@@ -30,6 +30,7 @@ from gigatrain.config import (
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
 from gigatrain.planning import attention, axes, budget, cost, fusions, hardware, products, watts
+from gigatrain.planning.expected import Expected
 from gigatrain.planning.fusions import Fusion, Name
 from gigatrain.planning.watts import Watts
 from gigatrain.site import Site
@@ -90,6 +91,7 @@ OPERATIONAL = (
     "power",
     "watts",
     "draw",
+    "expected",
 )
 
 
@@ -143,6 +145,7 @@ class Plan(Section):
     power: Power = Power()
     watts: Watts = Watts()
     draw: budget.Draw = budget.Draw()
+    expected: Expected = Expected()
     sample: Sample
     export: bool
     kernels: tuple[Choice, ...]
