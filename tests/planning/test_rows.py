@@ -3,7 +3,7 @@
 import pytest
 
 from gigatrain.planning.estimate import operations, rows
-from gigatrain.planning.estimate.machines import _fabric
+from gigatrain.planning.estimate.machines import fabric
 from gigatrain.planning.estimate.workload import States
 
 GPT3 = {
@@ -166,7 +166,7 @@ def test_accelerators_by_any_name(gpu, chip, accelerators):
     ],
 )  # fmt: skip
 def test_fabrics(text, per_node, gbyte_s):
-    assert _fabric(text, per_node) == gbyte_s
+    assert fabric(text, per_node) == gbyte_s
 
 
 @pytest.mark.parametrize(
