@@ -275,7 +275,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 def _calibrate(options: argparse.Namespace) -> None:
     from gigatrain import load
-    from gigatrain.observe import calibrate
+    from gigatrain.planning import calibrate
 
     found = calibrate.calibrate(
         [Path(run).expanduser() for run in options.calibrate], site=load.site(options.site) if options.site else None
@@ -291,7 +291,7 @@ def _constants(path: str | None) -> Any:
 
     if path is None:
         return VALUES
-    from gigatrain.observe import calibrate
+    from gigatrain.planning import calibrate
 
     return calibrate.constants_of(calibrate.read(Path(path)))
 

@@ -5,6 +5,7 @@ the constants that its name says (`scaled`), so that overlap, bubbles and floors
 clusters are known to differ: what the runs cannot tell apart stays at 1. Free of torch.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,6 @@ from typing import Literal
 from gigatrain import load
 from gigatrain.config import Section
 from gigatrain.errors import GigatrainError, PlanError, RunError
-from gigatrain.observe import watch
 from gigatrain.planning.estimate import estimate, operations
 from gigatrain.planning.estimate.cluster import Cluster
 from gigatrain.planning.estimate.constants import TABLE, VALUES
@@ -31,6 +31,7 @@ SPREADS = {"compute": 0.15, "communication": 0.4, "launch": 0.4}
 NOISE = 0.02  # of the median window of a run, in log(time)
 WARM = 2  # windows that are left out: compilation, caches, the first collectives
 FEWEST = 3  # windows beyond those
+LONGEST_S = 1e6  # beyond it a window is damage
 WIDEST = 3.0  # a scalar beyond this factor tells that something else is wrong
 
 
@@ -173,7 +174,8 @@ def fit(seen: Sequence[Observed], constants: Mapping[str, float] = VALUES) -> Ca
         Told(run=one.run, windows=one.windows, measured_s=one.step_s, before_s=one.estimated_s(constants), after_s=one.estimated_s(moved))
         for one in seen
     )
-    return Calibration(chip=chips[0], runs=told, **{name: float(f"{value:.5g}") for name, value in scalars.items()})
+    compute, communication, launch = (float(f"{scalars[name]:.5g}") for name in SPREADS)
+    return Calibration(chip=chips[0], compute=compute, communication=communication, launch=launch, runs=told)
 
 
 def solved(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> list[float]:
@@ -211,12 +213,17 @@ def observed(run: Path, site: Site | None = None) -> Observed:
 
 
 def windows_of(path: Path) -> list[float]:
-    """Seconds of a step by window, without the first ones; of a step that is there twice, the later one."""
-    found: dict[float, float] = {}
-    for row in watch.Tail(path).rows()[0]:
-        step, seconds = row.get("step"), row.get("step_s")
-        if isinstance(step, int) and isinstance(seconds, (int, float)) and 0 < seconds < watch.LARGEST:
-            found[step] = float(seconds)
+    """Seconds of a step by window (observe/metrics.py), without the first ones; of a step that is there twice, the later one; a torn line is left out."""
+    found: dict[int, float] = {}
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    continue
+                step, seconds = row.get("step"), row.get("step_s")
+                if isinstance(step, int) and isinstance(seconds, (int, float)) and 0 < seconds < LONGEST_S:
+                    found[step] = float(seconds)
     return [found[step] for step in sorted(found)][WARM:]
 
 
@@ -239,6 +246,8 @@ def write(found: Calibration, path: Path) -> None:
     path.write_text(json.dumps(found.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
 
 
-def constants_of(found: Calibration, constants: Mapping[str, float] = VALUES) -> Mapping[str, float]:
-    """The planner's constants on the calibrated cluster: what an estimate takes."""
+def constants_of(found: Calibration, chip: str, constants: Mapping[str, float] = VALUES) -> Mapping[str, float]:
+    """The planner's constants on the calibrated cluster: what an estimate takes. Raises PlanError for an accelerator other than the runs' own."""
+    if chip != found.chip:
+        raise PlanError(f"the calibration is of runs on {found.chip}, and this plan is for {chip}: calibrate by runs on {chip}")
     return scaled(found.scalars, constants)

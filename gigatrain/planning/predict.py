@@ -16,7 +16,7 @@ from typing import Any
 
 from gigatrain.errors import GigatrainError, PlanError
 from gigatrain.planning import hardware
-from gigatrain.planning.estimate import energy, estimate, interval, rows
+from gigatrain.planning.estimate import energy, estimate, rows
 from gigatrain.planning.estimate.constants import VALUES
 from gigatrain.planning.estimate.work import Estimate
 from gigatrain.planning.watts import Watts
@@ -137,16 +137,14 @@ def _answered(row: Any, strict: bool, constants: Mapping[str, float]) -> dict[st
         if isinstance(value := row.get(name), (int, float)) and value > most:
             raise rows.Refused(f"{name} is {value:.6g}; no row has more than {most:,}")
     case = rows.parse({key: value for key, value in row.items() if key not in MEASURED and value is not None})
-    beyond = interval.outside(case.workload, case.cluster)
-    if strict and beyond:
-        raise rows.Refused(f"outside of what was calibrated: {'; '.join(beyond)}")
     found = estimate.estimate(case.workload, case.cluster, constants)
-    low_s, high_s = interval.interval(case.workload, case.cluster, found)
+    if strict and found.outside:
+        raise rows.Refused(f"outside of what was calibrated: {'; '.join(found.outside)}")
     answer: dict[str, Any] = {
         "id": _id(row),
         "step_time_s": found.step_s,
-        "low_s": low_s,
-        "high_s": high_s,
+        "low_s": found.low_s,
+        "high_s": found.high_s,
         "tokens_per_s_per_gpu": found.tokens_per_s_per_rank,
         "memory_gib": found.memory_bytes / 2**30,
         "fits": found.fits,
@@ -176,7 +174,7 @@ def _node_watts(row: Mapping[str, Any], case: rows.Case, found: Estimate) -> flo
         return None
     watts = Watts(chip=chip.id, accelerators=case.cluster.accelerators, per_node=case.cluster.per_node, device_watts=chip.watts)
     said = " ".join(str(row.get(name) or "") for name in ("server_note", "cooling", "server")).lower()
-    cooling = next((cooling for pattern, cooling in _COOLED if re.search(pattern, said)), None)
+    cooling: energy.Cooling | None = next((cooling for pattern, cooling in _COOLED if re.search(pattern, said)), None)
     around = energy.server(cooling) if cooling and case.cluster.per_node == 8 else None
     node = energy.draw(found, case.workload, case.cluster, watts, around).watts.get("node")
     return None if node is None else node.mid / case.cluster.accelerators * min(case.cluster.per_node, case.cluster.accelerators)

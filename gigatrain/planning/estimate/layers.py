@@ -258,7 +258,7 @@ def _sharded(
     w, layout, states = local.workload, local.workload.layout, local.workload.states
     once = layout.zero == 3 and layout.pipeline > 1 and not layout.reshard  # a step's, not a microbatch's: operations.py
     trained = 0.0 if w.frozen else 1.0
-    if not w.frozen and not (w.stack in pieces.FUSED_SUM and layout.zero < 3):
+    if not w.frozen and not (local.fused_sum and layout.zero < 3):
         many = dense + experts
         if layout.zero == 3:
             backward = [*backward, memory("grad_add", "wgrad", many * (local.size + states.reduced) + 12.0 * many / local.shards, 2)]

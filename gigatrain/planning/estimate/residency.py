@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 
 from gigatrain.planning import layout as pipelines
 from gigatrain.planning.estimate.operations import trained
-from gigatrain.planning.estimate.pieces import FUSED_SUM, Local
+from gigatrain.planning.estimate.pieces import Local
 from gigatrain.planning.estimate.work import Block, Work
 from gigatrain.planning.estimate.workload import Workload
 
@@ -91,11 +91,16 @@ def _rank(local: Local, rank: int, work: Work, constants: Mapping[str, float]) -
         workspace += _gathered(local, blocks, largest)
     buffers = WORKSPACE_BYTES + (4.0 * work.boundary_bytes if layout.pipeline > 1 else 0.0)
     if (
-        workload.stack in FUSED_SUM and not workload.frozen
-    ):  # whose products sum into fp32: autograd is handed an empty gradient for each shape of weight
+        local.fused_sum and not workload.frozen
+    ):  # autograd is handed an empty gradient for each shape of weight, beside the sum that the product wrote to
         buffers += local.size * max((block.parameters - block.expert_parameters for block in layers), default=0.0)
-    if workload.stack == "deepspeed":
+    fork = workload.stack == "megatron" and "deepspeed" in workload.version  # Megatron on DeepSpeed's optimizer and pipeline
+    if workload.stack == "deepspeed" or (fork and layout.zero):
         buffers += 2 * states.reduced * min(BUCKET_ELEMENTS, mine)
+    if fork and layout.zero and workload.precision == "bf16":
+        gradients += local.size * mine  # BF16_Optimizer keeps a microbatch's beside their sum
+    if fork and layout.pipeline > 1:  # its pipeline keeps what came in and what goes out of each microbatch in flight
+        buffers += 2 * work.boundary_bytes * min(workload.accumulation, layout.pipeline - rank)
     groups = sum(size > 1 for size in (layout.tensor, layout.context, layout.pipeline, layout.expert, local.shards, layout.replicate))
     unused = constants.get("memory.unused", EXPANDABLE if workload.stack in EXPANDS or workload.version[:3] in ("25.", "26.") else UNUSED)
     device = constants.get("memory.context_bytes", CONTEXT_BYTES) + groups * constants.get("memory.communicator_bytes", COMMUNICATOR_BYTES)
