@@ -384,7 +384,7 @@ def _recompute(row: Row, stack: Stack) -> tuple[Recompute, tuple[str, ...]]:
     if re.search(r"core|attention", text) and "full" not in text:
         return "attention", ()
     if re.search(r"norm|act\b|_act|mlp|moe|mla_up", text) and not re.search(r"^full|\bop\b", text):
-        return "lean", ("moe",) if re.search(r"\bmoe\b", text) else ()
+        return "lean", ("recompute_moe",) if re.search(r"\bmoe\b", text) else ()
     if "selective" in text or re.search(r"\bsac\b|\bop\b", text):
         return ("attention" if stack in ("megatron", "nanotron") else "selective"), ()
     if "lean" in text:
