@@ -75,6 +75,7 @@ def depict(
         boundaries=_boundaries(draw) if draw else (),
         states=draw.states if draw else {},
         sensitivity=_sensitivity(expected, case, kept) if case and kept else (),
+        sources=draw.sources if draw else (),
         what_if=None if tokens is None else _what_if(workload, cluster, watts, draw, case, kept, tokens),
     )
 
@@ -84,7 +85,17 @@ def _candidate(one: search.Candidate, chosen: str) -> Candidate:
     name = picture.layout_words(one.layout)
     more = f"{name}; microbatch {one.microbatch} x {one.accumulation}, recompute {one.recompute}"
     return Candidate(
-        more, of.step_s, of.low_s, of.high_s, of.phases, of.memory_bytes, of.fits, of.tokens_per_s, of.limits, one.why, name == chosen
+        more,
+        of.step_s,
+        of.low_s,
+        of.high_s,
+        of.phases,
+        of.memory_bytes,
+        of.fits,
+        of.tokens_per_s,
+        "" if one.why else of.limits,
+        one.why,
+        name == chosen,
     )
 
 
@@ -99,8 +110,6 @@ def _boundaries(draw: Draw) -> tuple[Boundary, ...]:
                 else ""
             )
             found.append(Boundary(name, draw.watts[name], draw.peak.get(name), None, said))
-    if found and draw.sources:
-        found[-1] = replace(found[-1], source="; ".join(draw.sources))
     return tuple(found)
 
 

@@ -25,6 +25,7 @@ from gigatrain.planning.expected import Expected, Range
 
 FIRST = 2  # windows of a process that are not judged: compilers, allocators and caches warm up, and clocks settle
 ROW = 3  # windows beyond the interval, one after the other, before it is a drift
+USUAL = 50  # windows within the interval, the last before it was left, that say what is usual
 GOODPUT_S = 1800.0  # of wall-clock, before a share of it says anything: a start is most of a young run
 CAPPED = 0.10  # more of the time at the power limit than in the windows before
 CAPPED_ALONE = 0.50  # of the time, where no windows before say what is usual
@@ -138,7 +139,7 @@ def _streaks(windows: Sequence[Window], expected: Range, pick: Callable[[Window]
 
     def close(lasts: bool) -> None:
         if side and len(run) >= least:
-            found.append(_Streak([one for one, _ in run], list(within), median(value for _, value in run), side > 0, lasts))
+            found.append(_Streak([one for one, _ in run], within[-USUAL:], median(value for _, value in run), side > 0, lasts))
 
     for window, value in known:
         now = 1 if value > expected.high else -1 if value < expected.low else 0

@@ -153,6 +153,7 @@ class PlanPicture:
     states: Mapping[str, float] = field(default_factory=dict)  # watts of one device while it does each kind of work
     sensitivity: tuple[Sensitivity, ...] = ()
     what_if: WhatIf | None = None
+    sources: tuple[str, ...] = ()  # of the figures
 
 
 # ---- Where the numbers come from ----

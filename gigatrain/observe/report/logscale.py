@@ -137,7 +137,7 @@ def _named(places: Sequence[tuple[Dot, float, float]]) -> list[str]:
                 taken[_WIDE].append(boxes[0])
                 if fits:
                     taken[_NARROW].append(boxes[1])
-                place = f"left:{left:.4g}%;top:{top:.4g}%"
+                place = f"left:{left:.4g}%;top:{top:.4g}%;--off:{dot.size / 2 + 3:.3g}px"
                 found.append(f"<span class='dn {kind}{'' if fits else ' roomy'}' style='{place}'>{escaped(dot.name, 40)}</span>")
                 break
     return found

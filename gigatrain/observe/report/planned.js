@@ -29,8 +29,8 @@ const answer = asked => {
   const each = given.it_watts === null ? null : given.it_watts + (asked.cap === null ? 0 : at(given.caps, "watts", asked.cap, false) - given.cap_watts);
   const it = each === null ? null : each * asked.count, facility = it === null || asked.pue === null ? null : it * asked.pue;
   const retained = speed * (goodput === null ? 1 : goodput), days = retained > 0 ? given.tokens / retained / 86400 : null;
-  const mwh = facility === null || days === null ? null : facility * days * 24 / 1e6;
-  return {speed, goodput, days, megawatts: facility === null ? null : facility / 1e6, efficiency: facility === null ? null : retained / facility * 1e6, mwh,
+  const mwh = facility === null || days === null ? null : given.mwh_factor * facility * days * 24 / 1e6;
+  return {speed, goodput, days: days === null ? null : given.days_factor * days, megawatts: facility === null ? null : facility / 1e6, efficiency: facility === null ? null : given.efficiency_factor * retained / facility * 1e6, mwh,
     eur: mwh === null || asked.price === null ? null : mwh * asked.price, tco2: mwh === null || asked.carbon === null ? null : mwh * asked.carbon / 1e3};
 };
 const number = value => value === null || !isFinite(value) ? "unknown" : Math.abs(value) >= 1e6 ? [[1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"]]

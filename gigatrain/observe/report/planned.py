@@ -154,9 +154,12 @@ def _said(picture: PlanPicture) -> str:
             "Assumed",
             (*expected.assumed, *(one for one in (picture.estimate.assumed if picture.estimate else ()) if one not in expected.assumed)),
         ),
+        ("Sources", picture.sources),
         ("Unknown", tuple(f"{name}: {why}" for name, why in expected.unknown.items())),
     ):
         listed = "".join(f"<li>{escaped(one)}</li>" for one in some)
+        if title == "Sources" and not some:
+            continue
         inside += f"<h3 class=sub>{title}</h3><ul class=plainlist>{listed or '<li>nothing</li>'}</ul>"
     if picture.lines:
         text = escaped("\n".join(picture.lines), 40000)

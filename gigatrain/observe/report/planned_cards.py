@@ -234,7 +234,7 @@ def roof(picture: PlanPicture) -> str:
     low = min(*intensities, *(peak / roof.bytes_s for peak in roof.peaks.values())) / 3
     high = max(*intensities, *(peak / roof.bytes_s for peak in roof.peaks.values())) * 3
     lines = [
-        Line(f"{name} roof", [(low, low * roof.bytes_s), (peak / roof.bytes_s, peak), (high, peak)], at, last=_rate(peak))
+        Line(f"{name} roof", [(low, low * roof.bytes_s), (peak / roof.bytes_s, peak), (high, peak)], at, last=number(peak, 3))
         for at, (name, peak) in enumerate(roof.peaks.items())
     ]
     tones = {kind: tone for tone, kinds in TIME.values() for kind in kinds}
@@ -243,11 +243,15 @@ def roof(picture: PlanPicture) -> str:
         for one in shown
     ]
     picture_ = chart(
-        "Roofline", lines, dots, Scales("FLOPs per byte of memory", "FLOP/s of one rank", x_shown=_count, y_shown=_rate), wide=True
+        "Roofline",
+        lines,
+        dots,
+        Scales("FLOPs per byte of memory", "FLOP/s of one rank", x_shown=_count, y_shown=lambda it: number(it, 3)),
+        wide=True,
     )
     rows = []
     for one in picture.points[: 2 * ROOFED]:
-        rate = cell(_rate(one.flops / one.seconds)) if one.flops and one.seconds else sentence("no products")
+        rate = cell(number(one.flops / one.seconds, 3)) if one.flops and one.seconds else sentence("no products")
         moved = cell(f"{one.bytes / one.seconds / 1e12:,.2f} TB/s") if one.bytes and one.seconds else unknown("unknown")
         at = cell(number(one.intensity, 3)) if one.intensity else cell("0")
         rows.append(f"{head(one.name, one.kind)}{at}{rate}{moved}{cell(words.seconds(one.seconds))}{cell(per_cent(one.seconds / whole))}")
@@ -257,14 +261,11 @@ def roof(picture: PlanPicture) -> str:
     )
     least = len(picture.points) - len(shown)
     text = f"{roof.chip}: what its memory ({roof.bytes_s / 1e12:,.2f} TB/s) and its tensor cores allow as sold, and what the estimate has this "
-    text += "plan's operations reach. A mark is as large as its share of the time." + f" {least} without FLOPs are behind it only." * bool(
-        least
+    text += (
+        "plan's operations reach. A mark is as large as its share of the time."
+        + f" {least} that have no FLOPs, or hardly any time, are in its numbers only." * bool(least)
     )
     return figure("h2", "Roofline", text, picture_, behind, wide=True)
-
-
-def _rate(value: float) -> str:
-    return f"{number(value, 3)}FLOP/s".replace("FLOP/s", "") if value >= 1e6 else number(value, 3)
 
 
 def scaling(picture: PlanPicture) -> list[str]:
@@ -360,7 +361,7 @@ def sensitivity(picture: PlanPicture) -> str:
     rows = []
     for one in picture.sensitivity:
         good = unknown("unknown") if one.goodput is None else cell(per_cent(one.goodput))
-        days = unknown("unknown") if one.days is None else cell(number(one.days, 3))
+        days = unknown("unknown") if one.days is None else cell(number(one.days, 4))
         money = unknown("unknown") if one.eur is None else cell(number(one.eur, 3))
         rows.append(f"{head(one.what, one.changed)}{good}{days}{money}")
     return card(

@@ -13,7 +13,7 @@ from gigatrain.planning.expected import Expected, Range
 from gigatrain.planning.watts import Watts
 from gigatrain.power.reading import BOUNDARIES
 
-JUDGED = 20_000  # windows, the last, that are held beside the plan's ranges
+JUDGED = 5_000  # windows, the last, that are held against the plan's ranges
 TRACE_BYTES = 4 << 20  # of rank 0's trace, its end
 TRACED = {"compute": ("forward", "backward")}  # a trace's phases, where they are called otherwise
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from gigatrain.observe.report.parts import card, head, table
 from gigatrain.observe.report.words import escaped
+from gigatrain.planning.expected import Range
 from gigatrain.planning.picture import PlanPicture, Scale
 
 
@@ -20,6 +21,9 @@ def given(picture: PlanPicture) -> dict[str, Any] | None:
     goodput = expected.goodput.mid if expected.goodput is not None else None
     here = _between(known, asked.accelerators)
     caps = [{"x": one.watts, "speed": one.speed, "watts": one.device_watts} for one in sorted(asked.caps, key=lambda one: one.watts)]
+    days = asked.tokens / (expected.tokens_per_s.mid * (1.0 if goodput is None else goodput)) / 86400 if goodput != 0 else 0.0
+    watts = None if asked.it_watts is None or asked.pue is None else asked.it_watts * asked.accelerators * asked.pue
+    mwh = None if watts is None else watts * days * 24 / 1e6  # as if it drew as much while it waits; what is known of that is in the factor
     cap = caps[-1] if caps else None  # as sold, or as it is set: the last
     return {
         "rows": rows,
@@ -27,6 +31,9 @@ def given(picture: PlanPicture) -> dict[str, Any] | None:
         "speed_factor": expected.tokens_per_s.mid / here[0],
         "goodput_factor": goodput / here[1] if goodput is not None and here[1] else 1.0,
         "goodput": goodput,
+        "days_factor": _over(expected.days, days),
+        "mwh_factor": _over(expected.mwh, mwh),
+        "efficiency_factor": _over(expected.tokens_per_s_mw, asked.tokens / days / 86400 / watts * 1e6 if watts and days else None),
         "cap_speed": cap["speed"] if cap else 1.0,
         "cap_watts": cap["watts"] if cap else 0.0,
         "tokens": asked.tokens,
@@ -42,6 +49,11 @@ def given(picture: PlanPicture) -> dict[str, Any] | None:
             "cap": cap["x"] if cap else None,
         },
     }
+
+
+def _over(range_: Range | None, mine: float | None) -> float:
+    """What the sliders' own figure is off the plan's, so that they begin at it."""
+    return range_.mid / mine if range_ is not None and mine else 1.0
 
 
 def _between(rows: Sequence[Scale], count: float) -> tuple[float, float | None]:
