@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from gigatrain.planning import layout as pipelines
-from gigatrain.planning.estimate import collectives, estimate, layers, pieces
+from gigatrain.planning.estimate import collectives, estimate, layers, pieces, residency
 from gigatrain.planning.estimate.cluster import Cluster
 from gigatrain.planning.estimate.habits import Cost
-from gigatrain.planning.estimate.layouts import Split, arranged, states_of
+from gigatrain.planning.estimate.layouts import OWN, Split, arranged, states_of
 from gigatrain.planning.estimate.work import Axis, Block, Collective, Item, Op, Transfer
 from gigatrain.planning.estimate.workload import Layout, Precision, Recompute, Schedule, States, Workload
 
@@ -240,41 +240,61 @@ class Prices:
         count = chunks or (max(1, math.ceil(size / bucket)) if bucket > 0 else 1)
         return count * self.transfer_s(Transfer("shared", axis, collective, size / count, "update"), *group)
 
+    def held(self, ranks: int, each: int, schedule: Schedule, more: float) -> float:
+        """Layers of the fullest of `ranks`, embedding and head counting as `more`, as operations.py cuts them: alike where they divide and the stack is not
+        ours, else so that the costliest stage costs least."""
+        layers, stages = self.workload.shape.layers, ranks * each
+        if self.workload.stack not in OWN and layers % stages == 0:
+            return each * (layers // stages) + more
+        if self.workload.stack not in OWN and (layers + 2) % stages == 0:
+            even = (layers + 2) // stages
+            return max(each * even, each * even - 1 + more)
+        fewest = max(1, (layers - 1) // stages)
+        last = 1
+        for most in sorted({float(k) for k in range(fewest, layers + 1)} | {k + more for k in range(1, layers + 1)}):
+            last = min(int(most - more), layers - stages + 1)
+            if last >= 1 and int(most) * (stages - 1) + last >= layers:
+                break
+        few, extra = divmod(layers - last, stages - 1)  # of the other stages, the fuller ones side by side
+        return max(each * few + (-(-extra // ranks) if schedule != "zbv" else 1 + (extra > ranks) if extra else 0), (each - 1) * few + last + more)
+
     def turned(self, split: Split, expert: int, turn: Turn, recompute: Recompute, precision: Precision, zero: int) -> Turned:
         """All of a step but what shards and replicas send and what the optimizer does: the least that a step can take however weights are shared."""
         microbatch, count, schedule, each = turn
         body, ends = self.layer(split, expert, microbatch, recompute, precision, zero)
         shape, ranks = self.workload.shape, split.pipeline
         stages = ranks * each
-        # Whole layers to a stage; the ends weigh as so many layers more.
-        held = float(shape.layers)
-        if ranks > 1:
-            more = (ends.forward_s + ends.backward_s) / (body.forward_s + body.backward_s + body.again_s)
-            held = each * max(-(-shape.layers // stages), (shape.layers + more) / stages)
+        one = body.forward_s + body.backward_s + body.again_s
+        more = (ends.forward_s + ends.backward_s) / one
+        held = self.held(ranks, each, schedule, more) if ranks > 1 else shape.layers + more
+        mean = (shape.layers + more) / ranks
         forward, backward, weights = held * body.forward_s, held * (body.backward_s + body.again_s), held * body.weights_s
         if ranks == 1:
-            forward, backward, weights = forward + ends.forward_s, backward + ends.backward_s, weights + ends.weights_s
+            forward, backward = shape.layers * body.forward_s + ends.forward_s, shape.layers * (body.backward_s + body.again_s) + ends.backward_s
         total = forward + backward
         step = count * total
         if ranks > 1:
-            inputs = total - forward - weights
+            filled, inputs = mean * one, total - forward - weights  # of the mean rank, as a pipeline fills and drains through all of them
             match schedule:
                 case "1f1b":
-                    step = (count + ranks - 1) * total
+                    step = (count - 1) * total + ranks * filled
                 case "interleaved":
-                    step = max(count * total + (ranks - 1) * total / each, ranks * total + (count - 1) * total / each)
+                    step = max(count * total + (ranks - 1) * filled / each, ranks * filled + (count - 1) * total / each)
                 case "zbv":
-                    step = max(count * total + (ranks - 1) * inputs / 2, (count + ranks - 1) * (forward + inputs) + weights)
+                    alike = mean / held
+                    drained = ranks * alike * (forward + inputs) + (count - 1) * (forward + inputs) + weights
+                    step = max(count * total + (ranks - 1) * alike * inputs / 2, drained)
             rows = microbatch * self.workload.sequence // split.context
             send = Transfer("boundary", "pipeline", "send", 2.0 * rows * shape.hidden / split.tensor, "forward")
             stride = self.workload.layout.ranks // ranks
             sent = self.transfer_s(send, ranks, stride)
             step += 2 * (ranks - 1) * sent + self.exposed(2 * each * count * sent, count * total, "pipeline")
             most = max(pipelines.live(schedule, rank, ranks, each, count) for rank in {0, ranks - 1})
-            live = most * held / each * body.saved_bytes
+            live = most * -(-shape.layers // stages) * body.saved_bytes
         else:
-            live = held * body.saved_bytes + ends.saved_bytes
-        return Turned(step, forward, backward, count, live + max(body.transient_bytes, ends.transient_bytes))
+            live = shape.layers * body.saved_bytes + ends.saved_bytes
+        moving = live + max(body.transient_bytes, ends.transient_bytes)
+        return Turned(step, forward, backward, count, moving * (1 + residency.UNUSED))
 
     def shared(self, split: Split, expert: int, share: Share, both: bool, precision: Precision) -> Shared:
         """What does not depend on microbatches: transfers of weights and gradients, the optimizer, and the bytes of states. `both`: one rank has embedding and
@@ -308,6 +328,9 @@ class Prices:
             layer = sizes.dense + sizes.experts
             kept += states.gathered * (whole if not reshard else 2 * layer + 2 * sizes.ends)
             kept += (states.gathered + states.reduced) * max(layer, sizes.ends)
+        if self.workload.stack == "gigatrain_native":  # a microbatch's gradients beside their sum, but for those that are summed where they are made
+            kept += states.weights * (owned if zero == 3 else sizes.ends)
+        kept += residency.CONTEXT_BYTES + residency.WORKSPACE_BYTES + 3 * residency.COMMUNICATOR_BYTES
         return Shared(gather, scatter + (gather if often and reshard else 0.0), between, often, update + self.habits.step_s, kept)
 
     def together(self, turned: Turned, shared: Shared) -> tuple[float, float]:
