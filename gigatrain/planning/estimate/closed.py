@@ -3,22 +3,25 @@
 Operations and transfers of one layer are those of layers.py, timed as estimate.py times them, so that it errs only in how they are put together:
 
     a microbatch   its rank's layers, as if they were alike, with the embedding and the head as so many layers more; whole layers to a stage
-    a pipeline     (m + p - 1) T of 1F1B, m T + (p - 1) T / v interleaved, m T + (p - 1) (F + D - W) of ZBV, at least 0 (F, D, W: forward, both gradients)
+    a pipeline     of p ranks and m microbatches that take T = F + D + W (forward, inputs' and weights' gradients): (m + p - 1) T of 1F1B; interleaved
+                   m T + (p - 1) T / v, or where that is longer p T + (m - 1) T / v; of ZBV m T + (p - 1) D / 2, or (m + p - 1) (F + D) + W. With stages alike
+                   these are what pipeline_order.py's events come to, exactly
     transfers      beside the work that may hide them as far as the stack overlaps that axis, and its slowing taken off; the rest in full
     memory         states as residency.py shares them, the activations of every microbatch in flight, logits, gathered weights
 
 How far it is from the events is in tests/planning/test_search.py; the search allows for it (search.MARGIN).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from gigatrain.planning import layout as pipelines
-from gigatrain.planning.estimate import collectives, estimate, layers, pieces
+from gigatrain.planning.estimate import collectives, estimate, layers, pieces, residency
 from gigatrain.planning.estimate.cluster import Cluster
 from gigatrain.planning.estimate.habits import Cost
-from gigatrain.planning.estimate.layouts import Split, arranged, states_of
-from gigatrain.planning.estimate.work import Block, Item, Op, Transfer
+from gigatrain.planning.estimate.layouts import OWN, Split, arranged, states_of
+from gigatrain.planning.estimate.work import Axis, Block, Collective, Item, Op, Transfer
 from gigatrain.planning.estimate.workload import Layout, Precision, Recompute, Schedule, States, Workload
 
 AXES = ("tensor", "context", "expert")  # whose transfers are within a layer
@@ -106,6 +109,7 @@ class Prices:
         self.timed: dict[tuple[Precision, Op], tuple[float, float]] = {}
         self.sent: dict[tuple[Transfer, int, int], float] = {}
         self.layers: dict[tuple[object, ...], tuple[Layer, Layer]] = {}
+        self.shares: dict[tuple[int, int, int, int], tuple[int, int]] = {}
         self.counted: dict[tuple[int, int], Sizes] = {}
 
     def transfer_s(self, transfer: Transfer, ranks: int, stride: int) -> float:
@@ -154,9 +158,7 @@ class Prices:
         work = max(found.device_s, found.launch_s)
         return work + sum(self.exposed(getattr(found, axis), work, axis) for axis in AXES)
 
-    def layer(
-        self, split: Split, expert: int, microbatch: int, recompute: Recompute, precision: Precision, zero: int
-    ) -> tuple[Layer, Layer]:
+    def layer(self, split: Split, expert: int, microbatch: int, recompute: Recompute, precision: Precision, zero: int) -> tuple[Layer, Layer]:
         """`(the mean layer, embedding and head)` of a microbatch."""
         key = (split.tensor, split.context, split.exchange, expert, microbatch, recompute, precision, zero == 3)
         found = self.layers.get(key)
@@ -220,9 +222,41 @@ class Prices:
         return found + (0.0 if self.workload.offload else states.master + states.moments) * owned
 
     def _owned(self, layout: Layout, zero: int, dense: float, experts: float) -> float:
-        if zero == 0:
-            return dense + experts
-        return dense / collectives.group(layout, "shard")[0] + experts / collectives.group(layout, "shard", experts=True)[0]
+        dense_ranks, experts_ranks = self._sharing(layout)
+        return dense / dense_ranks + experts / experts_ranks if zero else dense + experts
+
+    def _sharing(self, layout: Layout) -> tuple[int, int]:
+        """Ranks that share a dense parameter, and an expert's."""
+        key = (layout.shard, layout.context, layout.tensor, layout.expert)
+        found = self.shares.get(key)
+        if found is None:
+            local = pieces.Local(replace(self.workload, layout=layout, microbatch=1))
+            found = self.shares[key] = (local.shards, local.expert_shards)
+        return found
+
+    def _pieces(self, axis: Axis, collective: Collective, size: float, chunks: int | None, group: tuple[int, int]) -> float:
+        """Seconds of `size` bytes in `chunks`, or in the stack's buckets."""
+        bucket = self.habits.bucket_bytes
+        count = chunks or (max(1, math.ceil(size / bucket)) if bucket > 0 else 1)
+        return count * self.transfer_s(Transfer("shared", axis, collective, size / count, "update"), *group)
+
+    def held(self, ranks: int, each: int, schedule: Schedule, more: float) -> float:
+        """Layers of the fullest of `ranks`, embedding and head counting as `more`, as operations.py cuts them: alike where they divide and the stack is not
+        ours, else so that the costliest stage costs least."""
+        layers, stages = self.workload.shape.layers, ranks * each
+        if self.workload.stack not in OWN and layers % stages == 0:
+            return each * (layers // stages) + more
+        if self.workload.stack not in OWN and (layers + 2) % stages == 0:
+            even = (layers + 2) // stages
+            return max(each * even, each * even - 1 + more)
+        fewest = max(1, (layers - 1) // stages)
+        last = 1
+        for most in sorted({float(k) for k in range(fewest, layers + 1)} | {k + more for k in range(1, layers + 1)}):
+            last = min(int(most - more), layers - stages + 1)
+            if last >= 1 and int(most) * (stages - 1) + last >= layers:
+                break
+        few, extra = divmod(layers - last, stages - 1)  # of the other stages, the fuller ones side by side
+        return max(each * few + (-(-extra // ranks) if schedule != "zbv" else 1 + (extra > ranks) if extra else 0), (each - 1) * few + last + more)
 
     def turned(self, split: Split, expert: int, turn: Turn, recompute: Recompute, precision: Precision, zero: int) -> Turned:
         """All of a step but what shards and replicas send and what the optimizer does: the least that a step can take however weights are shared."""
@@ -230,63 +264,63 @@ class Prices:
         body, ends = self.layer(split, expert, microbatch, recompute, precision, zero)
         shape, ranks = self.workload.shape, split.pipeline
         stages = ranks * each
-        # Whole layers to a stage; the ends weigh as so many layers more.
-        held = float(shape.layers)
-        if ranks > 1:
-            more = (ends.forward_s + ends.backward_s) / (body.forward_s + body.backward_s + body.again_s)
-            held = each * max(-(-shape.layers // stages), (shape.layers + more) / stages)
+        one = body.forward_s + body.backward_s + body.again_s
+        more = (ends.forward_s + ends.backward_s) / one
+        held = self.held(ranks, each, schedule, more) if ranks > 1 else shape.layers + more
+        mean = (shape.layers + more) / ranks
         forward, backward, weights = held * body.forward_s, held * (body.backward_s + body.again_s), held * body.weights_s
         if ranks == 1:
-            forward, backward, weights = forward + ends.forward_s, backward + ends.backward_s, weights + ends.weights_s
+            forward, backward = shape.layers * body.forward_s + ends.forward_s, shape.layers * (body.backward_s + body.again_s) + ends.backward_s
         total = forward + backward
         step = count * total
         if ranks > 1:
+            filled, inputs = mean * one, total - forward - weights  # of the mean rank, as a pipeline fills and drains through all of them
             match schedule:
                 case "1f1b":
-                    step += (ranks - 1) * total
+                    step = (count - 1) * total + ranks * filled
                 case "interleaved":
-                    step += (ranks - 1) * total / each
+                    step = max(count * total + (ranks - 1) * filled / each, ranks * filled + (count - 1) * total / each)
                 case "zbv":
-                    step += (ranks - 1) * max(0.0, total - 3 * weights) / 2
+                    alike = mean / held
+                    drained = ranks * alike * (forward + inputs) + (count - 1) * (forward + inputs) + weights
+                    step = max(count * total + (ranks - 1) * alike * inputs / 2, drained)
             rows = microbatch * self.workload.sequence // split.context
             send = Transfer("boundary", "pipeline", "send", 2.0 * rows * shape.hidden / split.tensor, "forward")
             stride = self.workload.layout.ranks // ranks
             sent = self.transfer_s(send, ranks, stride)
             step += 2 * (ranks - 1) * sent + self.exposed(2 * each * count * sent, count * total, "pipeline")
             most = max(pipelines.live(schedule, rank, ranks, each, count) for rank in {0, ranks - 1})
-            live = most * held / each * body.saved_bytes
+            live = most * -(-shape.layers // stages) * body.saved_bytes
         else:
-            live = held * body.saved_bytes + ends.saved_bytes
-        return Turned(step, forward, backward, count, live + max(body.transient_bytes, ends.transient_bytes))
+            live = shape.layers * body.saved_bytes + ends.saved_bytes
+        moving = live + max(body.transient_bytes, ends.transient_bytes)
+        return Turned(step, forward, backward, count, moving * (1 + residency.UNUSED))
 
     def shared(self, split: Split, expert: int, share: Share, both: bool, precision: Precision) -> Shared:
         """What does not depend on microbatches: transfers of weights and gradients, the optimizer, and the bytes of states. `both`: one rank has embedding and
         head."""
         (shard, zero, reshard), shape, sizes = share, self.workload.shape, self.sizes(split.tensor, expert)
         states, ranks = states_of(self.workload, precision, zero), split.pipeline
-        layout = Layout(
-            replicate=split.data // shard, shard=shard, context=split.context, tensor=split.tensor, pipeline=ranks, expert=expert
-        )
+        layout = Layout(replicate=split.data // shard, shard=shard, context=split.context, tensor=split.tensor, pipeline=ranks, expert=expert)
         dense = shape.layers / ranks * sizes.dense + sizes.ends * (2 if both and not shape.tied else 1)
         experts = shape.layers / ranks * sizes.experts
-        chunks, replicate = max(1, shape.layers // ranks), collectives.group(layout, "replicate")
+        replicate, often = collectives.group(layout, "replicate"), zero == 3 and (ranks == 1 or reshard)
         gather = scatter = between = 0.0
+        dense_ranks, experts_ranks = self._sharing(layout)
         for number, of_experts in ((dense, False), (experts, True)):
             if not number:
                 continue
             group = collectives.group(layout, "shard", experts=of_experts)
             if group[0] > 1 and zero == 0:
-                scatter += self.transfer_s(Transfer("reduce", "shard", "all_reduce", number * states.reduced, "step"), *group)
-            elif group[0] > 1:  # layer by layer
-                part = number / chunks
-                gather += chunks * self.transfer_s(Transfer("gather", "shard", "all_gather", part * states.gathered, "forward"), *group)
-                scatter += chunks * self.transfer_s(
-                    Transfer("scatter", "shard", "reduce_scatter", part * states.reduced, "backward"), *group
-                )
+                scatter += self._pieces("shard", "all_reduce", number * states.reduced, None, group)
+            elif group[0] > 1:
+                chunks = max(1, shape.layers // ranks) if often else None  # layer by layer, or in buckets
+                gather += self._pieces("shard", "all_gather", number * states.gathered, chunks, group)
+                scatter += self._pieces("shard", "reduce_scatter", number * states.reduced, chunks, group)
             if layout.replicate > 1:
-                own = number * states.reduced / (group[0] if zero else 1) / chunks
-                between += chunks * self.transfer_s(Transfer("replicate", "replicate", "all_reduce", own, "backward"), *replicate)
-        whole, owned = dense + experts, self._owned(layout, zero, dense, experts)
+                own = number * states.reduced / ((experts_ranks if of_experts else dense_ranks) if zero else 1)
+                between += self._pieces("replicate", "all_reduce", own, max(1, shape.layers // ranks) if often else None, replicate)
+        whole, owned = dense + experts, (dense / dense_ranks + experts / experts_ranks) if zero else dense + experts
         moved = states.weights + states.gradients + 2 * (states.master + states.moments)
         update = self.op_s(Op("adamw", "optimizer", "update", 0.0, owned * moved), precision)[0]
         kept = self._kept(states, zero, whole, owned)
@@ -294,7 +328,9 @@ class Prices:
             layer = sizes.dense + sizes.experts
             kept += states.gathered * (whole if not reshard else 2 * layer + 2 * sizes.ends)
             kept += (states.gathered + states.reduced) * max(layer, sizes.ends)
-        often = zero == 3 and (ranks == 1 or reshard)
+        if self.workload.stack == "gigatrain_native":  # a microbatch's gradients beside their sum, but for those that are summed where they are made
+            kept += states.weights * (owned if zero == 3 else sizes.ends)
+        kept += residency.CONTEXT_BYTES + residency.WORKSPACE_BYTES + 3 * residency.COMMUNICATOR_BYTES
         return Shared(gather, scatter + (gather if often and reshard else 0.0), between, often, update + self.habits.step_s, kept)
 
     def together(self, turned: Turned, shared: Shared) -> tuple[float, float]:

@@ -10,6 +10,8 @@ Three rounds, all deterministic, on one core:
 """
 
 import heapq
+import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +20,7 @@ from typing import Any
 from gigatrain.errors import PlanError
 from gigatrain.planning.estimate import estimate as whole
 from gigatrain.planning.estimate import layouts
-from gigatrain.planning.estimate.closed import Prices, Share, Turn, Turned
+from gigatrain.planning.estimate.closed import Prices, Share, Shared, Turn, Turned
 from gigatrain.planning.estimate.cluster import Cluster
 from gigatrain.planning.estimate.constants import VALUES
 from gigatrain.planning.estimate.layouts import Split
@@ -29,7 +31,7 @@ from gigatrain.planning.estimate.workload import PRODUCTS_BITS, Layout, Precisio
 POLICIES: tuple[Recompute, ...] = ("none", "lean", "attention", "selective", "full")
 MARGIN = 0.20  # by which the formula may be wrong about the events: tests/planning/test_search.py measures it
 SLACK = 0.80  # bytes by formula that are refused: those whose SLACK-th part does not fit; residency.py judges the rest
-EVENTS = 1_500_000  # items that the second and third round may play in all, which is what bounds their time
+EVENTS = 4_000_000  # items that the second and third round may play in all, which is what bounds their time
 EACH = 3  # of a group, by events
 KEPT = 24  # of a group, by formula
 SLOWER = "slower than what is shown, by formula and its margin"
@@ -166,13 +168,10 @@ def _by_formula(
 ) -> tuple[dict[Group, list[_Member]], int]:
     """The first round: of each group the KEPT best by formula."""
     groups: dict[Group, list[_Member]] = {}
-    room, considered = float(cluster.memory_bytes or float("inf")), 0
+    room, considered = float(cluster.memory_bytes or math.inf), 0
     wanted = tuple(one for one in POLICIES if one in recomputes)
     best: dict[Group, float] = {}
-
-    def limit() -> float:
-        """What no configuration that could be shown takes: as long as the `top`-th group's best, and what the formula may err by."""
-        return sorted(best.values())[top - 1] * (1 + MARGIN) if len(best) >= top else float("inf")
+    limit = math.inf
 
     for split in layouts.splits(workload, cluster, pruned):
         for precision in precisions:
@@ -184,39 +183,38 @@ def _by_formula(
                 shares = list(layouts.shards(workload, split, expert))
                 considered += len(turns) * len(shares) * len(wanted)
                 members = groups.setdefault((split.tensor, split.pipeline, split.context, expert), [])
-                fits = []
+                fits: dict[bool, list[Share]] = {}  # by whether weights are shared too, of which a microbatch's own seconds depend
                 for share in shares:
                     if prices.state_bytes(split, expert, share, precision) > room:
                         pruned["memory: weights, gradients and optimizer"] += len(turns) * len(wanted)
                     else:
-                        fits.append(
-                            (
-                                share,
-                                prices.shared(split, expert, share, False, precision),
-                                prices.shared(split, expert, share, True, precision),
-                            )
-                        )
-                for turn in turns:
-                    bound = min(limit(), members[-1].step_s if len(members) >= KEPT else float("inf"))
-                    whole: dict[tuple[Recompute, bool], Turned] = {}
-                    for share, apart, joined in fits:
-                        shared, many = joined if split.pipeline == 1 or turn[2] == "zbv" else apart, share[1] == 3
+                        fits.setdefault(share[1] == 3, []).append(share)
+                known: dict[tuple[Share, bool], Shared] = {}
+                for turn, (many, those) in itertools.product(turns, fits.items()):
+                    bound = min(limit, members[-1].step_s if len(members) >= KEPT else math.inf)
+                    joined = split.pipeline == 1 or turn[2] == "zbv"
+                    whole: dict[int, Turned] = {}
+                    least = whole[0] = prices.turned(split, expert, turn, wanted[0], precision, those[0][1])
+                    if least.step_s * prices.waits > bound:  # before weights are shared and updated, and with the least made again
+                        pruned[SLOWER] += len(those) * len(wanted)
+                        continue
+                    for share in those:
+                        shared = known.get((share, joined))
+                        if shared is None:
+                            shared = known[share, joined] = prices.shared(split, expert, share, joined, precision)
                         for index, recompute in enumerate(wanted):
-                            turned = whole.get((recompute, many))
+                            turned = whole.get(index)
                             if turned is None:
-                                turned = whole[recompute, many] = prices.turned(split, expert, turn, recompute, precision, share[1])
-                            if turned.step_s * prices.waits > bound:  # before weights are shared and updated, and with the least made again
+                                turned = whole[index] = prices.turned(split, expert, turn, recompute, precision, share[1])
+                            step, needs = prices.together(turned, shared)
+                            if step > bound:
                                 pruned[SLOWER] += len(wanted) - index
                                 break
-                            step, needs = prices.together(turned, shared)
                             if needs * SLACK > room:
                                 pruned["memory: activations, by formula"] += 1
                                 continue
-                            if step > bound:
-                                pruned[SLOWER] += 1
-                            else:
-                                tie = (split.exchange, share, turn, index, precision)
-                                members.append(_Member(step, tie, needs, split, expert, share, turn, recompute, precision))
+                            tie = (split.exchange, share, turn, index, precision)
+                            members.append(_Member(step, tie, needs, split, expert, share, turn, recompute, precision))
                             if needs <= room * SLACK:
                                 pruned["more is made again than memory asks for"] += len(wanted) - index - 1
                                 break  # the rest does more work for memory that is not needed
@@ -225,6 +223,8 @@ def _by_formula(
                 members[:] = heapq.nsmallest(KEPT, members)
                 if members:
                     best[(split.tensor, split.pipeline, split.context, expert)] = members[0].step_s
+                    if len(best) >= top:  # what nothing that could be shown takes: the `top`-th group's best, and what the formula may err by
+                        limit = heapq.nsmallest(top, best.values())[-1] * (1 + MARGIN)
     return {group: heapq.nsmallest(KEPT, members) for group, members in groups.items() if members}, considered
 
 
@@ -292,7 +292,7 @@ def _by_events(groups: dict[Group, list[_Member]], play: _Play, top: int, late: 
         if late() or play.spent:
             return False
         fits, ratio, tried = 0, 1.0, 0
-        mine = float("inf")
+        mine = math.inf
         for member in members:
             if fits >= EACH or tried >= 3 * EACH:
                 break
@@ -309,9 +309,7 @@ def _by_events(groups: dict[Group, list[_Member]], play: _Play, top: int, late: 
     return True
 
 
-def _refined(
-    play: _Play, groups: dict[Group, list[_Member]], recomputes: tuple[Recompute, ...], top: int, late: Callable[[], bool]
-) -> None:
+def _refined(play: _Play, groups: dict[Group, list[_Member]], recomputes: tuple[Recompute, ...], top: int, late: Callable[[], bool]) -> None:
     """The third round: each of the shown, improved one choice at a time."""
     for _ in range(3):
         before = [candidate.workload for candidate in _different(play.ranked(), top)]
@@ -469,12 +467,7 @@ def overrides(candidate: Candidate) -> list[str]:
             f'a layout of the stack "{workload.stack}" cannot be written as a recipe; search with "gigatrain_native" or "gigatrain_deepspeed"'
         )
     found = [f"mesh.{axis}={getattr(mine, axis)}" for axis in ("replicate", "shard", "context", "tensor", "pipeline", "expert")]
-    found += [
-        f"mesh.schedule={mine.schedule}",
-        f"mesh.stages={mine.stages}",
-        f"mesh.exchange={mine.exchange}",
-        f"mesh.dispatch={mine.dispatch}",
-    ]
+    found += [f"mesh.schedule={mine.schedule}", f"mesh.stages={mine.stages}", f"mesh.exchange={mine.exchange}", f"mesh.dispatch={mine.dispatch}"]
     if workload.stack == "gigatrain_deepspeed":
         found.append(f"engine.zero={mine.zero}")
     elif mine.zero == 3 and mine.pipeline == 1:
@@ -492,21 +485,7 @@ def overrides(candidate: Candidate) -> list[str]:
 
 def table(found: Found) -> list[str]:
     """Lines for a terminal: one a candidate with its reason below, then how many there were and why the others are not here."""
-    head = (
-        "",
-        "tensor",
-        "context",
-        "pipeline",
-        "expert",
-        "shard",
-        "replicate",
-        "micro x acc",
-        "recompute",
-        "precision",
-        "step",
-        "tokens/s/rank",
-        "memory",
-    )
+    head = ("", "tensor", "context", "pipeline", "expert", "shard", "replicate", "micro x acc", "recompute", "precision", "step", "tokens/s/rank", "memory")
     rows = [head]
     for index, candidate in enumerate(found.candidates, 1):
         mine, estimate = candidate.layout, candidate.estimate
