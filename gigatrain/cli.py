@@ -205,7 +205,7 @@ def _planned(options: argparse.Namespace) -> None:
     if options.report:
         from gigatrain.observe.report import planned
 
-        planned.write(planned.picture(chosen, site, behind, found, constants), Path(options.report).expanduser())
+        planned.write(choose.picture(chosen, site, behind, found), Path(options.report).expanduser())
     pilots = None
     if options.pilots:
         from gigatrain.launching import pilots as short

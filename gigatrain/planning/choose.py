@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from gigatrain import load
 from gigatrain.config import Mesh, Recipe
 from gigatrain.errors import PlanError, RecipeError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import hardware
+from gigatrain.planning import hardware, words
 from gigatrain.planning import megawatts as megawatts_of
 from gigatrain.planning.estimate.cluster import Cluster
 from gigatrain.planning.estimate.constants import VALUES
@@ -16,10 +16,12 @@ from gigatrain.planning.estimate.estimate import estimate
 from gigatrain.planning.estimate.goodput import forecast
 from gigatrain.planning.estimate.search import Candidate, Found, overrides, search, table, tree
 from gigatrain.planning.estimate.workload import Layout, Precision, Workload
-from gigatrain.planning.expect import cluster_of, workload_of
+from gigatrain.planning.depict import depict
+from gigatrain.planning.expect import Prospect, cluster_of, workload_of
 from gigatrain.planning.megawatts import Option
-from gigatrain.planning.plan import plan
-from gigatrain.site import Site
+from gigatrain.planning.picture import PlanPicture
+from gigatrain.planning.plan import Plan, plan
+from gigatrain.site import Accelerator, Site
 
 __all__ = ["accelerators", "first", "layouts", "table", "tree", "undivided"]
 
@@ -109,6 +111,31 @@ def accelerators(
     return tuple(sorted(found, key=lambda one: (bool(one.unknown), -one.goodput_tokens_per_s)))
 
 
+def picture(chosen: Plan, site: Site, behind: Prospect, found: Found | None) -> PlanPicture:
+    """What the page of a plan shows. Raises PlanError where nothing is expected of it, with the reason."""
+    if behind.estimate is None or behind.workload is None or behind.cluster is None:
+        raise PlanError(f"there is nothing to draw: {behind.expected.unknown['step_s']}")
+
+    def cluster(count: int) -> Cluster:
+        return cluster_of(site, count * hardware.chip(behind.cluster.chip).devices)  # type: ignore[union-attr]
+
+    return depict(
+        f"{chosen.name} on {chosen.site}",
+        behind.expected,
+        behind.workload,
+        behind.cluster,
+        behind.estimate,
+        summary=chosen.summary,
+        lines=tuple(words.expected(behind.expected)),
+        watts=chosen.watts,
+        draw=behind.draw,
+        case=behind.case,
+        tokens=float(chosen.tokens),
+        found=found.candidates if found is not None else (),
+        cluster_of=cluster,
+    )
+
+
 SAMPLES = 8  # of a rank and step
 MOST = 1024  # ranks of one copy
 
@@ -120,7 +147,7 @@ def _block(recipe: Recipe, chip: hardware.Chip, measure: Measure | None) -> tupl
     ranks, failed = 8, PlanError(f"{MOST} ranks of a {chip.name} do not hold the model")
     while ranks <= MOST:
         cluster = megawatts_of.cluster_of(chip.id, -(-ranks // chip.devices))
-        site = megawatts_of.site_of(chip.id, cluster.accelerators)
+        site = megawatts_of.site_of(cast("Accelerator", chip.id), cluster.accelerators)
         of_block = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch": SAMPLES * ranks, "microbatch": None})})
         try:
             return search(undivided(of_block, site, ranks, measure), cluster, top=1).candidates[0].workload, cluster

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gigatrain.architectures import Architecture
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import hardware
+from gigatrain.planning import budget, hardware
 from gigatrain.planning.estimate import energy
 from gigatrain.planning.estimate.cluster import Cluster, Level
 from gigatrain.planning.estimate.estimate import estimate
-from gigatrain.planning.estimate.goodput import Goodput, forecast
+from gigatrain.planning.estimate.goodput import Case, Goodput, case_of, of_case
+from gigatrain.planning.estimate.recovery import Spares
 from gigatrain.planning.estimate.work import Estimate
 from gigatrain.planning.estimate.workload import Layout, Precision, Shape, Stack, States, Workload
 from gigatrain.planning.expected import Expected, Range
@@ -196,6 +197,7 @@ class Prospect:
     estimate: Estimate | None = None
     draw: energy.Draw | None = None
     goodput: Goodput | None = None
+    case: Case | None = None
 
 
 def expect(plan: Plan, site: Site, constants: Mapping[str, float] | None = None) -> Expected:
@@ -213,26 +215,28 @@ def prospect(plan: Plan, site: Site, constants: Mapping[str, float] | None = Non
     except PlanError as failure:
         return Prospect(Expected(unknown={"step_s": str(failure)}))
     drawn = energy.draw(found, workload, cluster, plan.watts)
-    kept = _goodput(plan, site, cluster, found, explain=explain)
-    best = _goodput(plan, site, cluster, found, as_planned=False)
+    case, assumed = _case(plan, site, cluster, found)
+    kept = of_case(case, assumed, explain=explain)
+    best = of_case(replace(case, saving=replace(case.saving, far_interval_s=0.0)))
     expected = _expected(plan, found, drawn, kept, best.every_steps)
-    return Prospect(expected, workload, cluster, found, drawn, kept)
+    return Prospect(expected, workload, cluster, found, drawn, kept, case)
 
 
-def _goodput(plan: Plan, site: Site, cluster: Cluster, found: Estimate, *, as_planned: bool = True, explain: bool = False) -> Goodput:
-    """Of the run as the recipe saves, else as often as is best; a checkpoint is cost.py's weights and optimizer, of all ranks that share one copy."""
+def _case(plan: Plan, site: Site, cluster: Cluster, found: Estimate) -> tuple[Case, tuple[str, ...]]:
+    """The run as the recipe saves; a checkpoint is cost.py's weights and optimizer, of all ranks that share one copy."""
     copies = plan.mesh.replicate
     whole = (plan.memory.weights + plan.memory.optimizer) * (plan.ranks // copies)
-    return forecast(
+    days = plan.steps * found.step_s / 86_400
+    every, write = plan.checkpoint.every, site.storage.write_gbyte_s.value
+    return case_of(
         cluster.accelerators,
         cluster.per_node,
         found.step_s,
         float(whole),
-        write_gbyte_s=site.storage.write_gbyte_s.value,
+        write_gbyte_s=write,
         replicas=copies,
-        every_steps=plan.checkpoint.every if as_planned else None,
-        days=plan.steps * found.step_s / 86_400,
-        explain=explain,
+        every_steps=every,
+        days=days,
     )
 
 

@@ -222,8 +222,8 @@ def plan(
     """Make every number of the run concrete, on `ranks` processes (default: the recipe's `train.nproc`, else what its mesh needs).
 
     `measure` gives the numbers of a model that is not of our families: models/autonumbers.py's `numbers`, which needs torch. `constants`: of the
-    estimate, where runs of one's own have refitted them (calibrate.py). `fits` False: memory is not judged, as where a layout is still to be searched; `forecast`
-    False: nothing is expected of it.
+    estimate, where runs of one's own have refitted them (calibrate.py). `fits` False: memory is not judged, as where a layout is still to be searched;
+    `forecast` False: nothing is expected of it.
 
     Raises PlanError for what cannot work: a memory need beyond the site's, watts beyond a budget, a tokenizer beyond the model's vocabulary, a mesh that
     divides nothing.

@@ -15,6 +15,7 @@ has none of it.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from gigatrain.errors import PlanError
 from gigatrain.planning.estimate.failures import DAY_S, Failures, elsewhere
@@ -417,7 +418,22 @@ def _span(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def forecast(
+def forecast(accelerators: int, per_node: int, step_s: float, checkpoint_bytes: float, *, explain: bool = False, **known: Any) -> Goodput:
+    """Goodput of a run from what a plan and its site know (`case_of`); what nobody said is in `assumed`. `explain`: with the sensitivity table."""
+    case, assumed = case_of(accelerators, per_node, step_s, checkpoint_bytes, **known)
+    return of_case(case, assumed, explain=explain)
+
+
+def of_case(case: Case, assumed: tuple[str, ...] = (), *, explain: bool = False) -> Goodput:
+    """`expected`, with what was assumed for it."""
+    found = replace(expected(case), assumed=assumed)
+    if case.spares.nodes is None:
+        note = f"{found.spares} spare nodes, the best number where a repair takes {case.spares.repair_s / DAY_S:g} days"
+        found = replace(found, assumed=(*assumed, note))
+    return replace(found, table=lines(case, found)) if explain else found
+
+
+def case_of(
     accelerators: int,
     per_node: int,
     step_s: float,
@@ -432,9 +448,8 @@ def forecast(
     every_steps: int | None = None,
     days: float | None = None,
     saving: Saving | None = None,
-    explain: bool = False,
-) -> Goodput:
-    """Goodput of a run from what a plan and its site know; what nobody said is in `assumed`. `every_steps`: saves as the recipe has them, else best.
+) -> tuple[Case, tuple[str, ...]]:
+    """A run as a case, and what nobody said of it. `every_steps`: saves as the recipe has them, else best.
 
     `saving` is for a tier in node memory or saves beside training; its bytes, bandwidth and interval are taken from the plain arguments where they are
     given. `spares`: nodes that stand by, or a record with their repair; None: as many as are best. Where a scheduler has others, they are
@@ -467,8 +482,4 @@ def forecast(
     case = Case(accelerators, per_node, step_s, failures, saving, restart, pool, replicas, tolerance, days)
     if accelerators > MANY and failures.wear == 1:
         assumed.append(f"failures go with accelerators; Meta saw 2.8 times as many a node at 98K as at {MANY:,} (arXiv 2602.00277)")
-    found = replace(expected(case), assumed=tuple(assumed))
-    if pool.nodes is None:
-        note = f"{found.spares} spare nodes, the best number where a repair takes {case.spares.repair_s / DAY_S:g} days"
-        found = replace(found, assumed=(*found.assumed, note))
-    return replace(found, table=lines(case, found)) if explain else found
+    return case, tuple(assumed)

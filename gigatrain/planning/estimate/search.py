@@ -223,7 +223,9 @@ def _by_formula(
                 members[:] = heapq.nsmallest(KEPT, members)
                 if members:
                     best[(split.tensor, split.pipeline, split.context, expert)] = members[0].step_s
-                    if len(best) >= top:  # what nothing that could be shown takes: the `top`-th group's best, and what the formula may err by
+                    if (
+                        len(best) >= top
+                    ):  # what nothing that could be shown takes: the `top`-th group's best, and what the formula may err by
                         limit = heapq.nsmallest(top, best.values())[-1] * (1 + MARGIN)
     return {group: heapq.nsmallest(KEPT, members) for group, members in groups.items() if members}, considered
 
@@ -309,7 +311,9 @@ def _by_events(groups: dict[Group, list[_Member]], play: _Play, top: int, late: 
     return True
 
 
-def _refined(play: _Play, groups: dict[Group, list[_Member]], recomputes: tuple[Recompute, ...], top: int, late: Callable[[], bool]) -> None:
+def _refined(
+    play: _Play, groups: dict[Group, list[_Member]], recomputes: tuple[Recompute, ...], top: int, late: Callable[[], bool]
+) -> None:
     """The third round: each of the shown, improved one choice at a time."""
     for _ in range(3):
         before = [candidate.workload for candidate in _different(play.ranked(), top)]
@@ -467,7 +471,12 @@ def overrides(candidate: Candidate) -> list[str]:
             f'a layout of the stack "{workload.stack}" cannot be written as a recipe; search with "gigatrain_native" or "gigatrain_deepspeed"'
         )
     found = [f"mesh.{axis}={getattr(mine, axis)}" for axis in ("replicate", "shard", "context", "tensor", "pipeline", "expert")]
-    found += [f"mesh.schedule={mine.schedule}", f"mesh.stages={mine.stages}", f"mesh.exchange={mine.exchange}", f"mesh.dispatch={mine.dispatch}"]
+    found += [
+        f"mesh.schedule={mine.schedule}",
+        f"mesh.stages={mine.stages}",
+        f"mesh.exchange={mine.exchange}",
+        f"mesh.dispatch={mine.dispatch}",
+    ]
     if workload.stack == "gigatrain_deepspeed":
         found.append(f"engine.zero={mine.zero}")
     elif mine.zero == 3 and mine.pipeline == 1:
@@ -485,7 +494,21 @@ def overrides(candidate: Candidate) -> list[str]:
 
 def table(found: Found) -> list[str]:
     """Lines for a terminal: one a candidate with its reason below, then how many there were and why the others are not here."""
-    head = ("", "tensor", "context", "pipeline", "expert", "shard", "replicate", "micro x acc", "recompute", "precision", "step", "tokens/s/rank", "memory")
+    head = (
+        "",
+        "tensor",
+        "context",
+        "pipeline",
+        "expert",
+        "shard",
+        "replicate",
+        "micro x acc",
+        "recompute",
+        "precision",
+        "step",
+        "tokens/s/rank",
+        "memory",
+    )
     rows = [head]
     for index, candidate in enumerate(found.candidates, 1):
         mine, estimate = candidate.layout, candidate.estimate
