@@ -180,7 +180,9 @@ def _slow_or_fast(expected: Expected, streak: _Streak, slow: bool) -> tuple[str,
 
 
 def _slow(expected: Expected, streak: _Streak) -> tuple[str, str]:
-    """Cause and advice of steps that take too long: first which phase grew, then what explains that phase."""
+    """Cause and advice of steps that take too long: waits for a power budget, else which phase grew, then what explains that phase."""
+    if found := _paced(expected, streak):
+        return found
     now, usual, own = _phases(streak.windows), _phases(streak.before), bool(_phases(streak.before))
     usual = usual or planned_phases(expected)
     beside = "before" if own else "planned"
@@ -224,6 +226,29 @@ def _slow(expected: Expected, streak: _Streak) -> tuple[str, str]:
     if not now:
         return "unknown: there is no trace of these windows' phases", "profile.ranks and RUN/trace say which phase it is"
     return "unknown: no phase took most of it, and nothing else that is recorded moved", "profile one step (profile.steps)"
+
+
+def _paced(expected: Expected, streak: _Streak) -> tuple[str, str] | None:
+    """Waits before steps, which a window's step_s holds, where they are a good part of what is too long."""
+    share = _mean(streak.windows, _waited)
+    if expected.step_s is not None:
+        behind = 1 - expected.step_s.mid / streak.seen if streak.seen else 0.0
+    else:
+        behind = 1 - streak.seen / expected.tokens_per_s.mid if expected.tokens_per_s is not None and expected.tokens_per_s.mid else 0.0
+    if not share or share < PART * behind:
+        return None
+    return (
+        f"power: the run waits {share:.0%} of its time before steps, to keep to its budget".replace("%", " %"),
+        "as asked by power.megawatts, the schedule or what power.follow says; the plan was made without it",
+    )
+
+
+def _waited(window: Window) -> float | None:
+    spent = window.get("spent")
+    if not isinstance(spent, Mapping):
+        return None
+    paced, training = _number(spent.get("paced")) or 0.0, _number(spent.get("training")) or 0.0
+    return paced / (paced + training) if paced + training else None
 
 
 def _held_down(streak: _Streak) -> tuple[str, str] | None:

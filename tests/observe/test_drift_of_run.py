@@ -26,7 +26,7 @@ EXPECTED = Expected(  # far wider than a busy machine is slow, far narrower than
     goodput=Range(low=0.5, mid=0.9, high=1.0),
     assumed=("a tuple, which JSON has as a list",),
 )
-SETTINGS = ["train.steps=16", "report.every=2", "validation.every=0", "checkpoint.every=1000", "export=false"]
+SETTINGS = ["train.steps=14", "report.every=2", "validation.every=0", "checkpoint.every=1000", "export=false"]
 
 
 def trained(tiny, folder):
@@ -61,7 +61,7 @@ def test_a_slow_loader_is_named(tiny, tmp_path, monkeypatch):
     def slowed(self):
         count[0] += 1
         if count[0] > 8:
-            time.sleep(0.3)
+            time.sleep(0.25)
         return real(self)
 
     monkeypatch.setattr(Batches, "__next__", slowed)

@@ -65,6 +65,7 @@ def test_what_is_over_is_told_of_a_whole_run_only():
         ("heat", {"phases": PHASES | {"backward": 0.95}, "thermal_share": 0.3, "capped_share": 0.8}),
         ("the run's own budget", {"phases": PHASES | {"backward": 0.95}, "cap_share": 0.7}),
         ("rank 7 on n3", {"phases": PHASES | {"reduce": 0.46}, "slowest": {"rank": 7, "node": "n3", "own_s": 0.5, "median_s": 0.25}}),
+        ("the run waits 29 % of its time", {"spent": {"training": 10.0, "paced": 4.0}}),
         ("no trace", {"phases": None}),
     ],
 )
