@@ -45,7 +45,9 @@ def depict(
         if case is None:
             return None
         share = count / case.accelerators
-        return goodput.expected(replace(case, accelerators=count, step_s=of.step_s, replicas=max(1, round(case.replicas * share)))).share
+        best = replace(case.saving, far_interval_s=0.0)  # each size saves as often as is best for it
+        grown = replace(case, accelerators=count, step_s=of.step_s, replicas=max(1, round(case.replicas * share)), saving=best)
+        return goodput.expected(grown).share
 
     def drawn(count: int, of: Estimate) -> float | None:
         if watts is None or cluster_of is None:
@@ -71,7 +73,7 @@ def depict(
         roof=roof,
         points=points,
         scaling=curve,
-        scaled="This plan's layout: copies are added, and with them samples of a step." if curve else "",
+        scaled="This plan's layout: copies are added, and with them samples of a step. Each size saves as often as is best for it." if curve else "",
         boundaries=_boundaries(draw) if draw else (),
         states=draw.states if draw else {},
         sensitivity=_sensitivity(expected, case, kept) if case and kept else (),

@@ -227,7 +227,9 @@ def _case(plan: Plan, site: Site, cluster: Cluster, found: Estimate) -> tuple[Ca
     copies = plan.mesh.replicate
     whole = (plan.memory.weights + plan.memory.optimizer) * (plan.ranks // copies)
     days = plan.steps * found.step_s / 86_400
-    every, write = plan.checkpoint.every, site.storage.write_gbyte_s.value
+    every, write, nodes = plan.checkpoint.every, site.storage.write_gbyte_s.value, budget.whole(site)
+    left = None if nodes is None else nodes - -(-cluster.accelerators // cluster.per_node)
+    spares = None if left is None or left <= 0 else Spares(left, idle_share=0.0)  # other users' nodes, of which the scheduler gives one
     return case_of(
         cluster.accelerators,
         cluster.per_node,
@@ -237,6 +239,7 @@ def _case(plan: Plan, site: Site, cluster: Cluster, found: Estimate) -> tuple[Ca
         replicas=copies,
         every_steps=every,
         days=days,
+        spares=spares,
     )
 
 

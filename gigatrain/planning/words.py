@@ -45,7 +45,7 @@ def _expected(found: Expected) -> Iterator[tuple[str, str]]:
     if found.tokens_per_s_mw is not None:
         yield "per MW", f"{ranged(found.tokens_per_s_mw, count)} retained tokens/s at the facility"
     for text in found.outside:
-        yield "outside", f"{text}: nothing like it was calibrated"
+        yield "outside", f"what was calibrated: {text}"
     if "step_s" in found.unknown:
         yield "speed", f"unknown: {found.unknown['step_s']}"
     for name, why in found.unknown.items():

@@ -9,6 +9,7 @@ from gigatrain.observe.report.curves import ticks as even
 from gigatrain.observe.report.parts import Shown, svg
 from gigatrain.observe.report.words import escaped, exact, number
 
+MOST = 6.0  # decades of an axis; what lies further below is drawn at its foot, and the numbers behind the picture say what it is
 CLOSE = 3.2  # decades: fewer have ticks at 2 and 5 too
 
 
@@ -60,12 +61,13 @@ def chart(title: str, lines: Sequence[Line], dots: Sequence[Dot], scales: Scales
     every = [point for line in lines for point in line.points] + [(dot.x, dot.y) for dot in dots]
     xs = [x for x, _ in every]
     across = decades(min(xs), max(xs))
-    up = even(0.0, 1.0, 5) if scales.percent else decades(min(y for _, y in every), max(y for _, y in every))
+    most = max(y for _, y in every)
+    up = even(0.0, 1.0, 5) if scales.percent else decades(max(min(y for _, y in every), most / 10**MOST), most)
     begin, end = math.log10(min(xs) if not dots else across[0]), math.log10(max(xs) if not dots else across[-1])
     low, high = (0.0, 1.0) if scales.percent else (math.log10(up[0]), math.log10(up[-1]))
 
     def place(x: float, y: float) -> tuple[float, float]:
-        height = y if scales.percent else math.log10(y)
+        height = y if scales.percent else math.log10(max(y, up[0]))
         return 1000 * (math.log10(x) - begin) / ((end - begin) or 1.0), 1000 - 1000 * (height - low) / ((high - low) or 1.0)
 
     bottom = 0.0 if scales.percent else up[0]
