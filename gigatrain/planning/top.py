@@ -11,8 +11,9 @@ from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
 from gigatrain.planning import axes, expect
 from gigatrain.planning.estimate import layouts
+from gigatrain.planning.estimate.candidates import LANES, Candidate, Found
 from gigatrain.planning.estimate.constants import VALUES
-from gigatrain.planning.estimate.search import LANES, Candidate, Found, search, step_time
+from gigatrain.planning.estimate.search import search, step_time
 from gigatrain.planning.estimate.work import Estimate
 from gigatrain.planning.estimate.workload import PRODUCTS_BITS, Layout, Precision, Stack, Workload
 from gigatrain.planning.plan import plan

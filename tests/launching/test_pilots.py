@@ -1,17 +1,17 @@
 """Pilots of a search's candidates: scripts that bash and shellcheck take, one that runs, and how they decide."""
 
 import json
+import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from gigatrain import load
-from gigatrain.errors import RunError
+from gigatrain.errors import RunError, SiteError
 from gigatrain.launching import pilots
 from gigatrain.launching.submit import Request
 from gigatrain.planning import top
-from gigatrain.planning.estimate import search
+from gigatrain.planning.estimate import candidates, search
 from gigatrain.planning.estimate.cluster import Cluster, Level
 
 GIVEN = ("model.architecture=llama-3.1-8b", "optim.name=adamw", "train.batch=16", "train.sequence=2048")
@@ -22,11 +22,9 @@ def found():
     return top.top(load.recipe("quickstart", GIVEN), load.site("dgx-h100"), 8, count=3)
 
 
-def slurm_site(folder) -> str:
-    path = folder / "here.toml"
-    text = (Path(load.sites()["dgx-h100"])).read_text()
-    path.write_text(text.replace('name = "dgx-h100"', 'name = "here"', 1) if 'kind = "slurm"' in text else text + '\n[scheduler]\nkind = "slurm"\n')
-    return str(path)
+@pytest.fixture(autouse=True)
+def scratch(monkeypatch, tmp_path):
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
 
 
 def test_scripts_of_a_queue(found, tmp_path):
@@ -43,17 +41,23 @@ def test_scripts_of_a_queue(found, tmp_path):
     assert "'a b;$(touch HARM)'" in made.start.read_text()
     first = load.recipe(made.folder / "pilot-1.json")
     assert (first.name, first.train.steps, first.train.tokens, first.export) == ("quickstart-pilot-1", 30, None, False)
-    asked = load.recipe("quickstart", [*GIVEN, *search.overrides(found.candidates[0])])
+    asked = load.recipe("quickstart", [*GIVEN, *candidates.overrides(found.candidates[0])])
     assert (first.mesh, first.train.microbatch, first.model) == (asked.mesh, asked.train.microbatch, asked.model)
+    assert "folder" not in first.data.model_fields_set  # so that a job keeps its shards in the site's cache
     with pytest.raises(RunError, match="already holds something; name another folder with --pilots"):
         pilots.write(made.folder, found, request)
     with pytest.raises(RunError, match=r"no pilot of .* has come to its timed steps yet; start them with: bash "):
         pilots.decided(made.folder)
 
 
-def test_shellcheck_takes_them(found, tmp_path):
-    import shutil
+def test_what_cannot_be_launched_leaves_nothing(found, tmp_path, monkeypatch):
+    monkeypatch.delenv("SCRATCH")
+    with pytest.raises(SiteError, match="the environment has no SCRATCH"):
+        pilots.write(tmp_path / "pilots", found, Request(recipe="quickstart", site="jupiter", overrides=GIVEN, account="mine"))
+    assert not (tmp_path / "pilots").exists()
 
+
+def test_shellcheck_takes_them(found, tmp_path):
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed; CI installs it")
     made = pilots.write(tmp_path / "pilots", found, Request(recipe="quickstart", site="jupiter", overrides=GIVEN, account="mine"))
@@ -81,6 +85,7 @@ def test_the_clock_decides(found, tmp_path):
         pilots.timed(tmp_path / "none")
 
 
+@pytest.mark.long
 def test_a_pilot_runs_on_this_machine(tiny, tmp_path):
     """Where there is no scheduler the script runs them one after another, here one on a CPU."""
     recipe, site = load.recipe(tiny, ["train.microbatch=1"]), load.site("laptop")

@@ -1,6 +1,5 @@
 """The search against every layout played by events, and its candidates against the plan."""
 
-import itertools
 import json
 from collections import Counter
 from dataclasses import replace
@@ -11,43 +10,42 @@ from gigatrain import load
 from gigatrain.architectures import Architecture
 from gigatrain.errors import PlanError
 from gigatrain.planning import expect, top
-from gigatrain.planning.estimate import layouts, search
+from gigatrain.planning.estimate import candidates, layouts, search
 from gigatrain.planning.estimate import estimate as whole
 from gigatrain.planning.estimate.closed import Prices
 from gigatrain.planning.estimate.cluster import Cluster, Level
 from gigatrain.planning.estimate.constants import VALUES
-from gigatrain.planning.estimate.workload import Layout, Workload
+from gigatrain.planning.estimate.workload import Layout, Stack, Workload
 from gigatrain.planning.plan import plan
 
 DENSE = Architecture(family="llama", vocab=32000, hidden=4096, layers=6, heads=32, kv_heads=8, intermediate=14336)
-EXPERTS = Architecture(family="mixtral", vocab=32000, hidden=2048, layers=4, heads=16, kv_heads=8, intermediate=4096, experts=4, experts_per_token=2)
+EXPERTS = Architecture(
+    family="mixtral", vocab=32000, hidden=2048, layers=4, heads=16, kv_heads=8, intermediate=4096, experts=4, experts_per_token=2
+)
 
 
 def nodes(ranks, gib=80.0):
     return Cluster("h100", ranks, 4, (Level("scale_up", 4, 450.0), Level("rail", ranks, 50.0)), int(gib * 2**30))
 
 
-def workload(architecture, ranks, batch, stack="gigatrain_native"):
+def workload(architecture, ranks, batch, stack: Stack = "gigatrain_native"):
     return Workload(
         expect.shape_of(architecture), Layout(replicate=ranks, zero=0), 2048, 1, batch // ranks, stack=stack, chunked_loss=True
     )  # fmt: skip
 
 
 def everything(base, cluster, recomputes):
-    """All of a small space by events: `(step_s, workload)`, best first; and by formula beside it."""
+    """All of a small space: by events, the workload, and `(seconds, bytes)` by formula."""
     prices, found = Prices(base, cluster, VALUES), []
     for split in layouts.splits(base, cluster, Counter()):
         for expert in layouts.experts(base, split):
-            for turn, share, recompute in itertools.product(
-                layouts.turns(base, split, base.precision), layouts.shards(base, split, expert), recomputes
-            ):
-                one = layouts.arranged(base, split, expert, share, turn, recompute, base.precision)
-                played = whole.estimate(one, cluster)
-                joined = split.pipeline == 1 or turn[2] == "zbv"
-                formula = prices.together(
-                    prices.turned(split, expert, turn, recompute, base.precision, share[1]), prices.shared(split, expert, share, joined, base.precision)
-                )  # fmt: skip
-                found.append((played, one, formula))
+            for turn in layouts.turns(base, split, base.precision):
+                for share in layouts.shards(base, split, expert):
+                    shared = prices.shared(split, expert, share, split.pipeline == 1 or turn[2] == "zbv", base.precision)
+                    for recompute in recomputes:
+                        one = layouts.arranged(base, split, expert, share, turn, recompute, base.precision)
+                        formula = prices.together(prices.turned(split, expert, turn, recompute, base.precision, share[1]), shared)
+                        found.append((whole.estimate(one, cluster), one, formula))
     return found
 
 
@@ -83,11 +81,11 @@ def test_the_same_twice_and_said_in_words():
     base, cluster = workload(DENSE, 8, 16), nodes(8)
     one, two = search.search(base, cluster), search.search(base, cluster)
     assert one == two
-    lines = search.table(one)
+    lines = candidates.table(one)
     assert lines[0].split()[:3] == ["tensor", "context", "pipeline"]
     assert "% step" in one.candidates[1].why
     assert "products and attention" in one.candidates[0].why
-    said = json.loads(json.dumps(search.tree(one)))
+    said = json.loads(json.dumps(candidates.tree(one)))
     assert said["candidates"][0]["overrides"][0].startswith("mesh.replicate=")
     assert said["considered"] == one.considered == layouts.size(base, cluster, precisions=1, recomputes=4)
 
@@ -113,7 +111,7 @@ def test_what_does_not_divide_or_fit_is_refused_with_a_way_out():
 def test_another_stacks_layout_is_no_recipe():
     found = search.search(workload(DENSE, 8, 16, "megatron"), nodes(8), top=1)
     with pytest.raises(PlanError, match='"megatron" cannot be written as a recipe'):
-        search.overrides(found.candidates[0])
+        candidates.overrides(found.candidates[0])
 
 
 RECIPES = {
@@ -139,7 +137,7 @@ def test_every_candidate_is_a_plan(name, where):
     found = top.top(recipe, site, 16)
     assert found.candidates
     for candidate in found.candidates:
-        asked = load.recipe("quickstart", [*given, *search.overrides(candidate)])
+        asked = load.recipe("quickstart", [*given, *candidates.overrides(candidate)])
         assert asked == top.arranged(recipe, candidate)
         made = plan(asked, site, 16)
         # which attention a rank calls follows from its heads, and is no matter of the layout
@@ -152,7 +150,7 @@ def test_a_precision_that_is_allowed_is_written():
     found = top.top(recipe, site, 8, precisions=("fp8_rowwise",))
     assert {candidate.precision for candidate in found.candidates} == {"fp8_rowwise"}
     for candidate in found.candidates:
-        asked = load.recipe("quickstart", [*given, *search.overrides(candidate)])
+        asked = load.recipe("quickstart", [*given, *candidates.overrides(candidate)])
         assert asked == top.arranged(recipe, candidate)
         assert plan(asked, site, 8).precision == "fp8"
 
@@ -163,7 +161,9 @@ def test_a_gigafactory(model, batch, sequence):
     """288,000 ranks: a few seconds of one core (benchmarks/LOG.md has them)."""
     architecture = load.recipe("quickstart", [f"model.architecture={model}"]).model.architecture
     shape = expect.shape_of(architecture)
-    base = Workload(shape, Layout(replicate=14400, pipeline=20, zero=0), sequence, 1, batch // 14400, stack="gigatrain_native", chunked_loss=True)
+    base = Workload(
+        shape, Layout(replicate=14400, pipeline=20, zero=0), sequence, 1, batch // 14400, stack="gigatrain_native", chunked_loss=True
+    )
     cluster = Cluster("gb200", 288_000, 4, (Level("scale_up", 72, 900.0), Level("rail", 288_000, 50.0)), 186 * 2**30)
     found = search.search(base, cluster)
     assert len(found.candidates) == 5

@@ -158,7 +158,9 @@ class Prices:
         work = max(found.device_s, found.launch_s)
         return work + sum(self.exposed(getattr(found, axis), work, axis) for axis in AXES)
 
-    def layer(self, split: Split, expert: int, microbatch: int, recompute: Recompute, precision: Precision, zero: int) -> tuple[Layer, Layer]:
+    def layer(
+        self, split: Split, expert: int, microbatch: int, recompute: Recompute, precision: Precision, zero: int
+    ) -> tuple[Layer, Layer]:
         """`(the mean layer, embedding and head)` of a microbatch."""
         key = (split.tensor, split.context, split.exchange, expert, microbatch, recompute, precision, zero == 3)
         found = self.layers.get(key)
@@ -256,7 +258,9 @@ class Prices:
             if last >= 1 and int(most) * (stages - 1) + last >= layers:
                 break
         few, extra = divmod(layers - last, stages - 1)  # of the other stages, the fuller ones side by side
-        return max(each * few + (-(-extra // ranks) if schedule != "zbv" else 1 + (extra > ranks) if extra else 0), (each - 1) * few + last + more)
+        return max(
+            each * few + (-(-extra // ranks) if schedule != "zbv" else 1 + (extra > ranks) if extra else 0), (each - 1) * few + last + more
+        )
 
     def turned(self, split: Split, expert: int, turn: Turn, recompute: Recompute, precision: Precision, zero: int) -> Turned:
         """All of a step but what shards and replicas send and what the optimizer does: the least that a step can take however weights are shared."""
@@ -270,7 +274,10 @@ class Prices:
         mean = (shape.layers + more) / ranks
         forward, backward, weights = held * body.forward_s, held * (body.backward_s + body.again_s), held * body.weights_s
         if ranks == 1:
-            forward, backward = shape.layers * body.forward_s + ends.forward_s, shape.layers * (body.backward_s + body.again_s) + ends.backward_s
+            forward, backward = (
+                shape.layers * body.forward_s + ends.forward_s,
+                shape.layers * (body.backward_s + body.again_s) + ends.backward_s,
+            )
         total = forward + backward
         step = count * total
         if ranks > 1:
@@ -301,7 +308,9 @@ class Prices:
         head."""
         (shard, zero, reshard), shape, sizes = share, self.workload.shape, self.sizes(split.tensor, expert)
         states, ranks = states_of(self.workload, precision, zero), split.pipeline
-        layout = Layout(replicate=split.data // shard, shard=shard, context=split.context, tensor=split.tensor, pipeline=ranks, expert=expert)
+        layout = Layout(
+            replicate=split.data // shard, shard=shard, context=split.context, tensor=split.tensor, pipeline=ranks, expert=expert
+        )
         dense = shape.layers / ranks * sizes.dense + sizes.ends * (2 if both and not shape.tied else 1)
         experts = shape.layers / ranks * sizes.experts
         replicate, often = collectives.group(layout, "replicate"), zero == 3 and (ranks == 1 or reshard)
@@ -328,7 +337,9 @@ class Prices:
             layer = sizes.dense + sizes.experts
             kept += states.gathered * (whole if not reshard else 2 * layer + 2 * sizes.ends)
             kept += (states.gathered + states.reduced) * max(layer, sizes.ends)
-        if self.workload.stack == "gigatrain_native":  # a microbatch's gradients beside their sum, but for those that are summed where they are made
+        if (
+            self.workload.stack == "gigatrain_native"
+        ):  # a microbatch's gradients beside their sum, but for those that are summed where they are made
             kept += states.weights * (owned if zero == 3 else sizes.ends)
         kept += residency.CONTEXT_BYTES + residency.WORKSPACE_BYTES + 3 * residency.COMMUNICATOR_BYTES
         return Shared(gather, scatter + (gather if often and reshard else 0.0), between, often, update + self.habits.step_s, kept)

@@ -287,7 +287,11 @@ FUSED = frozenset({"fuse", "main_grads", "graph", "release"})
 def states_of(workload: Workload, precision: Precision, zero: int) -> States:
     """Bytes per parameter in that form: FSDP2's shards are the fp32 masters themselves, whole weights are bf16 beside them (planning/cost.py)."""
     states = workload.states
-    if workload.stack != "gigatrain_native" or PRODUCTS_BITS[precision] == 32 or (states.weights, states.master) not in ((2.0, 4.0), (4.0, 0.0)):
+    if (
+        workload.stack != "gigatrain_native"
+        or PRODUCTS_BITS[precision] == 32
+        or (states.weights, states.master) not in ((2.0, 4.0), (4.0, 0.0))
+    ):
         return states
     return replace(states, weights=4.0, master=0.0, gathered=2.0) if zero == 3 else replace(states, weights=2.0, master=4.0, gathered=2.0)
 
