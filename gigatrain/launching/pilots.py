@@ -1,7 +1,7 @@
 """`gigatrain plan --pilots DIR`: short runs of the layouts that a search found best, to decide among them by a clock. Free of torch.
 
 An estimate errs by several per cent, and the best five are nearer to each other than that; the fastest of five that were timed is nearly always within a
-per cent of the best there is (shared/reference: best of five, regret median 0.0 %). DIR holds
+per cent of the best there is. DIR holds
 
     pilot-N.json    the recipe of each, with its layout, 30 steps and nothing written but the two saves that every run makes
     pilot-N.sh      what the scheduler will be handed, to be read
@@ -13,6 +13,7 @@ per cent of the best there is (shared/reference: best of five, regret median 0.0
 import json
 import math
 import shlex
+import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,9 +22,9 @@ from typing import Any
 
 from gigatrain import load
 from gigatrain.config import Recipe
-from gigatrain.errors import RunError
+from gigatrain.errors import GigatrainError, RunError
 from gigatrain.launching import submit
-from gigatrain.planning.estimate.search import Found, overrides, seconds, table, tree
+from gigatrain.planning.estimate.candidates import Found, overrides, seconds, table, tree
 
 WARM = 10  # steps until autotuning, allocator and clocks have settled
 STEPS = 20  # that are timed
@@ -57,7 +58,9 @@ def write(folder: Path, found: Found, request: submit.Request, *, measure: Calla
         for number, candidate in enumerate(found.candidates, 1):
             recipe = _short(load.recipe(request.recipe, [*request.overrides, *overrides(candidate)]), number)
             path, run = folder / f"pilot-{number}.json", folder / f"run-{number}"
-            path.write_text(json.dumps(recipe.model_dump(mode="json", by_alias=True), indent=1) + "\n", encoding="utf-8")
+            path.write_text(
+                json.dumps(recipe.model_dump(mode="json", by_alias=True, exclude_unset=True), indent=1) + "\n", encoding="utf-8"
+            )
             one = replace(
                 request, recipe=str(path), overrides=(), sweep=(), chain=1, folder=str(run), nodes=None, gpus=ranks, megawatts=None
             )
@@ -79,6 +82,9 @@ def write(folder: Path, found: Found, request: submit.Request, *, measure: Calla
                 (folder / name).chmod(0o755)
     except OSError as failure:
         raise RunError(f"{failure.filename} cannot be written: {failure.strerror}; name another folder with --pilots") from None
+    except GigatrainError:
+        shutil.rmtree(folder)  # of which nothing was there before
+        raise
     return Pilots(folder, tuple(runs), folder / "pilots.sh")
 
 
