@@ -51,8 +51,8 @@ _add("share", f"{_MLE}: 0.80 of the peak; a run at 700 W holds less", 0.20, gemm
 _add("share", f"{_MLE}: 0.71 of the peak; {_AZURE}: 1290 of 1979 at 8192^3", 0.30, gemm__sm_90__fp8__peak_share=0.61)
 _add(
     "share",
-    f"{_MLE}: 0.78 of the peak; as a run on Hopper holds 0.84 of its MAMF; firm, for one published node is slower",
-    0.04,
+    f"{_MLE}: 0.78 of the peak; as a run on Hopper holds 0.84 of its MAMF",
+    0.10,
     gemm__sm_100__bf16__peak_share=0.64,
 )
 _add("share", f"{_MLE}: 0.76 of the peak", 0.30, gemm__sm_100__fp8__peak_share=0.64)
@@ -96,7 +96,7 @@ _add("share", f"{_FLASH}: FlashAttention (the first, and Triton's) on A100, 100 
 _add("share", f"{_FLASH}: FlashAttention-2 on H100, 350 to 400 of 989; {_AZURE}: 328", 0.2, attention__sm_90__flash2=0.37)
 _add("share", f"{_FLASH}: FlashAttention-3 and cuDNN 9 on H100, 640 to 740 of 989 at 16k tokens", 0.2, attention__sm_90__fused=0.65)
 _add("share", "prior: cuDNN 9 on B200, 1100 to 1350 of 2250 (arXiv 2603.05451, recalled)", 0.15, attention__sm_100__fused=0.52)
-_add("share", "prior: FlashAttention-4 on B200, up to 1600 of 2250 (arXiv 2603.05451, recalled)", 0.25, attention__sm_100__flash4=0.62)
+_add("share", "prior: FlashAttention-4 on B200, up to 1600 of 2250 (arXiv 2603.05451, recalled)", 0.15, attention__sm_100__flash4=0.66)
 _add(
     "1",
     "prior: Blackwell Ultra has twice the exponentials a clock (NVIDIA, GB300), of which softmax is bound in part",
