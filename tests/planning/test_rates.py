@@ -97,7 +97,7 @@ def test_caps_slow_compute_and_not_memory() -> None:
     assert rates.clock_of("h100", 700.0, 1.0, VALUES) == 1.0
     clocks = [rates.clock_of("h100", watts, 1.0, VALUES) for watts in (200.0, 350.0, 500.0, 600.0)]
     assert clocks == sorted(clocks)
-    assert 0.85 < clocks[2] < 0.95
+    assert 0.75 < clocks[2] < 0.95
     assert rates.clock_of("h100", 650.0, 0.7, VALUES) == 0.7
     with pytest.raises(PlanError, match="draws at any clock"):
         rates.clock_of("h100", 100.0, 1.0, VALUES)

@@ -3,7 +3,7 @@
 import pytest
 
 from gigatrain.planning.estimate import operations, rows
-from gigatrain.planning.estimate.machines import _fabric
+from gigatrain.planning.estimate.machines import fabric
 from gigatrain.planning.estimate.workload import States
 
 GPT3 = {
@@ -87,7 +87,7 @@ def test_what_a_row_says_is_taken():
     assert (bridge.workload.shape.kv_rank, bridge.workload.shape.head_dim, bridge.workload.shape.sparse_layers) == (512, 192, 58)
     assert (bridge.workload.precision, bridge.workload.version, bridge.workload.balanced) == ("mxfp8", "25.11", True)
     assert [level.accelerators for level in bridge.cluster.levels] == [72, 128, 256]
-    assert (zoo.workload.recompute, zoo.workload.lean, zoo.workload.balanced) == ("lean", ("moe",), False)
+    assert (zoo.workload.recompute, zoo.workload.lean, zoo.workload.balanced) == ("lean", ("recompute_moe",), False)
     assert stas.workload.offload
     assert stas.workload.chunked_loss
     assert stas.measured["peak_bytes"] == 37.5 * 2**30
@@ -120,7 +120,7 @@ def test_what_a_row_leaves_out_is_implied_or_assumed_and_said():
 @pytest.mark.parametrize(
     ("said", "found"),
     [
-        ({"precision": "NVFP4"}, ("precision", "nvfp4")),
+        ({"precision": "NVFP4", "gpu": "B200"}, ("precision", "nvfp4")),
         ({"precision": "float8 tensorwise", "framework": "torchtitan"}, ("precision", "fp8_tensorwise")),
         ({"precision": "FP8-SC"}, ("precision", "fp8_blockwise")),
         ({"act_ckpt": "selective", "framework": "torchtitan"}, ("recompute", "selective")),
@@ -166,7 +166,7 @@ def test_accelerators_by_any_name(gpu, chip, accelerators):
     ],
 )  # fmt: skip
 def test_fabrics(text, per_node, gbyte_s):
-    assert _fabric(text, per_node) == gbyte_s
+    assert fabric(text, per_node) == gbyte_s
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,8 @@ def test_fabrics(text, per_node, gbyte_s):
     [
         ({"gpu": "TPU v5p"}, "hardware.py"), ({"gpu": None}, "no gpu"), ({"n_gpus": 12, "tp": 8}, "no multiple"), ({"layers": None}, "no layers"),
         ({"layers": "many"}, "no number"), ({"micro_batch": None}, "neither global_batch"), ({"zero_stage": 7}, "zero_stage 7"), ({"mla": True}, "mla"),
-        ({"precision": "int8"}, "int8"), ({"pp": 8, "vp": 8}, "32 layers"),
+        ({"precision": "int8"}, "int8"),
+        ({"gpu": "A100-SXM-80GB", "precision": "fp8"}, "no rate of fp8"), ({"seq_len": 0}, "seq_len"), ({"pp": 8, "vp": 8}, "32 layers"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_expressed_is_refused_with_the_reason(said, reason):

@@ -4,14 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from gigatrain.planning import hardware
-from gigatrain.planning.estimate import collectives, operations, rates, residency, stacks, step
+from gigatrain.planning.estimate import collectives, interval, operations, rates, residency, stacks, step
 from gigatrain.planning.estimate.cluster import Cluster
 from gigatrain.planning.estimate.constants import VALUES
 from gigatrain.planning.estimate.habits import Cost, Habits, Timeline
 from gigatrain.planning.estimate.work import Estimate, Item, Op, Transfer, Work
 from gigatrain.planning.estimate.workload import Workload
-
-WIDTH = 0.18  # of the interval where no residual has told better: the goal's P90 on sources that were not fitted
 
 
 def estimate(workload: Workload, cluster: Cluster, constants: Mapping[str, float] = VALUES) -> Estimate:
@@ -21,10 +19,11 @@ def estimate(workload: Workload, cluster: Cluster, constants: Mapping[str, float
     by_rank = residency.memory(workload, works, constants)
     fullest = max(by_rank, key=lambda held: sum(held.values()))
     held = sum(fullest.values())
+    low_s, high_s = interval.interval(workload, cluster, timeline.step_s)
     return Estimate(
         step_s=timeline.step_s,
-        low_s=timeline.step_s * (1 - WIDTH),
-        high_s=timeline.step_s * (1 + WIDTH),
+        low_s=low_s,
+        high_s=high_s,
         phases=timeline.phases,
         busy=timeline.busy,
         tokens=workload.tokens,
@@ -36,6 +35,7 @@ def estimate(workload: Workload, cluster: Cluster, constants: Mapping[str, float
         memory_by_rank=by_rank,
         fits=None if cluster.memory_bytes is None else held <= cluster.memory_bytes,
         limits=limits(timeline),
+        outside=interval.outside(workload, cluster),
         assumed=(*cluster.assumed, *rates.device(cluster.chip).assumed),
     )
 
@@ -52,7 +52,8 @@ def habits_of(workload: Workload, cluster: Cluster, constants: Mapping[str, floa
     """The stack's habits here, with what the workload itself says of its overlap, compilation and graphs."""
     found = stacks.habits(workload.stack, workload.version + (" unfused" if workload.attention == "unfused" else ""), constants)
     overlaps = dict(found.overlaps)
-    if workload.layout.expert > cluster.levels[0].accelerators:  # tokens that leave the domain are worth the memory that hiding them takes
+    if cluster.levels and workload.layout.expert > cluster.levels[0].accelerators:
+        # Tokens that leave the domain are worth the memory that hiding them takes.
         overlaps["expert"] = max(overlaps["expert"], constants[f"stack.{found.stack}.overlap.expert_across"])
     for axis, hidden in workload.overlap:
         for name in stacks.AXES if axis == "all" else (axis,):
@@ -108,7 +109,7 @@ def timer(workload: Workload, cluster: Cluster, habits: Habits, constants: Mappi
 def across_share(workload: Workload, cluster: Cluster) -> float:
     """Of the copies that a hierarchical dispatch (DeepEP, HybridEP) sends to ranks, those that leave the scale-up domain: a token goes once to each domain that
     has experts of it, and on within. Where its group stays in one domain, 1."""
-    shape, layout, domain = workload.shape, workload.layout, cluster.levels[0].accelerators
+    shape, layout, domain = workload.shape, workload.layout, cluster.levels[0].accelerators if cluster.levels else 1
     if layout.expert <= domain or not shape.experts:
         return 1.0
     k, ranks, domains = shape.experts_per_token, layout.expert, layout.expert / domain
@@ -146,4 +147,5 @@ _WORDS = {
 def limits(timeline: Timeline) -> str:
     """What the step waits for most, in words, with its share."""
     name, seconds = max(timeline.phases.items(), key=lambda phase: phase[1])
+    name = name.removeprefix("exposed_")
     return f"{_WORDS.get(name, name)} ({seconds / timeline.step_s:.0%} of the step)"

@@ -24,6 +24,7 @@ class Habits:
     )  # axis -> share of compute's rate that a transfer beside it takes (its SMs, its HBM)
     launch_s: float = 0.0  # of the host, per kernel
     graphed: bool = False
+    looped: bool = False  # products of experts are launched one by one, on a few streams, and not as one kernel
     # Bytes of passes over memory, of operations.py's with `fused` taken off: what its kernels read twice or not at all.
     passes_share: float = 1.0
     fused: frozenset[str] = frozenset()  # names of operations.py's passes that one kernel does

@@ -23,6 +23,7 @@ FAMILIES: dict[str, str] = {"sm_80": "sm_80", "sm_90": "sm_90", "sm_100": "sm_10
 }
 # Tiles of a product and what each keeps of the largest one's rate (cuBLAS and CUTLASS profiles: smaller ones read more per FLOP).
 _TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.93), (128, 64, 0.80), (64, 64, 0.62))
+_STREAMS = 4  # that products of experts are spread over, where they are launched one by one (Transformer Engine)
 _SHARPNESS = 4.0  # of the corner of the roofline: arithmetic and memory hide each other, but not wholly where they are alike
 
 
@@ -195,6 +196,9 @@ def cost(
     share, kernels = remains(op, habits)
     latency = constants["kernel.latency_s"] * kernels
     launch = 0.0 if habits.graphed else habits.launch_s * kernels
+    if op.kind == "grouped" and habits.looped:
+        latency += constants["kernel.latency_s"] * (op.groups - 1) / _STREAMS
+        launch += 0.0 if habits.graphed else constants["grouped.launch_s"] * (op.groups - 1)
     if op.kind == "memory":
         return Cost(op.bytes * share / (found.bandwidth * memory_share(op, found, constants)) + latency, launch)
     if op.kind == "optimizer":

@@ -13,7 +13,18 @@ from typing import Any
 
 from gigatrain.planning.estimate.cluster import Cluster
 from gigatrain.planning.estimate.machines import Refused, Row, chip_of, cluster_of
-from gigatrain.planning.estimate.workload import Attention, Layout, Precision, Recompute, Schedule, Shape, Stack, States, Workload
+from gigatrain.planning.estimate.workload import (
+    PRODUCTS_BITS,
+    Attention,
+    Layout,
+    Precision,
+    Recompute,
+    Schedule,
+    Shape,
+    Stack,
+    States,
+    Workload,
+)
 from gigatrain.planning.hardware import CHIPS
 
 MEASURED = (
@@ -323,6 +334,9 @@ def _workload(row: Row, stack: Stack, shape: Shape, layout: Layout, microbatch: 
     if not sequence:
         raise Refused("seq_len is 0")
     precision = _precision(row, stack, chip)
+    dtype = {8: "fp8", 4: "fp4"}.get(PRODUCTS_BITS[precision])
+    if dtype and CHIPS[chip].tflops(dtype).value is None:
+        raise Refused(f"precision {row.row['precision']!r}: no rate of {dtype} products is known of the {CHIPS[chip].name}")
     text = row.text("notes", "overlap", "framework", "model", "sharding", "act_ckpt", "precision")
     frozen = "lora" in text
     if frozen:
@@ -351,7 +365,7 @@ def _attention(row: Row, stack: Stack) -> Attention:
         return "unfused"
     if text:
         return "flash"
-    if _old(row, stack):
+    if _old(row, stack) and row.text("source_date") < "2023-07" and not re.search(r"\bmi\d", row.text("gpu")):
         row.assumed.append("attention unfused, as Megatron's was until 2023")
         return "unfused"
     return "auto"
@@ -370,7 +384,7 @@ def _recompute(row: Row, stack: Stack) -> tuple[Recompute, tuple[str, ...]]:
     if re.search(r"core|attention", text) and "full" not in text:
         return "attention", ()
     if re.search(r"norm|act\b|_act|mlp|moe|mla_up", text) and not re.search(r"^full|\bop\b", text):
-        return "lean", ("moe",) if re.search(r"\bmoe\b", text) else ()
+        return "lean", ("recompute_moe",) if re.search(r"\bmoe\b", text) else ()
     if "selective" in text or re.search(r"\bsac\b|\bop\b", text):
         return ("attention" if stack in ("megatron", "nanotron") else "selective"), ()
     if "lean" in text:
@@ -410,6 +424,8 @@ def _states(row: Row, stack: Stack, layout: Layout, precision: Precision, frozen
     """
     if precision == "fp32":
         return States(weights=4, gradients=4, master=0, moments=8, reduced=4, gathered=4)
+    if re.search(r"(bf16|16)-true", row.text("precision")):  # nothing is kept in fp32 (Lightning's word)
+        return States(weights=2, gradients=2, master=0, moments=4, reduced=2, gathered=2)
     if stack in ("torchtitan", "llm_foundry") and layout.zero == 3:
         pure = "pure" in row.text("precision", "sharding") or "fms" in row.text("framework")
         narrow = 1.0 if precision == "fp8_tensorwise" and stack == "torchtitan" else 2.0

@@ -51,6 +51,7 @@ def habits(stack: str, version: str, constants: Mapping[str, float]) -> Habits:
         slowdown={axis: constants[f"slowdown.{axis}"] for axis in AXES},
         launch_s=constants[f"stack.{name}.launch_s"],
         passes_share=constants[f"stack.{name}.passes_share"],
+        looped=name in _LOOPED,
         fused=_FUSED.get(name, frozenset()),
         bucket_bytes=_BUCKETS.get(name, 100 * MiB),
         attention=_attention(name, version.lower()),
@@ -76,6 +77,7 @@ _BUCKETS: dict[str, float] = {
 # Megatron's batched sends end with torch.cuda.synchronize() (batch_p2p_sync, on by default; off where sends overlap).
 _SYNCED = frozenset({"megatron_2021", "megatron_plain"})
 
+_LOOPED = frozenset({"megatron", "megatron_plain"})  # Transformer Engine's GroupedLinear: cuBLAS once for each expert, on four streams
 # What one kernel does: Transformer Engine's and Liger's rotary, gated activation and loss; torch.compile fuses what lies between two products (`compiled`).
 COMPILED = frozenset({"norm", "rope", "activation", "residual", "bias", "cross_entropy"})
 _FUSED: dict[str, frozenset[str]] = {

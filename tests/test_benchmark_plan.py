@@ -1,0 +1,130 @@
+"""The planner's published score: its data have sources, its arithmetic is right, the page shows what is stored, and the model has not got worse than that."""
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from gigatrain.planning import predict
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def score():
+    spec = importlib.util.spec_from_file_location("benchmarks_plan", ROOT / "benchmarks" / "plan.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmarks_plan"] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+def pair(score, measured_s, predicted_s, width=1.1, **row):
+    answer = dict.fromkeys(predict.NUMBERS) | {"refused": None, "fits": True}
+    answer |= {"step_time_s": predicted_s, "low_s": predicted_s / width, "high_s": predicted_s * width}
+    answer |= {key: row.pop(key) for key in ("memory_gib", "fits") if key in row}
+    return score.Pair({"set": "a", "step_time_s": measured_s} | row, answer)
+
+
+def test_every_measurement_has_its_source_and_no_source_is_both_fitted_and_unseen(score):
+    measured, unseen, power = score.measured(), score.unseen(), score.measured_power()
+    assert (len(measured), len(unseen), len(power)) == (1772, 68, 86)
+    for row in (*measured, *unseen, *power):
+        assert row["source_repo"]
+        assert row["source_path"]
+        assert row["source_commit"]
+        assert None not in row.values()
+    assert len({row["id"] for row in (*measured, *unseen)}) == 1772 + 68
+    assert not {row["set"] for row in measured} & {row["set"] for row in unseen}
+    assert not {row["source_repo"] for row in measured} & {row["source_repo"] for row in unseen}
+
+
+def test_seconds_are_read_from_whatever_a_row_tells(score):
+    row = {"global_batch": 8, "seq_len": 1000, "n_gpus": 4}
+    for told in ({"step_time_s": 2.0}, {"tokens_per_s": 4000}, {"tokens_per_s_per_gpu": 1000}, {"samples_per_s": 4}):
+        assert score.seconds_of(row | told) == 2.0
+    assert score.seconds_of(row | {"mfu_pct": 50}) is None
+    assert score.gibibytes_of({"peak_mem": 2048, "peak_mem_unit": "MiB"}) == 2.0
+
+
+def test_a_score_is_arithmetic(score):
+    found = score.score([pair(score, 10, seconds) for seconds in (9, 10, 11, 10.5, 13, 10, 10, 10, 10, 20)])
+    assert (found.rows, found.median, found.p90) == (10, pytest.approx(0.025), pytest.approx(0.3))
+    assert (found.mean, found.bias) == (pytest.approx(0.155), pytest.approx(0.135))
+    assert found.covered == pytest.approx(0.7)  # 9 x 1.1 is below 10, and 13 and 20 are far
+    assert found.width == pytest.approx(1.21)
+    assert score.score([]) is None
+
+
+def test_orders_are_compared_by_kendalls_tau_with_ties(score):
+    assert score.tau([(1, 10), (2, 20), (3, 30)]) == 1.0
+    assert score.tau([(1, 30), (2, 20), (3, 10)]) == -1.0
+    assert score.tau([(1, 10), (1, 20), (2, 30)]) == pytest.approx(2 / 6**0.5)
+    assert score.tau([(1, 10), (1, 20)]) == 0.0
+
+
+def test_regret_is_what_the_choice_costs(score):
+    layouts = [(1.0, 12), (2.0, 11), (3.0, 13), (4.0, 14), (5.0, 15), (6.0, 10)]
+    found = score.ranking([pair(score, measured, predicted, model="m") for predicted, measured in layouts])
+    assert (found.groups, found.layouts) == (1, 6)
+    assert found.regret == pytest.approx(0.2)
+    assert found.regret_of_five == pytest.approx(0.1)
+    assert score.ranking([pair(score, 1, 1)]) is None
+
+
+def test_memory_counts_what_it_wrongly_says_fits(score):
+    found = score.memory(
+        [
+            pair(score, 1, 1, peak_mem=40, peak_mem_unit="GiB", memory_gib=44.0, status="ok"),
+            pair(score, None, 1, status="oom", fits=True),
+            pair(score, None, 1, status="oom", fits=False),
+            pair(score, 1, 1, status="ok", fits=False),
+        ]
+    )
+    assert (found.rows, found.median) == (1, pytest.approx(0.1))
+    assert (found.oom, found.false_fits, found.ran, found.false_full) == (2, 1, 2, 1)
+
+
+def test_a_file_of_rows_is_scored_with_predictions_or_without(score, tmp_path, capsys):
+    rows = score.unseen()[:9]
+    asked, answered = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    predict.predict_file(asked, answered)
+    assert score.main([str(asked), "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert score.main([str(asked), "--predictions", str(answered), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == alone
+    assert alone["all rows"]["rows"] == sum(score.seconds_of(row) is not None for row in rows)
+    answered.write_text("\n".join(answered.read_text().splitlines()[:3]))
+    assert score.main([str(asked), "--predictions", str(answered)]) == 4
+    assert "answers 6 of 9 rows not" in capsys.readouterr().err
+
+
+def test_the_page_shows_what_is_stored(score):
+    page = score.PAGE.read_text(encoding="utf-8")
+    loso = [row for row in score.stored("plan_loso.csv") if row["group"] != score.CHECKED]
+    assert score.between(page, "left out") == score.as_table(loso)
+    assert score.between(page, "unseen") == score.as_table(score.stored("plan_unseen.csv"))
+    assert {row["group"] for row in loso} >= {"MoE", "dense", "all rows"}
+
+
+def test_the_planner_is_no_worse_on_what_it_has_not_seen_than_is_published(score):
+    (stored,) = [row for row in score.stored("plan_loso.csv") if row["group"] == score.CHECKED]
+    by_set, known = score.folds(), score.understood(score.few(score.measured()))
+    assert len(known) == int(stored["rows"])
+    errors = [abs(1 / score.math.exp(residual.log_ratio) - 1) for residual in score.residuals(known, by_set)]
+    assert median(errors) <= float(stored["median"]) + 0.001, "worse: refit (benchmarks/plan.py --leave-one-out --write) or mend the model"
+
+
+def test_results_say_what_made_them(score):
+    for name in ("plan_loso.csv", "plan_unseen.csv"):
+        with (score.RESULTS / name).open() as lines:
+            for row in csv.DictReader(lines):
+                assert row["commit"]
+                assert row["python"]
