@@ -1,7 +1,7 @@
 """Fits the planner's free constants to published measurements, and scores every set of them with constants that were fitted without it.
 
-    python benchmarks/plan_fit.py --data measured.jsonl --leave-one-out        the table
-    python benchmarks/plan_fit.py --data measured.jsonl --write                refits gigatrain/planning/estimate/fitted.json
+    python benchmarks/plan_fit.py --leave-one-out                         the table, over data/measured.jsonl.gz; minutes
+    python benchmarks/plan_fit.py --write --unseen data/unseen.jsonl      refits gigatrain/planning/estimate/fitted.json, and scores what no fit saw
 
 Least squares on log(step time), pulled toward each constant's prior by its spread, robust (Huber), a set weighing as the square root of its rows: so the few
 constants that rows speak of move, and all others stay what physics said. Gauss-Newton with a numeric Jacobian; a constant is moved only for rows whose
@@ -9,6 +9,7 @@ estimate reads it. The score is on seconds, never on TFLOP/s, whose conventions 
 """
 
 import argparse
+import gzip
 import json
 import math
 import sys
@@ -24,6 +25,7 @@ from gigatrain.planning.estimate import estimate, operations, rows
 from gigatrain.planning.estimate.constants import FITTED, PRIORS, TABLE
 from gigatrain.planning.estimate.work import Work
 
+DATA = Path(__file__).parent / "data"
 NOISE = 0.05  # of a published step time: releases of one stack differ by 5.9 %, vendors' equal nodes by 2.7 % (planning.md 1d)
 HUBER = 1.5  # residuals beyond so many times the noise pull linearly
 MOST = 48  # rows of one set that the fit sees: every so-manieth one
@@ -66,7 +68,8 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, int]]:
     found: list[Row] = []
     refused: dict[str, int] = defaultdict(int)
     for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
+        for line in text.splitlines():
             try:
                 case = rows.parse(json.loads(line))
                 row = json.loads(line)
@@ -242,7 +245,7 @@ def leave_one_out(found: list[Row], iterations: int, say: Callable[[str], None])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="measurements, one JSON object a line")
+    parser.add_argument("--data", type=Path, nargs="+", default=[DATA / "measured.jsonl.gz"], help="measurements, one JSON object a line")
     parser.add_argument("--unseen", type=Path, nargs="*", default=[], help="measurements that are scored and never fitted")
     parser.add_argument("--leave-one-out", action="store_true")
     parser.add_argument("--write", action="store_true", help=f"refit {FITTED.name}")

@@ -176,8 +176,17 @@ def cluster_of(row: Row, chip: str, name: str, ranks: int) -> Cluster:
         if ranks > rail:
             levels.append(Level("rail" + kind, rail, nic))
         levels.append(Level(("spine" if ranks > rail else "rail") + kind, ranks, nic))
+    cap, stated = row.number("gpu_power_cap_w"), row.number("gpu_mem_gb") or 0
+    if chip == "h100" and cap is None and (90 < stated < 100 or row.text("source_repo") == "pytorch/torchtitan"):
+        cap = 500.0
+        row.assumed.append("500 W: torchtitan's pages (benchmarks/llama3_h100_*.md) say so of its H100s, of 96 GB")
+    if chip == "b200" and cap is None and not re.match(r"nvidia|mlcommons", row.text("source_repo")):
+        cap = 700.0
+        row.assumed.append(
+            "700 W, as a DGX B200 is delivered (docs.nvidia.com/dgx/dgxb200-user-guide/power-capping.html), where others than NVIDIA name no cap"
+        )
     memory = row.number("gpu_mem_gb") or (found.hbm_bytes.value or 0) / devices / 2**30
     return Cluster(
         chip, max(1, ranks // devices), max(1, per_node // devices), tuple(levels), int(memory * 2**30 * VISIBLE) if memory else None,
-        cap_watts=row.number("gpu_power_cap_w"), assumed=tuple(row.assumed[before:]),
+        cap_watts=cap, assumed=tuple(row.assumed[before:]),
     )  # fmt: skip
