@@ -13,7 +13,7 @@ from gigatrain.errors import PlanError
 from gigatrain.planning import axes
 from gigatrain.planning.estimate import layouts
 from gigatrain.planning.estimate.cluster import Cluster, Level
-from gigatrain.planning.estimate.workload import Layout, Shape, States, Workload
+from gigatrain.planning.estimate.workload import Layout, Schedule, Shape, States, Workload
 
 NODES = Cluster(chip="h100", accelerators=64, per_node=8, levels=(Level("scale_up", 8, 450.0), Level("rail", 64, 50.0)))
 
@@ -118,9 +118,10 @@ def test_nothing_legal_is_left_out(name):
         if 12 % (tensor * context * pipeline):
             continue
         data = 12 // (tensor * context * pipeline)
+        orders: tuple[tuple[Schedule, int], ...] = (("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zbv", 2))
         for shard, expert, microbatch, exchange, (schedule, stages) in itertools.product(
-            layouts.divisors(data), (1, 2, 3, 6), (1, 2, 4, 8, 24), ("ring", "ulysses"), (("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zbv", 2))
-        ):  # fmt: skip
+            layouts.divisors(data), (1, 2, 3, 6), (1, 2, 4, 8, 24), ("ring", "ulysses"), orders
+        ):
             if 24 % data or (24 // data) % microbatch or (context == 1 and exchange == "ulysses") or (pipeline == 1 and schedule != "1f1b"):
                 continue
             shares = shard * context > 1

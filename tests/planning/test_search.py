@@ -160,6 +160,7 @@ def test_a_precision_that_is_allowed_is_written():
 def test_a_gigafactory(model, batch, sequence):
     """288,000 ranks: a few seconds of one core (benchmarks/LOG.md has them)."""
     architecture = load.recipe("quickstart", [f"model.architecture={model}"]).model.architecture
+    assert architecture is not None
     shape = expect.shape_of(architecture)
     base = Workload(
         shape, Layout(replicate=14400, pipeline=20, zero=0), sequence, 1, batch // 14400, stack="gigatrain_native", chunked_loss=True
