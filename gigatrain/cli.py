@@ -179,7 +179,8 @@ def _plan(options: argparse.Namespace) -> None:
 def _planned(options: argparse.Namespace) -> None:
     from gigatrain import load
     from gigatrain.launching.size import by_budget, kept, size
-    from gigatrain.planning import choose, words
+    from gigatrain.planning import choose, top, words
+    from gigatrain.planning.estimate import candidates
     from gigatrain.planning.expect import prospect
     from gigatrain.planning.plan import plan
 
@@ -191,8 +192,8 @@ def _planned(options: argparse.Namespace) -> None:
     found = None
     if options.top or options.pilots:  # the recipe's own layout need not fit: the best one is planned
         ranks = sized.ranks if sized else recipe.train.nproc or 1
-        found = choose.layouts(recipe, site, ranks, top=options.top or 5, measure=_measured, constants=constants)
-        recipe = choose.first(recipe, found)
+        found = top.top(recipe, site, ranks, count=options.top or 5, measure=_measured, constants=constants)
+        recipe = top.arranged(recipe, found.candidates[0])
     chosen = plan(recipe, site, sized.ranks if sized else None, measure=_measured, constants=constants)
     words.strict(chosen.expected, options.strict)
     sized = sized or size(site, gpus=chosen.ranks)
@@ -216,13 +217,13 @@ def _planned(options: argparse.Namespace) -> None:
     if options.json:
         tree = chosen.model_dump(mode="json", by_alias=True) | {"sha256": chosen.sha256, "size": dataclasses.asdict(sized)}
         tree |= {"dry_run": tried.json()} if tried else {}
-        print(json.dumps(tree | ({"layouts": choose.tree(found)} if found else {}), indent=2))
+        print(json.dumps(tree | ({"layouts": candidates.tree(found)} if found else {}), indent=2))
         return
     from gigatrain.observe import sites
     from gigatrain.observe.display import Display
 
     display = Display()
-    for line in choose.table(found) if found else ():
+    for line in candidates.table(found) if found else ():
         display.line(line)
     display.plan(chosen, why)
     for line in sites.on_site(site, sized):

@@ -56,16 +56,6 @@ def recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     return result
 
 
-def changed(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
-    """A recipe with `dotted.key=value` changes. Raises RecipeError as `recipe` does."""
-    tree = recipe.model_dump(mode="json", by_alias=True)
-    for override in overrides:
-        _override(tree, override)
-    result = _validate(Recipe, tree, recipe.name, RecipeError)
-    assert isinstance(result, Recipe)
-    return result
-
-
 def site(source: str | Path) -> Site:
     """Read a site: a path (TOML, or the JSON that a job keeps of it), or the name of a shipped one."""
     path = _find(source, sites(), "site", SiteError)

@@ -1,89 +1,27 @@
-"""The best layouts of a recipe on a site, as recipes: search.py's, with what only a recipe knows to refuse. Free of torch."""
+"""What of a recipe is chosen or drawn with everything that the planner knows: accelerators under so many megawatts; the page of a plan. Free of torch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
-from gigatrain import load
-from gigatrain.config import Mesh, Recipe
-from gigatrain.errors import PlanError, RecipeError
+from gigatrain.config import Recipe
+from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import hardware, words
+from gigatrain.planning import hardware, top, words
 from gigatrain.planning import megawatts as megawatts_of
+from gigatrain.planning.depict import depict
+from gigatrain.planning.estimate.candidates import Found
 from gigatrain.planning.estimate.cluster import Cluster
-from gigatrain.planning.estimate.constants import VALUES
 from gigatrain.planning.estimate.estimate import estimate
 from gigatrain.planning.estimate.goodput import forecast
-from gigatrain.planning.estimate.search import Candidate, Found, overrides, search, table, tree
-from gigatrain.planning.estimate.workload import Layout, Precision, Workload
-from gigatrain.planning.depict import depict
-from gigatrain.planning.expect import Prospect, cluster_of, workload_of
+from gigatrain.planning.estimate.search import search
+from gigatrain.planning.estimate.workload import Workload
+from gigatrain.planning.expect import Prospect, cluster_of
 from gigatrain.planning.megawatts import Option
 from gigatrain.planning.picture import PlanPicture
-from gigatrain.planning.plan import Plan, plan
+from gigatrain.planning.plan import Plan
 from gigatrain.site import Accelerator, Site
 
-__all__ = ["accelerators", "first", "layouts", "table", "tree", "undivided"]
-
 Measure = Callable[[Mapping[str, Any]], Foreign]
-
-
-def undivided(recipe: Recipe, site: Site, ranks: int, measure: Measure | None = None) -> Workload:
-    """The recipe's model, batch and numbers on `ranks`, with a layout that is only a place to begin a search: all ranks and no split that means anything."""
-    alone = recipe.model_copy(
-        update={
-            "mesh": Mesh(shard=1, exchange=recipe.mesh.exchange, dispatch=recipe.mesh.dispatch),
-            "train": recipe.train.model_copy(update={"nproc": None, "microbatch": 1, "release": False, "graph": False}),
-            "power": recipe.power.model_copy(update={"megawatts": None}),
-        }
-    )
-    found = workload_of(plan(alone, site, 1, measure=measure, fits=False, forecast=False))
-    zero = recipe.engine.zero if recipe.engine.name == "deepspeed" else 3
-    return replace(
-        found,
-        layout=replace(Layout(), tensor=ranks, dispatch=recipe.mesh.dispatch, zero=zero),
-        accumulation=recipe.train.batch,
-        microbatch=1,
-    )
-
-
-def layouts(
-    recipe: Recipe,
-    site: Site,
-    ranks: int,
-    *,
-    top: int = 5,
-    precisions: tuple[Precision, ...] | None = None,
-    limit_s: float | None = None,
-    clock: Callable[[], float] | None = None,
-    measure: Measure | None = None,
-    constants: Mapping[str, float] | None = None,
-) -> Found:
-    """The `top` best layouts of a recipe on `ranks` of a site, each of which `plan` takes. Raises PlanError where there is none, with what would help."""
-
-    def refusal(workload: Workload) -> str:
-        try:
-            plan(load.changed(recipe, overrides(Candidate(workload, None, changed=False))), site, ranks, measure=measure, forecast=False)  # type: ignore[arg-type]
-        except (PlanError, RecipeError) as failure:
-            said = str(failure).split(";")[0]
-            return "memory: by the engine's own count" if said.startswith("the run needs") else said[:100]
-        return ""
-
-    return search(
-        undivided(recipe, site, ranks, measure),
-        cluster_of(site, ranks),
-        top=top,
-        precisions=precisions,
-        limit_s=limit_s,
-        clock=clock,
-        constants=VALUES if constants is None else constants,
-        refusal=refusal,
-    )
-
-
-def first(recipe: Recipe, found: Found) -> Recipe:
-    """The recipe with the best layout of a search."""
-    return load.changed(recipe, overrides(found.candidates[0]))
 
 
 def accelerators(
@@ -150,7 +88,7 @@ def _block(recipe: Recipe, chip: hardware.Chip, measure: Measure | None) -> tupl
         site = megawatts_of.site_of(cast("Accelerator", chip.id), cluster.accelerators)
         of_block = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch": SAMPLES * ranks, "microbatch": None})})
         try:
-            return search(undivided(of_block, site, ranks, measure), cluster, top=1).candidates[0].workload, cluster
+            return search(top.workload(of_block, site, ranks, measure=measure), cluster, top=1).candidates[0].workload, cluster
         except PlanError as failure:
             failed, ranks = failure, 2 * ranks
     raise failed

@@ -73,7 +73,9 @@ def depict(
         roof=roof,
         points=points,
         scaling=curve,
-        scaled="This plan's layout: copies are added, and with them samples of a step. Each size saves as often as is best for it." if curve else "",
+        scaled="This plan's layout: copies are added, and with them samples of a step. Each size saves as often as is best for it."
+        if curve
+        else "",
         boundaries=_boundaries(draw) if draw else (),
         states=draw.states if draw else {},
         sensitivity=_sensitivity(expected, case, kept) if case and kept else (),

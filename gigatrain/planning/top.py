@@ -41,7 +41,7 @@ def top(
 
     def refusal(tried: Workload) -> str:
         try:
-            plan(arranged(recipe, tried, changed=tried.precision != base.precision), site, ranks, measure=measure)
+            plan(arranged(recipe, tried, changed=tried.precision != base.precision), site, ranks, measure=measure, forecast=False)
         except PlanError as failure:
             said = str(failure).split(";")[0]
             return "the plan's own count of memory" if said.startswith("the run needs") else re.sub(r"\d[\d.,]*", "N", said)[:120]
@@ -62,11 +62,10 @@ def top(
 
 def workload(recipe: Recipe, site: Site, ranks: int, *, measure: Callable[[Mapping[str, Any]], Foreign] | None = None) -> Workload:
     """The recipe in the terms of an estimate, in some layout of `ranks` that is legal, whether it fits or not."""
-    roomy = site.model_copy(update={"memory_bytes": 1 << 60})
     first: PlanError | None = None
     for tried in _legal(recipe, site, ranks, measure):
         try:
-            made = plan(tried, roomy, ranks, measure=measure)
+            made = plan(tried, site, ranks, measure=measure, fits=False, forecast=False)
         except PlanError as failure:
             first = first or failure
             continue

@@ -7,7 +7,7 @@ import pytest
 
 from gigatrain import load
 from gigatrain.errors import GigatrainError, PlanError
-from gigatrain.planning import choose, words
+from gigatrain.planning import choose, top, words
 from gigatrain.planning.estimate import operations
 from gigatrain.planning.estimate.estimate import estimate
 from gigatrain.planning.expect import cluster_of, expect, prospect, shape_of, workload_of
@@ -151,8 +151,8 @@ def test_strict_refuses_what_is_outside(planned):
 
 def test_the_best_layouts_are_recipes_that_plan_and_beat_the_default():
     site, recipe = load.site("scaleway-nabu"), big("llama-3.1-8b", "train.batch=256", "train.recompute=none")
-    found = choose.layouts(recipe, site, 16, top=3)
-    best = plan(choose.first(recipe, found), site, 16)
+    found = top.top(recipe, site, 16, count=3)
+    best = plan(top.arranged(recipe, found.candidates[0]), site, 16)
     assert best.expected.step_s.mid == pytest.approx(found.candidates[0].estimate.step_s, rel=0.02)
     with_default = plan(big("llama-3.1-8b", "train.batch=256"), site, 16)
     assert best.expected.step_s.mid <= with_default.expected.step_s.mid
