@@ -246,6 +246,8 @@ def write(found: Calibration, path: Path) -> None:
     path.write_text(json.dumps(found.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
 
 
-def constants_of(found: Calibration, constants: Mapping[str, float] = VALUES) -> Mapping[str, float]:
-    """The planner's constants on the calibrated cluster: what an estimate takes."""
+def constants_of(found: Calibration, chip: str, constants: Mapping[str, float] = VALUES) -> Mapping[str, float]:
+    """The planner's constants on the calibrated cluster: what an estimate takes. Raises PlanError for an accelerator other than the runs' own."""
+    if chip != found.chip:
+        raise PlanError(f"the calibration is of runs on {found.chip}, and this plan is for {chip}: calibrate by runs on {chip}")
     return scaled(found.scalars, constants)

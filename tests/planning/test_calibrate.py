@@ -69,9 +69,11 @@ def test_the_scalars_of_a_cluster_are_recovered(runs, tmp_path):
     path = tmp_path / "cluster.json"
     calibrate.write(found, path)
     assert calibrate.read(path) == found
-    constants = calibrate.constants_of(calibrate.read(path))
+    constants = calibrate.constants_of(calibrate.read(path), "h100")
     assert calibrate.observed(runs[3]).estimated_s(constants) == pytest.approx(found.runs[3].after_s, rel=1e-3)
     assert "communication" in str(found)
+    with pytest.raises(PlanError, match="calibrate by runs on h200"):
+        calibrate.constants_of(found, "h200")
 
 
 def test_one_run_moves_only_what_it_can_tell(runs):

@@ -2,11 +2,13 @@
 
 import pytest
 
+from gigatrain import load
 from gigatrain.architectures import Architecture, resolve
 from gigatrain.config import Engine, Mesh, Optim
-from gigatrain.planning import cost
+from gigatrain.planning import cost, expect
 from gigatrain.planning.estimate import operations, residency, rows
 from gigatrain.planning.estimate.workload import Layout, Shape, States, Workload
+from gigatrain.planning.plan import plan
 
 LLAMA_8B = Shape(
     layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, value_dim=128, intermediate=14336, gated=True, vocab=128256, tied=False,
@@ -116,3 +118,29 @@ def test_our_own_plan_says_the_same(recompute, ranks):
         planned.activations + planned.workspace, rel=0.05 if recompute != "full" else 0.25
     )
     assert residency.seen(found, "max_memory_allocated") == pytest.approx(planned.total, rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "ranks", "overrides"),
+    [
+        ("llama-3.1-70b", 64, ("mesh.tensor=8", "train.recompute=lean")),
+        ("llama-3.1-70b", 64, ("mesh.tensor=8", "mesh.pipeline=4", "train.recompute=lean")),
+        ("qwen3-30b-a3b", 64, ("mesh.expert=8", "train.recompute=lean")),
+    ],
+)
+def test_plans_of_recipes_say_the_same(architecture, ranks, overrides):
+    wanted = (
+        "optim.name=adamw",
+        f"model.architecture={architecture}",
+        "train.microbatch=1",
+        "train.batch=256",
+        "train.sequence=4096",
+        *overrides,
+    )
+    made = plan(load.recipe("quickstart", wanted), load.site("dgx-h100"), ranks)
+    workload = expect.workload_of(made)
+    found = max(residency.memory(workload, operations.works(workload), {}), key=lambda each: sum(each.values()))
+    states = made.memory.weights + made.memory.gradients + made.memory.optimizer
+    assert found["weights"] + found["gradients"] + found["optimizer"] == pytest.approx(states, rel=0.01)
+    assert found["activations"] == pytest.approx(made.memory.activations, rel=0.03)
+    assert residency.seen(found, "max_memory_allocated") == pytest.approx(made.memory.total, rel=0.04)

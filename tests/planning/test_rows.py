@@ -3,7 +3,7 @@
 import pytest
 
 from gigatrain.planning.estimate import operations, rows
-from gigatrain.planning.estimate.machines import _fabric
+from gigatrain.planning.estimate.machines import fabric
 from gigatrain.planning.estimate.workload import States
 
 GPT3 = {
@@ -87,7 +87,7 @@ def test_what_a_row_says_is_taken():
     assert (bridge.workload.shape.kv_rank, bridge.workload.shape.head_dim, bridge.workload.shape.sparse_layers) == (512, 192, 58)
     assert (bridge.workload.precision, bridge.workload.version, bridge.workload.balanced) == ("mxfp8", "25.11", True)
     assert [level.accelerators for level in bridge.cluster.levels] == [72, 128, 256]
-    assert (zoo.workload.recompute, zoo.workload.lean, zoo.workload.balanced) == ("lean", ("moe",), False)
+    assert (zoo.workload.recompute, zoo.workload.lean, zoo.workload.balanced) == ("lean", ("recompute_moe",), False)
     assert stas.workload.offload
     assert stas.workload.chunked_loss
     assert stas.measured["peak_bytes"] == 37.5 * 2**30
@@ -166,7 +166,7 @@ def test_accelerators_by_any_name(gpu, chip, accelerators):
     ],
 )  # fmt: skip
 def test_fabrics(text, per_node, gbyte_s):
-    assert _fabric(text, per_node) == gbyte_s
+    assert fabric(text, per_node) == gbyte_s
 
 
 @pytest.mark.parametrize(

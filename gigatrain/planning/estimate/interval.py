@@ -1,9 +1,9 @@
 """How sure an estimate is: 90 % intervals from errors on sources that the constants were not fitted on, and in what a case is outside of them.
 
 Split conformal prediction (Vovk 2005; Lei 2018) on |log(measured / estimated)|, with every source estimated by constants that were fitted without it. Rows of
-one source err alike, so that a source weighs as the square root of its rows, and the finite-sample correction counts what is left by Kish's effective number.
-A group (family of accelerators, stack, dense or MoE) with few sources leans on the wider group that it belongs to. `learn` makes interval.json from such
-residuals (benchmarks/plan.py --intervals); `interval` reads it.
+one source err alike, so that a source weighs as the square root of its rows (of TELLING at most), and the finite-sample correction counts what is left by
+Kish's effective number. A group (family of accelerators, stack, dense or MoE) with few sources leans on the wider group that it belongs to. `learn` makes
+interval.json from such residuals (benchmarks/plan.py --write); `interval` reads it.
 """
 
 import json
@@ -22,6 +22,7 @@ LEARNT = Path(__file__).with_name("interval.json")
 COVERED = 0.90  # share of rows that an interval is to hold
 PARENT = 2.0  # so many sources of a group's own weigh as much as the wider group; prior: one source tells little of the next
 FEWEST = 6  # rows of a group, below which it is no group
+TELLING = 100  # rows of one source, beyond which more of them tell nothing new of other sources; prior
 NARROWEST = 0.03  # half a width in log(seconds); vendors' equal nodes differ by 2.7 % (MLPerf v5.1, planning.md 1d)
 BEYOND = 1.25  # what each thing outside of the calibrated domain widens by; prior: nobody has measured it
 WIDEST = 1.1  # half a width in log(seconds), a factor of 3: what is less sure is no estimate
@@ -102,7 +103,9 @@ def quantile(residuals: Sequence[Residual], covered: float = COVERED) -> float:
     counts: dict[str, int] = {}
     for residual in residuals:
         counts[residual.source] = counts.get(residual.source, 0) + 1
-    weighed = sorted((abs(residual.log_ratio), counts[residual.source] ** -0.5) for residual in residuals)
+    weighed = sorted(
+        (abs(residual.log_ratio), math.sqrt(min(counts[residual.source], TELLING)) / counts[residual.source]) for residual in residuals
+    )
     total = sum(weight for _, weight in weighed)
     effective = total**2 / sum(weight**2 for _, weight in weighed)
     asked = min(1.0, covered * (1 + 1 / effective)) * total

@@ -6,7 +6,8 @@ Counted from a `Shape`, per microbatch, as the steps that a plain implementation
 
     products    qkv, attention_output, latent_down, latent_up_q, latent_up_kv, gate_up, down, shared_gate_up, shared_down, router, head, predicted_join,
                 experts_gate_up and experts_down (kind "grouped"), scores and weighted (attention unfused: batched products of kind "gemm"),
-                NAME_lora_a and NAME_lora_b. Passes: forward, dgrad, wgrad, recompute
+                NAME_lora_a and NAME_lora_b. Passes: forward, dgrad, wgrad, recompute. `kernels` of a grouped product are more than 1 where a stack launches
+                one for each expert
     attention   kind "attention": forward, or backward with 2.5 times the products (scores are made again); flops of visible pairs alone
     norm        R h read and written: 2; backward 3 (input, its gradient in and out); transformers' own (`EAGER_NORM`) 18 and 24
     rope        9 of queries and keys in PyTorch's own operations: 2 fused
@@ -212,13 +213,17 @@ def _mixture(local: Local) -> list[Step]:
     wide, mean = (2 if shape.gated else 1) * width, max(1, round(visits / here))
     first, first_back = product(local, "experts_gate_up", mean, wide, h, groups=here, rows=visits, grouped=True)
     second, second_back = product(local, "experts_down", mean, h, width, groups=here, rows=visits, grouped=True)
+    # Whose kernels do all of it at once keep gate and up alone; Megatron weighs the activation and not the result, which so is not kept.
+    own = w.stack in pieces.WHOLE_EXPERTS
+    glued = own and ranks == 1
+    between = activation(local, visits * width)
+    if own:
+        between.word, between.keeps = "expert", 0.0 if glued else 2.0 * e * visits * width
     steps += [
-        Step("routing", out, out_back, visits * h * min(e, local.bits / 8), 2 * e * visits * h),
+        Step("routing", out, out_back, 0.0 if glued else visits * h * min(e, local.bits / 8), 2 * e * visits * h),
         Step("expert", first, first_back, e * visits * wide, e * visits * (wide + h)),
-        activation(local, visits * width),
-        Step(
-            "expert", second, second_back, 0.0 if w.stack == "megatron" else e * visits * h
-        ),  # Megatron weighs the activation and not the result
+        between,
+        Step("expert", second, second_back, 0.0 if glued or w.stack == "megatron" else e * visits * h),
         Step("routing", home, home_back, 12.0 * rows * k, 2 * e * visits * h),
     ]
     if shape.shared_width:
@@ -289,7 +294,7 @@ def _made_again(local: Local, steps: Iterable[Step]) -> tuple[list[Item], float]
     items: list[Item] = []
     kept = 0.0
     for step in steps:
-        share = 1.0 if step.word in words or ("moe" in w.lean and step.word in ("routing", "expert")) else 0.0
+        share = 1.0 if step.word in words or ("recompute_moe" in w.lean and step.word in ("routing", "expert")) else 0.0
         if by_product:
             share, more = _every_other(local, step, share)
             kept += more

@@ -108,7 +108,7 @@ _PORTS = {
 def _nic(row: Row, chip: str, per_node: int) -> float:
     """GB/s of one direction that one rank has between nodes: of the fastest fabric that the row names."""
     parts = re.split(r"[,;|]", str(row.row.get("interconnect_inter") or ""))
-    found = [speed for part in parts if (speed := _fabric(part, per_node)) is not None and not re.search(r"(?i)storage|management", part)]
+    found = [speed for part in parts if (speed := fabric(part, per_node)) is not None and not re.search(r"(?i)storage|management", part)]
     if found:
         declared = CHIPS[chip].nic_gbit_s.value
         return min(max(found), declared / 8 / CHIPS[chip].devices) if CHIPS[chip].devices > 1 and declared else max(found)
@@ -117,7 +117,7 @@ def _nic(row: Row, chip: str, per_node: int) -> float:
     return each
 
 
-def _fabric(text: str, per_node: int) -> float | None:
+def fabric(text: str, per_node: int) -> float | None:
     """GB/s of a rank: `8x50 GB/s`, `8x HDR200`, `RoCE 1600 Gbps/node`, `EFA 3200 Gbps`, `4x Omni-Path 100`, `2x100 GbE`; None where nothing says."""
     rate, words = _RATE.search(text), re.sub(r"[\s-]", "", text.lower())
     count = re.search(r"(\d+)\s*[x×]", text)

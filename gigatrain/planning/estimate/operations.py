@@ -88,6 +88,7 @@ def _weighed(shape: Shape, sequence: int, count: int) -> tuple[range, ...]:
 
     pairs, attention = shape.heads * (shape.head_dim + shape.value_dim), _attention_weights(shape)
     costs = [6.0 * (attention + _block_weights(shape, shape.sparse_of(i)) + pairs * keys(shape.window_of(i))) for i in range(shape.layers)]
+    costs[0] += 2.0 * shape.hidden  # the look-up
     costs[-1] += 6.0 * shape.vocab * shape.hidden * (1 + shape.predicted) + shape.predicted * costs[-1]
     if count > shape.layers:
         return tuple(range(min(i, shape.layers), min(i + 1, shape.layers)) for i in range(count))
@@ -172,7 +173,9 @@ def _step(local: Local, dense: float, experts: float, tied: bool) -> tuple[Item,
     host = "_host" if w.offload else ""
     if w.offload:
         items.append(Op("host_copy", "optimizer", "update", 0.0, (states.gradients + states.weights) * shard))
-    moved = states.gradients + 2 * (states.master + states.moments) + states.weights
+    moved = (
+        states.gradients + 2 * (states.master + states.moments) + states.weights * (1 if states.master else 2)
+    )  # weights may be their own masters
     items.append(Op("adamw" + host, "optimizer", "update", 2.0 * shard, moved * shard, kernels=8))
     if w.optimizer == "muon":
         items.append(_muon(local, shard))

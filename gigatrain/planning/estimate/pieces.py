@@ -22,6 +22,8 @@ QUANTISED: dict[str, float] = {
 # 20 % of a step of which experts are two thirds.
 IMBALANCE = 1.2
 ADAPTED = frozenset({"qkv", "attention_output"})  # by LoRA: operations.trained counts the same
+# Transformer Engine launches a product for each expert of a rank, from a loop in C++: a launch of its costs a share of one from Python. prior: 3 of 10 us
+ONE_BY_ONE = 0.3
 FUSED_SUM = frozenset({"megatron"})  # weight gradients are added to fp32 sums by the product itself
 REGATHERS = frozenset({"megatron", "generic", "nanotron"})  # keep a sequence-sharded input and gather it again in the backward
 UNFUSED_GATE = frozenset(
@@ -100,17 +102,18 @@ def product(local: Local, name: str, m: int, n: int, k: int, *, groups: int = 1,
     flops, kind = 2.0 * rows * n * k, "grouped" if grouped else "gemm"
     weights = groups * n * k
     summed = (2 * w.states.gradients if local.fused_sum else e) * weights
-    forward: list[Item] = [Op(name, kind, "forward", flops, operand * (rows * k + weights) + e * rows * n, m, n, k, groups, bits)]
-    backward: list[Item] = [Op(name, kind, "dgrad", flops, operand * (rows * n + weights) + e * rows * k, m, k, n, groups, bits)]
+    launched = max(1, round(groups * ONE_BY_ONE)) if grouped and w.stack in FUSED_SUM else 1
+    forward: list[Item] = [Op(name, kind, "forward", flops, operand * (rows * k + weights) + e * rows * n, m, n, k, groups, bits, launched)]
+    backward: list[Item] = [Op(name, kind, "dgrad", flops, operand * (rows * n + weights) + e * rows * k, m, k, n, groups, bits, launched)]
     if not frozen:
-        backward.append(Op(name, kind, "wgrad", flops, operand * rows * (n + k) + summed, n, k, m, groups, bits))
+        backward.append(Op(name, kind, "wgrad", flops, operand * rows * (n + k) + summed, n, k, m, groups, bits, launched))
     if bits < 16:
         each = QUANTISED[w.precision] - (bits / 8 if w.frozen else 0.0)  # without a weight gradient nothing is needed along columns
-        passes = [Op("quantise", "memory", "forward", 0.0, each * rows * k, kernels=1 if each < 5 else 2)]
+        passes = [Op("quantise", "memory", "forward", 0.0, each * rows * k, kernels=launched * (1 if each < 5 else 2))]
         if w.stack != "megatron":  # which quantises weights once a step (operations.py)
-            passes.append(Op("quantise", "memory", "forward", 0.0, each * weights, kernels=1 if each < 5 else 2))
+            passes.append(Op("quantise", "memory", "forward", 0.0, each * weights, kernels=launched * (1 if each < 5 else 2)))
         forward = [*passes, *forward]
-        backward = [Op("quantise", "memory", "backward", 0.0, each * rows * n, kernels=1 if each < 5 else 2), *backward]
+        backward = [Op("quantise", "memory", "backward", 0.0, each * rows * n, kernels=launched * (1 if each < 5 else 2)), *backward]
     if w.frozen and w.adapter_rank and frozen and name in ADAPTED:
         a, a_back = product(local, name + "_lora_a", m, w.adapter_rank, k, bits=16, frozen=False)
         b, b_back = product(local, name + "_lora_b", m, n, w.adapter_rank, bits=16, frozen=False)

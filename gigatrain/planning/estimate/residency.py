@@ -39,7 +39,7 @@ WORKSPACE_BYTES = (
 # DeepSpeed's defaults (its config-json page): gradients are reduced from a buffer of 5e8 elements, beside the next one that fills; ZeRO 3 keeps up to 1e9
 # gathered parameters.
 BUCKET_ELEMENTS, LIVE_ELEMENTS = 5e8, 1e9
-ZERO3_BYTES = 2.5 * GIB  # what DeepSpeed's ZeRO 3 holds beyond that: fetches in flight and the fragments they leave. fitted on stas_upgrade
+ZERO3_BYTES = 2.0 * GIB  # what DeepSpeed's ZeRO 3 holds beyond that: fetches in flight and the fragments they leave. fitted on stas_upgrade
 CONTEXT_BYTES = 0.55 * GIB  # of CUDA with torch's kernels loaded. prior: nvidia-smi of an idle process on A100 and H100, 0.45 to 0.6 GiB
 COMMUNICATOR_BYTES = 0.1 * GIB  # of NCCL for each group that a rank is in: channels x (send + receive) buffers of 4 MiB. prior
 # Of what is not alive all step, reserved and not used. prior: with torch's expandable segments 1 to 3 %, without them 3 to 10 %, by whether a stack sets them
@@ -96,7 +96,7 @@ def _rank(local: Local, rank: int, work: Work, constants: Mapping[str, float]) -
         buffers += local.size * max((block.parameters - block.expert_parameters for block in layers), default=0.0)
     fork = workload.stack == "megatron" and "deepspeed" in workload.version  # Megatron on DeepSpeed's optimizer and pipeline
     if workload.stack == "deepspeed" or (fork and layout.zero):
-        buffers += 2 * states.reduced * min(BUCKET_ELEMENTS, mine)
+        buffers += (1 if fork else 2) * states.reduced * min(BUCKET_ELEMENTS, mine)  # a second one where reductions overlap
     if fork and layout.zero and workload.precision == "bf16":
         gradients += local.size * mine  # BF16_Optimizer keeps a microbatch's beside their sum
     if fork and layout.pipeline > 1:  # its pipeline keeps what came in and what goes out of each microbatch in flight
@@ -149,11 +149,12 @@ def _loss(local: Local, work: Work) -> float:
 
 
 def _gathered(local: Local, blocks: Sequence[Block], layer: float) -> float:
-    """Of ZeRO 3: this layer's weights and the next one's, those of embedding and head, and a gradient on its way; all of a rank's where they stay gathered."""
+    """Of ZeRO 3: this layer's weights, the next one's and where they arrive, those of embedding and head, and a gradient on its way; all of a rank's where
+    they stay gathered."""
     w, layout, states = local.workload, local.workload.layout, local.workload.states
     every = sum(block.parameters for block in blocks)
     ends = sum(block.parameters for block in blocks if block.name not in LAYERS)
-    held = 2 * layer + ends if layout.reshard else every
+    held = 3 * layer + ends if layout.reshard else every
     beside = 0.0
     if w.stack == "deepspeed":
         held, beside = max(held, min(LIVE_ELEMENTS, every)), ZERO3_BYTES

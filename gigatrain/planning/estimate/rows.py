@@ -365,7 +365,7 @@ def _attention(row: Row, stack: Stack) -> Attention:
         return "unfused"
     if text:
         return "flash"
-    if _old(row, stack):
+    if _old(row, stack) and row.text("source_date") < "2023-07" and not re.search(r"\bmi\d", row.text("gpu")):
         row.assumed.append("attention unfused, as Megatron's was until 2023")
         return "unfused"
     return "auto"
@@ -384,7 +384,7 @@ def _recompute(row: Row, stack: Stack) -> tuple[Recompute, tuple[str, ...]]:
     if re.search(r"core|attention", text) and "full" not in text:
         return "attention", ()
     if re.search(r"norm|act\b|_act|mlp|moe|mla_up", text) and not re.search(r"^full|\bop\b", text):
-        return "lean", ("moe",) if re.search(r"\bmoe\b", text) else ()
+        return "lean", ("recompute_moe",) if re.search(r"\bmoe\b", text) else ()
     if "selective" in text or re.search(r"\bsac\b|\bop\b", text):
         return ("attention" if stack in ("megatron", "nanotron") else "selective"), ()
     if "lean" in text:
@@ -424,6 +424,8 @@ def _states(row: Row, stack: Stack, layout: Layout, precision: Precision, frozen
     """
     if precision == "fp32":
         return States(weights=4, gradients=4, master=0, moments=8, reduced=4, gathered=4)
+    if re.search(r"(bf16|16)-true", row.text("precision")):  # nothing is kept in fp32 (Lightning's word)
+        return States(weights=2, gradients=2, master=0, moments=4, reduced=2, gathered=2)
     if stack in ("torchtitan", "llm_foundry") and layout.zero == 3:
         pure = "pure" in row.text("precision", "sharding") or "fms" in row.text("framework")
         narrow = 1.0 if precision == "fp8_tensorwise" and stack == "torchtitan" else 2.0
