@@ -168,6 +168,10 @@ def _plan(options: argparse.Namespace) -> None:
         _predict(options)
     elif options.calibrate:
         _calibrate(options)
+    elif options.decide:
+        from gigatrain.launching import pilots
+
+        print("\n".join(pilots.decided(Path(options.decide))))
     elif options.recipe is None:
         _arithmetic(options)
     elif options.megawatts is not None and options.site is None:
@@ -188,7 +192,7 @@ def _planned(options: argparse.Namespace) -> None:
     recipe, asked = _scheduled(load.recipe(options.recipe, options.set)), (options.nodes, options.gpus, options.megawatts)
     asked = (by_budget(site, recipe), None, None) if asked == (None, None, None) else asked
     sized = None if asked == (None, None, None) else size(site, *asked)
-    recipe, constants = kept(recipe, options.megawatts), _constants(options.calibration)
+    recipe, constants = kept(recipe, options.megawatts), _constants(options.calibration, site)
     found = None
     if options.top or options.pilots:  # the recipe's own layout need not fit: the best one is planned
         ranks = sized.ranks if sized else recipe.train.nproc or 1
@@ -203,12 +207,12 @@ def _planned(options: argparse.Namespace) -> None:
 
         tried = dry_run(chosen)
     behind = prospect(chosen, site, constants, explain=True) if options.explain or options.report else None
-    if options.report:
+    if options.report and behind is not None:
         from gigatrain.observe.report import planned
 
         planned.write(choose.picture(chosen, site, behind, found), Path(options.report).expanduser())
     pilots = None
-    if options.pilots:
+    if options.pilots and found is not None:
         from gigatrain.launching import pilots as short
         from gigatrain.launching.submit import Request
 
@@ -230,7 +234,7 @@ def _planned(options: argparse.Namespace) -> None:
         display.line(line)
     for line in words.expected(chosen.expected):
         display.line(line)
-    for line in words.explained(behind) if options.explain else ():
+    for line in words.explained(behind) if behind is not None and options.explain else ():
         display.line(line)
     display.plan_details(chosen)
     for line in tried.lines() if tried else ():
@@ -268,9 +272,7 @@ def _accelerators(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from gigatrain.planning.predict import predict_file
 
-    told = predict_file(
-        Path(options.predict), Path(options.out or "predicted.jsonl"), strict=options.strict, constants=_constants(options.calibration)
-    )
+    told = predict_file(Path(options.predict), Path(options.out or "predicted.jsonl"), strict=options.strict)
     print(f"{told}\nanswers: {options.out or 'predicted.jsonl'}")
 
 
@@ -286,15 +288,15 @@ def _calibrate(options: argparse.Namespace) -> None:
     print(f"{found}\nwritten: {out}; apply it with gigatrain plan RECIPE --calibration {out}")
 
 
-def _constants(path: str | None) -> Any:
-    """Of the estimate: as they ship, or on a cluster as `--calibrate` found it."""
+def _constants(path: str | None, site: Any) -> Any:
+    """Of the estimate: as they ship, or on this site's accelerators as `--calibrate` found them."""
     from gigatrain.planning.estimate.constants import VALUES
 
     if path is None:
         return VALUES
     from gigatrain.planning import calibrate
 
-    return calibrate.constants_of(calibrate.read(Path(path)))
+    return calibrate.constants_of(calibrate.read(Path(path)), site.accelerator or "cpu")
 
 
 def _launch(options: argparse.Namespace) -> None:
@@ -794,6 +796,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     planned.add_argument("--report", metavar="FILE", help="one HTML page: where time, bytes, watts and money go, layouts, scaling, what-if")
     planned.add_argument("--pilots", metavar="DIR", help="write job scripts of short runs that decide among the best layouts")
+    planned.add_argument("--decide", metavar="DIR", help="which of the pilots in DIR was fastest, once they have run")
     planned.add_argument("--strict", action="store_true", help="refuse what is outside of what was calibrated")
     planned.add_argument(
         "--calibrate", metavar="RUN", nargs="+", help="refit compute, communication and launches to run folders, into -o FILE"
@@ -996,7 +999,7 @@ watts at four boundaries, goodput, days, euros, CO2, each with its 90 % interval
   gigatrain plan my.toml --site jupiter --nodes 64 --explain --report plan.html
   gigatrain plan my.toml --megawatts 20 --pue 1.1             how many of which accelerators, at which limit, train most
   gigatrain plan --site aion --explain                        a site's promise: accelerators x watts x PUE against its MW
-  gigatrain plan my.toml --site my-site.toml --gpus 64 --pilots pilots
+  gigatrain plan my.toml --site my-site.toml --gpus 64 --pilots pilots ; pilots/pilots.sh ; gigatrain plan --decide pilots
   gigatrain plan --calibrate runs/a runs/b -o mine.json ; gigatrain plan my.toml --calibration mine.json
   gigatrain plan --predict rows.jsonl -o answers.jsonl        published measurements, predicted
   gigatrain plan my.toml --json | jq .expected"""

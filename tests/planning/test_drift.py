@@ -111,8 +111,7 @@ def test_memory_watts_and_goodput():
     step, watts = drift(EXPECTED, windows(10) + windows(5, 1.4, 10, watts={"device": 7_000.0}))
     assert (step.what, watts.what) == ("step", "watts, device")
     assert "waits draws less" in watts.cause
-    saving = {"spent": {"training": 10.0, "checkpoint": 30.0}, "watts": {"device": 4_000.0}}
-    assert drift(EXPECTED, windows(10, **saving)) == ()
+    assert drift(EXPECTED, windows(10, spent={"training": 10.0, "checkpoint": 30.0}, watts={"device": 4_000.0})) == ()
 
     lost = {"wall_s": 1e5, "share": 0.8, "seconds": {"training": 8e4, "checkpoint": 1.5e4, "redone": 3e3, "starting": 2e3}}
     (one,) = drift(EXPECTED, windows(10, goodput=lost))

@@ -1,3 +1,4 @@
+# pyright: reportOptionalMemberAccess=false
 """Plan x Site -> Expected: every recipe on every site, what an estimate takes from a plan, and what is said where a number cannot be had."""
 
 import math

@@ -83,8 +83,8 @@ def test_published_peaks_within_four_per_cent(row, gib):
 def test_states_are_eighteen_bytes_or_six_and_twelve_over_data():
     """Megatron's own figure (megatron/training/theoretical_memory_usage.py)."""
     count = 8_030_261_248
-    for zero, ranks, each in ((0, 1, 18.0), (0, 8, 18.0), (1, 8, 6 + 12 / 8)):
-        workload = Workload(LLAMA_8B, Layout(shard=ranks, zero=zero), 4096, 1, 1, stack="megatron", states=States())
+    for layout, each in ((Layout(zero=0), 18.0), (Layout(shard=8, zero=0), 18.0), (Layout(shard=8, zero=1), 6 + 12 / 8)):
+        workload = Workload(LLAMA_8B, layout, 4096, 1, 1, stack="megatron", states=States())
         (found,) = residency.memory(workload, operations.works(workload), {})
         assert found["weights"] + found["gradients"] + found["optimizer"] == each * count
 

@@ -177,9 +177,9 @@ def cluster_of(row: Row, chip: str, name: str, ranks: int) -> Cluster:
             levels.append(Level("rail" + kind, rail, nic))
         levels.append(Level(("spine" if ranks > rail else "rail") + kind, ranks, nic))
     cap, stated = row.number("gpu_power_cap_w"), row.number("gpu_mem_gb") or 0
-    if chip == "h100" and cap is None and (90 < stated < 100 or row.text("source_repo") == "pytorch/torchtitan"):
+    if chip == "h100" and cap is None and 90 < stated < 100:
         cap = 500.0
-        row.assumed.append("500 W: torchtitan's pages (benchmarks/llama3_h100_*.md) say so of its H100s, of 96 GB")
+        row.assumed.append("500 W: what pages of H100s of 96 GB say of theirs (pytorch/torchtitan benchmarks/llama3_h100_*.md)")
     if chip == "b200" and cap is None and not re.match(r"nvidia|mlcommons", row.text("source_repo")):
         cap = 700.0
         row.assumed.append(
