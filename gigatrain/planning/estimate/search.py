@@ -4,8 +4,8 @@ Three rounds, all deterministic, on one core:
 
     1  every legal layout x microbatch x schedule x recomputation x precision (layouts.py) by formula (closed.py); of recomputation the least that fits, since
        each policy does all that the one before it does and more
-    2  of each (tensor, pipeline, context, expert) the best few by formula, best group first, by events (estimate.py), until no group can come under the fifth
-       best: its best by formula is beyond that by more than the formula errs (MARGIN)
+    2  of each (tensor, pipeline, context, expert) the best by formula, best group first, by events (estimate.py), until no group can come under the fifth
+       best: its best by formula is beyond that by more than the formula errs (MARGIN). Then more of the groups that are best (DEEPER)
     3  the winners' neighbours: half and twice a microbatch, the next shards, schedules and policies, by events, while that helps
 """
 
@@ -32,10 +32,9 @@ from gigatrain.planning.estimate.workload import Layout, Precision, Recompute, W
 POLICIES: tuple[Recompute, ...] = ("none", "lean", "attention", "selective", "full")
 MARGIN = 0.25  # by which the formula may be wrong about the events: tests/planning/test_search.py measures it
 SLACK = 0.80  # bytes by formula that are refused: those whose SLACK-th part does not fit; residency.py judges the rest
-EVENTS = 4_000_000  # items that the second and third round may play in all, which is what bounds their time
-EACH = 3  # of each group, by events
-DEEP = 12  # of twice as many groups as are shown
-KEPT = 24  # of a group, by formula
+EVENTS = 12_000_000  # items that the second and third round may play in all, which is what bounds their time
+DEEPER = ((6, 6), (3, 24))  # of so many times as many groups as are shown, so many each, after one of every group
+KEPT = 40  # of a group, by formula
 SLOWER = "slower than what is shown, by formula and its margin"
 
 
@@ -252,11 +251,12 @@ def _by_events(groups: dict[Group, list[_Member]], play: _Play, top: int, late: 
             break
         if late() or play.spent:
             return False
-        _group(groups[group], play, EACH, group, best)
-    for group in heapq.nsmallest(2 * top, best, key=lambda one: (best[one], one)):
-        if late() or play.spent:
-            return False
-        _group(groups[group], play, DEEP, group, best)
+        _group(groups[group], play, 1, group, best)
+    for many, each in DEEPER:
+        for group in heapq.nsmallest(many * top, best, key=lambda one: (best[one], one)):
+            if late() or play.spent:
+                return False
+            _group(groups[group], play, each, group, best)
     return True
 
 
