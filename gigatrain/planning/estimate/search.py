@@ -91,7 +91,7 @@ def search(
     began = clock() if clock else 0.0
     groups, considered = _by_formula(workload, cluster, prices, precisions, recomputes, pruned, top)
     if not considered:
-        raise PlanError(_indivisible(workload, cluster, pruned))
+        raise PlanError(indivisible(workload, cluster, pruned, workload.batch))
     if not groups:
         raise PlanError(_too_large(workload, cluster, considered))
     late = (lambda: clock() - began > limit_s) if clock and limit_s is not None else (lambda: False)
@@ -326,28 +326,18 @@ def _different(ranked: list[Candidate], top: int) -> list[Candidate]:
     return chosen + rest[: top - len(chosen)]
 
 
-def _indivisible(workload: Workload, cluster: Cluster, pruned: Counter[str]) -> str:
-    """What no layout divides, and what would."""
-    ranks, batch = workload.layout.ranks, workload.batch
+def indivisible(workload: Workload, cluster: Cluster, pruned: Mapping[str, int], batch: int) -> str:
+    """Why no layout of the workload's ranks shares `batch` samples, in words, with a batch that one does."""
+    ranks = workload.layout.ranks
     why = max(sorted(pruned), key=lambda one: pruned[one]) if pruned else "nothing divides"
-    said = f"no layout of {ranks:,} ranks can share {batch:,} samples of {workload.sequence:,} tokens (mostly: {why})"
-    return f"{said}; {_near_batch(workload, cluster)}"
-
-
-def _near_batch(workload: Workload, cluster: Cluster) -> str:
-    """The way out: a batch that a legal layout shares."""
-    ranks, batch = workload.layout.ranks, workload.batch
-    most = max(1, workload.shape.layers) * layouts.domain(cluster)
-    for share in layouts.divisors(ranks):
-        if share > most:
-            break
-        readers = ranks // share
-        if readers <= 2 * batch:
-            for more in range(max(1, round(batch / readers)), max(1, round(batch / readers)) + 64):
-                tried = replace(workload, layout=Layout(replicate=ranks, zero=0), microbatch=1, accumulation=1)
-                if legal(tried, cluster, more * readers):
-                    return f"train.batch = {more * readers:,} can be, or another number of ranks"
-    return "change the number of ranks or train.batch"
+    said = f"no layout of {ranks:,} ranks can share train.batch {batch:,} samples of {workload.sequence:,} tokens (mostly: {why})"
+    one = replace(workload, layout=Layout(replicate=ranks, zero=0), microbatch=1, accumulation=1)
+    most, readers = max(1, workload.shape.layers) * layouts.domain(cluster), layouts.divisors(ranks)
+    near = sorted({max(1, round(batch / data)) * data for data in readers if ranks // data <= most}, key=lambda size: abs(size - batch))
+    found = next((size for size in near[:40] if legal(one, cluster, size)), None)
+    return said + (
+        f"; train.batch = {found:,} can be, or another number of ranks" if found else "; change the number of ranks or train.batch"
+    )
 
 
 def legal(workload: Workload, cluster: Cluster, batch: int) -> bool:
