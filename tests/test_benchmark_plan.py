@@ -106,6 +106,13 @@ def test_a_file_of_rows_is_scored_with_predictions_or_without(score, tmp_path, c
     assert "answers 6 of 9 rows not" in capsys.readouterr().err
 
 
+def test_every_published_row_is_answered_and_none_by_a_fault(score):
+    for row in (*score.few(score.measured()), *score.unseen()):
+        answer = predict.predict(row)
+        assert answer["refused"] is None, (row["id"], answer["refused"])
+        assert answer["low_s"] < answer["step_time_s"] < answer["high_s"]
+
+
 def test_the_page_shows_what_is_stored(score):
     page = score.PAGE.read_text(encoding="utf-8")
     loso = [row for row in score.stored("plan_loso.csv") if row["group"] != score.CHECKED]
