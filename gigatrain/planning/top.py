@@ -13,7 +13,7 @@ from gigatrain.planning import axes, expect
 from gigatrain.planning.estimate import layouts
 from gigatrain.planning.estimate.candidates import LANES, Candidate, Found
 from gigatrain.planning.estimate.constants import VALUES
-from gigatrain.planning.estimate.search import search, step_time
+from gigatrain.planning.estimate.search import indivisible, search, step_time
 from gigatrain.planning.estimate.work import Estimate
 from gigatrain.planning.estimate.workload import PRODUCTS_BITS, Layout, Precision, Stack, Workload
 from gigatrain.planning.plan import plan
@@ -96,10 +96,7 @@ def _legal(recipe: Recipe, site: Site, ranks: int, measure: Callable[[Mapping[st
         if len(found) >= 40:
             break
     if not found:
-        raise PlanError(
-            f"no layout of {ranks:,} ranks can share train.batch {train.batch:,} samples of {train.sequence:,} tokens (mostly: "
-            f"{max(pruned, key=lambda why: pruned[why])}); change the number of ranks or train.batch"
-        )
+        raise PlanError(indivisible(plain, expect.cluster_of(site, ranks), pruned, train.batch))
     return found
 
 

@@ -54,7 +54,7 @@ def everything(base, cluster, recomputes):
     [
         (DENSE, "gigatrain_native", 10.0, ("none", "full")),
         (EXPERTS, "gigatrain_native", 80.0, ("none",)),
-        (DENSE, "megatron", 10.0, ("none", "full")),
+        (DENSE, "megatron", 10.0, ("none",)),
     ],
 )
 def test_the_shortlist_keeps_the_best_five(architecture, stack, gib, recomputes):
@@ -102,7 +102,7 @@ def test_another_key_and_an_early_end():
 
 
 def test_what_does_not_divide_or_fit_is_refused_with_a_way_out():
-    with pytest.raises(PlanError, match=r"no layout of 7 ranks can share 12 samples .*train\.batch = 14 can be"):
+    with pytest.raises(PlanError, match=r"no layout of 7 ranks can share train\.batch 12 samples .*train\.batch = 14 can be"):
         search.search(replace(workload(DENSE, 7, 7), layout=Layout(pipeline=7, zero=0), accumulation=12), nodes(7))
     with pytest.raises(PlanError, match=r"none of [\d,]+ layouts of 8 ranks fits into 2\.0 GiB; start more ranks"):
         search.search(workload(DENSE, 8, 16), nodes(8, 2.0))
@@ -119,7 +119,6 @@ RECIPES = {
     "muon": ("model.architecture=qwen3-8b",),
     "experts": ("model.architecture=qwen3-30b-a3b", "optim.name=adamw"),
     "deepspeed": ("model.architecture=llama-3.1-8b", "optim.name=adamw", "engine.name=deepspeed"),
-    "fp8": ("model.architecture=llama-3.1-8b", "optim.name=adamw", "train.precision=fp8"),
     "compiled": ("model.architecture=smollm2-135m", "optim.name=adamw", "train.compile=true"),
     "offloaded": ("model.architecture=llama-3.1-8b", "optim.name=adamw", "engine.offload=true"),
 }
@@ -127,19 +126,19 @@ RECIPES = {
 
 @pytest.mark.parametrize(
     ("name", "where"),
-    [("dense", "jupiter"), ("muon", "dgx-h100"), ("experts", "jupiter"), ("deepspeed", "dgx-h100"), ("fp8", "jupiter"), ("compiled", "jupiter"),
+    [("dense", "jupiter"), ("muon", "dgx-h100"), ("experts", "jupiter"), ("deepspeed", "dgx-h100"), ("compiled", "jupiter"),
      ("offloaded", "dgx-h100")],
 )  # fmt: skip
 def test_every_candidate_is_a_plan(name, where):
     """Text and record say the same recipe, and the plan of it is accepted, with the candidate's layout."""
-    given = ("train.batch=16", "train.sequence=2048", *RECIPES[name])
+    given = ("train.batch=8", "train.sequence=2048", *RECIPES[name])
     recipe, site = load.recipe("quickstart", given), load.site(where)
-    found = top.top(recipe, site, 16)
+    found = top.top(recipe, site, 8, count=3)
     assert found.candidates
     for candidate in found.candidates:
         asked = load.recipe("quickstart", [*given, *candidates.overrides(candidate)])
         assert asked == top.arranged(recipe, candidate)
-        made = plan(asked, site, 16)
+        made = plan(asked, site, 8)
         # which attention a rank calls follows from its heads, and is no matter of the layout
         assert replace(expect.workload_of(made), lean=()) == replace(candidate.workload, lean=())
 

@@ -109,6 +109,7 @@ class Prices:
         self.timed: dict[tuple[Precision, Op], tuple[float, float]] = {}
         self.sent: dict[tuple[Transfer, int, int], float] = {}
         self.layers: dict[tuple[object, ...], tuple[Layer, Layer]] = {}
+        self.fullest: dict[tuple[int, int, bool, float], float] = {}
         self.shares: dict[tuple[int, int, int, int], tuple[int, int]] = {}
         self.counted: dict[tuple[int, int], Sizes] = {}
 
@@ -245,6 +246,13 @@ class Prices:
     def held(self, ranks: int, each: int, schedule: Schedule, more: float) -> float:
         """Layers of the fullest of `ranks`, embedding and head counting as `more`, as operations.py cuts them: alike where they divide and the stack is not
         ours, else so that the costliest stage costs least."""
+        key = (ranks, each, schedule == "zbv", round(more, 2))
+        found = self.fullest.get(key)
+        if found is None:
+            found = self.fullest[key] = self._held(*key)
+        return found
+
+    def _held(self, ranks: int, each: int, folded: bool, more: float) -> float:
         layers, stages = self.workload.shape.layers, ranks * each
         if self.workload.stack not in OWN and layers % stages == 0:
             return each * (layers // stages) + more
@@ -258,9 +266,7 @@ class Prices:
             if last >= 1 and int(most) * (stages - 1) + last >= layers:
                 break
         few, extra = divmod(layers - last, stages - 1)  # of the other stages, the fuller ones side by side
-        return max(
-            each * few + (-(-extra // ranks) if schedule != "zbv" else 1 + (extra > ranks) if extra else 0), (each - 1) * few + last + more
-        )
+        return max(each * few + (-(-extra // ranks) if not folded else 1 + (extra > ranks) if extra else 0), (each - 1) * few + last + more)
 
     def turned(self, split: Split, expert: int, turn: Turn, recompute: Recompute, precision: Precision, zero: int) -> Turned:
         """All of a step but what shards and replicas send and what the optimizer does: the least that a step can take however weights are shared."""

@@ -126,7 +126,7 @@ _add(
     "share",
     "prior: a cast that writes along rows and columns transposes through shared memory; Transformer Engine's reach half to two thirds",
     0.4,
-    memory__quantise_share=0.60,
+    memory__quantise_share=0.50,
 )
 _add("s", _ARITHMETIC + ": ramp, drain and the scheduler's gap between dependent kernels, 1.5 to 4 us", 0.2, kernel__latency_s=3e-6)
 # Optimizer: multi-tensor passes over fp32 state, of the sold bandwidth; and its update on the host where it is offloaded.
@@ -157,7 +157,7 @@ _add("share", "prior: draw that stays at any clock: leakage, HBM, links", 0.0, p
 # Releases: planning.md 1d, the same configuration in later NeMo containers, 54 groups: 5.9 % in the median, of two releases about a year apart.
 _add("1", "planning.md 1d: 5.9 % between releases, of a step of which kernels are most", 0.5, software__gain_year=0.06)
 # Experts: the host reads how many tokens each expert has before it launches what follows; until that is launched the device waits.
-_add("s", "prior: one copy to the host, and launches of a dozen kernels behind it", 0.5, moe__sync_s=150e-6)
+_add("s", "prior: one copy to the host, and launches of two dozen kernels behind it", 0.5, moe__sync_s=300e-6)
 # Scale: the slowest of many ranks. Per doubling of the nodes that wait for each other.
 _add(
     "1",

@@ -4,8 +4,8 @@ Three rounds, all deterministic, on one core:
 
     1  every legal layout x microbatch x schedule x recomputation x precision (layouts.py) by formula (closed.py); of recomputation the least that fits, since
        each policy does all that the one before it does and more
-    2  of each (tensor, pipeline, context, expert) the best few by formula, best group first, by events (estimate.py), until no group can come under the fifth
-       best: its best by formula is beyond that by more than the formula errs (MARGIN)
+    2  of each (tensor, pipeline, context, expert) the best by formula, best group first, by events (estimate.py), until no group can come under the fifth
+       best: its best by formula is beyond that by more than the formula errs (MARGIN). Then more of the groups that are best (DEEPER)
     3  the winners' neighbours: half and twice a microbatch, the next shards, schedules and policies, by events, while that helps
 """
 
@@ -32,10 +32,9 @@ from gigatrain.planning.estimate.workload import Layout, Precision, Recompute, W
 POLICIES: tuple[Recompute, ...] = ("none", "lean", "attention", "selective", "full")
 MARGIN = 0.25  # by which the formula may be wrong about the events: tests/planning/test_search.py measures it
 SLACK = 0.80  # bytes by formula that are refused: those whose SLACK-th part does not fit; residency.py judges the rest
-EVENTS = 4_000_000  # items that the second and third round may play in all, which is what bounds their time
-EACH = 3  # of each group, by events
-DEEP = 12  # of twice as many groups as are shown
-KEPT = 24  # of a group, by formula
+EVENTS = 12_000_000  # items that the second and third round may play in all, which is what bounds their time
+DEEPER = ((6, 6), (3, 24))  # of so many times as many groups as are shown, so many each, after one of every group
+KEPT = 40  # of a group, by formula
 SLOWER = "slower than what is shown, by formula and its margin"
 
 
@@ -92,7 +91,7 @@ def search(
     began = clock() if clock else 0.0
     groups, considered = _by_formula(workload, cluster, prices, precisions, recomputes, pruned, top)
     if not considered:
-        raise PlanError(_indivisible(workload, cluster, pruned))
+        raise PlanError(indivisible(workload, cluster, pruned, workload.batch))
     if not groups:
         raise PlanError(_too_large(workload, cluster, considered))
     late = (lambda: clock() - began > limit_s) if clock and limit_s is not None else (lambda: False)
@@ -252,11 +251,12 @@ def _by_events(groups: dict[Group, list[_Member]], play: _Play, top: int, late: 
             break
         if late() or play.spent:
             return False
-        _group(groups[group], play, EACH, group, best)
-    for group in heapq.nsmallest(2 * top, best, key=lambda one: (best[one], one)):
-        if late() or play.spent:
-            return False
-        _group(groups[group], play, DEEP, group, best)
+        _group(groups[group], play, 1, group, best)
+    for many, each in DEEPER:
+        for group in heapq.nsmallest(many * top, best, key=lambda one: (best[one], one)):
+            if late() or play.spent:
+                return False
+            _group(groups[group], play, each, group, best)
     return True
 
 
@@ -326,28 +326,18 @@ def _different(ranked: list[Candidate], top: int) -> list[Candidate]:
     return chosen + rest[: top - len(chosen)]
 
 
-def _indivisible(workload: Workload, cluster: Cluster, pruned: Counter[str]) -> str:
-    """What no layout divides, and what would."""
-    ranks, batch = workload.layout.ranks, workload.batch
+def indivisible(workload: Workload, cluster: Cluster, pruned: Mapping[str, int], batch: int) -> str:
+    """Why no layout of the workload's ranks shares `batch` samples, in words, with a batch that one does."""
+    ranks = workload.layout.ranks
     why = max(sorted(pruned), key=lambda one: pruned[one]) if pruned else "nothing divides"
-    said = f"no layout of {ranks:,} ranks can share {batch:,} samples of {workload.sequence:,} tokens (mostly: {why})"
-    return f"{said}; {_near_batch(workload, cluster)}"
-
-
-def _near_batch(workload: Workload, cluster: Cluster) -> str:
-    """The way out: a batch that a legal layout shares."""
-    ranks, batch = workload.layout.ranks, workload.batch
-    most = max(1, workload.shape.layers) * layouts.domain(cluster)
-    for share in layouts.divisors(ranks):
-        if share > most:
-            break
-        readers = ranks // share
-        if readers <= 2 * batch:
-            for more in range(max(1, round(batch / readers)), max(1, round(batch / readers)) + 64):
-                tried = replace(workload, layout=Layout(replicate=ranks, zero=0), microbatch=1, accumulation=1)
-                if legal(tried, cluster, more * readers):
-                    return f"train.batch = {more * readers:,} can be, or another number of ranks"
-    return "change the number of ranks or train.batch"
+    said = f"no layout of {ranks:,} ranks can share train.batch {batch:,} samples of {workload.sequence:,} tokens (mostly: {why})"
+    one = replace(workload, layout=Layout(replicate=ranks, zero=0), microbatch=1, accumulation=1)
+    most, readers = max(1, workload.shape.layers) * layouts.domain(cluster), layouts.divisors(ranks)
+    near = sorted({max(1, round(batch / data)) * data for data in readers if ranks // data <= most}, key=lambda size: abs(size - batch))
+    found = next((size for size in near[:40] if legal(one, cluster, size)), None)
+    return said + (
+        f"; train.batch = {found:,} can be, or another number of ranks" if found else "; change the number of ranks or train.batch"
+    )
 
 
 def legal(workload: Workload, cluster: Cluster, batch: int) -> bool:
