@@ -21,7 +21,9 @@ def here(cluster, monkeypatch):
 
 def test_a_job_from_its_queue_to_its_end(here, tmp_path):
     path = tmp_path / "-job $(touch x).sh"
-    path.write_text(f"#!/bin/bash\n#SBATCH --job-name='a|b c'\n#SBATCH --output={tmp_path}/out\n#SBATCH --nodes=2\n#SBATCH --time=10\nsleep 60\n")
+    path.write_text(
+        f"#!/bin/bash\n#SBATCH --job-name='a|b c'\n#SBATCH --output={tmp_path}/out\n#SBATCH --nodes=2\n#SBATCH --time=10\nsleep 60\n"
+    )
     assert "to start at" in slurm.tested(path) or slurm.tested(path) == ""
     job = slurm.submit(path, "--requeue")
     here.wait(lambda: slurm.queued(job)[0].state == "RUNNING", 20, "it runs")
