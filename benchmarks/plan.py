@@ -416,18 +416,25 @@ def stored(name: str) -> list[dict[str, str]]:
 
 
 def sentences(pairs: Sequence[Pair]) -> str:
-    """Ranking, memory and refusals in words."""
+    """Intervals, ranking, memory and refusals in words."""
     said = []
+    by_set: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        if pair.error is not None:
+            by_set[str(pair.row.get("set"))].append(pair)
+    if by_set:
+        held = sum(sum(pair.covered for pair in found) / len(found) for found in by_set.values()) / len(by_set)
+        said.append(f"Each of {len(by_set)} sets counting alike, intervals hold {held:.0%} of rows.")
     if found := ranking(pairs):
         said.append(
             f"Ranking of {found.layouts} layouts in {found.groups} groups: tau {found.tau:.2f}; the one predicted fastest is {found.regret:.1%} "
             f"(median) and {found.regret_p90:.1%} (P90) slower than the fastest; the best of five {found.regret_of_five:.1%} (P90)."
         )
-    if held := memory(pairs):
-        if held.rows:
-            said.append(f"Memory of {held.rows} rows: median error {held.median:.1%}, P90 {held.p90:.1%}, bias {held.bias:+.1%}.")
+    if kept := memory(pairs):
+        if kept.rows:
+            said.append(f"Memory of {kept.rows} rows: median error {kept.median:.1%}, P90 {kept.p90:.1%}, bias {kept.bias:+.1%}.")
         said.append(
-            f"Of {held.oom} rows that ran out of memory, {held.false_fits} are said to fit; of {held.ran} that ran, {held.false_full} are said not to."
+            f"Of {kept.oom} rows that ran out of memory, {kept.false_fits} are said to fit; of {kept.ran} that ran, {kept.false_full} are said not to."
         )
     refused = [pair for pair in pairs if pair.answer["refused"] is not None]
     said.append(f"Refused: {len(refused)} of {len(pairs)} rows.")
@@ -458,7 +465,11 @@ def write(say: Callable[[str], None]) -> None:
     held = [Pair(row, predict.predict(row)) for row in measured() if row.get("peak_mem")]
     page = PAGE.read_text(encoding="utf-8")
     page = marked(page, "left out", as_table(row for row in stored("plan_loso.csv") if row["group"] != CHECKED))
-    page = marked(page, "left out, in words", sentences(loso) + "\n" + sentences(held).splitlines()[0])
+    page = marked(
+        page,
+        "left out, in words",
+        sentences(loso) + "\n" + next(line for line in sentences(held).splitlines() if line.startswith("Memory")),
+    )
     page = marked(page, "unseen", as_table(stored("plan_unseen.csv")))
     page = marked(page, "unseen, in words", sentences(others))
     PAGE.write_text(page, encoding="utf-8")
