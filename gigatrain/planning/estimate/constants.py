@@ -48,7 +48,7 @@ _add(
     gemm__sm_80__bf16__peak_share=0.74,
 )
 _add("share", f"{_MLE}: 0.80 of the peak; a run at 700 W holds less", 0.20, gemm__sm_90__bf16__peak_share=0.70)
-_add("share", f"{_MLE}: 0.71 of the peak; {_AZURE}: 1290 of 1979 at 8192^3", 0.30, gemm__sm_90__fp8__peak_share=0.61)
+_add("share", f"{_MLE}: 0.71 of the peak; {_AZURE}: 1290 of 1979 at 8192^3", 0.20, gemm__sm_90__fp8__peak_share=0.61)
 _add(
     "share",
     f"{_MLE}: 0.78 of the peak; as a run on Hopper holds 0.84 of its MAMF",
@@ -133,9 +133,9 @@ _add("s", _ARITHMETIC + ": ramp, drain and the scheduler's gap between dependent
 _add("share", "prior: apex and TE multi-tensor Adam", 0.3, optimizer__share=0.70)
 _add(
     "GB/s",
-    "prior: DeepSpeed's CPU Adam on one rank's share of two sockets' DRAM: 300 to 500 GB/s of a node by 8",
-    0.5,
-    offload__host_gbyte_s=40,
+    "prior: ZeRO-Offload (arXiv 2101.06840, recalled): 10 B parameters in 2.6 s of a host with DDR4, by 8 ranks; DDR5 half as fast again",
+    0.4,
+    offload__host_gbyte_s=20,
 )
 _add("GB/s", "PCIe 5 x16: 64 sold, 50 to 55 reached, pinned", 0.0, offload__link_gbyte_s=50)
 # fp8 recipes: rate of products by blocks, over scaling by tensor: a promotion of sums every 128 of k.
