@@ -142,6 +142,20 @@ def _ranks(text: str) -> int:
     return number
 
 
+def _megawatts(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000000")
+    return number
+
+
+def _pue(text: str) -> float:
+    number = float(text)
+    if not 1 <= number <= 10:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 10: the facility's draw over IT's")
+    return number
+
+
 def _gib(text: str) -> float:
     number = float(text)
     if not 0 <= number <= 1e9:
@@ -163,26 +177,54 @@ def _temperature(text: str) -> float:
     return number
 
 
+# What each way of asking `gigatrain plan` reads; a flag that it would not read is refused, so that nothing is asked in vain.
+_PLANS = {
+    "--predict": {"predict", "out", "strict"},
+    "--calibrate": {"calibrate", "out", "site"},
+    "--decide": {"decide"},
+    "--explain of a site alone": {"site", "explain", "json"},
+    "--megawatts without a site": {"recipe", "set", "megawatts", "pue", "json"},
+    "a plan": {
+        "recipe", "set", "site", "gpus", "nodes", "megawatts", "top", "explain", "report", "pilots", "strict", "calibration", "dry_run", "json",
+    },
+}  # fmt: skip
+_PLAN_FLAGS = {
+    "recipe": None, "set": [], "site": None, "gpus": None, "nodes": None, "megawatts": None, "pue": None, "top": None, "explain": False, "report": None,
+    "pilots": None, "decide": None, "strict": False, "calibrate": None, "calibration": None, "predict": None, "out": None, "dry_run": False, "json": False,
+}  # fmt: skip
+
+
 def _plan(options: argparse.Namespace) -> None:
     if options.predict:
-        _predict(options)
+        way, run = "--predict", _predict
     elif options.calibrate:
-        _calibrate(options)
+        way, run = "--calibrate", _calibrate
     elif options.decide:
-        from gigatrain.launching import pilots
-
-        print("\n".join(pilots.decided(Path(options.decide))))
+        way, run = "--decide", _decide
     elif options.recipe is None:
-        _arithmetic(options)
+        way, run = "--explain of a site alone", _arithmetic
     elif options.megawatts is not None and options.site is None:
-        _accelerators(options)
+        way, run = "--megawatts without a site", _accelerators
     else:
-        _planned(options)
+        way, run = "a plan", _planned
+    given = {name for name, default in _PLAN_FLAGS.items() if getattr(options, name) != default}
+    if unread := sorted(given - _PLANS[way]):
+        names = ", ".join("RECIPE" if name == "recipe" else f"--{name.replace('_', '-')}" for name in unread)
+        raise PlanError(
+            f"{way} does not read {names}; leave it out" + (", or name a --site" if way == "--megawatts without a site" else "")
+        )
+    run(options)
+
+
+def _decide(options: argparse.Namespace) -> None:
+    from gigatrain.launching import pilots
+
+    print("\n".join(pilots.decided(Path(options.decide))))
 
 
 def _planned(options: argparse.Namespace) -> None:
     from gigatrain import load
-    from gigatrain.launching.size import by_budget, kept, size
+    from gigatrain.launching.size import by_budget, fed, kept, size
     from gigatrain.planning import choose, top, words
     from gigatrain.planning.estimate import candidates
     from gigatrain.planning.expect import prospect
@@ -192,6 +234,7 @@ def _planned(options: argparse.Namespace) -> None:
     recipe, asked = _scheduled(load.recipe(options.recipe, options.set)), (options.nodes, options.gpus, options.megawatts)
     asked = (by_budget(site, recipe), None, None) if asked == (None, None, None) else asked
     sized = None if asked == (None, None, None) else size(site, *asked)
+    sized = fed(site, recipe, sized, options.megawatts)
     recipe, constants = kept(recipe, options.megawatts), _constants(options.calibration, site)
     found = None
     if options.top or options.pilots:  # the recipe's own layout need not fit: the best one is planned
@@ -217,7 +260,7 @@ def _planned(options: argparse.Namespace) -> None:
         from gigatrain.launching.submit import Request
 
         asked_for = Request(options.recipe, options.site or site.name, tuple(options.set))
-        pilots = short.write(Path(options.pilots), found, asked_for, measure=_measured)
+        pilots = short.write(Path(options.pilots), found, asked_for, nodes=sized.nodes, measure=_measured)
     if options.json:
         tree = chosen.model_dump(mode="json", by_alias=True) | {"sha256": chosen.sha256, "size": dataclasses.asdict(sized)}
         tree |= {"dry_run": tried.json()} if tried else {}
@@ -232,6 +275,8 @@ def _planned(options: argparse.Namespace) -> None:
     display.plan(chosen, why)
     for line in sites.on_site(site, sized):
         display.line(line)
+    if options.calibration:
+        display.line(f"  measured {options.calibration}: the estimate is as runs of one's own were")
     for line in words.expected(chosen.expected):
         display.line(line)
     for line in words.explained(behind) if behind is not None and options.explain else ():
@@ -242,7 +287,7 @@ def _planned(options: argparse.Namespace) -> None:
     if options.report:
         display.line(f"  report   {options.report}")
     if pilots is not None:
-        display.line(f"  pilots   {len(pilots.runs)} in {pilots.folder}; start them with {pilots.start}")
+        display.line(f"  pilots   {len(pilots.runs)} in {pilots.folder}, {pilots.takes}; start them with {pilots.start}")
 
 
 def _arithmetic(options: argparse.Namespace) -> None:
@@ -255,18 +300,24 @@ def _arithmetic(options: argparse.Namespace) -> None:
             "name a RECIPE (`gigatrain recipes` lists them); without one: --site S --explain, --predict FILE or --calibrate RUN"
         )
     found = megawatts.explain(load.site(options.site))
-    print(json.dumps(dataclasses.asdict(found), indent=2, default=str) if options.json else "\n".join(megawatts.explained(found)))
+    print(json.dumps(dataclasses.asdict(found), indent=2, default=_tree) if options.json else "\n".join(megawatts.explained(found)))
 
 
 def _accelerators(options: argparse.Namespace) -> None:
     from gigatrain import load
     from gigatrain.planning import choose, megawatts
 
-    found = choose.accelerators(load.recipe(options.recipe, options.set), options.megawatts, options.pue, measure=_measured)
+    pue = options.pue or 1.2
+    found = choose.accelerators(load.recipe(options.recipe, options.set), options.megawatts, pue, measure=_measured)
     if options.json:
-        print(json.dumps([dataclasses.asdict(one) for one in found], indent=2, default=str))
+        print(json.dumps([dataclasses.asdict(one) for one in found], indent=2, default=_tree))
         return
-    print("\n".join(megawatts.report(found, options.megawatts, options.pue)))
+    print("\n".join(megawatts.report(found, options.megawatts, pue)))
+
+
+def _tree(value: Any) -> Any:
+    """A record within a record, for JSON."""
+    return value.model_dump(mode="json")
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -784,7 +835,7 @@ def _parser() -> argparse.ArgumentParser:
     planned.add_argument(
         "--megawatts",
         metavar="M",
-        type=float,
+        type=_megawatts,
         help="as many nodes as M MW of the facility feed, cooling included, and a run that keeps to them; without --site: which accelerators, at which limit",
     )
     planned.add_argument(

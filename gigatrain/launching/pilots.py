@@ -38,9 +38,12 @@ class Pilots:
     folder: Path
     runs: tuple[Path, ...]
     start: Path
+    takes: str = ""  # how long they take, in words
 
 
-def write(folder: Path, found: Found, request: submit.Request, *, measure: Callable[[Any], Any] | None = None) -> Pilots:
+def write(
+    folder: Path, found: Found, request: submit.Request, *, nodes: int | None = None, measure: Callable[[Any], Any] | None = None
+) -> Pilots:
     """A pilot of each candidate of `found`, of the recipe, overrides and site of `request`; submits nothing.
 
     Raises RunError where `folder` holds something or cannot be written, and what `submit.prepare` raises.
@@ -62,7 +65,7 @@ def write(folder: Path, found: Found, request: submit.Request, *, measure: Calla
                 json.dumps(recipe.model_dump(mode="json", by_alias=True, exclude_unset=True), indent=1) + "\n", encoding="utf-8"
             )
             one = replace(
-                request, recipe=str(path), overrides=(), sweep=(), chain=1, folder=str(run), nodes=None, gpus=ranks, megawatts=None
+                request, recipe=str(path), overrides=(), sweep=(), chain=1, folder=str(run), nodes=nodes, gpus=ranks, megawatts=None
             )
             prepared = submit.prepare(one, measure=measure)
             files[f"pilot-{number}.sh"] = submit.preview(prepared)
@@ -81,11 +84,13 @@ def write(folder: Path, found: Found, request: submit.Request, *, measure: Calla
             if name.endswith(".sh"):
                 (folder / name).chmod(0o755)
     except OSError as failure:
-        raise RunError(f"{failure.filename} cannot be written: {failure.strerror}; name another folder with --pilots") from None
+        raise RunError(f"{failure.filename or folder} cannot be written: {failure.strerror}; name another folder with --pilots") from None
     except GigatrainError:
         shutil.rmtree(folder)  # of which nothing was there before
         raise
-    return Pilots(folder, tuple(runs), folder / "pilots.sh")
+    steps = [(WARM + STEPS) * candidate.estimate.step_s for candidate in found.candidates]
+    takes = f"about {seconds(sum(steps))} of steps in all" if local else f"about {seconds(max(steps))} of steps each"
+    return Pilots(folder, tuple(runs), folder / "pilots.sh", f"{takes}, starts and saves not counted")
 
 
 def _short(recipe: Recipe, number: int) -> Recipe:

@@ -5,14 +5,14 @@ counted from the whole system where that is known. Free of torch.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gigatrain.config import Recipe
 from gigatrain.errors import PlanError, SiteError
 from gigatrain.planning.budget import assumed, node_watts, shown, whole
 from gigatrain.site import Site
 
-__all__ = ["Size", "by_budget", "kept", "node_watts", "shown", "size", "whole"]
+__all__ = ["Size", "by_budget", "fed", "kept", "node_watts", "shown", "size", "whole"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,18 @@ def by_budget(site: Site, recipe: Recipe) -> int | None:
         n for n in range(most, 0, -1) if n * per_node % (together * mesh.replicate) == 0 and train.batch % (n * per_node // together) == 0
     )
     return next(fitting, most or None)
+
+
+def fed(site: Site, recipe: Recipe, sized: Size | None, megawatts: float | None) -> Size | None:
+    """The size of a job that was given in megawatts: no more nodes than they feed, and as many as the recipe's batch divides by."""
+    if megawatts is None or sized is None or sized.nodes is None:
+        return sized
+    nodes = by_budget(site, kept(recipe, megawatts))
+    if nodes is None or nodes >= sized.nodes:
+        return sized
+    found = size(site, nodes=nodes)
+    note = f"{megawatts:g} MW feed {sized.nodes:,} nodes; {nodes:,} of them, by whose {found.ranks:,} ranks train.batch {recipe.train.batch:,} divides"
+    return replace(found, assumes=(note, *found.assumes))
 
 
 def kept(recipe: Recipe, megawatts: float | None) -> Recipe:

@@ -23,7 +23,7 @@ from gigatrain.launching import hosts as ssh
 from gigatrain.launching import job as jobs
 from gigatrain.launching import kubernetes, restart, script, slurm
 from gigatrain.launching.job import Job
-from gigatrain.launching.size import Size, by_budget, kept, shown, size
+from gigatrain.launching.size import Size, by_budget, fed, kept, shown, size
 from gigatrain.planning import cost
 from gigatrain.planning.plan import Plan, plan
 from gigatrain.site import Site
@@ -118,6 +118,7 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
     if (nodes, gpus, request.megawatts) == (None, None, None):
         nodes = by_budget(site, recipes[0])
     large = size(site, nodes=nodes, gpus=gpus, megawatts=request.megawatts)
+    large = fed(site, recipes[0], large, request.megawatts) or large
     sized, recipes = recipes, tuple(kept(recipe, request.megawatts) for recipe in recipes)
     notes = tuple(
         f"--megawatts {one.power.megawatts:g} is also power.megawatts of the run, which keeps to it"

@@ -123,6 +123,11 @@ def traced(run: Path, most: int = TRACE_BYTES) -> dict[int, dict[str, float]]:
     return found
 
 
+def judges(expected: Expected | None) -> bool:
+    """Whether a plan expects anything that a window can be held against."""
+    return expected is not None and any((expected.step_s, expected.memory_bytes, expected.watts, expected.goodput))
+
+
 def drifts(expected: Expected | None, found: Sequence[Mapping[str, Any]], *, past: bool = False) -> tuple[Drift, ...]:
     """`planning.drift.drift`, of a plan that may expect nothing."""
     return () if expected is None else drift(expected, found, past=past)

@@ -171,7 +171,7 @@ class Reader:
     ) -> list[dict[str, Any]] | None:
         """What lies beyond what the plan expected, in the newest windows; None of a plan that expects nothing."""
         expected = beside.expected_of(plan)
-        if expected is None:
+        if not beside.judges(expected):
             return None
         try:
             watts = Watts.model_validate(plan.get("watts") or {})

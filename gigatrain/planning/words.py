@@ -7,6 +7,8 @@ from gigatrain.planning import budget
 from gigatrain.planning.expect import Prospect
 from gigatrain.planning.expected import Expected, Range
 
+LEAST = 0.3  # goodput below which a plan says that it hardly goes on
+
 
 def expected(found: Expected) -> list[str]:
     """A few lines: speed, memory, power, goodput, and what the run takes in days, MWh, euros and tCO2; what is unknown, and why."""
@@ -34,11 +36,16 @@ def _expected(found: Expected) -> Iterator[tuple[str, str]]:
         )
         best = f"; best saved every {found.checkpoint_every:,} steps" if found.checkpoint_every else ""
         yield "goodput", f"{ranged(found.goodput, percent)} %; lost: {lost or 'nothing'}{best}"
+        if found.goodput.mid < LEAST:
+            yield (
+                "",
+                "it hardly goes on: failures are nearly as close as restarts are long; fewer ranks, or replicas that go on when one is lost",
+            )
     if found.days is not None:
         costs = [f"{ranged(found.days, count)} days"]
         costs += [
             f"{ranged(one, count)} {unit}"
-            for one, unit in ((found.mwh, "MWh"), (found.eur, "EUR"), (found.tco2, "tCO2"))
+            for one, unit in ((found.mwh, "MWh"), (found.eur, "EUR of energy"), (found.tco2, "tCO2"))
             if one is not None
         ]
         yield "takes", ", ".join(costs)
@@ -48,13 +55,18 @@ def _expected(found: Expected) -> Iterator[tuple[str, str]]:
         yield "outside", f"what was calibrated: {text}"
     if "step_s" in found.unknown:
         yield "speed", f"unknown: {found.unknown['step_s']}"
+    reasons: dict[str, list[str]] = {}
     for name, why in found.unknown.items():
         if name != "step_s":
-            yield "unknown", f"{name}: {why}"
+            reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        yield "unknown", f"{', '.join(names)}: {why}"
 
 
 def strict(found: Expected, asked: bool) -> None:
     """Raise PlanError where `--strict` was asked for and the case is outside of what was calibrated."""
+    if asked and "step_s" in found.unknown:
+        raise PlanError(f"nothing is known of its speed: {found.unknown['step_s']}")
     if asked and found.outside:
         raise PlanError(
             f"outside of what was calibrated: {'; '.join(found.outside)}; without --strict the intervals are wider and the plan says so"
@@ -84,7 +96,7 @@ def _explained(found: Prospect) -> Iterator[tuple[str, str]]:
         yield "device", f"{watts:5,.0f} W while it does {name}"
     for name, figure in (("nameplate", drawn.nameplate), ("typical", drawn.typical), ("cap", drawn.cap), ("total", drawn.total)):
         if figure.value is not None:
-            yield name[:8], f"{budget.shown(figure.value)}; {figure.basis}: {figure.source}"
+            yield "power", f"{name} {budget.shown(figure.value)}; {figure.basis}: {figure.source}"
     for source in drawn.sources:
         yield "power", source
     for line in kept.table:

@@ -132,13 +132,16 @@ def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any
     value["plan"] = _compared(value, plan, summary)
     expected = beside.expected_of(plan)
     value["plan"] |= {"drifts": [], "expects": False}
-    if expected is not None:
+    if expected is not None and beside.judges(expected):
         value["plan"] |= ranged(expected, value, folder, windows, events, seen, plan, summary)
     planned = value["plan"]["watts"]
-    for boundary in BOUNDARIES:  # as if every watt had been as planned: of the measured speed, since a plan has no speed
+    rate = mean  # of a plan that expects no speed: as if every watt had been as planned, at the measured one
+    if expected is not None and expected.tokens_per_s is not None and expected.goodput is not None:
+        rate = expected.tokens_per_s.mid * expected.goodput.mid
+    for boundary in BOUNDARIES:
         watts = planned[boundary]["value"]
         value["watts"]["planned"][boundary] = watts
-        value["watts"]["planned_tokens_per_s_mw"][boundary] = mean / watts * 1e6 if mean and watts else None
+        value["watts"]["planned_tokens_per_s_mw"][boundary] = rate / watts * 1e6 if rate and watts else None
     return _clean(value)
 
 

@@ -576,7 +576,13 @@ def _plan(tag: str, value: Value) -> str:
     if value["plan"]["expects"]:
         text += " Where the plan has a range, small below its middle, windows are judged: three in a row beyond it, without the first two of each process."
         causes = "".join(f"<p>{escaped(one['words'])}.</p>" for one in value["plan"]["drifts"])
-        causes = causes or f"<p>{value['plan']['judged']:,} windows, the last ones, were held against the plan's ranges; none drifted.</p>"
+        judged = value["plan"]["judged"]
+        none = (
+            f"{judged:,} windows, the last ones, were held against the plan's ranges; none drifted"
+            if judged
+            else "no window was there to be judged"
+        )
+        causes = causes or f"<p>{none}.</p>"
     whole = table(("what", "planned", "actual", "difference"), rows, kind="plain", right=(1, 2))
     return card(tag, "Plan and actual", text, whole + causes, wide=True)
 

@@ -323,7 +323,8 @@ def _different(ranked: list[Candidate], top: int) -> list[Candidate]:
         first.setdefault(group_of(candidate.workload), candidate)
     chosen = list(first.values())[:top]
     rest = [candidate for candidate in ranked if candidate not in chosen]
-    return chosen + rest[: top - len(chosen)]
+    found = chosen + rest[: top - len(chosen)]
+    return [candidate for candidate in ranked if candidate in found]  # in the order of their rank
 
 
 def indivisible(workload: Workload, cluster: Cluster, pruned: Mapping[str, int], batch: int) -> str:
