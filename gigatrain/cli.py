@@ -142,6 +142,13 @@ def _ranks(text: str) -> int:
     return number
 
 
+def _shown(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 100")
+    return number
+
+
 def _megawatts(text: str) -> float:
     number = float(text)
     if not 0 < number < 1e6:
@@ -839,9 +846,9 @@ def _parser() -> argparse.ArgumentParser:
         help="as many nodes as M MW of the facility feed, cooling included, and a run that keeps to them; without --site: which accelerators, at which limit",
     )
     planned.add_argument(
-        "--pue", metavar="P", type=_positive, default=1.2, help="of --megawatts without a site: facility over IT (default: 1.2)"
+        "--pue", metavar="P", type=_pue, help="of --megawatts without a site: facility over IT (default: 1.2)"
     )
-    planned.add_argument("--top", metavar="K", type=_ranks, help="search every layout, show the K best that differ, and plan the first")
+    planned.add_argument("--top", metavar="K", type=_shown, help="search every layout, show the K best that differ, and plan the first")
     planned.add_argument(
         "--explain", action="store_true", help="the arithmetic: phases, bytes, watts, losses, and what was assumed; of a site alone, its MW"
     )
