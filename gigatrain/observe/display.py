@@ -135,7 +135,7 @@ class Display:
         self.line(
             f"  compute  {plan.flops_per_token / 1e6:,.2f} MFLOP a token, {plan.flops_per_token * plan.tokens / 1e15:,.3f} PFLOP in all"
         )
-        for choice in plan.kernels:
+        for choice in (one for one in plan.kernels if one.op not in _idle(plan)):
             self.line(f"  kernel   {choice.op:22} {choice.kernel:10} {choice.why}")
         for fusion in plan.fusions:
             self.line(f"  step     {'train.' + fusion.name:22} {'on' if fusion.on else 'off':10} {fusion.why}")
@@ -153,6 +153,18 @@ class Display:
         if window["bad_steps"]:
             numbers += f"  {window['bad_steps']} refused"
         self.advance("train", window["step"], plan.steps, numbers)
+
+
+def _idle(plan: Plan) -> set[str]:
+    """Operations that this plan never calls, of which a reader need not hear."""
+    found = set() if plan.optim.name == "muon" else {"newton_schulz", "muon_momentum", "muon_update"}
+    found |= set() if plan.dropout else {"dropout_add"}
+    found |= set() if plan.fp8 is not None else {"quantise"}
+    if isinstance(plan.architecture, Foreign):
+        return found
+    found |= {"swiglu", "geglu", "relu2", "xielu"} - {plan.architecture.activation}
+    found |= set() if plan.architecture.experts else {"router", "expert_sort", "moe", "experts"}
+    return found | ({"rope"} if plan.architecture.qk_norm == "head" else {"qk_norm_rope"})
 
 
 def drawn(window: dict[str, Any]) -> str:
