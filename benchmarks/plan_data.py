@@ -19,7 +19,7 @@ def measured() -> list[Row]:
 
 
 def unseen() -> list[Row]:
-    """Published measurements of sources that no constant and no interval is fitted on."""
+    """Published measurements of sources that no constant and no interval of seconds is fitted on."""
     return read(DATA / "unseen.jsonl")
 
 

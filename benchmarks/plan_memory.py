@@ -59,7 +59,7 @@ def sentence(found: Sequence[Peak]) -> str:
     widths = interval.learn_memory(found)
     told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     return (
-        f"Intervals of memory, learnt without the set, hold {sum(shares.values()) / len(shares):.0%} of rows with {len(shares)} sets alike ({told}). "
+        f"Intervals of memory, learnt without the set, hold {sum(shares.values()) / len(shares):.0%} of rows with {len(shares)} sets alike\n({told}).\n"
         f"They are a factor of {math.exp(interval.memory_width('megatron', widths)):.2f} for Megatron, "
         f"{math.exp(interval.memory_width('deepspeed', widths)):.2f} for DeepSpeed, {math.exp(interval.memory_width('generic', widths)):.2f} for stacks "
         f"of which nobody measured it, and for our own {math.exp(widths['rest by torch']):.2f} of what is not weights, gradients or states."
