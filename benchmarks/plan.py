@@ -2,7 +2,7 @@ r"""How well the planner predicts: steps, memory, intervals and ranking of layou
 
     python benchmarks/plan.py IN.jsonl                             predicts a file of measurements and scores that
     python benchmarks/plan.py IN.jsonl --predictions OUT.jsonl     scores what `gigatrain plan --predict IN.jsonl -o OUT.jsonl` wrote
-    python benchmarks/plan.py measured                             the rows that constants are fitted on; `unseen`: those that nothing is fitted on
+    python benchmarks/plan.py measured                             the rows that constants are fitted on; `unseen`: those that no time is fitted on
     python benchmarks/plan.py --leave-one-out                      refits the constants without each set in turn: data/folds.json; takes minutes
     python benchmarks/plan.py --write                              from data/folds.json: interval.json, results/plan_loso.csv, plan_unseen.csv, PLANNER.md
 
@@ -10,13 +10,12 @@ Errors are of seconds of a step, predicted over measured - 1; a row that tells n
 sources count FLOPs each in their own way. Data (benchmarks/data/), each row with the repository, path and commit that it was read from:
 
     measured.jsonl.gz     1,772 rows of 10 sets: what constants are fitted on
-    unseen.jsonl          68 rows of sources that nothing is fitted on: does what was learnt from the ten hold elsewhere?
+    unseen.jsonl          68 rows of sources that no time is fitted on: does what was learnt from the ten hold elsewhere?
     measured_power.csv    86 power logs of MLPerf, reduced to watts of a node and kWh of a run
 """
 
 import argparse
 import csv
-import gzip
 import io
 import json
 import math
@@ -31,6 +30,9 @@ from platform import python_version
 from statistics import median
 from typing import Any
 
+import plan_memory  # beside this file, as the next one
+from plan_data import DATA, Pair, Row, gibibytes_of, measured, measured_power, read, seconds_of, unseen  # noqa: F401 - two for whoever imports this
+
 from gigatrain.errors import GigatrainError
 from gigatrain.planning import predict
 from gigatrain.planning.estimate import estimate as estimates
@@ -38,87 +40,14 @@ from gigatrain.planning.estimate import interval, operations, rows
 from gigatrain.planning.estimate.constants import PRIORS, VALUES
 
 HERE = Path(__file__).parent
-DATA, RESULTS, PAGE = HERE / "data", HERE / "results", HERE.parent / "PLANNER.md"
+RESULTS, PAGE = HERE / "results", HERE.parent / "PLANNER.md"
 FOLDS = DATA / "folds.json"
 LAYOUTS = 4  # of a group, from which on its ranking is scored
 ITERATIONS = 5  # of a fit; plan_fit.py's own default
 SAMPLED = 12  # rows of a set that a test may afford
-Row = dict[str, Any]
-
-
-# ---- data ----
-
-
-def measured() -> list[Row]:
-    """The published measurements that constants are fitted on: a row holds what its source says, and no nulls."""
-    with gzip.open(DATA / "measured.jsonl.gz", "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def unseen() -> list[Row]:
-    """Published measurements of sources that no constant and no interval is fitted on."""
-    return read(DATA / "unseen.jsonl")
-
-
-def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def measured_power() -> list[Row]:
-    """Power logs of MLPerf runs as watts of a node and kWh of a run; lists are lists again, and numbers numbers."""
-    with (DATA / "measured_power.csv").open(encoding="utf-8", newline="") as lines:
-        return [{key: _value(text) for key, text in row.items() if text} for row in csv.DictReader(lines)]
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def seconds_of(row: Row) -> float | None:
-    """Seconds of a step as measured: as printed, else from tokens or samples per second; None: the row tells no time."""
-    batch, tokens = row.get("global_batch"), (row.get("global_batch") or 0) * (row.get("seq_len") or 0)
-    if row.get("step_time_s"):
-        return float(row["step_time_s"])
-    if row.get("tokens_per_s") and tokens:
-        return tokens / row["tokens_per_s"]
-    if row.get("tokens_per_s_per_gpu") and tokens and row.get("n_gpus"):
-        return tokens / row["tokens_per_s_per_gpu"] / row["n_gpus"]
-    return batch / row["samples_per_s"] if row.get("samples_per_s") and batch else None
-
-
-def gibibytes_of(row: Row) -> float | None:
-    """Peak memory as measured, in GiB."""
-    unit = {"gib": 1.0, "gb": 1e9 / 2**30, "mib": 2**-10, "mb": 1e6 / 2**30}.get(str(row.get("peak_mem_unit", "gib")).lower(), 1.0)
-    return row["peak_mem"] * unit if row.get("peak_mem") else None
 
 
 # ---- scores ----
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A measurement and the planner's answer to it."""
-
-    row: Row
-    answer: Mapping[str, Any]
-
-    @property
-    def error(self) -> float | None:
-        """Predicted over measured - 1, of the seconds of a step."""
-        found, predicted = seconds_of(self.row), self.answer["step_time_s"]
-        return None if found is None or predicted is None else predicted / found - 1
-
-    @property
-    def memory_error(self) -> float | None:
-        found, predicted = gibibytes_of(self.row), self.answer["memory_gib"]
-        return None if found is None or predicted is None else predicted / found - 1
-
-    @property
-    def covered(self) -> bool:
-        return self.answer["low_s"] <= (seconds_of(self.row) or 0.0) <= self.answer["high_s"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +254,7 @@ def folds() -> dict[str, dict[str, float]]:
 
 def refit(say: Callable[[str], None]) -> None:
     """Fits the constants without each set in turn, and keeps them in data/folds.json."""
-    import plan_fit  # beside this file; needs numpy
+    import plan_fit  # needs numpy
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "measured.jsonl"
@@ -369,11 +298,12 @@ def left_out(known: Sequence[Known], by_set: Mapping[str, Mapping[str, float]], 
 
 
 def learn_intervals(known: Sequence[Known], by_set: Mapping[str, Mapping[str, float]]) -> None:
-    """Writes the product's interval.json from all sets' residuals."""
+    """Writes the product's interval.json from all sets' residuals; of peaks of memory, to which no constant is refitted, from the unseen sets' too."""
     widths = interval.learn(residuals(known, by_set))
     learnt = {
         "of": provenance(),
         "widths": {key: float(f"{value:.4g}") for key, value in widths.items()},
+        "memory": plan_memory.learnt(plan_memory.peaks([*measured(), *unseen()])),
         "domain": interval.domain((one.case.workload, one.case.cluster) for one in known),
     }
     interval.LEARNT.write_text(json.dumps(learnt, indent=1) + "\n", encoding="utf-8")
@@ -470,6 +400,7 @@ def write(say: Callable[[str], None]) -> None:
         "left out, in words",
         sentences(loso) + "\n" + next(line for line in sentences(held).splitlines() if line.startswith("Memory")),
     )
+    page = marked(page, "memory, in words", plan_memory.sentence(plan_memory.peaks([*measured(), *unseen()])))
     page = marked(page, "unseen", as_table(stored("plan_unseen.csv")))
     page = marked(page, "unseen, in words", sentences(others))
     PAGE.write_text(page, encoding="utf-8")

@@ -21,7 +21,9 @@ def score():
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules["benchmarks_plan"] = module  # its dataclasses look themselves up
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # where it finds plan_data.py, as a script does
     spec.loader.exec_module(module)
+    sys.path.remove(str(ROOT / "benchmarks"))
     return module
 
 
@@ -135,3 +137,18 @@ def test_results_say_what_made_them(score):
             for row in csv.DictReader(lines):
                 assert row["commit"]
                 assert row["python"]
+
+
+def test_intervals_of_memory_are_those_of_the_rows_and_hold_nine_of_ten(score):
+    rows = [row for row in (*score.measured(), *score.unseen()) if row.get("peak_mem")]
+    peaks = score.plan_memory.peaks(rows)
+    assert len(peaks) == len(rows)
+    stored = json.loads(score.interval.LEARNT.read_text())["memory"]
+    assert score.plan_memory.learnt(peaks) == pytest.approx(stored, rel=0.1), "the model moved: benchmarks/plan.py --write"
+    by_set = {}
+    for one in peaks:
+        by_set.setdefault(one.source, []).append(abs(one.log_ratio) <= score.interval.memory_width(one.stack, stored))
+    assert sum(sum(held) / len(held) for held in by_set.values()) / len(by_set) >= 0.9
+    assert score.plan_memory.sentence(peaks).startswith("Intervals of memory")
+    page = score.PAGE.read_text(encoding="utf-8")
+    assert "Intervals of memory" in score.between(page, "memory, in words")

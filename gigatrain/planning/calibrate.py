@@ -96,16 +96,19 @@ def scaled(scalars: Mapping[str, float], constants: Mapping[str, float] = VALUES
 
 
 def _scalar_of(name: str) -> str | None:
-    """Which scalar moves a constant: rates of products, attention, passes and the optimizer; rates and latencies of links; the host's seconds."""
-    first, *_, last = name.split(".")
+    """Which scalar moves a constant: rates of products, attention, passes and the optimizer; every rate and latency of links and networks; the host's seconds.
+
+    Shares of another rate (`grouped.*.of_gemm`, `attention.backward_share`) and sizes (`half_bytes`) stay: what they are of moves.
+    """
+    first, *between, last = name.split(".")
     if (
         (first == "gemm" and last == "peak_share")
-        or (first == "attention" and last in ("flash1", "flash2", "fused"))
+        or (first == "attention" and between)  # attention.sm_90.flash2: an implementation's rate on an architecture
         or (first in ("memory", "optimizer") and last == "share")
         or name == "kernel.latency_s"
     ):
         return "compute"
-    if first in ("link", "net") and (last in ("share", "latency_s", "step_s", "tree_s")):
+    if first in ("link", "net") and (TABLE[name].unit == "s" or last.endswith("share")):
         return "communication"
     return "launch" if first == "stack" and last in ("launch_s", "step_s") else None
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from gigatrain.errors import GigatrainError, PlanError
-from gigatrain.planning import hardware
+from gigatrain.planning import hardware, megawatts
 from gigatrain.planning.estimate import energy, estimate, rows
 from gigatrain.planning.estimate.constants import VALUES
 from gigatrain.planning.estimate.work import Estimate
-from gigatrain.planning.watts import Watts
+from gigatrain.planning.expected import Range
 
 MEASURED = frozenset(
     {
@@ -168,16 +168,29 @@ _COOLED: tuple[tuple[str, energy.Cooling], ...] = (
 
 
 def _node_watts(row: Mapping[str, Any], case: rows.Case, found: Estimate) -> float | None:
-    """Mean watts at a node's supplies; None where the accelerator's limit or what is around it is unknown. Cooling is what the row says of its server."""
-    chip = hardware.CHIPS[case.cluster.chip]
+    """Mean watts at a node's supplies; None where the accelerator's limit or what is around it is unknown. Cooling is what the row says of its server.
+
+    A node is whole: accelerators of it that the run does not use idle, and its processors, fans and losses are there for all. Of nodes unevenly used, the mean.
+    """
+    cluster = case.cluster
+    chip = hardware.CHIPS[cluster.chip]
     if chip.watts.value is None:
         return None
-    watts = Watts(chip=chip.id, accelerators=case.cluster.accelerators, per_node=case.cluster.per_node, device_watts=chip.watts)
+    watts = megawatts.watts_of(
+        chip.id, cluster.accelerators
+    )  # a superchip's rest is by the node that its maker sells, whatever a row calls one
+    if chip.id not in energy.SUPERCHIPS:
+        watts = watts.model_copy(update={"per_node": cluster.per_node})
     said = " ".join(str(row.get(name) or "") for name in ("server_note", "cooling", "server")).lower()
     cooling: energy.Cooling | None = next((cooling for pattern, cooling in _COOLED if re.search(pattern, said)), None)
-    around = energy.server(cooling) if cooling and case.cluster.per_node == 8 else None
-    node = energy.draw(found, case.workload, case.cluster, watts, around).watts.get("node")
-    return None if node is None else node.mid / case.cluster.accelerators * min(case.cluster.per_node, case.cluster.accelerators)
+    around = energy.server(cooling) if cooling and cluster.per_node == 8 else energy.server_of(watts, chip)
+    device = energy.draw(found, case.workload, cluster, watts, around).device
+    if device is None or around is None:
+        return None
+    used = cluster.accelerators / -(-cluster.accelerators // cluster.per_node)
+    idle = energy.POWER["idle"].value * chip.watts.value
+    mean = (used * device.mid + (cluster.per_node - used) * idle) / cluster.per_node
+    return energy.node_watts(Range(low=mean, mid=mean, high=mean), around).mid * cluster.per_node
 
 
 def _refused(row: Any, reason: str) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Three scalars are recovered from the folders of runs on machines that differ by them, and nothing is made of what tells nothing."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from gigatrain import load
 from gigatrain.errors import PlanError, RunError
 from gigatrain.planning import calibrate, expect
-from gigatrain.planning.estimate import operations
+from gigatrain.planning.estimate import estimate, operations, rows
 from gigatrain.planning.plan import plan
 
 TRUE = {"compute": 1.12, "communication": 1.5, "launch": 0.7}
@@ -108,3 +109,42 @@ def test_what_cannot_calibrate_is_refused_by_name(tmp_path, runs):
     (tmp_path / "torn.json").write_text('{"format": 1}')
     with pytest.raises(PlanError, match="chip"):
         calibrate.read(tmp_path / "torn.json")
+
+
+def test_every_rate_of_links_networks_and_attention_moves_with_its_scalar():
+    slow, before = calibrate.scaled({"compute": 2.0, "communication": 2.0}), calibrate.VALUES
+    moved = {name for name in before if slow[name] != before[name]}
+    for name, value in before.items():
+        if name.startswith(("link.", "net.")) and not name.endswith("half_bytes") and value:
+            assert name in moved, name
+    assert {"attention.sm_100.flash4", "attention.sm_90.fused", "attention.gfx942.fused"} <= moved
+    assert not moved & {"attention.backward_share", "attention.ramp", "grouped.sm_90.of_gemm", "gemm.sm_90.depth", "slowdown.expert"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tp": 8, "dp": 8, "micro_batch": 2},  # reduces in NVLink's switches
+        {"cp": 8, "dp": 8, "micro_batch": 1},
+        {"pp": 4, "dp": 16, "micro_batch": 1},
+        {"dp": 64, "zero_stage": 3, "micro_batch": 1},
+        {"ep": 64, "dp": 64, "micro_batch": 1, "moe_experts": 64, "moe_topk": 8, "moe_ffn": 1408},
+    ],
+    ids=str,
+)
+def test_transfers_that_nothing_hides_take_longer_by_the_scalar(change):
+    row = {
+        "gpu": "H100-SXM-80GB", "n_gpus": 64, "framework": "Megatron-LM", "precision": "bf16", "layers": 8, "hidden": 4096, "heads": 32, "kv_heads": 32,
+        "ffn": 14336, "glu": True, "vocab": 32000, "seq_len": 8192, "global_batch": 64, "seq_parallel": False,
+    }  # fmt: skip
+    case = rows.parse(row | change)
+    open_ = replace(case.workload, overlap=(("all", False),))
+    works = operations.works(open_)
+    before, slow = (
+        estimate.timed(works, open_, case.cluster, constants).phases
+        for constants in (calibrate.VALUES, calibrate.scaled({"communication": 2.0}))
+    )
+    exposed = {name: seconds for name, seconds in before.items() if name.startswith("exposed_") and seconds > 1e-3}
+    assert exposed
+    for name, seconds in exposed.items():
+        assert slow[name] > 1.5 * seconds, name

@@ -167,8 +167,8 @@ def test_a_caps_rate_falls_with_it_within_its_interval_and_work_below_it_keeps_i
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    """benchmarks/plan_power.py, which has benchmarks/plan.py beside it."""
-    for name in ("plan", "plan_power"):
+    """benchmarks/plan_power.py, which has benchmarks/plan.py and what that needs beside it."""
+    for name in ("plan_data", "plan_memory", "plan", "plan_power"):
         spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None

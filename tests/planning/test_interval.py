@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from gigatrain.planning.estimate import interval, rows
+from gigatrain.planning.estimate import estimate, interval, rows
 from gigatrain.planning.estimate.interval import Residual
 
 GROUP = ("Hopper", "megatron", "dense")
@@ -84,3 +84,44 @@ def test_the_stored_intervals_are_whole():
     assert {"a100", "h100", "b200"} <= learnt["domain"]["chips"].keys()
     workload, cluster = case()
     assert math.log(1.03) < interval.width(interval.group(workload, cluster))
+
+
+def test_memory_has_the_width_of_its_stacks_rows_and_ours_only_where_it_is_no_state():
+    alike = [interval.Peak("big", "megatron", 0.01, 0.02, True)] * 90 + [
+        interval.Peak(f"s{i}", "megatron", 0.3, 0.6, False) for i in range(3)
+    ]
+    widths = interval.learn_memory([*alike, *[interval.Peak("other", "deepspeed", 0.05, None, True)] * 9])
+    assert widths["all"] == 0.3  # of five sources, three err so, however many rows the others have
+    assert 0.05 < widths["deepspeed"] < widths["megatron"] == pytest.approx(0.3)
+    assert widths["rest by torch"] < widths["rest"] == 0.6
+    learnt = {"memory": widths}
+    held = {
+        "weights": 20.0,
+        "gradients": 10.0,
+        "optimizer": 30.0,
+        "activations": 30.0,
+        "workspace": 8.0,
+        "buffers": 1.0,
+        "slack": 0.5,
+        "device": 0.5,
+    }
+    workload, _ = case()
+    low, high = interval.memory_interval(workload, held, learnt)
+    assert high / 100 == pytest.approx(100 / low) == pytest.approx(math.exp(0.3))
+    wider = interval.memory_interval(replace(workload, stack="nanotron"), held, learnt)
+    assert wider[1] == pytest.approx(100 * math.exp(0.3 * interval.BEYOND))
+    own = interval.memory_interval(replace(workload, stack="gigatrain_native"), held, learnt)
+    assert own[1] == pytest.approx(60 + 40 * math.exp(widths["rest by torch"]))
+    assert 60 < own[0] < 97.1
+    bare = held | dict.fromkeys(("activations", "workspace", "buffers", "slack", "device"), 0.0)
+    assert interval.memory_interval(replace(workload, stack="gigatrain_native"), bare, learnt)[1] == pytest.approx(
+        60 * math.exp(interval.NARROWEST)
+    )
+
+
+def test_an_estimate_takes_the_stored_width_of_memory():
+    workload, cluster = case()
+    found = estimate.estimate(workload, cluster)
+    assert (found.memory_low, found.memory_high) == interval.memory_interval(workload, found.memory)
+    assert found.memory_high > 1.2 * found.memory_bytes  # Megatron's rows, metered by many, err so
+    assert {"all", "rest", "rest by torch", "megatron", "deepspeed"} == interval._learnt()["memory"].keys()

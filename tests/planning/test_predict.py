@@ -6,6 +6,7 @@ import pytest
 
 from gigatrain.errors import PlanError
 from gigatrain.planning import predict
+from gigatrain.planning.estimate import energy
 
 ROW = {
     "id": "a", "gpu": "H100-SXM-80GB", "gpu_mem_gb": 80, "gpus_per_node": 8, "n_gpus": 16, "framework": "Megatron-LM", "precision": "bf16",
@@ -101,3 +102,24 @@ def test_files_that_cannot_be_are_refused(tmp_path):
         predict.predict_file(source, source)
     with pytest.raises(PlanError, match="none/out"):
         predict.predict_file(source, tmp_path / "none" / "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "each", "least", "most"), [("GB200", 4, 3_000, 6_500), ("GB300", 4, 3_500, 7_500), ("GH200", 4, 1_600, 4_300)]
+)
+def test_nodes_of_superchips_have_watts(gpu, each, least, most):
+    found = predict.predict(ROW | {"gpu": gpu, "gpu_mem_gb": None, "gpus_per_node": each})["node_power_w"]
+    assert least < found < most
+
+
+def test_a_node_that_is_used_in_part_is_a_node():
+    one, two, eight = (
+        predict.predict(ROW | {"n_gpus": count, "tp": 1, "global_batch": 8, "act_ckpt": "full"})["node_power_w"] for count in (1, 2, 8)
+    )
+    server = energy.server()
+    most, idle = 700.0, energy.POWER["idle"].value * 700.0
+    lowest = (0.6 * most + 7 * idle + 8 * server.rest.value) * (1 + server.fans.value) / server.efficiency.value
+    assert lowest < one < two < eight
+    assert one < lowest + 0.4 * most * (1 + server.fans.value) / server.efficiency.value
+    twelve = predict.predict(ROW | {"n_gpus": 12, "tp": 1, "global_batch": 96, "act_ckpt": "full"})["node_power_w"]
+    assert two < twelve < eight  # the mean of two nodes with six each

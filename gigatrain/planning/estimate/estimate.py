@@ -20,6 +20,7 @@ def estimate(workload: Workload, cluster: Cluster, constants: Mapping[str, float
     fullest = max(by_rank, key=lambda held: sum(held.values()))
     held = sum(fullest.values())
     low_s, high_s = interval.interval(workload, cluster, timeline.step_s)
+    memory_low, memory_high = interval.memory_interval(workload, fullest)
     return Estimate(
         step_s=timeline.step_s,
         low_s=low_s,
@@ -30,8 +31,8 @@ def estimate(workload: Workload, cluster: Cluster, constants: Mapping[str, float
         ranks=workload.layout.ranks,
         model_flops=operations.model_flops(workload),
         memory=fullest,
-        memory_low=held * 0.95,
-        memory_high=held * 1.05,
+        memory_low=memory_low,
+        memory_high=memory_high,
         memory_by_rank=by_rank,
         fits=None if cluster.memory_bytes is None else held <= cluster.memory_bytes,
         limits=limits(timeline),

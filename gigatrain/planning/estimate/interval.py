@@ -4,6 +4,8 @@ Split conformal prediction (Vovk 2005; Lei 2018) on |log(measured / estimated)|,
 one source err alike, so that a source weighs as the square root of its rows (of TELLING at most), and the finite-sample correction counts what is left by
 Kish's effective number. A group (family of accelerators, stack, dense or MoE) with few sources leans on the wider group that it belongs to. `learn` makes
 interval.json from such residuals (benchmarks/plan.py --write); `interval` reads it.
+
+Peaks of memory have their own, by stack (`learn_memory`, `memory_interval`): no constant is refitted for them, so residuals are of measured and of unseen rows.
 """
 
 import json
@@ -26,6 +28,10 @@ TELLING = 100  # rows of one source, beyond which more of them tell nothing new 
 NARROWEST = 0.03  # half a width in log(seconds); vendors' equal nodes differ by 2.7 % (MLPerf v5.1, planning.md 1d)
 BEYOND = 1.25  # what each thing outside of the calibrated domain widens by; prior: nobody has measured it
 WIDEST = 1.1  # half a width in log(seconds), a factor of 3: what is less sure is no estimate
+OWN = frozenset(
+    {"gigatrain_native", "gigatrain_deepspeed"}
+)  # stacks whose weights, gradients and optimizer states planning/cost.py counts exactly
+STATES = ("weights", "gradients", "optimizer")
 ROOM = 2.0  # a size may be beyond the largest measured one by so much before it is outside: an octave
 FAMILIES = {
     "sm_80": "Ampere",
@@ -45,6 +51,19 @@ class Residual:
     source: str
     group: tuple[str, ...]  # family, stack, dense or MoE
     log_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """One row that tells a peak of memory."""
+
+    source: str
+    stack: str
+    log_ratio: float  # log(measured / what that row's meter would show of the estimate)
+    rest: (
+        float | None
+    )  # the same of what is not STATES; None: less was measured than the states alone, so that they are not what the row's stack holds
+    torch: bool  # metered by torch's allocator, as our own runs are; else by a monitor of the device, or nobody says
 
 
 def family(chip: str) -> str:
@@ -93,19 +112,63 @@ def learn(residuals: Iterable[Residual]) -> dict[str, float]:
             widths[key] = own
             continue
         parent = next(widths[wider] for wider in _wider(found[0].group)[_wider(found[0].group).index(key) + 1 :] if wider in widths)
-        sources = len({residual.source for residual in found})
-        widths[key] = math.exp((sources * math.log(own) + PARENT * math.log(parent)) / (sources + PARENT))
+        widths[key] = _leaning(own, len({residual.source for residual in found}), parent)
     return widths
 
 
-def quantile(residuals: Sequence[Residual], covered: float = COVERED) -> float:
-    """The conformal quantile of |log ratio|: with the correction for a finite number, the largest where that asks for more than there is."""
+def memory_interval(workload: Workload, held: Mapping[str, float], learnt: Mapping[str, Any] | None = None) -> tuple[float, float]:
+    """(low, high) bytes that a rank of `held` (residency.memory) peaks at, in nine of ten cases.
+
+    Of our own stacks the states are exact, and only the rest is uncertain: as the rest of rows that torch's allocator metered, as it does ours. No run of our
+    own on a GPU has told its peak yet. Other stacks have the width of their rows; those without, that of all rows, widened.
+    """
+    widths: Mapping[str, float] = (_learnt() if learnt is None else learnt)["memory"]
+    total = sum(held.values())
+    exact = sum(held[name] for name in STATES) if workload.stack in OWN else 0.0
+    wide = widths["rest by torch"] if workload.stack in OWN else memory_width(workload.stack, widths)
+    low, high = (exact + (total - exact) * math.exp(sign * wide) for sign in (-1, 1))
+    return min(low, total * math.exp(-NARROWEST)), max(high, total * math.exp(NARROWEST))
+
+
+def memory_width(stack: str, widths: Mapping[str, float]) -> float:
+    """Half the interval of a whole peak in log(bytes): that of the stack, or where nobody measured it that of all rows, widened."""
+    return widths.get(stack, min(WIDEST, widths["all"] * BEYOND))
+
+
+def learn_memory(peaks: Iterable[Peak]) -> dict[str, float]:
+    """Half widths in log(bytes), each source counting alike: of all rows, of each stack with enough of them, and of what is not states (`rest`)."""
+    found = list(peaks)
+
+    def wide(some: Sequence[Peak], rest: bool, parent: float | None = None) -> float:
+        told = [Residual(one.source, (), value) for one in some if (value := one.rest if rest else one.log_ratio) is not None]
+        return _leaning(quantile(told, alike=True), len({one.source for one in told}), parent)
+
+    widths = {"all": wide(found, False), "rest": wide(found, True)}
+    widths["rest by torch"] = (
+        wide([one for one in found if one.torch], True, widths["rest"]) if any(one.torch for one in found) else widths["rest"]
+    )
+    for stack in sorted({one.stack for one in found} - {"generic"}):  # what nobody knows is no stack: the next one is another
+        some = [one for one in found if one.stack == stack]
+        if len(some) >= FEWEST:
+            widths[stack] = wide(some, False, widths["all"])
+    return widths
+
+
+def _leaning(own: float, sources: int, parent: float | None) -> float:
+    """A group's width, drawn toward the wider group's by how few sources it has."""
+    return own if parent is None else math.exp((sources * math.log(own) + PARENT * math.log(parent)) / (sources + PARENT))
+
+
+def quantile(residuals: Sequence[Residual], covered: float = COVERED, alike: bool = False) -> float:
+    """The conformal quantile of |log ratio|: with the correction for a finite number, the largest where that asks for more than there is.
+
+    `alike`: a source weighs as any other, however many rows it has.
+    """
     counts: dict[str, int] = {}
     for residual in residuals:
         counts[residual.source] = counts.get(residual.source, 0) + 1
-    weighed = sorted(
-        (abs(residual.log_ratio), math.sqrt(min(counts[residual.source], TELLING)) / counts[residual.source]) for residual in residuals
-    )
+    weights = {source: (1.0 if alike else math.sqrt(min(count, TELLING))) / count for source, count in counts.items()}
+    weighed = sorted((abs(residual.log_ratio), weights[residual.source]) for residual in residuals)
     total = sum(weight for _, weight in weighed)
     effective = total**2 / sum(weight**2 for _, weight in weighed)
     asked = min(1.0, covered * (1 + 1 / effective)) * total
