@@ -145,7 +145,7 @@ class Prices:
                 found.launch_s += launch
                 weights += seconds if item.passes == "wgrad" else 0.0
             elif item.axis in AXES:
-                seconds = self.transfer_s(item, *collectives.group(layout, item.axis))
+                seconds = self.transfer_s(item, *collectives.group(layout, item.axis, stack=self.workload.stack))
                 setattr(found, item.axis, getattr(found, item.axis) + seconds)
         return found, weights
 
@@ -325,7 +325,7 @@ class Prices:
         for number, of_experts in ((dense, False), (experts, True)):
             if not number:
                 continue
-            group = collectives.group(layout, "shard", experts=of_experts)
+            group = collectives.group(layout, "shard", experts=of_experts, stack=self.workload.stack)
             if group[0] > 1 and zero == 0:
                 scatter += self._pieces("shard", "all_reduce", number * states.reduced, None, group)
             elif group[0] > 1:
@@ -338,6 +338,11 @@ class Prices:
         whole, owned = dense + experts, (dense / dense_ranks + experts / experts_ranks) if zero else dense + experts
         moved = states.weights + states.gradients + 2 * (states.master + states.moments)
         update = self.op_s(Op("adamw", "optimizer", "update", 0.0, owned * moved), precision)[0]
+        if experts and self.workload.stack in OWN:
+            held = experts / (experts_ranks if zero >= 2 else 1)
+            update += self.transfer_s(
+                Transfer("experts_sum", "tensor", "all_reduce", 4.0 * held, "update"), *collectives.group(layout, "tensor")
+            )
         kept = self._kept(states, zero, whole, owned)
         if zero == 3:
             layer = sizes.dense + sizes.experts

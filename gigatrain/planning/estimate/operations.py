@@ -9,6 +9,7 @@
     gradients, gradients_experts   (shard) zero 0: all_reduce; zero 1: reduce_scatter; zero 2 and 3 have theirs in the blocks, but a pipeline's without reshard
     replicate                      (replicate) the same over replicas: all_reduce of what a rank has left of them
     weights, weights_experts       (shard) zero 1 and 2: all_gather of updated weights; zero 3 without reshard in a pipeline: before the step's first microbatch
+    experts_sum                    (tensor) our own engine: every tensor rank has its experts whole and sees its own tokens (places.Place.partial): fp32 sums
     tied                           (pipeline) the embedding's gradient between first and last stage, where the head is tied to it
     grad_norm                      (optimizer) gradients read for their norm; read and written again to be clipped, and in fp16 to be unscaled
     grad_zero                      (optimizer) sums cleared
@@ -26,7 +27,7 @@ from itertools import pairwise
 
 from gigatrain.planning import layout as pipelines
 from gigatrain.planning.estimate import layers
-from gigatrain.planning.estimate.pieces import FUSED_SUM, QUANTISED, Local
+from gigatrain.planning.estimate.pieces import FUSED_SUM, QUANTISED, WHOLE_EXPERTS, Local
 from gigatrain.planning.estimate.work import Block, Item, Op, Transfer, Work
 from gigatrain.planning.estimate.workload import Shape, Workload
 
@@ -164,6 +165,9 @@ def _step(local: Local, dense: float, experts: float, tied: bool) -> tuple[Item,
             items.append(Transfer("gradients" + suffix, "shard", kind, count * states.reduced, "update"))
         if count and layout.replicate > 1 and (layout.zero < 2 or once):
             items.append(Transfer("replicate", "replicate", "all_reduce", count * states.reduced / (ranks if layout.zero else 1), "update"))
+    if of_experts and w.stack in WHOLE_EXPERTS and layout.tensor > 1:
+        held = of_experts / (local.expert_shards if layout.zero >= 2 else 1)
+        items.append(Transfer("experts_sum", "tensor", "all_reduce", 4.0 * held, "update"))
     if tied:
         items.append(Transfer("tied", "pipeline", "send", 2.0 * shape.vocab * shape.hidden / local.t * states.reduced, "update"))
     shard = mine / local.shards + of_experts / local.expert_shards if layout.zero else mine + of_experts

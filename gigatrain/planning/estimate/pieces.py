@@ -67,7 +67,7 @@ class Local:
         self.bits = PRODUCTS_BITS[w.precision]
         self.shards = layout.shard * layout.context
         # Megatron's expert ranks may be tensor ranks too; on ours every tensor rank has its experts whole, for its own tokens (parallel/tensor.py).
-        wide = self.t if layout.expert_tensor < self.t and w.stack not in WHOLE_EXPERTS else 1
+        wide = max(1, self.t // layout.expert_tensor) if w.stack not in WHOLE_EXPERTS else 1
         self.expert_shards = max(1, self.shards * wide // layout.expert)
         self.visits = self.rows * w.shape.experts_per_token * layout.expert_tensor * (1.0 if w.balanced else IMBALANCE)
         self.unfused = w.attention == "unfused"
