@@ -107,3 +107,12 @@ def test_experts_of_our_own_beyond_the_node_cost_its_network() -> None:
     assert estimate(made, slow).phases["exposed_expert"] > 3 * estimate(made, fast).phases["exposed_expert"]
     inside = replace(made, stack="megatron")
     assert estimate(inside, slow).phases.get("exposed_expert") == estimate(inside, fast).phases.get("exposed_expert")
+
+
+def test_our_deepspeed_hides_no_gradients_at_zero_1() -> None:
+    far = cluster(accelerators=64)
+    made = workload(stack="gigatrain_deepspeed", compiled=False, accumulation=1, layout=Layout(shard=64, zero=1))
+    sent = estimate(made, far).phases["exposed_shard"]
+    told = estimate(replace(made, overlap=(("shard", True),)), far).phases["exposed_shard"]
+    assert sent > 1.2 * told
+    assert sent == pytest.approx(estimate(replace(made, overlap=(("shard", False),)), far).phases["exposed_shard"])

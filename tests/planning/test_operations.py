@@ -206,3 +206,19 @@ def test_our_tensor_ranks_sum_the_gradients_of_their_experts(stack, tensor):
     experts = sum(block.expert_parameters for stage in work.stages for block in stage)
     owned = 4.0 * experts / Local(workload).expert_shards
     assert volume(work.step, "experts_sum") == pytest.approx(owned if stack == "gigatrain_native" and tensor > 1 else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("stack", "zero", "kind"),
+    [
+        ("gigatrain_deepspeed", 1, "all_reduce"),
+        ("deepspeed", 2, "all_reduce"),
+        ("deepspeed", 3, "reduce_scatter"),
+        ("megatron", 1, "reduce_scatter"),
+    ],
+)
+def test_deepspeed_sums_whole_buckets(stack, zero, kind):
+    workload = Workload(shape_of("llama-3.1-8b"), Layout(shard=16, zero=zero), 4096, 1, 1, stack=stack)
+    (work,) = operations.works(workload)
+    sent = {i.collective for i in [*work.step, *items([work])] if isinstance(i, Transfer) and i.name in ("gradients", "scatter")}
+    assert sent == {kind}

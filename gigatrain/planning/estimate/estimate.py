@@ -55,6 +55,8 @@ def habits_of(workload: Workload, cluster: Cluster, constants: Mapping[str, floa
     if cluster.levels and collectives.expert_span(workload.layout, workload.stack) > cluster.levels[0].accelerators:
         # Tokens that leave the domain are worth the memory that hiding them takes.
         overlaps["expert"] = max(overlaps["expert"], constants[f"stack.{found.stack}.overlap.expert_across"])
+    if workload.stack == "gigatrain_deepspeed" and workload.layout.zero == 1:
+        overlaps["shard"] = 0.0  # engines/deepspeed.py asks for overlap_comm from ZeRO 2 on
     for axis, hidden in workload.overlap:
         for name in stacks.AXES if axis == "all" else (axis,):
             overlaps[name] = max(overlaps[name], constants["overlap.told_share"]) if hidden else 0.0

@@ -6,7 +6,8 @@
 
 `layers.py` has the blocks and the names of their items. Names of `Work.step`:
 
-    gradients, gradients_experts   (shard) zero 0: all_reduce; zero 1: reduce_scatter; zero 2 and 3 have theirs in the blocks, but a pipeline's without reshard
+    gradients, gradients_experts   (shard) zero 0: all_reduce; zero 1: reduce_scatter, of DeepSpeed all_reduce; zero 2 and 3 have theirs in the
+                                   blocks, but a pipeline's without reshard
     replicate                      (replicate) the same over replicas: all_reduce of what a rank has left of them
     weights, weights_experts       (shard) zero 1 and 2: all_gather of updated weights; zero 3 without reshard in a pipeline: before the step's first microbatch
     experts_sum                    (tensor) our own engine: every tensor rank has its experts whole and sees its own tokens (places.Place.partial): fp32 sums
@@ -161,8 +162,7 @@ def _step(local: Local, dense: float, experts: float, tied: bool) -> tuple[Item,
     groups = (("", mine, local.shards, dense), ("_experts", of_experts, local.expert_shards, experts))
     for suffix, count, ranks, _ in groups:
         if count and ranks > 1 and (layout.zero < 2 or once):
-            kind = "all_reduce" if layout.zero == 0 else "reduce_scatter"
-            items.append(Transfer("gradients" + suffix, "shard", kind, count * states.reduced, "update"))
+            items.append(Transfer("gradients" + suffix, "shard", local.reduces, count * states.reduced, "update"))
         if count and layout.replicate > 1 and (layout.zero < 2 or once):
             items.append(Transfer("replicate", "replicate", "all_reduce", count * states.reduced / (ranks if layout.zero else 1), "update"))
     if of_experts and w.stack in WHOLE_EXPERTS and layout.tensor > 1:
