@@ -13,6 +13,7 @@ from typing import Any
 
 from gigatrain.planning.estimate.cluster import Cluster
 from gigatrain.planning.estimate.machines import Refused, Row, chip_of, cluster_of
+from gigatrain.planning.estimate.pieces import WHOLE_EXPERTS
 from gigatrain.planning.estimate.workload import (
     PRODUCTS_BITS,
     Attention,
@@ -179,6 +180,8 @@ def _shape(row: Row) -> Shape:
     values: dict[str, Any] = {}
     experts = row.whole("moe_experts", 0)
     if experts > 1:
+        if row.whole("moe_topk") > experts:
+            raise Refused(f"moe_topk {row.whole('moe_topk')} of {experts} experts")
         sparse = row.number("moe_layers")
         if sparse is None:
             sparse = layers - (0 if "deepseek" not in model else 3 if "v3" in model and "truncated" not in model else 1)
@@ -230,12 +233,16 @@ def _layout(row: Row, stack: Stack, shape: Shape) -> tuple[Layout, int, int, int
         raise Refused("the row has neither n_gpus nor dp")
     if not ranks:
         ranks = data * inner
+    if context > 1 and row.whole("seq_len", 0) < 2 * context:
+        raise Refused(f"cp {context} ranks share samples of {row.whole('seq_len', 0)} tokens; each needs two stretches of them")
     if ranks % inner:
         raise Refused(f"{ranks} ranks are no multiple of tp {tensor} x pp {pipeline} x cp {context}")
     if data and data * inner != ranks:
         row.assumed.append(f"dp {ranks // inner}, of {ranks} ranks, where the row says {data}")
     data = ranks // inner
     batch, micro, steps = (row.whole(name, 0) for name in ("global_batch", "micro_batch", "grad_accum"))
+    if 0 < batch < data:
+        raise Refused(f"global_batch {batch} is less than one sample for each of {data} data ranks")
     micro, steps = _batch(row, batch, micro, steps, data)
     sharding = row.text("sharding")
     zero = _zero(row, sharding, stack)
@@ -254,7 +261,17 @@ def _layout(row: Row, stack: Stack, shape: Shape) -> tuple[Layout, int, int, int
         wide = 1
         if shape.experts > 1 and tensor > 1:
             row.assumed.append("experts are not cut by tensor parallelism")
-    expert = min(expert, max(1, shape.experts)) if shape.experts > 1 else 1
+    expert = expert if shape.experts > 1 else 1
+    if shape.experts % expert:
+        raise Refused(f"ep {expert} does not divide {shape.experts} experts")
+    sharing = shard if stack in WHOLE_EXPERTS else data * context * tensor
+    if sharing % (expert * wide):
+        cut = f" of etp {wide}" if wide > 1 else ""
+        why = f"ep {expert}{cut} does not divide the {sharing} ranks that can share experts, of {ranks} ranks with tp {tensor}, pp {pipeline}, cp {context}"
+        if stack in WHOLE_EXPERTS or ranks % (expert * wide):
+            raise Refused(why)
+        # A published row has ep 64 beside pp 8 on 256 ranks: its numbers of ranks and of experts are as printed, and only their cut contradicts itself.
+        row.assumed.append(f"taken as printed, though {why}")
     stages = row.whole("vp", 1) or 1
     text = row.text("overlap", "notes", "framework")
     schedule: Schedule = "1f1b"
