@@ -239,3 +239,28 @@ def test_a_published_contradiction_is_taken_as_printed():
     case = rows.parse(ROWS["nvidia_bridge"] | {"pp": 8, "vp": 2, "ep": 64, "dp": 32})  # Megatron-Bridge's archive, 25.09
     assert case.workload.layout.expert == 64
     assert any("taken as printed" in word for word in case.assumed)
+
+
+@pytest.mark.parametrize(
+    ("words", "share"),
+    [
+        ("20 of 80 layers", 0.25), ("full (every 2nd layer)", 0.5), ("full, every other layer", 0.5), ("block, 2 layers", 0.025), ("uniform, 1 layer", 1.0),
+        ("full", 1.0), ("25% of the layers", 0.25), ("full, 90 of 80 layers", 1.0),
+    ],
+)  # fmt: skip
+def test_a_part_of_the_layers_is_made_again(words, share):
+    case = rows.parse(ROWS["mosaic"] | {"act_ckpt": words})
+    assert (case.workload.recompute, case.workload.recomputed) == ("full", pytest.approx(share))
+    (work,) = operations.works(case.workload)
+    again = sum(bool(block.recompute) for block in work.stages[0] if block.name == "layer")
+    assert again == pytest.approx(80 * share)
+    none, whole = (operations.works(rows.parse(ROWS["mosaic"] | {"act_ckpt": one}).workload)[0] for one in ("none", "full"))
+    kept, least, most = (sum(block.saved_bytes for block in one.stages[0]) for one in (work, whole, none))
+    assert least <= kept < most
+
+
+def test_a_number_of_torchtitans_selective_policy_is_of_layers():
+    ours = rows.parse(ROWS["mosaic"] | {"act_ckpt": "selective (option 2)", "framework": "torchtitan"}).workload
+    assert (ours.recompute, ours.recomputed) == ("full", 0.5)
+    theirs = rows.parse(ROWS["mosaic"] | {"act_ckpt": "selective (option 2)", "framework": "Megatron-LM"}).workload
+    assert (theirs.recompute, theirs.recomputed) == ("attention", 1.0)

@@ -23,6 +23,7 @@ A transfer along "shard" is among `shard x context` ranks, that of experts among
 Boundary activations are sent by whoever runs the schedule: `Work.boundary_bytes` each.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -33,6 +34,7 @@ from gigatrain.planning.estimate.work import Block, Item, Op, Transfer, Work
 from gigatrain.planning.estimate.workload import Shape, Workload
 
 _WEIGHED = frozenset({"gigatrain_native", "gigatrain_deepspeed"})  # cut their stages by what layers and head cost
+_ROUNDING = 1e-9  # a third of three layers is one
 _ROUNDS = 5  # of Newton-Schulz (optim/muon.py)
 
 
@@ -109,7 +111,12 @@ def work(workload: Workload, rank_of_pipeline: int = 0) -> Work:
 
 
 def _work(local: Local, rank: int, cuts: tuple[range, ...], blocks: dict[object, Block], steps: dict[object, tuple[Item, ...]]) -> Work:
-    shape, layout = local.workload.shape, local.workload.layout
+    shape, layout, share = local.workload.shape, local.workload.layout, local.workload.recomputed
+    plain = (
+        local
+        if share == 1.0
+        else Local(replace(local.workload, recompute="none", lean=tuple(name for name in local.workload.lean if name != "recompute_moe")))
+    )
     count = layout.pipeline * layout.stages
     numbers = pipelines.held(layout.schedule, rank, layout.pipeline, layout.stages) if count > 1 else (0,)
     ends = {0, count - 1} & set(numbers)
@@ -127,7 +134,9 @@ def _work(local: Local, rank: int, cuts: tuple[range, ...], blocks: dict[object,
             stage.append(block("embedding", lambda: layers.embedding(local)))
         for i in cuts[number]:
             sparse, window = shape.sparse_of(i) and shape.experts > 0, shape.window_of(i)
-            stage.append(block((sparse, window), lambda sparse=sparse, window=window: layers.layer(local, sparse, window)))
+            again = int((i + 1) * share + _ROUNDING) > int(i * share + _ROUNDING)
+            made = local if again else plain
+            stage.append(block((sparse, window, again), lambda made=made, sparse=sparse, window=window: layers.layer(made, sparse, window)))
         if number == count - 1:
             stage += [block("predicted", lambda: layers.predicted(local))] * shape.predicted
             stage.append(block(("head", both), lambda: layers.head(local, tied_here=both)))

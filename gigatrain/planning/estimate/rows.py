@@ -359,6 +359,9 @@ def _workload(row: Row, stack: Stack, shape: Shape, layout: Layout, microbatch: 
     if frozen:
         row.assumed.append("LoRA of rank 16 on attention's products")
     recompute, lean = _recompute(row, stack)
+    recomputed = 1.0 if recompute == "none" else _recomputed(row, stack, shape, layout)
+    if recomputed < 1 and stack == "torchtitan" and recompute == "selective":
+        recompute = "full"  # its selective policy with a number: every such layer, whole
     compiled = row.flag("torch_compile")
     if compiled is None:
         compiled = bool(re.search(r"compile|fms|maxtext|jax", row.text("framework", "notes")))
@@ -368,7 +371,7 @@ def _workload(row: Row, stack: Stack, shape: Shape, layout: Layout, microbatch: 
         row.assumed.append("activations stay on the device")
     return Workload(
         shape=shape, layout=layout, sequence=sequence, microbatch=microbatch, accumulation=accumulation, precision=precision,
-        states=_states(row, stack, layout, precision, frozen), recompute=recompute, attention=_attention(row, stack), stack=stack,
+        states=_states(row, stack, layout, precision, frozen), recompute=recompute, recomputed=recomputed, attention=_attention(row, stack), stack=stack,
         version=_version(row), compiled=compiled, graphed=bool(re.search(r"cuda.?graph|_cg\b|cudagraph", text)), offload=offload, frozen=frozen,
         adapter_rank=16 if frozen else 0, balanced=not ("dropless" in text and "forced" not in text and shape.experts > 1),
         chunked_loss="liger" in text or "chunked" in text or stack == "gigatrain_native", optimizer="muon" if "muon" in adam else "adamw",
@@ -406,9 +409,35 @@ def _recompute(row: Row, stack: Stack) -> tuple[Recompute, tuple[str, ...]]:
         return ("attention" if stack in ("megatron", "nanotron") else "selective"), ()
     if "lean" in text:
         return "lean", ()
-    if not re.search(r"full|true|yes|all|on\b", text):
+    if not re.search(r"full|true|yes|all|on\b|uniform|layer", text):
         row.assumed.append(f"every layer is made again: {row.row['act_ckpt']!r} is not known")
     return "full", ()
+
+
+_EVERY = {"other": 2, "2nd": 2, "second": 2, "3rd": 3, "third": 3, "4th": 4, "fourth": 4}
+
+
+def _recomputed(row: Row, stack: Stack, shape: Shape, layout: Layout) -> float:
+    """Share of the layers that checkpointing is of: `20 of 32 layers`, `every 2nd layer`, `50% of layers`, `block, 4 layers` (of each stage, as Megatron
+    counts), torchtitan's `selective (option 2)`; `uniform` chunks are all made again."""
+    text = row.text("act_ckpt")
+    if found := re.search(r"(\d+)\s*(?:of|/|out of)\s*(\d+)\s*layers", text):
+        share = int(found[1]) / max(1, int(found[2]))
+    elif found := re.search(r"every[\s-]+(other|second|third|fourth|2nd|3rd|4th)\b", text):
+        share = 1 / _EVERY[found[1]]
+    elif stack == "torchtitan" and (found := re.search(r"selective\W*option\W*([2-9])\b", text)):
+        share = 1 / int(found[1])
+    elif found := re.search(r"(\d+(?:\.\d+)?)\s*%\s*of\s*(?:the\s*)?layers", text):
+        share = float(found[1]) / 100
+    elif found := re.search(r"\bblock\b\D{0,20}(\d+)\s*layer", text):
+        share = int(found[1]) * layout.pipeline * layout.stages / shape.layers
+    else:
+        if found := re.search(r"\d+\s*layers?", text) if "uniform" not in text else None:
+            row.assumed.append(f"every layer is made again: {found[0]!r} is not said to be of which")
+        return 1.0
+    if not share > 0:
+        raise Refused(f"act_ckpt {row.row['act_ckpt']!r} is of no layer")
+    return min(1.0, share)
 
 
 def _overlap(row: Row) -> tuple[tuple[str, bool], ...]:
