@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from gigatrain.errors import PlanError
 from gigatrain.planning import hardware
 from gigatrain.planning.estimate.cluster import Cluster
+from gigatrain.planning.estimate.pieces import WHOLE_EXPERTS
 from gigatrain.planning.estimate.work import Block, Estimate, Item, Op, Transfer
 from gigatrain.planning.estimate.workload import Layout, Workload
 from gigatrain.planning.expected import Expected, Range
@@ -261,7 +262,9 @@ def grown(workload: Workload, ranks: int) -> Workload:
     data = ranks // model
     most = layout.shard if layout.replicate > 1 else max(layout.shard, LARGEST_SHARD)
     shard = max(size for size in range(1, min(data, most) + 1) if data % size == 0)
-    inner = shard * layout.context * (layout.tensor if layout.expert_tensor == 1 else 1)
+    inner = shard  # of our own engines; Megatron's experts are shared by context and tensor ranks too
+    if workload.stack not in WHOLE_EXPERTS:
+        inner *= layout.context * (layout.tensor if layout.expert_tensor == 1 else 1)
     if layout.expert > 1 and inner % layout.expert:
         raise PlanError(f"expert {layout.expert} does not divide the {inner:,} ranks that share experts at {ranks:,} ranks")
     return replace(workload, layout=replace(layout, shard=shard, replicate=data // shard))

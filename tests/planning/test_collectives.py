@@ -4,10 +4,13 @@ from statistics import median
 
 import pytest
 
+from gigatrain import config
+from gigatrain.parallel.mesh import Mesh
 from gigatrain.planning.estimate import collectives
 from gigatrain.planning.estimate.cluster import Cluster, Level
+from gigatrain.planning.estimate.pieces import Local
 from gigatrain.planning.estimate.work import Transfer
-from gigatrain.planning.estimate.workload import Layout
+from gigatrain.planning.estimate.workload import Layout, Shape, Workload
 
 KiB, MiB, GiB = 2**10, 2**20, 2**30
 _FACTOR = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
@@ -20,6 +23,7 @@ def cluster(
     return Cluster(chip, 8 * nodes, 8, levels if nodes > 1 else levels[:1])
 
 
+SHAPE = Shape(2, 512, 4, 4, 128, 128, 1024, True, 1024, False, experts=8, experts_per_token=2, expert_width=512, sparse_layers=2)
 H100, H200, A100, B200 = cluster("h100"), cluster("h200"), cluster("a100", link=300.0), cluster("b200", link=900.0)
 # (cluster, ranks, collective, {bytes: busbw in GB/s}); a busbw is bytes x (ranks - 1)/ranks over seconds, of an all-reduce twice that
 AZURE = "Azure/AI-benchmarking-guide, Azure_Results"
@@ -83,6 +87,31 @@ def test_groups_are_megatrons() -> None:
     assert collectives.group(layout, "expert") == (8, 1)
     assert collectives.group(layout, "shard", experts=True) == (8, 8)
     assert collectives.group(Layout(shard=8, tensor=4, expert=4, expert_tensor=4), "expert") == (4, 4)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(replicate=2, shard=8, tensor=4, expert=4),
+        Layout(shard=4, context=2, tensor=2, expert=4),
+        Layout(shard=8, context=2, expert=2),
+        Layout(shard=2),
+    ],
+)
+def test_expert_groups_of_our_own_are_the_meshs(layout: Layout) -> None:
+    mesh = Mesh(
+        config.Mesh(replicate=layout.replicate, shard=layout.shard, context=layout.context, tensor=layout.tensor, expert=layout.expert)
+    )
+    ranks, stride = collectives.group(layout, "expert", stack="gigatrain_native")
+    assert mesh.ranks("expert") == [place * stride for place in range(ranks)]
+    assert collectives.expert_span(layout, "gigatrain_native") == ranks * stride
+    shared = mesh.ranks("outer", "context")
+    ranks, stride = collectives.group(layout, "shard", experts=True, stack="gigatrain_native")
+    assert ranks == len(shared) == Local(Workload(SHAPE, layout, 4096, 1, 1, stack="gigatrain_native")).expert_shards
+    if ranks > 1:
+        assert ranks * stride >= shared[-1]
+        if mesh.size("outer") == 1 or layout.context == 1:
+            assert shared == [place * stride for place in range(ranks)]
 
 
 @pytest.mark.parametrize("collective", ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"])

@@ -97,3 +97,22 @@ def test_fitted_constants_are_those_that_a_fit_may_move() -> None:
         assert TABLE[name].spread > 0, name
         assert VALUES[name] == value
     assert all(VALUES[name] == PRIORS[name] for name in TABLE if name not in fitted)
+
+
+def test_experts_of_our_own_beyond_the_node_cost_its_network() -> None:
+    experts = replace(LLAMA_8B, experts=8, experts_per_token=2, expert_width=14336, sparse_layers=32)
+    made = workload(shape=experts, layout=Layout(shard=8, tensor=8, expert=8), stack="gigatrain_native", compiled=False)
+    fast = cluster(accelerators=64)
+    slow = replace(fast, levels=(fast.levels[0], replace(fast.levels[1], gbyte_s=5.0)))
+    assert estimate(made, slow).phases["exposed_expert"] > 3 * estimate(made, fast).phases["exposed_expert"]
+    inside = replace(made, stack="megatron")
+    assert estimate(inside, slow).phases.get("exposed_expert") == estimate(inside, fast).phases.get("exposed_expert")
+
+
+def test_our_deepspeed_hides_no_gradients_at_zero_1() -> None:
+    far = cluster(accelerators=64)
+    made = workload(stack="gigatrain_deepspeed", compiled=False, accumulation=1, layout=Layout(shard=64, zero=1))
+    sent = estimate(made, far).phases["exposed_shard"]
+    told = estimate(replace(made, overlap=(("shard", True),)), far).phases["exposed_shard"]
+    assert sent > 1.2 * told
+    assert sent == pytest.approx(estimate(replace(made, overlap=(("shard", False),)), far).phases["exposed_shard"])

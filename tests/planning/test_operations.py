@@ -7,6 +7,7 @@ import pytest
 
 from gigatrain.architectures import Architecture, resolve
 from gigatrain.planning.estimate import operations
+from gigatrain.planning.estimate.pieces import Local
 from gigatrain.planning.estimate.work import Op, Transfer
 from gigatrain.planning.estimate.workload import Layout, Shape, States, Workload
 
@@ -196,3 +197,28 @@ def test_torchtitan_keeps_every_other_product_and_attention():
     assert block.saved_bytes == 8192 * (2 * (stream + queries + values + output + gate + down) + 4 * 32)
     again = sum(item.flops for item in block.recompute if isinstance(item, Op))
     assert again == 2 * 8192 * 4096 * (1024 + 4096 + 14336)
+
+
+@pytest.mark.parametrize(("stack", "tensor"), [("gigatrain_native", 1), ("gigatrain_native", 4), ("megatron", 4)])
+def test_our_tensor_ranks_sum_the_gradients_of_their_experts(stack, tensor):
+    workload = Workload(shape_of("qwen3-30b-a3b"), Layout(shard=16, tensor=tensor, expert=4), 4096, 1, 1, stack=stack)
+    (work,) = operations.works(workload)
+    experts = sum(block.expert_parameters for stage in work.stages for block in stage)
+    owned = 4.0 * experts / Local(workload).expert_shards
+    assert volume(work.step, "experts_sum") == pytest.approx(owned if stack == "gigatrain_native" and tensor > 1 else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("stack", "zero", "kind"),
+    [
+        ("gigatrain_deepspeed", 1, "all_reduce"),
+        ("deepspeed", 2, "all_reduce"),
+        ("deepspeed", 3, "reduce_scatter"),
+        ("megatron", 1, "reduce_scatter"),
+    ],
+)
+def test_deepspeed_sums_whole_buckets(stack, zero, kind):
+    workload = Workload(shape_of("llama-3.1-8b"), Layout(shard=16, zero=zero), 4096, 1, 1, stack=stack)
+    (work,) = operations.works(workload)
+    sent = {i.collective for i in [*work.step, *items([work])] if isinstance(i, Transfer) and i.name in ("gradients", "scatter")}
+    assert sent == {kind}

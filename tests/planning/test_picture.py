@@ -80,3 +80,12 @@ def test_a_lower_limit_is_slower_and_one_that_cannot_be_is_left_out():
     found = caps(WORKLOAD, cluster(16), (700, 400, 1, 550), lambda capped, estimate: capped.cap_watts)
     assert [one.watts for one in found] == [400, 550, 700]
     assert found[0].speed < found[1].speed < found[2].speed == 1.0
+
+
+def test_our_own_experts_are_shared_by_shard_ranks_alone():
+    experts = replace(SHAPE, experts=8, experts_per_token=2, expert_width=2048, sparse_layers=16)
+    made = Workload(experts, Layout(shard=8, tensor=4, expert=8), 4096, 1, 1, stack="gigatrain_native")
+    assert grown(made, 64).layout.shard == 16
+    with pytest.raises(PlanError, match="expert 8 does not divide the 4 ranks"):
+        grown(made, 16)
+    assert grown(replace(made, stack="megatron"), 16).layout.shard == 4

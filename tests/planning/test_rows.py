@@ -183,3 +183,84 @@ def test_what_cannot_be_expressed_is_refused_with_the_reason(said, reason):
         rows.parse(
             LLAMA | {"gpu": "H100", "n_gpus": 64, "framework": "NeMo", "precision": "bf16", "seq_len": 4096, "micro_batch": 1} | said
         )
+
+
+@pytest.mark.parametrize(
+    ("words", "each"),
+    [
+        ("NVLink3 600 GB/s bidir", 300.0), ("NVLink 300 GB/s", 150.0), ("NVSwitch 300 GB/s per direction", 300.0), ("NVLink, 200 GB/s each way", 200.0),
+        ("NVLink 4 x 25 GB/s", 300.0), ("NVLink 12 x 25 GB/s", 300.0), ("NVLink 8x50 GB/s", 200.0), ("400 GB/s (200 GB/s per direction)", 200.0),
+    ],
+)  # fmt: skip
+def test_words_of_a_link(words, each):
+    assert rows.parse(ROWS["mosaic"] | {"interconnect_intra": words}).cluster.levels[0].gbyte_s == each
+
+
+@pytest.mark.parametrize(
+    ("said", "domain"),
+    [
+        ({}, 72),
+        ({"interconnect_intra": "NVLink5 NVL36"}, 36),
+        ({"gpu": "GB200 NVL4"}, 4),
+        ({"gpu": "GB300-NVL72"}, 72),
+        ({"gpu": "B200", "gpus_per_node": 8}, 8),
+    ],
+)
+def test_a_rack_is_one_domain(said, domain):
+    row = ROWS["nvidia_bridge"] | {"gpu": "GB200", "interconnect_intra": None} | said
+    assert rows.parse(row).cluster.levels[0].accelerators == domain
+
+
+@pytest.mark.parametrize("stated", [64, 128, None])
+def test_a_device_has_its_share_of_a_packages_memory(stated):
+    row = ROWS["mosaic"] | {"gpu": "MI250X", "gpu_mem_gb": stated}
+    assert rows.parse(row).cluster.memory_bytes == int(64 * 2**30 * 0.99)
+
+
+@pytest.mark.parametrize(
+    ("of", "change", "reason"),
+    [
+        ("megatron_moe_zoo", {"ep": 48}, "does not divide 128 experts"),
+        ("megatron_moe_zoo", {"n_gpus": 32, "ep": 64, "dp": 1}, "does not divide the 4 ranks that can share experts"),
+        ("megatron_moe_zoo", {"framework": "gigatrain native", "zero_stage": 3, "ep": 16}, "does not divide the 8 ranks"),
+        ("megatron_moe_zoo", {"global_batch": 7}, "less than one sample for each of 8"),
+        ("megatron_moe_zoo", {"moe_topk": 129}, "moe_topk 129 of 128 experts"),
+        ("mosaic", {"cp": 8, "seq_len": 15}, "cp 8 ranks share samples of 15 tokens"),
+        ("mosaic", {"gpu": "H100 NVL", "gpu_mem_gb": None}, "rates of the NVIDIA H100 NVL 94 GB are unknown"),
+    ],
+)
+def test_layouts_that_cannot_exist_are_refused(of, change, reason):
+    rows.parse(ROWS[of])
+    with pytest.raises(rows.Refused, match=reason):
+        rows.parse(ROWS[of] | change)
+
+
+def test_a_published_contradiction_is_taken_as_printed():
+    case = rows.parse(ROWS["nvidia_bridge"] | {"pp": 8, "vp": 2, "ep": 64, "dp": 32})  # Megatron-Bridge's archive, 25.09
+    assert case.workload.layout.expert == 64
+    assert any("taken as printed" in word for word in case.assumed)
+
+
+@pytest.mark.parametrize(
+    ("words", "share"),
+    [
+        ("20 of 80 layers", 0.25), ("full (every 2nd layer)", 0.5), ("full, every other layer", 0.5), ("block, 2 layers", 0.025), ("uniform, 1 layer", 1.0),
+        ("full", 1.0), ("25% of the layers", 0.25), ("full, 90 of 80 layers", 1.0),
+    ],
+)  # fmt: skip
+def test_a_part_of_the_layers_is_made_again(words, share):
+    case = rows.parse(ROWS["mosaic"] | {"act_ckpt": words})
+    assert (case.workload.recompute, case.workload.recomputed) == ("full", pytest.approx(share))
+    (work,) = operations.works(case.workload)
+    again = sum(bool(block.recompute) for block in work.stages[0] if block.name == "layer")
+    assert again == pytest.approx(80 * share)
+    none, whole = (operations.works(rows.parse(ROWS["mosaic"] | {"act_ckpt": one}).workload)[0] for one in ("none", "full"))
+    kept, least, most = (sum(block.saved_bytes for block in one.stages[0]) for one in (work, whole, none))
+    assert least <= kept < most
+
+
+def test_a_number_of_torchtitans_selective_policy_is_of_layers():
+    ours = rows.parse(ROWS["mosaic"] | {"act_ckpt": "selective (option 2)", "framework": "torchtitan"}).workload
+    assert (ours.recompute, ours.recomputed) == ("full", 0.5)
+    theirs = rows.parse(ROWS["mosaic"] | {"act_ckpt": "selective (option 2)", "framework": "Megatron-LM"}).workload
+    assert (theirs.recompute, theirs.recomputed) == ("attention", 1.0)

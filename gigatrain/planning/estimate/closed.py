@@ -98,7 +98,8 @@ class Prices:
 
     def __init__(self, workload: Workload, cluster: Cluster, constants: Mapping[str, float]) -> None:
         self.workload, self.cluster, self.constants = workload, cluster, constants
-        self.habits = estimate.habits_of(workload, cluster, constants)
+        # of any ZeRO stage: what a stage changes of them is in `shared`
+        self.habits = estimate.habits_of(replace(workload, layout=replace(workload.layout, zero=3)), cluster, constants)
         self.waits = 1.0 + estimate.wait_share(workload, cluster, constants)
         self.timers: dict[Precision, Callable[[Item], Cost]] = {}
         self.kinds: dict[tuple[bool, int | None], int] = {}
@@ -145,7 +146,7 @@ class Prices:
                 found.launch_s += launch
                 weights += seconds if item.passes == "wgrad" else 0.0
             elif item.axis in AXES:
-                seconds = self.transfer_s(item, *collectives.group(layout, item.axis))
+                seconds = self.transfer_s(item, *collectives.group(layout, item.axis, stack=self.workload.stack))
                 setattr(found, item.axis, getattr(found, item.axis) + seconds)
         return found, weights
 
@@ -325,19 +326,27 @@ class Prices:
         for number, of_experts in ((dense, False), (experts, True)):
             if not number:
                 continue
-            group = collectives.group(layout, "shard", experts=of_experts)
+            group = collectives.group(layout, "shard", experts=of_experts, stack=self.workload.stack)
             if group[0] > 1 and zero == 0:
                 scatter += self._pieces("shard", "all_reduce", number * states.reduced, None, group)
             elif group[0] > 1:
                 chunks = max(1, shape.layers // ranks) if often else None  # layer by layer, or in buckets
                 gather += self._pieces("shard", "all_gather", number * states.gathered, chunks, group)
-                scatter += self._pieces("shard", "reduce_scatter", number * states.reduced, chunks, group)
+                whole = zero < 3 and self.workload.stack in pieces.SUMS_WHOLE
+                scatter += self._pieces("shard", "all_reduce" if whole else "reduce_scatter", number * states.reduced, chunks, group)
             if layout.replicate > 1:
                 own = number * states.reduced / ((experts_ranks if of_experts else dense_ranks) if zero else 1)
                 between += self._pieces("replicate", "all_reduce", own, max(1, shape.layers // ranks) if often else None, replicate)
         whole, owned = dense + experts, (dense / dense_ranks + experts / experts_ranks) if zero else dense + experts
         moved = states.weights + states.gradients + 2 * (states.master + states.moments)
         update = self.op_s(Op("adamw", "optimizer", "update", 0.0, owned * moved), precision)[0]
+        if zero == 1 and self.workload.stack == "gigatrain_deepspeed":  # nothing hides them (estimate.habits_of)
+            update, gather, scatter = update + gather + scatter, 0.0, 0.0
+        if experts and self.workload.stack in OWN:
+            held = experts / (experts_ranks if zero >= 2 else 1)
+            update += self.transfer_s(
+                Transfer("experts_sum", "tensor", "all_reduce", 4.0 * held, "update"), *collectives.group(layout, "tensor")
+            )
         kept = self._kept(states, zero, whole, owned)
         if zero == 3:
             layer = sizes.dense + sizes.experts

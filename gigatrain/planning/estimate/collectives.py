@@ -1,8 +1,9 @@
 """Seconds of a collective: alpha-beta by level (scale-up link, then network), with a bandwidth that depends on the size of what one rank passes on.
 
 Rank order is Megatron's: tensor innermost, then context, then shard, then replicate, pipeline outermost. Expert groups are cut out of shard x context (and of
-tensor where `expert_tensor` is 1), innermost first. So a tensor group sits on neighbours of one node, and the ranks of a node that hold the same place in
-different groups of an outer axis each run their own group over their own NIC: a group with `c` ranks in a node has `c` NICs there.
+tensor where `expert_tensor` is 1), innermost first; on our own engines out of `shard` alone, outside context and tensor (parallel/mesh.py). So a tensor group
+sits on neighbours of one node, and the ranks of a node that hold the same place in different groups of an outer axis each run their own group over their own
+NIC: a group with `c` ranks in a node has `c` NICs there.
 
 A ring of n ranks passes S (n-1)/n bytes (an all-reduce twice that) through every rank; between units of c ranks, c links carry it. A link of rate B reaches
 `share x B / (1 + sqrt(half_bytes / chunk))` with chunk = S/n, what one rank passes on at once: nccl-tests' busbw over size, on 8 ranks and on 1,024, falls off
@@ -15,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gigatrain.planning.estimate.cluster import Cluster, Level
+from gigatrain.planning.estimate.pieces import WHOLE_EXPERTS
 from gigatrain.planning.estimate.work import Axis, Transfer
-from gigatrain.planning.estimate.workload import Layout
+from gigatrain.planning.estimate.workload import Layout, Stack
 
 Published = tuple[float, float, str, str]  # value, spread of its prior in log, unit, source
 _AZURE = "fitted on nccl-tests' tables by size of Azure/AI-benchmarking-guide (A100, H100) and stas00/ml-engineering network/ (H200, B200)"
@@ -122,11 +124,14 @@ _PCIE_GBYTE_S = 64.0  # of sixteen lanes of its fifth generation; no scale-up li
 _MESHED = ("link.xgmi", "link.xgmi2")  # every pair has a link of its own: fewer ranks have fewer links
 
 
-def group(layout: Layout, axis: Axis, *, experts: bool = False) -> tuple[int, int]:
-    """`(ranks, stride)` of a group along `axis`: how many ranks, and how far apart neighbours are in the order above.
+def group(layout: Layout, axis: Axis, *, experts: bool = False, stack: Stack = "generic") -> tuple[int, int]:
+    """`(ranks, stride)` of a group along `axis`: how many ranks, and how far apart neighbours are in the order above, Megatron's or our own by `stack`.
 
     What `shard` ranks share is shared by context ranks as well (they hold the same weights); of routed experts (`experts`), only by those with the same ones.
+    Those of our own are neighbours along context and then far apart: the stride is the mean one, which is right wherever a unit holds whole expert groups.
     """
+    if stack in WHOLE_EXPERTS and (axis == "expert" or (axis == "shard" and experts)):
+        return _own_experts(layout, axis)
     tensor, context, shard = layout.tensor, layout.context, layout.shard
     if axis == "tensor":
         return (layout.expert_tensor, 1) if experts else (tensor, 1)
@@ -142,6 +147,20 @@ def group(layout: Layout, axis: Axis, *, experts: bool = False) -> tuple[int, in
     if axis == "replicate":
         return layout.replicate, tensor * context * shard
     return layout.pipeline, tensor * context * shard * layout.replicate
+
+
+def _own_experts(layout: Layout, axis: Axis) -> tuple[int, int]:
+    """As parallel/mesh.py orders ranks: tensor, context, expert, and the rest of `shard` outermost; `expert` divides `shard`."""
+    if axis == "expert":
+        return layout.expert, layout.tensor * layout.context
+    outer = max(1, layout.shard // layout.expert)
+    return outer * layout.context, layout.tensor * (layout.expert if outer > 1 else 1)
+
+
+def expert_span(layout: Layout, stack: Stack) -> int:
+    """Ranks from the first to behind the last of an expert group: what a scale-up domain must have to hold it."""
+    ranks, stride = group(layout, "expert", stack=stack)
+    return ranks * stride
 
 
 def link_kind(cluster: Cluster, level: Level) -> str:

@@ -53,9 +53,11 @@ def habits_of(workload: Workload, cluster: Cluster, constants: Mapping[str, floa
     """The stack's habits here, with what the workload itself says of its overlap, compilation and graphs."""
     found = stacks.habits(workload.stack, workload.version + (" unfused" if workload.attention == "unfused" else ""), constants)
     overlaps = dict(found.overlaps)
-    if cluster.levels and workload.layout.expert > cluster.levels[0].accelerators:
+    if cluster.levels and collectives.expert_span(workload.layout, workload.stack) > cluster.levels[0].accelerators:
         # Tokens that leave the domain are worth the memory that hiding them takes.
         overlaps["expert"] = max(overlaps["expert"], constants[f"stack.{found.stack}.overlap.expert_across"])
+    if workload.stack == "gigatrain_deepspeed" and workload.layout.zero == 1:
+        overlaps["shard"] = 0.0  # engines/deepspeed.py asks for overlap_comm from ZeRO 2 on
     for axis, hidden in workload.overlap:
         for name in stacks.AXES if axis == "all" else (axis,):
             overlaps[name] = max(overlaps[name], constants["overlap.told_share"]) if hidden else 0.0
@@ -89,7 +91,7 @@ def timer(workload: Workload, cluster: Cluster, habits: Habits, constants: Mappi
         if isinstance(item, Transfer):
             key = item.axis, item.name.endswith("_experts")
             if key not in groups:
-                groups[key] = collectives.group(workload.layout, item.axis, experts=key[1])
+                groups[key] = collectives.group(workload.layout, item.axis, experts=key[1], stack=workload.stack)
             share = distinct if item.axis == "expert" and workload.layout.dispatch == "hierarchical" else 1.0
             seconds = collectives.seconds(
                 item if share == 1.0 else replace(item, bytes=item.bytes * share), cluster, *groups[key], constants
@@ -111,9 +113,10 @@ def across_share(workload: Workload, cluster: Cluster) -> float:
     """Of the copies that a hierarchical dispatch (DeepEP, HybridEP) sends to ranks, those that leave the scale-up domain: a token goes once to each domain that
     has experts of it, and on within. Where its group stays in one domain, 1."""
     shape, layout, domain = workload.shape, workload.layout, cluster.levels[0].accelerators if cluster.levels else 1
-    if layout.expert <= domain or not shape.experts:
+    span = collectives.expert_span(layout, workload.stack)
+    if span <= domain or not shape.experts:
         return 1.0
-    k, ranks, domains = shape.experts_per_token, layout.expert, layout.expert / domain
+    k, ranks, domains = shape.experts_per_token, layout.expert, min(span / domain, layout.expert)
     return domains * (1 - (1 - 1 / domains) ** k) / (ranks * (1 - (1 - 1 / ranks) ** k))
 
 

@@ -277,7 +277,7 @@ def _sharded(
         if count and ranks > 1:
             before.append(Transfer("gather" + suffix, "shard", "all_gather", count * states.gathered, "forward"))
             if trained:
-                after.append(Transfer("scatter" + suffix, "shard", "reduce_scatter", count * states.reduced, "backward"))
+                after.append(Transfer("scatter" + suffix, "shard", local.reduces, count * states.reduced, "backward"))
         if count and trained and layout.replicate > 1:
             after.append(Transfer("replicate", "replicate", "all_reduce", count * states.reduced / ranks, "backward"))
     if layout.zero == 2:

@@ -82,8 +82,8 @@ def chip_of(row: Row) -> tuple[str, str]:
     if found == "h100":
         if "PCIE" in name:
             found = "h100-pcie"
-        elif "NVL" in name and (memory or 0) > 90:
-            row.assumed.append("chip h100: the H100 NVL's rates are unknown")
+        elif re.search(r"NVL(?!INK)", name):
+            raise Refused(f"gpu {row.row['gpu']!r}: the rates of the {CHIPS['h100-nvl'].name} are unknown (planning/hardware.py)")
         elif memory is not None and 60 < memory < 70:
             found = "h100-64"
     if found.startswith("a100") and "PCIE" in name:
@@ -137,6 +137,10 @@ def fabric(text: str, per_node: int) -> float | None:
     return port / per_node if port > 100 or of_node or re.search(r"ethernet|tcp|gbe", words) else port
 
 
+_SCALE_UP = re.compile(r"(?:(\d+)\s*[x×]\s*)?(\d+(?:\.\d+)?)\s*gb/s")
+_ONE_WAY = re.compile(r"unidir|one[ -](?:direction|way)|(?:per|each)[ -](?:direction|way)|/direction")
+_RACKED = ("gb200", "gb300")
+
 _NETWORKS = (
     (r"infiniband|\b[hnx]dr|\bib\b", ""), (r"\befa\b|\baws\b|elastic fabric", ".efa"), (r"omni-?\s?path|\bopa\b", ".omnipath"), (r"slingshot", ".slingshot"),
     (r"roce|ethernet|spectrum|gbe\b|tcp", ".roce"),
@@ -146,6 +150,36 @@ _NETWORKS = (
 def _network(text: str) -> str:
     """How collectives.py calls a network, behind a level's name; empty for InfiniBand and for what is not said."""
     return next((kind for pattern, kind in _NETWORKS if re.search(pattern, text.lower())), "")
+
+
+def _link(row: Row, intra: str, sold: float, devices: int) -> float:
+    """GB/s of one direction that a rank has within a node, of `sold`: half of what the row says, or all where it says that of one direction."""
+    rates = list(_SCALE_UP.finditer(intra))
+    if not rates:
+        return sold
+    told = intra[: rates[1].start()] if len(rates) > 1 else intra  # the first rate, with the words around it
+    total = float(rates[0][2]) * int(rates[0][1] or 1)
+    # Links are counted by the rate of one direction as often as by both: 12 x 25 GB/s are the A100's 300.
+    one_way = bool(_ONE_WAY.search(told)) or (rates[0][1] is not None and math.isclose(total, sold, rel_tol=0.05))
+    said = total if one_way else total / 2
+    said /= devices if devices > 1 and said > sold else 1
+    if said < sold / 4 and "pcie" not in intra:
+        row.assumed.append(
+            f"{sold:g} GB/s between the ranks of a node, as sold: {intra!r} is less than a quarter of it, a link's and not a rank's"
+        )
+        return sold
+    return min(sold, said)
+
+
+def _domain(row: Row, chip: str, words: str, per_node: int) -> int:
+    """Ranks of one scale-up domain: a node's, but of chips that are sold by the rack a rack's, unless the row says that another one is."""
+    if chip not in _RACKED:
+        return per_node
+    if said := re.search(r"nvl[\s-]?(\d+)(?:\s*x\s*(\d+))?", words):
+        return max(1, int(said[1]) * int(said[2] or 1))
+    rack = int(CHIPS[chip].scale_up_accelerators.value or per_node)
+    row.assumed.append(f"{rack} accelerators in one NVLink domain: the row does not say otherwise")
+    return max(rack, per_node)
 
 
 def cluster_of(row: Row, chip: str, name: str, ranks: int) -> Cluster:
@@ -161,13 +195,12 @@ def cluster_of(row: Row, chip: str, name: str, ranks: int) -> Cluster:
     if pcie:
         link = 25.0
         row.assumed.append("25 GB/s between the cards of a node: PCIe 4.0 as reached")
-    elif match := re.search(r"(\d+(?:\.\d+)?)\s*gb/s", intra):
-        said = float(match[1]) / (1 if "unidir" in intra or "one direction" in intra else 2)
-        link = min(link, said / (devices if chip == "mi250x" and said > link else 1))
+    else:
+        link = _link(row, intra, link, devices)
     if "H800" in name or "A800" in name:
         link = min(link, 200.0)
         row.assumed.append(f"{name}: its sister's rates, with 200 GB/s of NVLink")
-    domain = 72 if chip in ("gb200", "gb300") and "nvl72" in (intra + name.lower()) else per_node
+    domain = _domain(row, chip, intra + " " + name.lower(), per_node)
     levels = [Level("scale_up", min(domain, ranks) if ranks > domain else max(1, ranks), link)]
     if ranks > domain:
         levels[0] = Level("scale_up", domain, link)
@@ -185,7 +218,11 @@ def cluster_of(row: Row, chip: str, name: str, ranks: int) -> Cluster:
         row.assumed.append(
             "700 W, as a DGX B200 is delivered (docs.nvidia.com/dgx/dgxb200-user-guide/power-capping.html), where others than NVIDIA name no cap"
         )
-    memory = row.number("gpu_mem_gb") or (found.hbm_bytes.value or 0) / devices / 2**30
+    whole = (found.hbm_bytes.value or 0) / 2**30  # of the package as sold
+    memory = stated or whole / devices
+    if devices > 1 and whole and stated >= 0.95 * whole:
+        memory = stated / devices
+        row.assumed.append(f"{memory:g} GB of each of a package's {devices} devices: the row says {stated:g}, which is the package's")
     return Cluster(
         chip, max(1, ranks // devices), max(1, per_node // devices), tuple(levels), int(memory * 2**30 * VISIBLE) if memory else None,
         cap_watts=cap, assumed=tuple(row.assumed[before:]),

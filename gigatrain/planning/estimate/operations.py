@@ -6,9 +6,11 @@
 
 `layers.py` has the blocks and the names of their items. Names of `Work.step`:
 
-    gradients, gradients_experts   (shard) zero 0: all_reduce; zero 1: reduce_scatter; zero 2 and 3 have theirs in the blocks, but a pipeline's without reshard
+    gradients, gradients_experts   (shard) zero 0: all_reduce; zero 1: reduce_scatter, of DeepSpeed all_reduce; zero 2 and 3 have theirs in the
+                                   blocks, but a pipeline's without reshard
     replicate                      (replicate) the same over replicas: all_reduce of what a rank has left of them
     weights, weights_experts       (shard) zero 1 and 2: all_gather of updated weights; zero 3 without reshard in a pipeline: before the step's first microbatch
+    experts_sum                    (tensor) our own engine: every tensor rank has its experts whole and sees its own tokens (places.Place.partial): fp32 sums
     tied                           (pipeline) the embedding's gradient between first and last stage, where the head is tied to it
     grad_norm                      (optimizer) gradients read for their norm; read and written again to be clipped, and in fp16 to be unscaled
     grad_zero                      (optimizer) sums cleared
@@ -21,16 +23,18 @@ A transfer along "shard" is among `shard x context` ranks, that of experts among
 Boundary activations are sent by whoever runs the schedule: `Work.boundary_bytes` each.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 
 from gigatrain.planning import layout as pipelines
 from gigatrain.planning.estimate import layers
-from gigatrain.planning.estimate.pieces import FUSED_SUM, QUANTISED, Local
+from gigatrain.planning.estimate.pieces import FUSED_SUM, QUANTISED, WHOLE_EXPERTS, Local
 from gigatrain.planning.estimate.work import Block, Item, Op, Transfer, Work
 from gigatrain.planning.estimate.workload import Shape, Workload
 
 _WEIGHED = frozenset({"gigatrain_native", "gigatrain_deepspeed"})  # cut their stages by what layers and head cost
+_ROUNDING = 1e-9  # a third of three layers is one
 _ROUNDS = 5  # of Newton-Schulz (optim/muon.py)
 
 
@@ -107,7 +111,12 @@ def work(workload: Workload, rank_of_pipeline: int = 0) -> Work:
 
 
 def _work(local: Local, rank: int, cuts: tuple[range, ...], blocks: dict[object, Block], steps: dict[object, tuple[Item, ...]]) -> Work:
-    shape, layout = local.workload.shape, local.workload.layout
+    shape, layout, share = local.workload.shape, local.workload.layout, local.workload.recomputed
+    plain = (
+        local
+        if share == 1.0
+        else Local(replace(local.workload, recompute="none", lean=tuple(name for name in local.workload.lean if name != "recompute_moe")))
+    )
     count = layout.pipeline * layout.stages
     numbers = pipelines.held(layout.schedule, rank, layout.pipeline, layout.stages) if count > 1 else (0,)
     ends = {0, count - 1} & set(numbers)
@@ -125,7 +134,9 @@ def _work(local: Local, rank: int, cuts: tuple[range, ...], blocks: dict[object,
             stage.append(block("embedding", lambda: layers.embedding(local)))
         for i in cuts[number]:
             sparse, window = shape.sparse_of(i) and shape.experts > 0, shape.window_of(i)
-            stage.append(block((sparse, window), lambda sparse=sparse, window=window: layers.layer(local, sparse, window)))
+            again = int((i + 1) * share + _ROUNDING) > int(i * share + _ROUNDING)
+            made = local if again else plain
+            stage.append(block((sparse, window, again), lambda made=made, sparse=sparse, window=window: layers.layer(made, sparse, window)))
         if number == count - 1:
             stage += [block("predicted", lambda: layers.predicted(local))] * shape.predicted
             stage.append(block(("head", both), lambda: layers.head(local, tied_here=both)))
@@ -160,10 +171,12 @@ def _step(local: Local, dense: float, experts: float, tied: bool) -> tuple[Item,
     groups = (("", mine, local.shards, dense), ("_experts", of_experts, local.expert_shards, experts))
     for suffix, count, ranks, _ in groups:
         if count and ranks > 1 and (layout.zero < 2 or once):
-            kind = "all_reduce" if layout.zero == 0 else "reduce_scatter"
-            items.append(Transfer("gradients" + suffix, "shard", kind, count * states.reduced, "update"))
+            items.append(Transfer("gradients" + suffix, "shard", local.reduces, count * states.reduced, "update"))
         if count and layout.replicate > 1 and (layout.zero < 2 or once):
             items.append(Transfer("replicate", "replicate", "all_reduce", count * states.reduced / (ranks if layout.zero else 1), "update"))
+    if of_experts and w.stack in WHOLE_EXPERTS and layout.tensor > 1:
+        held = of_experts / (local.expert_shards if layout.zero >= 2 else 1)
+        items.append(Transfer("experts_sum", "tensor", "all_reduce", 4.0 * held, "update"))
     if tied:
         items.append(Transfer("tied", "pipeline", "send", 2.0 * shape.vocab * shape.hidden / local.t * states.reduced, "update"))
     shard = mine / local.shards + of_experts / local.expert_shards if layout.zero else mine + of_experts

@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass, field
 
-from gigatrain.planning.estimate.work import Item, Op, Transfer
+from gigatrain.planning.estimate.work import Collective, Item, Op, Transfer
 from gigatrain.planning.estimate.workload import PRODUCTS_BITS, Recompute, Workload
 
 # Bytes read and written per element of an operand: read in 16 bits, written along rows and along columns, and read once more where a scale must be found
@@ -32,6 +32,9 @@ UNFUSED_GATE = frozenset(
 EAGER_NORM = frozenset({"deepspeed"})  # transformers' RMSNorm, in six operations of which fp32 copies are kept, unless compiled or Liger's
 FSDP = frozenset({"gigatrain_native", "torchtitan", "llm_foundry", "generic"})  # torch's, which leaves its root module gathered
 WHOLE_EXPERTS = frozenset({"gigatrain_native", "gigatrain_deepspeed"})  # no tensor rank has a part of an expert, shared ones included
+# What DeepSpeed's ZeRO 1 and 2 do to a bucket of gradients, whatever `reduce_scatter` says: use_multi_rank_bucket_allreduce is on by default
+# (deepspeed/runtime/zero/config.py), and stage_1_and_2.py's allreduce_and_scatter then is an all_reduce of which a rank keeps its part.
+SUMS_WHOLE = frozenset({"deepspeed", "gigatrain_deepspeed"})
 AGAIN: dict[Recompute, frozenset[str]] = {
     "none": frozenset(),
     "lean": frozenset({"norm", "activation"}),
@@ -67,12 +70,18 @@ class Local:
         self.bits = PRODUCTS_BITS[w.precision]
         self.shards = layout.shard * layout.context
         # Megatron's expert ranks may be tensor ranks too; on ours every tensor rank has its experts whole, for its own tokens (parallel/tensor.py).
-        wide = self.t if layout.expert_tensor < self.t and w.stack not in WHOLE_EXPERTS else 1
+        wide = max(1, self.t // layout.expert_tensor) if w.stack not in WHOLE_EXPERTS else 1
         self.expert_shards = max(1, self.shards * wide // layout.expert)
         self.visits = self.rows * w.shape.experts_per_token * layout.expert_tensor * (1.0 if w.balanced else IMBALANCE)
         self.unfused = w.attention == "unfused"
         self.fused_sum = w.stack in FUSED_SUM and "deepspeed" not in w.version  # Megatron's fork on DeepSpeed adds apart
         self.dropout = self.unfused and w.shape.learned_positions
+
+    @property
+    def reduces(self) -> Collective:
+        """How gradients are summed over `shard` ranks."""
+        zero = self.workload.layout.zero
+        return "all_reduce" if zero == 0 or (zero < 3 and self.workload.stack in SUMS_WHOLE) else "reduce_scatter"
 
     def keys(self, window: int | None) -> float:
         """Tokens that a token sees in the mean, itself included."""

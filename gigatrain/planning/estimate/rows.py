@@ -13,6 +13,7 @@ from typing import Any
 
 from gigatrain.planning.estimate.cluster import Cluster
 from gigatrain.planning.estimate.machines import Refused, Row, chip_of, cluster_of
+from gigatrain.planning.estimate.pieces import WHOLE_EXPERTS
 from gigatrain.planning.estimate.workload import (
     PRODUCTS_BITS,
     Attention,
@@ -179,6 +180,8 @@ def _shape(row: Row) -> Shape:
     values: dict[str, Any] = {}
     experts = row.whole("moe_experts", 0)
     if experts > 1:
+        if row.whole("moe_topk") > experts:
+            raise Refused(f"moe_topk {row.whole('moe_topk')} of {experts} experts")
         sparse = row.number("moe_layers")
         if sparse is None:
             sparse = layers - (0 if "deepseek" not in model else 3 if "v3" in model and "truncated" not in model else 1)
@@ -230,12 +233,16 @@ def _layout(row: Row, stack: Stack, shape: Shape) -> tuple[Layout, int, int, int
         raise Refused("the row has neither n_gpus nor dp")
     if not ranks:
         ranks = data * inner
+    if context > 1 and row.whole("seq_len", 0) < 2 * context:
+        raise Refused(f"cp {context} ranks share samples of {row.whole('seq_len', 0)} tokens; each needs two stretches of them")
     if ranks % inner:
         raise Refused(f"{ranks} ranks are no multiple of tp {tensor} x pp {pipeline} x cp {context}")
     if data and data * inner != ranks:
         row.assumed.append(f"dp {ranks // inner}, of {ranks} ranks, where the row says {data}")
     data = ranks // inner
     batch, micro, steps = (row.whole(name, 0) for name in ("global_batch", "micro_batch", "grad_accum"))
+    if 0 < batch < data:
+        raise Refused(f"global_batch {batch} is less than one sample for each of {data} data ranks")
     micro, steps = _batch(row, batch, micro, steps, data)
     sharding = row.text("sharding")
     zero = _zero(row, sharding, stack)
@@ -254,7 +261,17 @@ def _layout(row: Row, stack: Stack, shape: Shape) -> tuple[Layout, int, int, int
         wide = 1
         if shape.experts > 1 and tensor > 1:
             row.assumed.append("experts are not cut by tensor parallelism")
-    expert = min(expert, max(1, shape.experts)) if shape.experts > 1 else 1
+    expert = expert if shape.experts > 1 else 1
+    if shape.experts % expert:
+        raise Refused(f"ep {expert} does not divide {shape.experts} experts")
+    sharing = shard if stack in WHOLE_EXPERTS else data * context * tensor
+    if sharing % (expert * wide):
+        cut = f" of etp {wide}" if wide > 1 else ""
+        why = f"ep {expert}{cut} does not divide the {sharing} ranks that can share experts, of {ranks} ranks with tp {tensor}, pp {pipeline}, cp {context}"
+        if stack in WHOLE_EXPERTS or ranks % (expert * wide):
+            raise Refused(why)
+        # A published row has ep 64 beside pp 8 on 256 ranks: its numbers of ranks and of experts are as printed, and only their cut contradicts itself.
+        row.assumed.append(f"taken as printed, though {why}")
     stages = row.whole("vp", 1) or 1
     text = row.text("overlap", "notes", "framework")
     schedule: Schedule = "1f1b"
@@ -342,6 +359,9 @@ def _workload(row: Row, stack: Stack, shape: Shape, layout: Layout, microbatch: 
     if frozen:
         row.assumed.append("LoRA of rank 16 on attention's products")
     recompute, lean = _recompute(row, stack)
+    recomputed = 1.0 if recompute == "none" else _recomputed(row, stack, shape, layout)
+    if recomputed < 1 and stack == "torchtitan" and recompute == "selective":
+        recompute = "full"  # its selective policy with a number: every such layer, whole
     compiled = row.flag("torch_compile")
     if compiled is None:
         compiled = bool(re.search(r"compile|fms|maxtext|jax", row.text("framework", "notes")))
@@ -351,7 +371,7 @@ def _workload(row: Row, stack: Stack, shape: Shape, layout: Layout, microbatch: 
         row.assumed.append("activations stay on the device")
     return Workload(
         shape=shape, layout=layout, sequence=sequence, microbatch=microbatch, accumulation=accumulation, precision=precision,
-        states=_states(row, stack, layout, precision, frozen), recompute=recompute, attention=_attention(row, stack), stack=stack,
+        states=_states(row, stack, layout, precision, frozen), recompute=recompute, recomputed=recomputed, attention=_attention(row, stack), stack=stack,
         version=_version(row), compiled=compiled, graphed=bool(re.search(r"cuda.?graph|_cg\b|cudagraph", text)), offload=offload, frozen=frozen,
         adapter_rank=16 if frozen else 0, balanced=not ("dropless" in text and "forced" not in text and shape.experts > 1),
         chunked_loss="liger" in text or "chunked" in text or stack == "gigatrain_native", optimizer="muon" if "muon" in adam else "adamw",
@@ -389,9 +409,35 @@ def _recompute(row: Row, stack: Stack) -> tuple[Recompute, tuple[str, ...]]:
         return ("attention" if stack in ("megatron", "nanotron") else "selective"), ()
     if "lean" in text:
         return "lean", ()
-    if not re.search(r"full|true|yes|all|on\b", text):
+    if not re.search(r"full|true|yes|all|on\b|uniform|layer", text):
         row.assumed.append(f"every layer is made again: {row.row['act_ckpt']!r} is not known")
     return "full", ()
+
+
+_EVERY = {"other": 2, "2nd": 2, "second": 2, "3rd": 3, "third": 3, "4th": 4, "fourth": 4}
+
+
+def _recomputed(row: Row, stack: Stack, shape: Shape, layout: Layout) -> float:
+    """Share of the layers that checkpointing is of: `20 of 32 layers`, `every 2nd layer`, `50% of layers`, `block, 4 layers` (of each stage, as Megatron
+    counts), torchtitan's `selective (option 2)`; `uniform` chunks are all made again."""
+    text = row.text("act_ckpt")
+    if found := re.search(r"(\d+)\s*(?:of|/|out of)\s*(\d+)\s*layers", text):
+        share = int(found[1]) / max(1, int(found[2]))
+    elif found := re.search(r"every[\s-]+(other|second|third|fourth|2nd|3rd|4th)\b", text):
+        share = 1 / _EVERY[found[1]]
+    elif stack == "torchtitan" and (found := re.search(r"selective\W*option\W*([2-9])\b", text)):
+        share = 1 / int(found[1])
+    elif found := re.search(r"(\d+(?:\.\d+)?)\s*%\s*of\s*(?:the\s*)?layers", text):
+        share = float(found[1]) / 100
+    elif found := re.search(r"\bblock\b\D{0,20}(\d+)\s*layer", text):
+        share = int(found[1]) * layout.pipeline * layout.stages / shape.layers
+    else:
+        if found := re.search(r"\d+\s*layers?", text) if "uniform" not in text else None:
+            row.assumed.append(f"every layer is made again: {found[0]!r} is not said to be of which")
+        return 1.0
+    if not share > 0:
+        raise Refused(f"act_ckpt {row.row['act_ckpt']!r} is of no layer")
+    return min(1.0, share)
 
 
 def _overlap(row: Row) -> tuple[tuple[str, bool], ...]:

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gigatrain.errors import PlanError
+from gigatrain.planning.estimate import collectives, layouts
 from gigatrain.planning.estimate import estimate as whole
-from gigatrain.planning.estimate import layouts
 from gigatrain.planning.estimate.candidates import Candidate, Found, explained
 from gigatrain.planning.estimate.closed import Prices, Share, Shared, Turn, Turned
 from gigatrain.planning.estimate.cluster import Cluster
@@ -311,7 +311,7 @@ def _near(workload: Workload, base: Workload, cluster: Cluster, recomputes: tupl
     order: list[Recompute] = [one for one in POLICIES if one in recomputes]
     step = order.index(workload.recompute)
     found += [made(share, turn, one) for one in order[max(0, step - 1) : step + 2]]
-    if mine.expert > layouts.domain(cluster) and mine.dispatch == "alltoall" and base.stack in layouts.OWN:
+    if collectives.expert_span(mine, base.stack) > layouts.domain(cluster) and mine.dispatch == "alltoall" and base.stack in layouts.OWN:
         found.append(replace(workload, layout=replace(mine, dispatch="hierarchical")))
     return [one for one in dict.fromkeys(found) if one != workload]
 

@@ -113,6 +113,7 @@ class Workload:
     precision: Precision = "bf16"
     states: States = States()
     recompute: Recompute = "none"
+    recomputed: float = 1.0  # share of the layers to which `recompute` applies, spread evenly
     attention: Attention = "auto"
     stack: Stack = "generic"
     version: str = ""  # of the stack
