@@ -154,8 +154,8 @@ def memory(
     or windows as a square of tokens per sample.
 
     Sharded (FSDP2), weights are fp32 shards or, with narrow masters, bf16 ones; gradients are shards too, and `workspace` has the layers that are gathered
-    at once, the embedding and the head, and the gradient on its way. With a pipeline all of a rank's layers are gathered, and the activations of as many
-    microbatches as are in flight are kept. Tensor parallelism cuts what a layer keeps, context parallelism the tokens.
+    at once, the embedding and the head, and the gradient on its way. With a pipeline all of a rank's layers are gathered, their gradients are summed whole until
+    its last backward reduces them, and the activations of as many microbatches as are in flight are kept. Tensor parallelism cuts what a layer keeps, context parallelism the tokens.
 
     Workspace: the loss holds one chunk of logits (2^21 on a CPU, 2^29 on a GPU), 2 B each where the kernel is fused and else 14, and the head's gradient
     in fp32 and rounded; Muon's update holds what `muon_workspace` says.
@@ -284,7 +284,9 @@ def _states(
     beside = optimizer - (4 * total if precision == "bf16" and not lean else 0)
     ends = -(-architecture.vocab * architecture.hidden // mesh.tensor)
     gathered = dense + experts if not engine.reshard or mesh.pipeline > 1 else (2 + engine.prefetch) * layer + 2 * ends
-    reduced = (size + {"fp32": 4, "bf16": 2}[engine.reduce]) * max(layer, ends)
+    # A pipeline's gradients stay whole until its last backward (torch's stages hold FSDP's reductions back), as wide as they are reduced.
+    sums = dense + experts if mesh.pipeline > 1 else max(layer, ends)
+    reduced = size * max(layer, ends) + {"fp32": 4, "bf16": 2}[engine.reduce] * sums
     return stored * mine, math.ceil((4 + stored - 2 * (narrow > 0)) * mine), math.ceil(beside * mine / total), size * gathered + reduced
 
 

@@ -144,3 +144,20 @@ def test_plans_of_recipes_say_the_same(architecture, ranks, overrides):
     assert found["weights"] + found["gradients"] + found["optimizer"] == pytest.approx(states, rel=0.01)
     assert found["activations"] == pytest.approx(made.memory.activations, rel=0.03)
     assert residency.seen(found, "max_memory_allocated") == pytest.approx(made.memory.total, rel=0.04)
+
+
+@pytest.mark.parametrize(("architecture", "mesh"), [("llama-3.1-70b", "mesh.tensor=1"), ("qwen3-30b-a3b", "mesh.expert=8")])
+def test_a_pipeline_sums_gradients_whole_until_its_last_backward(architecture, mesh):
+    """Torch's stages hold FSDP's reductions back: of all that a rank holds, its own experts, as wide as they are reduced."""
+    sizes = ("optim.name=adamw", "train.microbatch=1", "train.batch=256", "train.sequence=4096", "train.recompute=full")
+    wanted = (*sizes, f"model.architecture={architecture}", "mesh.pipeline=4", mesh)
+    wide, narrow = (
+        plan(load.recipe("quickstart", (*wanted, f"engine.reduce={reduce}")), load.site("dgx-h100"), 64, fits=False)
+        for reduce in ("fp32", "bf16")
+    )
+    held = sum(cost.held_parameters(wide.architecture, wide.mesh, 4096)[:2])
+    assert held < wide.parameters / (3 if mesh == "mesh.tensor=1" else 8)
+    assert wide.memory.workspace - narrow.memory.workspace == 2 * held
+    assert narrow.memory.workspace > (2 + 2) * held
+    first = [residency.memory(one, operations.works(one), {})[0]["workspace"] for one in map(expect.workload_of, (wide, narrow))]
+    assert first[0] - first[1] == pytest.approx(2 * held, rel=0.01)

@@ -342,7 +342,9 @@ class Prices:
         if zero == 3:
             layer = sizes.dense + sizes.experts
             kept += states.gathered * (whole if not reshard else 2 * layer + 2 * sizes.ends)
-            kept += (states.gathered + states.reduced) * max(layer, sizes.ends)
+            largest = max(layer, sizes.ends)
+            held_back = residency.held_back(self.workload.stack, zero, ranks)
+            kept += states.gathered * largest + states.reduced * (whole if held_back else largest)
         if (
             self.workload.stack == "gigatrain_native"
         ):  # a microbatch's gradients beside their sum, but for those that are summed where they are made

@@ -23,7 +23,7 @@ from gigatrain.planning import layout as pipelines
 from gigatrain.planning.estimate.operations import trained
 from gigatrain.planning.estimate.pieces import Local
 from gigatrain.planning.estimate.work import Block, Work
-from gigatrain.planning.estimate.workload import Workload
+from gigatrain.planning.estimate.workload import Stack, Workload
 
 GIB = 2.0**30
 LAYERS = frozenset({"layer", "sparse_layer"})
@@ -148,9 +148,15 @@ def _loss(local: Local, work: Work) -> float:
     return each * logits + gradient
 
 
+def held_back(stack: Stack, zero: int, pipeline: int) -> bool:
+    """Whether a rank's gradients stay whole until the last backward of a step: torch's pipeline stages hold FSDP's reductions back
+    (`backward_maybe_with_nosync` of torch/distributed/pipelining/stage.py), and FSDP sums them unsharded, as wide as they are reduced."""
+    return zero == 3 and pipeline > 1 and stack in ("gigatrain_native", "torchtitan")
+
+
 def _gathered(local: Local, blocks: Sequence[Block], layer: float) -> float:
     """Of ZeRO 3: this layer's weights, the next one's and where they arrive, those of embedding and head, and a gradient on its way; all of a rank's where
-    they stay gathered."""
+    they stay gathered, or where gradients are held back."""
     w, layout, states = local.workload, local.workload.layout, local.workload.states
     every = sum(block.parameters for block in blocks)
     ends = sum(block.parameters for block in blocks if block.name not in LAYERS)
@@ -158,5 +164,5 @@ def _gathered(local: Local, blocks: Sequence[Block], layer: float) -> float:
     beside = 0.0
     if w.stack == "deepspeed":
         held, beside = max(held, min(LIVE_ELEMENTS, every)), ZERO3_BYTES
-    largest = 0.0 if w.frozen else max(block.parameters for block in blocks)
-    return states.gathered * held + states.reduced * largest + beside
+    sums = 0.0 if w.frozen else every if held_back(w.stack, layout.zero, layout.pipeline) else max(block.parameters for block in blocks)
+    return states.gathered * held + states.reduced * sums + beside
