@@ -115,6 +115,8 @@ def _states(plan: Plan, zero: int) -> States:
     stored = size
     if zero == 3 and plan.engine.name == "native" and plan.optim.master == "fp32":
         stored, master = 4.0, 0.0
+    if plan.engine.name == "deepspeed" and size == 4.0:
+        master = 4.0  # its partition of the weights is a copy
     return States(
         weights=stored,
         gradients=4.0,

@@ -80,6 +80,11 @@ def test_the_shortlist_keeps_the_best_five(architecture, stack, gib, recomputes)
         assert min(off) > 0.85
 
 
+def test_the_formulas_bytes_of_deepspeed_are_by_stage():
+    for estimate, one, formula in everything(workload(DENSE, 8, 8, "gigatrain_deepspeed"), nodes(8), ("none",)):
+        assert 0.9 < formula[1] / estimate.memory_bytes < 1.02, one.layout
+
+
 def test_the_same_twice_and_said_in_words():
     base, cluster = workload(DENSE, 8, 16), nodes(8)
     one, two = search.search(base, cluster), search.search(base, cluster)
