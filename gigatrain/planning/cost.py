@@ -106,6 +106,19 @@ def optimizer_bytes(architecture: Architecture, precision: Literal["bf16", "fp32
     return (master + moments) * sum(groups) + scales + (8 if precision == "bf16" else 4) * muon
 
 
+def checkpoint_bytes(architecture: Architecture | Foreign, precision: Literal["bf16", "fp32"], optim: Optim, *, masters: bool) -> int:
+    """Bytes of a checkpoint: every parameter's weights, master weights and moments once, however many ranks hold a copy of it.
+
+    `masters`: the weights that are kept are the fp32 masters themselves (FSDP2), so that there are no others.
+    """
+    size = 2 if precision == "bf16" else 4
+    twice = 2 if masters and size == 2 and optim.master == "fp32" else 0  # bf16 weights beside their masters
+    if isinstance(architecture, Foreign):
+        master = {"fp32": 4, "bf16+16": 2, "bf16+8": 1}[optim.master] if size == 2 else 0
+        return (size - twice + master + {"fp32": 8, "bf16": 4, "int8": 2}[optim.moments]) * architecture.total
+    return (size - twice) * architecture.parameters() + optimizer_bytes(architecture, precision, optim)
+
+
 def muon_workspace(architecture: Architecture) -> int:
     """Bytes of the largest batch of equal matrices that Muon orthogonalises at once: at most 2 GiB, but one matrix at least (optim/muon.py)."""
     h, i, layers = architecture.hidden, architecture.intermediate, architecture.layers
