@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+from gigatrain import load
 from gigatrain.config import Recipe
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import hardware, top, words
+from gigatrain.planning import cost, hardware, top, words
 from gigatrain.planning import megawatts as megawatts_of
 from gigatrain.planning.depict import depict
 from gigatrain.planning.estimate.candidates import Found
@@ -40,7 +41,11 @@ def accelerators(
             found.append(Option(name, unknown=str(failure)))
             continue
         guess = estimate(workload, cluster)
-        whole = (guess.memory["weights"] + guess.memory["optimizer"]) * guess.ranks / workload.layout.replicate
+        whole = float(
+            cost.checkpoint_bytes(
+                load.architecture(recipe.model, measure), recipe.train.compute, recipe.optim, masters=not workload.states.master
+            )
+        )
 
         def kept(count: int, per_node: int = cluster.per_node, seconds: float = guess.step_s, whole: float = whole) -> float:
             return forecast(count, per_node, seconds, whole).share

@@ -106,6 +106,19 @@ def optimizer_bytes(architecture: Architecture, precision: Literal["bf16", "fp32
     return (master + moments) * sum(groups) + scales + (8 if precision == "bf16" else 4) * muon
 
 
+def checkpoint_bytes(architecture: Architecture | Foreign, precision: Literal["bf16", "fp32"], optim: Optim, *, masters: bool) -> int:
+    """Bytes of a checkpoint: every parameter's weights, master weights and moments once, however many ranks hold a copy of it.
+
+    `masters`: the weights that are kept are the fp32 masters themselves (FSDP2), so that there are no others.
+    """
+    size = 2 if precision == "bf16" else 4
+    twice = 2 if masters and size == 2 and optim.master == "fp32" else 0  # bf16 weights beside their masters
+    if isinstance(architecture, Foreign):
+        master = {"fp32": 4, "bf16+16": 2, "bf16+8": 1}[optim.master] if size == 2 else 0
+        return (size - twice + master + {"fp32": 8, "bf16": 4, "int8": 2}[optim.moments]) * architecture.total
+    return (size - twice) * architecture.parameters() + optimizer_bytes(architecture, precision, optim)
+
+
 def muon_workspace(architecture: Architecture) -> int:
     """Bytes of the largest batch of equal matrices that Muon orthogonalises at once: at most 2 GiB, but one matrix at least (optim/muon.py)."""
     h, i, layers = architecture.hidden, architecture.intermediate, architecture.layers
@@ -154,8 +167,9 @@ def memory(
     or windows as a square of tokens per sample.
 
     Sharded (FSDP2), weights are fp32 shards or, with narrow masters, bf16 ones; gradients are shards too, and `workspace` has the layers that are gathered
-    at once, the embedding and the head, and the gradient on its way. With a pipeline all of a rank's layers are gathered, and the activations of as many
-    microbatches as are in flight are kept. Tensor parallelism cuts what a layer keeps, context parallelism the tokens.
+    at once, the embedding and the head, and the gradient on its way. With a pipeline all of a rank's layers are gathered, their gradients are summed whole
+    until its last backward reduces them, and the activations of as many microbatches as are in flight are kept. Tensor parallelism cuts what a layer keeps,
+    context parallelism the tokens. DeepSpeed's are by ZeRO stage (`_zero_states`).
 
     Workspace: the loss holds one chunk of logits (2^21 on a CPU, 2^29 on a GPU), 2 B each where the kernel is fused and else 14, and the head's gradient
     in fp32 and rounded; Muon's update holds what `muon_workspace` says.
@@ -215,12 +229,15 @@ def _foreign_memory(
     gathered = size * ((2 + engine.prefetch) * model.largest_layer + 2 * ends) + 4 * max(model.largest_layer, ends) if shards > 1 else 0
     stored = size if shards == 1 or optim.master != "fp32" else 4
     beside = (master if stored == size else 0) + moments
+    states = stored * mine, (4 + stored) * mine, beside * mine, gathered
+    if engine.name == "deepspeed":
+        states = _zero_states(model.total, size, (master + moments) * model.total, mesh, engine, model.largest_layer, ends)
     return Memory(
-        weights=stored * mine,
-        gradients=(4 + stored) * mine,
-        optimizer=beside * mine,
+        weights=states[0],
+        gradients=states[1],
+        optimizer=states[2],
         activations=model.layers * kept + (whole if recompute != "none" else 0) + 4 * tokens * model.hidden * size,
-        workspace=(2 if kernels["linear_cross_entropy"] == "fused" else 14) * chunk + (4 + size) * ends + gathered,
+        workspace=(2 if kernels["linear_cross_entropy"] == "fused" else 14) * chunk + (4 + size) * ends + states[3],
     )
 
 
@@ -261,6 +278,9 @@ def _states(
 ) -> tuple[int, int, int, int]:
     """Bytes of weights, gradients, optimizer, and of weights and gradients that are gathered for a while."""
     size, total = 2 if precision == "bf16" else 4, architecture.parameters()
+    if engine.name == "deepspeed":
+        layer, ends = held_parameters(architecture, mesh, sequence)[2], architecture.vocab * architecture.hidden
+        return _zero_states(total, size, optimizer_bytes(architecture, precision, optim), mesh, engine, layer, ends)
     muon = architecture.matrix_parameters(routed=False) if optim.name == "muon" else 0
     optimizer = optimizer_bytes(architecture, precision, optim)
     lean = optim.master != "fp32"
@@ -284,8 +304,36 @@ def _states(
     beside = optimizer - (4 * total if precision == "bf16" and not lean else 0)
     ends = -(-architecture.vocab * architecture.hidden // mesh.tensor)
     gathered = dense + experts if not engine.reshard or mesh.pipeline > 1 else (2 + engine.prefetch) * layer + 2 * ends
-    reduced = (size + {"fp32": 4, "bf16": 2}[engine.reduce]) * max(layer, ends)
+    # A pipeline's gradients stay whole until its last backward (torch's stages hold FSDP's reductions back), as wide as they are reduced.
+    sums = dense + experts if mesh.pipeline > 1 else max(layer, ends)
+    reduced = size * max(layer, ends) + {"fp32": 4, "bf16": 2}[engine.reduce] * sums
     return stored * mine, math.ceil((4 + stored - 2 * (narrow > 0)) * mine), math.ceil(beside * mine / total), size * gathered + reduced
+
+
+# Elements of a bucket in which engines/deepspeed.py lets DeepSpeed reduce and prefetch; and DeepSpeed's default of gathered ones that ZeRO 3 keeps (its
+# config-json page, stage3_max_live_parameters).
+BUCKET_ELEMENTS, LIVE_ELEMENTS = 1 << 27, 1_000_000_000
+
+
+def _zero_states(total: int, size: int, optimizer: int, mesh: Mesh, engine: Engine, layer: int, ends: int) -> tuple[int, int, int, int]:
+    """The same of DeepSpeed 0.19.8, by ZeRO stage, with `optimizer` bytes of all ranks.
+
+    Weights are whole but in stage 3. fp32 sums of gradients are whole in stage 1, in bf16 with a whole backward's own beside them (BF16_Optimizer without
+    immediate_grad_update), and shards in 2 and 3. Master weights are a copy of fp32 weights too. Buckets: one fills while the other is reduced, in stage 1
+    one. `offload` leaves on the device what stage 1 sums, and weights but in stage 3.
+    """
+    shards, stage = (mesh.shard or 1) * mesh.context, engine.zero
+    mine = -(-total // shards)
+    weights = size * (mine if stage == 3 else total)
+    gradients = (4 + (size if size == 2 else 0)) * total if stage == 1 else 4 * mine
+    states = -(-(optimizer + (4 * total if size == 4 else 0)) // shards)
+    if engine.offload:
+        weights, gradients, states = 0 if stage == 3 else weights, gradients if stage == 1 else 0, 0
+    reduced = {"fp32": 4, "bf16": 2}[engine.reduce] if size == 2 else 4
+    around = (1 if stage == 1 else 2) * reduced * min(BUCKET_ELEMENTS, total)
+    if stage == 3:
+        around += size * max(2 * layer + 2 * ends, min(LIVE_ELEMENTS, total))
+    return weights, gradients, states, around
 
 
 def _most_experts(architecture: Architecture, mesh: Mesh, ranks: int) -> float | None:

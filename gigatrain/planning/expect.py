@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gigatrain.architectures import Architecture
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import budget, hardware
+from gigatrain.planning import budget, cost, hardware
 from gigatrain.planning.estimate import energy
 from gigatrain.planning.estimate.cluster import Cluster, Level
 from gigatrain.planning.estimate.estimate import estimate
@@ -115,6 +115,8 @@ def _states(plan: Plan, zero: int) -> States:
     stored = size
     if zero == 3 and plan.engine.name == "native" and plan.optim.master == "fp32":
         stored, master = 4.0, 0.0
+    if plan.engine.name == "deepspeed" and size == 4.0:
+        master = 4.0  # its partition of the weights is a copy
     return States(
         weights=stored,
         gradients=4.0,
@@ -125,7 +127,11 @@ def _states(plan: Plan, zero: int) -> States:
     )
 
 
-_NETWORKS = ("slingshot", "omni-path", "roce", "efa")  # what is none of them is taken for InfiniBand
+STEPPING = (
+    "redone",
+    "corruption",
+    "reduced",
+)  # of what is lost, that which draws a step's watts: steps run twice, thrown away, or on fewer nodes
 
 
 def cluster_of(site: Site, ranks: int) -> Cluster:
@@ -166,14 +172,12 @@ def cluster_of(site: Site, ranks: int) -> Cluster:
             raise PlanError(
                 f"{site.name} does not say how fast its nodes are joined (network.nic_gbit_s); no transfer between them can be timed"
             )
-        kind = next(
-            (f".{name.replace('-', '')}" for name in _NETWORKS if name in network.name.lower()), ""
-        )  # as collectives.py calls its constants
+        kind = hardware.network_kind(network.name)
         group = int(network.group_nodes.value or 0) * per_node * devices
         if group > joined * devices and ranks > group:
             levels.append(Level(f"rail{kind}", group, nic / 8 / devices))
         levels.append(Level(f"{'spine' if len(levels) > 1 else 'rail'}{kind}", ranks, nic / 8 / devices))
-    memory, _ = hardware.memory_bytes(site)
+    memory = hardware.visible_bytes(site)
     cap, sold = site.power.device_watts.value, chip.watts.value
     return Cluster(
         chip=chip.id,
@@ -215,17 +219,17 @@ def prospect(plan: Plan, site: Site, constants: Mapping[str, float] | None = Non
     except PlanError as failure:
         return Prospect(Expected(unknown={"step_s": str(failure)}))
     drawn = energy.draw(found, workload, cluster, plan.watts)
-    case, assumed = _case(plan, site, cluster, found)
+    case, assumed = _case(plan, site, cluster, found, workload)
     kept = of_case(case, assumed, explain=explain)
     best = of_case(replace(case, saving=replace(case.saving, far_interval_s=0.0)))
     expected = _expected(plan, found, drawn, kept, best.every_steps)
     return Prospect(expected, workload, cluster, found, drawn, kept, case)
 
 
-def _case(plan: Plan, site: Site, cluster: Cluster, found: Estimate) -> tuple[Case, tuple[str, ...]]:
-    """The run as the recipe saves; a checkpoint is cost.py's weights and optimizer, of all ranks that share one copy."""
+def _case(plan: Plan, site: Site, cluster: Cluster, found: Estimate, workload: Workload) -> tuple[Case, tuple[str, ...]]:
+    """The run as the recipe saves; a checkpoint has every parameter once."""
     copies = plan.mesh.replicate
-    whole = (plan.memory.weights + plan.memory.optimizer) * (plan.ranks // copies)
+    whole = cost.checkpoint_bytes(plan.architecture, plan.compute, plan.optim, masters=not workload.states.master)
     days = plan.steps * found.step_s / 86_400
     every, write, nodes = plan.checkpoint.every, site.storage.write_gbyte_s.value, budget.whole(site)
     left = None if nodes is None else nodes - -(-cluster.accelerators // cluster.per_node)
@@ -254,7 +258,8 @@ def _expected(plan: Plan, found: Estimate, drawn: energy.Draw, kept: Goodput, be
         days = Range(
             low=plan.steps * step.low / kept.high / 86_400, mid=seconds / 86_400, high=plan.steps * step.high / max(kept.low, 1e-6) / 86_400
         )
-        bill = energy.bill(drawn, plan.watts, seconds, kept.share)
+        stepping = kept.share + sum(kept.lost.get(name, 0.0) for name in STEPPING)
+        bill = energy.bill(drawn, plan.watts, seconds, min(1.0, stepping))
         unknown |= bill.unknown
     else:
         unknown["days"] = "the run fails more often than it saves: no step of it is kept; save more often (checkpoint.every)"

@@ -4,6 +4,7 @@ The one home of what an accelerator is: attention (by architecture), memory (by 
 never guessed. Rates are dense, in TFLOP/s; links are one direction; a package of two devices (MI250X) is one accelerator and two ranks.
 """
 
+import re
 from typing import get_args
 
 from gigatrain import load
@@ -259,10 +260,29 @@ def chip(name: str) -> Chip:
     return CHIPS[name]
 
 
+_NETWORKS = ("slingshot", "omni-path", "roce", "efa")  # what is none of them is taken for InfiniBand
+
+
+def network_kind(words: str) -> str:
+    """`.slingshot` of a network's name, as collectives.py calls its constants; empty where the name says none that has constants of its own."""
+    return next((f".{name.replace('-', '')}" for name in _NETWORKS if re.search(rf"\b{name}", words.lower())), "")
+
+
+# Of the memory as sold, what torch.cuda reports: 79.15 of 80 GiB on an A100, 79.1 on an H100, 139.8 of 141 on an H200, 178.4 of 180 on a B200.
+VISIBLE = 0.99
+
+
+def visible_bytes(site: Site) -> int | None:
+    """Bytes of a rank that torch sees: what the site says, else VISIBLE of the accelerator's; None where neither says."""
+    found, _ = memory_bytes(site)
+    return found if found is None or site.memory_bytes is not None else int(VISIBLE * found)
+
+
 def memory_bytes(site: Site) -> tuple[int | None, str]:
     """`(bytes that one rank may fill, where they are from)`: the site's own, else the accelerator's by device; `(None, "")` where neither says.
 
-    It is an upper bound: what the driver, NCCL and fragments take of it is not taken off, so that nothing is refused that would fit.
+    It is an upper bound, by which plan() refuses: what the driver, NCCL and fragments take of it is not taken off, so that nothing is refused that would
+    fit. Forecasts and searches fill `visible_bytes`.
     """
     if site.memory_bytes is not None:
         return site.memory_bytes, "the site says so"

@@ -177,7 +177,10 @@ def watts_of(chip: str, accelerators: int, pue: float | None = None) -> watts.Wa
 
 
 def cluster_of(chip: str, accelerators: int, cap_watts: float | None = None) -> Cluster:
-    """So many of a chip joined as its data sheet says: scale-up links, then its network. Raises PlanError where either is not published."""
+    """So many of a chip joined as its data sheet says: scale-up links, then its network; levels count ranks, of which a package of two devices is two.
+
+    Raises PlanError where either is not published.
+    """
     found = hardware.chip(chip)
     links, network, joined = found.scale_up_gbyte_s.value, found.nic_gbit_s.value, found.scale_up_accelerators.value
     for value, what in (
@@ -190,10 +193,14 @@ def cluster_of(chip: str, accelerators: int, cap_watts: float | None = None) -> 
     assert links is not None, "looked at above"
     assert network is not None, "looked at above"
     assert joined is not None, "looked at above"
-    levels = (Level("scale_up", int(joined), links), Level("rail", max(accelerators, int(joined)), network / 8))
-    memory = found.hbm_bytes.value
+    devices, kind = found.devices, hardware.network_kind(found.nic_gbit_s.source)
+    levels = (
+        Level("scale_up", int(joined) * devices, links / devices),
+        Level(f"rail{kind}", max(accelerators, int(joined)) * devices, network / 8 / devices),
+    )
+    memory = hardware.visible_bytes(site_of(found.id, accelerators))  # type: ignore[arg-type]
     return Cluster(
-        chip, accelerators, _PER_NODE.get(chip, 8), levels, int(memory / found.devices) if memory is not None else None, cap_watts=cap_watts,
+        chip, accelerators, _PER_NODE.get(chip, 8), levels, memory, cap_watts=cap_watts,
         assumed=("topology: rails without oversubscription",),
     )  # fmt: skip
 

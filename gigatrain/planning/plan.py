@@ -271,7 +271,7 @@ def plan(
         raise PlanError(
             'train.recompute "lean" and train.compile exclude each other: the compiler decides what it keeps; set recompute = "none" or "selective"'
         )
-    room, why = hardware.memory_bytes(site)
+    room, why = hardware.memory_bytes(site)  # as sold, an upper bound: `fits` of a forecast is by the 0.99 of it that torch sees
     if fits and room is not None and memory.total > room:
         said = f" ({why})" if site.memory_bytes is None else ""
         raise PlanError(

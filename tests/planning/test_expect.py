@@ -8,8 +8,8 @@ import pytest
 
 from gigatrain import load
 from gigatrain.errors import GigatrainError, PlanError
-from gigatrain.planning import choose, top, words
-from gigatrain.planning.estimate import operations
+from gigatrain.planning import choose, cost, hardware, top, words
+from gigatrain.planning.estimate import energy, operations
 from gigatrain.planning.estimate.estimate import estimate
 from gigatrain.planning.expect import cluster_of, expect, prospect, shape_of, workload_of
 from gigatrain.planning.plan import Plan, plan
@@ -176,3 +176,49 @@ def test_an_estimate_of_one_rank_needs_no_link():
     assert found.expected.step_s is not None
     assert estimate(workload_of(found), cluster_of(site, 1)).step_s == found.expected.step_s.mid
     assert expect(found, site) == found.expected
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "more"),
+    [
+        ("llama-3.1-8b", 64, ("mesh.replicate=8",)),
+        ("llama-3.1-8b", 8, ("engine.name=deepspeed", "engine.zero=1")),
+        ("llama-3.1-70b", 64, ("mesh.pipeline=4",)),
+        ("qwen3-30b-a3b", 64, ("mesh.tensor=4", "mesh.expert=8")),
+    ],
+)
+def test_a_checkpoint_has_every_parameter_once(name, ranks, more):
+    """14 B of whole bf16 weights and their masters, 12 B where the weights are masters; not what each rank has a copy of."""
+    site = load.site("scaleway-nabu")
+    made = plan(big(name, *more), site, ranks, fits=False)
+    whole = made.parameters * (14 if made.engine.name == "deepspeed" else 12)
+    assert prospect(made, site).case.saving.checkpoint_bytes == whole
+
+
+def test_a_checkpoints_bytes_are_by_the_forms_of_its_states(planned):
+    found, _ = planned
+    narrow = found.optim.model_copy(update={"master": "bf16+16", "moments": "bf16"})
+    count = found.parameters
+    assert cost.checkpoint_bytes(found.architecture, "bf16", found.optim, masters=False) == 14 * count
+    assert cost.checkpoint_bytes(found.architecture, "bf16", narrow, masters=True) == (2 + 2 + 4) * count
+    assert cost.checkpoint_bytes(found.architecture, "fp32", found.optim, masters=True) == 12 * count
+
+
+def test_the_room_is_what_torch_sees_of_the_memory():
+    site = load.site("scaleway-nabu")
+    sold, _ = hardware.memory_bytes(site)
+    assert sold is not None
+    assert cluster_of(site, 8).memory_bytes == int(hardware.VISIBLE * sold)
+    told = site.model_copy(update={"memory_bytes": 70 << 30})
+    assert cluster_of(told, 8).memory_bytes == 70 << 30
+
+
+def test_steps_that_are_lost_draw_what_steps_draw(planned):
+    found, site = planned
+    behind = prospect(found, site)
+    assert behind.draw is not None
+    kept, seconds = behind.goodput, behind.expected.days.mid * 86_400
+    assert kept.lost["redone"] > 0
+    stepping = kept.share + kept.lost["redone"] + kept.lost.get("corruption", 0.0) + kept.lost.get("reduced", 0.0)
+    assert behind.expected.mwh.mid == pytest.approx(energy.bill(behind.draw, found.watts, seconds, stepping).mwh.mid)
+    assert behind.expected.mwh.mid > energy.bill(behind.draw, found.watts, seconds, kept.share).mwh.mid

@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_said() -> None:
         )  # fmt: skip
 
     found = megawatts.options(WORKLOAD, 10.0, 1.2, chips=("h100",), estimator=full)
-    assert [one.unknown for one in found] == ["this layout does not fit: a rank holds 1024 GiB, and 80 are there"]
+    assert [one.unknown for one in found] == ["this layout does not fit: a rank holds 1024 GiB, and 79 are there"]
     small = megawatts.options(WORKLOAD, 1e-3, 1.2, chips=("h100",))
     assert "do not hold one copy of the layout" in small[0].unknown
     with pytest.raises(PlanError, match="PUE"):
@@ -171,3 +171,15 @@ def test_the_report_names_the_unknown_and_warns_at_the_edge() -> None:
     assert lines[0].startswith("10 MW at the facility, PUE 1.2")
     assert any(line.startswith("rubin") and "not published" in line for line in lines)
     assert hardware.CHIPS["rubin"].watts.value is None
+
+
+def test_levels_count_ranks_of_which_a_package_has_two() -> None:
+    found = megawatts.cluster_of("mi250x", 1024)
+    assert [(level.name, level.accelerators, level.gbyte_s) for level in found.levels] == [
+        ("scale_up", 8, 175.0),
+        ("rail.slingshot", 2048, 12.5),
+    ]
+    assert found.memory_bytes == int(hardware.VISIBLE * 2**36)  # of one device
+    other = megawatts.cluster_of("h100", 1024)
+    assert [(level.name, level.accelerators) for level in other.levels] == [("scale_up", 8), ("rail", 1024)]
+    assert hardware.network_kind("the default of a data sheet") == ""  # which has no EFA in it

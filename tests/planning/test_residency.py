@@ -144,3 +144,46 @@ def test_plans_of_recipes_say_the_same(architecture, ranks, overrides):
     assert found["weights"] + found["gradients"] + found["optimizer"] == pytest.approx(states, rel=0.01)
     assert found["activations"] == pytest.approx(made.memory.activations, rel=0.03)
     assert residency.seen(found, "max_memory_allocated") == pytest.approx(made.memory.total, rel=0.04)
+
+
+@pytest.mark.parametrize(("architecture", "mesh"), [("llama-3.1-70b", "mesh.tensor=1"), ("qwen3-30b-a3b", "mesh.expert=8")])
+def test_a_pipeline_sums_gradients_whole_until_its_last_backward(architecture, mesh):
+    """Torch's stages hold FSDP's reductions back: of all that a rank holds, its own experts, as wide as they are reduced."""
+    sizes = ("optim.name=adamw", "train.microbatch=1", "train.batch=256", "train.sequence=4096", "train.recompute=full")
+    wanted = (*sizes, f"model.architecture={architecture}", "mesh.pipeline=4", mesh)
+    wide, narrow = (
+        plan(load.recipe("quickstart", (*wanted, f"engine.reduce={reduce}")), load.site("dgx-h100"), 64, fits=False)
+        for reduce in ("fp32", "bf16")
+    )
+    assert isinstance(wide.architecture, Architecture)
+    held = sum(cost.held_parameters(wide.architecture, wide.mesh, 4096)[:2])
+    assert held < wide.parameters / (3 if mesh == "mesh.tensor=1" else 8)
+    assert wide.memory.workspace - narrow.memory.workspace == 2 * held
+    assert narrow.memory.workspace > (2 + 2) * held
+    first = [residency.memory(one, operations.works(one), {})[0]["workspace"] for one in map(expect.workload_of, (wide, narrow))]
+    assert first[0] - first[1] == pytest.approx(2 * held, rel=0.01)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_deepspeeds_bytes_are_by_stage(offload):
+    """Weights whole below 3; fp32 sums whole in 1, with a backward's own in bf16 (BF16_Optimizer), and cut in 2 and 3; buckets of 2^27 elements."""
+    wanted = ("optim.name=adamw", "model.architecture=llama-3.1-8b", "train.microbatch=1", "train.batch=64", "train.sequence=4096")
+    wanted += ("train.recompute=lean", "engine.name=deepspeed", f"engine.offload={str(offload).lower()}")
+    site, totals = load.site("dgx-h100"), []
+    for stage in (1, 2, 3):
+        made = plan(load.recipe("quickstart", (*wanted, f"engine.zero={stage}")), site, 8, fits=False)
+        count = made.parameters
+        own = {1: count, 2: count / 8, 3: count / 8}[stage]
+        assert made.memory.weights == pytest.approx(0 if offload and stage == 3 else 2 * (own if stage == 3 else count), rel=1e-6)
+        assert made.memory.gradients == pytest.approx(0 if offload and stage > 1 else (6 if stage == 1 else 4) * own, rel=1e-6)
+        assert made.memory.optimizer == pytest.approx(0 if offload else 12 * count / 8, rel=1e-6)
+        workload = expect.workload_of(made)
+        (found,) = residency.memory(workload, operations.works(workload), {})
+        states = made.memory.weights + made.memory.gradients + made.memory.optimizer
+        assert found["weights"] + found["gradients"] + found["optimizer"] == pytest.approx(states, rel=1e-3)
+        beyond = residency.ZERO3_BYTES if stage == 3 else 0  # measured, and no part of a plan's bound
+        assert residency.seen(found, "max_memory_allocated") - beyond == pytest.approx(made.memory.total, rel=0.1)
+        totals.append(made.memory.total)
+    assert totals[0] > totals[1]
+    if not offload:
+        assert totals[1] > totals[2]

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from gigatrain.planning import cost
 from gigatrain.planning import layout as pipelines
 from gigatrain.planning.estimate import collectives, estimate, layers, pieces, residency
 from gigatrain.planning.estimate.cluster import Cluster
@@ -222,8 +223,11 @@ class Prices:
 
     def _kept(self, states: States, zero: int, whole: float, owned: float) -> float:
         """Bytes of so many parameters, of which a rank has `owned` of what is shared."""
-        found = states.weights * (owned if zero == 3 else whole) + states.gradients * (owned if zero >= 2 else whole)
-        return found + (0.0 if self.workload.offload else states.master + states.moments) * owned
+        weights, gradients = states.weights * (owned if zero == 3 else whole), states.gradients * (owned if zero >= 2 else whole)
+        if not self.workload.offload:
+            return weights + gradients + (states.master + states.moments) * owned
+        deepspeed = self.workload.stack == "gigatrain_deepspeed"
+        return (0.0 if deepspeed and zero == 3 else weights) + (0.0 if zero == 3 or (deepspeed and zero == 2) else gradients)
 
     def _owned(self, layout: Layout, zero: int, dense: float, experts: float) -> float:
         dense_ranks, experts_ranks = self._sharing(layout)
@@ -348,10 +352,17 @@ class Prices:
                 Transfer("experts_sum", "tensor", "all_reduce", 4.0 * held, "update"), *collectives.group(layout, "tensor")
             )
         kept = self._kept(states, zero, whole, owned)
+        layer = sizes.dense + sizes.experts
         if zero == 3:
-            layer = sizes.dense + sizes.experts
             kept += states.gathered * (whole if not reshard else 2 * layer + 2 * sizes.ends)
-            kept += (states.gathered + states.reduced) * max(layer, sizes.ends)
+            largest = max(layer, sizes.ends)
+            held_back = residency.held_back(self.workload.stack, zero, ranks)
+            kept += states.gathered * largest + states.reduced * (whole if held_back else largest)
+        if self.workload.stack == "gigatrain_deepspeed":  # buckets, what stage 1 holds of a backward, and what stage 3 keeps gathered
+            kept += (1 if zero == 1 else 2) * states.reduced * min(cost.BUCKET_ELEMENTS, whole)
+            kept += states.gathered * whole if zero == 1 and states.gathered == 2 else 0.0
+            if zero == 3:
+                kept += residency.ZERO3_BYTES + states.gathered * max(0.0, min(cost.LIVE_ELEMENTS, whole) - 2 * layer - 2 * sizes.ends)
         if (
             self.workload.stack == "gigatrain_native"
         ):  # a microbatch's gradients beside their sum, but for those that are summed where they are made

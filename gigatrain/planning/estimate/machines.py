@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gigatrain.planning.estimate.cluster import Cluster, Level
-from gigatrain.planning.hardware import CHIPS
+from gigatrain.planning.hardware import CHIPS, VISIBLE
 
-# Of the memory as sold, what torch.cuda reports: 79.15 of 80 GiB on an A100, 79.1 on an H100, 139.8 of 141 on an H200, 178.4 of 180 on a B200.
-VISIBLE = 0.99
 _RAIL = 32  # nodes that one rail of leaf switches joins (64 ports, half of them up)
 
 

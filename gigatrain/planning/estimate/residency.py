@@ -19,11 +19,12 @@ what it makes again; logits and their gradient; weights gathered and gradients o
 
 from collections.abc import Mapping, Sequence
 
+from gigatrain.planning import cost
 from gigatrain.planning import layout as pipelines
 from gigatrain.planning.estimate.operations import trained
 from gigatrain.planning.estimate.pieces import Local
 from gigatrain.planning.estimate.work import Block, Work
-from gigatrain.planning.estimate.workload import Workload
+from gigatrain.planning.estimate.workload import Stack, Workload
 
 GIB = 2.0**30
 LAYERS = frozenset({"layer", "sparse_layer"})
@@ -79,9 +80,13 @@ def _rank(local: Local, rank: int, work: Work, constants: Mapping[str, float]) -
     optimizer = (master + states.moments) * (shared if layout.zero else mine + of_experts)
     if workload.precision == "fp16" and workload.stack == "megatron":
         optimizer += 4.0 * (shared if layout.zero else mine + of_experts)
+    own_zero = workload.stack == "gigatrain_deepspeed"
+    if own_zero and layout.zero == 1 and local.size == 2:
+        gradients += local.size * mine  # BF16_Optimizer sums a backward's own when it has ended
     if workload.offload:
         optimizer = 0.0
-        gradients = 0.0 if layout.zero == 3 else gradients
+        gradients = 0.0 if layout.zero == 3 or (own_zero and layout.zero == 2) else gradients
+        weights = 0.0 if own_zero and layout.zero == 3 else weights
     activations = _live(local, rank, work)
     layers = [block for block in blocks if block.name in LAYERS]
     largest = max((block.parameters for block in layers), default=0.0)
@@ -95,6 +100,8 @@ def _rank(local: Local, rank: int, work: Work, constants: Mapping[str, float]) -
     ):  # autograd is handed an empty gradient for each shape of weight, beside the sum that the product wrote to
         buffers += local.size * max((block.parameters - block.expert_parameters for block in layers), default=0.0)
     fork = workload.stack == "megatron" and "deepspeed" in workload.version  # Megatron on DeepSpeed's optimizer and pipeline
+    if own_zero:  # its buckets, by engines/deepspeed.py; stage 1 reduces one at a time
+        buffers += (1 if layout.zero == 1 else 2) * states.reduced * min(cost.BUCKET_ELEMENTS, mine)
     if workload.stack == "deepspeed" or (fork and layout.zero):
         buffers += (1 if fork else 2) * states.reduced * min(BUCKET_ELEMENTS, mine)  # a second one where reductions overlap
     if fork and layout.zero and workload.precision == "bf16":
@@ -148,15 +155,21 @@ def _loss(local: Local, work: Work) -> float:
     return each * logits + gradient
 
 
+def held_back(stack: Stack, zero: int, pipeline: int) -> bool:
+    """Whether a rank's gradients stay whole until the last backward of a step: torch's pipeline stages hold FSDP's reductions back
+    (`backward_maybe_with_nosync` of torch/distributed/pipelining/stage.py), and FSDP sums them unsharded, as wide as they are reduced."""
+    return zero == 3 and pipeline > 1 and stack in ("gigatrain_native", "torchtitan")
+
+
 def _gathered(local: Local, blocks: Sequence[Block], layer: float) -> float:
     """Of ZeRO 3: this layer's weights, the next one's and where they arrive, those of embedding and head, and a gradient on its way; all of a rank's where
-    they stay gathered."""
+    they stay gathered, or where gradients are held back."""
     w, layout, states = local.workload, local.workload.layout, local.workload.states
     every = sum(block.parameters for block in blocks)
     ends = sum(block.parameters for block in blocks if block.name not in LAYERS)
     held = 3 * layer + ends if layout.reshard else every
     beside = 0.0
-    if w.stack == "deepspeed":
+    if w.stack in ("deepspeed", "gigatrain_deepspeed"):
         held, beside = max(held, min(LIVE_ELEMENTS, every)), ZERO3_BYTES
-    largest = 0.0 if w.frozen else max(block.parameters for block in blocks)
-    return states.gathered * held + states.reduced * largest + beside
+    sums = 0.0 if w.frozen else every if held_back(w.stack, layout.zero, layout.pipeline) else max(block.parameters for block in blocks)
+    return states.gathered * held + states.reduced * sums + beside
