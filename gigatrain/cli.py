@@ -315,11 +315,13 @@ def _accelerators(options: argparse.Namespace) -> None:
     from gigatrain.planning import choose, megawatts
 
     pue = options.pue or 1.2
-    found = choose.accelerators(load.recipe(options.recipe, options.set), options.megawatts, pue, measure=_measured)
+    recipe = load.recipe(options.recipe, options.set)
+    found = choose.accelerators(recipe, options.megawatts, pue, measure=_measured)
     if options.json:
         print(json.dumps([dataclasses.asdict(one) for one in found], indent=2, default=_tree))
         return
     print("\n".join(megawatts.report(found, options.megawatts, pue)))
+    print(f"the recipe's own step is of {recipe.train.batch:,} samples: a larger one is another recipe, which may learn less of each token")
 
 
 def _tree(value: Any) -> Any:
@@ -845,9 +847,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_megawatts,
         help="as many nodes as M MW of the facility feed, cooling included, and a run that keeps to them; without --site: which accelerators, at which limit",
     )
-    planned.add_argument(
-        "--pue", metavar="P", type=_pue, help="of --megawatts without a site: facility over IT (default: 1.2)"
-    )
+    planned.add_argument("--pue", metavar="P", type=_pue, help="of --megawatts without a site: facility over IT (default: 1.2)")
     planned.add_argument("--top", metavar="K", type=_shown, help="search every layout, show the K best that differ, and plan the first")
     planned.add_argument(
         "--explain", action="store_true", help="the arithmetic: phases, bytes, watts, losses, and what was assumed; of a site alone, its MW"

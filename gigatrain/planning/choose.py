@@ -1,5 +1,6 @@
 """What of a recipe is chosen or drawn with everything that the planner knows: accelerators under so many megawatts; the page of a plan. Free of torch."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -34,20 +35,17 @@ def accelerators(
     Losses by failures are taken off.
     """
     found: list[Option] = []
+    architecture = load.architecture(recipe.model, measure)
+    states = [float(cost.checkpoint_bytes(architecture, recipe.train.compute, recipe.optim, masters=own)) for own in (False, True)]
     for name in chips:
         try:
-            workload, cluster = _block(recipe, hardware.chip(name), measure)
+            workload, cluster = _block(recipe, hardware.chip(name), min(states), measure)
         except PlanError as failure:
             found.append(Option(name, unknown=str(failure)))
             continue
-        guess = estimate(workload, cluster)
-        whole = float(
-            cost.checkpoint_bytes(
-                load.architecture(recipe.model, measure), recipe.train.compute, recipe.optim, masters=not workload.states.master
-            )
-        )
+        seconds, whole = estimate(workload, cluster).step_s, states[not workload.states.master]
 
-        def kept(count: int, per_node: int = cluster.per_node, seconds: float = guess.step_s, whole: float = whole) -> float:
+        def kept(count: int, per_node: int = cluster.per_node, seconds: float = seconds, whole: float = whole) -> float:
             return forecast(count, per_node, seconds, whole).share
 
         found += megawatts_of.options(workload, megawatts, pue, [name], goodput=kept)
@@ -81,19 +79,24 @@ def picture(chosen: Plan, site: Site, behind: Prospect, found: Found | None) -> 
 
 SAMPLES = 8  # of a rank and step
 MOST = 1024  # ranks of one copy
+SEARCH_S = 1.0  # of one accelerator's layout: there are twenty of them
 
 
-def _block(recipe: Recipe, chip: hardware.Chip, measure: Measure | None) -> tuple[Workload, Cluster]:
-    """The best layout on the fewest accelerators that hold the model."""
+def _block(recipe: Recipe, chip: hardware.Chip, states: float, measure: Measure | None) -> tuple[Workload, Cluster]:
+    """The best layout on the fewest accelerators that hold the model, of which weights and optimizer are `states` bytes."""
     if chip.watts.value is None:
         raise PlanError(f"how many watts a {chip.name} may draw is not published")
+    each = megawatts_of.cluster_of(chip.id, 8).memory_bytes
     ranks, failed = 8, PlanError(f"{MOST} ranks of a {chip.name} do not hold the model")
+    while each is not None and ranks <= MOST and states > 0.4 * each * ranks:  # gradients, activations and what is gathered need the rest
+        ranks *= 2
     while ranks <= MOST:
         cluster = megawatts_of.cluster_of(chip.id, -(-ranks // chip.devices))
         site = megawatts_of.site_of(cast("Accelerator", chip.id), cluster.accelerators)
         of_block = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch": SAMPLES * ranks, "microbatch": None})})
         try:
-            return search(top.workload(of_block, site, ranks, measure=measure), cluster, top=1).candidates[0].workload, cluster
+            base = top.workload(of_block, site, ranks, measure=measure)
+            return search(base, cluster, top=1, limit_s=SEARCH_S, clock=time.monotonic).candidates[0].workload, cluster
         except PlanError as failure:
             failed, ranks = failure, 2 * ranks
     raise failed

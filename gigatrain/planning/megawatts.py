@@ -43,6 +43,7 @@ class Option:
     kept: Range | None = None  # share of the uncapped compute rate
     limits: str = ""
     unknown: str = ""
+    samples: int = 0  # of a step: the layout's, times its copies
 
     @property
     def goodput_tokens_per_s(self) -> float:
@@ -58,9 +59,11 @@ class Option:
             if self.kept and self.kept.mid < 1
             else ""
         )
+        used = self.accelerators * self.watts.mid / 1e6
+        spare = "" if used > 0.9 * megawatts else f"; {used:,.1f} of the {megawatts:g} MW: more would lose more than they train"
         return (
             f"{self.chip:10} {self.cap_watts:5,.0f} W  {self.accelerators:9,} x {self.watts.mid:5,.0f} W ({self.watts.low:,.0f} to {self.watts.high:,.0f})  "
-            f"{_rate(self.goodput_tokens_per_s)} {kept}, {_rate(self.goodput_tokens_per_s / megawatts)}/MW{share}; {self.limits}"
+            f"{_rate(self.goodput_tokens_per_s)} {kept}, {_rate(self.goodput_tokens_per_s / megawatts)}/MW{share}; steps of {self.samples:,} samples; {self.limits}{spare}"
         )
 
 
@@ -144,14 +147,25 @@ def _option(
                 break
             copies = fit
             guess, drawn, each = held(copies)
+        if goodput is not None:
+            copies = _best(copies, lambda count: held(count)[0].tokens_per_s * goodput(packages * count))
+            guess, drawn, each = held(copies)
         kept = energy.capped_rate(chip.id, cap)
     except PlanError as why:
         return Option(chip.id, cap, unknown=str(why))
     count = packages * copies
     return Option(
         chip=chip.id, cap_watts=cap, accelerators=count, watts=each, device_watts=drawn.watts["device"].mid / count, tokens_per_s=guess.tokens_per_s,
-        goodput=None if goodput is None else goodput(count), kept=kept, limits=guess.limits,
+        goodput=None if goodput is None else goodput(count), kept=kept, limits=guess.limits, samples=workload.batch * copies,
     )  # fmt: skip
+
+
+def _best(most: int, kept: Callable[[int], float]) -> int:
+    """How many copies, of at most `most`, keep most: half of them again and again, while that keeps more than all did."""
+    best, most_kept = most, kept(most)
+    while best > 1 and (less := kept(best // 2)) > most_kept:
+        best, most_kept = best // 2, less
+    return best
 
 
 def site_of(chip: Accelerator, accelerators: int, pue: float | None = None) -> Site:
