@@ -1,6 +1,5 @@
 """What of a recipe is chosen or drawn with everything that the planner knows: accelerators under so many megawatts; the page of a plan. Free of torch."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -37,9 +36,17 @@ def accelerators(
     found: list[Option] = []
     architecture = load.architecture(recipe.model, measure)
     states = [float(cost.checkpoint_bytes(architecture, recipe.train.compute, recipe.optim, masters=own)) for own in (False, True)]
+    blocks: dict[tuple[int | None, ...], tuple[Workload, Cluster]] = {}  # accelerators that hold and join as many take the same layout
     for name in chips:
         try:
-            workload, cluster = _block(recipe, hardware.chip(name), min(states), measure)
+            if hardware.chip(name).watts.value is None:
+                raise PlanError(f"how many watts a {hardware.chip(name).name} may draw is not published")
+            alike = megawatts_of.cluster_of(name, 8)
+            key = (alike.memory_bytes, alike.per_node, *(level.accelerators for level in alike.levels))
+            if key not in blocks:
+                blocks[key] = _block(recipe, hardware.chip(name), min(states), measure)
+            workload = blocks[key][0]
+            cluster = megawatts_of.cluster_of(name, -(-workload.layout.ranks // hardware.chip(name).devices))
         except PlanError as failure:
             found.append(Option(name, unknown=str(failure)))
             continue
@@ -79,16 +86,13 @@ def picture(chosen: Plan, site: Site, behind: Prospect, found: Found | None) -> 
 
 SAMPLES = 8  # of a rank and step
 MOST = 1024  # ranks of one copy
-SEARCH_S = 1.0  # of one accelerator's layout: there are twenty of them
 
 
 def _block(recipe: Recipe, chip: hardware.Chip, states: float, measure: Measure | None) -> tuple[Workload, Cluster]:
     """The best layout on the fewest accelerators that hold the model, of which weights and optimizer are `states` bytes."""
-    if chip.watts.value is None:
-        raise PlanError(f"how many watts a {chip.name} may draw is not published")
     each = megawatts_of.cluster_of(chip.id, 8).memory_bytes
     ranks, failed = 8, PlanError(f"{MOST} ranks of a {chip.name} do not hold the model")
-    while each is not None and ranks <= MOST and states > 0.4 * each * ranks:  # gradients, activations and what is gathered need the rest
+    while each is not None and ranks <= MOST and states > 0.6 * each * ranks:  # gradients, activations and what is gathered need the rest
         ranks *= 2
     while ranks <= MOST:
         cluster = megawatts_of.cluster_of(chip.id, -(-ranks // chip.devices))
@@ -96,7 +100,7 @@ def _block(recipe: Recipe, chip: hardware.Chip, states: float, measure: Measure 
         of_block = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch": SAMPLES * ranks, "microbatch": None})})
         try:
             base = top.workload(of_block, site, ranks, measure=measure)
-            return search(base, cluster, top=1, limit_s=SEARCH_S, clock=time.monotonic).candidates[0].workload, cluster
+            return search(base, cluster, top=1).candidates[0].workload, cluster
         except PlanError as failure:
             failed, ranks = failure, 2 * ranks
     raise failed

@@ -63,7 +63,8 @@ class Option:
         spare = "" if used > 0.9 * megawatts else f"; {used:,.1f} of the {megawatts:g} MW: more would lose more than they train"
         return (
             f"{self.chip:10} {self.cap_watts:5,.0f} W  {self.accelerators:9,} x {self.watts.mid:5,.0f} W ({self.watts.low:,.0f} to {self.watts.high:,.0f})  "
-            f"{_rate(self.goodput_tokens_per_s)} {kept}, {_rate(self.goodput_tokens_per_s / megawatts)}/MW{share}; steps of {self.samples:,} samples; {self.limits}{spare}"
+            f"{_rate(self.goodput_tokens_per_s)} {kept}, {_rate(self.goodput_tokens_per_s / megawatts)}/MW{share}; "
+            f"steps of {self.samples:,} samples; {self.limits}{spare}"
         )
 
 
