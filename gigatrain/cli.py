@@ -128,46 +128,25 @@ def _run_folder(options: argparse.Namespace, name: str) -> Path:
     return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 1 << 31:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2147483647")
-    return number
+def _between(kind: Callable[[str], Any], name: str, low: int, high: int, why: str = "") -> Callable[[str], Any]:
+    """A number of the command line within bounds, both of which it may be; `name` is what argparse calls one that is no number."""
+
+    def parsed(text: str) -> Any:
+        number = kind(text)
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}{why}")
+        return number
+
+    parsed.__name__ = name
+    return parsed
 
 
-def _ranks(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= 1 << 20:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 1048576")
-    return number
-
-
-def _shown(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 100")
-    return number
-
-
-def _megawatts(text: str) -> float:
-    number = float(text)
-    if not 0 < number < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000000")
-    return number
-
-
-def _pue(text: str) -> float:
-    number = float(text)
-    if not 1 <= number <= 10:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 10: the facility's draw over IT's")
-    return number
-
-
-def _gib(text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000000000")
-    return number
+_count = _between(int, "count", 0, (1 << 31) - 1)
+_ranks = _between(int, "ranks", 1, 1 << 20)
+_shown = _between(int, "count", 1, 100)
+_pue = _between(float, "PUE", 1, 10, ": the facility's draw over IT's")
+_gib = _between(float, "GiB", 0, 10**9)
+_temperature = _between(float, "temperature", 0, 10**6)
 
 
 def _positive(text: str) -> float:
@@ -177,10 +156,10 @@ def _positive(text: str) -> float:
     return number
 
 
-def _temperature(text: str) -> float:
+def _megawatts(text: str) -> float:
     number = float(text)
-    if not 0 <= number <= 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000000")
+    if not 0 < number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and below 1000000")
     return number
 
 

@@ -89,7 +89,9 @@ def write(
         shutil.rmtree(folder)  # of which nothing was there before
         raise
     steps = [(WARM + STEPS) * candidate.estimate.step_s for candidate in found.candidates]
-    takes = f"about {seconds(sum(steps))} of steps in all" if local else f"about {seconds(max(steps))} of steps each"
+    whole = sum(steps) if local else max(steps)
+    long = seconds(whole) if whole < 7200 else f"{whole / 3600:.1f} h"
+    takes = f"about {long} of steps {'in all' if local else 'each'}"
     return Pilots(folder, tuple(runs), folder / "pilots.sh", f"{takes}, starts and saves not counted")
 
 

@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from gigatrain import load
 from gigatrain.config import Section
@@ -35,6 +37,9 @@ LONGEST_S = 1e6  # beyond it a window is damage
 WIDEST = 3.0  # a scalar beyond this factor tells that something else is wrong
 
 
+Scalar = Annotated[float, Field(gt=1 / WIDEST, lt=WIDEST)]
+
+
 class Told(Section):
     """A run as the calibration saw it."""
 
@@ -50,10 +55,10 @@ class Calibration(Section):
 
     format: Literal[1] = 1
     chip: str
-    compute: float
-    communication: float
-    launch: float
-    runs: tuple[Told, ...]
+    compute: Scalar
+    communication: Scalar
+    launch: Scalar
+    runs: Annotated[tuple[Told, ...], Field(min_length=1)]
 
     @property
     def scalars(self) -> dict[str, float]:

@@ -109,6 +109,17 @@ def test_what_cannot_calibrate_is_refused_by_name(tmp_path, runs):
     (tmp_path / "torn.json").write_text('{"format": 1}')
     with pytest.raises(PlanError, match="chip"):
         calibrate.read(tmp_path / "torn.json")
+    told = {"run": "a", "windows": 9, "measured_s": 1.0, "before_s": 1.0, "after_s": 1.0}
+    good = {"format": 1, "chip": "h100", "compute": 1.1, "communication": 1.0, "launch": 1.0, "runs": [told]}
+    for change, named in (
+        ({"compute": -5.0}, "compute"),
+        ({"launch": 1e308}, "launch"),
+        ({"communication": 3.5}, "communication"),
+        ({"runs": []}, "runs"),
+    ):
+        (tmp_path / "odd.json").write_text(json.dumps(good | change))
+        with pytest.raises(PlanError, match=named):
+            calibrate.read(tmp_path / "odd.json")
 
 
 def test_every_rate_of_links_networks_and_attention_moves_with_its_scalar():
