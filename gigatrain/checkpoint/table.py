@@ -1,0 +1,153 @@
+"""What a checkpoint says that it holds: of every tensor its dtype, its whole shape and the boxes that tile it; and how these are read."""
+
+import hashlib
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gigatrain.checkpoint.files import DTYPES, NAMES
+from gigatrain.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Box:
+    """Where a part of a tensor lies: all of what `file` holds under the tensor's name, which is `size` elements from `start` on along each dim."""
+
+    file: str
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint: boxes that meet nowhere and leave no gap."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A committed checkpoint whose every byte was checked, or written, by this run."""
+
+    folder: Path
+    step: int
+    manifest: dict[str, Any]
+    state: dict[str, Any]
+    table: dict[str, dict[str, Stored]]  # group -> name -> tensor
+
+    def tensors(self, group: str) -> "Tensors":
+        """The tensors of a group by name; each is put together on the CPU when it is asked for, and kept by nobody."""
+        return Tensors(self, group)
+
+
+class Tensors(Mapping[str, Tensor]):
+    """A group of a checkpoint, one whole tensor at a time."""
+
+    def __init__(self, found: Found, group: str) -> None:
+        self.stored, self._files = group_of(found, group), Files(found.folder)
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self.stored[name]
+        if len(stored.boxes) == 1:
+            return self._files.read(stored, stored.boxes[0], name)
+        whole = torch.empty(stored.shape, dtype=stored.dtype)
+        for box in stored.boxes:
+            whole[slices(box.start, box.size)] = self._files.read(stored, box, name)
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+class Files:
+    """The tensor files of a checkpoint, each mapped once and kept mapped: 10,000 of them take addresses, not memory or descriptors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[str, Any] = {}
+
+    def read(self, stored: Stored, box: Box, name: str, within: tuple[slice, ...] | None = None) -> Tensor:
+        """A box of a tensor, or the part `within` it. Raises CheckpointError where the file holds anything but what the manifest says."""
+        try:
+            if box.file not in self._open:
+                self._open[box.file] = safe_open(self.folder / box.file, framework="pt")
+            part = self._open[box.file].get_slice(name)
+            if tuple(part.get_shape()) != box.size or part.get_dtype() != NAMES[stored.dtype]:
+                raise CheckpointError(
+                    f"{self.folder / box.file} holds {name} as {part.get_dtype()} {part.get_shape()}, "
+                    f"by the manifest it is {NAMES[stored.dtype]} {list(box.size)}"
+                )
+            return self._open[box.file].get_tensor(name) if within is None else part[within]
+        except (SafetensorError, FileNotFoundError) as failure:
+            raise CheckpointError(f"{self.folder / box.file} cannot be read: {failure}") from None
+
+
+def weights_sha256(found: Found) -> str:
+    """SHA-256 over names and bytes of the fp32 master weights, in the order of the names: equal for equal weights, however they were cut and saved."""
+    digest, weights = hashlib.sha256(), found.tensors("weights")
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def table_of(manifest: Mapping[str, Any]) -> dict[str, dict[str, Stored]]:
+    """What a manifest says of the tensors. Raises ValueError, KeyError or TypeError where it is no such table or a tensor's boxes do not tile it."""
+    table: dict[str, dict[str, Stored]] = {}
+    for group, named in manifest["tensors"].items():
+        table[group] = {}
+        for name, entry in named.items():
+            shape = _integers(entry["shape"])
+            boxes = tuple(Box(piece["file"], _integers(piece["start"]), _integers(piece["size"])) for piece in entry["pieces"])
+            if not _tile(shape, boxes):
+                raise ValueError(f"the pieces of {group} {name} leave a gap in {list(shape)}, or lie one over another or outside")
+            table[group][name] = Stored(DTYPES[entry["dtype"]], shape, boxes)
+    return table
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    return tuple(operator.index(value) for value in values)
+
+
+def _tile(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> bool:
+    """Whether every element of a tensor lies in exactly one box."""
+    for box in boxes:
+        if not len(box.start) == len(box.size) == len(shape):
+            return False
+        if any(start < 0 or size < 0 or start + size > length for start, size, length in zip(box.start, box.size, shape, strict=True)):
+            return False
+    if not boxes or sum(math.prod(box.size) for box in boxes) != math.prod(shape):
+        return False
+    if len(boxes) == 1 or 0 in shape:
+        return True
+    # Cells between the cuts of all boxes: what is a box in elements is a box in cells.
+    cuts = [sorted({edge for box in boxes for edge in (box.start[dim], box.start[dim] + box.size[dim])}) for dim in range(len(shape))]
+    at = [{cut: index for index, cut in enumerate(edges)} for edges in cuts]
+    covered = torch.zeros([len(edges) - 1 for edges in cuts], dtype=torch.int32)
+    for box in boxes:
+        covered[
+            tuple(slice(at[dim][start], at[dim][start + size]) for dim, (start, size) in enumerate(zip(box.start, box.size, strict=True)))
+        ] += 1
+    return bool((covered == 1).all())
+
+
+def group_of(found: Found, group: str) -> dict[str, Stored]:
+    if group not in found.table:
+        raise CheckpointError(f"{found.folder} holds no {group}, only {', '.join(sorted(found.table)) or 'nothing'}")
+    return found.table[group]
+
+
+def slices(start: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(first, first + count) for first, count in zip(start, size, strict=True))
