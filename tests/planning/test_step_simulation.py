@@ -194,6 +194,20 @@ def test_a_hosts_launches_are_the_floor_and_graphs_take_them_away() -> None:
     assert piped.step_s >= 40 * 3 * 2.0
 
 
+def test_making_activations_again_costs_the_host_once_a_layer_and_only_an_eager_one() -> None:
+    def launched(item: Item) -> Cost:
+        return Cost(cost(item).seconds, 2.0)
+
+    def step_s(of: Block, habits: Habits) -> float:
+        return simulate((Work(((of,) * 4,), (0,), (), 0.0),), workload(1, 1, 2), launched, habits).step_s
+
+    again = replace(block(), recompute=(op("product", 1.0, "recompute"),))
+    eager, costly = Habits("generic"), Habits("generic", checkpoint_s=0.5)
+    assert step_s(again, costly) == pytest.approx(step_s(again, eager) + 2 * 4 * 0.5)
+    assert step_s(block(), costly) == step_s(block(), eager)
+    assert step_s(again, replace(costly, graphed=True)) == step_s(again, replace(eager, graphed=True))
+
+
 def test_runs_compose_as_if_they_were_one() -> None:
     items = [op(str(index), seconds) for index, seconds in enumerate((0.1, 3.0, 0.2, 0.1, 0.1, 2.0, 0.3))]
 

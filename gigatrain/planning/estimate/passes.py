@@ -132,6 +132,9 @@ class Passes:
             else:
                 items = tuple(item for item in block.backward if item.passes == "wgrad")
             found = self._blocks[key] = run(items, self.time_of, self.habits)
+            if which == "backward" and block.recompute and not self.habits.graphed:
+                found.host_s += self.habits.checkpoint_s  # before its first kernel
+                found.floor_s += self.habits.checkpoint_s
         return found
 
     def row(self, blocks: Sequence[Block], which: str) -> Run:

@@ -57,6 +57,7 @@ def habits(stack: str, version: str, constants: Mapping[str, float]) -> Habits:
         attention=_attention(name, version.lower()),
         pace=exp(-constants["software.gain_year"] * (released(version) - RELEASED)),
         synced_sends=name in _SYNCED,
+        checkpoint_s=constants["stack.megatron_2021.checkpoint_s"] if name == "megatron_2021" else 0.0,
         microbatch_s=constants[f"stack.{name}.microbatch_s"],
         step_s=constants[f"stack.{name}.step_s"],
     )
