@@ -637,6 +637,23 @@ def _bench_power(options: argparse.Namespace) -> None:
     )
 
 
+def _bench_faults(options: argparse.Namespace) -> None:
+    from gigatrain.bench import faults
+
+    faults.run(
+        hours=options.hours,
+        seed=options.seed,
+        only=options.only,
+        engines=options.engines,
+        kills=options.kills,
+        one=options.row,
+        path=options.csv,
+        page=options.markdown,
+        work=options.work,
+        as_json=options.json,
+    )
+
+
 def _doctor(options: argparse.Namespace) -> None:
     from gigatrain.errors import HealthError
     from gigatrain.preflight import show
@@ -940,6 +957,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     joules.add_argument("--json", action="store_true", help="the rows as JSON, for programs")
 
+    faults = command("faults", _bench_faults, "faults done to real runs, and which promises were kept", _FAULTS, measured)
+    faults.add_argument(
+        "--hours", metavar="H", type=_positive, help="go on drawing rows for so long (default: each fault once on each engine)"
+    )
+    faults.add_argument("--seed", metavar="N", type=_count, help="of all that is drawn (default: a new one, which is printed)")
+    faults.add_argument("--only", metavar="A,B", help="only these faults")
+    faults.add_argument(
+        "--engines", metavar="A,B", help="on these (default: native-1,native-2,zero2-2; also native-4, ddp-2, zero1-2, zero3-2)"
+    )
+    faults.add_argument(
+        "--kills", metavar="K", type=_ranks, default=1, help="kills of a kill, segv or abort row, one after the other (default: 1)"
+    )
+    faults.add_argument("--row", metavar="SEED", type=_count, help="one row again, of the --only fault on the --engines engine")
+    faults.add_argument("--csv", metavar="PATH", help="a line for each injection is added here")
+    faults.add_argument("--markdown", metavar="PATH", help="write the table for a page")
+    faults.add_argument(
+        "--work", metavar="DIR", help="where the runs are (default: a temporary folder, which stays if a row broke its promise)"
+    )
+    faults.add_argument("--json", action="store_true", help="the rows as JSON")
+
     doctor = command("doctor", _doctor, "say whether this machine, or a job's, can train", _DOCTOR)
     doctor.add_argument("--site", metavar="SITE", help="what the machine should be (default: this machine as it is)")
     doctor.add_argument(
@@ -1106,6 +1143,18 @@ Every variant is a `gigatrain train` of its own. Losses are judged by the baseli
   gigatrain bench power my.toml --quick --sweep microbatch --set power.node=redfish
 
 A window is at least 10 s and 100 updates of the slowest meter; of less there is no figure. POWER.md says what is counted."""
+_FAULTS = """\
+Do faults to real runs of a tiny recipe, each from a process outside: kills at every moment, hangs, full and failing disks, damaged checkpoints, wrong recipes.
+A row is kept only if the run ends bitwise as one that nothing was done to (weights, optimizer, generators, metrics, samples), or refuses by name
+what it must refuse. Everything comes from the seed and nothing is tried twice. RELIABILITY.md has the promises. Leaves with 9 if one was broken.
+
+  gigatrain bench faults                                      each fault once on each engine, about half an hour on two cores
+  gigatrain bench faults --hours 1 --csv faults.csv --markdown faults.md
+  gigatrain bench faults --only kill --kills 5 --engines native-2,native-4,zero2-2 --hours 1
+  gigatrain bench faults --only bitflip --engines native-2 --row 70012    one row again
+  sudo -E gigatrain bench faults --only enospc,erofs,stall,oom            what needs mounts and control groups
+
+Rows that cannot be made here (no root, no DeepSpeed) are shown as such, with the reason."""
 _DOCTOR = """\
 Say whether this machine can train: driver, GPUs, ECC, Xids, clocks, links, equal products on all GPUs, disks, network; under a minute.
 What could not be tested is named, with the reason. Leaves with 9 if the machine is bad.

@@ -279,6 +279,7 @@ def _prepare(plan: Plan) -> None:
     """The process-wide switches of the run, and whether torch can do what the plan says."""
     if plan.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.manual_seed(plan.seed)  # nothing of ours draws from it, but a checkpoint keeps it: two runs are equal in all that they keep
     torch.use_deterministic_algorithms(plan.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] (every kernel writes all of its outputs: NaNs first cost a pass)
     if plan.device == "cpu":
