@@ -79,8 +79,8 @@ def _train(
         )
         try:
             summary = _steps(plan, folder, this, resumes, corpus, mesh, device, display, began, log, progress, energy)
-        except torch.OutOfMemoryError as failure:
-            raise RunError(f"out of memory: {str(failure).splitlines()[0]}; {_LESS}") from None
+        except (torch.OutOfMemoryError, MemoryError) as failure:
+            raise RunError(f"out of memory: {(str(failure) or 'of the host').splitlines()[0]}; {_LESS}") from None
         except RuntimeError as failure:
             if "can't allocate memory" not in str(failure):
                 raise

@@ -388,8 +388,8 @@ def memory(case: Case) -> str:
     case.harms.append(Harm("step", step, None, time.monotonic() - began))
     if case.restarted() > 1:
         raise Broken(f"it was tried {case.restarted()} times, and memory does not grow")
-    if not code:
-        raise Broken("it ended well without memory")
+    if code != 7 or not case.subject.said("out of memory"):
+        raise Broken(f"it ended with {code}, and 7 says that a run cannot go on: {case.subject.tail()}")
     (case.subject.orders / "always.json").unlink()
     case.subject.alone()
     case.launch()
@@ -508,6 +508,20 @@ def full(case: Case) -> str:
             free = shutil.disk_usage(at).free
             with contextlib.suppress(OSError), filler.open("wb") as file:
                 file.write(b"\0" * max(0, free - (64 << 10)))
+
+        return _refusing(case, refuse, lambda: filler.unlink(missing_ok=True))
+
+
+def full_run(case: Case) -> str:
+    """The disk of the whole run folder, logs and metrics included, runs full and later has room again."""
+    at = case.subject.folder
+    with mounted(at, "-t", "tmpfs", "-o", f"size={SMALL_BYTES}", "tmpfs"):
+        filler = at / "filler"
+
+        def refuse() -> None:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while file.write(b"\0" * 4096):
+                    pass
 
         return _refusing(case, refuse, lambda: filler.unlink(missing_ok=True))
 
@@ -766,6 +780,7 @@ FAULTS = {
         Fault("crashloop", "P5", crash_loop),
         Fault("recipe", "P5", recipe),
         Fault("enospc", "P8", full),
+        Fault("enospcrun", "P8", full_run),
         Fault("fullstart", "P8", full_at_start),
         Fault("erofs", "P8", read_only),
         Fault("eio", "P8", syncs),

@@ -161,11 +161,8 @@ def _poison() -> None:
 
     def step(engine: Any, rate: float) -> Any:
         kind.step = told
-        for parameter in engine.model.parameters():
-            if parameter.grad is not None:
-                grad = parameter.grad
-                (grad.to_local() if hasattr(grad, "to_local") else grad).view(-1)[:1] = float("nan")
-                break
+        grad = next(iter(engine.grads.values()))
+        (grad.to_local() if hasattr(grad, "to_local") else grad).view(-1)[:1] = float("nan")
         return told(engine, rate)
 
     kind.step = step

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gigatrain.checkpoint import write_text
 from gigatrain.errors import RunError
+from gigatrain.observe.lines import Lines
 from gigatrain.planning.plan import Plan
 
 
@@ -77,7 +78,7 @@ class Metrics:
         if folder is not None:
             self.path = folder / "metrics.jsonl"
             self._drop_after(self.path, step)
-            self.file = self.path.open("a", encoding="utf-8")
+            self.file = Lines(self.path)
             self.trackers = _trackers(plan, folder, step)
 
     def __enter__(self) -> Self:
@@ -146,16 +147,17 @@ class Metrics:
         return round(self.timed[0] / self.timed[1], 1) if self.timed[1] else None
 
     def sync(self) -> None:
-        """Make what was written durable, before a checkpoint relies on it."""
+        """Make what was written durable, before a checkpoint relies on it; what a disk refuses goes into the checkpoint."""
         if self.file is not None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            self.file.sync()
 
     def state(self) -> dict[str, Any]:
         """The open window, so that a resumed run reports the numbers of an undisturbed one; waits for the device."""
         sums = self.sums.tolist()
         self.tokens = int(sums[5])
-        return {"sums": sums, "last": self.last, "timed": list(self.timed), "validated": self.validated}
+        return {"sums": sums, "last": self.last, "timed": list(self.timed), "validated": self.validated} | (
+            {"waiting": self.file.waiting} if self.file is not None and self.file.waiting else {}
+        )
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Back into the window in which `state` was taken; an empty state is a new run's."""
@@ -164,6 +166,8 @@ class Metrics:
             self.last, self.timed = dict(state["last"]), (state["timed"][0], state["timed"][1])
             self.validated = state["validated"]
             self.tokens = self.untimed = int(state["sums"][5])
+            if self.file is not None:
+                self.file.again(state.get("waiting", []))
 
     def write(self, window: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, the display and the trackers; a number that is not finite is written as null."""
@@ -171,8 +175,7 @@ class Metrics:
         self.last |= clean
         if self.file is None:
             return
-        self.file.write(json.dumps(clean) + "\n")
-        self.file.flush()
+        self.file.add(json.dumps(clean))
         self.show(dict(window))
         numbers = {key: value for key, value in clean.items() if key != "step" and value is not None}
         for tracker in self.trackers:
