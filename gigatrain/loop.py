@@ -52,7 +52,7 @@ def train(
     """
     log = log or Log(folder)
     with contextlib.ExitStack() as stack:
-        mesh, device = stack.enter_context(ranks.joined(plan.mesh, plan.ranks, plan.device))
+        mesh, device = stack.enter_context(ranks.joined(plan.mesh, plan.ranks, plan.device, folder))
         display = stack.enter_context((display or Display()) if mesh.rank == 0 else Display(Console(file=io.StringIO())))
         return _train(plan, folder, start, mesh, device, display, log)
 

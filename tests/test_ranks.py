@@ -80,7 +80,10 @@ def children(of):
 def started(recipe, folder):
     """A run of two processes that would take long, at its first checkpoints, and its ranks."""
     process = subprocess.Popen(
-        command(recipe, folder, "train.nproc=2", "train.steps=4000"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(recipe, folder, "train.nproc=2", "train.steps=4000", "recovery.restarts=0", "recovery.standby=false"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     end = time.monotonic() + 200
     while not (folder / "checkpoints" / "step-00000003" / "COMMITTED").exists():
@@ -157,7 +160,10 @@ def test_zero_works_on_one_process_too(tiny, tmp_path):
 def test_a_rank_that_is_killed_takes_the_others_with_it_and_nothing_committed(tiny, tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        command(tiny, folder, "train.nproc=2", "train.steps=4000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(tiny, folder, "train.nproc=2", "train.steps=4000", "recovery.restarts=0", "recovery.standby=false"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     end = time.monotonic() + 200
     while not (folder / "checkpoints" / "step-00000003" / "COMMITTED").exists():
