@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -42,9 +43,8 @@ def main(arguments: Sequence[str]) -> None:
             os._exit(0)
         if (asked := _forked(json.loads(text), descriptors, channel, supervisor)) is not None:
             break
-    from gigatrain.cli import main as command
-
-    command(asked)
+    sys.argv = ["gigatrain", *asked]
+    runpy.run_module("gigatrain", run_name="__main__", alter_sys=True)  # as `python -m gigatrain` does
 
 
 def _forked(asked: Mapping[str, Any], descriptors: Sequence[int], channel: socket.socket, supervisor: int) -> list[str] | None:
