@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gigatrain import __version__
-from gigatrain.errors import GigatrainError, PlanError, RecipeError, RunError, SiteError
+from gigatrain.errors import REQUEUE, GigatrainError, PlanError, RecipeError, RunError, SiteError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from gigatrain import leaving
+
+    with leaving.installed():  # first of all: a signal is heard whatever the process is at
+        _run_of(options)
+
+
+def _run_of(options: argparse.Namespace) -> None:
     from gigatrain import load
     from gigatrain.planning.plan import plan
 
@@ -76,10 +83,12 @@ def _train(options: argparse.Namespace) -> None:
 
         start = "new" if options.new else "resume" if options.resume else "continue" if options.go_on else "auto"
         summary = train(chosen, folder, start=start, display=display, log=log)
-        if summary is None and "GIGATRAIN_ATTEMPT" in os.environ and os.environ.get("RANK", "0") == "0":
-            from gigatrain.launching import job
+        if summary is None:
+            if "GIGATRAIN_ATTEMPT" in os.environ and os.environ.get("RANK", "0") == "0":
+                from gigatrain.launching import job
 
-            job.record(folder, "left")  # saved because of a signal: the job's script is to know
+                job.record(folder, "left")  # saved because of a signal: the job's script is to know
+            sys.exit(REQUEUE)
 
 
 def _watch(options: argparse.Namespace) -> None:

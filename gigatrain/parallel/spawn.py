@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+from gigatrain.errors import REQUEUE
+
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SPAWNED = "GIGATRAIN_SPAWNED"  # tells the ranks that `spawn` says for all of them why they failed
 COLLECTIVE_S = 600.0  # of a collective: a rank that died must not hold the others for torch's half an hour
@@ -27,6 +29,7 @@ def spawn(count: int, arguments: Sequence[str], why: Callable[[], str | None] = 
     libc, parent = ctypes.CDLL(None) if sys.platform == "linux" else None, os.getpid()
 
     def tied() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until it can hear them (leaving.installed): before that they would kill it
         if libc is not None:
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != parent:  # it died before that
@@ -47,7 +50,7 @@ def spawn(count: int, arguments: Sequence[str], why: Callable[[], str | None] = 
         code = _wait(running)
         if code:
             _end(running)
-            if said := why():
+            if code != REQUEUE and (said := why()):
                 print(f"gigatrain: {said}", file=sys.stderr)
         return code
     finally:
@@ -73,7 +76,7 @@ def _wait(running: Sequence["subprocess.Popen[bytes]"]) -> int:
     """Until all have ended; a signal's number N is told as 128 + N, as shells do."""
     while True:
         codes = [process.poll() for process in running]
-        failed = next((code for code in codes if code), None)
+        failed = REQUEUE if REQUEUE in codes else next((code for code in codes if code), None)  # who was asked to leave explains the others
         if failed is not None:
             break
         if all(code == 0 for code in codes):
@@ -93,5 +96,5 @@ def _wait(running: Sequence["subprocess.Popen[bytes]"]) -> int:
             process.terminate()
     while time.monotonic() < end and any(process.poll() is None for process in running):
         time.sleep(0.05)
-    code = said[0] if said else failed
+    code = REQUEUE if failed == REQUEUE else said[0] if said else failed
     return code if code > 0 else 128 - code
