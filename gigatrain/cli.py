@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a user's error is one message and the exit code of its kind, never a traceback."""
     options = _parser().parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options.process = arguments is None
     try:
         options.run(options)
     except GigatrainError as failure:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _train(options: argparse.Namespace) -> None:
     from gigatrain import leaving
 
-    with leaving.installed():  # first of all: a signal is heard whatever the process is at
+    with leaving.installed(last=options.process):  # first of all: a signal is heard whatever the process is at
         _run_of(options)
 
 

@@ -207,8 +207,11 @@ _here: list[Leaving] = []
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[Leaving]:
-    """Hear signals from here on; inside of another `installed`, its own. The former handlers are put back on exit."""
+def installed(*, last: bool = False) -> Iterator[Leaving]:
+    """Hear signals from here on; inside of another `installed`, its own. The former handlers are put back on exit.
+
+    `last`: the process ends with this, and is not to be killed by a signal while it does.
+    """
     if _here:
         yield _here[0]
         return
@@ -225,7 +228,7 @@ def installed() -> Iterator[Leaving]:
     finally:
         _here.clear()
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if (last or leaving.asked) and number != signal.SIGINT else handler)
         signal.set_wakeup_fd(wakes)
         os.close(end)
 
