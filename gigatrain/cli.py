@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from gigatrain import __version__
-from gigatrain.errors import GigatrainError, PlanError, RecipeError, RunError, SiteError
+from gigatrain.errors import REQUEUE, GigatrainError, PlanError, RecipeError, RunError, SiteError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a user's error is one message and the exit code of its kind, never a traceback."""
     options = _parser().parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options.process = arguments is None
     try:
         options.run(options)
     except GigatrainError as failure:
@@ -43,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from gigatrain import leaving
+
+    with leaving.installed(last=options.process):  # first of all: a signal is heard whatever the process is at
+        _run_of(options)
+
+
+def _run_of(options: argparse.Namespace) -> None:
     from gigatrain import load
     from gigatrain.planning.plan import plan
 
@@ -77,10 +85,12 @@ def _train(options: argparse.Namespace) -> None:
         from gigatrain.loop import train  # torch, 2 s: everything that can be refused without it has been
 
         summary = train(chosen, folder, start=start, display=display, log=log)
-        if summary is None and "GIGATRAIN_ATTEMPT" in os.environ and os.environ.get("RANK", "0") == "0":
-            from gigatrain.launching import job
+        if summary is None:
+            if "GIGATRAIN_ATTEMPT" in os.environ and os.environ.get("RANK", "0") == "0":
+                from gigatrain.launching import job
 
-            job.record(folder, "left")  # saved because of a signal: the job's script is to know
+                job.record(folder, "left")  # saved because of a signal: the job's script is to know
+            sys.exit(REQUEUE)
 
 
 def _watch(options: argparse.Namespace) -> None:

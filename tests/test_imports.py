@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "gigatrain"
 # Lowest first; a module may import its own level and those below, with the exceptions that follow.
 LEVELS = [
     ["errors"],
-    ["architectures", "foreign"],
+    ["architectures", "foreign", "leaving"],
     ["config"],
     ["site"],
     ["load", "planning"],
@@ -34,6 +34,7 @@ TORCH_FREE = {
     "errors",
     "architectures",
     "foreign",
+    "leaving",
     "config",
     "site",
     "load",

@@ -95,7 +95,7 @@ def judge(outcome: Outcome, *, may_requeue: bool = True, restarts: int = RESTART
         if outcome.signal:
             why += "\nits time was over each time before a step was gained: ask for more with --time"
         return Verdict("stop", why.rstrip(": "), NO_PROGRESS)
-    if outcome.signal or outcome.left:
+    if outcome.signal or outcome.left or outcome.code == errors.REQUEUE:
         return Verdict(elsewhere, f"a signal ended it ({outcome.signal or 'of Slurm, to the ranks'}), and it is {_at(outcome.step)}")
     if outcome.code == TOO_FEW:
         more = f" and {len(outcome.lost) - 8} more" if len(outcome.lost) > 8 else ""

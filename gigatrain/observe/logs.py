@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from gigatrain.errors import GigatrainError, RunError
+from gigatrain.errors import REQUEUE, GigatrainError, RunError
 from gigatrain.observe import hang
 from gigatrain.observe.tee import UNREAD
 from gigatrain.recovery import board
@@ -172,7 +172,9 @@ class Log:
 
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
         code = _code(failure)
-        left = failure if isinstance(failure, SystemExit) and code else None  # a library's, as rich's of a screen that is gone
+        left = (
+            failure if isinstance(failure, SystemExit) and code not in (0, REQUEUE) else None
+        )  # a library's, as rich's of a screen that is gone
         told = failure if isinstance(failure, Exception) else left
         record = self._failed(told) if told is not None else None
         self._restore()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from gigatrain import config, errors
+from gigatrain import config, errors, leaving
 from gigatrain.errors import GigatrainError, RunError
 from gigatrain.parallel import meeting
 from gigatrain.parallel.agree import told
@@ -75,10 +75,13 @@ def joined(axes: config.Mesh, ranks: int, device: str, run: Path | None = None) 
             apart.transient = True
             raise apart from None
     try:
-        yield Mesh(axes, rank, place, int(os.environ.get("LOCAL_WORLD_SIZE", ranks))), place
+        with _leave_together(rank, ranks):
+            yield Mesh(axes, rank, place, int(os.environ.get("LOCAL_WORLD_SIZE", ranks))), place
     except RuntimeError as failure:
         if not _lost(failure):
             raise
+        if (here := leaving.here()) is not None and here.where == "start" and here.asked:
+            raise leaving.Left(here.signal or "") from None  # the other has left already
         lost = RunError(
             f"rank {rank} of {ranks} lost another rank, whose own message says why, or the network between them ({str(failure).splitlines()[0][:200]}); "
             "committed checkpoints are whole: go on with --resume"
@@ -93,6 +96,20 @@ def joined(axes: config.Mesh, ranks: int, device: str, run: Path | None = None) 
 def _first_line(failure: Exception) -> str:
     said = f"{failure} is not set" if isinstance(failure, KeyError) else failure.strerror if isinstance(failure, OSError) else str(failure)
     return (said or type(failure).__name__).splitlines()[0][:300]
+
+
+_met: list[int] = []
+
+
+def _leave_together(rank: int, ranks: int) -> contextlib.AbstractContextManager[None]:
+    """What one rank hears all hear, through the store of the process group: under keys of this attempt, and of this meeting."""
+    here = leaving.here()
+    if here is None:
+        return contextlib.nullcontext()
+    _met.append(rank)
+    attempt = "-".join(os.environ.get(name, "0") for name in ("GIGATRAIN_ATTEMPT", "TORCHELASTIC_RESTART_COUNT"))
+    store = distributed.PrefixStore(f"leave-{attempt}-{len(_met)}", distributed.distributed_c10d._get_default_store())
+    return here.among(store, rank, ranks)
 
 
 def _lost(failure: RuntimeError) -> bool:

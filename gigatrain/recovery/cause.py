@@ -15,6 +15,7 @@ class Ended:
     rank: int
     code: int
     step: int | None  # that the run had done, as the rank last said
+    ranks: int = 0  # 0: not said
     hung: str = ""  # what was the matter with it, where it was ended for making no progress
     began_s: float = 0.0  # wall-clock, of the attempt
     failure: dict[str, Any] | None = None  # what the first rank that failed by itself left
@@ -26,6 +27,7 @@ class Ended:
 
     def words(self) -> str:
         """`rank 1 was ended by SIGKILL at step 37`."""
+        of = f" of {self.ranks}" if self.ranks else ""
         where = f" at step {self.step}" if self.step is not None else " before its first step"
         if self.hung:
             return f"rank {self.rank} made no progress{where}: {self.hung}"
@@ -34,7 +36,7 @@ class Ended:
             message = str(failure.get("message") or "").splitlines() or [""]
             return f"rank {failure.get('rank', self.rank)} failed{where}: {failure.get('type')}: {message[0][:200]}"
         if self.code < 0:
-            return f"rank {self.rank} was ended by {signals.Signals(-self.code).name}{where}{' (out of memory?)' * (self.code == -9)}"
+            return f"rank {self.rank}{of} was ended by {signals.Signals(-self.code).name}{where}{' (out of memory?)' * (self.code == -9)}"
         return f"rank {self.rank} ended with exit code {self.code}{where}"
 
 

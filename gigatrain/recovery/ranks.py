@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gigatrain.recovery import standby, tied
 
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 READY_S = 60.0  # what a standby gets to import
 FORK_S = 5.0  # and a fork of it, to say that it is there
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -83,6 +84,12 @@ class Rank:
         return ""
 
 
+def begins(parent: int) -> None:
+    """In a rank's process, before it can hear a signal (gigatrain.leaving), which would end it: it waits until then."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    tied.to_parent(signal.SIGTERM, parent)
+
+
 def started(rank: int, arguments: Sequence[str], environment: Mapping[str, str], keep: Sequence[int]) -> Rank:
     """A rank of its own interpreter."""
     parent = os.getpid()
@@ -93,7 +100,7 @@ def started(rank: int, arguments: Sequence[str], environment: Mapping[str, str],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
         pass_fds=tuple(keep),
-        preexec_fn=lambda: tied.to_parent(signal.SIGTERM, parent),  # noqa: PLW1509 - one thread here
+        preexec_fn=lambda: begins(parent),  # noqa: PLW1509 - one thread here
     )
     return Rank(rank, process.pid, process)
 
@@ -111,6 +118,10 @@ class Standby:
         theirs.close()
         self.pid = self._process.pid
         self.resident_bytes = 0  # once it is ready
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
     def ready(self, limit_s: float = 0.0) -> bool:
         """Whether ranks can be forked; waits so long for it."""

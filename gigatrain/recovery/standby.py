@@ -58,6 +58,7 @@ def _forked(asked: Mapping[str, Any], descriptors: Sequence[int], channel: socke
     if os.fork():
         os._exit(0)
     os.setsid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))  # until it can hear them (gigatrain.leaving)
     while os.getppid() == between:
         os.sched_yield()  # until the process between has ended, and we are the supervisor's
     tied.to_parent(signal.SIGTERM, supervisor)

@@ -20,13 +20,14 @@ from types import FrameType
 from typing import Any
 
 from gigatrain.config import Recovery
+from gigatrain.errors import REQUEUE
 from gigatrain.launching import agent, job, restart
 from gigatrain.recovery import board, cause, meeting, stuck, tied
-from gigatrain.recovery.ranks import READY_S, Rank, Standby, started
+from gigatrain.recovery.ranks import PASSED_ON, READY_S, Rank, Standby, started
 
-PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 START = "GIGATRAIN_START"  # how this start of them begins, whatever the command said
 LOOK_S = 0.1
+LEAVE_S = 30.0  # what the others get to leave too, once one that was asked to has saved
 GRACE_S = 0.5  # what the others get to leave their words, once one was killed: they see its connections close
 WORDS_S = 5.0  # once one has failed by itself, or because of one that has yet to say why
 STACKS_S = 1.0  # what ranks of a run that hangs get to leave their stacks
@@ -92,7 +93,8 @@ class Supervisor:
             while True:
                 count = self._size()
                 attempt = self._attempt = _Attempt(number, restart.committed(self.orders.run), time.time())
-                self._start(attempt, count)
+                if not self._start(attempt, count):
+                    return REQUEUE
                 ended = self._watch(attempt)
                 if ended is None:
                     return 0
@@ -134,11 +136,16 @@ class Supervisor:
             return Standby(self.orders.modules, self._environment, (self._board.descriptor,))
         return None
 
-    def _start(self, attempt: _Attempt, count: int) -> None:
+    def _start(self, attempt: _Attempt, count: int) -> bool:
+        """False: a signal came before."""
         self._board.clear()
         if attempt.number:
             self._set_aside(attempt.number - 1)
-        forks = self._standby is not None and self._standby.ready(READY_S)
+        forks, end = False, time.monotonic() + READY_S
+        while self._standby is not None and self._standby.alive and not forks and self.told is None and time.monotonic() < end:
+            forks = self._standby.ready(LOOK_S)
+        if self.told is not None:  # there is nobody yet who could lose anything
+            return False
         with meeting.listening("127.0.0.1") as listener:
             environment = self._environment | {
                 "MASTER_PORT": str(listener.getsockname()[1]),
@@ -167,9 +174,10 @@ class Supervisor:
         if self._standby is not None and not forks:
             self._standby.close()  # it failed: ranks of this attempt are interpreters of their own, and the next has another
             self._standby = self._stand_by()
-        if self.told is not None:  # it came while there was nobody to tell
+        if self.told is not None:  # while some were not there to be told
             for rank in attempt.ranks:
                 rank.send(signal.Signals[self.told])
+        return True
 
     def _how(self, number: int) -> str:
         """A later start goes on where the first one has taken the folder; until then it begins as the command said."""
@@ -213,6 +221,8 @@ class Supervisor:
             if all(rank.code == 0 for rank in attempt.ranks):
                 self._tell(attempt)
                 return None
+            if any(rank.code == REQUEUE for rank in attempt.ranks):
+                return self._left(attempt)
             if failed := [rank for rank in attempt.ranks if rank.code]:
                 return self._died(attempt, min(failed, key=lambda rank: rank.ended_s))
             now = time.monotonic()
@@ -287,7 +297,16 @@ class Supervisor:
         view = blamed or min(views, key=lambda view: view.rank)
         usual = f"{self._pace.times:g} x the p99 step of {self._pace.p99_s:.2f} s" if self._pace.p99_s else "before a usual step is known"
         what = f"{why} (in {view.phase}, for {overdue_s:.1f} s on {os.uname().nodename}; limit {limit_s:.1f} s: {usual})"
-        return cause.Ended(view.rank, -signal.SIGKILL, view.step, hung=what, began_s=attempt.began_s)
+        return cause.Ended(view.rank, -signal.SIGKILL, view.step, hung=what, ranks=len(attempt.ranks), began_s=attempt.began_s)
+
+    def _left(self, attempt: _Attempt) -> cause.Ended:
+        """One was asked to leave and is saved; so are the others, or they end because it has left."""
+        end = time.monotonic() + LEAVE_S
+        while time.monotonic() < end and any(rank.poll() is None for rank in attempt.ranks):
+            time.sleep(0.02)
+        self._end(attempt.ranks)
+        first = next(rank for rank in attempt.ranks if rank.code == REQUEUE)
+        return cause.Ended(first.rank, REQUEUE, self._board.row(first.rank).step, ranks=len(attempt.ranks), began_s=attempt.began_s)
 
     def _died(self, attempt: _Attempt, first: Rank) -> cause.Ended:
         """The others get a moment for their words, which may say who was first."""
@@ -305,7 +324,7 @@ class Supervisor:
         killed = [rank for rank in attempt.ranks if rank.code and rank.code < 0 and rank.ended_s <= end - GRACE_S + 1e-3]
         if failure is not None and failure.get("secondary") and (first.code or 0) > 0 and killed:
             first = min(killed, key=lambda rank: rank.ended_s)  # it was a moment later to be seen
-        return cause.Ended(first.rank, first.code or 0, step, began_s=attempt.began_s, failure=failure)
+        return cause.Ended(first.rank, first.code or 0, step, ranks=len(attempt.ranks), began_s=attempt.began_s, failure=failure)
 
     def _end(self, ranks: Sequence[Rank]) -> None:
         for rank in ranks:
@@ -333,6 +352,8 @@ class Supervisor:
 
     def _after(self, attempt: _Attempt, ended: cause.Ended) -> int | None:
         """Judge an attempt that ended: the exit code, or None to start another."""
+        if ended.code == REQUEUE:
+            return REQUEUE
         limit = self.orders.recovery.restarts
         died_s = time.monotonic()
         verdict, step = cause.judged(self.orders.run, ended, before=attempt.before, stalled=self._stalled, restarts=limit, told=self.told)
@@ -372,8 +393,7 @@ class Supervisor:
     def _last_words(self, attempt: _Attempt, ended: cause.Ended, verdict: restart.Verdict, limit: int) -> None:
         if ended.hung or ended.code < 0:
             print(
-                f"gigatrain: {ended.words().replace(' (out of memory?)', '')} of {len(attempt.ranks)} ranks; the others are stopped, and --resume goes on "
-                "from the newest checkpoint",
+                f"gigatrain: {ended.words()}; the others are stopped, and --resume goes on from the newest checkpoint",
                 file=sys.stderr,
             )
         if said := self._why(attempt.began_s):
