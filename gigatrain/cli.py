@@ -7,19 +7,19 @@ import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gigatrain import __version__
-from gigatrain.errors import GigatrainError, PlanError, RecipeError, RunError, SiteError
+from gigatrain.errors import REQUEUE, GigatrainError, PlanError, RecipeError, RunError, SiteError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a user's error is one message and the exit code of its kind, never a traceback."""
     options = _parser().parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options.process = arguments is None
     try:
         options.run(options)
     except GigatrainError as failure:
@@ -44,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from gigatrain import leaving
+
+    with leaving.installed(last=options.process):  # first of all: a signal is heard whatever the process is at
+        _run_of(options)
+
+
+def _run_of(options: argparse.Namespace) -> None:
     from gigatrain import load
     from gigatrain.planning.plan import plan
 
@@ -57,29 +64,33 @@ def _train(options: argparse.Namespace) -> None:
     if started and not started.isdecimal():
         raise RunError(f"the environment's WORLD_SIZE is {started!r} and no count of ranks; torchrun and train.nproc set it, or unset it")
     chosen = plan(recipe, site, int(started) if started else None, measure=_measured)
-    if chosen.ranks > 1 and started is None:
-        from gigatrain.observe import logs
-        from gigatrain.parallel.spawn import spawn
-
-        folder, began = _run_folder(options, recipe.name), time.time()
-        arguments = ["train", *options.arguments[1:], "--run", str(folder)]
-        sys.exit(spawn(chosen.ranks, arguments, lambda: logs.first_failure(folder, logs.attempt(), since=began)))
+    start: Any = "new" if options.new else "resume" if options.resume else "continue" if options.go_on else "auto"
     folder = _run_folder(options, recipe.name)
+    if started is None and (chosen.recovery.supervised or chosen.ranks > 1):
+        from gigatrain.observe import logs
+        from gigatrain.recovery.start import orders
+        from gigatrain.recovery.supervisor import supervise
+
+        arguments = ["train", *options.arguments[1:], "--run", str(folder)]
+        given = orders(recipe, site, chosen, folder, arguments, start, measure=_measured)
+        sys.exit(supervise(given, lambda since: logs.first_failure(folder, logs.attempt(), since=since)))
+    start = os.environ.get("GIGATRAIN_START", start)  # a supervisor's word, which starts ranks more than once
     from gigatrain.observe.display import Display
     from gigatrain.observe.logs import Log
 
-    with Log(folder, new=options.new) as log:  # from here on what is printed, torch's own words included, is in the rank's log
+    with Log(folder, new=start == "new") as log:  # from here on what is printed, torch's own words included, is in the rank's log
         display = Display(log=log)
         if os.environ.get("RANK", "0") == "0":
             display.plan(chosen, why)
         from gigatrain.loop import train  # torch, 2 s: everything that can be refused without it has been
 
-        start = "new" if options.new else "resume" if options.resume else "continue" if options.go_on else "auto"
         summary = train(chosen, folder, start=start, display=display, log=log)
-        if summary is None and "GIGATRAIN_ATTEMPT" in os.environ and os.environ.get("RANK", "0") == "0":
-            from gigatrain.launching import job
+        if summary is None:
+            if "GIGATRAIN_ATTEMPT" in os.environ and os.environ.get("RANK", "0") == "0":
+                from gigatrain.launching import job
 
-            job.record(folder, "left")  # saved because of a signal: the job's script is to know
+                job.record(folder, "left")  # saved because of a signal: the job's script is to know
+            sys.exit(REQUEUE)
 
 
 def _watch(options: argparse.Namespace) -> None:

@@ -371,6 +371,29 @@ class Recovery(Section):
         default=3,
         description="Restarts in place, in a row, that gain no step, before the run stops; 0: the command ends with its first failure.",
     )
+    supervised: bool = Field(
+        default=False, description="Whether one rank too is a process of its own, that is watched and restarted; of several all are."
+    )
+    standby: bool = Field(
+        default=True,
+        description="A process that has imported everything waits beside the ranks, which are forked from it: a restart does not pay for the imports.",
+    )
+    hang_times: NonNegative = Field(
+        default=3.0,
+        description="Ranks that make no progress for so many times their p99 step, or their longest silence so far, are ended and restarted; 0: never.",
+    )
+    hang_floor_s: Annotated[float, Field(gt=0, le=86400)] = Field(
+        default=10.0, description="And for at least so many seconds: a machine that is busy with something else is no hang."
+    )
+    hang_slow_s: Annotated[float, Field(gt=0, le=86400)] = Field(
+        default=540.0,
+        description="The same where nothing has a usual length: start, first steps, saves, export. Collectives end at 600 s by themselves.",
+    )
+    shrink: Ranks | None = Field(
+        default=None,
+        description="The fewest ranks that may train: where a rank fails twice in a row without a step gained, the run goes on without it, same batch and "
+        "samples; it is tried again at the next restart. Default: no run shrinks.",
+    )
 
 
 class Numerics(Section):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from gigatrain import engines, export, run
+from gigatrain import engines, export, leaving, run
 from gigatrain.checkpoint import Checkpoints, fill, weights_sha256, write_text
 from gigatrain.data import build
 from gigatrain.data.loader import Batches, Validation
@@ -52,13 +52,14 @@ def train(
     """
     log = log or Log(folder)
     with contextlib.ExitStack() as stack:
-        mesh, device = stack.enter_context(ranks.joined(plan.mesh, plan.ranks, plan.device))
+        asked = stack.enter_context(leaving.installed())
+        mesh, device = stack.enter_context(ranks.joined(plan.mesh, plan.ranks, plan.device, folder))
         display = stack.enter_context((display or Display()) if mesh.rank == 0 else Display(Console(file=io.StringIO())))
-        return _train(plan, folder, start, mesh, device, display, log)
+        return _train(plan, folder, start, mesh, device, display, log, asked)
 
 
 def _train(
-    plan: Plan, folder: Path, start: run.Start, mesh: Mesh, device: torch.device, display: Display, log: Log
+    plan: Plan, folder: Path, start: run.Start, mesh: Mesh, device: torch.device, display: Display, log: Log, asked: leaving.Leaving
 ) -> dict[str, Any] | None:
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -85,7 +86,10 @@ def _train(
             if "can't allocate memory" not in str(failure):
                 raise
             raise RunError(f"out of memory: {str(failure).splitlines()[0][-200:]}; {_LESS}") from None
-        if summary is None or mesh.rank:
+        if summary is None:
+            return None
+        asked.leave()  # a signal that came with the last step: a resume does what follows
+        if mesh.rank:
             return summary
         log.pulse.mark("export")
         finished = summary["wall_s"] is not None
@@ -199,7 +203,7 @@ def _steps(
         energy.begin(this.step, this.tokens)
         budget.begin(this.step, this.tokens)
         metrics.clock.restart()
-        while this.step < plan.steps and not health.wants_out:
+        while this.step < plan.steps and not health.leaves():
             budget.wait(pause, times.alive)  # where the run keeps to a power budget
             times.begin(this.step)
             with times.phase("data"):
@@ -381,7 +385,7 @@ def _validate(engine: Engine, held: Validation, health: Health, times: trace.Tra
 
     def until_signal() -> Iterator[Any]:
         for part in held:
-            if health.wants_out:
+            if health.leaves():
                 return
             times.alive()
             yield part
