@@ -362,6 +362,13 @@ class Checkpoint(Section):
 
     every: Count = Field(default=500, description="Steps between two checkpoints; the last step is always saved.")
     keep: Count = Field(default=2, description="How many of the newest stay on disk.")
+    keep_every: Count | None = Field(
+        default=None, description="Checkpoints of steps that are multiples of it stay for good, beside the newest."
+    )
+    background: bool = Field(
+        default=True,
+        description="Processes beside the ranks write checkpoints while training goes on, from a copy in memory; false: training waits, and no copy is made.",
+    )
 
 
 class Recovery(Section):

@@ -18,11 +18,11 @@ import torch
 from rich.console import Console
 
 from gigatrain import engines, export, leaving, run
-from gigatrain.checkpoint import Checkpoints, fill, weights_sha256, write_text
+from gigatrain.checkpoint import Checkpoints, Saving, fill, weights_sha256, write_text
 from gigatrain.data import build
 from gigatrain.data.loader import Batches, Validation
 from gigatrain.engines import Engine, low
-from gigatrain.errors import CheckpointError, DataError, RunError
+from gigatrain.errors import DataError, RunError
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
@@ -37,7 +37,7 @@ from gigatrain.optim import schedule
 from gigatrain.parallel import ranks
 from gigatrain.parallel.agree import agreed
 from gigatrain.parallel.mesh import Mesh
-from gigatrain.parallel.places import Piece
+from gigatrain.parallel.places import Piece, State
 from gigatrain.planning.plan import NARROW, Plan
 from gigatrain.power import account
 
@@ -134,7 +134,8 @@ def _steps(
     engine = engines.make(plan, mesh, device, fresh=not resumes)
     reader, readers = mesh.data
     held = _held_out(plan, corpus, mesh, device)
-    saves = Checkpoints(folder, run=this.id, plan_sha256=plan.identity, keep=plan.checkpoint.keep, mesh=mesh)
+    keep, keep_every = plan.checkpoint.keep, plan.checkpoint.keep_every
+    saves = Checkpoints(folder, run=this.id, plan_sha256=plan.identity, keep=keep, keep_every=keep_every, mesh=mesh)
     with contextlib.ExitStack() as stack:
         batches = Batches(
             corpus,
@@ -164,10 +165,14 @@ def _steps(
         engine.trace = stack.enter_context(times)
         budget = Budget(plan, this.id, energy, health, times, progress)
         budget.load(power)
+        say, background = display.line, plan.checkpoint.background
+        saving = stack.enter_context(Saving(saves, background=background, say=say, tell=progress.add, sync=metrics.written))
+        early = plan.fp8 is not None or plan.fuses("release") or plan.engine.name != "native"  # may change what is saved within a backward
         before = this.elapsed_s
 
         def meet() -> bool:
-            budget.meet(energy.meet(health.agree([*energy.numbers(), *budget.numbers()])))
+            sums = health.agree([*energy.numbers(), *saving.numbers(), *budget.numbers()])
+            budget.meet(saving.meet(energy.meet(sums)))
             return health.wants_out
 
         def pause() -> bool:
@@ -177,13 +182,14 @@ def _steps(
 
         def save(*, must: bool = False) -> None:
             health.check_bad(engine.bad.tolist(), lambda step: _samples(plan, batches, step))  # what is saved may be resumed
-            metrics.sync()
+            if must or not saving.background:
+                metrics.sync()  # in the background the process that commits does it
             this.elapsed_s = before + time.monotonic() - began
             kept = metrics.state()
             this.tokens = metrics.tokens
             state = {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state()}
             with times.phase("checkpoint"), progress.spent("checkpoint"), energy.during("checkpoint"):
-                _save(saves, this.step, plan, engine, state, display, must=must)
+                saving.save(this.step, lambda: _state(engine, mesh, device), state, must=must)
 
         def validate() -> None:
             if held is not None and _validates_at(plan, this.step) and metrics.validated < this.step:
@@ -208,12 +214,15 @@ def _steps(
             times.begin(this.step)
             with times.phase("data"):
                 batch = next(batches)
+            if early:
+                saving.before_change()
             engine.forward_backward(batch)
+            saving.before_change()
             rate = schedule.rate(plan.schedule, this.step, plan.steps)
             update = engine.step(rate)
             this.advance()
             metrics.add(update)
-            reports, saving = this.step % plan.report.every == 0 or this.step == plan.steps, budget.saves_at(this.step)
+            reports, due = this.step % plan.report.every == 0 or this.step == plan.steps, budget.saves_at(this.step)
             if reports:
                 meet()
                 bad = metrics.report(this.step, rate, engine.bad, energy.figures)
@@ -227,7 +236,7 @@ def _steps(
                 validate()
                 metrics.clock.restart()
                 budget.stopped()
-            if saving and this.step < plan.steps and not health.wants_out:
+            if due and this.step < plan.steps and not health.wants_out:
                 save()
                 metrics.clock.restart()
                 budget.stopped()
@@ -245,7 +254,7 @@ def _steps(
             display.line(f"{health.signal}: saved at step {this.step} of {plan.steps}; go on with --resume --run {folder}")
             return None
         this.elapsed_s, energy.complete = before, True
-        return _summary(plan, this, saves, corpus, metrics, mesh)
+        return _summary(plan, this, saves, saving, corpus, metrics, mesh)
 
 
 _LESS = 'lower train.microbatch or train.sequence, or --set train.recompute=full; "gigatrain plan" shows what the run needs'
@@ -342,17 +351,10 @@ def _resume(saves: Checkpoints, engine: Engine, batches: Batches, this: run.Run,
     return state["metrics"], state.get("power", {})
 
 
-def _save(saves: Checkpoints, step: int, plan: Plan, engine: Engine, state: dict[str, Any], display: Display, *, must: bool) -> None:
-    """Save; a disk that refuses does not end the training, but the first and the last save of a process must succeed."""
-    try:
-        random = {
-            name: Piece.whole(tensor, writes=saves.mesh.rank == 0) for name, tensor in _random_state(torch.device(plan.device)).items()
-        }
-        saves.save(step, {**engine.state(), "random": random}, state)
-    except CheckpointError as failure:
-        if must:
-            raise
-        display.line(f"CHECKPOINT NOT SAVED: {failure}; training goes on, the next try is at the next interval")
+def _state(engine: Engine, mesh: Mesh, device: torch.device) -> State:
+    """What a checkpoint keeps of this rank's tensors."""
+    random = {name: Piece.whole(tensor, writes=mesh.rank == 0) for name, tensor in _random_state(device).items()}
+    return {**engine.state(), "random": random}
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -403,7 +405,9 @@ def _samples(plan: Plan, batches: Batches, step: int) -> str:
     return "".join(f"\n    {name}" for name in names[:8]) + (f"\n    and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _summary(plan: Plan, this: run.Run, saves: Checkpoints, corpus: build.Corpus, metrics: Metrics, mesh: Mesh) -> dict[str, Any]:
+def _summary(
+    plan: Plan, this: run.Run, saves: Checkpoints, saving: Saving, corpus: build.Corpus, metrics: Metrics, mesh: Mesh
+) -> dict[str, Any]:
     """The numbers that a run is judged by; the README says what each is. Of other ranks than 0 it is empty."""
     if mesh.rank:
         return {}
@@ -425,6 +429,7 @@ def _summary(plan: Plan, this: run.Run, saves: Checkpoints, corpus: build.Corpus
         "parameters": plan.parameters,
         "bad_steps": last.get("bad_steps"),
         "resumes": this.resumes,
+        "checkpoint": saving.totals.json(),
         "weights_sha256": weights_sha256(saves.found(this.step)),
         "peak_bytes": torch.cuda.max_memory_allocated() if plan.device == "cuda" else None,
         "device": torch.cuda.get_device_name() if plan.device == "cuda" else "cpu",
