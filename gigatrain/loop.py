@@ -33,6 +33,7 @@ from gigatrain.observe.energy import Energy
 from gigatrain.observe.health import Health
 from gigatrain.observe.logs import Log, Progress
 from gigatrain.observe.metrics import Metrics, percentile, versions
+from gigatrain.observe.numerics import Numerics
 from gigatrain.optim import schedule
 from gigatrain.parallel import ranks
 from gigatrain.parallel.agree import agreed
@@ -162,8 +163,22 @@ def _steps(
         budget.load(power)
         before = this.elapsed_s
 
+        def again() -> None:
+            kept, _ = _resume(saves, engine, batches, this, display)
+            metrics.rewind(this.step, kept)
+            progress.add("steps", step=this.step)
+            begin()
+
+        def begin() -> None:
+            energy.begin(this.step, this.tokens)
+            budget.begin(this.step, this.tokens)
+            metrics.clock.restart()
+
+        numerics = Numerics(plan, engine, batches, mesh, health, writes, say=display.line, again=again)
+
         def meet() -> bool:
-            budget.meet(energy.meet(health.agree([*energy.numbers(), *budget.numbers()])))
+            numbers = [*energy.numbers(), *budget.numbers(), *numerics.numbers(this.step)]
+            numerics.meet(budget.meet(energy.meet(health.agree(numbers))))
             return health.wants_out
 
         def pause() -> bool:
@@ -172,7 +187,7 @@ def _steps(
             return leaves
 
         def save(*, must: bool = False) -> None:
-            health.check_bad(engine.bad.tolist(), lambda step: _samples(plan, batches, step))  # what is saved may be resumed
+            numerics.settle(this)  # what is saved may be resumed
             metrics.sync()
             this.elapsed_s = before + time.monotonic() - began
             kept = metrics.state()
@@ -196,9 +211,8 @@ def _steps(
             save(must=True)  # step 0: from here on, a kill at any moment leaves something to resume
         progress.add("steps", step=this.step)
         meet()
-        energy.begin(this.step, this.tokens)
-        budget.begin(this.step, this.tokens)
-        metrics.clock.restart()
+        begin()
+        numerics.begin(this.step)
         while this.step < plan.steps and not health.wants_out:
             budget.wait(pause, times.alive)  # where the run keeps to a power budget
             times.begin(this.step)
@@ -212,9 +226,12 @@ def _steps(
             reports, saving = this.step % plan.report.every == 0 or this.step == plan.steps, budget.saves_at(this.step)
             if reports:
                 meet()
-                bad = metrics.report(this.step, rate, engine.bad, energy.figures)
+            if (reports or saving or _validates_at(plan, this.step)) and numerics.look(this):
+                continue  # steps that were refused, or held behind such a one, are made again
+            if reports:
+                bad = metrics.report(this.step, rate, engine.bad, lambda tokens: energy.figures(tokens) | numerics.figures())
                 this.tokens = metrics.tokens
-                health.check_bad(bad, lambda step: _samples(plan, batches, step))
+                numerics.check(this, bad)
                 times.window()
                 progress.report(this.step, this.tokens, metrics.window_s)
                 energy.report(this.step, this.tokens, times)
@@ -390,12 +407,6 @@ def _validate(engine: Engine, held: Validation, health: Health, times: trace.Tra
         return None
     bits = nats / (0.6931471805599453 * held.text_bytes) if held.text_bytes else None
     return {"val_loss": nats / targets, "val_targets": int(targets), "val_bits_per_byte": bits}
-
-
-def _samples(plan: Plan, batches: Batches, step: int) -> str:
-    """Files and offsets of what step `step` read, a line each."""
-    names = batches.describe(range(step * plan.batch, (step + 1) * plan.batch))
-    return "".join(f"\n    {name}" for name in names[:8]) + (f"\n    and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _summary(plan: Plan, this: run.Run, saves: Checkpoints, corpus: build.Corpus, metrics: Metrics, mesh: Mesh) -> dict[str, Any]:
