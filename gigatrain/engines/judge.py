@@ -14,6 +14,7 @@ not depend on when its host looks, and a run that refuses nothing never waits.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -132,7 +133,7 @@ class Judge:
     def refused(self, count: int) -> list[Refused]:
         """The last `count` refused steps that are remembered, oldest first."""
         rows = self._table[max(0, KEPT - count) :].tolist()
-        return [Refused(int(row[0]), int(row[1]), *row[2:]) for row in rows if row[0] == row[0]]
+        return [Refused(int(row[0]), int(row[1]), *row[2:]) for row in rows if not math.isnan(row[0])]
 
     def open(self) -> None:
         """The host has looked: what was held is made again."""

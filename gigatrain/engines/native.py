@@ -678,8 +678,8 @@ class Native:
                 for name, held in views(buffer, group.grads.shapes).items():
                     place = self.places[name]
                     yield Replica(f"{kind} of {self._canonical(name)}", self._box(name, held), ("replicate", *place.partial, *place.copied))
-        for name, tensor in self.corrections.items():
-            yield Replica(name, tensor, tuple(axis for axis in AXES if axis != "pipeline"))
+        for name, correction in self.corrections.items():
+            yield Replica(name, correction, tuple(axis for axis in AXES if axis != "pipeline"))
         yield from self.judge.replicas()
 
 

@@ -7,7 +7,9 @@ What is known when, in a step of one microbatch on one process:
     norm of all gradients                  at the end, for the report: too late to clip by, which the plan refuses
 
 A loss above the limit of engines/judge.py is as one that is not finite, and so is a norm: it only grows from layer to layer, and from the layer on whose
-gradient lifts it above the limit nothing is updated. So a number that is not finite reaches no weight and no moment, as in any step. But where the forward was finite and a gradient is not, the layers whose
+gradient lifts it above the limit nothing is updated.
+
+So a number that cannot be right reaches no weight and no moment, as in any step. But where the loss was right and a gradient is not, the layers whose
 backward came before it have moved by then (by gradients that are right, as far as they go), and all others have not: the step is half made. It is counted as
 refused (`bad`), no update's count advances, and the loop stops the run after `train.max_bad_steps` of them in a row, as ever. Such a step is rare: an
 infinity born in the backward, from a loss that is finite.

@@ -5,8 +5,8 @@ Of a tensor's 32-bit words x_i (the last of an odd length is filled up with zero
     hash = sum over i of x_i * (2 K i + 1)          K odd, so that the factors are odd and all different
 
 A flipped bit b of word i changes the hash by 2^b times an odd number, and that is never 0 modulo 2^64: any single flip is seen. Two words that are
-exchanged change it by (x_i - x_j) 2 K (i - j), which is not 0 in any tensor of less than 2^32 words. Whatever else differs is missed once in 2^64. A rank's tensors are
-added up with odd weights of their names, so all of this holds for their sum too.
+exchanged change it by (x_i - x_j) 2 K (i - j), which is not 0 in any tensor of less than 2^32 words. Whatever else differs is missed about once in 2^64.
+A rank's tensors are added up with odd weights of their names, so a single flip is seen in their sum too.
 
 n ranks that hold the same tensors have the hashes h_1 … h_n. Each adds c_j h_j to a sum over all ranks of the run, with factors of sum 0: the sum is 0 if
 they are equal. A rank that alone has another hash, by d, makes it c_j d, not 0 where c_j is odd. An odd count of odd numbers cannot have the sum 0; so there

@@ -17,8 +17,8 @@ report that saw it, so that a resume which lives through it again passes over th
 
 RUN/numerics.jsonl, written by rank 0, one object an event:
 
-    {"time_s": ..., "event": "refused", "step": 412, "why": ["norm"], "loss": ..., "norm": ..., "loss_limit": ..., "norm_limit": ..., "class": "data", "ranks": [],
-     "hosts": [], "samples": [...]}        class: also "unknown", where no replay was possible or another one of its row was looked at
+    {"time_s": ..., "event": "refused", "step": 412, "why": ["norm"], "loss": ..., "norm": ..., "loss_limit": ..., "norm_limit": ..., "class": "data",
+     "ranks": [], "hosts": [], "samples": [...]}        class: also "unknown", where no replay was possible or another one of its row was looked at
     {"time_s": ..., "event": "rollback", "step": 420, "to": 400, "passed": [3296, 3808]}        a range of the stream of samples
     {"time_s": ..., "event": "diverged", "step": 500, "tensors": [{"name": ..., "ranks": [3], "hosts": [...], "copies": 4}]}
 """
@@ -237,7 +237,7 @@ class Numerics:
             if name not in ("why", "mine", "step")
         }
         self._write("refused", one.step, **row, why=why, **{"class": kind}, ranks=[each["rank"] for each in ranks], hosts=hosts, samples=of)
-        limits = f" (limits {one.loss_limit:.4g} and {one.norm_limit:.4g})" if one.loss_limit == one.loss_limit else ""
+        limits = f" (limits {one.loss_limit:.4g} and {one.norm_limit:.4g})" if not math.isnan(one.loss_limit) else ""
         pointed = f", of rank {', '.join(str(each['rank']) for each in ranks)} on {', '.join(hosts)}" if ranks else ""
         meant = {
             "transient": f": made again it gave other numbers, a fault that passed{pointed}; it is trained on",
@@ -255,8 +255,8 @@ class Numerics:
         if len(self.batches.passed) >= most:
             raise _shared(
                 RunError(
-                    f"{longest} steps in a row, from step {began}, were refused, and {most} rollbacks have passed over samples already (limit: numerics.rollbacks); "
-                    f"lower optim.lr or optim.clip in a new run `from` the last checkpoint. Data of step {began}:{samples(self.batches, began)}"
+                    f"{longest} steps in a row, from step {began}, were refused, and {most} rollbacks have passed over samples already (limit: "
+                    f"numerics.rollbacks); lower optim.lr or optim.clip in a new run `from` the last checkpoint. Data of step {began}:{samples(self.batches, began)}"
                 )
             )
         step, passed = this.step, list(self.batches.passed)
@@ -280,11 +280,10 @@ class Numerics:
     def _write(self, event: str, step: int, **more: Any) -> None:
         if self.path is None:
             return
-        with contextlib.suppress(OSError):  # a full disk costs the line and not the run
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"time_s": round(time.time(), 3), "event": event, "step": step} | more) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:  # a full disk costs the line and not the run
+            file.write(json.dumps({"time_s": round(time.time(), 3), "event": event, "step": step} | more) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def _say(self, text: str) -> None:
         if self.mesh.rank == 0:
@@ -299,7 +298,7 @@ def samples(batches: Batches, step: int) -> str:
 
 def _alike(some: Sequence[float], others: Sequence[float]) -> bool:
     """Bit for bit; one NaN is as any other."""
-    return all(a == b or (a != a and b != b) for a, b in zip(some, others, strict=True))
+    return all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(some, others, strict=True))
 
 
 def _suspicious(one: Refused, numbers: Sequence[float]) -> bool:
