@@ -404,7 +404,40 @@ class Recovery(Section):
 
 
 class Numerics(Section):
-    """What the run does about numbers that cannot be right."""
+    """What the run does about numbers that cannot be right (engines/judge.py, observe/numerics.py)."""
+
+    sigma: Annotated[float, Field(ge=0, le=1000)] = Field(
+        default=6.0,
+        description="A loss or gradient norm so many deviations above its mean over `window` applied steps is refused like one that is not finite; "
+        "0: only what is not finite is.",
+    )
+    window: Annotated[int, Field(ge=8, le=65536)] = Field(
+        default=128, description="Applied steps that a spike is measured against; none is judged before there are so many."
+    )
+    action: Literal["skip", "rollback"] = Field(
+        default="skip",
+        description="After train.max_bad_steps refused steps in a row: skip stops the run; rollback goes back to the newest checkpoint and passes over the "
+        "samples from the first of them on.",
+    )
+    pass_over: Count = Field(
+        default=64, description="Steps whose samples a rollback passes over, counted from the first refused one of the row."
+    )
+    rollbacks: Annotated[int, Field(ge=1, le=1000)] = Field(default=3, description="Most rollbacks of a run; one more would stop it.")
+    replay: bool = Field(
+        default=True,
+        description="A refused step is made again on the same data from the same weights: another result is a fault of a machine, and its own is trained on.",
+    )
+    hash_every: Annotated[int, Field(ge=0)] = Field(
+        default=100,
+        description="Steps between two comparisons of what several ranks hold alike, at the report that follows; also before every save. 0: never.",
+    )
+    on_divergence: Literal["stop", "rollback"] = Field(
+        default="stop", description="Where copies differ: stop and name them, or go back to the newest checkpoint, whose copies agreed."
+    )
+    straggler: Annotated[float, Field(ge=0)] = Field(
+        default=1.5,
+        description="A rank that takes so many times the median of all ranks for a section of its steps, in three reports in a row, is named; 0: none is.",
+    )
 
 
 class Report(Section):

@@ -33,6 +33,7 @@ from gigatrain.observe.energy import Energy
 from gigatrain.observe.health import Health
 from gigatrain.observe.logs import Log, Progress
 from gigatrain.observe.metrics import Metrics, percentile, versions
+from gigatrain.observe.numerics import Numerics
 from gigatrain.optim import schedule
 from gigatrain.parallel import ranks
 from gigatrain.parallel.agree import agreed
@@ -170,9 +171,22 @@ def _steps(
         early = plan.fp8 is not None or plan.fuses("release") or plan.engine.name != "native"  # may change what is saved within a backward
         before = this.elapsed_s
 
+        def again() -> None:
+            kept, _ = _resume(saves, engine, batches, this, display)
+            metrics.rewind(this.step, kept)
+            progress.add("steps", step=this.step)
+            begin()
+
+        def begin() -> None:
+            energy.begin(this.step, this.tokens)
+            budget.begin(this.step, this.tokens)
+            metrics.clock.restart()
+
+        numerics = Numerics(plan, engine, batches, mesh, health, writes, say=display.line, again=again)
+
         def meet() -> bool:
-            sums = health.agree([*energy.numbers(), *saving.numbers(), *budget.numbers()])
-            budget.meet(saving.meet(energy.meet(sums)))
+            sums = health.agree([*energy.numbers(), *saving.numbers(), *budget.numbers(), *numerics.numbers(this.step)])
+            numerics.meet(budget.meet(saving.meet(energy.meet(sums))))
             return health.wants_out
 
         def pause() -> bool:
@@ -181,7 +195,7 @@ def _steps(
             return leaves
 
         def save(*, must: bool = False) -> None:
-            health.check_bad(engine.bad.tolist(), lambda step: _samples(plan, batches, step))  # what is saved may be resumed
+            numerics.settle(this)  # what is saved may be resumed
             if must or not saving.background:
                 metrics.sync()  # in the background the process that commits does it
             this.elapsed_s = before + time.monotonic() - began
@@ -206,9 +220,8 @@ def _steps(
             save(must=True)  # step 0: from here on, a kill at any moment leaves something to resume
         progress.add("steps", step=this.step)
         meet()
-        energy.begin(this.step, this.tokens)
-        budget.begin(this.step, this.tokens)
-        metrics.clock.restart()
+        begin()
+        numerics.begin(this.step)
         while this.step < plan.steps and not health.leaves():
             budget.wait(pause, times.alive)  # where the run keeps to a power budget
             times.begin(this.step)
@@ -225,9 +238,12 @@ def _steps(
             reports, due = this.step % plan.report.every == 0 or this.step == plan.steps, budget.saves_at(this.step)
             if reports:
                 meet()
-                bad = metrics.report(this.step, rate, engine.bad, energy.figures)
+            if (reports or due or _validates_at(plan, this.step)) and numerics.look(this):
+                continue  # steps that were refused, or held behind such a one, are made again
+            if reports:
+                bad = metrics.report(this.step, rate, engine.bad, lambda tokens: energy.figures(tokens) | numerics.figures())
                 this.tokens = metrics.tokens
-                health.check_bad(bad, lambda step: _samples(plan, batches, step))
+                numerics.check(this, bad)
                 times.window()
                 progress.report(this.step, this.tokens, metrics.window_s)
                 energy.report(this.step, this.tokens, times)
@@ -397,12 +413,6 @@ def _validate(engine: Engine, held: Validation, health: Health, times: trace.Tra
         return None
     bits = nats / (0.6931471805599453 * held.text_bytes) if held.text_bytes else None
     return {"val_loss": nats / targets, "val_targets": int(targets), "val_bits_per_byte": bits}
-
-
-def _samples(plan: Plan, batches: Batches, step: int) -> str:
-    """Files and offsets of what step `step` read, a line each."""
-    names = batches.describe(range(step * plan.batch, (step + 1) * plan.batch))
-    return "".join(f"\n    {name}" for name in names[:8]) + (f"\n    and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _summary(

@@ -3,22 +3,20 @@
 import contextlib
 import os
 from pathlib import Path
-from typing import BinaryIO
 
 
 class Lines:
-    """Appends lines to a file. Nothing here raises OSError: a full disk, or one with errors, costs durability for as long as it refuses, and no line.
+    """Appends lines to a file. Nothing here raises OSError once it is open: a full disk, or one with errors, costs no line while the process lives.
 
-    `waiting` has the lines that are not known to be on disk; whoever keeps them elsewhere (a checkpoint does) gives them to `again` after a restart.
+    `waiting` has the lines that the file lacks; whoever keeps them elsewhere (a checkpoint does) gives them to `again` after a restart.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.waiting: list[str] = []
         self.refused: str | None = None  # why the last try failed
-        self._file: BinaryIO = path.open("r+b" if path.exists() else "w+b", buffering=0)
-        self._whole = self._file.seek(0, os.SEEK_END)  # up to here a sync has succeeded, or another process wrote
-        self._written = 0  # of `waiting`, the lines that the file has behind `_whole`
+        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        self._whole = self._end = self._file.seek(0, os.SEEK_END)  # what a sync made durable, and what was written
 
     def add(self, line: str) -> None:
         """One line more, without its end."""
@@ -34,36 +32,37 @@ class Lines:
                     self.add(line)
 
     def sync(self) -> None:
-        """Makes what was written durable. What a disk took and then could not keep is written anew, since the kernel has forgotten it."""
+        """Makes what was written durable. What a disk took and could not keep is written once more: a second fsync would say that all is well."""
         self._write()
-        if self._written < len(self.waiting):
-            return
         try:
+            if self.refused and self._end > self._whole:
+                self._file.seek(self._whole)
+                data = self._file.read(self._end - self._whole)
+                self._file.seek(self._whole)
+                self._file.write(data)
             os.fsync(self._file.fileno())
         except OSError as failure:
-            self.refused, self._written = failure.strerror, 0
+            self.refused = failure.strerror
             return
-        self._whole = self._file.seek(0, os.SEEK_END)
-        self.waiting, self._written, self.refused = [], 0, None
+        self._whole, self.refused = self._end, None
 
     def close(self) -> None:
-        """The last try."""
-        self.sync()
+        """The last try to write what waits."""
+        self._write()
         with contextlib.suppress(OSError):
             self._file.close()
 
     def _write(self) -> None:
-        """What waits, at its place; a line that did not fit leaves no part of itself."""
-        place = self._whole + sum(len(line.encode()) + 1 for line in self.waiting[: self._written])
-        data = "".join(f"{line}\n" for line in self.waiting[self._written :]).encode()
+        """What waits, at the end; a line that did not fit leaves no part of itself."""
+        data = left = "".join(f"{line}\n" for line in self.waiting).encode()
         try:
-            self._file.seek(place)
-            self._file.truncate(place)
-            while data:
-                data = data[self._file.write(data) :]
+            self._file.seek(self._end)
+            while left:
+                left = left[self._file.write(left) :]
         except OSError as failure:
             self.refused = failure.strerror
             with contextlib.suppress(OSError):
-                self._file.truncate(place)
+                self._file.truncate(self._end)
             return
-        self._written, self.refused = len(self.waiting), None
+        self._end += len(data)
+        self.waiting = []

@@ -25,6 +25,7 @@ class Update(NamedTuple):
     nats: Tensor  # sum of the cross entropies, fp64
     targets: Tensor  # how many they are, fp64
     grad_norm: Tensor  # global, before clipping
+    fate: Tensor | None = None  # 0: applied, 1: refused, 2: held, to be made again (engines/judge.py)
 
 
 class Clock:
@@ -90,6 +91,14 @@ class Metrics:
         for tracker in self.trackers:
             tracker.finish()
 
+    def rewind(self, step: int, state: Mapping[str, Any]) -> None:
+        """Back to `step`, where `state` was taken."""
+        if self.file is not None and self.path is not None:
+            self.file.close()
+            self._drop_after(self.path, step)
+            self.file = Lines(self.path)
+        self.load(state)
+
     @staticmethod
     def _drop_after(path: Path, step: int) -> None:
         """Forget windows that a resumed run will live through again, and a line that a kill cut short."""
@@ -105,10 +114,15 @@ class Metrics:
         write_text(path, "".join(f"{line}\n" for line in kept))
 
     def add(self, update: Update) -> None:
-        """One step's numbers; they stay where they are, and a step that was refused is left out of the sums, but not out of the tokens read."""
-        nats, targets, norm = (number.double() for number in update)
+        """One step's numbers; they stay where they are, and a step that was refused is left out of the sums, but not out of the tokens read; one that is
+        held, of both."""
+        nats, targets, norm = (number.double() for number in update[:3])
         numbers = torch.stack([nats, targets, norm, torch.ones_like(norm), norm])
-        numbers = torch.where(torch.isfinite(numbers).all(), numbers, 0.0)
+        applied = torch.isfinite(numbers).all()
+        if update.fate is not None:
+            fate = update.fate.to(targets.device, non_blocking=True)
+            applied, targets = applied & (fate == 0), torch.where(fate == 2, 0.0, targets)
+        numbers = torch.where(applied, numbers, 0.0)
         self.sums[:4] += numbers[:4]
         self.sums[4] = torch.maximum(self.sums[4], numbers[4])
         self.sums[5] += targets
