@@ -7,19 +7,19 @@ import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gigatrain import __version__
-from gigatrain.errors import GigatrainError, PlanError, RecipeError, RunError, SiteError
+from gigatrain.errors import REQUEUE, GigatrainError, PlanError, RecipeError, RunError, SiteError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a user's error is one message and the exit code of its kind, never a traceback."""
     options = _parser().parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options.process = arguments is None
     try:
         options.run(options)
     except GigatrainError as failure:
@@ -44,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from gigatrain import leaving
+
+    with leaving.installed(last=options.process):  # first of all: a signal is heard whatever the process is at
+        _run_of(options)
+
+
+def _run_of(options: argparse.Namespace) -> None:
     from gigatrain import load
     from gigatrain.planning.plan import plan
 
@@ -57,29 +64,33 @@ def _train(options: argparse.Namespace) -> None:
     if started and not started.isdecimal():
         raise RunError(f"the environment's WORLD_SIZE is {started!r} and no count of ranks; torchrun and train.nproc set it, or unset it")
     chosen = plan(recipe, site, int(started) if started else None, measure=_measured)
-    if chosen.ranks > 1 and started is None:
-        from gigatrain.observe import logs
-        from gigatrain.parallel.spawn import spawn
-
-        folder, began = _run_folder(options, recipe.name), time.time()
-        arguments = ["train", *options.arguments[1:], "--run", str(folder)]
-        sys.exit(spawn(chosen.ranks, arguments, lambda: logs.first_failure(folder, logs.attempt(), since=began)))
+    start: Any = "new" if options.new else "resume" if options.resume else "continue" if options.go_on else "auto"
     folder = _run_folder(options, recipe.name)
+    if started is None and (chosen.recovery.supervised or chosen.ranks > 1):
+        from gigatrain.observe import logs
+        from gigatrain.recovery.start import orders
+        from gigatrain.recovery.supervisor import supervise
+
+        arguments = ["train", *options.arguments[1:], "--run", str(folder)]
+        given = orders(recipe, site, chosen, folder, arguments, start, measure=_measured)
+        sys.exit(supervise(given, lambda since: logs.first_failure(folder, logs.attempt(), since=since)))
+    start = os.environ.get("GIGATRAIN_START", start)  # a supervisor's word, which starts ranks more than once
     from gigatrain.observe.display import Display
     from gigatrain.observe.logs import Log
 
-    with Log(folder, new=options.new) as log:  # from here on what is printed, torch's own words included, is in the rank's log
+    with Log(folder, new=start == "new") as log:  # from here on what is printed, torch's own words included, is in the rank's log
         display = Display(log=log)
         if os.environ.get("RANK", "0") == "0":
             display.plan(chosen, why)
         from gigatrain.loop import train  # torch, 2 s: everything that can be refused without it has been
 
-        start = "new" if options.new else "resume" if options.resume else "continue" if options.go_on else "auto"
         summary = train(chosen, folder, start=start, display=display, log=log)
-        if summary is None and "GIGATRAIN_ATTEMPT" in os.environ and os.environ.get("RANK", "0") == "0":
-            from gigatrain.launching import job
+        if summary is None:
+            if "GIGATRAIN_ATTEMPT" in os.environ and os.environ.get("RANK", "0") == "0":
+                from gigatrain.launching import job
 
-            job.record(folder, "left")  # saved because of a signal: the job's script is to know
+                job.record(folder, "left")  # saved because of a signal: the job's script is to know
+            sys.exit(REQUEUE)
 
 
 def _watch(options: argparse.Namespace) -> None:
@@ -637,6 +648,23 @@ def _bench_power(options: argparse.Namespace) -> None:
     )
 
 
+def _bench_faults(options: argparse.Namespace) -> None:
+    from gigatrain.bench import faults
+
+    faults.run(
+        hours=options.hours,
+        seed=options.seed,
+        only=options.only,
+        engines=options.engines,
+        kills=options.kills,
+        one=options.row,
+        path=options.csv,
+        page=options.markdown,
+        work=options.work,
+        as_json=options.json,
+    )
+
+
 def _doctor(options: argparse.Namespace) -> None:
     from gigatrain.errors import HealthError
     from gigatrain.preflight import show
@@ -940,6 +968,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     joules.add_argument("--json", action="store_true", help="the rows as JSON, for programs")
 
+    faults = command("faults", _bench_faults, "faults done to real runs, and which promises were kept", _FAULTS, measured)
+    faults.add_argument(
+        "--hours", metavar="H", type=_positive, help="go on drawing rows for so long (default: each fault once on each engine)"
+    )
+    faults.add_argument("--seed", metavar="N", type=_count, help="of all that is drawn (default: a new one, which is printed)")
+    faults.add_argument("--only", metavar="A,B", help="only these faults")
+    faults.add_argument(
+        "--engines", metavar="A,B", help="on these (default: native-1,native-2,zero2-2; also native-4, ddp-2, zero1-2, zero3-2)"
+    )
+    faults.add_argument(
+        "--kills", metavar="K", type=_ranks, default=1, help="kills of a kill, segv or abort row, one after the other (default: 1)"
+    )
+    faults.add_argument("--row", metavar="SEED", type=_count, help="one row again, of the --only fault on the --engines engine")
+    faults.add_argument("--csv", metavar="PATH", help="a line for each injection is added here")
+    faults.add_argument("--markdown", metavar="PATH", help="write the table for a page")
+    faults.add_argument(
+        "--work", metavar="DIR", help="where the runs are (default: a temporary folder, which stays if a row broke its promise)"
+    )
+    faults.add_argument("--json", action="store_true", help="the rows as JSON")
+
     doctor = command("doctor", _doctor, "say whether this machine, or a job's, can train", _DOCTOR)
     doctor.add_argument("--site", metavar="SITE", help="what the machine should be (default: this machine as it is)")
     doctor.add_argument(
@@ -1106,6 +1154,18 @@ Every variant is a `gigatrain train` of its own. Losses are judged by the baseli
   gigatrain bench power my.toml --quick --sweep microbatch --set power.node=redfish
 
 A window is at least 10 s and 100 updates of the slowest meter; of less there is no figure. POWER.md says what is counted."""
+_FAULTS = """\
+Do faults to real runs of a tiny recipe, each from a process outside: kills at every moment, hangs, full and failing disks, damaged checkpoints, wrong recipes.
+A row is kept only if the run ends bitwise as one that nothing was done to (weights, optimizer, generators, metrics, samples), or refuses by name
+what it must refuse. Everything comes from the seed and nothing is tried twice. RELIABILITY.md has the promises. Leaves with 9 if one was broken.
+
+  gigatrain bench faults                                      each fault once on each engine, about half an hour on two cores
+  gigatrain bench faults --hours 1 --csv faults.csv --markdown faults.md
+  gigatrain bench faults --only kill --kills 5 --engines native-2,native-4,zero2-2 --hours 1
+  gigatrain bench faults --only bitflip --engines native-2 --row 70012    one row again
+  sudo -E gigatrain bench faults --only enospc,erofs,stall,oom            what needs mounts and control groups
+
+Rows that cannot be made here (no root, no DeepSpeed) are shown as such, with the reason."""
 _DOCTOR = """\
 Say whether this machine can train: driver, GPUs, ECC, Xids, clocks, links, equal products on all GPUs, disks, network; under a minute.
 What could not be tested is named, with the reason. Leaves with 9 if the machine is bad.

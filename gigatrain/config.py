@@ -362,6 +362,13 @@ class Checkpoint(Section):
 
     every: Count = Field(default=500, description="Steps between two checkpoints; the last step is always saved.")
     keep: Count = Field(default=2, description="How many of the newest stay on disk.")
+    keep_every: Count | None = Field(
+        default=None, description="Checkpoints of steps that are multiples of it stay for good, beside the newest."
+    )
+    background: bool = Field(
+        default=True,
+        description="Processes beside the ranks write checkpoints while training goes on, from a copy in memory; false: training waits, and no copy is made.",
+    )
 
 
 class Recovery(Section):
@@ -371,10 +378,66 @@ class Recovery(Section):
         default=3,
         description="Restarts in place, in a row, that gain no step, before the run stops; 0: the command ends with its first failure.",
     )
+    supervised: bool = Field(
+        default=False, description="Whether one rank too is a process of its own, that is watched and restarted; of several all are."
+    )
+    standby: bool = Field(
+        default=True,
+        description="A process that has imported everything waits beside the ranks, which are forked from it: a restart does not pay for the imports.",
+    )
+    hang_times: NonNegative = Field(
+        default=3.0,
+        description="Ranks that make no progress for so many times their p99 step, or their longest silence so far, are ended and restarted; 0: never.",
+    )
+    hang_floor_s: Annotated[float, Field(gt=0, le=86400)] = Field(
+        default=10.0, description="And for at least so many seconds: a machine that is busy with something else is no hang."
+    )
+    hang_slow_s: Annotated[float, Field(gt=0, le=86400)] = Field(
+        default=540.0,
+        description="The same where nothing has a usual length: start, first steps, saves, export. Collectives end at 600 s by themselves.",
+    )
+    shrink: Ranks | None = Field(
+        default=None,
+        description="The fewest ranks that may train: where a rank fails twice in a row without a step gained, the run goes on without it, same batch and "
+        "samples; it is tried again at the next restart. Default: no run shrinks.",
+    )
 
 
 class Numerics(Section):
-    """What the run does about numbers that cannot be right."""
+    """What the run does about numbers that cannot be right (engines/judge.py, observe/numerics.py)."""
+
+    sigma: Annotated[float, Field(ge=0, le=1000)] = Field(
+        default=6.0,
+        description="A loss or gradient norm so many deviations above its mean over `window` applied steps is refused like one that is not finite; "
+        "0: only what is not finite is.",
+    )
+    window: Annotated[int, Field(ge=8, le=65536)] = Field(
+        default=128, description="Applied steps that a spike is measured against; none is judged before there are so many."
+    )
+    action: Literal["skip", "rollback"] = Field(
+        default="skip",
+        description="After train.max_bad_steps refused steps in a row: skip stops the run; rollback goes back to the newest checkpoint and passes over the "
+        "samples from the first of them on.",
+    )
+    pass_over: Count = Field(
+        default=64, description="Steps whose samples a rollback passes over, counted from the first refused one of the row."
+    )
+    rollbacks: Annotated[int, Field(ge=1, le=1000)] = Field(default=3, description="Most rollbacks of a run; one more would stop it.")
+    replay: bool = Field(
+        default=True,
+        description="A refused step is made again on the same data from the same weights: another result is a fault of a machine, and its own is trained on.",
+    )
+    hash_every: Annotated[int, Field(ge=0)] = Field(
+        default=100,
+        description="Steps between two comparisons of what several ranks hold alike, at the report that follows; also before every save. 0: never.",
+    )
+    on_divergence: Literal["stop", "rollback"] = Field(
+        default="stop", description="Where copies differ: stop and name them, or go back to the newest checkpoint, whose copies agreed."
+    )
+    straggler: Annotated[float, Field(ge=0)] = Field(
+        default=1.5,
+        description="A rank that takes so many times the median of all ranks for a section of its steps, in three reports in a row, is named; 0: none is.",
+    )
 
 
 class Report(Section):

@@ -1,5 +1,7 @@
 """Every error a user can cause: each names the value, the limit and the way out, and the CLI prints it without a traceback."""
 
+REQUEUE = 75  # exit code (sysexits.h: EX_TEMPFAIL) of a run that was asked to leave and is saved: start the same command again, with --resume or --continue
+
 
 class GigatrainError(Exception):
     """Base of the errors that are the user's to mend; `exit_code` is what the CLI leaves with, `shared` an error that all ranks of a run raise,

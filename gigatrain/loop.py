@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from gigatrain import engines, export, run
-from gigatrain.checkpoint import Checkpoints, fill, weights_sha256, write_text
+from gigatrain import engines, export, leaving, run
+from gigatrain.checkpoint import Checkpoints, Saving, fill, weights_sha256, write_text
 from gigatrain.data import build
 from gigatrain.data.loader import Batches, Validation
 from gigatrain.engines import Engine, low
-from gigatrain.errors import CheckpointError, DataError, RunError
+from gigatrain.errors import DataError, RunError
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
@@ -33,11 +33,12 @@ from gigatrain.observe.energy import Energy
 from gigatrain.observe.health import Health
 from gigatrain.observe.logs import Log, Progress
 from gigatrain.observe.metrics import Metrics, percentile, versions
+from gigatrain.observe.numerics import Numerics
 from gigatrain.optim import schedule
 from gigatrain.parallel import ranks
 from gigatrain.parallel.agree import agreed
 from gigatrain.parallel.mesh import Mesh
-from gigatrain.parallel.places import Piece
+from gigatrain.parallel.places import Piece, State
 from gigatrain.planning.plan import NARROW, Plan
 from gigatrain.power import account
 
@@ -52,13 +53,14 @@ def train(
     """
     log = log or Log(folder)
     with contextlib.ExitStack() as stack:
-        mesh, device = stack.enter_context(ranks.joined(plan.mesh, plan.ranks, plan.device))
+        asked = stack.enter_context(leaving.installed())
+        mesh, device = stack.enter_context(ranks.joined(plan.mesh, plan.ranks, plan.device, folder))
         display = stack.enter_context((display or Display()) if mesh.rank == 0 else Display(Console(file=io.StringIO())))
-        return _train(plan, folder, start, mesh, device, display, log)
+        return _train(plan, folder, start, mesh, device, display, log, asked)
 
 
 def _train(
-    plan: Plan, folder: Path, start: run.Start, mesh: Mesh, device: torch.device, display: Display, log: Log
+    plan: Plan, folder: Path, start: run.Start, mesh: Mesh, device: torch.device, display: Display, log: Log, asked: leaving.Leaving
 ) -> dict[str, Any] | None:
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -79,13 +81,16 @@ def _train(
         )
         try:
             summary = _steps(plan, folder, this, resumes, corpus, mesh, device, display, began, log, progress, energy)
-        except torch.OutOfMemoryError as failure:
-            raise RunError(f"out of memory: {str(failure).splitlines()[0]}; {_LESS}") from None
+        except (torch.OutOfMemoryError, MemoryError) as failure:
+            raise RunError(f"out of memory: {(str(failure) or 'of the host').splitlines()[0]}; {_LESS}") from None
         except RuntimeError as failure:
             if "can't allocate memory" not in str(failure):
                 raise
             raise RunError(f"out of memory: {str(failure).splitlines()[0][-200:]}; {_LESS}") from None
-        if summary is None or mesh.rank:
+        if summary is None:
+            return None
+        asked.leave()  # a signal that came with the last step: a resume does what follows
+        if mesh.rank:
             return summary
         log.pulse.mark("export")
         finished = summary["wall_s"] is not None
@@ -130,7 +135,8 @@ def _steps(
     engine = engines.make(plan, mesh, device, fresh=not resumes)
     reader, readers = mesh.data
     held = _held_out(plan, corpus, mesh, device)
-    saves = Checkpoints(folder, run=this.id, plan_sha256=plan.identity, keep=plan.checkpoint.keep, mesh=mesh)
+    keep, keep_every = plan.checkpoint.keep, plan.checkpoint.keep_every
+    saves = Checkpoints(folder, run=this.id, plan_sha256=plan.identity, keep=keep, keep_every=keep_every, mesh=mesh)
     with contextlib.ExitStack() as stack:
         batches = Batches(
             corpus,
@@ -160,10 +166,27 @@ def _steps(
         engine.trace = stack.enter_context(times)
         budget = Budget(plan, this.id, energy, health, times, progress)
         budget.load(power)
+        say, background = display.line, plan.checkpoint.background
+        saving = stack.enter_context(Saving(saves, background=background, say=say, tell=progress.add, sync=metrics.written))
+        early = plan.fp8 is not None or plan.fuses("release") or plan.engine.name != "native"  # may change what is saved within a backward
         before = this.elapsed_s
 
+        def again() -> None:
+            kept, _ = _resume(saves, engine, batches, this, display)
+            metrics.rewind(this.step, kept)
+            progress.add("steps", step=this.step)
+            begin()
+
+        def begin() -> None:
+            energy.begin(this.step, this.tokens)
+            budget.begin(this.step, this.tokens)
+            metrics.clock.restart()
+
+        numerics = Numerics(plan, engine, batches, mesh, health, writes, say=display.line, again=again)
+
         def meet() -> bool:
-            budget.meet(energy.meet(health.agree([*energy.numbers(), *budget.numbers()])))
+            sums = health.agree([*energy.numbers(), *saving.numbers(), *budget.numbers(), *numerics.numbers(this.step)])
+            numerics.meet(budget.meet(saving.meet(energy.meet(sums))))
             return health.wants_out
 
         def pause() -> bool:
@@ -172,14 +195,15 @@ def _steps(
             return leaves
 
         def save(*, must: bool = False) -> None:
-            health.check_bad(engine.bad.tolist(), lambda step: _samples(plan, batches, step))  # what is saved may be resumed
-            metrics.sync()
+            numerics.settle(this)  # what is saved may be resumed
+            if must or not saving.background:
+                metrics.sync()  # in the background the process that commits does it
             this.elapsed_s = before + time.monotonic() - began
             kept = metrics.state()
             this.tokens = metrics.tokens
             state = {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state()}
             with times.phase("checkpoint"), progress.spent("checkpoint"), energy.during("checkpoint"):
-                _save(saves, this.step, plan, engine, state, display, must=must)
+                saving.save(this.step, lambda: _state(engine, mesh, device), state, must=must)
 
         def validate() -> None:
             if held is not None and _validates_at(plan, this.step) and metrics.validated < this.step:
@@ -196,25 +220,30 @@ def _steps(
             save(must=True)  # step 0: from here on, a kill at any moment leaves something to resume
         progress.add("steps", step=this.step)
         meet()
-        energy.begin(this.step, this.tokens)
-        budget.begin(this.step, this.tokens)
-        metrics.clock.restart()
-        while this.step < plan.steps and not health.wants_out:
+        begin()
+        numerics.begin(this.step)
+        while this.step < plan.steps and not health.leaves():
             budget.wait(pause, times.alive)  # where the run keeps to a power budget
             times.begin(this.step)
             with times.phase("data"):
                 batch = next(batches)
+            if early:
+                saving.before_change()
             engine.forward_backward(batch)
+            saving.before_change()
             rate = schedule.rate(plan.schedule, this.step, plan.steps)
             update = engine.step(rate)
             this.advance()
             metrics.add(update)
-            reports, saving = this.step % plan.report.every == 0 or this.step == plan.steps, budget.saves_at(this.step)
+            reports, due = this.step % plan.report.every == 0 or this.step == plan.steps, budget.saves_at(this.step)
             if reports:
                 meet()
-                bad = metrics.report(this.step, rate, engine.bad, energy.figures)
+            if (reports or due or _validates_at(plan, this.step)) and numerics.look(this):
+                continue  # steps that were refused, or held behind such a one, are made again
+            if reports:
+                bad = metrics.report(this.step, rate, engine.bad, lambda tokens: energy.figures(tokens) | numerics.figures())
                 this.tokens = metrics.tokens
-                health.check_bad(bad, lambda step: _samples(plan, batches, step))
+                numerics.check(this, bad)
                 times.window()
                 progress.report(this.step, this.tokens, metrics.window_s)
                 energy.report(this.step, this.tokens, times)
@@ -223,7 +252,7 @@ def _steps(
                 validate()
                 metrics.clock.restart()
                 budget.stopped()
-            if saving and this.step < plan.steps and not health.wants_out:
+            if due and this.step < plan.steps and not health.wants_out:
                 save()
                 metrics.clock.restart()
                 budget.stopped()
@@ -241,7 +270,7 @@ def _steps(
             display.line(f"{health.signal}: saved at step {this.step} of {plan.steps}; go on with --resume --run {folder}")
             return None
         this.elapsed_s, energy.complete = before, True
-        return _summary(plan, this, saves, corpus, metrics, mesh)
+        return _summary(plan, this, saves, saving, corpus, metrics, mesh)
 
 
 _LESS = 'lower train.microbatch or train.sequence, or --set train.recompute=full; "gigatrain plan" shows what the run needs'
@@ -279,6 +308,7 @@ def _prepare(plan: Plan) -> None:
     """The process-wide switches of the run, and whether torch can do what the plan says."""
     if plan.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.manual_seed(plan.seed)  # nothing of ours draws from it, but a checkpoint keeps it: two runs are equal in all that they keep
     torch.use_deterministic_algorithms(plan.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] (every kernel writes all of its outputs: NaNs first cost a pass)
     if plan.device == "cpu":
@@ -337,17 +367,10 @@ def _resume(saves: Checkpoints, engine: Engine, batches: Batches, this: run.Run,
     return state["metrics"], state.get("power", {})
 
 
-def _save(saves: Checkpoints, step: int, plan: Plan, engine: Engine, state: dict[str, Any], display: Display, *, must: bool) -> None:
-    """Save; a disk that refuses does not end the training, but the first and the last save of a process must succeed."""
-    try:
-        random = {
-            name: Piece.whole(tensor, writes=saves.mesh.rank == 0) for name, tensor in _random_state(torch.device(plan.device)).items()
-        }
-        saves.save(step, {**engine.state(), "random": random}, state)
-    except CheckpointError as failure:
-        if must:
-            raise
-        display.line(f"CHECKPOINT NOT SAVED: {failure}; training goes on, the next try is at the next interval")
+def _state(engine: Engine, mesh: Mesh, device: torch.device) -> State:
+    """What a checkpoint keeps of this rank's tensors."""
+    random = {name: Piece.whole(tensor, writes=mesh.rank == 0) for name, tensor in _random_state(device).items()}
+    return {**engine.state(), "random": random}
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -380,7 +403,7 @@ def _validate(engine: Engine, held: Validation, health: Health, times: trace.Tra
 
     def until_signal() -> Iterator[Any]:
         for part in held:
-            if health.wants_out:
+            if health.leaves():
                 return
             times.alive()
             yield part
@@ -392,13 +415,9 @@ def _validate(engine: Engine, held: Validation, health: Health, times: trace.Tra
     return {"val_loss": nats / targets, "val_targets": int(targets), "val_bits_per_byte": bits}
 
 
-def _samples(plan: Plan, batches: Batches, step: int) -> str:
-    """Files and offsets of what step `step` read, a line each."""
-    names = batches.describe(range(step * plan.batch, (step + 1) * plan.batch))
-    return "".join(f"\n    {name}" for name in names[:8]) + (f"\n    and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _summary(plan: Plan, this: run.Run, saves: Checkpoints, corpus: build.Corpus, metrics: Metrics, mesh: Mesh) -> dict[str, Any]:
+def _summary(
+    plan: Plan, this: run.Run, saves: Checkpoints, saving: Saving, corpus: build.Corpus, metrics: Metrics, mesh: Mesh
+) -> dict[str, Any]:
     """The numbers that a run is judged by; the README says what each is. Of other ranks than 0 it is empty."""
     if mesh.rank:
         return {}
@@ -420,6 +439,7 @@ def _summary(plan: Plan, this: run.Run, saves: Checkpoints, corpus: build.Corpus
         "parameters": plan.parameters,
         "bad_steps": last.get("bad_steps"),
         "resumes": this.resumes,
+        "checkpoint": saving.totals.json(),
         "weights_sha256": weights_sha256(saves.found(this.step)),
         "peak_bytes": torch.cuda.max_memory_allocated() if plan.device == "cuda" else None,
         "device": torch.cuda.get_device_name() if plan.device == "cuda" else "cpu",

@@ -511,8 +511,9 @@ def _parallel(
     finished: SimpleQueue[tuple[sources.Part, dict[str, Any]]] = SimpleQueue()
     pool = ThreadPoolExecutor(workers, "tokenise")
     try:
-        # Ctrl-C goes to every process of the terminal, but it is for this one to end the others: they inherit that it is blocked.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Ctrl-C goes to every process of the terminal, and a scheduler's signals to all of a job, but it is for this one to end the others: they
+        # inherit that these are blocked.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
         try:
             for _ in range(workers):
                 processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment))

@@ -2,10 +2,13 @@
 
 Global position p = step * batch + slot. A rank owns consecutive slots, so the ranks' rows one after the other are the batch of a single
 rank. What comes next depends on the seed and the position alone; reading ahead changes when a batch is made, never which.
+
+A run may pass over samples (observe/numerics.py). Then the positions of the stream are counted without the ranges that are passed over, and these are part
+of the state: the stream stays a function of (seed, ranges, position), on any number of ranks and after any resume.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
@@ -44,13 +47,13 @@ class Batch:
 
     targets: labels of this share's microbatches that are not ignored: neither padding nor a label that would cross documents. The sum over
     the ranks divides the step's loss. tokens: input positions of the whole step over all ranks, samples times their length, padding
-    included. positions: the global positions of the whole step's samples.
+    included. positions: the global positions of the whole step's samples, ascending.
     """
 
     microbatches: tuple[Microbatch, ...]
     targets: int
     tokens: int
-    positions: range
+    positions: Sequence[int]
 
 
 def samples_of(corpus: Corpus, split: str, sequence: int, packing: Packing) -> list[Samples]:
@@ -131,6 +134,7 @@ class Batches:
                 )
         self.mixture = Mixture([len(samples) for samples in self.samples], corpus.weights, seed)
         self.position = position
+        self.passed: list[tuple[int, int]] = []  # ranges of the stream that are passed over, in the order in which they were found
         self.thread: threading.Thread | None = None
 
     @property
@@ -142,7 +146,8 @@ class Batches:
     def epochs(self) -> float:
         """How often the smallest-lasting source has been gone through at this position."""
         turns = [
-            self.position / self.mixture.cycle * count / size for count, size in zip(self.mixture.counts, self.mixture.sizes, strict=True)
+            self.stream(self.position, 1)[0] / self.mixture.cycle * count / size
+            for count, size in zip(self.mixture.counts, self.mixture.sizes, strict=True)
         ]
         return max(turns)
 
@@ -162,16 +167,50 @@ class Batches:
         self.position += self.batch
         return Batch(tuple(moved(part, self.device) for part in found.microbatches), found.targets, found.tokens, found.positions)
 
-    def make(self, position: int) -> Batch:
-        """This rank's share of the step that starts at a global position, on the CPU."""
-        places = self.mixture.many(range(position + self.share.start, position + self.share.stop))
+    def at(self, position: int, shift: int = 0) -> Batch:
+        """The batch of the step that starts at a position, on the device; with `shift` the share of the reader that comes so many later."""
+        found = self.make(position, shift)
+        return Batch(tuple(moved(part, self.device) for part in found.microbatches), found.targets, found.tokens, found.positions)
+
+    def back(self, steps: int) -> None:
+        """The last `steps` batches come once more."""
+        self.close()
+        self.position -= steps * self.batch
+
+    def pass_over(self, first: int, count: int) -> tuple[int, int]:
+        """From now on, leave out what lies from position `first` on in the next `count` samples; returns this range of the stream."""
+        self.close()
+        found = self.stream(first, count)
+        self.passed.append((found[0], found[-1] + 1))
+        return self.passed[-1]
+
+    def stream(self, position: int, count: int) -> Sequence[int]:
+        """Where `count` samples from a position on lie in the stream from which nothing is left out."""
+        if not self.passed:
+            return range(position, position + count)
+        found: list[int] = []
+        at = position
+        for start, stop in _merged(self.passed):
+            if at < start:
+                found += range(at, min(start, at + count - len(found)))
+                if len(found) == count:
+                    return found
+                at = stop
+            else:
+                at += stop - start
+        return [*found, *range(at, at + count - len(found))]
+
+    def make(self, position: int, shift: int = 0) -> Batch:
+        """This rank's share of the step that starts at a global position, on the CPU; or that of the reader `shift` later."""
+        positions, begin = self.stream(position, self.batch), (self.share.start + shift * len(self.share)) % self.batch
+        places = self.mixture.many(positions[begin : begin + len(self.share)])
         rows: list[tuple[Samples, int] | None] = [(self.samples[source], sample) for source, _, sample in places]
         parts = tuple(
             stack(rows[start : start + self.microbatch], self.sequence, self.corpus.eos, self.device)
             for start in range(0, len(rows), self.microbatch)
         )
         targets = sum(int(np.count_nonzero(part.labels.numpy() != IGNORED)) for part in parts)
-        return Batch(parts, targets, self.batch * self.sequence, range(position, position + self.batch))
+        return Batch(parts, targets, self.batch * self.sequence, positions)
 
     def state(self) -> dict[str, Any]:
         """All that a resume needs: what decides the order, and how far it went."""
@@ -182,6 +221,7 @@ class Batches:
             "sequence": self.sequence,
             "packing": self.packing,
             "position": self.position,
+            "passed": [list(one) for one in self.passed],
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -198,8 +238,9 @@ class Batches:
                 )
         self.close()
         self.position = int(state["position"])
+        self.passed = [(int(start), int(stop)) for start, stop in state.get("passed", ())]
 
-    def describe(self, positions: range) -> list[str]:
+    def describe(self, positions: Sequence[int]) -> list[str]:
         """For each global position: its source, epoch and sample, and the file, byte and document where its labels start."""
         found = []
         for position in positions:
@@ -243,6 +284,17 @@ class Batches:
             self.queue.get_nowait()  # wakes a thread that waits for room
         self.thread.join()
         self.thread = None
+
+
+def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same numbers in ranges that are apart and ascend."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], stop))
+        else:
+            found.append((start, stop))
+    return found
 
 
 class Validation:

@@ -152,8 +152,8 @@ class Mixture:
         source = int(owner[slot])
         return source, cycle * self.counts[source] + int(earlier[slot])
 
-    def many(self, positions: range) -> list[tuple[int, int, int]]:
-        """`at` of consecutive positions, vectorised over each source and epoch."""
+    def many(self, positions: Sequence[int]) -> list[tuple[int, int, int]]:
+        """`at` of many positions, vectorised over each source and epoch."""
         turns = [self._turn(position) for position in positions]
         groups: dict[tuple[int, int], list[int]] = {}
         for row, (source, ordinal) in enumerate(turns):

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from gigatrain.data.loader import Batch, Microbatch
+from gigatrain.engines.judge import Judge
 from gigatrain.observe.metrics import Update
 from gigatrain.observe.trace import Trace
 from gigatrain.parallel.mesh import Mesh
-from gigatrain.parallel.places import State
+from gigatrain.parallel.places import Replica, State
 from gigatrain.planning.plan import Plan
 
 
@@ -18,6 +19,7 @@ class Engine(Protocol):
     """What the loop needs from a backend, and nothing more. Nothing here may wait for the device but `state` and `restored`."""
 
     trace: Trace  # told the phases of a step
+    judge: Judge  # decides whether a step changes anything
 
     def forward_backward(self, batch: Batch) -> None:
         """Gradients of one step's batch: of the mean loss per target over all ranks, however the step is cut."""
@@ -26,8 +28,8 @@ class Engine(Protocol):
     def step(self, rate: float) -> Update:
         """Clip, update at `rate` times the peak learning rates, zero.
 
-        A step whose loss or norm is not finite on any rank changes nothing on every rank and is counted in `bad`; with `train.release`, where only the norm
-        is not, layers may have moved by then (engines/released.py).
+        A step whose loss or norm is not finite on any rank, or a spike, changes nothing on every rank and is counted in `bad`, and those that follow are held
+        until the host has looked (engines/judge.py); with `train.release`, where only the norm is not, layers may have moved by then (engines/released.py).
         """
         ...
 
@@ -41,6 +43,10 @@ class Engine(Protocol):
 
     def restored(self) -> None:
         """Called once a load has filled `state`: whatever is derived from it is made anew."""
+        ...
+
+    def replicas(self) -> Iterable[Replica]:
+        """What this rank holds that others should hold bit for bit, in the same order on each of them."""
         ...
 
     @property

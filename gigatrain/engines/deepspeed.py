@@ -34,6 +34,7 @@ from torch import Tensor, distributed, nn
 
 from gigatrain.data.loader import Batch, Microbatch
 from gigatrain.engines import source
+from gigatrain.engines.judge import Judge
 from gigatrain.errors import RunError
 from gigatrain.kernels import adamw, ops
 from gigatrain.kernels.ops import OPERATIONS
@@ -42,8 +43,8 @@ from gigatrain.models.decoder import Decoder
 from gigatrain.observe.metrics import Update
 from gigatrain.observe.trace import OFF
 from gigatrain.parallel import context
-from gigatrain.parallel.mesh import DATA, Mesh
-from gigatrain.parallel.places import Piece, Place, State
+from gigatrain.parallel.mesh import AXES, DATA, Mesh
+from gigatrain.parallel.places import Piece, Place, Replica, State
 from gigatrain.planning.plan import Plan
 
 TESTED = "0.19"  # of DeepSpeed: its partitions are read by their attributes, which another minor version may rename
@@ -73,8 +74,8 @@ class DeepSpeed:
         home = self._parts.flats[0].device
         self._nats, self._targets = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
         self.loss = torch.zeros((), device=device)
-        self._bad = torch.tensor([0, 0, 0, -1], dtype=torch.int64, device=device)
-        self._updates = torch.zeros((), dtype=torch.int64, device=device)
+        self.judge = Judge(plan.numerics.window, plan.numerics.sigma, device)
+        self._updates = self.judge.updates
         self._home = home
         self._masks = int.from_bytes(hashlib.sha256(f"{plan.seed}/dropout".encode()).digest()[:5], "little")
         self._terms = source.terms(plan)
@@ -172,26 +173,20 @@ class DeepSpeed:
         self.flat.judge(rate, scale.to(self._home), skip.to(self._home))
         self._engine.step()
         assert self._engine.was_step_applied(), "DeepSpeed refused what it was not asked to judge"
-        self._count(skip == 0)
+        self.judge.count()
         self.trace.mark("rest")
-        return Update(self._nats, self._targets, norm)
+        return Update(self._nats, self._targets, norm, self.judge.fate)
 
     def _judge(self) -> tuple[Tensor, Tensor, Tensor]:
         """`(norm, scale, skip)` over all ranks, of which each holds another partition; the sum of the cross entropies travels with the squares."""
         clip = self.plan.optim.clip
         mine = self._norm(self._parts.gradients())[0].to(self.device).double().square()
+        own = self._nats
         squares, self._nats, loss = self.mesh.sum(torch.stack([mine, self._nats, self.loss.double()])).unbind()
         norm = squares.sqrt().float()
         skip = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         scale = torch.ones_like(norm) if clip is None else clip / torch.clamp(norm, min=clip)
-        return norm, scale, skip
-
-    def _count(self, finite: Tensor) -> None:
-        total, row, longest, began = self._bad.unbind()
-        row = torch.where(finite, torch.zeros_like(row), row + 1)
-        began = torch.where(row > longest, self._updates - row + 1, began)
-        self._bad = torch.stack([total + (~finite).long(), row, torch.maximum(longest, row), began])
-        self._updates += 1
+        return norm, scale, self.judge.verdict(self._nats / self._targets.clamp(min=1.0), norm, skip, own)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[Microbatch]) -> Tensor:
@@ -229,12 +224,12 @@ class DeepSpeed:
         if self._taken is None:
             weights = {name: self._rows(name, self._parts.flats) for name in self._shapes}
             weights |= {name: self._mark(tensor) for name, tensor in self._corrections.items()}
-            optimizer = {name: self._mark(tensor) for name, tensor in (("bad", self._bad), ("steps", self._updates))}
+            optimizer = self.judge.counts(writes=self.mesh.rank == 0)
             for moment in ("exp_avg", "exp_avg_sq"):
                 flats = [getattr(self.flat.kept[flat], moment) for flat in self._parts.flats]
                 optimizer |= {f"{moment}.{name}": self._rows(name, flats) for name in self._shapes}
             optimizer |= {f"updates.{name}": self._mark(members[0].updates) for name, members in self.flat.by_group(self._parts).items()}
-            self._taken = {"weights": weights, "optimizer": optimizer}
+            self._taken = {"weights": weights, "optimizer": optimizer} | self.judge.window(writes=self.mesh.rank == 0)
         return self._taken
 
     def _rows(self, name: str, flats: list[Tensor]) -> Piece:
@@ -270,6 +265,7 @@ class DeepSpeed:
                 member.updates.copy_(members[0].updates)
         self._taken = None
         self._parts.publish()
+        self.judge.restored()
 
     def _return(self, piece: Piece, name: str, flats: list[Tensor]) -> None:
         found = torch.zeros(piece.place.shape, dtype=torch.int32, device=self.device)
@@ -280,7 +276,14 @@ class DeepSpeed:
 
     @property
     def bad(self) -> Tensor:
-        return self._bad
+        return self.judge.bad
+
+    def replicas(self) -> Iterator[Replica]:
+        """What several ranks hold: below stage 3 the weights that compute, else only counts."""
+        if self.plan.engine.zero != 3:
+            yield from (Replica(f"weight of {name}", parameter.detach(), AXES) for name, parameter in self.model.named_parameters())
+        yield from (Replica(name, tensor, AXES) for name, tensor in self._corrections.items())
+        yield from self.judge.replicas()
 
 
 class _Training(nn.Module):

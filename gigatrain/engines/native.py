@@ -18,6 +18,7 @@ from torch import Tensor, distributed
 from gigatrain.architectures import Architecture
 from gigatrain.data.loader import Batch, Microbatch
 from gigatrain.engines import low, source
+from gigatrain.engines.judge import Judge
 from gigatrain.engines.recorded import Recorded
 from gigatrain.engines.released import Released, unit_of
 from gigatrain.engines.stage import compute
@@ -30,12 +31,12 @@ from gigatrain.models.automodel import Auto
 from gigatrain.models.decoder import LAYOUT, Decoder, Part, kind_of
 from gigatrain.observe.metrics import Update
 from gigatrain.observe.trace import OFF
-from gigatrain.optim.adamw import AdamW, Flat
+from gigatrain.optim.adamw import AdamW, Flat, views
 from gigatrain.optim.muon import Muon, Versions
 from gigatrain.parallel import context, expert, shard, tensor
 from gigatrain.parallel.mesh import AXES, DATA, WEIGHTS, Mesh
 from gigatrain.parallel.pipeline import Pipeline, Tied
-from gigatrain.parallel.places import Piece, Places, State, whole
+from gigatrain.parallel.places import Piece, Places, Replica, State, whole
 from gigatrain.parallel.replicate import Copies
 from gigatrain.planning import layout
 from gigatrain.planning.plan import Plan
@@ -173,8 +174,9 @@ class Native:
         self.loss = torch.zeros((), device=device)
         self._nats = torch.zeros((), dtype=torch.float64, device=device)
         self._targets = torch.zeros((), dtype=torch.float64, device=device)
-        self._bad = torch.tensor([0, 0, 0, -1], dtype=torch.int64, device=self.home)
-        self._updates = torch.zeros((), dtype=torch.int64, device=self.home)
+        numerics = plan.numerics
+        self.judge = Judge(numerics.window, numerics.sigma, self.home, repeats=not self._delayed)
+        self._bad, self._updates = self.judge.bad, self.judge.updates
         self._masks = int.from_bytes(hashlib.sha256(f"{plan.seed}/dropout".encode()).digest()[:5], "little")
         self._terms = source.terms(plan)
         self._recorded = Recorded(self._unmarked, self._targets, device) if plan.fuses("graph") else None
@@ -416,7 +418,7 @@ class Native:
             self.trace.mark("backward")
             if self._release is not None:
                 assert len(parts) == 1, "refused by the plan"
-                self._release.begin(rate, loss.detach())
+                self._release.begin(rate, loss.detach(), *self._beforehand(cross_entropy.detach()))
                 loss.backward()
             elif self._copies is not None and index == len(parts) - 1:
                 self._backward_and_send(loss, first=index == 0)
@@ -504,12 +506,12 @@ class Native:
         self._backward(microbatches, rate)
         if self._release is None:
             return self._update(rate)
-        norm, skip = self._release.finish()
+        norm, skip = self._release.finish(lambda norm, skip: self.judge.verdict(self._mean(self._nats), norm, skip, self._nats))
         self._balance(skip)
         self._rescale()
-        self._count(skip == 0)
+        self.judge.count()
         self.trace.mark("rest")
-        return Update(self._nats, self._targets, norm)
+        return Update(self._nats, self._targets, norm, self.judge.fate)
 
     def _unmarked(self, microbatches: Sequence[Microbatch], rate: float | Tensor) -> Update:
         """As `_whole`, as one phase: a mark within a recording would be one of the graph's events."""
@@ -529,15 +531,26 @@ class Native:
         self._balance(skip)
         self._round()
         self._rescale()
-        self._count(skip == 0)
+        self.judge.count()
         self.trace.mark("rest")
-        return Update(self._nats, self._targets, norm)
+        return Update(self._nats, self._targets, norm, self.judge.fate)
+
+    def _mean(self, nats: Tensor) -> Tensor:
+        """Cross entropy per target, of all ranks where `nats` is."""
+        return nats / self._targets.clamp(min=1.0)
+
+    def _beforehand(self, nats: Tensor) -> tuple[Tensor, Tensor]:
+        """`(closed, limit)` of a step that updates within its backward: whether its loss alone forbids any update, and what its norm may not exceed."""
+        loss, norm = self.judge.limits()
+        closed = self._mean(nats).to(self.home) > loss
+        return (closed | self.judge.closed()) if self.judge.holds else closed, norm
 
     def _judge(self) -> tuple[Tensor, Tensor, Tensor]:
         """`(norm, scale, skip)` over all ranks; the sum of the cross entropies travels with the squares."""
         clip = self.plan.optim.clip
         if self.mesh.count == 1:
-            return self._norm([group.grads.buffer for group in self.groups], clip, self.loss.to(self.home))
+            norm, scale, skip = self._norm([group.grads.buffer for group in self.groups], clip, self.loss.to(self.home))
+            return norm, scale, self.judge.verdict(self._mean(self._nats), norm, skip, self._nats)
         if self._copies is not None:
             self._copies.finish()
         for group in self.groups:
@@ -552,12 +565,13 @@ class Native:
         # Ranks of `replicate` hold equal gradients, those of `tensor` the same loss.
         mine = float(self.mesh.at["tensor"] == 0)
         sums = torch.stack([squares / self.mesh.size("replicate"), self._nats * mine, self.loss.double() * mine])
+        own = self._nats.clone()
         squares, nats, loss = self.mesh.sum(sums).unbind()
         self._nats.copy_(nats)  # in place: a recorded step reads and writes one tensor
         norm = squares.sqrt().float()
         skip = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         scale = torch.ones_like(norm) if clip is None else clip / torch.clamp(norm, min=clip)
-        return norm, scale.to(self.home), skip.to(self.home)
+        return norm, scale.to(self.home), self.judge.verdict(self._mean(self._nats), norm, skip, own)
 
     def _balance(self, skip: Tensor) -> None:
         """Move the routers' corrections by what all ranks' tokens visited in this step, and begin to count anew."""
@@ -580,13 +594,6 @@ class Native:
         """Into the bf16 weights that no update wrote itself."""
         if self._rounded:
             torch._foreach_copy_([weight for weight, _ in self._rounded], [master for _, master in self._rounded])
-
-    def _count(self, finite: Tensor) -> None:
-        total, row, longest, began = self._bad.unbind()
-        row = torch.where(finite, torch.zeros_like(row), row + 1)
-        began = torch.where(row > longest, self._updates - row + 1, began)
-        self._bad.copy_(torch.stack([total + (~finite).long(), row, torch.maximum(longest, row), began]))
-        self._updates += 1
 
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[Microbatch]) -> Tensor:
@@ -616,7 +623,7 @@ class Native:
     def state(self) -> State:
         """fp32 master weights; moments and counts. What is not stored in fp32 is a copy on the host, until the next step."""
         weights: dict[str, Piece] = {}
-        optimizer = {"bad": self._mark(self._bad), "steps": self._mark(self._updates)}
+        optimizer = self.judge.counts(writes=self.mesh.rank == 0)
         for scales in self._delayed:
             optimizer["amax"] = self._mark(scales.past)
         for group in self.groups:
@@ -633,7 +640,7 @@ class Native:
         weights |= {name: Piece.whole(tensor, writes=writes) for name, tensor in self.corrections.items()}
         if self._release is not None:
             optimizer |= {name: self._mark(count) for name, count in self._release.counts.items()}
-        return {"weights": weights, "optimizer": optimizer}
+        return {"weights": weights, "optimizer": optimizer} | self.judge.window(writes=self.mesh.rank == 0)
 
     def _piece(self, name: str, padded: Tensor) -> Piece:
         place = self.places[name]
@@ -651,6 +658,7 @@ class Native:
                 group.restore()
         for scales in self._delayed:
             scales.restored()
+        self.judge.restored()
         self._forget()
         self._round()
 
@@ -661,7 +669,26 @@ class Native:
 
     @property
     def bad(self) -> Tensor:
-        return self._bad.to(self.device)
+        return self.judge.bad.to(self.device)
+
+    def replicas(self) -> Iterator[Replica]:
+        """What several ranks hold: every tensor that an update keeps, in the form in which it is kept, counts, and the routers' corrections."""
+        for group in self.groups:
+            for kind, buffer in _kept(group).items():
+                for name, held in views(buffer, group.grads.shapes).items():
+                    place = self.places[name]
+                    yield Replica(f"{kind} of {self._canonical(name)}", self._box(name, held), ("replicate", *place.partial, *place.copied))
+        for name, correction in self.corrections.items():
+            yield Replica(name, correction, tuple(axis for axis in AXES if axis != "pipeline"))
+        yield from self.judge.replicas()
+
+
+def _kept(group: AdamW | Muon) -> dict[str, Tensor]:
+    """What a group keeps of each of its elements, by kind; scales of blocks of moments, which span parameters, are left out."""
+    if isinstance(group, Muon):
+        return {"weight": group.master.buffer, "momentum": group.momentum_buffer.buffer}
+    named = {kind: getattr(group.bucket, kind) for kind in ("weight", "correction", "copy", "exp_avg", "exp_avg_sq")}
+    return {kind: tensor for kind, tensor in named.items() if tensor is not None}
 
 
 def _weights(group: AdamW | Muon) -> dict[str, Tensor]:

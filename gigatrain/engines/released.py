@@ -6,7 +6,10 @@ What is known when, in a step of one microbatch on one process:
     gradients of a layer                   when its backward ends: it is updated then, unless one of them, or of a layer before it in this order, is not finite
     norm of all gradients                  at the end, for the report: too late to clip by, which the plan refuses
 
-So a number that is not finite reaches no weight and no moment, as in any step. But where the forward was finite and a gradient is not, the layers whose
+A loss above the limit of engines/judge.py is as one that is not finite, and so is a norm: it only grows from layer to layer, and from the layer on whose
+gradient lifts it above the limit nothing is updated.
+
+So a number that cannot be right reaches no weight and no moment, as in any step. But where the loss was right and a gradient is not, the layers whose
 backward came before it have moved by then (by gradients that are right, as far as they go), and all others have not: the step is half made. It is counted as
 refused (`bad`), no update's count advances, and the loop stops the run after `train.max_bad_steps` of them in a row, as ever. Such a step is rare: an
 infinity born in the backward, from a loss that is finite.
@@ -70,9 +73,10 @@ class Released:
         held = (unit for unit in self.units.values() for group in unit.groups if _master(group).untyped_storage().data_ptr() == storage)
         return next(held)
 
-    def begin(self, rate: float | Tensor, loss: Tensor) -> None:
-        """Before the backward of a step whose loss is known."""
-        self._rate, self._loss = rate, loss
+    def begin(self, rate: float | Tensor, loss: Tensor, closed: Tensor, limit: Tensor) -> None:
+        """Before the backward of a step whose loss is known: `closed` where it forbids any update; the norm may not exceed `limit` (NaN: it may)."""
+        self._rate, self._first, self._limit = rate, loss, limit
+        self._loss = torch.where(closed.to(loss.device), torch.inf, loss)
         self._squares = torch.zeros((), dtype=torch.float64, device=loss.device)
         for unit in self.units.values():
             unit.waiting = set(unit.names)
@@ -107,8 +111,10 @@ class Released:
 
     def _update(self, unit: Unit) -> None:
         norm, _, skip = self._norm([group.grads.buffer for group in unit.groups], None, self._loss)
-        self._loss = self._loss + norm  # not finite once one norm is not: so are all that follow
         self._squares += norm.double().square()
+        above = self._total() > self._limit
+        self._loss = torch.where(above, torch.inf, self._loss + norm)  # not finite once one norm is not: so are all that follow
+        skip = torch.maximum(skip, above.to(skip.dtype))
         for group in unit.groups:
             group.step(self._rate, self._scale, skip)
             group.grads.drop()
@@ -116,17 +122,23 @@ class Released:
         if unit.rounded:
             torch._foreach_copy_([weight for weight, _ in unit.rounded], [master for _, master in unit.rounded])
 
+    def _total(self) -> Tensor:
+        """The norm of the gradients so far."""
+        return self._squares.sqrt().float()
+
     @torch.no_grad()
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """After the backward: `(norm, skip)` of the whole step; parameters that it did not reach have gradients of zero."""
+    def finish(self, verdict: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """After the backward: `(norm, skip)` of the whole step, by its `verdict(norm, whether something is not finite)`; parameters that the backward did
+        not reach have gradients of zero."""
         for unit in self.units.values():
             for name in list(unit.waiting):
                 self.room(name).zero_()
                 self.ready(name)
-        skip = (~torch.isfinite(self._loss)).float()
+        norm = self._total()
+        skip = verdict(norm, (~torch.isfinite(self._first + self._squares)).float())
         for count in self.counts.values():
             count.add_(1 - skip)
-        return self._squares.sqrt().float(), skip
+        return norm, skip
 
 
 def _master(group: AdamW | Muon) -> Tensor:

@@ -2,7 +2,7 @@
 
 torchrun's own agent answers a signal by raising an error wherever it stands: a second one, as Slurm's come, cuts short its wait for ranks that are saving,
 and it always ends as a failure. So here SIGUSR1 and SIGTERM are passed on to the ranks as SIGUSR1 and the agent goes on waiting; the ranks save and leave, and
-the code is theirs: 0, or that of the first rank that failed.
+the code is theirs: `errors.REQUEUE`, 0, or that of the first rank that failed.
 """
 
 import os
@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from gigatrain.errors import REQUEUE
+
 PASSED_ON = (signal.SIGUSR1, signal.SIGTERM)
+_told: list[int] = []
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,6 +37,8 @@ def main(arguments: Sequence[str]) -> int:
     except ChildFailedError as failure:
         rank, first = failure.get_first_failure()
         code = first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+        if REQUEUE in (code, *(one.exitcode for one in failure.failures.values())) or (_told and -first.exitcode in PASSED_ON):
+            return REQUEUE  # asked to leave, some before they could hear it; the others were ended with them
         print(
             f"gigatrain: rank {rank} was the first of this node to fail, with exit code {code}; its own message says why", file=sys.stderr
         )
@@ -42,6 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:
+    _told.append(number)
     for rank in children(os.getpid()):
         if not _is_rank(rank):
             continue

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gigatrain.errors import RunError, SiteError
+from gigatrain.errors import REQUEUE, RunError, SiteError
 from gigatrain.launching import yamltext
 from gigatrain.launching.job import Job
 
@@ -23,7 +23,7 @@ RESOURCES = {"jobset": "jobsets.jobset.x-k8s.io", "trainjob": "trainjobs.trainer
 PORT = 29500  # of the rendezvous: each pod has an address of its own, so it is free
 RESTARTS = 20  # then `gigatrain requeue` makes a new set, whose count begins at 0
 FATAL = (2, 3, 4, 5, 6)  # exit codes of a wrong recipe, site, plan, corpus or checkpoint: the next time is the same
-SAVED = 75  # exit code of a pod whose ranks saved because of a signal
+SAVED = REQUEUE  # exit code of a pod whose ranks saved because of a signal
 _SETTINGS = "/etc/gigatrain"  # where a pod sees the ConfigMap
 _LIMIT_BYTES = 1_000_000  # etcd takes 1 MiB an object
 _ATTEMPT = "jobset.sigs.k8s.io/restart-attempt"  # the label that JobSet gives each pod
@@ -375,7 +375,7 @@ torchrun=$!
 told=
 trap 'told=1; kill -TERM "$torchrun"' TERM
 while wait "$torchrun" || status=$?; kill -0 "$torchrun" 2>/dev/null; do status=0; done
-# Ranks that saved after a signal leave with 0, but a pod is only done if the run is.
+# Ranks that saved after a signal leave with {SAVED}; and a pod is only done if the run is.
 # The first pod knows; the others may end before its last words.
 if [ "$status" = 0 ] && [ ! -f "$run/summary.json" ] && {{ [ "$JOB_COMPLETION_INDEX" = 0 ] || [ -n "$told" ]; }}; then status={SAVED}; fi
 exit "$status"

@@ -22,6 +22,7 @@ NO_PROGRESS = 93  # exit code: do not start this again as it is
 TOO_FEW = 9  # `gigatrain doctor --judge`: fewer healthy nodes than the run needs
 EXCLUDED_DAYS = 14  # how long a bad node stays out; by then somebody has looked at it
 _FATAL = {2: "the recipe", 3: "the site", 4: "the plan", 5: "the data", 6: "a checkpoint"}
+_NEVER = frozenset({"PermissionError", "MemoryError", "ImportError", "ModuleNotFoundError"})  # what no restart mends
 SILENT = 10  # lives in a row that Slurm itself ended and queued again, without a word and without a step gained
 _SUBMITTED_S = 10.0  # what whoever submitted a job has to write that down
 
@@ -69,8 +70,8 @@ class Verdict:
         return said
 
 
-def judge(outcome: Outcome, *, may_requeue: bool = True) -> Verdict:
-    """The decision, from the outcome alone."""
+def judge(outcome: Outcome, *, may_requeue: bool = True, restarts: int = RESTARTS) -> Verdict:
+    """The decision, from the outcome alone; `restarts` in a row that gain no step are the last."""
     elsewhere: Word = "requeue" if may_requeue else "leave"
     said, code, passes = "", outcome.code, False
     if outcome.failure is not None:  # it knows better than srun, whose code is the highest: that of ranks that were killed with it
@@ -85,15 +86,16 @@ def judge(outcome: Outcome, *, may_requeue: bool = True) -> Verdict:
         return Verdict("stop", f"{_FATAL[code]} is wrong, and would be the next time: {said or f'exit code {code}'}", code)
     if code == 7 and said and not passes:  # out of memory, a loss that is not finite
         return Verdict("stop", f"it would end the same way again: {said}", code)
+    if outcome.failure is not None and outcome.failure.get("type") in _NEVER and not passes:
+        return Verdict("stop", f"it would end the same way again: {outcome.failure['type']}: {said}", code)
     gained = outcome.step > max(outcome.before, 0)
-    if not gained and outcome.stalled >= RESTARTS and not _interrupted(outcome.signal, outcome.started):
-        why = f"{RESTARTS} restarts and no step gained, it is {_at(outcome.step)}; the last one ended with {_exit(outcome)}: {said}".rstrip(
-            ": "
-        )
+    if not gained and outcome.stalled >= restarts and not _interrupted(outcome.signal, outcome.started):
+        often = f"{restarts} restart{'s' * (restarts != 1)} and no step gained"
+        why = f"{often}, it is {_at(outcome.step)}; the last one ended with {_exit(outcome)}: {said}".rstrip(": ")
         if outcome.signal:
             why += "\nits time was over each time before a step was gained: ask for more with --time"
         return Verdict("stop", why.rstrip(": "), NO_PROGRESS)
-    if outcome.signal or outcome.left:
+    if outcome.signal or outcome.left or outcome.code == errors.REQUEUE:
         return Verdict(elsewhere, f"a signal ended it ({outcome.signal or 'of Slurm, to the ranks'}), and it is {_at(outcome.step)}")
     if outcome.code == TOO_FEW:
         more = f" and {len(outcome.lost) - 8} more" if len(outcome.lost) > 8 else ""
@@ -273,15 +275,15 @@ def _few(nodes: Sequence[str], where: str) -> str | None:
     return (",".join(nodes) if len(nodes) <= 64 else f"{len(nodes)} nodes: {where}") or None
 
 
-def failure(run: Path, attempt: int) -> dict[str, Any] | None:
-    """Why the first rank of the attempt failed: the earliest that is not a mere consequence of another's."""
+def failure(run: Path, attempt: int, *, since: float = 0.0) -> dict[str, Any] | None:
+    """Why the first rank of the attempt failed, after `since` (seconds since 1970): the earliest that is not a mere consequence of another's."""
     found = []
     for path in (run / "logs" / f"attempt-{attempt:03}" / "errors").glob("rank-*.json"):
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(said, dict):
+        if isinstance(said, dict) and float(said.get("time_s", 0)) >= since:
             found.append(said)
     return min(found, key=lambda said: (bool(said.get("secondary")), float(said.get("time_s", 0)), str(said.get("rank"))), default=None)
 

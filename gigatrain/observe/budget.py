@@ -92,11 +92,13 @@ class Budget:
         found = (int(1e3 * time.time()), int(1e3 * stepping_s), int(1e3 * waited_s), int(1e3 * paused_s), int(elsewhere_s > 0))
         return list(found) if self.energy.path is not None else [0] * len(LOOP)
 
-    def meet(self, sums: Sequence[int]) -> None:
-        """The numbers of all ranks; those of rank 0's loop are kept until the next decision."""
-        if self.acts:
-            for name, value in zip(LOOP, sums, strict=True):
-                self._loop[name] = value if name == "now_ms" else self._loop[name] + value
+    def meet(self, sums: Sequence[int]) -> Sequence[int]:
+        """The numbers of all ranks; those of rank 0's loop are kept until the next decision. Returns those that are not ours."""
+        if not self.acts:
+            return sums
+        for name, value in zip(LOOP, sums[: len(LOOP)], strict=True):
+            self._loop[name] = value if name == "now_ms" else self._loop[name] + value
+        return sums[len(LOOP) :]
 
     def decide(self, step: int, tokens: int) -> None:
         """What holds until the next report."""

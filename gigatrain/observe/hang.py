@@ -11,13 +11,14 @@ import datetime
 import faulthandler
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from gigatrain.parallel.spawn import COLLECTIVE_S
+from gigatrain.recovery.meeting import COLLECTIVE_S
 
 if TYPE_CHECKING:
     from gigatrain.observe.logs import Log
@@ -34,10 +35,13 @@ COLLECTIVES = "2000"  # that torch's flight recorder keeps, a few MB of host mem
 class Pulse:
     """How far this rank is: `beats` grows with every sign of life."""
 
-    __slots__ = ("beats", "begun", "phase", "step")
+    __slots__ = ("_at_begin", "beats", "begun", "cells", "phase", "step")
 
     def __init__(self) -> None:
-        self.beats, self.begun, self.phase = 0, 0, "start"
+        self.beats, self.begun, self.phase, self._at_begin = 0, 0, "start", 0
+        self.cells: memoryview | None = (
+            None  # of the supervisor's board: `begun` and `step` at once, the rest is copied (recovery/board.py)
+        )
         self.step: int | None = None  # steps that the run has done; None before the first of this process
 
     def mark(self, phase: str) -> None:
@@ -50,6 +54,14 @@ class Pulse:
         self.step = step
         self.begun += 1
         self.beats += 1
+        self._at_begin = self.beats
+        if self.cells is not None:
+            self.cells[0], self.cells[1] = self.begun, step
+
+    @property
+    def marks(self) -> int:
+        """Signs of life since the last step began."""
+        return self.beats - self._at_begin
 
     def slow(self) -> bool:
         """Whether it may take long here."""
@@ -82,6 +94,10 @@ class Watch:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        beat = self.log.beat
+        if beat is not None and self.log.owned:  # a supervisor asks for the stacks, of this thread's or, past Python's lock, by a signal
+            beat.on_asked = lambda: self._report(0.0)
+            faulthandler.register(signal.SIGUSR2, file=self.log.descriptor, all_threads=True)
         if self.limit_s > 0 and self.log.owned:
             self._thread = threading.Thread(target=self._look, name="gigatrain-hang", daemon=True)
             self._thread.start()
@@ -89,6 +105,9 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+        if self.log.beat is not None:
+            self.log.beat.on_asked = lambda: None
+            faulthandler.unregister(signal.SIGUSR2)
         if self._thread is not None:
             self._thread.join(5)
             faulthandler.cancel_dump_traceback_later()

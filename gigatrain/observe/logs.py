@@ -29,10 +29,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from gigatrain.errors import GigatrainError, RunError
+from gigatrain.errors import REQUEUE, GigatrainError, RunError
 from gigatrain.observe import hang
 from gigatrain.observe.tee import UNREAD
-from gigatrain.parallel.spawn import SPAWNED
+from gigatrain.recovery import board
 
 TAIL_BYTES = 1 << 16
 TRANSIENT = frozenset(  # of a parallel file system or a network that recovers
@@ -91,6 +91,7 @@ class Log:
         self.path = self.folder / f"rank-{self.rank:05d}.log"
         self.node = platform.node() or "unknown"
         self.pulse = hang.Pulse()
+        self.beat: board.Beat | None = None  # where a supervisor watches this rank
         self.owned = self._entered = self._faults = self._recorded = False
         self._waiting: list[str] = []  # lines that were shown before there was a file
         self.screen: TextIO | None = None  # a terminal, for what must be seen live
@@ -105,6 +106,7 @@ class Log:
 
     def __enter__(self) -> Self:
         self._entered = True
+        self.beat = board.Beat(self.pulse, self.rank) if board.BOARD in os.environ else None
         for name, value in hang.environment(str(self.folder)).items():
             self._environment[name] = os.environ.get(name)
             os.environ.setdefault(name, value)
@@ -170,7 +172,9 @@ class Log:
 
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None) -> None:
         code = _code(failure)
-        left = failure if isinstance(failure, SystemExit) and code else None  # a library's, as rich's of a screen that is gone
+        left = (
+            failure if isinstance(failure, SystemExit) and code not in (0, REQUEUE) else None
+        )  # a library's, as rich's of a screen that is gone
         told = failure if isinstance(failure, Exception) else left
         record = self._failed(told) if told is not None else None
         self._restore()
@@ -178,6 +182,8 @@ class Log:
             self.mark("ends", code)
         if self._faults:
             faulthandler.disable()
+        if self.beat is not None:
+            self.beat.end()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -190,7 +196,7 @@ class Log:
         """Whether the screen hears of this failure from another: our starter, the job's end, or the rank that this one lost."""
         if not self._recorded:  # a full disk: nobody else could tell
             return False
-        return SPAWNED in os.environ or (self.rank > 0 and ("GIGATRAIN_ATTEMPT" in os.environ or record["secondary"]))
+        return board.SPAWNED in os.environ or (self.rank > 0 and ("GIGATRAIN_ATTEMPT" in os.environ or record["secondary"]))
 
     def _failed(self, failure: BaseException) -> dict[str, Any]:
         """Into the log, and as a record for `first_failure`."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gigatrain.checkpoint import write_text
 from gigatrain.errors import RunError
+from gigatrain.observe.lines import Lines
 from gigatrain.planning.plan import Plan
 
 
@@ -24,6 +25,7 @@ class Update(NamedTuple):
     nats: Tensor  # sum of the cross entropies, fp64
     targets: Tensor  # how many they are, fp64
     grad_norm: Tensor  # global, before clipping
+    fate: Tensor | None = None  # 0: applied, 1: refused, 2: held, to be made again (engines/judge.py)
 
 
 class Clock:
@@ -77,7 +79,7 @@ class Metrics:
         if folder is not None:
             self.path = folder / "metrics.jsonl"
             self._drop_after(self.path, step)
-            self.file = self.path.open("a", encoding="utf-8")
+            self.file = Lines(self.path)
             self.trackers = _trackers(plan, folder, step)
 
     def __enter__(self) -> Self:
@@ -88,6 +90,14 @@ class Metrics:
             self.file.close()
         for tracker in self.trackers:
             tracker.finish()
+
+    def rewind(self, step: int, state: Mapping[str, Any]) -> None:
+        """Back to `step`, where `state` was taken."""
+        if self.file is not None and self.path is not None:
+            self.file.close()
+            self._drop_after(self.path, step)
+            self.file = Lines(self.path)
+        self.load(state)
 
     @staticmethod
     def _drop_after(path: Path, step: int) -> None:
@@ -104,10 +114,15 @@ class Metrics:
         write_text(path, "".join(f"{line}\n" for line in kept))
 
     def add(self, update: Update) -> None:
-        """One step's numbers; they stay where they are, and a step that was refused is left out of the sums, but not out of the tokens read."""
-        nats, targets, norm = (number.double() for number in update)
+        """One step's numbers; they stay where they are, and a step that was refused is left out of the sums, but not out of the tokens read; one that is
+        held, of both."""
+        nats, targets, norm = (number.double() for number in update[:3])
         numbers = torch.stack([nats, targets, norm, torch.ones_like(norm), norm])
-        numbers = torch.where(torch.isfinite(numbers).all(), numbers, 0.0)
+        applied = torch.isfinite(numbers).all()
+        if update.fate is not None:
+            fate = update.fate.to(targets.device, non_blocking=True)
+            applied, targets = applied & (fate == 0), torch.where(fate == 2, 0.0, targets)
+        numbers = torch.where(applied, numbers, 0.0)
         self.sums[:4] += numbers[:4]
         self.sums[4] = torch.maximum(self.sums[4], numbers[4])
         self.sums[5] += targets
@@ -145,17 +160,23 @@ class Metrics:
         """Target tokens over the seconds of steps, over every process of the run."""
         return round(self.timed[0] / self.timed[1], 1) if self.timed[1] else None
 
+    @property
+    def written(self) -> tuple[Path, ...]:
+        """Files that a checkpoint counts on."""
+        return () if self.path is None else (self.path,)
+
     def sync(self) -> None:
-        """Make what was written durable, before a checkpoint relies on it."""
+        """Make what was written durable, before a checkpoint relies on it; what a disk refuses goes into the checkpoint."""
         if self.file is not None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            self.file.sync()
 
     def state(self) -> dict[str, Any]:
         """The open window, so that a resumed run reports the numbers of an undisturbed one; waits for the device."""
         sums = self.sums.tolist()
         self.tokens = int(sums[5])
-        return {"sums": sums, "last": self.last, "timed": list(self.timed), "validated": self.validated}
+        return {"sums": sums, "last": self.last, "timed": list(self.timed), "validated": self.validated} | (
+            {"waiting": self.file.waiting} if self.file is not None and self.file.waiting else {}
+        )
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Back into the window in which `state` was taken; an empty state is a new run's."""
@@ -164,6 +185,8 @@ class Metrics:
             self.last, self.timed = dict(state["last"]), (state["timed"][0], state["timed"][1])
             self.validated = state["validated"]
             self.tokens = self.untimed = int(state["sums"][5])
+            if self.file is not None:
+                self.file.again(state.get("waiting", []))
 
     def write(self, window: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, the display and the trackers; a number that is not finite is written as null."""
@@ -171,8 +194,7 @@ class Metrics:
         self.last |= clean
         if self.file is None:
             return
-        self.file.write(json.dumps(clean) + "\n")
-        self.file.flush()
+        self.file.add(json.dumps(clean))
         self.show(dict(window))
         numbers = {key: value for key, value in clean.items() if key != "step" and value is not None}
         for tracker in self.trackers:

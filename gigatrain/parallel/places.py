@@ -85,4 +85,13 @@ class Piece:
         return Piece(tensor, Place(tuple(tensor.shape), (0,) * tensor.dim(), tuple(tensor.shape)), writes)
 
 
+@dataclass(frozen=True)
+class Replica:
+    """A live tensor of which every rank along `axes` holds the same bits."""
+
+    name: str
+    tensor: Tensor
+    axes: tuple[str, ...]
+
+
 State = dict[str, dict[str, Piece]]  # group (weights, optimizer, random) -> canonical name -> piece

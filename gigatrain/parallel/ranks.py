@@ -4,16 +4,18 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
 
-from gigatrain import config, errors
+from gigatrain import config, errors, leaving
 from gigatrain.errors import GigatrainError, RunError
+from gigatrain.parallel import meeting
 from gigatrain.parallel.agree import told
 from gigatrain.parallel.mesh import Mesh
-from gigatrain.parallel.spawn import COLLECTIVE_S
+from gigatrain.recovery.meeting import COLLECTIVE_S, interface
 
 TIMEOUT = datetime.timedelta(seconds=COLLECTIVE_S)
 
@@ -32,8 +34,8 @@ def world() -> tuple[int, int, int] | None:
 
 
 @contextlib.contextmanager
-def joined(axes: config.Mesh, ranks: int, device: str) -> Iterator[tuple[Mesh, torch.device]]:
-    """This process as one of `ranks`, with its device; the process group ends with the context.
+def joined(axes: config.Mesh, ranks: int, device: str, run: Path | None = None) -> Iterator[tuple[Mesh, torch.device]]:
+    """This process as one of `ranks`, with its device; the process group ends with the context. `run`: the folder that may hold the job's secret.
 
     Raises RunError where other processes were started than the plan has ranks, where one has no GPU of its own, where they do not find each other, and
     where another rank is gone.
@@ -58,21 +60,28 @@ def joined(axes: config.Mesh, ranks: int, device: str) -> Iterator[tuple[Mesh, t
     mine = not distributed.is_initialized()
     if mine:
         bound: dict[str, Any] = {"device_id": place} if device == "cuda" else {}
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         try:
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT, **bound)
-        except (RuntimeError, ValueError) as failure:  # torch's network errors are RuntimeErrors, a missing address is a ValueError
+            if name := interface(os.environ["MASTER_ADDR"]):  # where gloo listens; it would take what this machine's name means
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            met = meeting.store(rank, ranks, TIMEOUT, run)
+            distributed.init_process_group(backend, store=met, rank=rank, world_size=ranks, timeout=TIMEOUT, **bound)
+        except (RuntimeError, ValueError, KeyError, OSError) as failure:  # torch's network errors are RuntimeErrors
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             apart = RunError(
-                f"rank {rank} of {ranks} cannot meet the others at {where} (MASTER_ADDR:MASTER_PORT): {str(failure).splitlines()[0][:300]}; start all ranks "
+                f"rank {rank} of {ranks} cannot meet the others at {where} (MASTER_ADDR:MASTER_PORT): {_first_line(failure)}; start all ranks "
                 "with one address, and a port that is free there"
             )
             apart.transient = True
             raise apart from None
     try:
-        yield Mesh(axes, rank, place, int(os.environ.get("LOCAL_WORLD_SIZE", ranks))), place
+        with _leave_together(rank, ranks):
+            yield Mesh(axes, rank, place, int(os.environ.get("LOCAL_WORLD_SIZE", ranks))), place
     except RuntimeError as failure:
         if not _lost(failure):
             raise
+        if (here := leaving.here()) is not None and here.where == "start" and here.asked:
+            raise leaving.Left(here.signal or "") from None  # the other has left already
         lost = RunError(
             f"rank {rank} of {ranks} lost another rank, whose own message says why, or the network between them ({str(failure).splitlines()[0][:200]}); "
             "committed checkpoints are whole: go on with --resume"
@@ -82,6 +91,25 @@ def joined(axes: config.Mesh, ranks: int, device: str) -> Iterator[tuple[Mesh, t
     finally:
         if mine:
             distributed.destroy_process_group()
+
+
+def _first_line(failure: Exception) -> str:
+    said = f"{failure} is not set" if isinstance(failure, KeyError) else failure.strerror if isinstance(failure, OSError) else str(failure)
+    return (said or type(failure).__name__).splitlines()[0][:300]
+
+
+_met: list[int] = []
+
+
+def _leave_together(rank: int, ranks: int) -> contextlib.AbstractContextManager[None]:
+    """What one rank hears all hear, through the store of the process group: under keys of this attempt, and of this meeting."""
+    here = leaving.here()
+    if here is None:
+        return contextlib.nullcontext()
+    _met.append(rank)
+    attempt = "-".join(os.environ.get(name, "0") for name in ("GIGATRAIN_ATTEMPT", "TORCHELASTIC_RESTART_COUNT"))
+    store = distributed.PrefixStore(f"leave-{attempt}-{len(_met)}", distributed.distributed_c10d._get_default_store())
+    return here.among(store, rank, ranks)
 
 
 def _lost(failure: RuntimeError) -> bool:

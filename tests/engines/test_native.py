@@ -195,7 +195,8 @@ def test_a_non_finite_step_reaches_nothing_and_is_counted(tiny, precision, optim
 def test_the_longest_row_of_refused_steps_names_its_first(tiny):
     found = engine(tiny)
     for finite in (True, False, True, False, False, False, True, False, False):
-        found._count(torch.tensor(finite))
+        found.judge.verdict(torch.tensor(2.0), torch.tensor(1.0), torch.tensor(float(not finite)), torch.tensor(2.0))
+        found.judge.count()
     assert found.bad.tolist() == [6, 2, 3, 3]
 
 

@@ -89,7 +89,8 @@ def recording(engine):
 
 
 def state(engine):
-    found = [engine._bad, engine._updates, *engine.parameters.values(), *(engine._release.counts.values() if engine._release else ())]
+    judged = [x for x in vars(engine.judge).values() if isinstance(x, torch.Tensor)]
+    found = [*judged, *engine.parameters.values(), *(engine._release.counts.values() if engine._release else ())]
     for group in engine.groups:
         held = vars(group.bucket).values() if hasattr(group, "bucket") else (group.master.buffer, group.momentum_buffer.buffer)
         found += [x for x in held if x is not None]

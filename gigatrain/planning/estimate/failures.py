@@ -113,7 +113,7 @@ def _kinds(counts: Mapping[str, float], rules: Mapping[str, Kind]) -> tuple[Kind
 
 
 # Seconds to detect: ROBUST's table 3 (GPU lost 10 s, kernel fault 2 s, NIC 30 s, switch 60 s); a hang is found by the collectives' timeout, which is 10 minutes
-# in NCCL and in our ranks (parallel/spawn.py); a silent corruption by what it does to the loss, within hours (prior). Of what needs another node, GPU, memory
+# in NCCL and in our ranks (gigatrain/recovery); a silent corruption by what it does to the loss, within hours (prior). Of what needs another node, GPU, memory
 # and host do; a flapping link mostly does not (prior).
 RULES = {
     "gpu": Kind("gpu", 0, 10, 1),
