@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from gigatrain import floors
 from gigatrain.errors import RunError
 
 
@@ -32,6 +33,7 @@ def generate(
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder} is neither a run (run.json) nor an exported model (config.json)")
 
+    floors.versions()
     import torch
     import transformers
     from safetensors import SafetensorError

@@ -30,6 +30,7 @@ from gigatrain.errors import REQUEUE, RunError
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 UNWIND_S = 5.0  # what a main thread that waits in C gets to leave by itself
 PROMISES_S = 60.0  # until all ranks have promised; one that is stopped or gone is found by whoever waits for it in a collective, or here
+_AGAIN_S = 0.1  # between two tries
 _WAIT = datetime.timedelta(hours=1)  # of one wait for the store; then again
 _NOW, _NEVER = -1, 1 << 60  # promises of a rank that is at the start, or after
 
@@ -107,12 +108,13 @@ class Leaving:
 
     # ---- Who hears ----
 
-    def _arrived(self, number: int, _: FrameType | None) -> None:
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if number == signal.SIGINT and (self.where != "steps" or self.signal == "SIGINT"):
             raise KeyboardInterrupt
         self.signal = self.signal or name
-        if self._now or self.where == "after" or (self.where == "start" and self._store is None):
+        lost_nothing = self._now or self.where == "after" or (self.where == "start" and self._store is None)
+        if lost_nothing and not _importing(frame):
             self._raise()
 
     def _raise(self) -> None:
@@ -138,10 +140,17 @@ class Leaving:
 
     def _leave_now(self) -> None:
         """Have the main thread leave; if it does not, the process does."""
-        self._now = True
-        with contextlib.suppress(Exception):
-            signal.pthread_kill(self._main.ident or 0, signal.SIGUSR1)
-        threading.Thread(target=_end, name="gigatrain-leave", daemon=True).start()
+        if not self._now:
+            self._now = True
+            threading.Thread(target=self._end, name="gigatrain-leave", daemon=True).start()
+
+    def _end(self) -> None:
+        end = time.monotonic() + UNWIND_S
+        while time.monotonic() < end:
+            if not self._raised:
+                signal.pthread_kill(self._main.ident or 0, signal.SIGUSR1)
+            time.sleep(_AGAIN_S)
+        os._exit(REQUEUE)
 
     # ---- What ranks agree on ----
 
@@ -198,9 +207,13 @@ class Leaving:
                     raise
 
 
-def _end() -> None:
-    time.sleep(UNWIND_S)
-    os._exit(REQUEUE)
+def _importing(frame: FrameType | None) -> bool:
+    """Whether the main thread is within an import: torch's C++ calls Python there, and an exception of ours would abort the process."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 _here: list[Leaving] = []
@@ -228,7 +241,7 @@ def installed(*, last: bool = False) -> Iterator[Leaving]:
     finally:
         _here.clear()
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if (last or leaving.asked) and number != signal.SIGINT else handler)
+            signal.signal(number, signal.SIG_IGN if last and number != signal.SIGINT else handler)
         signal.set_wakeup_fd(wakes)
         os.close(end)
 

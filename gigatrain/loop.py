@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from gigatrain import engines, export, leaving, run
+from gigatrain import engines, export, floors, leaving, run
 from gigatrain.checkpoint import Checkpoints, Saving, fill, weights_sha256, write_text
 from gigatrain.data import build
 from gigatrain.data.loader import Batches, Validation
@@ -51,6 +51,7 @@ def train(
     `log`, which the command has opened, begins once the folder is this run's. Raises DataError, CheckpointError and RunError; whatever it raises,
     committed checkpoints are whole.
     """
+    floors.versions()
     log = log or Log(folder)
     with contextlib.ExitStack() as stack:
         asked = stack.enter_context(leaving.installed())

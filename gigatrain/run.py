@@ -5,13 +5,14 @@ import datetime
 import errno
 import fcntl
 import json
+import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from gigatrain import load
+from gigatrain import floors, load
 from gigatrain.checkpoint import Checkpoints, sync_folder, write_text
 from gigatrain.errors import CheckpointError, RunError
 from gigatrain.parallel import ranks
@@ -75,7 +76,7 @@ def opened(plan: Plan, folder: Path, start: Start) -> Iterator[tuple[Run, bool]]
         with _locked(folder):
             _move_aside(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        floors.private(folder)
         sync_folder(folder.parent)
     except OSError as failure:
         raise RunError(f"{folder} cannot be the run folder: {failure.strerror}; name another with --run") from None
@@ -179,7 +180,7 @@ def _move_aside(folder: Path) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     """One process a run folder; the lock goes with the process, however it ends."""
     try:
-        file = (folder / ".lock").open("a")
+        file = os.fdopen(os.open(folder / ".lock", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "a")
     except OSError as failure:
         raise RunError(f"{folder} cannot be written: {failure.strerror}; name another folder with --run") from None
     with file:

@@ -68,8 +68,10 @@ def at(phase: str, run: Path, cache: Path, pids: list[int]) -> bool:
     saves = [path.name for path in (run / "checkpoints").glob(".writing-*")] if run.exists() else []
     if phase == "boot":
         return bool(pids)
+    if not any("libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text() for pid in pids if os.path.exists(f"/proc/{pid}/maps")):
+        return False  # of the starts before this one
     if phase == "torch":
-        return any("libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text() for pid in pids if os.path.exists(f"/proc/{pid}/maps"))
+        return True
     if phase == "corpus":
         return any(cache.rglob("tokenizer*")) and not any(cache.rglob("manifest.json"))
     if phase == "build":
@@ -127,7 +129,12 @@ def tell(recipe: Path, run: Path, ranks: int, moment: str | float, chance: rando
     """Start the run, send one signal, and wait for its end; what came of it, and what it said."""
     began = len(reported(run))
     process = subprocess.Popen(
-        command(recipe, run, ranks), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL, start_new_session=True
+        command(recipe, run, ranks),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
     )
     end = time.monotonic() + (moment if isinstance(moment, float) else 120)
     while time.monotonic() < end and process.poll() is None:
@@ -179,7 +186,13 @@ def check(told: Told, run: Path, said: str) -> list[str]:
 
 
 def campaign(
-    recipe: Path, folder: Path, count: int, seed: int, choices: tuple[int, ...] = (1, 2, 3, 4), say: Callable[[str], None] = print, life_s: float = 9.0
+    recipe: Path,
+    folder: Path,
+    count: int,
+    seed: int,
+    choices: tuple[int, ...] = (1, 2, 3, 4),
+    say: Callable[[str], None] = print,
+    life_s: float = 9.0,
 ) -> list[Told]:
     """`count` signals over as many runs as that takes; AssertionError with the seed if anything does not hold."""
     chance = random.Random(seed)
@@ -190,7 +203,9 @@ def campaign(
         ranks = choices[number % len(choices)]
         number += 1
         if ranks not in expected:
-            ended = subprocess.run(command(recipe, folder / f"alone-{ranks}", ranks), capture_output=True, text=True, timeout=300, check=False)
+            ended = subprocess.run(
+                command(recipe, folder / f"alone-{ranks}", ranks), capture_output=True, text=True, timeout=300, check=False
+            )
             assert ended.returncode == 0, ended.stderr
             expected[ranks] = json.loads((folder / f"alone-{ranks}" / "summary.json").read_text())["weights_sha256"]
         run, cache = folder / f"run-{number}", folder / f"cache-{number}"
@@ -210,7 +225,9 @@ def campaign(
                 break
         ended = subprocess.run(command(mine, run, ranks), capture_output=True, text=True, timeout=300, check=False)
         assert ended.returncode == 0, f"seed {seed}: {ended.stdout[-2000:]}{ended.stderr[-2000:]}"
-        assert json.loads((run / "summary.json").read_text())["weights_sha256"] == expected[ranks], f"seed {seed}, run {number}: other weights"
+        assert json.loads((run / "summary.json").read_text())["weights_sha256"] == expected[ranks], (
+            f"seed {seed}, run {number}: other weights"
+        )
         assert (run / "export" / "config.json").is_file()
         assert not list((run / "checkpoints").glob(".writing-*"))
     return found
@@ -237,7 +254,10 @@ def main() -> None:
     print(f"seed {given.seed}", flush=True)
     found = campaign(recipe, folder, given.count, given.seed, tuple(map(int, given.ranks.split(","))), lambda line: print(line, flush=True))
     told = [one for one in found if one.code == REQUEUE]
-    print(f"{len(found)} signals: {dict(Counter(one.code for one in found))} by exit code; slowest {max(one.seconds for one in told):.1f} s; all resumed to equal weights")
+    slowest = max(one.seconds for one in told)
+    print(
+        f"{len(found)} signals, exit codes {dict(Counter(one.code for one in found))}; slowest {slowest:.1f} s; all resumed to equal weights"
+    )
     for phase in (*PHASES, "random"):
         of = [one for one in found if one.moment == phase or (phase == "random" and one.moment.endswith(" s"))]
         print(f"  {phase:11} {len(of):3} signals  codes {dict(Counter(one.code for one in of))}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gigatrain import load
+from gigatrain import floors, load
 from gigatrain.architectures import Architecture
 from gigatrain.config import Recipe
 from gigatrain.errors import CheckpointError, PlanError, RecipeError, RunError, SiteError
@@ -182,7 +182,8 @@ def launch(prepared: Prepared) -> Launched:
     try:
         for index, run in enumerate(prepared.runs):
             launch_folder = run / "launch"
-            launch_folder.mkdir(parents=True, exist_ok=True)
+            floors.private(run)
+            launch_folder.mkdir(exist_ok=True)
             (run / "logs").mkdir(exist_ok=True)
             one = made.model_copy(update={"run": str(run), "recipe": str(launch_folder / "recipe.json"), "sweep": 0})
             if made.sweep:

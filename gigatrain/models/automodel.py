@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils.checkpoint import checkpoint
 
-from gigatrain import foreign
+from gigatrain import floors, foreign
 from gigatrain.errors import PlanError, RecipeError
 from gigatrain.foreign import Head
 from gigatrain.kernels import cross_entropy
@@ -281,6 +281,7 @@ class Auto(nn.Module):
 def build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """The model on meta with fp32 parameters, and buffers as `from_pretrained` in `dtype` makes them; nothing in it draws random numbers."""
     foreign.refuse(config)
+    floors.versions()
     os.environ.setdefault("USE_HUB_KERNELS", "0")  # read when transformers is imported: kernels are code of others, downloaded
     import transformers
 
