@@ -12,13 +12,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 
 from gigatrain import engines, export, run
-from gigatrain.checkpoint import Checkpoints, fill, weights_sha256, write_text
+from gigatrain.checkpoint import Checkpoints, Intervals, Near, Timed, fill, weights_sha256, write_text
 from gigatrain.data import build
 from gigatrain.data.loader import Batches, Validation
 from gigatrain.engines import Engine, low
@@ -37,9 +37,10 @@ from gigatrain.optim import schedule
 from gigatrain.parallel import ranks
 from gigatrain.parallel.agree import agreed
 from gigatrain.parallel.mesh import Mesh
-from gigatrain.parallel.places import Piece
+from gigatrain.parallel.places import Piece, State
 from gigatrain.planning.plan import NARROW, Plan
 from gigatrain.power import account
+from gigatrain.power.control import stagger
 
 
 def train(
@@ -131,7 +132,13 @@ def _steps(
     reader, readers = mesh.data
     held = _held_out(plan, corpus, mesh, device)
     saves = Checkpoints(folder, run=this.id, plan_sha256=plan.identity, keep=plan.checkpoint.keep, mesh=mesh)
+    say = display.line if mesh.rank == 0 else lambda line: None
+    asked = plan.checkpoint
     with contextlib.ExitStack() as stack:
+        near = Near(asked.near, asked.near_copies, folder, run=this.id, plan_sha256=plan.identity, mesh=mesh, say=say)
+        stack.callback(near.close)
+        shift = stagger(this.id, asked.every) if plan.power.stagger and asked.every != "auto" else 0
+        intervals = Intervals(plan, mesh, say, shift=shift, near=near.off is None)
         batches = Batches(
             corpus,
             sequence=plan.sequence,
@@ -144,7 +151,7 @@ def _steps(
             device=device,
         )
         stack.callback(batches.close)
-        kept, power = _resume(saves, engine, batches, this, display) if resumes else ({}, {})
+        kept, power = _resume(saves, near, engine, batches, this, display) if resumes else ({}, {})
         if this.step == plan.steps and (folder / "summary.json").is_file():
             return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if mesh.rank == 0:
@@ -158,7 +165,7 @@ def _steps(
             plan.profile, folder, device, rank=mesh.rank, ranks=mesh.count, step=this.step, say=display.line, pulse=log.pulse
         )
         engine.trace = stack.enter_context(times)
-        budget = Budget(plan, this.id, energy, health, times, progress)
+        budget = Budget(plan, energy, health, times, progress, intervals.left)
         budget.load(power)
         before = this.elapsed_s
 
@@ -171,15 +178,19 @@ def _steps(
             energy.report(this.step, this.tokens, times)
             return leaves
 
-        def save(*, must: bool = False) -> None:
+        def save(tier: Literal["far", "near"] = "far", *, must: bool = False) -> None:
             health.check_bad(engine.bad.tolist(), lambda step: _samples(plan, batches, step))  # what is saved may be resumed
             metrics.sync()
             this.elapsed_s = before + time.monotonic() - began
             kept = metrics.state()
             this.tokens = metrics.tokens
             state = {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state()}
-            with times.phase("checkpoint"), progress.spent("checkpoint"), energy.during("checkpoint"):
-                _save(saves, this.step, plan, engine, state, display, must=must)
+            with times.phase("checkpoint"), progress.spent("checkpoint"), energy.during("checkpoint"), Timed() as timed:
+                if tier == "near":
+                    near.save(this.step, _tensors(plan, mesh, engine), state)
+                else:
+                    _save(saves, this.step, plan, engine, state, display, must=must)
+            intervals.saved(tier, this.step, timed.seconds, near.lag_s[-1] if tier == "near" and near.lag_s else 0.0)
 
         def validate() -> None:
             if held is not None and _validates_at(plan, this.step) and metrics.validated < this.step:
@@ -194,6 +205,8 @@ def _steps(
             validate()  # a signal may have come before it
         else:
             save(must=True)  # step 0: from here on, a kill at any moment leaves something to resume
+        near.begin()
+        intervals.begin(this.step)
         progress.add("steps", step=this.step)
         meet()
         energy.begin(this.step, this.tokens)
@@ -209,7 +222,7 @@ def _steps(
             update = engine.step(rate)
             this.advance()
             metrics.add(update)
-            reports, saving = this.step % plan.report.every == 0 or this.step == plan.steps, budget.saves_at(this.step)
+            reports, ends = this.step % plan.report.every == 0 or this.step == plan.steps, this.step == plan.steps
             if reports:
                 meet()
                 bad = metrics.report(this.step, rate, engine.bad, energy.figures)
@@ -219,12 +232,14 @@ def _steps(
                 progress.report(this.step, this.tokens, metrics.window_s)
                 energy.report(this.step, this.tokens, times)
                 budget.decide(this.step, this.tokens)
+                if intervals.report(metrics.window_s, metrics.window_steps):
+                    progress.add("saves", **intervals.summary())
             if _validates_at(plan, this.step):
                 validate()
                 metrics.clock.restart()
                 budget.stopped()
-            if saving and this.step < plan.steps and not health.wants_out:
-                save()
+            for tier in intervals.due(this.step) if not ends and not health.wants_out else ():
+                save(tier)
                 metrics.clock.restart()
                 budget.stopped()
         if device.type == "cuda":
@@ -232,6 +247,7 @@ def _steps(
         if unreported := metrics.clock.take_s():
             progress.report(this.step, this.tokens, sum(unreported))
         save(must=True)
+        near.finish()
         meet()
         energy.report(this.step, this.tokens, times, must=True)
         unvalidated = held is not None and metrics.validated < plan.steps  # a signal cut the last validation short
@@ -241,7 +257,7 @@ def _steps(
             display.line(f"{health.signal}: saved at step {this.step} of {plan.steps}; go on with --resume --run {folder}")
             return None
         this.elapsed_s, energy.complete = before, True
-        return _summary(plan, this, saves, corpus, metrics, mesh)
+        return _summary(plan, this, saves, corpus, metrics, mesh) | {"saving": intervals.summary() | near.summary()}
 
 
 _LESS = 'lower train.microbatch or train.sequence, or --set train.recompute=full; "gigatrain plan" shows what the run needs'
@@ -319,35 +335,44 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
         display.line(f"  verified fused kernels on {torch.cuda.get_device_name(device)}, error over what is allowed: {found}")
 
 
-def _resume(saves: Checkpoints, engine: Engine, batches: Batches, this: run.Run, display: Display) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fill everything from the newest whole checkpoint; says which ones were not whole. Returns what metrics and power budget kept."""
-    found, refused = saves.latest()
+def _resume(
+    saves: Checkpoints, near: Near, engine: Engine, batches: Batches, this: run.Run, display: Display
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fill everything from the newest step that is whole on either tier; says which ones were not whole. Returns what metrics and power budget kept."""
+    found, refused, why = near.latest(saves)
     for reason in refused:
         display.line(f"CHECKPOINT REFUSED: {reason}")
     random = _random_state(batches.device)
     state, live = found.state, {**engine.state(), "random": {name: Piece.whole(tensor) for name, tensor in random.items()}}
     batches.load(state["data"])
+    near.bring(found, live)
     fill(found, live)
     engine.restored()
     torch.set_rng_state(random["cpu"])
     if "cuda" in random:
         torch.cuda.set_rng_state(random["cuda"])
     this.load(state["run"])
-    display.line(f"resumed at step {this.step} from {found.folder}" + (" (an older one: the newer are damaged)" if refused else ""))
+    display.line(
+        f"resumed at step {this.step} from {found.folder}"
+        + (f" ({why})" if why else " (an older one: the newer are damaged)" if refused else "")
+    )
     return state["metrics"], state.get("power", {})
 
 
 def _save(saves: Checkpoints, step: int, plan: Plan, engine: Engine, state: dict[str, Any], display: Display, *, must: bool) -> None:
     """Save; a disk that refuses does not end the training, but the first and the last save of a process must succeed."""
     try:
-        random = {
-            name: Piece.whole(tensor, writes=saves.mesh.rank == 0) for name, tensor in _random_state(torch.device(plan.device)).items()
-        }
-        saves.save(step, {**engine.state(), "random": random}, state)
+        saves.save(step, _tensors(plan, saves.mesh, engine), state)
     except CheckpointError as failure:
         if must:
             raise
         display.line(f"CHECKPOINT NOT SAVED: {failure}; training goes on, the next try is at the next interval")
+
+
+def _tensors(plan: Plan, mesh: Mesh, engine: Engine) -> State:
+    """Everything that a checkpoint keeps as tensors, live."""
+    random = {name: Piece.whole(tensor, writes=mesh.rank == 0) for name, tensor in _random_state(torch.device(plan.device)).items()}
+    return {**engine.state(), "random": random}
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

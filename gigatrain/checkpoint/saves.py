@@ -96,7 +96,7 @@ class Checkpoints:
         metadata = {"format": "pt", "run": self.run, "step": str(step), "plan_sha256": self.plan_sha256}
         files, tensors = {}, {}
         for group, named in state.items():
-            mine = {name: piece for name, piece in named.items() if _is_written(piece)}
+            mine = {name: piece for name, piece in named.items() if is_written(piece)}
             if not mine:
                 continue
             file = f"{group}-{self.mesh.rank:05d}.safetensors"
@@ -135,7 +135,7 @@ class Checkpoints:
 
     def _check_space(self, state: State) -> None:
         """Whether all ranks' pieces fit."""
-        pieces = [piece.tensor for named in state.values() for piece in named.values() if _is_written(piece)]
+        pieces = [piece.tensor for named in state.values() for piece in named.values() if is_written(piece)]
         count = torch.tensor(sum(tensor.numel() * tensor.element_size() for tensor in pieces), device=self.mesh.device)
         need = int(self.mesh.sum(count)) + (1 << 20)
         with agreed(self.mesh, CheckpointError, str):
@@ -267,6 +267,6 @@ def _dealt(sizes: Mapping[str, int], mesh: Mesh) -> list[str]:
     return sorted(mine)
 
 
-def _is_written(piece: Piece) -> bool:
+def is_written(piece: Piece) -> bool:
     """An empty box is nobody's to write, an empty tensor is."""
     return piece.writes and (piece.tensor.numel() > 0 or 0 in piece.place.shape)
