@@ -366,6 +366,13 @@ class Checkpoint(Section):
         "the rate of failures, at least one an hour.",
     )
     keep: Count = Field(default=2, description="How many of the newest stay on disk.")
+    keep_every: Count | None = Field(
+        default=None, description="Checkpoints of steps that are multiples of it stay for good, beside the newest."
+    )
+    background: bool = Field(
+        default=True,
+        description="Processes beside the ranks write checkpoints while training goes on, from a copy in memory; false: training waits, and no copy is made.",
+    )
     near: str | None = Field(
         default=None,
         description="Folder of every node's own memory or NVMe (/dev/shm) where the newest steps are kept too, with copies at peer nodes; `{node}` in it is "

@@ -18,11 +18,11 @@ import torch
 from rich.console import Console
 
 from gigatrain import engines, export, run
-from gigatrain.checkpoint import Checkpoints, Intervals, Near, Timed, fill, weights_sha256, write_text
+from gigatrain.checkpoint import Checkpoints, Intervals, Near, Saving, Timed, fill, weights_sha256, write_text
 from gigatrain.data import build
 from gigatrain.data.loader import Batches, Validation
 from gigatrain.engines import Engine, low
-from gigatrain.errors import CheckpointError, DataError, RunError
+from gigatrain.errors import DataError, RunError
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
@@ -131,11 +131,11 @@ def _steps(
     engine = engines.make(plan, mesh, device, fresh=not resumes)
     reader, readers = mesh.data
     held = _held_out(plan, corpus, mesh, device)
-    saves = Checkpoints(folder, run=this.id, plan_sha256=plan.identity, keep=plan.checkpoint.keep, mesh=mesh)
-    say = display.line if mesh.rank == 0 else lambda line: None
     asked = plan.checkpoint
+    saves = Checkpoints(folder, run=this.id, plan_sha256=plan.identity, keep=asked.keep, keep_every=asked.keep_every, mesh=mesh)
+    say = display.line if mesh.rank == 0 else lambda line: None
     with contextlib.ExitStack() as stack:
-        near = Near(asked.near, asked.near_copies, folder, run=this.id, plan_sha256=plan.identity, mesh=mesh, say=say)
+        near = Near(asked.near, asked.near_copies, saves, say)
         stack.callback(near.close)
         shift = stagger(this.id, asked.every) if plan.power.stagger and asked.every != "auto" else 0
         intervals = Intervals(plan, mesh, say, shift=shift, near=near.off is None)
@@ -151,7 +151,7 @@ def _steps(
             device=device,
         )
         stack.callback(batches.close)
-        kept, power = _resume(saves, near, engine, batches, this, display) if resumes else ({}, {})
+        kept, power = _resume(near, engine, batches, this, display) if resumes else ({}, {})
         if this.step == plan.steps and (folder / "summary.json").is_file():
             return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if mesh.rank == 0:
@@ -167,10 +167,13 @@ def _steps(
         engine.trace = stack.enter_context(times)
         budget = Budget(plan, energy, health, times, progress, intervals.left)
         budget.load(power)
+        saving = stack.enter_context(Saving(saves, background=asked.background, say=display.line, tell=progress.add, sync=metrics.written))
+        early = plan.fp8 is not None or plan.fuses("release") or plan.engine.name != "native"  # may change what is saved within a backward
         before = this.elapsed_s
 
         def meet() -> bool:
-            budget.meet(energy.meet(health.agree([*energy.numbers(), *budget.numbers()])))
+            sums = health.agree([*energy.numbers(), *saving.numbers(), *budget.numbers()])
+            budget.meet(saving.meet(energy.meet(sums)))
             return health.wants_out
 
         def pause() -> bool:
@@ -180,17 +183,18 @@ def _steps(
 
         def save(tier: Literal["far", "near"] = "far", *, must: bool = False) -> None:
             health.check_bad(engine.bad.tolist(), lambda step: _samples(plan, batches, step))  # what is saved may be resumed
-            metrics.sync()
+            if must or tier == "near" or not saving.background:
+                metrics.sync()  # in the background the process that commits does it
             this.elapsed_s = before + time.monotonic() - began
             kept = metrics.state()
             this.tokens = metrics.tokens
             state = {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state()}
             with times.phase("checkpoint"), progress.spent("checkpoint"), energy.during("checkpoint"), Timed() as timed:
                 if tier == "near":
-                    near.save(this.step, _tensors(plan, mesh, engine), state)
+                    near.save(this.step, _state(engine, mesh, device), state)
                 else:
-                    _save(saves, this.step, plan, engine, state, display, must=must)
-            intervals.saved(tier, this.step, timed.seconds, near.lag_s[-1] if tier == "near" and near.lag_s else 0.0)
+                    saving.save(this.step, lambda: _state(engine, mesh, device), state, must=must)
+            intervals.saved(tier, this.step, timed.seconds, near.beside_s if tier == "near" else saving.totals.beside_s, must=must)
 
         def validate() -> None:
             if held is not None and _validates_at(plan, this.step) and metrics.validated < this.step:
@@ -217,7 +221,10 @@ def _steps(
             times.begin(this.step)
             with times.phase("data"):
                 batch = next(batches)
+            if early:
+                saving.before_change()
             engine.forward_backward(batch)
+            saving.before_change()
             rate = schedule.rate(plan.schedule, this.step, plan.steps)
             update = engine.step(rate)
             this.advance()
@@ -257,7 +264,7 @@ def _steps(
             display.line(f"{health.signal}: saved at step {this.step} of {plan.steps}; go on with --resume --run {folder}")
             return None
         this.elapsed_s, energy.complete = before, True
-        return _summary(plan, this, saves, corpus, metrics, mesh) | {"saving": intervals.summary() | near.summary()}
+        return _summary(plan, this, saves, saving, corpus, metrics, mesh) | {"saving": intervals.summary() | near.summary()}
 
 
 _LESS = 'lower train.microbatch or train.sequence, or --set train.recompute=full; "gigatrain plan" shows what the run needs'
@@ -335,11 +342,9 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
         display.line(f"  verified fused kernels on {torch.cuda.get_device_name(device)}, error over what is allowed: {found}")
 
 
-def _resume(
-    saves: Checkpoints, near: Near, engine: Engine, batches: Batches, this: run.Run, display: Display
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _resume(near: Near, engine: Engine, batches: Batches, this: run.Run, display: Display) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fill everything from the newest step that is whole on either tier; says which ones were not whole. Returns what metrics and power budget kept."""
-    found, refused, why = near.latest(saves)
+    found, refused, why = near.latest()
     for reason in refused:
         display.line(f"CHECKPOINT REFUSED: {reason}")
     random = _random_state(batches.device)
@@ -359,19 +364,9 @@ def _resume(
     return state["metrics"], state.get("power", {})
 
 
-def _save(saves: Checkpoints, step: int, plan: Plan, engine: Engine, state: dict[str, Any], display: Display, *, must: bool) -> None:
-    """Save; a disk that refuses does not end the training, but the first and the last save of a process must succeed."""
-    try:
-        saves.save(step, _tensors(plan, saves.mesh, engine), state)
-    except CheckpointError as failure:
-        if must:
-            raise
-        display.line(f"CHECKPOINT NOT SAVED: {failure}; training goes on, the next try is at the next interval")
-
-
-def _tensors(plan: Plan, mesh: Mesh, engine: Engine) -> State:
-    """Everything that a checkpoint keeps as tensors, live."""
-    random = {name: Piece.whole(tensor, writes=mesh.rank == 0) for name, tensor in _random_state(torch.device(plan.device)).items()}
+def _state(engine: Engine, mesh: Mesh, device: torch.device) -> State:
+    """What a checkpoint keeps of this rank's tensors."""
+    random = {name: Piece.whole(tensor, writes=mesh.rank == 0) for name, tensor in _random_state(device).items()}
     return {**engine.state(), "random": random}
 
 
@@ -423,7 +418,9 @@ def _samples(plan: Plan, batches: Batches, step: int) -> str:
     return "".join(f"\n    {name}" for name in names[:8]) + (f"\n    and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _summary(plan: Plan, this: run.Run, saves: Checkpoints, corpus: build.Corpus, metrics: Metrics, mesh: Mesh) -> dict[str, Any]:
+def _summary(
+    plan: Plan, this: run.Run, saves: Checkpoints, saving: Saving, corpus: build.Corpus, metrics: Metrics, mesh: Mesh
+) -> dict[str, Any]:
     """The numbers that a run is judged by; the README says what each is. Of other ranks than 0 it is empty."""
     if mesh.rank:
         return {}
@@ -445,6 +442,7 @@ def _summary(plan: Plan, this: run.Run, saves: Checkpoints, corpus: build.Corpus
         "parameters": plan.parameters,
         "bad_steps": last.get("bad_steps"),
         "resumes": this.resumes,
+        "checkpoint": saving.totals.json(),
         "weights_sha256": weights_sha256(saves.found(this.step)),
         "peak_bytes": torch.cuda.max_memory_allocated() if plan.device == "cuda" else None,
         "device": torch.cuda.get_device_name() if plan.device == "cuda" else "cpu",

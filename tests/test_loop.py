@@ -229,7 +229,7 @@ def test_killed_inside_a_save_the_run_ends_bitwise_equal(tiny, undisturbed, tmp_
             fsync(descriptor)
 
         os.fsync = counted
-        trained(tiny, folder, start="new")
+        trained(tiny, folder, "checkpoint.background=false", start="new")
 
     assert waited(in_child(dying)) == -signal.SIGKILL
     summary = trained(tiny, folder, start="resume")
@@ -473,11 +473,11 @@ def test_a_save_that_fails_on_the_way_does_not_end_the_run_but_the_last_must_suc
         return write(self, folder, step, tensors, state)
 
     monkeypatch.setattr(Checkpoints, "_write", full)
-    summary = trained(tiny, tmp_path / "run")
+    summary = trained(tiny, tmp_path / "run", "checkpoint.background=false")
     assert summary["weights_sha256"] == undisturbed[1]["weights_sha256"]
     fails.add(12)
     with pytest.raises(CheckpointError, match="step 12 could not be saved.*ENOSPC"):
-        trained(tiny, tmp_path / "other")
+        trained(tiny, tmp_path / "other", "checkpoint.background=false")
     assert run.checkpoints(tmp_path / "other").latest()[0].step == 9
 
 

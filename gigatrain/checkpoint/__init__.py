@@ -12,7 +12,10 @@ A save writes everything under a temporary name, syncs it, renames the folder, a
                                       of every tensor dtype, whole shape, and the boxes it lies in: file, start, size
         COMMITTED                     SHA-256 of manifest.json
 
-Saving and loading are collective. Every rank writes its own pieces; rank 0 makes the folder, joins the records into the manifest, renames and commits. What
+Saves come in two forms that make the same bytes. In one piece (saves.py), when a run begins, ends or is told to leave: saving, like loading, is collective. In
+the background (saving.py, background.py): the state is copied at the step's end, and a process beside each rank writes it (writing.py) while training goes on.
+
+Every rank writes its own pieces; rank 0 makes the folder, joins the records into the manifest, renames and commits. What
 fails on one rank fails on all, with one message. A load checks marker, manifest, run, every size and every hash (each file by one rank) before a tensor is
 used; what fails is named and the one before it is taken. A piece is then put together from every stored box that meets it, so that ranks, mesh and engine of
 the save need not be those of the load. Tensors are safetensors, the rest is JSON: opening a checkpoint executes nothing.
@@ -20,11 +23,13 @@ the save need not be those of the load. Tensors are safetensors, the rest is JSO
 Steps that nodes keep in their own memory are near.py's and folder.py's; when there is a save, on either tier, is intervals.py's.
 """
 
+from gigatrain.checkpoint.background import Outcome, Staged, Writer
 from gigatrain.checkpoint.files import file_sha256, sync_folder, write_tensors, write_text
 from gigatrain.checkpoint.intervals import Intervals, Timed
 from gigatrain.checkpoint.near import Near
 from gigatrain.checkpoint.reshard import fill
 from gigatrain.checkpoint.saves import Checkpoints
+from gigatrain.checkpoint.saving import Saving
 from gigatrain.checkpoint.table import Box, Files, Found, Stored, Tensors, weights_sha256
 
 __all__ = [
@@ -34,9 +39,13 @@ __all__ = [
     "Found",
     "Intervals",
     "Near",
+    "Outcome",
+    "Saving",
+    "Staged",
     "Stored",
     "Tensors",
     "Timed",
+    "Writer",
     "file_sha256",
     "fill",
     "sync_folder",

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gigatrain.checkpoint import writing
 
 NAMES = {
     torch.float64: "F64",
@@ -25,11 +26,10 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 _PIECE = 1 << 26  # bytes that leave the device at a time
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Write a safetensors file piece by piece, hashing as it goes; returns {"bytes", "sha256"}.
+def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    """What a safetensors file of these tensors begins with, and how many bytes of tensors follow, end to end.
 
-    The format (github.com/huggingface/safetensors): u64 header length, JSON header, tensors end to end. The library's own writer needs all
-    bytes in memory at once and leaves the hash to a second read.
+    The format (github.com/huggingface/safetensors): u64 header length, JSON header, tensors.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -39,42 +39,37 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("xb") as file:
-        for piece in (struct.pack("<Q", len(text)), text):
-            file.write(piece)
-            digest.update(piece)
+    return struct.pack("<Q", len(text)) + text, offset
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Write a safetensors file piece by piece, hashing as it goes; returns {"bytes", "sha256"}.
+
+    The library's own writer needs all bytes in memory at once and leaves the hash to a second read.
+    """
+
+    def pieces() -> Iterator[Any]:
+        yield header_of(tensors, metadata)[0]
         for tensor in tensors.values():
-            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-            for part in flat.split(_PIECE):
-                piece = part.cpu().numpy().data
-                file.write(piece)
-                digest.update(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": 8 + len(text) + offset, "sha256": digest.hexdigest()}
+            for part in flat(tensor).split(_PIECE):
+                yield part.cpu().numpy().data
+
+    return writing.write_file(str(path), pieces())
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A tensor's bytes in order; a copy where it is not contiguous."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def write_text(path: Path, text: str) -> dict[str, Any]:
-    """Write a small file so that it is whole or absent: temporary name, sync, rename, sync of the folder."""
-    data = text.encode()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    """Write a small file so that it is whole or absent: temporary name, sync, rename, sync of the folder; returns {"bytes", "sha256"}."""
+    return writing.write_text(str(path), text)
 
 
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    writing.sync_folder(str(folder))
 
 
 def file_sha256(path: Path) -> str:

@@ -281,10 +281,11 @@ def opened(path: Path) -> Iterator[BufferedReader]:
     except OSError as failure:
         said = "is a symbolic link" if failure.errno == errno.ELOOP else f"cannot be read: {failure.strerror}"
         raise CheckpointError(f"{path} {said}") from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != _me():
+        os.close(descriptor)
+        raise CheckpointError(f"{path} is no file of ours")
     with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != _me():
-            raise CheckpointError(f"{path} is no file of ours")
         yield file
 
 

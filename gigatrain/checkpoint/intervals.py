@@ -35,7 +35,7 @@ class Intervals:
         self._stalled: dict[str, list[float]] = {"far": [], "near": []}
         self._beside: dict[str, list[float]] = {"far": [], "near": []}
         self._window = (0, 0.0)  # steps and seconds of the windows of this process
-        self._new = False
+        self._new = self._must = False
         self._told: tuple[int, int] | None = None
 
     def begin(self, step: int) -> None:
@@ -64,9 +64,14 @@ class Intervals:
             return max(0, self.last[tier] + self.every[tier] - step)
         return -(step + (self.shift if tier == "far" else 0)) % self.every[tier]
 
-    def saved(self, tier: str, step: int, stall_s: float, beside_s: float = 0.0) -> None:
-        """A save was taken: what it held up the steps for, and for how long it was (or the one before it was) written beside them."""
+    def saved(self, tier: str, step: int, stall_s: float, beside_s: float = 0.0, *, must: bool = False) -> None:
+        """A save was taken: what it held up the steps for, and for how long those before it were written beside them. One that `must` be, which has no
+        background, tells what a save costs until another does."""
         self.last[tier], self._new = step, True
+        if not must and self._must:
+            self._stalled["far"].clear()
+            self._beside["far"].clear()
+        self._must = must
         self._stalled[tier].append(stall_s)
         self._beside[tier].append(beside_s)
 

@@ -24,22 +24,22 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from gigatrain.checkpoint.files import NAMES, write_tensors, write_text
-from gigatrain.checkpoint.folder import Folder, Part, joined, opened
+from gigatrain.checkpoint.files import write_tensors, write_text
+from gigatrain.checkpoint.folder import FORMAT, Folder, Part, joined, opened
 from gigatrain.checkpoint.reshard import meets
-from gigatrain.checkpoint.saves import Checkpoints, is_written
+from gigatrain.checkpoint.saves import Checkpoints
 from gigatrain.checkpoint.table import Found, table_of
 from gigatrain.errors import CheckpointError
 from gigatrain.parallel.agree import agreed, gathered, told
 from gigatrain.parallel.mesh import Mesh
-from gigatrain.parallel.places import Place, State
+from gigatrain.parallel.places import State
 from gigatrain.parallel.ranks import TIMEOUT
 
 MOST_FAILURES = 3  # near saves in a row that may fail before the tier is given up
 _PIECE = 1 << 26  # bytes of a message
 _ATTEMPT = re.compile(r"[0-9a-f]{12}")
 
-Staged = dict[str, dict[str, tuple[Tensor, Place]]]
+Tensors = dict[str, dict[str, Tensor]]  # by file and name
 
 
 def destinations(rank: int, ranks: int, node: int, copies: int) -> list[int]:
@@ -64,19 +64,10 @@ def sources(rank: int, ranks: int, node: int, copies: int) -> list[int]:
 class Near:
     """The near tier of a run. Collective, but where it says otherwise; `off` says why there is none (any more), and every call then does nothing."""
 
-    def __init__(
-        self,
-        near: str | None,
-        copies: int,
-        folder: Path,
-        *,
-        run: str,
-        plan_sha256: str,
-        mesh: Mesh,
-        say: Callable[[str], None],
-    ) -> None:
-        """`near`: where, None: there is none. `say` tells the user, on rank 0."""
-        self.mesh, self.say, self.run_folder = mesh, say, folder
+    def __init__(self, near: str | None, copies: int, saves: Checkpoints, say: Callable[[str], None]) -> None:
+        """`near`: where, None: there is none. `saves`: the run's checkpoints. `say` tells the user, on rank 0."""
+        mesh = saves.mesh
+        self.saves, self.mesh, self.say, self.run_folder = saves, mesh, say, saves.folder.parent
         self.node, local = divmod(mesh.rank, mesh.node)
         self.leads = local == 0
         self.copies = min(copies, -(-mesh.count // mesh.node) - 1)
@@ -92,11 +83,11 @@ class Near:
         self._thread: threading.Thread | None = None
         self._failed: str | None = None
         self._full = False
-        self._buffers: dict[str, dict[str, Tensor]] = {}
+        self._buffers: dict[tuple[str, str], Tensor] = {}
         self._groups: dict[int, distributed.ProcessGroup] | None = None
         self._sizes: list[int] = []
         self._chosen: dict[int, list[int]] | None = None  # of the step that is being loaded: origin -> ranks whose node has its part
-        self.folder = Folder(near or "/", run=run, node=self.node, plan_sha256=plan_sha256, run_folder=folder)
+        self.folder = Folder(near or "/", run=saves.run, node=self.node, plan_sha256=saves.plan_sha256, run_folder=self.run_folder)
         if self.off is None:
             self._open()
 
@@ -138,17 +129,17 @@ class Near:
         if self.off is not None:
             return
         began = time.monotonic()
-        mine = {group: {name: piece for name, piece in named.items() if is_written(piece)} for group, named in state.items()}
+        files, table = self.saves.share(state)
         if not self._sizes:
-            self.part_bytes = sum(piece.tensor.numel() * piece.tensor.element_size() for named in mine.values() for piece in named.values())
+            self.part_bytes = sum(tensor.numel() * tensor.element_size() for named in files.values() for tensor in named.values())
             self._sizes = told(self.mesh, gathered(self.mesh, self.part_bytes))
             self._groups = _pairs(self.mesh, self.copies)
         if not self._ready(step):
             return
-        staged = self._staged(mine)
+        staged = self._staged(files)
         self._started, self._failed = (step, self.attempt), None
         extra = dict(extra) if self.mesh.rank == 0 else {}
-        self._thread = threading.Thread(target=self._keep, args=(step, staged, extra), name="near", daemon=True)
+        self._thread = threading.Thread(target=self._keep, args=(step, staged, table, extra), name="near", daemon=True)
         self._thread.start()
         self.stall_s.append(time.monotonic() - began)
 
@@ -191,29 +182,26 @@ class Near:
         kept = self._started if self._started is not None and self._failed is None else self._kept
         return self.folder.free_bytes() + self.folder.freed_bytes(*([kept] if kept else []), (step, self.attempt)) >= need
 
-    def _staged(self, mine: State) -> Staged:
+    def _staged(self, files: Tensors) -> Tensors:
         """Copies in host memory, in buffers that are used again: pinned where the pieces are on a GPU, so that the copies run at the link's rate."""
-        staged: Staged = {}
-        for group, named in mine.items():
-            kept = self._buffers.setdefault(group, {})
-            staged[group] = {}
-            for name, piece in named.items():
-                tensor = piece.tensor.detach()
-                if name not in kept:
-                    kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-                kept[name].copy_(tensor, non_blocking=True)
-                staged[group][name] = (kept[name], piece.place)
+        staged: Tensors = {}
+        for file, named in files.items():
+            staged[file] = {}
+            for name, tensor in named.items():
+                if (file, name) not in self._buffers:
+                    self._buffers[file, name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+                staged[file][name] = self._buffers[file, name].copy_(tensor.detach(), non_blocking=True)
         if self.mesh.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         return staged
 
-    def _keep(self, step: int, staged: Staged, extra: Mapping[str, Any]) -> None:
+    def _keep(self, step: int, staged: Tensors, table: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """In a thread: this rank's files, then the exchange. Not collective beyond its pairs; it fails by itself, and says so at the next near save."""
         began, folder = time.monotonic(), self.folder.step(step, self.attempt)
         text: bytes | None = None
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
-            text = self._write(folder, step, staged, extra)
+            text = self._write(folder, step, staged, table, extra)
         except (OSError, CheckpointError) as failure:
             self._fails(folder, failure)
         try:
@@ -228,29 +216,14 @@ class Near:
         self._failed = self._failed or _words(folder, failure)
         self._full = self._full or (isinstance(failure, OSError) and failure.errno in (28, 122))  # ENOSPC, EDQUOT
 
-    def _write(self, folder: Path, step: int, staged: Staged, extra: Mapping[str, Any]) -> bytes:
-        rank = self.mesh.rank
+    def _write(self, folder: Path, step: int, staged: Tensors, table: Mapping[str, Any], extra: Mapping[str, Any]) -> bytes:
         about = {"run": self.folder.run, "plan_sha256": self.folder.plan_sha256, "step": step, "attempt": self.attempt}
-        files: dict[str, Any] = {}
-        tensors: dict[str, Any] = {}
-        for group, named in staged.items():
-            if not named:
-                continue
-            file = f"{group}-{rank:05d}.safetensors"
-            metadata = {"format": "pt"} | {key: str(value) for key, value in about.items()}
-            files[file] = write_tensors(folder / file, {name: tensor for name, (tensor, _) in named.items()}, metadata)
-            tensors[group] = {
-                name: {
-                    "dtype": NAMES[tensor.dtype],
-                    "shape": place.shape,
-                    "pieces": [{"file": file, "start": place.start, "size": place.size}],
-                }
-                for name, (tensor, place) in named.items()
-            }
-        if rank == 0:
+        metadata = {"format": "pt"} | {key: str(value) for key, value in about.items()}
+        files = {file: write_tensors(folder / file, tensors, metadata) for file, tensors in staged.items()}
+        if self.mesh.rank == 0:
             files["state.json"] = write_text(folder / "state.json", json.dumps(extra, sort_keys=True))
-        manifest = about | {"format": 1, "rank": rank, "ranks": self.mesh.count, "files": files, "tensors": tensors}
-        return self.folder.commit(folder, manifest)
+        ranked = {"format": FORMAT, "rank": self.mesh.rank, "ranks": self.mesh.count}
+        return self.folder.commit(folder, about | ranked | {"files": files, "tensors": table})
 
     def _exchange(self, folder: Path, step: int, text: bytes | None) -> None:
         """Send this rank's part to its peers, and keep theirs, hashed as they come."""
@@ -312,6 +285,11 @@ class Near:
         self._wait(5.0)
         self.folder.release(remove=False)
 
+    @property
+    def beside_s(self) -> float:
+        """What a near save takes beside training, mean."""
+        return sum(self.lag_s) / len(self.lag_s) if self.lag_s else 0.0
+
     def summary(self) -> dict[str, Any]:
         """What summary.json says of the tier, of this rank."""
         if not self.stall_s:
@@ -321,7 +299,7 @@ class Near:
                 "saves": len(self.stall_s),
                 "skipped": self.skipped,
                 "stall_s": round(sum(self.stall_s) / len(self.stall_s), 6),
-                "beside_s": round(sum(self.lag_s) / max(1, len(self.lag_s)), 6),
+                "beside_s": round(self.beside_s, 6),
                 "bytes": self.part_bytes,
                 "copies": self.copies,
             }
@@ -329,16 +307,16 @@ class Near:
 
     # Resuming
 
-    def latest(self, saves: Checkpoints) -> tuple[Found, list[str], str]:
+    def latest(self) -> tuple[Found, list[str], str]:
         """The newest step that is whole over all tiers, what is damaged of newer ones, and why it is that one; `bring` then fetches what a node lacks."""
         if self.off is not None:
-            found, refused = saves.latest()
+            found, refused = self.saves.latest()
             return found, refused, ""
         candidates, refused, lacking = self._candidates()
-        shared = told(self.mesh, max(saves.steps(), default=-1) if self.mesh.rank == 0 else None)
+        shared = told(self.mesh, max(self.saves.steps(), default=-1) if self.mesh.rank == 0 else None)
         if candidates and candidates[0]["step"] >= shared and (found := self._first(candidates, refused, shared)):
             return found, refused, self._why(found, f"the shared file system's newest is step {shared}")
-        found, more = saves.latest()
+        found, more = self.saves.latest()
         refused += more
         left = [one for one in candidates if one["step"] >= found.step]
         if more and left and (near := self._first(left, refused, found.step)):

@@ -1,7 +1,6 @@
 """The checkpoints of a run: saved, committed, pruned, found again."""
 
 import contextlib
-import errno
 import functools
 import hashlib
 import heapq
@@ -9,14 +8,16 @@ import json
 import operator
 import os
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from gigatrain.checkpoint.files import NAMES, file_sha256, sync_folder, write_tensors, write_text
+from gigatrain.checkpoint import writing
+from gigatrain.checkpoint.background import Writer
+from gigatrain.checkpoint.files import NAMES, file_sha256, write_tensors, write_text
 from gigatrain.checkpoint.table import Found, table_of
 from gigatrain.errors import CheckpointError
 from gigatrain.parallel.agree import agreed, gathered, told
@@ -24,7 +25,6 @@ from gigatrain.parallel.mesh import Mesh, alone
 from gigatrain.parallel.places import Piece, State
 
 FORMAT = 2  # 1: whole tensors, one file a group
-_STEP = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(r"[a-z_]+-\d{5,}\.safetensors|state\.json")  # a manifest names nothing outside its folder
 
 
@@ -34,9 +34,12 @@ class Checkpoints:
     `save` and `latest` are collective.
     """
 
-    def __init__(self, folder: Path, *, run: str, plan_sha256: str, keep: int, mesh: Mesh | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, run: str, plan_sha256: str, keep: int, keep_every: int | None = None, mesh: Mesh | None = None
+    ) -> None:
+        """`keep`: how many of the newest stay; `keep_every`: multiples of so many steps stay for good."""
         self.folder = folder / "checkpoints"
-        self.run, self.plan_sha256, self.keep = run, plan_sha256, keep
+        self.run, self.plan_sha256, self.keep, self.keep_every = run, plan_sha256, keep, keep_every or 0
         self.mesh = mesh or alone()
         self._first = self.mesh.rank == 0
         self._whole: set[int] = set()  # steps that this run's processes wrote or checked
@@ -53,55 +56,45 @@ class Checkpoints:
         try:
             with self._agreed(step):
                 if self._first:
-                    self._clear(temporary, final)
-                    temporary.mkdir()
+                    if temporary.exists():
+                        writing.remove(str(temporary))
+                    writing.prepare(str(self.folder), str(temporary), str(final))
             self._check_space(state)
             with self._agreed(step):
                 record = self._write(temporary, step, state, extra)
             records = gathered(self.mesh, record)
             with self._agreed(step):
                 if self._first:
-                    self._commit(temporary, final, step, records)
+                    writing.commit(str(self.folder), str(temporary), str(final), self.manifest(step) | writing.join(records))
         except Exception:
             if self._first:
-                shutil.rmtree(temporary, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    writing.remove(str(temporary))
             raise
-        self._whole.add(step)
+        self.committed(step)
         if self._first:
-            self._prune(step)
+            writing.prune(str(self.folder), step, self.keep, self.keep_every)
         return final
-
-    def _agreed(self, step: int) -> contextlib.AbstractContextManager[None]:
-        return agreed(self.mesh, CheckpointError, functools.partial(self._unsaved, step))
-
-    def _unsaved(self, step: int, failure: Exception) -> str:
-        if isinstance(failure, CheckpointError):
-            return str(failure)
-        found = f"{type(failure).__name__}, {failure}"
-        if isinstance(failure, OSError):
-            found = f"{errno.errorcode.get(failure.errno or 0, 'error')}, {failure.strerror}"
-        return f"step {step} could not be saved in {self.folder}: {found}; earlier ones are untouched"
-
-    def _clear(self, *folders: Path) -> None:
-        """Make room under names that a killed save, or a checkpoint that was refused, left behind."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        sync_folder(self.folder.parent)
-        for folder in folders:
-            (folder / "COMMITTED").unlink(missing_ok=True)
-            if folder.exists():
-                shutil.rmtree(folder)
 
     def _write(self, folder: Path, step: int, state: State, extra: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's files; returns what the manifest says of them."""
-        metadata = {"format": "pt", "run": self.run, "step": str(step), "plan_sha256": self.plan_sha256}
-        files, tensors = {}, {}
+        tensors, table = self.share(state)
+        files = {file: write_tensors(folder / file, *held) for file, held in self._headed(tensors, step).items()}
+        if self._first:
+            files["state.json"] = write_text(folder / "state.json", state_text(extra))
+        return {"files": files, "tensors": table}
+
+    def share(self, state: State) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """What this rank writes of a state: tensors by file, and what a manifest says of each."""
+        files: dict[str, dict[str, Tensor]] = {}
+        tensors: dict[str, Any] = {}
         for group, named in state.items():
-            mine = {name: piece for name, piece in named.items() if is_written(piece)}
+            mine = {name: piece for name, piece in named.items() if _is_written(piece)}
             if not mine:
                 continue
             file = f"{group}-{self.mesh.rank:05d}.safetensors"
             assert _FILE.fullmatch(file)
-            files[file] = write_tensors(folder / file, {name: piece.tensor for name, piece in mine.items()}, metadata)
+            files[file] = {name: piece.tensor for name, piece in mine.items()}
             tensors[group] = {
                 name: {
                     "dtype": NAMES[piece.tensor.dtype],
@@ -110,58 +103,79 @@ class Checkpoints:
                 }
                 for name, piece in mine.items()
             }
-        if self._first:
-            files["state.json"] = write_text(folder / "state.json", json.dumps(extra, indent=1, sort_keys=True))
-        return {"files": files, "tensors": tensors}
+        return files, tensors
 
-    def _commit(self, temporary: Path, final: Path, step: int, records: list[dict[str, Any]]) -> None:
-        """Join the ranks' records, and make the folder a checkpoint."""
-        files: dict[str, Any] = {}
-        tensors: dict[str, dict[str, Any]] = {}
-        for record in records:
-            files |= record["files"]
-            for group, named in record["tensors"].items():
-                for name, entry in named.items():
-                    known = tensors.setdefault(group, {}).setdefault(name, entry | {"pieces": []})
-                    assert (known["dtype"], known["shape"]) == (entry["dtype"], entry["shape"]), f"ranks differ on {name}"
-                    known["pieces"] += entry["pieces"]
-        manifest = {"format": FORMAT, "run": self.run, "plan_sha256": self.plan_sha256, "step": step, "ranks": self.mesh.count}
-        manifest |= {"files": files, "tensors": tensors}
-        table_of(manifest)  # a gap, or a box that two ranks wrote, would make it useless
-        written = write_text(temporary / "manifest.json", json.dumps(manifest, sort_keys=True))
-        temporary.rename(final)
-        sync_folder(self.folder)
-        write_text(final / "COMMITTED", written["sha256"])
+    def _headed(self, files: Mapping[str, Mapping[str, Tensor]], step: int) -> dict[str, tuple[Mapping[str, Tensor], Mapping[str, str]]]:
+        metadata = {"format": "pt", "run": self.run, "step": str(step), "plan_sha256": self.plan_sha256}
+        return {file: (tensors, metadata) for file, tensors in files.items()}
+
+    def begin(
+        self, writer: Writer, token: str, step: int, state: State, extra: Mapping[str, Any], need_bytes: int, sync: Sequence[Path]
+    ) -> None:
+        """Stage this rank's share for `writer`, which goes on alone, whatever the other ranks' do. `token`: the same on all ranks, and never again.
+
+        Not collective, and not committed: the outcome of rank 0's writer is the save's. `sync`: files that are made durable before the commit. Raises
+        CheckpointError where this rank has no memory for it or no process.
+        """
+        files, tensors = self.share(state)
+        writer.write(
+            writer.stage(self._headed(files, step)),
+            self.folder / f"step-{step:08d}",
+            temporary=f".writing-{step:08d}-{token}",
+            rank=self.mesh.rank,
+            ranks=self.mesh.count,
+            texts={"state.json": state_text(extra)} if self._first else {},
+            tensors=tensors,
+            sync=[str(path) for path in sync],
+            manifest=self.manifest(step),
+            need_bytes=need_bytes,
+            keep=self.keep,
+            keep_every=self.keep_every,
+        )
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """What a manifest says beside files and tensors."""
+        return {"format": FORMAT, "run": self.run, "plan_sha256": self.plan_sha256, "step": step, "ranks": self.mesh.count}
+
+    def committed(self, step: int) -> None:
+        """This run's processes made a step's checkpoint."""
+        self._whole.add(step)
+
+    def has(self, step: int) -> bool:
+        """Whether this run's processes made or checked a step's checkpoint."""
+        return step in self._whole
+
+    def _agreed(self, step: int) -> contextlib.AbstractContextManager[None]:
+        return agreed(self.mesh, CheckpointError, functools.partial(self.unsaved, step))
+
+    def unsaved(self, step: int, failure: Exception | str) -> str:
+        """Why a step was not saved, in words."""
+        if isinstance(failure, (CheckpointError, writing.Refused)):
+            return str(failure)
+        if isinstance(failure, str) and failure.endswith("untouched"):
+            return failure
+        found = failure if isinstance(failure, str) else writing.described(failure)
+        return f"step {step} could not be saved in {self.folder}: {found}; earlier ones are untouched"
+
+    def need_bytes(self, state: State) -> int:
+        """Bytes of all ranks' pieces. Collective."""
+        pieces = [piece.tensor for named in state.values() for piece in named.values() if _is_written(piece)]
+        count = torch.tensor(sum(tensor.numel() * tensor.element_size() for tensor in pieces), device=self.mesh.device)
+        return int(self.mesh.sum(count))
 
     def _check_space(self, state: State) -> None:
         """Whether all ranks' pieces fit."""
-        pieces = [piece.tensor for named in state.values() for piece in named.values() if is_written(piece)]
-        count = torch.tensor(sum(tensor.numel() * tensor.element_size() for tensor in pieces), device=self.mesh.device)
-        need = int(self.mesh.sum(count)) + (1 << 20)
+        need = self.need_bytes(state)
         with agreed(self.mesh, CheckpointError, str):
-            free = shutil.disk_usage(self.folder).free if self._first else need
-            if free < need:
-                raise CheckpointError(
-                    f"a checkpoint needs {need / 2**20:.0f} MiB and {self.folder} has {free / 2**20:.0f} MiB free; "
-                    "free some, or lower checkpoint.keep; earlier ones are untouched"
-                )
-
-    def _prune(self, newest: int) -> None:
-        """Drop old checkpoints and what kills left behind; a folder that will not go (an export reads it) is for the next time."""
-        committed = [step for step in self.steps() if step <= newest]
-        for step in committed[: -self.keep]:
-            with contextlib.suppress(OSError):
-                (self.folder / f"step-{step:08d}" / "COMMITTED").unlink()  # invisible first, so that a kill leaves no half of one
-        for folder in self.folder.iterdir():
-            match = _STEP.fullmatch(folder.name)
-            half = match and int(match[1]) <= newest and not (folder / "COMMITTED").exists()
-            if half or folder.name.startswith(".writing-"):
-                shutil.rmtree(folder, ignore_errors=True)
+            if self._first:
+                try:
+                    writing.check_space(str(self.folder), need)
+                except writing.Refused as failure:
+                    raise CheckpointError(str(failure)) from None
 
     def steps(self) -> list[int]:
         """Steps with a commit marker, oldest first."""
-        found = (_STEP.fullmatch(marker.parent.name) for marker in self.folder.glob("step-*/COMMITTED"))
-        return sorted(int(match[1]) for match in found if match)
+        return writing.steps(str(self.folder))
 
     def latest(self) -> tuple[Found, list[str]]:
         """The newest checkpoint that is whole, and what was wrong with each newer one: the same on every rank.
@@ -234,6 +248,11 @@ class Checkpoints:
             raise CheckpointError(f"{folder}/manifest.json is not a manifest: {failure}") from None
 
 
+def state_text(extra: Mapping[str, Any]) -> str:
+    """state.json."""
+    return json.dumps(extra, indent=1, sort_keys=True)
+
+
 def _check(path: Path, record: Mapping[str, Any]) -> None:
     """Size and hash of a file, against the manifest."""
     try:
@@ -267,6 +286,6 @@ def _dealt(sizes: Mapping[str, int], mesh: Mesh) -> list[str]:
     return sorted(mine)
 
 
-def is_written(piece: Piece) -> bool:
+def _is_written(piece: Piece) -> bool:
     """An empty box is nobody's to write, an empty tensor is."""
     return piece.writes and (piece.tensor.numel() > 0 or 0 in piece.place.shape)

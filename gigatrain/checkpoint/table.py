@@ -1,7 +1,6 @@
 """What a checkpoint says that it holds: of every tensor its dtype, its whole shape and the boxes that tile it; and how these are read."""
 
 import hashlib
-import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gigatrain.checkpoint.files import DTYPES, NAMES
+from gigatrain.checkpoint.writing import tile
 from gigatrain.errors import CheckpointError
 
 
@@ -111,7 +111,7 @@ def table_of(manifest: Mapping[str, Any]) -> dict[str, dict[str, Stored]]:
         for name, entry in named.items():
             shape = _integers(entry["shape"])
             boxes = tuple(Box(piece["file"], _integers(piece["start"]), _integers(piece["size"])) for piece in entry["pieces"])
-            if not _tile(shape, boxes):
+            if not tile(shape, [(box.start, box.size) for box in boxes]):
                 raise ValueError(f"the pieces of {group} {name} leave a gap in {list(shape)}, or lie one over another or outside")
             table[group][name] = Stored(DTYPES[entry["dtype"]], shape, boxes)
     return table
@@ -119,28 +119,6 @@ def table_of(manifest: Mapping[str, Any]) -> dict[str, dict[str, Stored]]:
 
 def _integers(values: Any) -> tuple[int, ...]:
     return tuple(operator.index(value) for value in values)
-
-
-def _tile(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> bool:
-    """Whether every element of a tensor lies in exactly one box."""
-    for box in boxes:
-        if not len(box.start) == len(box.size) == len(shape):
-            return False
-        if any(start < 0 or size < 0 or start + size > length for start, size, length in zip(box.start, box.size, shape, strict=True)):
-            return False
-    if not boxes or sum(math.prod(box.size) for box in boxes) != math.prod(shape):
-        return False
-    if len(boxes) == 1 or 0 in shape:
-        return True
-    # Cells between the cuts of all boxes: what is a box in elements is a box in cells.
-    cuts = [sorted({edge for box in boxes for edge in (box.start[dim], box.start[dim] + box.size[dim])}) for dim in range(len(shape))]
-    at = [{cut: index for index, cut in enumerate(edges)} for edges in cuts]
-    covered = torch.zeros([len(edges) - 1 for edges in cuts], dtype=torch.int32)
-    for box in boxes:
-        covered[
-            tuple(slice(at[dim][start], at[dim][start + size]) for dim, (start, size) in enumerate(zip(box.start, box.size, strict=True)))
-        ] += 1
-    return bool((covered == 1).all())
 
 
 def group_of(found: Found, group: str) -> dict[str, Stored]:

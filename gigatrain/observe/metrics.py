@@ -146,6 +146,11 @@ class Metrics:
         """Target tokens over the seconds of steps, over every process of the run."""
         return round(self.timed[0] / self.timed[1], 1) if self.timed[1] else None
 
+    @property
+    def written(self) -> tuple[Path, ...]:
+        """Files that a checkpoint counts on."""
+        return () if self.path is None else (self.path,)
+
     def sync(self) -> None:
         """Make what was written durable, before a checkpoint relies on it."""
         if self.file is not None:
