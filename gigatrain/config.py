@@ -362,7 +362,11 @@ class Validation(Section):
 class Checkpoint(Section):
     """When the run is saved, and how many saves are kept."""
 
-    every: Count = Field(default=500, description="Steps between two checkpoints; the last step is always saved.")
+    every: Count | Literal["auto"] = Field(
+        default=500,
+        description='Steps between two checkpoints; the last step is always saved. "auto": what is best by the cost of a save as this run measures it and '
+        "the rate of failures, at least one an hour.",
+    )
     keep: Count = Field(default=2, description="How many of the newest stay on disk.")
     keep_every: Count | None = Field(
         default=None, description="Checkpoints of steps that are multiples of it stay for good, beside the newest."
@@ -370,6 +374,18 @@ class Checkpoint(Section):
     background: bool = Field(
         default=True,
         description="Processes beside the ranks write checkpoints while training goes on, from a copy in memory; false: training waits, and no copy is made.",
+    )
+    near: str | None = Field(
+        default=None,
+        description="Folder of every node's own memory or NVMe (/dev/shm) where the newest steps are kept too, with copies at peer nodes; `{node}` in it is "
+        "the node's number. Memory there counts against the job's.",
+    )
+    near_every: Count | Literal["auto"] = Field(default="auto", description="Steps between two of these; auto: as of `every`.")
+    near_copies: Annotated[int, Field(ge=0, le=8)] = Field(
+        default=1, description="How many other nodes, the next in the mesh's order, keep a copy of what a node keeps."
+    )
+    most_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.1, description='"auto": share of the time that saves of one tier may take, however close failures are.'
     )
 
 

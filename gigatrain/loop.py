@@ -12,13 +12,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 
 from gigatrain import engines, export, floors, leaving, run
-from gigatrain.checkpoint import Checkpoints, Saving, fill, weights_sha256, write_text
+from gigatrain.checkpoint import Checkpoints, Intervals, Near, Saving, Timed, fill, weights_sha256, write_text
 from gigatrain.data import build
 from gigatrain.data.loader import Batches, Validation
 from gigatrain.engines import Engine, low
@@ -41,6 +41,7 @@ from gigatrain.parallel.mesh import Mesh
 from gigatrain.parallel.places import Piece, State
 from gigatrain.planning.plan import NARROW, Plan
 from gigatrain.power import account
+from gigatrain.power.control import stagger
 
 
 def train(
@@ -136,9 +137,14 @@ def _steps(
     engine = engines.make(plan, mesh, device, fresh=not resumes)
     reader, readers = mesh.data
     held = _held_out(plan, corpus, mesh, device)
-    keep, keep_every = plan.checkpoint.keep, plan.checkpoint.keep_every
-    saves = Checkpoints(folder, run=this.id, plan_sha256=plan.identity, keep=keep, keep_every=keep_every, mesh=mesh)
+    asked = plan.checkpoint
+    saves = Checkpoints(folder, run=this.id, plan_sha256=plan.identity, keep=asked.keep, keep_every=asked.keep_every, mesh=mesh)
+    say = display.line if mesh.rank == 0 else lambda line: None
     with contextlib.ExitStack() as stack:
+        near = Near(asked.near, asked.near_copies, saves, say)
+        stack.callback(near.close)
+        shift = stagger(this.id, asked.every) if plan.power.stagger and asked.every != "auto" else 0
+        intervals = Intervals(plan, mesh, say, shift=shift, near=near.off is None)
         batches = Batches(
             corpus,
             sequence=plan.sequence,
@@ -151,7 +157,7 @@ def _steps(
             device=device,
         )
         stack.callback(batches.close)
-        kept, power = _resume(saves, engine, batches, this, display) if resumes else ({}, {})
+        kept, power = _resume(near, engine, batches, this, display) if resumes else ({}, {})
         if this.step == plan.steps and (folder / "summary.json").is_file():
             return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if mesh.rank == 0:
@@ -165,15 +171,14 @@ def _steps(
         compared = bool(stragglers.sections(plan, mesh))
         times = trace.opened(plan.profile, folder, device, **where, say=display.line, pulse=log.pulse, times=compared)
         engine.trace = stack.enter_context(times)
-        budget = Budget(plan, this.id, energy, health, times, progress)
+        budget = Budget(plan, energy, health, times, progress, intervals.left)
         budget.load(power)
-        say, background = display.line, plan.checkpoint.background
-        saving = stack.enter_context(Saving(saves, background=background, say=say, tell=progress.add, sync=metrics.written))
+        saving = stack.enter_context(Saving(saves, background=asked.background, say=display.line, tell=progress.add, sync=metrics.written))
         early = plan.fp8 is not None or plan.fuses("release") or plan.engine.name != "native"  # may change what is saved within a backward
         before = this.elapsed_s
 
         def again() -> None:
-            kept, _ = _resume(saves, engine, batches, this, display)
+            kept, _ = _resume(near, engine, batches, this, display)
             metrics.rewind(this.step, kept)
             progress.add("steps", step=this.step)
             begin()
@@ -195,16 +200,20 @@ def _steps(
             energy.report(this.step, this.tokens, times)
             return leaves
 
-        def save(*, must: bool = False) -> None:
+        def save(tier: Literal["far", "near"] = "far", *, must: bool = False) -> None:
             numerics.settle(this)  # what is saved may be resumed
-            if must or not saving.background:
+            if must or tier == "near" or not saving.background:
                 metrics.sync()  # in the background the process that commits does it
             this.elapsed_s = before + time.monotonic() - began
             kept = metrics.state()
             this.tokens = metrics.tokens
             state = {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state()}
-            with times.phase("checkpoint"), progress.spent("checkpoint"), energy.during("checkpoint"):
-                saving.save(this.step, lambda: _state(engine, mesh, device), state, must=must)
+            with times.phase("checkpoint"), progress.spent("checkpoint"), energy.during("checkpoint"), Timed() as timed:
+                if tier == "near":
+                    near.save(this.step, _state(engine, mesh, device), state)
+                else:
+                    saving.save(this.step, lambda: _state(engine, mesh, device), state, must=must)
+            intervals.saved(tier, this.step, timed.seconds, near.beside_s if tier == "near" else saving.totals.beside_s, must=must)
 
         def validate() -> None:
             if held is not None and _validates_at(plan, this.step) and metrics.validated < this.step:
@@ -219,6 +228,8 @@ def _steps(
             validate()  # a signal may have come before it
         else:
             save(must=True)  # step 0: from here on, a kill at any moment leaves something to resume
+        near.begin()
+        intervals.begin(this.step)
         progress.add("steps", step=this.step)
         meet()
         begin()
@@ -236,7 +247,8 @@ def _steps(
             update = engine.step(rate)
             this.advance()
             metrics.add(update)
-            reports, due = this.step % plan.report.every == 0 or this.step == plan.steps, budget.saves_at(this.step)
+            ends = this.step == plan.steps
+            reports, due = ends or this.step % plan.report.every == 0, intervals.due(this.step)
             if reports:
                 meet()
             if (reports or due or _validates_at(plan, this.step)) and numerics.look(this):
@@ -249,12 +261,14 @@ def _steps(
                 progress.report(this.step, this.tokens, metrics.window_s)
                 energy.report(this.step, this.tokens, times)
                 budget.decide(this.step, this.tokens)
+                if intervals.report(metrics.window_s, metrics.window_steps):
+                    progress.add("saves", **intervals.summary())
             if _validates_at(plan, this.step):
                 validate()
                 metrics.clock.restart()
                 budget.stopped()
-            if due and this.step < plan.steps and not health.wants_out:
-                save()
+            for tier in due if not ends and not health.wants_out else ():
+                save(tier)
                 metrics.clock.restart()
                 budget.stopped()
         if device.type == "cuda":
@@ -262,6 +276,7 @@ def _steps(
         if unreported := metrics.clock.take_s():
             progress.report(this.step, this.tokens, sum(unreported))
         save(must=True)
+        near.finish()
         meet()
         energy.report(this.step, this.tokens, times, must=True)
         unvalidated = held is not None and metrics.validated < plan.steps  # a signal cut the last validation short
@@ -271,7 +286,7 @@ def _steps(
             display.line(f"{health.signal}: saved at step {this.step} of {plan.steps}; go on with --resume --run {folder}")
             return None
         this.elapsed_s, energy.complete = before, True
-        return _summary(plan, this, saves, saving, corpus, metrics, mesh)
+        return _summary(plan, this, saves, saving, corpus, metrics, mesh) | {"saving": intervals.summary() | near.summary()}
 
 
 _LESS = 'lower train.microbatch or train.sequence, or --set train.recompute=full; "gigatrain plan" shows what the run needs'
@@ -350,21 +365,25 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
         display.line(f"  verified fused kernels on {torch.cuda.get_device_name(device)}, error over what is allowed: {found}")
 
 
-def _resume(saves: Checkpoints, engine: Engine, batches: Batches, this: run.Run, display: Display) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fill everything from the newest whole checkpoint; says which ones were not whole. Returns what metrics and power budget kept."""
-    found, refused = saves.latest()
+def _resume(near: Near, engine: Engine, batches: Batches, this: run.Run, display: Display) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fill everything from the newest step that is whole on either tier; says which ones were not whole. Returns what metrics and power budget kept."""
+    found, refused, why = near.latest()
     for reason in refused:
         display.line(f"CHECKPOINT REFUSED: {reason}")
     random = _random_state(batches.device)
     state, live = found.state, {**engine.state(), "random": {name: Piece.whole(tensor) for name, tensor in random.items()}}
     batches.load(state["data"])
+    near.bring(found, live)
     fill(found, live)
     engine.restored()
     torch.set_rng_state(random["cpu"])
     if "cuda" in random:
         torch.cuda.set_rng_state(random["cuda"])
     this.load(state["run"])
-    display.line(f"resumed at step {this.step} from {found.folder}" + (" (an older one: the newer are damaged)" if refused else ""))
+    display.line(
+        f"resumed at step {this.step} from {found.folder}"
+        + (f" ({why})" if why else " (an older one: the newer are damaged)" if refused else "")
+    )
     return state["metrics"], state.get("power", {})
 
 

@@ -19,10 +19,14 @@ Every rank writes its own pieces; rank 0 makes the folder, joins the records int
 fails on one rank fails on all, with one message. A load checks marker, manifest, run, every size and every hash (each file by one rank) before a tensor is
 used; what fails is named and the one before it is taken. A piece is then put together from every stored box that meets it, so that ranks, mesh and engine of
 the save need not be those of the load. Tensors are safetensors, the rest is JSON: opening a checkpoint executes nothing.
+
+Steps that nodes keep in their own memory are near.py's and folder.py's; when there is a save, on either tier, is intervals.py's.
 """
 
 from gigatrain.checkpoint.background import Outcome, Staged, Writer
 from gigatrain.checkpoint.files import file_sha256, sync_folder, write_tensors, write_text
+from gigatrain.checkpoint.intervals import Intervals, Timed
+from gigatrain.checkpoint.near import Near
 from gigatrain.checkpoint.reshard import fill
 from gigatrain.checkpoint.saves import Checkpoints
 from gigatrain.checkpoint.saving import Saving
@@ -33,11 +37,14 @@ __all__ = [
     "Checkpoints",
     "Files",
     "Found",
+    "Intervals",
+    "Near",
     "Outcome",
     "Saving",
     "Staged",
     "Stored",
     "Tensors",
+    "Timed",
     "Writer",
     "file_sha256",
     "fill",

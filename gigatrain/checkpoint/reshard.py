@@ -32,7 +32,7 @@ def fill(found: Found, live: State, mesh: Mesh | None = None) -> None:
                 _check_fit(found, group, name, piece)
                 entry = found.table[group][name]
                 for box in entry.boxes:
-                    if parts := _meet(piece.place, box):
+                    if parts := meets(piece.place, box):
                         reads.setdefault(box.file, []).append((piece, name, entry, box, parts))
     files = Files(found.folder)
     with agreed(mesh, CheckpointError, str):
@@ -50,7 +50,7 @@ def _check_fit(found: Found, group: str, name: str, piece: Piece) -> None:
         )
 
 
-def _meet(place: Place, box: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+def meets(place: Place, box: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
     """Where a live box and a stored one meet, as a part of the live and of the stored one; None: nowhere."""
     low = [max(pair) for pair in zip(place.start, box.start, strict=True)]
     ends = zip(place.start, place.size, box.start, box.size, strict=True)

@@ -53,6 +53,11 @@ class Totals:
     seconds: float = 0.0
     bytes: int = 0
 
+    @property
+    def beside_s(self) -> float:
+        """What a save was written for beside training, mean."""
+        return self.seconds / self.saves if self.saves else 0.0
+
     def json(self) -> dict[str, Any]:
         """With shares and rates where there are any."""
         found = {key: round(value, 6) if isinstance(value, float) else value for key, value in dataclasses.asdict(self).items()}

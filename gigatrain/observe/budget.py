@@ -17,7 +17,7 @@ from gigatrain.observe.logs import Progress
 from gigatrain.observe.trace import Trace
 from gigatrain.parallel import ranks
 from gigatrain.planning.plan import Plan
-from gigatrain.power.control import BLIND_S, CANNOT, Governor, Seen, stagger
+from gigatrain.power.control import BLIND_S, CANNOT, Governor, Seen
 from gigatrain.power.pace import MEET_S, NOTHING, Orders, Pace
 from gigatrain.power.reading import BOUNDARIES
 from gigatrain.power.schedule import Schedule
@@ -33,8 +33,8 @@ LOOP = ("now_ms", "stepping_ms", "waited_ms", "paused_ms", "mixed")  # what rank
 class Budget:
     """`wait` before a step, `meet` with the reduced numbers, `decide` at a report."""
 
-    def __init__(self, plan: Plan, run: str, energy: Energy, health: Health, times: Trace, progress: Progress) -> None:
-        """Collective where there is a schedule, which rank 0 reads; raises PowerError, on all ranks, if it cannot be read."""
+    def __init__(self, plan: Plan, energy: Energy, health: Health, times: Trace, progress: Progress, left: Callable[[int], int]) -> None:
+        """`left`: steps to the next save. Collective where there is a schedule, which rank 0 reads; raises PowerError, on all ranks, if it cannot be read."""
         self.plan, self.energy, self.health, self.times, self.progress = plan, energy, health, times, progress
         path = plan.power.schedule
         schedule = None if path is None else Schedule.of(ranks.first(health.mesh, lambda: Schedule.read(path).json()))
@@ -43,16 +43,12 @@ class Budget:
         self.metered = self.acts and _metered(energy, health)
         self.pace = Pace(torch.cuda.synchronize if plan.device == "cuda" else None)
         self.orders: Orders | None = None
-        self.shift = stagger(run, plan.checkpoint.every) if plan.power.stagger else 0
+        self.left = left
         self._met_s = time.monotonic()
         self._elsewhere_s = self._paused_s = 0.0
         self._loop = dict.fromkeys(LOOP, 0)
         self._first = True  # window of this process: kernels and graphs are made in it
         self._before, self._decided_s = (0, 0), 0.0  # steps and tokens at the last decision, and when it was
-
-    def saves_at(self, step: int) -> bool:
-        """Whether this step is saved; runs of one site at different ones, where the recipe staggers them."""
-        return (step + self.shift) % self.plan.checkpoint.every == 0
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resume need not learn again."""
@@ -156,7 +152,7 @@ class Budget:
 
     def _stops_after(self, step: int) -> int:
         """Steps until the next save, validation or the end, whichever holds up the steps first."""
-        left = [self.plan.steps - step, self.plan.checkpoint.every - (step + self.shift) % self.plan.checkpoint.every]
+        left = [self.plan.steps - step, self.left(step)]
         if self.plan.validation.every:
             left.append(self.plan.validation.every - step % self.plan.validation.every)
         return min(left)

@@ -70,7 +70,7 @@ class Metrics:
         self.clock = Clock(device)
         self.step_s = array("d")
         self.timed = (0, 0.0)  # targets and seconds of steps, over every process of the run
-        self.window_s = 0.0  # seconds of the steps of the last window
+        self.window_s, self.window_steps = 0.0, 0  # seconds of the steps of the last window, and how many were timed
         self.tokens = 0  # of the whole run, as of the last report or `state`
         self.untimed = 0  # of `tokens`, those that another process timed
         self.validated = 0  # the last step whose validation was written
@@ -134,6 +134,7 @@ class Metrics:
         nats, targets, norms, updates, largest, tokens, *counts = torch.cat([self.sums, bad.double()]).tolist()
         durations = self.clock.take_s()
         seconds = self.window_s = sum(durations)
+        self.window_steps = len(durations)
         self.step_s.extend(durations)
         self.tokens = int(tokens)
         timed = self.tokens - self.untimed

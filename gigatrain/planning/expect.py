@@ -234,17 +234,24 @@ def _case(plan: Plan, site: Site, cluster: Cluster, found: Estimate, workload: W
     every, write, nodes = plan.checkpoint.every, site.storage.write_gbyte_s.value, budget.whole(site)
     left = None if nodes is None else nodes - -(-cluster.accelerators // cluster.per_node)
     spares = None if left is None or left <= 0 else Spares(left, idle_share=0.0)  # other users' nodes, of which the scheduler gives one
-    return case_of(
+    case, assumed = case_of(
         cluster.accelerators,
         cluster.per_node,
         found.step_s,
         float(whole),
         write_gbyte_s=write,
         replicas=copies,
-        every_steps=every,
+        every_steps=None if every == "auto" else every,
         days=days,
         spares=spares,
     )
+    keeps = plan.checkpoint
+    if keeps.near is None:
+        return case, assumed
+    if keeps.near_copies < 1 or cluster.accelerators <= cluster.per_node:
+        return case, (*assumed, "the near tier has no copy on another node, so that it is not counted on")
+    interval_s = 0.0 if keeps.near_every == "auto" else keeps.near_every * found.step_s
+    return replace(case, saving=replace(case.saving, near=True, near_interval_s=interval_s)), assumed
 
 
 def _expected(plan: Plan, found: Estimate, drawn: energy.Draw, kept: Goodput, best: int) -> Expected:
@@ -293,6 +300,7 @@ def _expected(plan: Plan, found: Estimate, drawn: energy.Draw, kept: Goodput, be
         goodput=goodput,
         lost={name: share for name, share in kept.lost.items() if share > 0},
         checkpoint_every=best,
+        near_every=kept.near_every_steps,
         days=days,
         mwh=_wider(bill.mwh, share) if bill is not None else None,
         eur=_wider(bill.eur, share) if bill is not None else None,

@@ -32,6 +32,7 @@ class Expected(Section):
     goodput: Range | None = None
     lost: dict[str, float] = Field(default={})  # shares of the wall-clock: checkpoint, redone, restart, detection, wait, ...
     checkpoint_every: int | None = None  # steps, what would be best
+    near_every: int | None = None  # steps, in node memory; None: the recipe has no such tier
     days: Range | None = None  # wall-clock, losses included
     mwh: Range | None = None  # at the facility
     eur: Range | None = None

@@ -35,7 +35,8 @@ def _expected(found: Expected) -> Iterator[tuple[str, str]]:
             f"{name} {100 * share:.1f}" for name, share in sorted(found.lost.items(), key=lambda one: -one[1]) if share >= 5e-4
         )
         best = f"; best saved every {found.checkpoint_every:,} steps" if found.checkpoint_every else ""
-        yield "goodput", f"{ranged(found.goodput, percent)} %; lost: {lost or 'nothing'}{best}"
+        near = f", near folders every {found.near_every:,}" if found.near_every else ""
+        yield "goodput", f"{ranged(found.goodput, percent)} %; lost: {lost or 'nothing'}{best}{near}"
         if found.goodput.mid < LEAST:
             yield (
                 "",
