@@ -74,7 +74,8 @@ def _train(options: argparse.Namespace) -> None:
             display.plan(chosen, why)
         from gigatrain.loop import train  # torch, 2 s: everything that can be refused without it has been
 
-        start = "new" if options.new else "resume" if options.resume else "continue" if options.go_on else "auto"
+        resume = "other-numbers" if options.other_numbers else "resume"
+        start = "new" if options.new else resume if options.resume else "continue" if options.go_on else "auto"
         summary = train(chosen, folder, start=start, display=display, log=log)
         if summary is None and "GIGATRAIN_ATTEMPT" in os.environ and os.environ.get("RANK", "0") == "0":
             from gigatrain.launching import job
@@ -356,6 +357,7 @@ def _launch(options: argparse.Namespace) -> None:
             preflight=options.preflight,
             folder=options.run_folder,
             resume=options.resume,
+            other_numbers=options.other_numbers,
             sweep=tuple(options.sweep),
             chain=options.chain,
             hosts=options.hosts,
@@ -723,6 +725,7 @@ def _parser() -> argparse.ArgumentParser:
     how = train.add_mutually_exclusive_group()
     how.add_argument("--new", action="store_true", help="start at step 0; what DIR holds is moved to DIR.1")
     how.add_argument("--resume", action="store_true", help="go on from DIR's newest whole checkpoint; an error if there is none")
+    train.add_argument("--other-numbers", action="store_true", help=_OTHER_NUMBERS)
     how.add_argument("--continue", action="store_true", dest="go_on", help="go on if DIR has a checkpoint, else begin: what a job says")
 
     launched = command("launch", _launch, "train as a job of a site", _LAUNCH)
@@ -754,6 +757,7 @@ def _parser() -> argparse.ArgumentParser:
     launched.add_argument("--no-preflight", dest="preflight", action="store_false", help="do not examine the nodes before each attempt")
     launched.add_argument("--run", metavar="DIR", dest="run_folder", help="the run folder (default: the site's paths.runs/NAME-DATE-TIME)")
     launched.add_argument("--resume", action="store_true", help="go on with the run in DIR in a new job")
+    launched.add_argument("--other-numbers", action="store_true", help=_OTHER_NUMBERS)
     launched.add_argument(
         "--sweep", metavar="KEY=V1,V2", action="append", default=[], help="a run for each value, as one array; several: each with each"
     )
@@ -973,6 +977,7 @@ Train a recipe: tokenise its data (kept for the next run), train, validate, save
   gigatrain train quickstart --set train.steps=40             any key of the recipe can be set
   gigatrain train my.toml --run runs/mine                     a recipe of your own
   gigatrain train my.toml --run runs/mine --resume            go on after a kill, a signal or a time limit
+  gigatrain train my.toml --run runs/mine --resume --other-numbers --set optim.moments=bf16
 
 SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint at the end of the step and leave.
 The run folder holds plan.json, metrics.jsonl, summary.json, checkpoints/, export/ and tensorboard/."""
@@ -1076,6 +1081,7 @@ A run that goes on, was killed, or is older than its meters has a page too, that
   gigatrain report runs/mine runs/other -o both.html
   gigatrain report runs/mine --json | jq '.runs[0].headline.tokens_per_s_mw'
   gigatrain report runs/mine --plots pictures                 PNG files, for slides"""
+_OTHER_NUMBERS = "with --resume: the precision or the states' forms may differ from those before; the run's record says from which step on"
 _EXPORT = """\
 Write the newest checkpoint of a run as a folder for transformers: safetensors, config.json, tokenizer.
 

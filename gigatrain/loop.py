@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from gigatrain import engines, export, run
-from gigatrain.checkpoint import Checkpoints, fill, weights_sha256, write_text
+from gigatrain.checkpoint import PASSING, Checkpoints, fill, weights_sha256, write_text
 from gigatrain.data import build
 from gigatrain.data.loader import Batches, Validation
 from gigatrain.engines import Engine, low
@@ -130,7 +130,7 @@ def _steps(
     engine = engines.make(plan, mesh, device, fresh=not resumes)
     reader, readers = mesh.data
     held = _held_out(plan, corpus, mesh, device)
-    saves = Checkpoints(folder, run=this.id, plan_sha256=plan.identity, keep=plan.checkpoint.keep, mesh=mesh)
+    saves = Checkpoints(folder, run=this.id, plan_sha256=plan.meaning, keep=plan.checkpoint.keep, mesh=mesh)
     with contextlib.ExitStack() as stack:
         batches = Batches(
             corpus,
@@ -327,7 +327,8 @@ def _resume(saves: Checkpoints, engine: Engine, batches: Batches, this: run.Run,
     random = _random_state(batches.device)
     state, live = found.state, {**engine.state(), "random": {name: Piece.whole(tensor) for name, tensor in random.items()}}
     batches.load(state["data"])
-    fill(found, live)
+    for line in [*this.changes.said(), *fill(found, live, passing=PASSING if this.changes.all else ())]:
+        display.line(f"  resumes  {line}")
     engine.restored()
     torch.set_rng_state(random["cpu"])
     if "cuda" in random:

@@ -19,11 +19,12 @@ the save need not be those of the load. Tensors are safetensors, the rest is JSO
 """
 
 from gigatrain.checkpoint.files import file_sha256, sync_folder, write_tensors, write_text
-from gigatrain.checkpoint.reshard import fill
+from gigatrain.checkpoint.reshard import PASSING, fill
 from gigatrain.checkpoint.saves import Checkpoints
 from gigatrain.checkpoint.table import Box, Files, Found, Stored, Tensors, weights_sha256
 
 __all__ = [
+    "PASSING",
     "Box",
     "Checkpoints",
     "Files",
