@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -147,7 +148,17 @@ _ranks = _between(int, "ranks", 1, 1 << 20)
 _shown = _between(int, "count", 1, 100)
 _pue = _between(float, "PUE", 1, 10, ": the facility's draw over IT's")
 _gib = _between(float, "GiB", 0, 10**9)
+_processes = _between(int, "count", 1, 1024)
 _temperature = _between(float, "temperature", 0, 10**6)
+
+
+def _bytes(text: str) -> float:
+    """`5GB`, `500MB`, `1GiB` or a number of bytes, of 1 MB at least."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", text)
+    number = float(match[1]) * ((1024 if "i" in match[2] else 1000) ** (" KMGT".index(match[2][0])) if match[2] else 1) if match else 0
+    if not 1e6 <= number <= 1e15:
+        raise argparse.ArgumentTypeError(f"{text} is no size between 1MB and 1000TB, such as 5GB")
+    return number
 
 
 def _positive(text: str) -> float:
@@ -582,7 +593,9 @@ def _export(options: argparse.Namespace) -> None:
     from gigatrain.export import export
     from gigatrain.observe.display import Display
 
-    step = export(Path(options.run_folder), Path(options.folder), display=Display())
+    step = export(
+        Path(options.run_folder), Path(options.folder), shard_bytes=options.shard_size, processes=options.processes, display=Display()
+    )
     print(f"step {step} of {options.run_folder} exported to {options.folder}")
 
 
@@ -887,6 +900,10 @@ def _parser() -> argparse.ArgumentParser:
     exported = command("export", _export, "write a run's model for transformers", _EXPORT)
     exported.add_argument("run_folder", metavar="RUN", help="a run folder")
     exported.add_argument("folder", metavar="DIR", help="where the model goes")
+    exported.add_argument(
+        "--max-shard-size", dest="shard_size", metavar="BYTES", type=_bytes, default=5e9, help="of one file, as 5GB or 500MB (default: 5GB)"
+    )
+    exported.add_argument("--processes", metavar="N", type=_processes, default=1, help="that write files side by side (default: 1)")
 
     generated = command("generate", _generate, "continue a text with a trained model", _GENERATE)
     generated.add_argument("folder", metavar="RUN|DIR", help="a run folder or an exported model")
@@ -1086,6 +1103,7 @@ _EXPORT = """\
 Write the newest checkpoint of a run as a folder for transformers: safetensors, config.json, tokenizer.
 
   gigatrain export runs/mine my-model
+  gigatrain export runs/mine my-model --max-shard-size 2GB --processes 8
   python -c 'import transformers; transformers.AutoModelForCausalLM.from_pretrained("my-model")'"""
 _GENERATE = """\
 Continue a text with a run's model or an exported one.
