@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -64,7 +65,8 @@ def _run_of(options: argparse.Namespace) -> None:
     if started and not started.isdecimal():
         raise RunError(f"the environment's WORLD_SIZE is {started!r} and no count of ranks; torchrun and train.nproc set it, or unset it")
     chosen = plan(recipe, site, int(started) if started else None, measure=_measured)
-    start: Any = "new" if options.new else "resume" if options.resume else "continue" if options.go_on else "auto"
+    resume = "other-numbers" if options.other_numbers else "resume"
+    start: Any = "new" if options.new else resume if options.resume else "continue" if options.go_on else "auto"
     folder = _run_folder(options, recipe.name)
     if started is None and (chosen.recovery.supervised or chosen.ranks > 1):
         from gigatrain.observe import logs
@@ -157,7 +159,17 @@ _ranks = _between(int, "ranks", 1, 1 << 20)
 _shown = _between(int, "count", 1, 100)
 _pue = _between(float, "PUE", 1, 10, ": the facility's draw over IT's")
 _gib = _between(float, "GiB", 0, 10**9)
+_processes = _between(int, "count", 1, 1024)
 _temperature = _between(float, "temperature", 0, 10**6)
+
+
+def _bytes(text: str) -> float:
+    """`5GB`, `500MB`, `1GiB` or a number of bytes, of 1 MB at least."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", text)
+    number = float(match[1]) * ((1024 if "i" in match[2] else 1000) ** (" KMGT".index(match[2][0])) if match[2] else 1) if match else 0
+    if not 1e6 <= number <= 1e15:
+        raise argparse.ArgumentTypeError(f"{text} is no size between 1MB and 1000TB, such as 5GB")
+    return number
 
 
 def _positive(text: str) -> float:
@@ -367,6 +379,7 @@ def _launch(options: argparse.Namespace) -> None:
             preflight=options.preflight,
             folder=options.run_folder,
             resume=options.resume,
+            other_numbers=options.other_numbers,
             sweep=tuple(options.sweep),
             chain=options.chain,
             hosts=options.hosts,
@@ -591,7 +604,9 @@ def _export(options: argparse.Namespace) -> None:
     from gigatrain.export import export
     from gigatrain.observe.display import Display
 
-    step = export(Path(options.run_folder), Path(options.folder), display=Display())
+    step = export(
+        Path(options.run_folder), Path(options.folder), shard_bytes=options.shard_size, processes=options.processes, display=Display()
+    )
     print(f"step {step} of {options.run_folder} exported to {options.folder}")
 
 
@@ -751,6 +766,7 @@ def _parser() -> argparse.ArgumentParser:
     how = train.add_mutually_exclusive_group()
     how.add_argument("--new", action="store_true", help="start at step 0; what DIR holds is moved to DIR.1")
     how.add_argument("--resume", action="store_true", help="go on from DIR's newest whole checkpoint; an error if there is none")
+    train.add_argument("--other-numbers", action="store_true", help=_OTHER_NUMBERS)
     how.add_argument("--continue", action="store_true", dest="go_on", help="go on if DIR has a checkpoint, else begin: what a job says")
 
     launched = command("launch", _launch, "train as a job of a site", _LAUNCH)
@@ -782,6 +798,7 @@ def _parser() -> argparse.ArgumentParser:
     launched.add_argument("--no-preflight", dest="preflight", action="store_false", help="do not examine the nodes before each attempt")
     launched.add_argument("--run", metavar="DIR", dest="run_folder", help="the run folder (default: the site's paths.runs/NAME-DATE-TIME)")
     launched.add_argument("--resume", action="store_true", help="go on with the run in DIR in a new job")
+    launched.add_argument("--other-numbers", action="store_true", help=_OTHER_NUMBERS)
     launched.add_argument(
         "--sweep", metavar="KEY=V1,V2", action="append", default=[], help="a run for each value, as one array; several: each with each"
     )
@@ -911,6 +928,10 @@ def _parser() -> argparse.ArgumentParser:
     exported = command("export", _export, "write a run's model for transformers", _EXPORT)
     exported.add_argument("run_folder", metavar="RUN", help="a run folder")
     exported.add_argument("folder", metavar="DIR", help="where the model goes")
+    exported.add_argument(
+        "--max-shard-size", dest="shard_size", metavar="BYTES", type=_bytes, default=5e9, help="of one file, as 5GB or 500MB (default: 5GB)"
+    )
+    exported.add_argument("--processes", metavar="N", type=_processes, default=1, help="that write files side by side (default: 1)")
 
     generated = command("generate", _generate, "continue a text with a trained model", _GENERATE)
     generated.add_argument("folder", metavar="RUN|DIR", help="a run folder or an exported model")
@@ -1021,6 +1042,7 @@ Train a recipe: tokenise its data (kept for the next run), train, validate, save
   gigatrain train quickstart --set train.steps=40             any key of the recipe can be set
   gigatrain train my.toml --run runs/mine                     a recipe of your own
   gigatrain train my.toml --run runs/mine --resume            go on after a kill, a signal or a time limit
+  gigatrain train my.toml --run runs/mine --resume --other-numbers --set optim.moments=bf16
 
 SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint at the end of the step and leave.
 The run folder holds plan.json, metrics.jsonl, summary.json, checkpoints/, export/ and tensorboard/."""
@@ -1124,10 +1146,12 @@ A run that goes on, was killed, or is older than its meters has a page too, that
   gigatrain report runs/mine runs/other -o both.html
   gigatrain report runs/mine --json | jq '.runs[0].headline.tokens_per_s_mw'
   gigatrain report runs/mine --plots pictures                 PNG files, for slides"""
+_OTHER_NUMBERS = "with --resume: the precision or the states' forms may differ from those before; the run's record says from which step on"
 _EXPORT = """\
 Write the newest checkpoint of a run as a folder for transformers: safetensors, config.json, tokenizer.
 
   gigatrain export runs/mine my-model
+  gigatrain export runs/mine my-model --max-shard-size 2GB --processes 8
   python -c 'import transformers; transformers.AutoModelForCausalLM.from_pretrained("my-model")'"""
 _GENERATE = """\
 Continue a text with a run's model or an exported one.

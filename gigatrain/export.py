@@ -1,15 +1,19 @@
 """A run's weights as a folder that transformers loads: safetensors, config.json and the tokenizer, all under transformers' names."""
 
+import functools
 import json
+import multiprocessing
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gigatrain import architectures, run
-from gigatrain.checkpoint import Tensors, sync_folder, write_text
+from gigatrain.architectures import Architecture
+from gigatrain.checkpoint import Found, sync_folder, write_text
 from gigatrain.data.tokenizer import Tokenizer
 from gigatrain.errors import RunError
 from gigatrain.foreign import Foreign
@@ -28,11 +32,12 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         shutil.copyfile(tokenizer.folder / name, target / name)
 
 
-def export(folder: Path, target: Path, *, display: Display | None = None) -> int:
+def export(folder: Path, target: Path, *, shard_bytes: float = 5e9, processes: int = 1, display: Display | None = None) -> int:
     """Write the newest whole checkpoint of the run in `folder` to `target`, in the precision that the run computed in; returns its step.
 
-    `target` is whole or as it was: all is written beside it and renamed. Raises CheckpointError without a whole checkpoint, RunError when
-    `target` holds something that we did not export.
+    Files of at most `shard_bytes` are written straight from the checkpoint's boxes, each by one of `processes`, which holds some 16 MiB of the model (or one
+    expert's matrices) at a time. `target` is whole or as it was: all is written beside it and renamed. Raises CheckpointError without a whole checkpoint,
+    RunError when `target` holds something that we did not export.
     """
     plan = run.stored_plan(folder)
     found, refused = run.checkpoints(folder).latest()
@@ -47,15 +52,12 @@ def export(folder: Path, target: Path, *, display: Display | None = None) -> int
         written = Path(temporary) / "export"
         written.mkdir()
         dtype = torch.bfloat16 if plan.compute == "bf16" else torch.float32
-        weights, tokens = (
-            _Rounded(found.tensors("weights"), dtype, foreign=isinstance(plan.architecture, Foreign)),
-            _special_tokens(folder / "tokenizer"),
-        )
+        weights, tokens = _Rounded(found, dtype, foreign=isinstance(plan.architecture, Foreign)), _special_tokens(folder / "tokenizer")
         if isinstance(plan.architecture, Foreign):
             numbered = {f"{key}_token_id": value for key, value in tokens.items()}
             autoweights.save(weights, plan.architecture, written, dtype=dtype, tokens=numbered)
         else:
-            hf.save_weights(weights, plan.architecture, written)
+            _write(weights, plan.architecture, written, shard_bytes, processes)
             config = architectures.to_hf_config(
                 plan.architecture, max_positions=plan.positions, dtype=str(dtype).removeprefix("torch."), **tokens
             )
@@ -72,15 +74,60 @@ def export(folder: Path, target: Path, *, display: Display | None = None) -> int
     return found.step
 
 
-class _Rounded(Mapping[str, torch.Tensor]):
-    """A checkpoint's tensors in the export's dtype, each made when it is asked for: the whole model never stands in memory, only a file of it."""
+def _write(weights: "_Rounded", arch: Architecture, folder: Path, shard_bytes: float, processes: int) -> None:
+    """All files, the index last. Which tensors a file holds follows from shapes, so that its writer needs to know of no other's."""
+    files = hf.shards(weights, arch, shard_bytes)
+    processes = min(processes, len(files))
+    if processes > 1:
+        ends = [_start(weights, arch, folder, shard_bytes, part, processes) for part in range(processes)]
+        for process in ends:
+            process.join()
+        if failed := [process.exitcode for process in ends if process.exitcode]:
+            raise RunError(
+                f"a process that wrote files of the export ended with {failed[0]}; what it said is above, and nothing was exported"
+            )
+    else:
+        _write_part(weights, arch, folder, shard_bytes, 0, 1)
+    hf.write_index(files, folder)
 
-    def __init__(self, tensors: Tensors, dtype: torch.dtype, *, foreign: bool) -> None:
-        self.tensors, self.dtype, self.foreign = tensors, dtype, foreign
+
+def _start(*arguments: Any) -> Any:
+    """A process that writes its part of the files; it starts from nothing, since a fork of a process with threads may hang."""
+    process = multiprocessing.get_context("spawn").Process(target=_write_part, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def _write_part(weights: "_Rounded", arch: Architecture, folder: Path, shard_bytes: float, part: int, parts: int) -> None:
+    files = hf.shards(weights, arch, shard_bytes)
+    for number in range(part, len(files), parts):
+        hf.write_shard(files, number, folder)
+
+
+class _Rounded(Mapping[str, torch.Tensor]):
+    """A checkpoint's weights in the export's dtype, of which any rows are read when they are asked for: nothing is kept."""
+
+    def __init__(self, found: Found, dtype: torch.dtype, *, foreign: bool) -> None:
+        self.found, self.precision, self.foreign = found, dtype, foreign
+        self.tensors = found.tensors("weights")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(_Rounded, foreign=self.foreign), (self.found, self.precision)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """fp32 stays for what is fp32 in every file, since its steps are below bf16's."""
+        return torch.float32 if not self.foreign and kind_of(name) == "state" else self.precision
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return self.tensors.stored[name].shape
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows along dim 0, rounded."""
+        return self.tensors.rows(name, start, stop).to(self.dtype(name))
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        stays = not self.foreign and kind_of(name) == "state"  # fp32 in every file, since its steps are below bf16's
-        return self.tensors[name] if stays else self.tensors[name].to(self.dtype)
+        return self.tensors[name].to(self.dtype(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from gigatrain import engines, export, floors, leaving, run
-from gigatrain.checkpoint import Checkpoints, Intervals, Near, Saving, Timed, fill, weights_sha256, write_text
+from gigatrain.checkpoint import PASSING, Checkpoints, Intervals, Near, Saving, Timed, fill, weights_sha256, write_text
 from gigatrain.data import build
 from gigatrain.data.loader import Batches, Validation
 from gigatrain.engines import Engine, low
@@ -138,7 +138,7 @@ def _steps(
     reader, readers = mesh.data
     held = _held_out(plan, corpus, mesh, device)
     asked = plan.checkpoint
-    saves = Checkpoints(folder, run=this.id, plan_sha256=plan.identity, keep=asked.keep, keep_every=asked.keep_every, mesh=mesh)
+    saves = Checkpoints(folder, run=this.id, plan_sha256=plan.meaning, keep=asked.keep, keep_every=asked.keep_every, mesh=mesh)
     say = display.line if mesh.rank == 0 else lambda line: None
     with contextlib.ExitStack() as stack:
         near = Near(asked.near, asked.near_copies, saves, say)
@@ -374,7 +374,8 @@ def _resume(near: Near, engine: Engine, batches: Batches, this: run.Run, display
     state, live = found.state, {**engine.state(), "random": {name: Piece.whole(tensor) for name, tensor in random.items()}}
     batches.load(state["data"])
     near.bring(found, live)
-    fill(found, live)
+    for line in [*this.changes.said(), *fill(found, live, passing=PASSING if this.changes.all else ())]:
+        display.line(f"  resumes  {line}")
     engine.restored()
     torch.set_rng_state(random["cpu"])
     if "cuda" in random:

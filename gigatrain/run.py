@@ -1,6 +1,7 @@
 """The folder and the position of a run: who it is, where it stands, and what makes it start or go on."""
 
 import contextlib
+import dataclasses
 import datetime
 import errno
 import fcntl
@@ -12,14 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from gigatrain import floors, load
+from gigatrain import floors
 from gigatrain.checkpoint import Checkpoints, sync_folder, write_text
 from gigatrain.errors import CheckpointError, RunError
 from gigatrain.parallel import ranks
 from gigatrain.parallel.mesh import Mesh
+from gigatrain.planning import legs
 from gigatrain.planning.plan import Plan
 
-Start = Literal["new", "resume", "auto", "continue"]
+Start = Literal["new", "resume", "other-numbers", "auto", "continue"]
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Run:
     tokens: int = 0
     elapsed_s: float = 0.0
     resumes: list[int] = field(default_factory=list)
+    changes: legs.Changes = field(default_factory=legs.Changes)  # that this resume makes of the plan before it
 
     def advance(self) -> None:
         """One optimizer update happened. Its tokens are counted on the device, and join `tokens` at a report or a save."""
@@ -54,22 +57,24 @@ def joined(plan: Plan, folder: Path, start: Start, mesh: Mesh) -> Iterator[tuple
 
         def taken() -> list[Any]:
             this, resumes = stack.enter_context(opened(plan, folder, start))
-            return [this.id, this.corpus, resumes]
+            return [this.id, this.corpus, resumes, dataclasses.asdict(this.changes)]
 
-        name, corpus, resumes = ranks.first(mesh, taken)
-        yield Run(id=name, corpus=corpus), resumes
+        name, corpus, resumes, changes = ranks.first(mesh, taken)
+        yield Run(id=name, corpus=corpus, changes=legs.Changes(**{kind: tuple(found) for kind, found in changes.items()})), resumes
 
 
 @contextlib.contextmanager
 def opened(plan: Plan, folder: Path, start: Start) -> Iterator[tuple[Run, bool]]:
     """Take the run folder for this process; yields the run and whether it resumes.
 
-    `new` starts at step 0 (a run that the folder held is moved aside, never deleted), `resume` needs a checkpoint made under a plan of the
-    same identity, `auto` starts only where the folder holds no run, and `continue`, for jobs that may be started again, goes on where there is a committed
-    checkpoint and else begins, in the same folder. Raises RunError when the folder is in use or taken, CheckpointError
-    when there is nothing to resume or the plan differs.
+    `new` starts at step 0 (a run that the folder held is moved aside, never deleted), `resume` needs a checkpoint of a plan that means the same and computes
+    in the same numbers, `other-numbers` one that means the same (planning/legs.py), `auto` starts only where the folder holds no run, and `continue`, for
+    jobs that may be started again, goes on where there is a committed checkpoint and else begins, in the same folder; the plan of a job was agreed on when
+    it was launched. Raises RunError when the folder is in use or taken, CheckpointError when there is nothing to resume or the plan differs.
     """
     folder = folder.absolute()
+    other_numbers = start in ("other-numbers", "continue")
+    start = "resume" if start == "other-numbers" else start
     if start == "resume" and not (folder / "run.json").is_file():
         raise CheckpointError(f"{folder} holds no run, so there is nothing to resume; start with --new")
     if start == "new" and (folder / "run.json").is_file():
@@ -88,7 +93,7 @@ def opened(plan: Plan, folder: Path, start: Start) -> Iterator[tuple[Run, bool]]
         if start == "auto" and (folder / "run.json").is_file():
             raise RunError(f"{folder} already holds a run; go on with --resume, start over with --new, or name another folder with --run")
         if start == "resume":
-            yield _continued(plan, folder), True
+            yield _continued(plan, folder, other_numbers=other_numbers), True
         else:
             yield Run(id=uuid.uuid4().hex), False
 
@@ -97,18 +102,30 @@ def claim(plan: Plan, folder: Path, this: Run) -> None:
     """Write down whose folder this is: plan.json, its sha256 and run.json, which comes last. Until then the folder is nobody's."""
     if this.step == 0 and not (folder / "run.json").is_file():
         (folder / "metrics.jsonl").unlink(missing_ok=True)
-    write_text(folder / "plan.json", plan.text() + "\n")
-    write_text(folder / "plan.sha256", plan.sha256 + "\n")
+    before = identity(folder) if (folder / "run.json").is_file() else {}
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    known: list[dict[str, Any]] = before.get("legs", [])
+    if not known:
+        known = [legs.leg(this.step, plan, (), now)]
+    elif this.changes.all:
+        if len(known) == 1:
+            write_text(legs.kept(folder, 0), legs.stored(folder, before).text() + "\n")
+        known = [*known, legs.leg(this.step, plan, this.changes.all, now)]
+        write_text(legs.kept(folder, len(known) - 1), plan.text() + "\n")
     record = {
         "id": this.id,
         "name": plan.name,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        "created": before.get("created", now),
         "plan_sha256": plan.sha256,
         "identity": plan.identity,
+        "meaning": plan.meaning,
         "corpus": this.corpus,
+        "legs": known,
     }
-    if (folder / "run.json").is_file():
-        record["created"] = identity(folder)["created"]
+    if before.get("identity", plan.identity) != plan.identity:  # until run.json names the new leg, plan.json is the old one's
+        write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
+    write_text(folder / "plan.json", plan.text() + "\n")
+    write_text(folder / "plan.sha256", plan.sha256 + "\n")
     write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
 
 
@@ -124,23 +141,13 @@ def identity(folder: Path) -> dict[str, Any]:
 
 def stored_plan(folder: Path) -> Plan:
     """plan.json of a run folder, checked against the identity that run.json records."""
-    record = identity(folder)
-    try:
-        text = (folder / "plan.json").read_text(encoding="utf-8")
-    except OSError as failure:
-        raise RunError(f"{folder}/plan.json cannot be read: {failure.strerror}") from None
-    plan = load.read_json(Plan, text, f"{folder}/plan.json", RunError)
-    if plan.identity != record["identity"]:
-        raise RunError(
-            f"{folder}/plan.json was changed after the run began: its identity is {plan.identity[:12]}, not {record['identity'][:12]}"
-        )
-    return plan
+    return legs.stored(folder, identity(folder))
 
 
 def checkpoints(folder: Path) -> Checkpoints:
     """The checkpoints of the run in a folder, to read."""
     record = identity(folder)
-    return Checkpoints(folder, run=record["id"], plan_sha256=record["identity"], keep=1)
+    return Checkpoints(folder, run=record["id"], plan_sha256=record["meaning"], keep=1)
 
 
 def newest(root: Path, name: str) -> Path:
@@ -152,16 +159,10 @@ def newest(root: Path, name: str) -> Path:
     return Path(max(found)[1])
 
 
-def _continued(plan: Plan, folder: Path) -> Run:
-    before, record = stored_plan(folder), identity(folder)
-    if before.identity != plan.identity:
-        changes = before.differences(plan)
-        raise CheckpointError(
-            f"{folder} was started under another plan; {len(changes)} value(s) differ:\n"
-            + "\n".join(f"  {change}" for change in changes[:12])
-            + "\nResume with the recipe and --set it began with, or start with --new."
-        )
-    return Run(id=record["id"], corpus=record["corpus"])
+def _continued(plan: Plan, folder: Path, *, other_numbers: bool) -> Run:
+    record = identity(folder)
+    changes = legs.agree(folder, stored_plan(folder), plan, other_numbers=other_numbers)
+    return Run(id=record["id"], corpus=record["corpus"], changes=changes)
 
 
 def _move_aside(folder: Path) -> None:

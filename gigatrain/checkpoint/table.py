@@ -1,7 +1,10 @@
 """What a checkpoint says that it holds: of every tensor its dtype, its whole shape and the boxes that tile it; and how these are read."""
 
 import hashlib
+import json
+import math
 import operator
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +67,19 @@ class Tensors(Mapping[str, Tensor]):
             whole[slices(box.start, box.size)] = self._files.read(stored, box, name)
         return whole
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` along dim 0 (all of a scalar), read into memory of their own: no file stays mapped, and nothing else is read."""
+        stored = self.stored[name]
+        if not stored.shape:
+            return self[name]
+        found = torch.empty((stop - start, *stored.shape[1:]), dtype=stored.dtype)
+        for box in stored.boxes:
+            first, last = max(start, box.start[0]), min(stop, box.start[0] + box.size[0])
+            if first < last and math.prod(box.size):
+                within = slices((first - start, *box.start[1:]), (last - first, *box.size[1:]))
+                found[within] = self._files.rows(stored, box, name, first - box.start[0], last - box.start[0])
+        return found
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)
 
@@ -77,6 +93,7 @@ class Files:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[str, Any] = {}
+        self._headers: dict[str, tuple[int, dict[str, Any]]] = {}  # where a file's tensors begin, and what it says of them
 
     def read(self, stored: Stored, box: Box, name: str, within: tuple[slice, ...] | None = None) -> Tensor:
         """A box of a tensor, or the part `within` it. Raises CheckpointError where the file holds anything but what the manifest says."""
@@ -92,6 +109,33 @@ class Files:
             return self._open[box.file].get_tensor(name) if within is None else part[within]
         except (SafetensorError, FileNotFoundError) as failure:
             raise CheckpointError(f"{self.folder / box.file} cannot be read: {failure}") from None
+
+    def rows(self, stored: Stored, box: Box, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a box along its dim 0, by one read of the file and not through its map, whose pages would count as this process's memory."""
+        path = self.folder / box.file
+        try:
+            if box.file not in self._headers:
+                with path.open("rb") as file:
+                    (length,) = struct.unpack("<Q", file.read(8))
+                    self._headers[box.file] = 8 + length, json.loads(file.read(length))
+            began, header = self._headers[box.file]
+            entry = header[name]
+            if tuple(entry["shape"]) != box.size or entry["dtype"] != NAMES[stored.dtype]:
+                raise CheckpointError(
+                    f"{path} holds {name} as {entry['dtype']} {entry['shape']}, by the manifest it is {NAMES[stored.dtype]} {list(box.size)}"
+                )
+            row = math.prod(box.size[1:]) * stored.dtype.itemsize
+            data = torch.empty((stop - start) * row, dtype=torch.uint8)
+            with path.open("rb") as file:
+                file.seek(began + entry["data_offsets"][0] + start * row)
+                count = file.readinto(data.numpy().data)
+            if count != len(data):
+                raise CheckpointError(f"{path} ends within {name}")
+            return data.view(stored.dtype).view(stop - start, *box.size[1:])
+        except OSError as failure:
+            raise CheckpointError(f"{path}: {failure.strerror}") from None
+        except (ValueError, KeyError, TypeError, struct.error) as failure:
+            raise CheckpointError(f"{path} cannot be read: {failure}") from None
 
 
 def weights_sha256(found: Found) -> str:

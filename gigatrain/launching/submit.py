@@ -24,7 +24,7 @@ from gigatrain.launching import job as jobs
 from gigatrain.launching import kubernetes, restart, script, slurm
 from gigatrain.launching.job import Job
 from gigatrain.launching.size import Size, by_budget, fed, kept, shown, size
-from gigatrain.planning import cost
+from gigatrain.planning import cost, legs
 from gigatrain.planning.plan import Plan, plan
 from gigatrain.site import Site
 
@@ -46,6 +46,7 @@ class Request:
     preflight: bool = True
     folder: str | None = None
     resume: bool = False
+    other_numbers: bool = False  # with resume: precision and forms of states may differ (planning/legs.py)
     sweep: tuple[str, ...] = ()  # KEY=V1,V2,... each
     chain: int = 1
     hosts: str | None = None  # a file: the hosts that ssh starts the nodes on
@@ -169,7 +170,7 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
     if taken and not request.resume:
         raise RunError(f"{folder} already holds something; go on with the run there with --resume, or name another folder with --run")
     if request.resume:
-        _resumable(folder, made, plans)
+        _resumable(folder, made, plans, other_numbers=request.other_numbers)
     return Prepared(made, large, plans, recipes, changes, files, resumed=taken, notes=tuple(dict.fromkeys(notes)))
 
 
@@ -395,7 +396,7 @@ def _python(site: Site) -> str:
     return os.path.abspath(sys.executable)
 
 
-def _resumable(folder: Path, made: Job, plans: Sequence[Plan]) -> None:
+def _resumable(folder: Path, made: Job, plans: Sequence[Plan], *, other_numbers: bool) -> None:
     """Whether the run there can go on: it is launched or trained, it is this plan's, and no job of it is in the queue."""
     if made.sweep:
         raise RunError("--resume goes on with one run; name one of the sweep's folders with --run, without --sweep")
@@ -403,10 +404,14 @@ def _resumable(folder: Path, made: Job, plans: Sequence[Plan]) -> None:
     if not record.is_file() and not (folder / "launch" / "job.json").is_file():
         raise CheckpointError(f"{folder} holds no run, so there is nothing to resume; leave out --resume")
     if record.is_file() and (said := _identity(record)) != plans[0].identity:
-        raise CheckpointError(
-            f"{folder} was started under another plan ({str(said)[:12]}, this is {plans[0].identity[:12]}); "
-            "resume with the recipe, the --set and the number of ranks that it began with, or name another folder with --run"
-        )
+        try:
+            before = legs.stored(folder, {"identity": said, **json.loads(record.read_text(encoding="utf-8"))})
+        except RunError as failure:
+            raise CheckpointError(
+                f"{folder} was started under another plan ({said[:12]}, this is {plans[0].identity[:12]}), and which one is unknown: {failure}; "
+                "name another folder with --run"
+            ) from None
+        legs.agree(folder, before, plans[0], other_numbers=other_numbers)
     last = next((event for event in reversed(jobs.history(folder)) if event["event"] == "submitted"), None)
     if last and made.site.scheduler.kind in ("none", "ssh") and (pid := ssh.alive(folder)):
         raise RunError(f"the job of this run, process {pid}, is alive; wait for it, or end it with: gigatrain cancel {folder}")

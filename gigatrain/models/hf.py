@@ -5,23 +5,24 @@ and gate and up, as one matrix each. Experts are one tensor in memory, [experts,
 or, for the families without an entry in `_MOE`, tensors too: gpt-oss's with rows and columns exchanged and gate and up in turn. Nothing is ever unpickled.
 """
 
+import functools
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gigatrain.architectures import Architecture
 from gigatrain.errors import CheckpointError
 from gigatrain.kernels import xielu
 from gigatrain.models.decoder import Decoder
+from gigatrain.models.streamed import Held, Rows, Written, pieces, write
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LAYER_TENSOR = re.compile(r"(model\.layers\.\d+\.)(.+)\.(weight|bias)")
@@ -164,10 +165,8 @@ def to_hf(state: Mapping[str, Tensor], arch: Architecture) -> dict[str, Tensor]:
     return dict(_to_hf(state, arch))
 
 
-def _to_hf(state: Mapping[str, Tensor], arch: Architecture, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    all_names = _names(arch, state)
-    for name in all_names if names is None else names:
-        sources = all_names[name]
+def _to_hf(state: Mapping[str, Tensor], arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+    for name, sources in _names(arch, state).items():
         if missing := [s.name for s in sources if s.name not in state]:
             raise CheckpointError(f"the state lacks {', '.join(missing)}, which {name} is made of")
         parts = [s.of(state[s.name]) for s in sources]
@@ -361,42 +360,75 @@ def save_weights(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = model_or_state.state_dict() if isinstance(model_or_state, Decoder) else model_or_state
-    shards: list[list[str]] = [[]]
-    sizes: dict[str, int] = {}
-    room = max_shard_bytes
-    for name, sources in _names(arch, state).items():
-        parts = [s.of(state[s.name]) for s in sources]
-        size = sum(part.numel() * part.element_size() for part in parts)
-        if shards[-1] and size > room:
-            shards.append([])
+    state = Held(model_or_state.state_dict() if isinstance(model_or_state, Decoder) else model_or_state)
+    files = shards(state, arch, max_shard_bytes)
+    for number in range(len(files)):
+        write_shard(files, number, folder, metadata)
+    write_index(files, folder)
+    return [folder / name for name in [*(name for name, _ in files), *([INDEX] if len(files) > 1 else [])]]
+
+
+Shards = list[tuple[str, list[Written]]]  # files by name, and the tensors of each
+
+
+def shards(state: Rows, arch: Architecture, max_shard_bytes: float = 5e9) -> Shards:
+    """Which tensors go into which file: decided by shapes alone, so that whoever writes a file needs nothing of the others."""
+    found, room = [[]], max_shard_bytes
+    for one in _written(state, arch):
+        if found[-1] and one.size_bytes > room:
+            found.append([])
             room = max_shard_bytes
-        shards[-1].append(name)
-        sizes[name] = size
-        room -= size
-    header = {**(metadata or {}), "format": "pt"}
-    placed: dict[str, str] = {}
-    paths = []
-    for i, names in enumerate(shards):
-        path = folder / (SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors")
-        part = {s.name: state[s.name] for name in names for s in _sources(arch, name)}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _to_hf(part, arch, names)}
-        placed |= dict.fromkeys(tensors, path.name)
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors, temporary, metadata=header)
-        _commit(temporary, path)
-        paths.append(path)
-    if len(shards) > 1:
-        index = folder / INDEX
-        temporary = index.with_name(INDEX + ".tmp")
-        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(placed.items()))}
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        (folder / SINGLE).unlink(missing_ok=True)  # an older single file would be read instead
-        _commit(temporary, index)
-        paths.append(index)
-    else:
-        (folder / INDEX).unlink(missing_ok=True)  # and an older index instead of this file
-    return paths
+        found[-1].append(one)
+        room -= one.size_bytes
+    count = len(found)
+    return [(SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors", tensors) for i, tensors in enumerate(found)]
+
+
+def _written(state: Rows, arch: Architecture) -> Iterator[Written]:
+    """Every tensor on disk, and the pieces that it is made of."""
+    memory = dict.fromkeys(state)
+    for name, sources in _names(arch, memory).items():
+        if missing := [s.name for s in sources if s.name not in memory]:
+            raise CheckpointError(f"the state lacks {', '.join(missing)}, which {name} is made of")
+        shapes, dtype = [s.shape(state.shape(s.name)) for s in sources], state.dtype(sources[0].name)
+        shape = (sum(one[0] for one in shapes), *shapes[0][1:]) if shapes[0] else ()
+        yield Written(name, shape, dtype, functools.partial(_pieces, state, sources))
+        if name.endswith("act_fn.alpha_n"):
+            for constant, value in _CONSTANTS.items():
+                whole = torch.tensor(value, dtype=dtype)
+                yield Written(name.replace("act_fn.alpha_n", constant), (), dtype, functools.partial(iter, [whole]))
+
+
+def _pieces(state: Rows, sources: Sequence[_Source]) -> Iterator[Tensor]:
+    for source in sources:
+        if source.expert is None:
+            for piece in pieces(state, source.name):
+                yield source.of(piece)
+        else:
+            one = state.rows(source.name, source.expert, source.expert + 1)
+            yield replace(source, expert=0).of(one)
+
+
+def write_shard(files: Shards, number: int, folder: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """One file of `shards`, under a temporary name until it is whole."""
+    name, tensors = files[number]
+    temporary = folder / f"{name}.tmp"
+    write(temporary, tensors, {**(metadata or {}), "format": "pt"})
+    _commit(temporary, folder / name)
+
+
+def write_index(files: Shards, folder: Path) -> None:
+    """What comes last: the index of several files, or its absence."""
+    if len(files) == 1:
+        (folder / INDEX).unlink(missing_ok=True)  # an older index would be read instead of this file
+        return
+    placed = {one.name: name for name, tensors in files for one in tensors}
+    size = sum(one.size_bytes for _, tensors in files for one in tensors)
+    temporary = folder / f"{INDEX}.tmp"
+    content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / SINGLE).unlink(missing_ok=True)  # and an older single file instead of these
+    _commit(temporary, folder / INDEX)
 
 
 def _commit(temporary: Path, path: Path) -> None:

@@ -101,6 +101,10 @@ OPERATIONAL = (
     "draw",
     "expected",
 )
+# What a resume may change too, and says: the same formulas in the same precision, summed or rounded elsewhere, as on another mesh.
+ARITHMETIC = ("site", "device", "kernels", "compile", "recompute", "deterministic")
+# What a resume changes only where it is told to (--other-numbers): what numbers are kept or computed in, and what is done about those that cannot be right.
+NUMBERS = ("precision", "fp8", "optim.master", "optim.moments", "optim.rounding", "numerics")
 
 
 class Choice(Section):
@@ -191,13 +195,7 @@ class Plan(Section):
     @property
     def identity(self) -> str:
         """SHA-256 of what decides the run's numbers: all but what is only watched, kept or written (OPERATIONAL), which a resume may change."""
-        tree = json.loads(self.text())
-        for path in OPERATIONAL:
-            *parents, last = path.split(".")
-            node = tree
-            for part in parents:
-                node = node[part]
-            del node[last]
+        tree = self._without(OPERATIONAL)
         # Reasons are words; which attention a rank calls, and what quantises for whom, follow from the heads and matrices that it has on its mesh.
         tree["kernels"] = [[one["op"], one["kernel"]] for one in tree["kernels"] if one["op"] != "attention"]
         if self.fp8 is not None:
@@ -205,7 +203,25 @@ class Plan(Section):
             del tree["fp8"]["producers"]
         if self.loss.router_aux or self.loss.router_z or (self.fp8 is not None and self.fp8.scaling == "tensorwise"):
             tree["microbatch"] = self.microbatch  # balance and such scales are of one microbatch
-        return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return _sha256(tree)
+
+    @property
+    def meaning(self) -> str:
+        """SHA-256 of what the run is: model, data and their order, batch, optimizer, schedule, loss. No resume changes it, and checkpoints are bound to it."""
+        tree = self._without((*OPERATIONAL, *ARITHMETIC, *NUMBERS))
+        if self.loss.router_aux or self.loss.router_z:
+            tree["microbatch"] = self.microbatch
+        return _sha256(tree)
+
+    def _without(self, paths: tuple[str, ...]) -> dict[str, Any]:
+        tree = json.loads(self.text())
+        for path in paths:
+            *parents, last = path.split(".")
+            node = tree
+            for part in parents:
+                node = node[part]
+            del node[last]
+        return tree
 
     def differences(self, other: "Plan") -> list[str]:
         """`key: mine -> other's` for every value that differs, by dotted key."""
@@ -489,6 +505,10 @@ def _attended(recipe: Recipe, site: Site, architecture: Architecture) -> attenti
         deterministic=train.deterministic,
         architecture=None if site.accelerator is None else attention.ACCELERATORS[site.accelerator],
     )
+
+
+def _sha256(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

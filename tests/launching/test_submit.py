@@ -12,6 +12,7 @@ from gigatrain.errors import CheckpointError, PlanError, RecipeError, RunError, 
 from gigatrain.launching import job as jobs
 from gigatrain.launching import restart, submit
 from gigatrain.launching.submit import Request
+from gigatrain.planning.plan import plan
 
 NOW = datetime.datetime(2026, 11, 26, 12, 0, 0)
 
@@ -93,6 +94,31 @@ def test_what_a_job_reads_is_the_recipe_and_the_site_as_they_were(tiny, site, tm
     (run / "run.json").write_text(json.dumps({"identity": "another"}))
     with pytest.raises(CheckpointError, match="another plan"):
         prepared(tiny, site(), folder=str(run), resume=True)
+
+
+def test_a_run_goes_on_at_another_site_and_with_other_numbers_only_where_told(tiny, site, tmp_path, monkeypatch):
+    """Begun on this machine, alone, on a CPU; launched on a cluster of GPUs, on many ranks: what differs is how it is computed."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    before = plan(load.recipe(tiny, ("train.batch=64",)), load.site("laptop"))
+    (run / "plan.json").write_text(before.text())
+    (run / "run.json").write_text(json.dumps({"identity": before.identity}))
+    cluster = Path(site())
+    cluster.write_text(cluster.read_text().replace('device = "cpu"', 'device = "cuda"'))
+
+    def launched(*overrides, **more):
+        return submit.prepare(
+            Request(str(tiny), str(cluster), ("train.batch=64", *overrides), folder=str(run), resume=True, nodes=2, **more), today=NOW
+        )
+
+    now = launched().plans[0]
+    assert (now.device, now.meaning == before.meaning, now.identity == before.identity) == ("cuda", True, False)
+    with pytest.raises(CheckpointError, match=r"optim.moments: fp32 -> bf16\n.*add --other-numbers"):
+        launched("optim.moments=bf16")
+    assert launched("optim.moments=bf16", other_numbers=True).resumed
+    with pytest.raises(CheckpointError, match=r"another plan; 1 value.*\n *optim.lr: 0.003 -> 0.0001"):
+        launched("optim.lr=1e-4", other_numbers=True)
 
 
 def test_a_scheduler_that_refuses_leaves_nothing(tiny, site, tmp_path, monkeypatch):
