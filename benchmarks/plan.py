@@ -2,15 +2,15 @@ r"""How well the planner predicts: steps, memory, intervals and ranking of layou
 
     python benchmarks/plan.py IN.jsonl                             predicts a file of measurements and scores that
     python benchmarks/plan.py IN.jsonl --predictions OUT.jsonl     scores what `gigatrain plan --predict IN.jsonl -o OUT.jsonl` wrote
-    python benchmarks/plan.py measured                             the rows that constants are fitted on; `unseen`: those that no time is fitted on
+    python benchmarks/plan.py measured                             the ten sets that constants are fitted on; `further`: the five more
     python benchmarks/plan.py --leave-one-out                      refits the constants without each set in turn: data/folds.json; takes minutes
-    python benchmarks/plan.py --write                              from data/folds.json: interval.json, results/plan_loso.csv, plan_unseen.csv, PLANNER.md
+    python benchmarks/plan.py --write                              from data/folds.json: interval.json, results/plan_loso.csv, plan_further.csv, PLANNER.md
 
 Errors are of seconds of a step, predicted over measured - 1; a row that tells no time counts for memory alone. Published TFLOP/s and MFU are never scored:
 sources count FLOPs each in their own way. Data (benchmarks/data/), each row with the repository, path and commit that it was read from:
 
-    measured.jsonl.gz     1,772 rows of 10 sets: what constants are fitted on
-    unseen.jsonl          68 rows of sources that no time is fitted on: does what was learnt from the ten hold elsewhere?
+    measured.jsonl.gz     1,772 rows of 10 sets
+    further.jsonl         68 rows of 5 sets more, of others' machines; like each of the ten it is scored by constants that were fitted without it
     measured_power.csv    86 power logs of MLPerf, reduced to watts of a node and kWh of a run
 """
 
@@ -31,7 +31,7 @@ from statistics import median
 from typing import Any
 
 import plan_memory  # beside this file, as the next one
-from plan_data import DATA, Pair, Row, gibibytes_of, measured, measured_power, read, seconds_of, unseen  # noqa: F401 - two for whoever imports this
+from plan_data import DATA, Pair, Row, further, gibibytes_of, measured, measured_power, read, seconds_of  # noqa: F401 - two for whoever imports this
 
 from gigatrain.errors import GigatrainError
 from gigatrain.planning import predict
@@ -258,7 +258,7 @@ def refit(say: Callable[[str], None]) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "measured.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in measured()), encoding="utf-8")
+        path.write_text("".join(json.dumps(row) + "\n" for row in (*measured(), *further())), encoding="utf-8")
         found, _ = plan_fit.read([path])
     made: dict[str, dict[str, float]] = {}
     for name in sorted({row.set for row in found}):
@@ -298,12 +298,12 @@ def left_out(known: Sequence[Known], by_set: Mapping[str, Mapping[str, float]], 
 
 
 def learn_intervals(known: Sequence[Known], by_set: Mapping[str, Mapping[str, float]]) -> None:
-    """Writes the product's interval.json from all sets' residuals; of peaks of memory, to which no constant is refitted, from the unseen sets' too."""
+    """Writes the product's interval.json from all sets' residuals."""
     widths = interval.learn(residuals(known, by_set))
     learnt = {
         "of": provenance(),
         "widths": {key: float(f"{value:.4g}") for key, value in widths.items()},
-        "memory": plan_memory.learnt(plan_memory.peaks([*measured(), *unseen()])),
+        "memory": plan_memory.learnt(plan_memory.peaks([*measured(), *further()])),
         "domain": interval.domain((one.case.workload, one.case.cluster) for one in known),
     }
     interval.LEARNT.write_text(json.dumps(learnt, indent=1) + "\n", encoding="utf-8")
@@ -385,13 +385,14 @@ def between(page: str, name: str) -> str:
 
 def write(say: Callable[[str], None]) -> None:
     """Intervals, results and the page, from the stored folds."""
-    known, by_set, of = understood(measured()), folds(), provenance()
+    known, by_set, of = understood([*measured(), *further()]), folds(), provenance()
     learn_intervals(known, by_set)
     interval._learnt.cache_clear()
-    loso = left_out(known, by_set, say)
+    ten = {row["set"] for row in measured()}
+    pairs = left_out(known, by_set, say)
+    loso, others = ([pair for pair in pairs if (pair.row["set"] in ten) == inside] for inside in (True, False))
     (RESULTS / "plan_loso.csv").write_text(as_csv(scores(loso) | checked(loso), of), encoding="utf-8")
-    others = [Pair(row, predict.predict(row)) for row in unseen()]
-    (RESULTS / "plan_unseen.csv").write_text(as_csv(scores(others), of), encoding="utf-8")
+    (RESULTS / "plan_further.csv").write_text(as_csv(scores(others), of), encoding="utf-8")
     held = [Pair(row, predict.predict(row)) for row in measured() if row.get("peak_mem")]
     page = PAGE.read_text(encoding="utf-8")
     page = marked(page, "left out", as_table(row for row in stored("plan_loso.csv") if row["group"] != CHECKED))
@@ -400,9 +401,11 @@ def write(say: Callable[[str], None]) -> None:
         "left out, in words",
         sentences(loso) + "\n" + next(line for line in sentences(held).splitlines() if line.startswith("Memory")),
     )
-    page = marked(page, "memory, in words", plan_memory.sentence(plan_memory.peaks([*measured(), *unseen()])))
-    page = marked(page, "unseen", as_table(stored("plan_unseen.csv")))
-    page = marked(page, "unseen, in words", sentences(others))
+    page = marked(page, "memory, in words", plan_memory.sentence(plan_memory.peaks([*measured(), *further()])))
+    page = marked(page, "further", as_table(stored("plan_further.csv")))
+    kept = [Pair(row, predict.predict(row)) for row in further()]
+    of_memory = [line for line in sentences(kept).splitlines() if line.startswith(("Memory", "Of "))]
+    page = marked(page, "further, in words", "\n".join([sentences(others), *of_memory]))
     PAGE.write_text(page, encoding="utf-8")
 
 
@@ -427,7 +430,7 @@ def checked(pairs: Sequence[Pair]) -> dict[str, Score]:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="?", help="measurements, one JSON object a line; or `measured` or `unseen`")
+    parser.add_argument("rows", nargs="?", help="measurements, one JSON object a line; or `measured` or `further`")
     parser.add_argument("--predictions", type=Path, help="answers to them, of gigatrain plan --predict")
     parser.add_argument("--leave-one-out", action="store_true", help="refit the constants without each set in turn")
     parser.add_argument("--write", action="store_true", help="intervals, results and PLANNER.md, from the stored folds")
@@ -443,7 +446,7 @@ def main(words: Sequence[str] | None = None) -> int:
         write(say)
     if not asked.rows:
         return 0
-    found = {"measured": measured, "unseen": unseen}[asked.rows]() if asked.rows in ("measured", "unseen") else read(Path(asked.rows))
+    found = {"measured": measured, "further": further}[asked.rows]() if asked.rows in ("measured", "further") else read(Path(asked.rows))
     if asked.predictions:
         answers = {answer["id"]: answer for answer in read(asked.predictions)}
         lacking = [row["id"] for row in found if row.get("id") not in answers]

@@ -1,7 +1,7 @@
 """Fits the planner's free constants to published measurements, and scores every set of them with constants that were fitted without it.
 
-    python benchmarks/plan_fit.py --leave-one-out                         the table, over data/measured.jsonl.gz; minutes
-    python benchmarks/plan_fit.py --write --unseen data/unseen.jsonl      refits gigatrain/planning/estimate/fitted.json, and scores what no fit saw
+    python benchmarks/plan_fit.py --leave-one-out      the table, over data/measured.jsonl.gz and data/further.jsonl; minutes
+    python benchmarks/plan_fit.py --write              refits gigatrain/planning/estimate/fitted.json
 
 Least squares on log(step time), pulled toward each constant's prior by its spread, robust (Huber), a set weighing as the square root of its rows: so the few
 constants that rows speak of move, and all others stay what physics said. Gauss-Newton with a numeric Jacobian; a constant is moved only for rows whose
@@ -245,8 +245,13 @@ def leave_one_out(found: list[Row], iterations: int, say: Callable[[str], None])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, nargs="+", default=[DATA / "measured.jsonl.gz"], help="measurements, one JSON object a line")
-    parser.add_argument("--unseen", type=Path, nargs="*", default=[], help="measurements that are scored and never fitted")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        default=[DATA / "measured.jsonl.gz", DATA / "further.jsonl"],
+        help="measurements, one JSON object a line",
+    )
     parser.add_argument("--leave-one-out", action="store_true")
     parser.add_argument("--write", action="store_true", help=f"refit {FITTED.name}")
     parser.add_argument("--iterations", type=int, default=5)
@@ -274,9 +279,6 @@ def main() -> None:
                 json.dumps({name: float(f"{value:.5g}") for name, value in sorted(fitted.items())}, indent=1) + "\n", encoding="utf-8"
             )
         scored = score(found, fitted)
-        for path in asked.unseen:
-            unseen, _ = read([path])
-            print(f"{path.name}, which no fit has seen\n{table(score(unseen, fitted))}")
     print(table(scored))
     if asked.residuals:
         asked.residuals.write_text(

@@ -34,17 +34,17 @@ def pair(score, measured_s, predicted_s, width=1.1, **row):
     return score.Pair({"set": "a", "step_time_s": measured_s} | row, answer)
 
 
-def test_every_measurement_has_its_source_and_no_source_is_both_fitted_and_unseen(score):
-    measured, unseen, power = score.measured(), score.unseen(), score.measured_power()
-    assert (len(measured), len(unseen), len(power)) == (1772, 68, 86)
-    for row in (*measured, *unseen, *power):
+def test_every_measurement_has_its_source_and_no_source_is_in_two_sets_of_data(score):
+    measured, further, power = score.measured(), score.further(), score.measured_power()
+    assert (len(measured), len(further), len(power)) == (1772, 68, 86)
+    for row in (*measured, *further, *power):
         assert row["source_repo"]
         assert row["source_path"]
         assert row["source_commit"]
         assert None not in row.values()
-    assert len({row["id"] for row in (*measured, *unseen)}) == 1772 + 68
-    assert not {row["set"] for row in measured} & {row["set"] for row in unseen}
-    assert not {row["source_repo"] for row in measured} & {row["source_repo"] for row in unseen}
+    assert len({row["id"] for row in (*measured, *further)}) == 1772 + 68
+    assert not {row["set"] for row in measured} & {row["set"] for row in further}
+    assert not {row["source_repo"] for row in measured} & {row["source_repo"] for row in further}
 
 
 def test_seconds_are_read_from_whatever_a_row_tells(score):
@@ -94,7 +94,7 @@ def test_memory_counts_what_it_wrongly_says_fits(score):
 
 
 def test_a_file_of_rows_is_scored_with_predictions_or_without(score, tmp_path, capsys):
-    rows = score.unseen()[:9]
+    rows = score.further()[:9]
     asked, answered = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
     predict.predict_file(asked, answered)
@@ -109,7 +109,7 @@ def test_a_file_of_rows_is_scored_with_predictions_or_without(score, tmp_path, c
 
 
 def test_every_published_row_is_answered_and_none_by_a_fault(score):
-    for row in (*score.few(score.measured()), *score.unseen()):
+    for row in (*score.few(score.measured()), *score.further()):
         answer = predict.predict(row)
         assert answer["refused"] is None, (row["id"], answer["refused"])
         assert answer["low_s"] < answer["step_time_s"] < answer["high_s"]
@@ -119,7 +119,7 @@ def test_the_page_shows_what_is_stored(score):
     page = score.PAGE.read_text(encoding="utf-8")
     loso = [row for row in score.stored("plan_loso.csv") if row["group"] != score.CHECKED]
     assert score.between(page, "left out") == score.as_table(loso)
-    assert score.between(page, "unseen") == score.as_table(score.stored("plan_unseen.csv"))
+    assert score.between(page, "further") == score.as_table(score.stored("plan_further.csv"))
     assert {row["group"] for row in loso} >= {"MoE", "dense", "all rows"}
 
 
@@ -132,7 +132,7 @@ def test_the_planner_is_no_worse_on_what_it_has_not_seen_than_is_published(score
 
 
 def test_results_say_what_made_them(score):
-    for name in ("plan_loso.csv", "plan_unseen.csv"):
+    for name in ("plan_loso.csv", "plan_further.csv"):
         with (score.RESULTS / name).open() as lines:
             for row in csv.DictReader(lines):
                 assert row["commit"]
@@ -140,7 +140,7 @@ def test_results_say_what_made_them(score):
 
 
 def test_intervals_of_memory_are_those_of_the_rows_and_hold_nine_of_ten(score):
-    rows = [row for row in (*score.measured(), *score.unseen()) if row.get("peak_mem")]
+    rows = [row for row in (*score.measured(), *score.further()) if row.get("peak_mem")]
     peaks = score.plan_memory.peaks(rows)
     assert len(peaks) == len(rows)
     stored = json.loads(score.interval.LEARNT.read_text())["memory"]

@@ -5,7 +5,7 @@ one source err alike, so that a source weighs as the square root of its rows (of
 Kish's effective number. A group (family of accelerators, stack, dense or MoE) with few sources leans on the wider group that it belongs to. `learn` makes
 interval.json from such residuals (benchmarks/plan.py --write); `interval` reads it.
 
-Peaks of memory have their own, by stack (`learn_memory`, `memory_interval`): no constant is refitted for them, so residuals are of measured and of unseen rows.
+Peaks of memory have their own, by stack (`learn_memory`, `memory_interval`): no constant is refitted for them, so residuals are of all rows.
 """
 
 import json
