@@ -115,11 +115,14 @@ def claim(plan: Plan, folder: Path, this: Run) -> None:
 def identity(folder: Path) -> dict[str, Any]:
     """run.json of a run folder."""
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in ("id", "name", "created", "identity")):
+            raise ValueError("it does not say whose folder this is")
+        return record
     except OSError:
         raise RunError(f"{folder} is not a run folder: it has no run.json") from None
-    except ValueError as failure:
-        raise RunError(f"{folder}/run.json is not JSON: {failure}") from None
+    except (ValueError, RecursionError) as failure:
+        raise RunError(f"{folder}/run.json is not what a run writes: {failure}") from None
 
 
 def stored_plan(folder: Path) -> Plan:
@@ -127,8 +130,8 @@ def stored_plan(folder: Path) -> Plan:
     record = identity(folder)
     try:
         text = (folder / "plan.json").read_text(encoding="utf-8")
-    except OSError as failure:
-        raise RunError(f"{folder}/plan.json cannot be read: {failure.strerror}") from None
+    except (OSError, UnicodeDecodeError) as failure:
+        raise RunError(f"{folder}/plan.json cannot be read: {getattr(failure, 'strerror', None) or 'it is not UTF-8 text'}") from None
     plan = load.read_json(Plan, text, f"{folder}/plan.json", RunError)
     if plan.identity != record["identity"]:
         raise RunError(

@@ -24,7 +24,7 @@ GRACE_S = 30.0  # the shortest that schedulers give; the machine of a test does 
 STEPS = 30
 # One update is told of at a time, and a validation takes as long as many steps.
 SETS = {
-    "train.steps": STEPS, "train.batch": 4, "report.every": 1, "checkpoint.every": 7, "checkpoint.keep": 3, "validation.every": 10,
+    "train.steps": STEPS, "train.batch": 12, "report.every": 1, "checkpoint.every": 7, "checkpoint.keep": 3, "validation.every": 10,
     "validation.max_samples": 400, "data.validation": 0.3, "sample.prompt": '"def "', "sample.tokens": 60,
 }  # fmt: skip
 PHASES = ("boot", "torch", "corpus", "build", "first save", "step", "validation", "save", "export", "sample")
