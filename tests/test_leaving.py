@@ -100,7 +100,7 @@ def test_a_thread_that_waits_in_c_does_not_keep_the_process(tmp_path):
     """A lock of C's that no signal interrupts: ctypes holds no lock of Python's, and its sleep goes on."""
     wait = "import ctypes; libc = ctypes.CDLL(None); "
     begin = time.monotonic()
-    said, code = told(wait + READY + "[libc.usleep(900_000) for _ in range(60) if True]", signal.SIGUSR1)
+    _, code = told(wait + READY + "[libc.usleep(900_000) for _ in range(60) if True]", signal.SIGUSR1)
     assert code == REQUEUE
     assert time.monotonic() - begin < 20
     body = "import ctypes; m = ctypes.create_string_buffer(64); libc = ctypes.CDLL(None); libc.pthread_mutex_lock(m); " + READY
@@ -131,7 +131,10 @@ def test_after_the_last_save_it_leaves_at_once():
 
 def test_a_signal_that_was_blocked_until_somebody_hears_is_heard():
     program = PROGRAM.format(body="time.sleep(60)")
-    blocked = f"import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); os.kill(os.getpid(), signal.SIGTERM); os.execv(sys.executable, [sys.executable, '-c', {program!r}])"
+    blocked = (
+        "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); os.kill(os.getpid(), signal.SIGTERM); "
+        f"os.execv(sys.executable, [sys.executable, '-c', {program!r}])"
+    )
     assert subprocess.run([sys.executable, "-c", blocked], timeout=30, check=False).returncode == REQUEUE
 
 

@@ -259,7 +259,9 @@ def _files(folder: Path) -> dict[str, Path]:
             places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             return {name: folder / Path(file).name for name, file in places.items()}
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{index} is damaged: {error!r}; fetch or write the folder again") from error
+            raise CheckpointError(
+                f"{index} is damaged: {type(error).__name__}: {str(error)[:200]}; fetch or write the folder again"
+            ) from error
     if (single := folder / SINGLE).is_file():
         with _open(single) as file:
             return dict.fromkeys(file.keys(), single)

@@ -55,16 +55,16 @@ def joined(axes: config.Mesh, ranks: int, device: str) -> Iterator[tuple[Mesh, t
     if ranks == 1:
         yield Mesh(axes, 0, place), place
         return
-    mine, here = not distributed.is_initialized(), leaving.here()
+    mine, asked = not distributed.is_initialized(), leaving.here()
     if mine:
-        if here is not None:
-            here.meeting = True
+        if asked is not None:
+            asked.meeting = True
         bound: dict[str, Any] = {"device_id": place} if device == "cuda" else {}
         try:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT, **bound)
         except (RuntimeError, ValueError) as failure:  # torch's network errors are RuntimeErrors, a missing address is a ValueError
-            if here is not None:
-                here.leave()  # the other has left already
+            if asked is not None:
+                asked.leave()  # the other has left already
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             apart = RunError(
                 f"rank {rank} of {ranks} cannot meet the others at {where} (MASTER_ADDR:MASTER_PORT): {str(failure).splitlines()[0][:300]}; start all ranks "
@@ -78,8 +78,8 @@ def joined(axes: config.Mesh, ranks: int, device: str) -> Iterator[tuple[Mesh, t
     except RuntimeError as failure:
         if not _lost(failure):
             raise
-        if here is not None:
-            here.leave()
+        if asked is not None:
+            asked.leave()
         lost = RunError(
             f"rank {rank} of {ranks} lost another rank, whose own message says why, or the network between them ({str(failure).splitlines()[0][:200]}); "
             "committed checkpoints are whole: go on with --resume"
