@@ -348,6 +348,7 @@ def restructured(data: bytes, chance: random.Random) -> bytes:
     return "\n".join(json.dumps(line) for line in lines).encode()
 
 
+@pytest.mark.long
 def test_mutations_bring_typed_errors_only(specimen, tmp_path):
     folder, seed = tmp_path / "run", 7
     chance = random.Random(seed)

@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed
@@ -102,7 +102,7 @@ def _leave_together(rank: int, ranks: int) -> contextlib.AbstractContextManager[
     _met.append(rank)
     attempt = "-".join(os.environ.get(name, "0") for name in ("GIGATRAIN_ATTEMPT", "TORCHELASTIC_RESTART_COUNT"))
     store = distributed.PrefixStore(f"leave-{attempt}-{len(_met)}", distributed.distributed_c10d._get_default_store())
-    return here.among(store, rank, ranks)
+    return here.among(cast(leaving.Store, store), rank, ranks)
 
 
 def _lost(failure: RuntimeError) -> bool:
