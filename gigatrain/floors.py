@@ -1,5 +1,6 @@
 """What this process must not be: built on versions that run a file's code, or with a run folder that others may write. Free of torch."""
 
+import contextlib
 import os
 import re
 import stat
@@ -45,10 +46,8 @@ def private(folder: Path) -> None:
             f"{folder} belongs to user {found.st_uid}, and you are {os.getuid()}: who owns it could change the run; name another with --run"
         )
     if found.st_mode & 0o022:
-        try:
+        with contextlib.suppress(OSError):
             folder.chmod(stat.S_IMODE(found.st_mode) & ~0o022)
-        except OSError:
-            pass
         if (mode := folder.stat().st_mode) & 0o022:
             raise RunError(
                 f"{folder} may be written by others ({stat.filemode(mode)}) and its file system keeps it so: they could change the run; "

@@ -64,6 +64,7 @@ class Leaving:
         self.at: int | None = None  # the boundary at which all ranks leave
         self._boundary = 0  # boundaries that the main thread has reached
         self._promised: int | None = None
+        self.meeting = False  # connecting to the other ranks
         self._now = self._raised = False
         self._turn = threading.Lock()
         self._decided = threading.Event()
@@ -131,6 +132,8 @@ class Leaving:
                 if number == signal.SIGINT and self.where != "steps":
                     continue
                 self.signal = self.signal or signal.Signals(number).name
+                if self.meeting:
+                    os._exit(REQUEUE)  # nothing is made, and who sees our connections close sees our exit code first
                 if self._store is not None and self.where != "after":
                     with contextlib.suppress(Exception):  # the store is gone: so is the run, or it is over
                         self._store.clone().compare_set("leave", "", self.signal)
@@ -158,6 +161,7 @@ class Leaving:
     def among(self, store: Store, rank: int, ranks: int) -> Iterator[None]:
         """While inside, what one of `ranks` hears all hear; `store` is this attempt's own, that all reach."""
         self._rank, self._ranks, self._store = rank, ranks, store
+        self.meeting = False
         follower = threading.Thread(target=self._follow, args=(store.clone(),), name="gigatrain-leave", daemon=True)
         follower.start()
         if self.asked and self.where == "start":  # while the ranks met

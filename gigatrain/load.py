@@ -50,6 +50,7 @@ def recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     tree = _toml(path, RecipeError)
     for override in overrides:
         _override(tree, override)
+    _refuse_secrets(tree, path, RecipeError)
     _expand_architecture(tree)
     result = _validate(Recipe, tree, str(path), RecipeError)
     assert isinstance(result, Recipe)
@@ -59,7 +60,9 @@ def recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 def site(source: str | Path) -> Site:
     """Read a site: a path (TOML, or the JSON that a job keeps of it), or the name of a shipped one."""
     path = _find(source, sites(), "site", SiteError)
-    result = _validate(Site, _toml(path, SiteError), str(path), SiteError)
+    tree = _toml(path, SiteError)
+    _refuse_secrets(tree, path, SiteError)
+    result = _validate(Site, tree, str(path), SiteError)
     assert isinstance(result, Site)
     return result
 
@@ -145,7 +148,7 @@ def config_json(source: str) -> dict[str, Any]:
         return found
     except OSError as failure:
         raise RecipeError(f"model.from: {path} cannot be read: {failure.strerror}") from None
-    except ValueError as failure:
+    except (ValueError, RecursionError) as failure:
         raise RecipeError(f"model.from: {path} is not a JSON object: {failure}") from None
 
 
@@ -272,6 +275,22 @@ def _validate(model: type[Section], tree: dict[str, Any], where: str, error: typ
         key = next(_strange(tree), "") if not isinstance(failure, RecursionError) else ""
         raise error(f"{where}: {key or failure}; dates, inf and nan have no place here") from None
     return read_json(model, text, where, error)
+
+
+_USERINFO = re.compile(r"\w://[^/@\s]*:[^/@\s]*@")
+
+
+def _refuse_secrets(value: Any, path: Path, error: type[GigatrainError], key: str = "") -> None:
+    """A password within an address would be in plan.json, in logs and in every message that names the address; so its value is not named here."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, one in inner:
+        at = f"{key}.{name}" if key else str(name)
+        if isinstance(one, str) and _USERINFO.search(one):
+            raise error(
+                f"{path}: {at} is an address with a password in it, which would be in the run's folder and logs; take it out, and give it as the "
+                "library that opens the address reads it (HF_TOKEN, ~/.netrc, AWS_PROFILE)"
+            )
+        _refuse_secrets(one, path, error, at)
 
 
 def _strange(value: Any, key: str = "") -> Iterator[str]:

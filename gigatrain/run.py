@@ -132,11 +132,14 @@ def claim(plan: Plan, folder: Path, this: Run) -> None:
 def identity(folder: Path) -> dict[str, Any]:
     """run.json of a run folder."""
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in ("id", "name", "created", "identity")):
+            raise ValueError("it does not say whose folder this is")
+        return record
     except OSError:
         raise RunError(f"{folder} is not a run folder: it has no run.json") from None
-    except ValueError as failure:
-        raise RunError(f"{folder}/run.json is not JSON: {failure}") from None
+    except (ValueError, RecursionError) as failure:
+        raise RunError(f"{folder}/run.json is not what a run writes: {failure}") from None
 
 
 def stored_plan(folder: Path) -> Plan:

@@ -24,7 +24,7 @@ GRACE_S = 30.0  # the shortest that schedulers give; the machine of a test does 
 STEPS = 30
 # One update is told of at a time, and a validation takes as long as many steps.
 SETS = {
-    "train.steps": STEPS, "train.batch": 4, "report.every": 1, "checkpoint.every": 7, "checkpoint.keep": 3, "validation.every": 10,
+    "train.steps": STEPS, "train.batch": 12, "report.every": 1, "checkpoint.every": 7, "checkpoint.keep": 3, "validation.every": 10,
     "validation.max_samples": 400, "data.validation": 0.3, "sample.prompt": '"def "', "sample.tokens": 60,
 }  # fmt: skip
 PHASES = ("boot", "torch", "corpus", "build", "first save", "step", "validation", "save", "export", "sample")
@@ -214,7 +214,10 @@ def campaign(
         assert shared in recipe.read_text()
         mine.write_text(recipe.read_text().replace(shared, json.dumps(str(cache))))  # its own corpus, built anew
         for _ in range(min(4, count - len(found))):
-            moment = chance.choice(PHASES) if chance.random() < 0.7 else chance.uniform(0, life_s)
+            over = {"corpus"} if any(cache.rglob("manifest.json")) else set()  # these do not come again
+            over |= {"first save"} if committed(run) >= 0 else set()
+            over |= {"step", "validation", "save"} if committed(run) == STEPS else set()
+            moment = chance.choice([phase for phase in PHASES if phase not in over]) if chance.random() < 0.7 else chance.uniform(0, life_s)
             told, said = tell(mine, run, ranks, moment, chance, cache)
             wrong = check(told, run, said)
             say(f"{len(found) + 1:4} {ranks} ranks  {told.moment:>11}  {told.name:8} {told.victim:16} code {told.code:3}  {told.seconds:5.1f} s  "

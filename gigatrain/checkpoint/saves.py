@@ -244,7 +244,7 @@ class Checkpoints:
             return manifest
         except OSError as failure:
             raise CheckpointError(f"{failure.filename}: {failure.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as failure:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as failure:
             raise CheckpointError(f"{folder}/manifest.json is not a manifest: {failure}") from None
 
 
@@ -271,7 +271,7 @@ def _state(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "state.json").read_text())
     except OSError as failure:
         raise CheckpointError(f"{failure.filename}: {failure.strerror}") from None
-    except ValueError as failure:
+    except (ValueError, RecursionError) as failure:
         raise CheckpointError(f"{folder}/state.json is not JSON: {failure}") from None
 
 

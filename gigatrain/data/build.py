@@ -81,7 +81,7 @@ class Corpus:
                 raise DataError(
                     f"{path} has format {manifest['format']}, and this version reads {FORMAT}; delete the folder and build again"
                 )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
                 f"{path} is damaged ({type(error).__name__}: {error}); delete it and run `gigatrain data build` again"
             ) from error

@@ -178,14 +178,17 @@ def _settings(folder: Path) -> dict[str, Any]:
                 settings |= {
                     key: value for key, value in json.loads((folder / name).read_text(encoding="utf-8")).items() if value is not None
                 }
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError, RecursionError) as error:
                 raise DataError(f"{folder / name} is not a JSON object: {error}") from error
     return settings
 
 
 def _token(settings: dict[str, Any], key: str) -> str | None:
     value = settings.get(key)
-    return value.get("content") if isinstance(value, dict) else value
+    name = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(name, str | None):
+        raise DataError(f"tokenizer_config.json says {key} {str(name)[:80]!r}, which is no token")
+    return name
 
 
 def _eos(backend: Backend, settings: dict[str, Any], file: Path) -> int:

@@ -477,7 +477,7 @@ def _windows(folder: Path) -> Iterator[dict[str, Any]]:
     for line in text.splitlines()[-20:]:
         try:
             window = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(window, dict) and isinstance(window.get("step"), int):
             yield window
@@ -486,7 +486,7 @@ def _windows(folder: Path) -> Iterator[dict[str, Any]]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

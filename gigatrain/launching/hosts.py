@@ -106,7 +106,7 @@ def process_of(run: Path) -> dict[str, Any] | None:
     try:
         found = json.loads((run / "launch" / "process.json").read_text(encoding="utf-8"))
         return found if {"pid", "start", "host"} <= set(found) else None
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

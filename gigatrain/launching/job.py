@@ -74,8 +74,9 @@ def load(run: Path) -> Job:
     path = run / "launch" / "job.json"
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as failure:
-        raise RunError(f"{run} was not launched: {path} cannot be read ({failure.strerror}); `gigatrain launch` makes it") from None
+    except (OSError, UnicodeDecodeError) as failure:
+        why = getattr(failure, "strerror", None) or "it is not UTF-8 text"
+        raise RunError(f"{run} was not launched: {path} cannot be read ({why}); `gigatrain launch` makes it") from None
     found = read_json(Job, text, str(path), RunError)
     assert isinstance(found, Job)
     return found
@@ -105,7 +106,7 @@ def history(run: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(event, dict) and "event" in event:
             found.append(event)

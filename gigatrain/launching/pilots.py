@@ -189,7 +189,7 @@ def timed(folder: Path) -> list[Timed]:
         ]  # fmt: skip
     except OSError as failure:
         raise RunError(f"{path} cannot be read: {failure.strerror}; `gigatrain plan --pilots DIR` writes it") from None
-    except (ValueError, KeyError, TypeError) as failure:
+    except (ValueError, KeyError, TypeError, RecursionError) as failure:
         raise RunError(f"{path} is not what --pilots writes ({type(failure).__name__}: {failure}); write the pilots again") from None
 
 
@@ -203,7 +203,7 @@ def _clock(run: Path) -> float | None:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # a line that is being written
         took = row.get("step_s")
         if row.get("step", 0) > WARM and isinstance(took, int | float) and math.isfinite(took):

@@ -95,7 +95,7 @@ def judge(outcome: Outcome, *, may_requeue: bool = True, restarts: int = RESTART
         if outcome.signal:
             why += "\nits time was over each time before a step was gained: ask for more with --time"
         return Verdict("stop", why.rstrip(": "), NO_PROGRESS)
-    if outcome.signal or outcome.left or outcome.code == errors.REQUEUE:
+    if outcome.signal or outcome.left or (outcome.code == errors.REQUEUE and outcome.failure is None):
         return Verdict(elsewhere, f"a signal ended it ({outcome.signal or 'of Slurm, to the ranks'}), and it is {_at(outcome.step)}")
     if outcome.code == TOO_FEW:
         more = f" and {len(outcome.lost) - 8} more" if len(outcome.lost) > 8 else ""
@@ -281,7 +281,7 @@ def failure(run: Path, attempt: int, *, since: float = 0.0) -> dict[str, Any] | 
     for path in (run / "logs" / f"attempt-{attempt:03}" / "errors").glob("rank-*.json"):
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(said, dict) and float(said.get("time_s", 0)) >= since:
             found.append(said)
@@ -307,7 +307,7 @@ def excluded_nodes(path: Path, *, now: datetime.datetime | None = None) -> list[
         try:
             said = json.loads(line)
             when = datetime.datetime.fromisoformat(said["time"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
         when = when if when.tzinfo else when.replace(tzinfo=datetime.UTC)
         if now - when < datetime.timedelta(days=EXCLUDED_DAYS):

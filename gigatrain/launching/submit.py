@@ -441,7 +441,7 @@ def _identity(record: Path) -> str:
         return str(said["identity"])
     except OSError as failure:
         raise CheckpointError(f"{record} cannot be read: {failure.strerror}") from None
-    except (ValueError, TypeError, KeyError) as failure:
+    except (ValueError, TypeError, KeyError, RecursionError) as failure:
         raise CheckpointError(
             f"{record} is not what a run writes ({type(failure).__name__}: {failure}), so whose run this is is unknown; "
             "mend it from a copy, or begin in another folder with --run"

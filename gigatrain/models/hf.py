@@ -244,7 +244,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; a model folder holds config.json and *.safetensors") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds {type(config).__name__} instead of a table")
@@ -257,8 +257,10 @@ def _files(folder: Path) -> dict[str, Path]:
         try:
             places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             return {name: folder / Path(file).name for name, file in places.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is damaged: {error!r}; fetch or write the folder again") from error
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{index} is damaged: {type(error).__name__}: {str(error)[:200]}; fetch or write the folder again"
+            ) from error
     if (single := folder / SINGLE).is_file():
         with _open(single) as file:
             return dict.fromkeys(file.keys(), single)

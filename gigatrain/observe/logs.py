@@ -339,7 +339,7 @@ class Progress:
         self.waiting: str | None = None  # of a run that is finished nothing is told, unless it trains again
 
     def __enter__(self) -> Self:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
             if self.path is not None and json.loads((self.path.parent.parent / "summary.json").read_bytes()).get("wall_s") is not None:
                 self.waiting = ""
         self.add("start", node=self.log.node)
@@ -494,7 +494,7 @@ def hangs(run: Path, number: int | None = None, *, since: float = 0.0) -> list[d
     found, counts = [], _present(run, number)
     if number is not None:
         for path in sorted((folder_of(run, number) / "errors").glob("rank-*-hang.txt")):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 with path.open(encoding="utf-8", errors="replace") as file:
                     record = json.loads(file.readline(65536))
                 if (at := _time_s(record["time"].encode())) < since or not counts(int(record["rank"]), at):
@@ -510,7 +510,9 @@ def _records(run: Path, number: int | None) -> Iterator[dict[str, Any]]:
     if number is None:
         return
     for path in sorted((folder_of(run, number) / "errors").glob("rank-*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # half written by a rank that was killed meanwhile
+        with contextlib.suppress(
+            OSError, ValueError, KeyError, TypeError, RecursionError
+        ):  # half written by a rank that was killed meanwhile
             record = json.loads(path.read_text(encoding="utf-8"))
             if not all(isinstance(record[key], str) for key in ("time", "node", "type", "message", "traceback")):
                 continue

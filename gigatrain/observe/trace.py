@@ -400,12 +400,12 @@ def _path(folder: Path, rank: int) -> Path:
 
 def _rows(path: Path) -> Iterable[tuple[dict[str, Any], str]]:
     """Whole lines of a file, read and as they are."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
             if isinstance(row["step"], int) and row["phases"]:
                 yield row, line
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
 
 

@@ -5,7 +5,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed
@@ -57,8 +57,10 @@ def joined(axes: config.Mesh, ranks: int, device: str, run: Path | None = None) 
     if ranks == 1:
         yield Mesh(axes, 0, place), place
         return
-    mine = not distributed.is_initialized()
+    mine, asked = not distributed.is_initialized(), leaving.here()
     if mine:
+        if asked is not None:
+            asked.meeting = True
         bound: dict[str, Any] = {"device_id": place} if device == "cuda" else {}
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         try:
@@ -67,6 +69,8 @@ def joined(axes: config.Mesh, ranks: int, device: str, run: Path | None = None) 
             met = meeting.store(rank, ranks, TIMEOUT, run)
             distributed.init_process_group(backend, store=met, rank=rank, world_size=ranks, timeout=TIMEOUT, **bound)
         except (RuntimeError, ValueError, KeyError, OSError) as failure:  # torch's network errors are RuntimeErrors
+            if asked is not None:
+                asked.leave()  # the other has left already
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             apart = RunError(
                 f"rank {rank} of {ranks} cannot meet the others at {where} (MASTER_ADDR:MASTER_PORT): {_first_line(failure)}; start all ranks "
@@ -80,8 +84,8 @@ def joined(axes: config.Mesh, ranks: int, device: str, run: Path | None = None) 
     except RuntimeError as failure:
         if not _lost(failure):
             raise
-        if (here := leaving.here()) is not None and here.where == "start" and here.asked:
-            raise leaving.Left(here.signal or "") from None  # the other has left already
+        if asked is not None:
+            asked.leave()
         lost = RunError(
             f"rank {rank} of {ranks} lost another rank, whose own message says why, or the network between them ({str(failure).splitlines()[0][:200]}); "
             "committed checkpoints are whole: go on with --resume"
@@ -109,7 +113,7 @@ def _leave_together(rank: int, ranks: int) -> contextlib.AbstractContextManager[
     _met.append(rank)
     attempt = "-".join(os.environ.get(name, "0") for name in ("GIGATRAIN_ATTEMPT", "TORCHELASTIC_RESTART_COUNT"))
     store = distributed.PrefixStore(f"leave-{attempt}-{len(_met)}", distributed.distributed_c10d._get_default_store())
-    return here.among(store, rank, ranks)
+    return here.among(cast(leaving.Store, store), rank, ranks)
 
 
 def _lost(failure: RuntimeError) -> bool:

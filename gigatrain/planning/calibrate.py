@@ -245,8 +245,9 @@ def read(path: Path) -> Calibration:
     """A calibration file. Raises PlanError for one that is not there or is none."""
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as failure:
-        raise PlanError(f"{path}: {failure.strerror}; gigatrain plan --calibrate RUNS... -o {path} writes it") from None
+    except (OSError, UnicodeDecodeError) as failure:
+        why = getattr(failure, "strerror", None) or "it is not UTF-8 text"
+        raise PlanError(f"{path}: {why}; gigatrain plan --calibrate RUNS... -o {path} writes it") from None
     return load.read_json(Calibration, text, str(path), PlanError)
 
 

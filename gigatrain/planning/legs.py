@@ -118,8 +118,8 @@ def stored(folder: Path, record: dict[str, Any]) -> Plan:
             continue
         try:
             plan = load.read_json(Plan, path.read_text(encoding="utf-8"), str(path), RunError)
-        except OSError as failure:
-            raise RunError(f"{path} cannot be read: {failure.strerror}") from None
+        except (OSError, UnicodeDecodeError) as failure:
+            raise RunError(f"{path} cannot be read: {getattr(failure, 'strerror', None) or 'it is not UTF-8 text'}") from None
         if plan.identity == record["identity"]:
             return plan
         found = found or plan.identity

@@ -74,6 +74,6 @@ def read(path: Path) -> Verdict:
         found = json.loads(path.read_text())
         named = ("node", "running", "began", "took_s", "rank", "ranks", "attempt", "facts", "versions")
         return Verdict(findings=[Finding(**one) for one in found["findings"]], **{name: found[name] for name in named})
-    except (OSError, ValueError, KeyError, TypeError) as failure:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as failure:
         said = f"its verdict cannot be read: {type(failure).__name__}: {failure}"
         return Verdict(path.stem, [Finding("verdict", "bad", said)], None)

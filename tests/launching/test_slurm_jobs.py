@@ -110,7 +110,7 @@ def test_the_time_limit_ends_a_job_and_not_the_run(launches, cluster, tiny):
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
     summary, expected = finished(cluster, job, run), finished(cluster, other, whole)
     first = next(event for event in jobs.history(run) if event["event"] == "judged")
-    assert (first["signal"], first["code"]) == ("USR1", 0), story(run)
+    assert (first["signal"], first["code"]) == ("USR1", 75), story(run)
     assert 60 <= first["step"] < 1200
     assert "left" in [event["event"] for event in jobs.history(run)]  # the ranks saved, and were not killed
     assert verdicts(run) == ["requeue", "done"], story(run)
