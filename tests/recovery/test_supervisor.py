@@ -28,6 +28,7 @@ def weights(folder):
     return json.loads((folder / "summary.json").read_text())["weights_sha256"]
 
 
+@pytest.mark.long
 def test_a_killed_rank_is_restarted_and_the_weights_are_those_of_the_undisturbed_run(tiny, tmp_path):
     whole = subprocess.run(training(tiny, tmp_path / "whole", *SETS), capture_output=True, text=True, timeout=200, check=False)
     assert whole.returncode == 0, whole.stderr
