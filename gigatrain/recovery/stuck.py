@@ -79,7 +79,7 @@ def culprit(views: Sequence[View]) -> tuple[View | None, str]:
     behind = [view for view in views if (view.begun, view.marks) == (last.begun, last.marks)]
     if (first.begun, first.marks) != (last.begun, last.marks) and len(behind) < len(views):
         blamed = max(behind, key=lambda view: view.cores)
-        what = "it computes" if blamed.cores > BUSY else "it waits"
+        what = "it computes" if blamed.cores > BUSY or blamed.state == "R" else "it waits"
         return blamed, f"the others are further, and wait for it; {what}"
     busy = sorted(views, key=lambda view: -view.cores)
     if busy and busy[0].cores > BUSY and (len(busy) == 1 or busy[1].cores < BUSY / 2):
