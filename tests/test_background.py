@@ -25,7 +25,9 @@ SIZE = 400_000
 
 
 def checkpoints(folder, ranks=1, rank=0, keep=2, **more):
-    return Checkpoints(Path(folder), run="r", plan_sha256="p", keep=keep, mesh=Mesh(config.Mesh(shard=ranks), rank) if ranks > 1 else None, **more)
+    return Checkpoints(
+        Path(folder), run="r", plan_sha256="p", keep=keep, mesh=Mesh(config.Mesh(shard=ranks), rank) if ranks > 1 else None, **more
+    )
 
 
 class Told:
@@ -103,7 +105,10 @@ def test_saved_bytes_are_those_of_the_step_and_none_is_left_out(tmp_path, ranks)
 
 def test_both_forms_write_the_same_bytes(tmp_path):
     torch.manual_seed(0)
-    state = {"weights": {"a": Piece.whole(torch.randn(7, 3).t()), "b": Piece.whole(torch.zeros(0, 3))}, "optimizer": {"n": Piece.whole(torch.tensor(3))}}
+    state = {
+        "weights": {"a": Piece.whole(torch.randn(7, 3).t()), "b": Piece.whole(torch.zeros(0, 3))},
+        "optimizer": {"n": Piece.whole(torch.tensor(3))},
+    }
     checkpoints(tmp_path / "one").save(5, state, {"x": 1})
     with Saving(checkpoints(tmp_path / "two"), background=True) as saving:
         saving.save(5, lambda: state, {"x": 1})
@@ -121,12 +126,13 @@ def _unsaved(rank, folder, ranks, what):
     with run.saving:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         if rank == ranks - 1 and what == "EFBIG":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # of the process that it starts
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+            run.saving.writer._start()  # with this limit
         if rank == ranks - 1 and what == "SIGKILL":
             run.saving.writer._start()
             run.saving.writer._process.send_signal(signal.SIGSTOP)  # else it may be faster than we are
-        run.step(2)
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        run.step(2)
         if rank == ranks - 1 and what == "SIGKILL":
             run.saving.writer._process.kill()
         run.settled()
@@ -136,8 +142,6 @@ def _unsaved(rank, folder, ranks, what):
         steps = run.saves.steps()
         run.step(3)
         run.settled()
-        if ranks == 1 and what == "EFBIG":  # its process was ended by us
-            run.said = run.said[:1]
         return run.said, steps, run.saves.steps(), [event for event, _ in run.events]
 
 
@@ -171,7 +175,9 @@ def test_a_process_that_stands_still_holds_nothing_up(tmp_path, monkeypatch):
             run.step(number)
             run.report()
         assert time.monotonic() - began < 20
-        assert [f"step {number}: the save of step 1 has not ended" in line for number, line in zip((2, 3, 4), run.said, strict=True)] == [True] * 3
+        assert [f"step {number}: the save of step 1 has not ended" in line for number, line in zip((2, 3, 4), run.said, strict=True)] == [
+            True
+        ] * 3
         assert run.saves.steps() == []
         os.kill(pid, signal.SIGCONT)
         run.settled()
@@ -328,7 +334,12 @@ def test_a_full_disk_is_said_and_saved_again_once_there_is_room(tmp_path):
         with run.saving:
             run.step(1, must=True)
             (disk / "ballast").write_bytes(b"x" * 2_000_000)
-            goes_on(run, disk, "MiB free; free some, or lower checkpoint.keep; earlier ones are untouched; training goes on", (disk / "ballast").unlink)
+            goes_on(
+                run,
+                disk,
+                "MiB free; free some, or lower checkpoint.keep; earlier ones are untouched; training goes on",
+                (disk / "ballast").unlink,
+            )
 
 
 def test_a_disk_that_fills_up_within_a_save_is_said(tmp_path, monkeypatch):

@@ -65,7 +65,11 @@ def in_the_background(root, step, first=0):
     assert first == 1 or waited
 
 
-FORMS = {"in one piece": in_one_piece, "rank 0 first": in_the_background, "rank 1 first": lambda root, step: in_the_background(root, step, 1)}
+FORMS = {
+    "in one piece": in_one_piece,
+    "rank 0 first": in_the_background,
+    "rank 1 first": lambda root, step: in_the_background(root, step, 1),
+}
 
 
 def loaded(root, form):
@@ -95,7 +99,9 @@ def test_every_cut_of_a_save_leaves_the_one_before_or_the_new_one(tmp_path, form
         path = next((root / "checkpoints/step-00000003").glob("weights-*"))
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     disk = recorded(writing, root, lambda: FORMS[form](root, 3))
-    assert disk.tree([(operation, "whole") for operation in disk.operations if operation[0] != "sync"]) == held(root), "a call went past the recorder"
+    assert disk.tree([(operation, "whole") for operation in disk.operations if operation[0] != "sync"]) == held(root), (
+        "a call went past the recorder"
+    )
     states, steps = 0, []
     for count, tree in disk.cuts():
         again = tmp_path / "cut"
