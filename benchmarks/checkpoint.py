@@ -178,10 +178,10 @@ class Rank:
         save_s = time.perf_counter() - began
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         if self.rank == 0:
-            os.sync()  # what this one left behind is not the next one's to write
             for path in folder.rglob("*"):
                 if path.is_file():
                     with path.open("rb") as file:
+                        os.fsync(file.fileno())  # what this one left behind is not the next one's to write
                         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self.barrier()
         began = time.perf_counter()
