@@ -41,7 +41,9 @@ class Recorder:
         return self.nodes[folder], name
 
     def _new(self, path: str, what: str) -> int:
-        number = self.nodes[path] = 1 + max([*self.nodes.values(), *self.before, *(op[3] for op in self.operations if op[0] in ("file", "folder"))])
+        number = self.nodes[path] = 1 + max(
+            [*self.nodes.values(), *self.before, *(op[3] for op in self.operations if op[0] in ("file", "folder"))]
+        )
         self.operations.append((what, *self._split(path), number))
         return number
 
