@@ -226,11 +226,13 @@ def slowed(patch, rank):
     slow = os.getpid()
     if rank != 1 or os.fork():
         return
-    while os.getppid() == slow:
-        for number, pause in ((signal.SIGSTOP, 0.009), (signal.SIGCONT, 0.003)):
-            os.kill(slow, number)
-            time.sleep(pause)
-    os._exit(0)
+    try:
+        while os.getppid() == slow:
+            for number, pause in ((signal.SIGSTOP, 0.009), (signal.SIGCONT, 0.003)):
+                os.kill(slow, number)
+                time.sleep(pause)
+    finally:
+        os._exit(0)
 
 
 DDP = ("train.nproc=2", "mesh.replicate=2", "mesh.shard=1", "numerics.hash_every=4")
@@ -282,7 +284,8 @@ def test_a_slow_rank_is_named(tiny, tmp_path):
     assert one["host"] in told["exclude"]
     seen = watch.Reader(tmp_path / "run").seen()
     assert any(title == "SLOW" and words.startswith("rank 1 on ") for title, words, _ in watch.lines(seen))
-    assert 'straggler_ratio{rank="1"' in prometheus.exposition(seen)
+    (shown,) = (line for line in prometheus.exposition(seen).splitlines() if "straggler_ratio{" in line and 'rank="1"' in line)
+    assert float(shown.split()[-1]) == one["times"]
 
 
 def test_the_median_is_of_the_rank_in_the_middle_to_the_width_of_a_bin():
