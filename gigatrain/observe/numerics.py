@@ -31,7 +31,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -46,11 +46,16 @@ from gigatrain.observe.trace import Trace
 from gigatrain.parallel.agree import gathered, told
 from gigatrain.parallel.mesh import DATA, Mesh
 from gigatrain.planning.plan import Plan
-from gigatrain.run import Run
 
 WHY = {NOT_FINITE: "not finite", LOSS: "loss", NORM: "norm"}
 RETRIES = 2  # of one step whose numbers are another's each time
 NAMED = 8  # samples of a step that are named
+
+
+class Position(Protocol):
+    """How far a run is."""
+
+    step: int
 
 
 class Numerics:
@@ -131,7 +136,7 @@ class Numerics:
             mine = torch.tensor(self.shared.sums(self._hashes), dtype=torch.int64, device=self.mesh.device)
             self._differ = differ(self.mesh.sum(mine).tolist())
 
-    def _diverged(self, this: Run) -> None:
+    def _diverged(self, this: Position) -> None:
         found = self.shared.find(self._hashes)
         self._differ = False
         self.counts["diverged"] += 1
@@ -149,7 +154,7 @@ class Numerics:
 
     # ---- Refused steps ----
 
-    def look(self, this: Run) -> bool:
+    def look(self, this: Position) -> bool:
         """At what the device refused since the last look, and at copies. Whether `this` went back to an earlier step, from which the loop goes on.
 
         Raises RunError, on all ranks, after train.max_bad_steps refused steps in a row or where copies differ, unless the run goes back.
@@ -177,7 +182,7 @@ class Numerics:
             return True
         return back > 0
 
-    def settle(self, this: Run) -> None:
+    def settle(self, this: Position) -> None:
         """Before a save: nothing is held, copies agree, and what is saved may be resumed."""
         if not self.look(this):
             self._compare(this.step)
@@ -185,11 +190,11 @@ class Numerics:
                 self._diverged(this)
         self.check(this)
 
-    def check(self, this: Run, counts: list[int] | None = None) -> None:
+    def check(self, this: Position, counts: list[int] | None = None) -> None:
         """Raises RunError where too many steps in a row were refused."""
         self.health.check_bad(counts or self.engine.bad.tolist(), lambda step: samples(self.batches, step))
 
-    def _seen(self, this: Run, unseen: int, held: int, row: int) -> int:
+    def _seen(self, this: Position, unseen: int, held: int, row: int) -> int:
         """A row of `unseen` refused steps, and `held` ones after it: how many steps go back."""
         judge, refused = self.engine.judge, self.engine.judge.refused(unseen)
         first = refused[0]
@@ -262,7 +267,7 @@ class Numerics:
 
     # ---- Back ----
 
-    def _pass_over(self, this: Run, longest: int, began: int) -> None:
+    def _pass_over(self, this: Position, longest: int, began: int) -> None:
         most = self.plan.numerics.rollbacks
         if len(self.batches.passed) >= most:
             raise _shared(
@@ -285,7 +290,7 @@ class Numerics:
             f"samples {found[0]:,} to {found[1] - 1:,} of the stream are passed over ({len(self.batches.passed)} of at most {most} rollbacks)"
         )
 
-    def _back(self, this: Run) -> None:
+    def _back(self, this: Position) -> None:
         self.again()
         self.engine.judge.open()
         self._known, self._hashed, self._differ = int(self.engine.bad[0]), this.step, False
