@@ -19,9 +19,10 @@ from rich.console import Console
 from gigatrain import load, loop, run
 from gigatrain.checkpoint import write_tensors
 from gigatrain.checkpoint.folder import Folder
-from gigatrain.checkpoint.near import destinations, sources
+from gigatrain.checkpoint.travel import destinations, sources
 from gigatrain.errors import CheckpointError
 from gigatrain.observe.display import Display
+from gigatrain.observe.watch import Reader
 from gigatrain.planning.plan import plan
 
 SETS = ("train.batch=8", "report.every=2", "validation.every=0", "checkpoint.every=6", "checkpoint.near_every=1", "export=false")
@@ -311,3 +312,17 @@ def test_only_stale_folders_of_ours_are_removed(tmp_path):
     assert {path.name for path in near.iterdir()} == {one.path.name for one in (young, held, foreign, stranger, ours)}
     with pytest.raises(CheckpointError, match="is in use by another process"):
         Folder(str(near), run="c", node=0, plan_sha256="p", run_folder=tmp_path).take(patience_s=0.2)
+
+
+def test_automatic_intervals_are_measured_told_and_change_no_weight(tiny, undisturbed, tmp_path):
+    said, summary = train(tiny, tmp_path / "run", "checkpoint.every=auto", "checkpoint.near_every=auto")
+    kept = summary["saving"]
+    assert "saves    every " in said
+    assert kept["words"] in said
+    assert kept["near"]["saves"] >= 1
+    assert kept["chosen"]["far_cost_s"] > 0
+    assert kept["every"] == kept["chosen"]["far"] > 12  # a failure in years: once an hour, by the bound
+    assert "Llama 3" in kept["words"]
+    assert summary["weights_sha256"] == undisturbed
+    seen = Reader(tmp_path / "run").seen()
+    assert seen["saving"]["every"] == kept["every"]
