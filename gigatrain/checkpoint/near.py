@@ -60,7 +60,8 @@ class Near:
         self._kept: tuple[int, str] | None = None  # step and attempt of the newest that is known to be whole
         self._started: tuple[int, str] | None = None
         self._thread: threading.Thread | None = None
-        self._failed: str | None = None
+        self._failed: str | None = None  # why this rank's last near save came to nothing
+        self._broken: str | None = None  # why there can be no near saves any more
         self._full = self._begun = False
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._groups: dict[int, distributed.ProcessGroup] | None = None
@@ -91,11 +92,10 @@ class Near:
         self.folder.release(remove=True)
 
     def begin(self) -> None:
-        """From now on only steps of this attempt, and the one that it was loaded from, are the run's. Before the first step, and again wherever the run goes
-        back within a process: what it kept since is then no part of it any more."""
+        """From now on only steps of this attempt, and the one that `latest` gave, are the run's. Before the first step, and again after a `latest` by which a
+        run goes back within a process: what it kept of the steps behind that is then no part of it any more."""
         if self._begun:
-            self._wait(TIMEOUT.total_seconds())
-            self.attempt, self._kept, self._started, self._failed = told(self.mesh, os.urandom(6).hex()), None, None, None
+            self.attempt, self._started, self._failed = told(self.mesh, os.urandom(6).hex()), None, None
         self._begun = True
         path = self.run_folder / "near.json"
         with agreed(self.mesh, CheckpointError, functools.partial(_words, path)):
@@ -117,7 +117,10 @@ class Near:
         if not self._sizes:
             self.part_bytes = sum(tensor.numel() * tensor.element_size() for named in files.values() for tensor in named.values())
             self._sizes = told(self.mesh, gathered(self.mesh, self.part_bytes))
-            self._groups = pairs(self.mesh, self.copies)
+            try:
+                self._groups = pairs(self.mesh, self.copies)
+            except RuntimeError as failure:  # torch's
+                self._broken = f"it cannot meet its peers: {str(failure).splitlines()[0][:200]}"
         if not self._ready(step):
             return
         staged = self._staged(files)
@@ -130,15 +133,23 @@ class Near:
     def _ready(self, step: int) -> bool:
         """Whether all ranks may write; what became of the last near save is known then, too."""
         busy = self._thread is not None and self._thread.is_alive()
-        full = self._full or (self.leads and not busy and not self._fits(step))
-        numbers = [int(busy), int(not busy and self._failed is not None), int(full)]
+        failed = None if busy else self._failed
+        if self.leads and not busy and self._broken is None:
+            try:
+                self._full = self._full or not self._fits(step)
+            except OSError as failure:  # somebody removed it
+                self._broken = _words(self.folder.path, failure)
+        numbers = [int(busy), int(failed is not None), int(self._full), int(self._broken is not None)]
         sums = self.mesh.sum(torch.tensor(numbers, dtype=torch.int64, device=self.mesh.device)).tolist()
+        if sums[3]:
+            self._leave(self._first_word(self._broken))
+            return False
         if sums[2]:
             need = sum(self._sizes) * (1 + self.copies) // max(1, -(-self.mesh.count // self.mesh.node))
             self._leave(f"{self.folder.root} is too small: a near save takes about {need / 2**20:.0f} MiB of a node, and two are kept")
             return False
         if sums[1]:
-            said = next(one for one in told(self.mesh, gathered(self.mesh, self._failed)) if one is not None)
+            said = self._first_word(failed)
             self._failures += 1
             if self._failures >= MOST_FAILURES:
                 self._leave(f"{self._failures} near saves in a row failed, the last because {said}")
@@ -155,8 +166,14 @@ class Near:
         if self._started is not None and not sums[1]:
             self._kept, self._failures = self._started, 0
         if self.leads:
-            self.folder.prune(*([self._kept] if self._kept else []), (step, self.attempt))
+            with contextlib.suppress(OSError):
+                self.folder.prune(*([self._kept] if self._kept else []), (step, self.attempt))
         return True
+
+    def _first_word(self, mine: str | None) -> str:
+        """What the lowest rank that has something to say says. Collective."""
+        said = gathered(self.mesh, mine)
+        return told(self.mesh, next((f"rank {rank}: {one}" for rank, one in enumerate(said) if one is not None), ""))
 
     def _fits(self, step: int) -> bool:
         """Whether this node's folder takes one more step, once those that are not needed are gone."""
@@ -296,6 +313,7 @@ class Near:
         if self.off is not None:
             found, refused = self.saves.latest()
             return found, refused, ""
+        self._wait(TIMEOUT.total_seconds())  # of a run that goes back within a process
         candidates, refused, lacking = self._candidates()
         shared = told(self.mesh, max(self.saves.steps(), default=-1) if self.mesh.rank == 0 else None)
         if candidates and candidates[0]["step"] >= shared and (found := self._first(candidates, refused, shared)):
