@@ -237,13 +237,15 @@ class Saving:
         self.writer.cancel()
         self.totals.failed += 1
         self._stalled(flight)
+        why = self.saves.unsaved(flight.step, "it was given up")
         try:
             with agreed(self.mesh, CheckpointError, str):
-                if self._ended is not None and self._ended.why is not None:
+                if self._ended is not None and self._ended.why is not None and not self._ended.given_up:
                     raise CheckpointError(self.saves.unsaved(flight.step, self._ended.why))
         except CheckpointError as failure:
-            self.tell("not saved", step=flight.step, stall_s=round(flight.stall_s, 6), why=str(failure))
-            self._not_saved(str(failure))
+            why = str(failure)
+        self.tell("not saved", step=flight.step, stall_s=round(flight.stall_s, 6), why=why)
+        self._not_saved(why)
 
     def _stalled(self, flight: _Flight) -> None:
         flight.stall_s += self.writer.waited_s()
