@@ -190,15 +190,15 @@ class Site(Section):
     accelerators: Known = Field(default=UNKNOWN, description="How many there are.")
     h100e: Known = Field(default=UNKNOWN, description="The same in H100-equivalents: dense bf16 rate over 989 TFLOP/s.")
     nodes: Known = Field(default=UNKNOWN, description="How many nodes there are.")
-    failure_hours: Known = Field(
-        default=UNKNOWN,
-        description="Accelerator-hours between two unplanned interruptions of a run, as counted here; else published ones are taken.",
-    )
     node: Node = Node()
     network: Network = Network()
     storage: Storage = Storage()
     power: Power = Power()
     grid: Grid = Grid()
+    failure_hours: Known = Field(
+        default=UNKNOWN,
+        description="Accelerator-hours between two unplanned interruptions of a run, as counted here; else published ones are taken.",
+    )
     scheduler: Scheduler = Scheduler()
     paths: Paths = Paths()
     environment: dict[str, str] = Field(default={}, description="Of every rank: NCCL, RCCL, libfabric.")
