@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from distributed import together
 
 from gigatrain import config
 from gigatrain.checkpoint import Checkpoints, Saving, Writer, fill
+from gigatrain.observe import watch
 from gigatrain.parallel.mesh import Mesh
 from gigatrain.parallel.places import Piece, Place
 
@@ -28,6 +30,12 @@ def checkpoints(folder, ranks=1, rank=0, keep=2, **more):
     return Checkpoints(
         Path(folder), run="r", plan_sha256="p", keep=keep, mesh=Mesh(config.Mesh(shard=ranks), rank) if ranks > 1 else None, **more
     )
+
+
+def process(run) -> Any:
+    """The process that writes, begun if it was not."""
+    run.saving.writer._start()
+    return run.saving.writer._process
 
 
 class Told:
@@ -129,12 +137,11 @@ def _unsaved(rank, folder, ranks, what):
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
             run.saving.writer._start()  # with this limit
         if rank == ranks - 1 and what == "SIGKILL":
-            run.saving.writer._start()
-            run.saving.writer._process.send_signal(signal.SIGSTOP)  # else it may be faster than we are
+            process(run).send_signal(signal.SIGSTOP)  # else it may be faster than we are
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         run.step(2)
         if rank == ranks - 1 and what == "SIGKILL":
-            run.saving.writer._process.kill()
+            process(run).kill()
         run.settled()
         assert len(run.said) == 1, run.said
         if rank == ranks - 1 and what == "EFBIG":
@@ -166,8 +173,7 @@ def test_a_process_that_stands_still_holds_nothing_up(tmp_path, monkeypatch):
     monkeypatch.setattr("gigatrain.checkpoint.saving.WAIT_S", (0.2, 0.2))
     run = Told(tmp_path)
     with run.saving:
-        run.saving.writer._start()
-        pid = run.saving.writer._process.pid
+        pid = process(run).pid
         os.kill(pid, signal.SIGSTOP)
         run.step(1)
         began = time.monotonic()
@@ -192,8 +198,7 @@ def test_a_process_that_is_stuck_for_long_is_ended_and_replaced(tmp_path):
     run = Told(tmp_path)
     with run.saving:
         run.saving.writer.stuck_s = 0.3
-        run.saving.writer._start()
-        run.saving.writer._process.send_signal(signal.SIGSTOP)
+        process(run).send_signal(signal.SIGSTOP)
         run.step(1)
         run.settled()
         assert "it did nothing for" in run.said[0]
@@ -207,8 +212,7 @@ def test_the_last_save_does_not_wait_for_one_that_stands_still(tmp_path, monkeyp
     monkeypatch.setattr("gigatrain.checkpoint.saving.LAST_S", 0.2)
     run = Told(tmp_path)
     with run.saving:
-        run.saving.writer._start()
-        run.saving.writer._process.send_signal(signal.SIGSTOP)
+        process(run).send_signal(signal.SIGSTOP)
         run.step(1)
         run.step(2, must=True)
         assert "step 1: it had not ended" in run.said[0]
@@ -349,8 +353,8 @@ def test_a_disk_that_fills_up_within_a_save_is_said(tmp_path, monkeypatch):
         with run.saving:
             run.step(1, must=True)
             (disk / "ballast").write_bytes(b"x" * 2_500_000)
-            begin = run.saves.begin
-            run.saves.begin = lambda *given: begin(*given[:5], 0, given[6])  # needs nothing, it says
+            begin: Any = run.saves.begin
+            monkeypatch.setattr(run.saves, "begin", lambda *given: begin(*given[:5], 0, given[6]))  # needs nothing, it says
             goes_on(run, disk, "ENOSPC, No space left on device", (disk / "ballast").unlink)
 
 
@@ -448,6 +452,9 @@ def test_a_run_says_what_its_saves_cost_and_ends_with_the_same_weights(tiny, tmp
         assert {path.name for path in (folder / "checkpoints").iterdir()} == {f"step-{step:08d}" for step in (4, 8, 10, 12)}
         assert summary["checkpoint"]["saves"] == (5 if background == "true" else 0)
     assert found["true"]["weights_sha256"] == found["false"]["weights_sha256"]
+    seen = watch.Reader(tmp_path / "true").seen()
+    assert seen["checkpoint"]["stall_share"] > 0
+    assert any(title == "checkpoint" and "training stood" in text for title, text, _ in watch.lines(seen))
     told = found["true"]["checkpoint"]
     assert told["stall_s"] > 0
     assert told["gbyte_s"] > 0

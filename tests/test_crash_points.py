@@ -4,13 +4,16 @@ import json
 import mmap
 import shutil
 import sys
+from typing import Any
 
 import pytest
 import torch
 from crashing import held, made, recorded
 
+from gigatrain import config
 from gigatrain.checkpoint import Checkpoints, fill, writing
 from gigatrain.checkpoint.files import flat, header_of
+from gigatrain.parallel.mesh import Mesh
 from gigatrain.parallel.places import Piece, Place
 
 
@@ -32,9 +35,7 @@ def in_one_piece(root, step):
 
 def job(root, step, rank, ranks):
     """What background.Writer stages and says, in ordinary memory."""
-    saves = checkpoints(root)
-    saves.mesh = type("Two", (), {"rank": rank, "count": ranks, "device": torch.device("cpu")})()
-    saves._first = rank == 0
+    saves = Checkpoints(root, run="r", plan_sha256="p", keep=2, mesh=Mesh(config.Mesh(shard=ranks), rank))
     tensors, table = saves.share(pieces(step, rank, ranks))
     memory, files = bytearray(writing.HEAD_BYTES), []
     for file, named in tensors.items():
@@ -143,7 +144,7 @@ def test_the_recorder_finds_a_save_that_does_not_sync(tmp_path, monkeypatch):
         holder.append(recorder)
         in_one_piece(root, 3)
 
-    recorder = None
+    recorder: Any = None
     disk = recorded(writing, root, call)
     refusals = 0
     for number, (_, tree) in enumerate(disk.cuts()):
