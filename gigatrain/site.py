@@ -195,6 +195,10 @@ class Site(Section):
     storage: Storage = Storage()
     power: Power = Power()
     grid: Grid = Grid()
+    failure_hours: Known = Field(
+        default=UNKNOWN,
+        description="Accelerator-hours between two unplanned interruptions of a run, as counted here; else published ones are taken.",
+    )
     scheduler: Scheduler = Scheduler()
     paths: Paths = Paths()
     environment: dict[str, str] = Field(default={}, description="Of every rank: NCCL, RCCL, libfabric.")

@@ -119,19 +119,32 @@ class Folder:
         return removed
 
     def release(self, *, remove: bool) -> None:
-        """Let go of the folder; `remove` it where it is needed no more."""
+        """Let go of the folder; `remove` it where it is needed no more, with those that this node had under other numbers."""
         if remove and self._owner is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
+            for path in (*self._former(), self.path):
+                shutil.rmtree(path, ignore_errors=True)
         if self._owner is not None:
             self._owner.close()
             self._owner = None
+
+    def _former(self) -> list[Path]:
+        """Folders of this run that nobody holds: this node had another number."""
+        found = []
+        for path in sorted(self.root.glob(f"gigatrain-{self.run}-*")):
+            with contextlib.suppress(OSError):
+                if path != self.path and _FOLDER.fullmatch(path.name) and not _foreign(path) and (file := _locked(path / "OWNER")):
+                    file.close()
+                    found.append(path)
+        return found
 
     def step(self, step: int, attempt: str) -> Path:
         """The folder of a step of an attempt."""
         return self.path / f"step-{step:08d}-{attempt}"
 
     def prune(self, *kept: tuple[int, str]) -> None:
-        """Remove all steps but these (step, attempt)."""
+        """Remove all steps but these (step, attempt), and what this node kept under other numbers."""
+        for path in self._former():
+            shutil.rmtree(path, ignore_errors=True)
         names = {self.step(*one).name for one in kept}
         for entry in os.scandir(self.path):
             if STEP.fullmatch(entry.name) and entry.name not in names:

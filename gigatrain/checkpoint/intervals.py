@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from gigatrain.parallel.agree import told
 from gigatrain.parallel.mesh import Mesh
-from gigatrain.planning.estimate.saving import Chosen, Measured, chosen
+from gigatrain.planning.estimate.saving import Chosen, Measured, chosen, counted_hours
 from gigatrain.planning.plan import Plan
 
 FIRST = 500  # steps between far saves until one was timed, where the plan expects nothing; config.Checkpoint's former default
@@ -32,6 +32,7 @@ class Intervals:
         }
         self.last = {"far": 0, "near": 0}
         self.found: Chosen | None = None
+        self.said = ""
         self._stalled: dict[str, list[float]] = {"far": [], "near": []}
         self._beside: dict[str, list[float]] = {"far": [], "near": []}
         self._window = (0, 0.0)  # steps and seconds of the windows of this process
@@ -99,20 +100,23 @@ class Intervals:
             near_beside_s=said["near"][1] or 0.0,
         )
         days = self.plan.steps * step_s / 86_400
-        found = chosen(self.plan.ranks, self.mesh.node, step_s, saving, most_share=self.plan.checkpoint.most_share, days=days)
+        counted = counted_hours(self.plan.expected.failure_hours, self.plan.expected.failure_source)
+        share = self.plan.checkpoint.most_share
+        found = chosen(self.plan.ranks, self.mesh.node, step_s, saving, most_share=share, days=days, failures=counted)
         self.found = found
         if self.automatic["far"]:
             self.every["far"] = found.far
         if self.automatic["near"] and found.near is not None:
             self.every["near"] = found.near
+        self.said = self._words(step_s)
         now = (self.every["far"], self.every["near"])
         if self._told is None or any(abs(new - old) > _MOVED * old for new, old in zip(now, self._told, strict=True)):
             self._told = now
-            self.say(self.words(step_s))
+            self.say(f"  saves    {self.said}")
         return True
 
-    def words(self, step_s: float) -> str:
-        """`saves every 180 steps (6.3 min): a save costs 2.1 s, a failure comes every 5.2 h (...)`."""
+    def _words(self, step_s: float) -> str:
+        """`every 180 steps (6.3 min): a save costs 2.1 s, a failure comes every 5.2 h (...)`."""
         found = self.found
         assert found is not None
         far = self.every["far"]
@@ -121,13 +125,13 @@ class Intervals:
         if self.every["near"]:
             near = f"; near folders every {_steps(self.every['near'])}: one costs {_span(found.near_cost_s)}"
         return (
-            f"saves every {_steps(far)} ({_span(far * step_s)}{bound}): a save costs {_span(found.far_cost_s)}, a failure comes every {_span(found.mtbf_s)} "
+            f"every {_steps(far)} ({_span(far * step_s)}{bound}): a save costs {_span(found.far_cost_s)}, a failure comes every {_span(found.mtbf_s)} "
             f"({found.source}); Young's {_span(found.young_s)}, Daly's {_span(found.daly_s)}{near}"
         )
 
     def summary(self) -> dict[str, Any]:
         """What summary.json and progress.jsonl keep."""
-        kept = {"every": self.every["far"], "near_every": self.every["near"] or None}
+        kept: dict[str, Any] = {"every": self.every["far"], "near_every": self.every["near"] or None, "words": self.said}
         return kept | (
             {} if self.found is None else {"chosen": {key: _finite(value) for key, value in dataclasses.asdict(self.found).items()}}
         )

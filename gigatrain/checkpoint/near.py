@@ -9,15 +9,14 @@ steps count from now on, so that a node that was away cannot bring back steps th
 """
 
 import contextlib
+import errno
 import functools
-import hashlib
 import json
-import mmap
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,36 +28,16 @@ from gigatrain.checkpoint.folder import FORMAT, Folder, Part, joined, opened
 from gigatrain.checkpoint.reshard import meets
 from gigatrain.checkpoint.saves import Checkpoints
 from gigatrain.checkpoint.table import Found, table_of
+from gigatrain.checkpoint.travel import destinations, file_bytes, keep_file, message, pairs, received, sources
 from gigatrain.errors import CheckpointError
 from gigatrain.parallel.agree import agreed, gathered, told
-from gigatrain.parallel.mesh import Mesh
 from gigatrain.parallel.places import State
 from gigatrain.parallel.ranks import TIMEOUT
 
 MOST_FAILURES = 3  # near saves in a row that may fail before the tier is given up
-_PIECE = 1 << 26  # bytes of a message
 _ATTEMPT = re.compile(r"[0-9a-f]{12}")
 
 Tensors = dict[str, dict[str, Tensor]]  # by file and name
-
-
-def destinations(rank: int, ranks: int, node: int, copies: int) -> list[int]:
-    """Who keeps copies of a rank's part: one rank on each of the next `copies` nodes, in the order of the mesh, never of its own."""
-    nodes = -(-ranks // node)
-    at, local = divmod(rank, node)
-    found = []
-    for far in range(1, min(copies, nodes - 1) + 1):
-        first = (at + far) % nodes * node
-        found.append(first + local % min(node, ranks - first))
-    return found
-
-
-def sources(rank: int, ranks: int, node: int, copies: int) -> list[int]:
-    """Whose parts a rank keeps copies of."""
-    nodes, at = -(-ranks // node), rank // node
-    before = sorted({(at - far) % nodes for far in range(1, min(copies, nodes - 1) + 1)})
-    near = (other for one in before for other in range(one * node, min(ranks, one * node + node)))
-    return [other for other in near if rank in destinations(other, ranks, node, copies)]
 
 
 class Near:
@@ -81,8 +60,9 @@ class Near:
         self._kept: tuple[int, str] | None = None  # step and attempt of the newest that is known to be whole
         self._started: tuple[int, str] | None = None
         self._thread: threading.Thread | None = None
-        self._failed: str | None = None
-        self._full = False
+        self._failed: str | None = None  # why this rank's last near save came to nothing
+        self._broken: str | None = None  # why there can be no near saves any more
+        self._full = self._begun = False
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._groups: dict[int, distributed.ProcessGroup] | None = None
         self._sizes: list[int] = []
@@ -112,7 +92,11 @@ class Near:
         self.folder.release(remove=True)
 
     def begin(self) -> None:
-        """From now on only steps of this attempt, and the one that it was loaded from, are the run's. Before the first step."""
+        """From now on only steps of this attempt, and the one that `latest` gave, are the run's. Before the first step, and again after a `latest` by which a
+        run goes back within a process: what it kept of the steps behind that is then no part of it any more."""
+        if self._begun:
+            self.attempt, self._started, self._failed = told(self.mesh, os.urandom(6).hex()), None, None
+        self._begun = True
         path = self.run_folder / "near.json"
         with agreed(self.mesh, CheckpointError, functools.partial(_words, path)):
             if self.mesh.rank == 0 and self.off is None:
@@ -133,11 +117,14 @@ class Near:
         if not self._sizes:
             self.part_bytes = sum(tensor.numel() * tensor.element_size() for named in files.values() for tensor in named.values())
             self._sizes = told(self.mesh, gathered(self.mesh, self.part_bytes))
-            self._groups = _pairs(self.mesh, self.copies)
+            try:
+                self._groups = pairs(self.mesh, self.copies)
+            except RuntimeError as failure:  # torch's
+                self._broken = f"it cannot meet its peers: {str(failure).splitlines()[0][:200]}"
         if not self._ready(step):
             return
         staged = self._staged(files)
-        self._started, self._failed = (step, self.attempt), None
+        self._started, self._failed = (step, self.attempt), "the thread that keeps it ended by itself"
         extra = dict(extra) if self.mesh.rank == 0 else {}
         self._thread = threading.Thread(target=self._keep, args=(step, staged, table, extra), name="near", daemon=True)
         self._thread.start()
@@ -146,20 +133,29 @@ class Near:
     def _ready(self, step: int) -> bool:
         """Whether all ranks may write; what became of the last near save is known then, too."""
         busy = self._thread is not None and self._thread.is_alive()
-        full = self._full or (self.leads and not busy and not self._fits(step))
-        numbers = [int(busy), int(not busy and self._failed is not None), int(full)]
+        failed = None if busy else self._failed
+        if self.leads and not busy and self._broken is None:
+            try:
+                self._full = self._full or not self._fits(step)
+            except OSError as failure:  # somebody removed it
+                self._broken = _words(self.folder.path, failure)
+        numbers = [int(busy), int(failed is not None), int(self._full), int(self._broken is not None)]
         sums = self.mesh.sum(torch.tensor(numbers, dtype=torch.int64, device=self.mesh.device)).tolist()
+        if sums[3]:
+            self._leave(self._first_word(self._broken))
+            return False
         if sums[2]:
             need = sum(self._sizes) * (1 + self.copies) // max(1, -(-self.mesh.count // self.mesh.node))
             self._leave(f"{self.folder.root} is too small: a near save takes about {need / 2**20:.0f} MiB of a node, and two are kept")
             return False
         if sums[1]:
-            said = next(one for one in told(self.mesh, gathered(self.mesh, self._failed)) if one is not None)
+            said = self._first_word(failed)
             self._failures += 1
             if self._failures >= MOST_FAILURES:
                 self._leave(f"{self._failures} near saves in a row failed, the last because {said}")
                 return False
             self.say(f"NEAR STEP NOT KEPT: {said}; training goes on, the next try is at step {step}")
+            self._started = self._failed = None
         if sums[0]:
             self.skipped += 1
             if self.skipped == 1:
@@ -170,8 +166,14 @@ class Near:
         if self._started is not None and not sums[1]:
             self._kept, self._failures = self._started, 0
         if self.leads:
-            self.folder.prune(*([self._kept] if self._kept else []), (step, self.attempt))
+            with contextlib.suppress(OSError):
+                self.folder.prune(*([self._kept] if self._kept else []), (step, self.attempt))
         return True
+
+    def _first_word(self, mine: str | None) -> str:
+        """What the lowest rank that has something to say says. Collective."""
+        said = gathered(self.mesh, mine)
+        return told(self.mesh, next((f"rank {rank}: {one}" for rank, one in enumerate(said) if one is not None), ""))
 
     def _fits(self, step: int) -> bool:
         """Whether this node's folder takes one more step, once those that are not needed are gone."""
@@ -199,22 +201,21 @@ class Near:
         """In a thread: this rank's files, then the exchange. Not collective beyond its pairs; it fails by itself, and says so at the next near save."""
         began, folder = time.monotonic(), self.folder.step(step, self.attempt)
         text: bytes | None = None
+        failures: list[Exception] = []
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             text = self._write(folder, step, staged, table, extra)
         except (OSError, CheckpointError) as failure:
-            self._fails(folder, failure)
+            failures.append(failure)
         try:
             self._exchange(folder, step, text)
         except (OSError, CheckpointError) as failure:
-            self._fails(folder, failure)
+            failures.append(failure)
         except RuntimeError as failure:  # torch's: a peer is gone
-            self._fails(folder, CheckpointError(f"the exchange with a peer ended: {str(failure).splitlines()[0][:200]}"))
+            failures.append(CheckpointError(f"the exchange with a peer ended: {str(failure).splitlines()[0][:200]}"))
+        self._full = any(isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT) for failure in failures)
         self.lag_s.append(time.monotonic() - began)
-
-    def _fails(self, folder: Path, failure: OSError | CheckpointError) -> None:
-        self._failed = self._failed or _words(folder, failure)
-        self._full = self._full or (isinstance(failure, OSError) and failure.errno in (28, 122))  # ENOSPC, EDQUOT
+        self._failed = _words(folder, failures[0]) if failures else None
 
     def _write(self, folder: Path, step: int, staged: Tensors, table: Mapping[str, Any], extra: Mapping[str, Any]) -> bytes:
         about = {"run": self.folder.run, "plan_sha256": self.folder.plan_sha256, "step": step, "attempt": self.attempt}
@@ -233,7 +234,7 @@ class Near:
         sent: list[tuple[Any, Tensor]] = []
         for peer in destinations(rank, ranks, node, self.copies):
             group = self._groups[peer]
-            for data in _message(folder, text):
+            for data in message(folder, text):
                 sent.append((distributed.isend(data, peer, group=group), data))
         failure: Exception | None = None
         for peer in sources(rank, ranks, node, self.copies):
@@ -260,7 +261,7 @@ class Near:
         failure: OSError | CheckpointError | None = None
         for name, record in sorted(manifest["files"].items()):
             try:
-                _taken(folder / name, record, _chunks(group, peer, record["bytes"]))
+                keep_file(folder / name, record, received(group, peer, record["bytes"]))
             except (OSError, CheckpointError) as found:
                 failure = failure or found
         if failure is not None:
@@ -312,6 +313,7 @@ class Near:
         if self.off is not None:
             found, refused = self.saves.latest()
             return found, refused, ""
+        self._wait(TIMEOUT.total_seconds())  # of a run that goes back within a process
         candidates, refused, lacking = self._candidates()
         shared = told(self.mesh, max(self.saves.steps(), default=-1) if self.mesh.rank == 0 else None)
         if candidates and candidates[0]["step"] >= shared and (found := self._first(candidates, refused, shared)):
@@ -437,10 +439,10 @@ class Near:
             for name, source, target in orders:
                 record = found.manifest["files"][name]
                 if source == self.mesh.rank:
-                    sent += [(distributed.isend(data, target), data) for data in _file(found.folder / name)]
+                    sent += [(distributed.isend(data, target), data) for data in file_bytes(found.folder / name)]
                 elif target == self.mesh.rank:
                     try:
-                        _taken(found.folder / name, record, _chunks(None, source, record["bytes"]))
+                        keep_file(found.folder / name, record, received(None, source, record["bytes"]))
                     except (OSError, CheckpointError) as one:
                         failure = failure or one
             for work, _ in sent:
@@ -481,79 +483,6 @@ def _judged(said: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]
         else:
             whole.append({"step": step, "attempt": attempt, "holders": held})
     return whole, refused, lacking if not whole else [one for one in lacking if int(one.split()[2]) > whole[0]["step"]]
-
-
-def _pairs(mesh: Mesh, copies: int) -> dict[int, distributed.ProcessGroup]:
-    """A gloo group with each peer, apart from those of the step, so that a thread may use it and NCCL has no part in it.
-
-    All ranks make theirs in one order of all pairs, so that nobody waits for who waits for him; even nodes' first, so that the chain of waiting is short.
-    """
-    rank, ranks, node = mesh.rank, mesh.count, mesh.node
-    mine = {(rank, peer) for peer in destinations(rank, ranks, node, copies)} | {
-        (peer, rank) for peer in sources(rank, ranks, node, copies)
-    }
-    pairs = sorted({(min(pair), max(pair)) for pair in mine}, key=lambda pair: (pair[0] // node % 2, pair))
-    made = {}
-    for low, high in pairs:
-        group = distributed.new_group([low, high], timeout=TIMEOUT, backend="gloo", use_local_synchronization=True)
-        assert isinstance(group, distributed.ProcessGroup)
-        made[high if low == rank else low] = group
-    return made
-
-
-def _message(folder: Path, text: bytes | None) -> Iterator[Tensor]:
-    """A part as it travels: length of its manifest (-1: there is none), manifest, files by name."""
-    yield torch.tensor([-1 if text is None else len(text)], dtype=torch.int64)
-    if text is None:
-        return
-    yield torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    for name in sorted(json.loads(text)["files"]):
-        yield from _file(folder / name)
-
-
-def _file(path: Path) -> Iterator[Tensor]:
-    """A file's bytes, mapped, in messages; of an empty one nothing."""
-    with opened(path) as file:
-        if size := os.fstat(file.fileno()).st_size:
-            data = torch.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY), dtype=torch.uint8)
-            yield from data.split(_PIECE)
-
-
-def _chunks(group: distributed.ProcessGroup | None, peer: int, size: int) -> Iterator[Tensor]:
-    """What a peer sends of a file of `size` bytes."""
-    buffer = torch.empty(min(size, _PIECE), dtype=torch.uint8)
-    while size:
-        part = buffer[: min(size, _PIECE)]
-        distributed.recv(part, peer, group=group)
-        size -= part.numel()
-        yield part
-
-
-def _taken(path: Path, record: Mapping[str, Any], chunks: Iterator[Tensor]) -> None:
-    """Write what comes, which ends whole or not at all; all of it is received, even where it cannot be kept."""
-    digest, failure = hashlib.sha256(), None
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = None
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    except OSError as found:
-        failure = found
-    for part in chunks:
-        data = part.numpy().data
-        digest.update(data)
-        while descriptor is not None and failure is None and data:
-            try:
-                data = data[os.write(descriptor, data) :]
-            except OSError as found:
-                failure = found
-    if descriptor is not None:
-        os.close(descriptor)
-    if failure is None and digest.hexdigest() != record["sha256"]:
-        failure = CheckpointError(f"{path.name} was damaged on its way to this node")
-    if failure is not None:
-        temporary.unlink(missing_ok=True)
-        raise failure
-    temporary.replace(path)
 
 
 def _origin(name: str) -> int:

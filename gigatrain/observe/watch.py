@@ -165,6 +165,7 @@ class Reader:
             "slowest_ranks": slow,
             "slowest_why": unknown,
             "checkpoint": self._checkpoint(now),
+            "saving": self._saving(),
             **self._drawn(plan, summary, state),
             "job": {key: self._job[-1].get(key) for key in ("time", "event")} if self._job else None,
             "scheduler": self._asked() if state != "finished" else None,
@@ -303,6 +304,16 @@ class Reader:
             with contextlib.suppress(OSError, ValueError):
                 found.append((int(path.parent.name.removeprefix("step-")), path.stat().st_mtime))
         return {"step": max(found)[0], "age_s": round(max(0.0, now - max(found)[1]), 1), **cost, "not_saved": why} if found else None
+
+    def _saving(self) -> dict[str, Any] | None:
+        """How often the newest process saves and why, where that was decided by what a save costs; None where a recipe says it."""
+        said = next(
+            (row for row in reversed(self._events) if row["event"] == "saves" and row.get("process") == self._events[-1].get("process")),
+            None,
+        )
+        if said is None:
+            return None
+        return {"every": _number(said, "every"), "near_every": _number(said, "near_every"), "words": str(said.get("words"))}
 
     def _asked(self) -> dict[str, Any] | None:
         """What the scheduler says of the run's job, asked seldom; None of a run that is no job."""
@@ -576,6 +587,8 @@ def lines(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         add("checkpoint", f"step {newest['step']:,}, {span(newest['age_s'])} ago{cost}")
         if newest["not_saved"]:
             add("NOT SAVED", newest["not_saved"], "bold yellow")
+    if seen["saving"]:
+        add("saves", seen["saving"]["words"])
     for title, text in _power_lines(seen):
         add(title, text)
     if seen["failed_ranks"] and not seen["failure"]:

@@ -14,8 +14,10 @@ from gigatrain.planning import budget, cost, hardware
 from gigatrain.planning.estimate import energy
 from gigatrain.planning.estimate.cluster import Cluster, Level
 from gigatrain.planning.estimate.estimate import estimate
+from gigatrain.planning.estimate.failures import Failures
 from gigatrain.planning.estimate.goodput import Case, Goodput, case_of, of_case
 from gigatrain.planning.estimate.recovery import Spares
+from gigatrain.planning.estimate.saving import counted_hours
 from gigatrain.planning.estimate.work import Estimate
 from gigatrain.planning.estimate.workload import Layout, Precision, Shape, Stack, States, Workload
 from gigatrain.planning.expected import Expected, Range
@@ -223,6 +225,8 @@ def prospect(plan: Plan, site: Site, constants: Mapping[str, float] | None = Non
     kept = of_case(case, assumed, explain=explain)
     best = of_case(replace(case, saving=replace(case.saving, far_interval_s=0.0)))
     expected = _expected(plan, found, drawn, kept, best.every_steps)
+    if (known := _failures(site)) is not None:
+        expected = expected.model_copy(update={"failure_hours": site.failure_hours.value, "failure_source": known.source})
     return Prospect(expected, workload, cluster, found, drawn, kept, case)
 
 
@@ -240,6 +244,7 @@ def _case(plan: Plan, site: Site, cluster: Cluster, found: Estimate, workload: W
         found.step_s,
         float(whole),
         write_gbyte_s=write,
+        failures=_failures(site),
         replicas=copies,
         every_steps=None if every == "auto" else every,
         days=days,
@@ -252,6 +257,11 @@ def _case(plan: Plan, site: Site, cluster: Cluster, found: Estimate, workload: W
         return case, (*assumed, "the near tier has no copy on another node, so that it is not counted on")
     interval_s = 0.0 if keeps.near_every == "auto" else keeps.near_every * found.step_s
     return replace(case, saving=replace(case.saving, near=True, near_interval_s=interval_s)), assumed
+
+
+def _failures(site: Site) -> Failures | None:
+    hours = site.failure_hours
+    return counted_hours(hours.value, f"{site.name}: {hours.source}")
 
 
 def _expected(plan: Plan, found: Estimate, drawn: energy.Draw, kept: Goodput, best: int) -> Expected:

@@ -32,6 +32,8 @@ class Expected(Section):
     goodput: Range | None = None
     lost: dict[str, float] = Field(default={})  # shares of the wall-clock: checkpoint, redone, restart, detection, wait, ...
     checkpoint_every: int | None = None  # steps, what would be best
+    failure_hours: float | None = None  # accelerator-hours between two interruptions, as its site counts them
+    failure_source: str = ""
     near_every: int | None = None  # steps, in node memory; None: the recipe has no such tier
     days: Range | None = None  # wall-clock, losses included
     mwh: Range | None = None  # at the facility

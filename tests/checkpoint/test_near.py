@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
@@ -17,20 +18,25 @@ from distributed import together
 from rich.console import Console
 
 from gigatrain import load, loop, run
-from gigatrain.checkpoint import write_tensors
+from gigatrain.checkpoint import near, write_tensors
 from gigatrain.checkpoint.folder import Folder
-from gigatrain.checkpoint.near import destinations, sources
+from gigatrain.checkpoint.travel import destinations, sources
 from gigatrain.errors import CheckpointError
 from gigatrain.observe.display import Display
+from gigatrain.observe.watch import Reader
 from gigatrain.planning.plan import plan
 
 SETS = ("train.batch=8", "report.every=2", "validation.every=0", "checkpoint.every=6", "checkpoint.near_every=1", "export=false")
 
 
-def _train(rank, recipe, folder, node, sets, start, dies):
-    """One rank of a run; `dies`: after which step the process is gone, and by which rank, None: all. Returns what was said and the summary."""
+MOMENTS = {"near": near, "Near": near.Near, "Folder": Folder}
+
+
+def _train(rank, recipe, folder, node, sets, start, dies, loses=None):
+    """One rank of a run; `dies`: after which step the process is gone, and by which rank, None: all; `loses`: after which step the near folders are gone.
+    Returns what was said and the summary."""
     os.environ["LOCAL_WORLD_SIZE"] = str(node)
-    at, who = dies or (0, None)
+    at, who, moment = (*dies, None)[:3] if dies else (0, None, None)
     advance = run.Run.advance
 
     def advanced(self):
@@ -38,10 +44,23 @@ def _train(rank, recipe, folder, node, sets, start, dies):
         for thread in threading.enumerate():
             if thread.name == "near":  # steps of milliseconds: the one before is left to end, so that none is left out
                 thread.join()
+        if self.step == loses:
+            shutil.rmtree(Path(folder).parent / "near" / str(rank))
         if self.step == at and who in (None, rank):
             os.kill(os.getpid(), signal.SIGKILL)
 
     run.Run.advance = advanced
+    if moment is not None and who in (None, rank):
+        owner, name, calls = moment
+        function = getattr(MOMENTS[owner], name)
+        count = itertools.count(1)
+
+        def counted(*args, **more):
+            if next(count) == calls:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **more)
+
+        setattr(MOMENTS[owner], name, counted)
     said = io.StringIO()
     found = plan(load.recipe(recipe, [*SETS, *sets]), load.site("laptop"), ranks=int(os.environ["WORLD_SIZE"]))
     log = Path(folder).parent / f"said-{rank}"
@@ -50,10 +69,10 @@ def _train(rank, recipe, folder, node, sets, start, dies):
     return log.read_text(), summary
 
 
-def train(recipe, folder, *sets, ranks=2, node=1, start="auto"):
+def train(recipe, folder, *sets, ranks=2, node=1, start="auto", loses=None):
     """What rank 0 said, and its summary."""
     where = () if any("checkpoint.near=" in one for one in sets) else (f"checkpoint.near={folder.parent}/near/{{node}}",)
-    return together(ranks, _train, recipe, folder, node, [*where, *sets], start, None, timeout_s=120)[0]
+    return together(ranks, _train, recipe, folder, node, [*where, *sets], start, None, loses, timeout_s=120)[0]
 
 
 def killed(recipe, folder, *sets, ranks=2, node=1, at=11, who=None, start="auto"):
@@ -163,6 +182,44 @@ def test_another_mesh_takes_a_near_step_up_and_a_spare_gets_what_it_lacks(tiny, 
 
 
 @pytest.mark.long
+def test_random_kills_and_lost_nodes_end_bitwise_equal(tiny, undisturbed, tmp_path):
+    """SIGKILL of one rank or both, after a step, as a near save writes, travels, commits or is loaded; sometimes the node's folder goes with it.
+    GIGATRAIN_KILLS=100 for the long form."""
+    folder, kills, draw = tmp_path / "run", int(os.environ.get("GIGATRAIN_KILLS", "6")), random.Random(20261126)
+    moments = [
+        ("Near", "_write"),
+        ("Near", "_receive"),
+        ("Folder", "commit_text"),
+        ("near", "keep_file"),
+        ("Near", "bring"),
+        ("Near", "begin"),
+    ]
+    done = lost = 0
+    for _ in range(3 * kills):
+        if done == kills:
+            break
+        started = any((folder / "checkpoints").glob("step-*/COMMITTED"))
+        who, name = draw.choice([None, 0, 1]), draw.choice([*moments, None])
+        calls = 1 if name in moments[-2:] else draw.randint(1, 6)
+        dies = (draw.randint(1, 11), who) if name is None else (0, who, (*name, calls))
+        where = f"checkpoint.near={tmp_path}/near/{{node}}"
+        try:
+            together(2, _train, tiny, folder, 1, [where], "continue", dies, timeout_s=120)
+        except AssertionError as failure:
+            assert "died" in str(failure) or "lost another rank" in str(failure) or "exchange" in str(failure), failure  # noqa: PT017 - which rank is heard first is open
+            done += 1
+        else:
+            shutil.rmtree(folder)  # it ended before the kill: once more
+        if started and draw.random() < 0.4:
+            shutil.rmtree(tmp_path / "near" / draw.choice("01"), ignore_errors=True)
+            lost += 1
+    print(f"{done} kills, {lost} lost nodes")
+    assert done == kills
+    _, summary = train(tiny, folder, start="continue")
+    assert summary["weights_sha256"] == undisturbed
+
+
+@pytest.mark.long
 def test_a_node_that_was_away_brings_back_no_step_that_the_run_has_done_again(tiny, undisturbed, tmp_path):
     folder = tmp_path / "run"
     killed(tiny, folder)
@@ -194,11 +251,19 @@ def test_a_near_folder_that_is_too_small_is_said_and_training_goes_on(tiny, undi
     assert summary["weights_sha256"] == undisturbed
 
 
+@pytest.mark.long
+def test_a_near_folder_that_somebody_removes_is_said_and_training_goes_on(tiny, undisturbed, tmp_path):
+    said, summary = train(tiny, tmp_path / "run", loses=5)
+    assert said.count("NEAR TIER OFF") == 1
+    assert "No such file or directory" in said
+    assert summary["weights_sha256"] == undisturbed
+
+
 @pytest.mark.parametrize("plant", ["link", "wide", "stranger", "file"])
 def test_a_folder_that_is_not_ours_is_refused_by_name(tmp_path, plant):
-    near = tmp_path / "near"
-    near.mkdir()
-    folder = Folder(str(near), run="r1", node=0, plan_sha256="p", run_folder=tmp_path)
+    where = tmp_path / "near"
+    where.mkdir()
+    folder = Folder(str(where), run="r1", node=0, plan_sha256="p", run_folder=tmp_path)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     if plant == "link":
@@ -217,17 +282,17 @@ def test_a_folder_that_is_not_ours_is_refused_by_name(tmp_path, plant):
 
 
 def test_a_root_that_others_can_write_is_refused_unless_it_is_sticky(tmp_path):
-    near = tmp_path / "near"
-    near.mkdir()
-    near.chmod(0o777)
+    where = tmp_path / "near"
+    where.mkdir()
+    where.chmod(0o777)
     with pytest.raises(CheckpointError, match="can be written by others"):
-        Folder(str(near), run="r1", node=0, plan_sha256="p", run_folder=tmp_path).take()
-    near.chmod(0o1777)
-    Folder(str(near), run="r1", node=0, plan_sha256="p", run_folder=tmp_path).take()
+        Folder(str(where), run="r1", node=0, plan_sha256="p", run_folder=tmp_path).take()
+    where.chmod(0o1777)
+    Folder(str(where), run="r1", node=0, plan_sha256="p", run_folder=tmp_path).take()
 
 
-def part(near, tmp_path):
-    folder = Folder(str(near), run="r1", node=0, plan_sha256="p", run_folder=tmp_path)
+def part(where, tmp_path):
+    folder = Folder(str(where), run="r1", node=0, plan_sha256="p", run_folder=tmp_path)
     folder.take()
     step = folder.step(4, "0123456789ab")
     step.mkdir(mode=0o700)
@@ -295,8 +360,8 @@ def test_every_single_bit_of_a_part_counts(tmp_path):
 
 
 def test_only_stale_folders_of_ours_are_removed(tmp_path):
-    near = tmp_path / "near"
-    dead, young, held, foreign, stranger = (Folder(str(near), run=run, node=0, plan_sha256="p", run_folder=tmp_path) for run in "abcde")
+    where = tmp_path / "near"
+    dead, young, held, foreign, stranger = (Folder(str(where), run=run, node=0, plan_sha256="p", run_folder=tmp_path) for run in "abcde")
     for one in (dead, young, held, stranger):
         one.take()
     for one in (dead, young, stranger):
@@ -306,8 +371,22 @@ def test_only_stale_folders_of_ours_are_removed(tmp_path):
     for one in (dead, held, foreign, stranger):
         for path in (*one.path.iterdir(), one.path):
             os.utime(path, (1e9, 1e9))
-    ours = Folder(str(near), run="f", node=0, plan_sha256="p", run_folder=tmp_path)
+    ours = Folder(str(where), run="f", node=0, plan_sha256="p", run_folder=tmp_path)
     assert ours.take() == [str(dead.path)]
-    assert {path.name for path in near.iterdir()} == {one.path.name for one in (young, held, foreign, stranger, ours)}
+    assert {path.name for path in where.iterdir()} == {one.path.name for one in (young, held, foreign, stranger, ours)}
     with pytest.raises(CheckpointError, match="is in use by another process"):
-        Folder(str(near), run="c", node=0, plan_sha256="p", run_folder=tmp_path).take(patience_s=0.2)
+        Folder(str(where), run="c", node=0, plan_sha256="p", run_folder=tmp_path).take(patience_s=0.2)
+
+
+def test_automatic_intervals_are_measured_told_and_change_no_weight(tiny, undisturbed, tmp_path):
+    said, summary = train(tiny, tmp_path / "run", "checkpoint.every=auto", "checkpoint.near_every=auto")
+    kept = summary["saving"]
+    assert "saves    every " in said
+    assert kept["words"] in said
+    assert kept["near"]["saves"] >= 1
+    assert kept["chosen"]["far_cost_s"] > 0
+    assert kept["every"] == kept["chosen"]["far"] > 12  # a failure in years: once an hour, by the bound
+    assert "Llama 3" in kept["words"]
+    assert summary["weights_sha256"] == undisturbed
+    seen = Reader(tmp_path / "run").seen()
+    assert seen["saving"]["every"] == kept["every"]

@@ -222,3 +222,24 @@ def test_steps_that_are_lost_draw_what_steps_draw(planned):
     stepping = kept.share + kept.lost["redone"] + kept.lost.get("corruption", 0.0) + kept.lost.get("reduced", 0.0)
     assert behind.expected.mwh.mid == pytest.approx(energy.bill(behind.draw, found.watts, seconds, stepping).mwh.mid)
     assert behind.expected.mwh.mid > energy.bill(behind.draw, found.watts, seconds, kept.share).mwh.mid
+
+
+def test_a_near_tier_of_the_recipe_and_a_rate_of_the_site_are_counted_on(planned):
+    _, site = planned
+
+    def found(*more, where=site):
+        return plan(big("llama-3.1-8b", "train.batch=1024", "checkpoint.every=auto", *more), where, 1024).expected
+
+    far, near = found(), found("checkpoint.near=/dev/shm")
+    assert far.near_every is None
+    assert near.near_every >= 1
+    assert near.goodput.mid > far.goodput.mid
+    assert "near folders every" in "\n".join(words.expected(near))
+    one = found("checkpoint.near=/dev/shm", "checkpoint.near_copies=0")
+    assert one.goodput == far.goodput
+    assert any("no copy on another node" in text for text in one.assumed)
+    figure = Figure(value=500.0, basis="measured", source="our runs of 2026")
+    often = found(where=site.model_copy(update={"failure_hours": figure}))
+    assert often.goodput.mid < far.goodput.mid
+    assert (often.failure_hours, often.failure_source) == (500.0, f"{site.name}: our runs of 2026")
+    assert not any("failures of this site are unknown" in text for text in often.assumed)

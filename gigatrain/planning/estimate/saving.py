@@ -10,12 +10,11 @@ Daly's own where there is one tier and every failure costs the same.
 import math
 from dataclasses import dataclass
 
-from gigatrain.planning.estimate.failures import Failures, elsewhere
+from gigatrain.planning.estimate.failures import KINDS, Failures, elsewhere
 from gigatrain.planning.estimate.goodput import Case, expected
 from gigatrain.planning.estimate.recovery import Saving
 
 LONGEST_S = 3600.0  # of wall-clock between two saves on the shared file system, however rare failures are
-BESIDE = 0.01  # Saving.beside_share
 
 
 def young_s(cost_s: float, mtbf_s: float) -> float:
@@ -88,6 +87,11 @@ def chosen(
     young = young_s(far_cost_s, found.mtbf_s) if math.isfinite(found.mtbf_s) else math.inf
     daly = daly_s(far_cost_s, found.mtbf_s) if math.isfinite(found.mtbf_s) else math.inf
     return Chosen(far, near, far_cost_s, near_cost_s, found.mtbf_s, young, daly, bound, failures.source)
+
+
+def counted_hours(hours: float | None, source: str) -> Failures | None:
+    """Failures of a site that counts one in so many accelerator-hours, of published kinds; None: nobody has counted."""
+    return None if not hours else Failures(source, 1 / (3600 * hours), math.inf, KINDS)
 
 
 def _least(cost_s: float, share: float, step_s: float) -> int:
