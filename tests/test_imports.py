@@ -22,7 +22,7 @@ LEVELS = [
     ["models", "optim", "tune"],
     ["engines", "observe", "checkpoint", "bench", "preflight"],
     ["run"],
-    ["export"],
+    ["export", "importing"],
     ["generate"],
     ["loop"],
     ["cli"],
