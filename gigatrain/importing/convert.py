@@ -97,7 +97,7 @@ def _numbers(source: Path, recipe: Recipe | None, config: Path | None) -> tuple[
         arch = load.architecture(recipe.model)
         assert isinstance(arch, Architecture)  # others need torch to be measured, and are refused without
         return arch, architectures.to_hf_config(
-            arch, max_positions=max(recipe.train.sequence, load.positions(recipe.model)), dtype="float32"
+            arch, max_positions=max(recipe.train.sequence, load.positions(recipe.model)), dtype="float32", bos=None, eos=None, pad=None
         )
     path = config or (source if source.is_dir() else source.parent) / "config.json"
     path = path / "config.json" if path.is_dir() else path

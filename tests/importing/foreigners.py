@@ -1,7 +1,6 @@
 """Checkpoints of other systems, made by those systems: a tiny transformers Llama trained some steps by plain torch, torch DCP or DeepSpeed."""
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -50,7 +49,7 @@ def deepspeed_saved(rank, folder, zero, precision):
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
         engine.step()
     engine.save_checkpoint(folder, tag="step2")
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.utils import safe_get_full_fp32_param
 
     found = {}
     for name, parameter in engine.module.named_parameters():
