@@ -610,6 +610,24 @@ def _export(options: argparse.Namespace) -> None:
     print(f"step {step} of {options.run_folder} exported to {options.folder}")
 
 
+def _import(options: argparse.Namespace) -> None:
+    from gigatrain import load
+    from gigatrain.importing.convert import convert
+
+    if options.set and options.recipe is None:
+        raise RunError("--set changes a key of a recipe; name one with --recipe")
+    recipe = load.recipe(options.recipe, options.set) if options.recipe is not None else None
+    made = convert(
+        Path(options.source),
+        Path(options.folder),
+        recipe=recipe,
+        config=Path(options.config) if options.config else None,
+        dtype=options.dtype,
+        shard_bytes=options.shard_size,
+    )
+    print("\n".join([*made.lines(), f"{options.source} imported to {options.folder}; a recipe starts from it by model.from"]))
+
+
 def _generate(options: argparse.Namespace) -> None:
     from gigatrain.generate import generate
 
@@ -933,6 +951,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     exported.add_argument("--processes", metavar="N", type=_processes, default=1, help="that write files side by side (default: 1)")
 
+    imported = command("import", _import, "take up a checkpoint of DeepSpeed, torch DCP or torch.save", _IMPORT)
+    imported.add_argument("source", metavar="SOURCE", help="its folder or file")
+    imported.add_argument("folder", metavar="DIR", help="where the model goes")
+    numbers = imported.add_mutually_exclusive_group()
+    numbers.add_argument("--recipe", metavar="RECIPE", help="whose model's numbers these are")
+    numbers.add_argument("--config", metavar="FILE", help="or the model's config.json (default: the one beside SOURCE)")
+    imported.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the recipe; may be repeated")
+    imported.add_argument("--dtype", choices=("bf16", "fp32"), help="round to it (default: as they are stored)")
+    imported.add_argument(
+        "--max-shard-size", dest="shard_size", metavar="BYTES", type=_bytes, default=5e9, help="of one file, as 5GB or 500MB (default: 5GB)"
+    )
+
     generated = command("generate", _generate, "continue a text with a trained model", _GENERATE)
     generated.add_argument("folder", metavar="RUN|DIR", help="a run folder or an exported model")
     generated.add_argument("--prompt", required=True, help="the text to continue")
@@ -1153,6 +1183,14 @@ Write the newest checkpoint of a run as a folder for transformers: safetensors, 
   gigatrain export runs/mine my-model
   gigatrain export runs/mine my-model --max-shard-size 2GB --processes 8
   python -c 'import transformers; transformers.AutoModelForCausalLM.from_pretrained("my-model")'"""
+_IMPORT = """\
+Write a foreign checkpoint's weights as a folder for transformers, from which a recipe starts by model.from.
+SOURCE is a folder of torch DCP (torchtitan's names are known too), of DeepSpeed (universal or plain ZeRO), or a state dict of torch.save.
+Its pickles are never run: an interpreter of ours builds tensors, containers, numbers and strings from them, and refuses the rest by name.
+
+  gigatrain import /scratch/ds/global_step100 my-model --recipe my.toml
+  gigatrain import outputs/checkpoint/step-1000 my-model --config config.json --dtype bf16
+  gigatrain import pytorch_model.bin my-model                 config.json lies beside it"""
 _GENERATE = """\
 Continue a text with a run's model or an exported one.
 

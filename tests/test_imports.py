@@ -23,7 +23,7 @@ LEVELS = [
     ["models", "optim", "tune"],
     ["engines", "observe", "checkpoint", "bench", "preflight"],
     ["run"],
-    ["export"],
+    ["export", "importing"],
     ["generate"],
     ["loop"],
     ["cli"],

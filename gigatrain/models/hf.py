@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -375,8 +375,22 @@ Shards = list[tuple[str, list[Written]]]  # files by name, and the tensors of ea
 
 def shards(state: Rows, arch: Architecture, max_shard_bytes: float = 5e9) -> Shards:
     """Which tensors go into which file: decided by shapes alone, so that whoever writes a file needs nothing of the others."""
+    return cut(_written(state, arch), max_shard_bytes)
+
+
+def on_disk(arch: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes on disk, of those in memory."""
+    found = {}
+    for name, sources in _names(arch, shapes).items():
+        parts = [s.shape(shapes[s.name]) for s in sources]
+        found[name] = (sum(one[0] for one in parts), *parts[0][1:]) if parts[0] else ()
+    return found
+
+
+def cut(tensors: Iterable[Written], max_shard_bytes: float) -> Shards:
+    """Tensors in their order, as many a file as it holds."""
     found, room = [[]], max_shard_bytes
-    for one in _written(state, arch):
+    for one in tensors:
         if found[-1] and one.size_bytes > room:
             found.append([])
             room = max_shard_bytes
