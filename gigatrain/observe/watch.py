@@ -380,6 +380,12 @@ def _goodput(sessions: list[list[dict[str, Any]]], now: float | None) -> dict[st
     }
 
 
+def classes(events: list[dict[str, Any]], now: float | None = None) -> dict[str, float]:
+    """Seconds by class (CLASSES) of the events of a logs/progress.jsonl; they add up to the wall-clock that they span. Nothing of no events."""
+    found = _goodput(_sessions(events), now)
+    return dict(found["seconds"]) if found else {}
+
+
 def _restarts(sessions: list[list[dict[str, Any]]], job: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each process after the first, from which step it went on, and why the one before it ended."""
     found = []
