@@ -1,7 +1,7 @@
 """Goodput in compressed time: a real run whose ranks are killed at exponential times, and what goodput_simulation.py says of the same run. Free of torch.
 
-The two must agree, else the simulator's years of 288,000 accelerators say nothing. Measured: the time of steps that were kept over wall-clock, from the first
-step on (observe/watch.py's classes). Predicted twice, from this run's own stage times (detection, restart to the next step, step, stall and lag of a save):
+The two must agree, else the simulator's years of 288,000 accelerators say nothing. Measured: steps that were kept times what a step takes from report to report
+(saves left out), over wall-clock; steps that were done again are not counted. Predicted twice, from this run's own stage times (detection, restart to the next step, step, stall and lag of a save):
 `replayed` with the kills where they fell, `expected` as the mean over drawn ones of the same rate, which has the luck of the draw in it.
 """
 
@@ -57,7 +57,8 @@ class Compared:
         """For a screen."""
         classes = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.classes.items() if share >= 0.0005)
         return [
-            f"{self.kills} kills in {self.wall_s / 60:.1f} minutes, one in {self.mtbf_s:.0f} s on average (exponential, seed {self.seed}); {self.steps} steps kept",
+            f"{self.kills} kills in {self.wall_s / 60:.1f} minutes, one in {self.mtbf_s:.0f} s on average (exponential, seed {self.seed}); "
+            f"{self.steps} steps kept",
             f"stage times: detection {self.detect_s:.2f} s, restart to the next step {self.restart_s:.2f} s (medians), step {1e3 * self.step_s:.1f} ms, "
             f"a save stalls {1e3 * self.save_stall_s:.0f} ms and can be loaded {self.save_lag_s:.2f} s later",
             f"goodput measured {100 * self.measured:.1f} %, simulated with the same kills {100 * self.replayed:.1f} % "
@@ -109,8 +110,8 @@ def compared(folder: Path, kills: list[float], began: float, over: float, *, eng
     saves = [
         event["seconds"]["checkpoint"] for event in events if event.get("seconds", {}).get("checkpoint") and event["event"] == "report"
     ]
-    trained = [event for event in events if event["event"] == "report"]
-    step_s = sum(event["seconds"].get("training", 0.0) for event in trained) / max(1, _done(events))
+    done, ran_s = _done(events)
+    step_s = (ran_s - sum(saves)) / max(1, done)
     stall_s = statistics.mean(saves) if saves else 0.0
     lag_s = _lag_s(events)
     measured_saves = Saves(far_s=EVERY * step_s, far_stall_s=stall_s, far_lag_s=lag_s)
@@ -120,7 +121,7 @@ def compared(folder: Path, kills: list[float], began: float, over: float, *, eng
         for number in range(DRAWS)
     ]
     return Compared(
-        engine, seed, mtbf_s, wall_s, len(kills), steps, seconds["training"] / wall_s, again.share, statistics.mean(drawn), statistics.pstdev(drawn),
+        engine, seed, mtbf_s, wall_s, len(kills), steps, steps * step_s / wall_s, again.share, statistics.mean(drawn), statistics.pstdev(drawn),
         statistics.median(detects or [0.0]), statistics.median(restarts or [0.0]), step_s, stall_s, lag_s,
         {name: spent / wall_s for name, spent in seconds.items()},
     )  # fmt: skip
@@ -134,16 +135,16 @@ def _kept(events: list[dict[str, Any]], began: float) -> tuple[dict[str, float],
     return {name: max(0.0, spent - head.get(name, 0.0)) for name, spent in whole.items()}, last - first
 
 
-def _done(events: list[dict[str, Any]]) -> int:
-    """Steps that were done, those that were done again included."""
-    at, done = 0, 0
+def _done(events: list[dict[str, Any]]) -> tuple[int, float]:
+    """Steps that were done, those that were done again included, and the wall-clock that they took, from report to report."""
+    at, before_s, done, ran_s = 0, 0.0, 0, 0.0
     for event in events:
         if event["event"] == "steps":
-            at = event["step"]
+            at, before_s = event["step"], event["time_s"]
         elif event["event"] == "report":
-            done += event["step"] - at
-            at = event["step"]
-    return done
+            done, ran_s = done + event["step"] - at, ran_s + event["time_s"] - before_s
+            at, before_s = event["step"], event["time_s"]
+    return done, ran_s
 
 
 def _lag_s(events: list[dict[str, Any]]) -> float:
