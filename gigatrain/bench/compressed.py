@@ -1,8 +1,9 @@
 """Goodput in compressed time: a real run whose ranks are killed at exponential times, and what goodput_simulation.py says of the same run. Free of torch.
 
 The two must agree, else the simulator's years of 288,000 accelerators say nothing. Measured: steps that were kept times what a step takes from report to report
-(saves left out), over wall-clock; steps that were done again are not counted. Predicted twice, from this run's own stage times (detection, restart to the next step, step, stall and lag of a save):
-`replayed` with the kills where they fell, `expected` as the mean over drawn ones of the same rate, which has the luck of the draw in it.
+(saves left out), over wall-clock; steps that were done again are not counted. Predicted twice, from this run's own stage times (detection, restart to the
+next step, step, stall and lag of a save): `replayed` with the kills where they fell, `expected` as the mean over drawn ones of the same rate, which has the
+luck of the draw in it.
 """
 
 import json
@@ -107,13 +108,12 @@ def compared(folder: Path, kills: list[float], began: float, over: float, *, eng
         faults.append(Fault(at - began, detect_s, max(0.0, resumed - at - detect_s)))
         detects.append(faults[-1].detect_s)
         restarts.append(faults[-1].restart_s)
-    saves = [
-        event["seconds"]["checkpoint"] for event in events if event.get("seconds", {}).get("checkpoint") and event["event"] == "report"
-    ]
+    saved = [event for event in events if event["event"] == "saved"]
+    saves = [event.get("seconds", {}).get("checkpoint", 0.0) for event in events if event["event"] != "steps"]
     done, ran_s = _done(events)
     step_s = (ran_s - sum(saves)) / max(1, done)
-    stall_s = statistics.mean(saves) if saves else 0.0
-    lag_s = _lag_s(events)
+    stall_s = sum(saves) / max(1, len(saved) or sum(spent > 0 for spent in saves))
+    lag_s = statistics.median([event["save_s"] for event in saved if event.get("save_s") is not None] or [0.0])
     measured_saves = Saves(far_s=EVERY * step_s, far_stall_s=stall_s, far_lag_s=lag_s)
     again = replay(faults, wall_s, measured_saves)
     drawn = [
@@ -145,12 +145,6 @@ def _done(events: list[dict[str, Any]]) -> tuple[int, float]:
             done, ran_s = done + event["step"] - at, ran_s + event["time_s"] - before_s
             at, before_s = event["step"], event["time_s"]
     return done, ran_s
-
-
-def _lag_s(events: list[dict[str, Any]]) -> float:
-    """From a save's stall until it can be loaded, where saves are made in the background and say so."""
-    told = [event["lag_s"] for event in events if isinstance(event.get("lag_s"), (int, float))]
-    return statistics.median(told) if told else 0.0
 
 
 def text(found: Compared) -> str:
