@@ -53,6 +53,7 @@ class Outcome:
     bytes: int = 0
     seconds: float = 0.0
     files: Mapping[str, Any] = field(default_factory=dict)
+    given_up: bool = False  # it was told to
 
 
 class Writer:
@@ -238,7 +239,7 @@ class Writer:
             elif said["ended"] == "written":
                 return Outcome(None, said["bytes"], said["seconds"], said["files"])
             else:
-                return Outcome(said.get("why") or "it was given up", seconds=said["seconds"])
+                return Outcome(said.get("why") or "it was given up", seconds=said["seconds"], given_up=said["ended"] == "cancelled")
         return None
 
     def _gone(self) -> Outcome:
@@ -279,6 +280,11 @@ class Writer:
             self._process.kill()
 
     def _start(self) -> None:
+        if self._process is not None and self._why is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)
+            if self._process.poll() is None:
+                raise CheckpointError(f"the process that writes checkpoints was ended ({self._why}) and still hangs in a call to the disk")
         if self._process is not None and self._process.poll() is None:
             return
         self._forget()

@@ -107,7 +107,7 @@ class Saving:
         except CheckpointError as failure:
             if must:
                 raise
-            self._not_saved(str(failure))
+            self._not_saved(step, str(failure))
         self._since_s = time.monotonic()
 
     def before_change(self) -> None:
@@ -185,10 +185,10 @@ class Saving:
             flight.left_out += 1
             doing = f": rank 0 {self.writer.doing}" if self.mesh.rank == 0 and self.writer.doing else ""
             self._not_saved(
-                f"step {step}: the save of step {flight.step} has not ended in {time.monotonic() - flight.began_s:.0f} s{doing}"
+                step, f"step {step}: the save of step {flight.step} has not ended in {time.monotonic() - flight.began_s:.0f} s{doing}"
             )
         else:
-            self._not_saved(f"step {step}: a rank's process is still busy with a save that failed; its disk may be stalled")
+            self._not_saved(step, f"step {step}: a rank's process is still busy with a save that failed; its disk may be stalled")
         return False
 
     def _settled(self, wait_s: float) -> bool:
@@ -206,7 +206,9 @@ class Saving:
             self.writer.kill("it was given up for the last save")
             self._hear(1.0)
             if flight := self._flight:
-                self._not_saved(f"step {flight.step}: it had not ended in {time.monotonic() - flight.began_s:.0f} s and is given up")
+                self._not_saved(
+                    flight.step, f"step {flight.step}: it had not ended in {time.monotonic() - flight.began_s:.0f} s and is given up"
+                )
             self._flight, self._busy, self.background = None, False, False
 
     def _committed(self, flight: _Flight) -> None:
@@ -232,20 +234,22 @@ class Saving:
         self.writer.cancel()
         self.totals.failed += 1
         self._stalled(flight)
+        why = self.saves.unsaved(flight.step, "it was given up")
         try:
             with agreed(self.mesh, CheckpointError, str):
-                if self._ended is not None and self._ended.why is not None:
+                if self._ended is not None and self._ended.why is not None and not self._ended.given_up:
                     raise CheckpointError(self.saves.unsaved(flight.step, self._ended.why))
         except CheckpointError as failure:
-            self.tell("not saved", step=flight.step, stall_s=round(flight.stall_s, 6), why=str(failure))
-            self._not_saved(str(failure))
+            why = str(failure)
+        self._not_saved(flight.step, why)
 
     def _stalled(self, flight: _Flight) -> None:
         flight.stall_s += self.writer.waited_s()
         self.totals.stall_s += flight.stall_s
         self.totals.stall_s_max = max(self.totals.stall_s_max, flight.stall_s)
 
-    def _not_saved(self, why: str) -> None:
+    def _not_saved(self, step: int, why: str) -> None:
+        self.tell("not saved", step=step, why=why)
         self.say(f"CHECKPOINT NOT SAVED: {why}; training goes on, the next try is at the next interval")
 
 

@@ -286,12 +286,15 @@ class Reader:
         return round(max(0.0, now - max(times)), 1) if times else None
 
     def _checkpoint(self, now: float) -> dict[str, Any] | None:
-        """The newest whole one."""
-        found = []
+        """The newest whole one, what saving in the background cost last, and why the newest try was none."""
+        found, tries = [], [row for row in self._events if row["event"] in ("saved", "not saved")]
+        costs = [row for row in tries if row["event"] == "saved"]
+        cost = {key: _number(costs[-1], key) if costs else None for key in ("stall_s", "stall_share", "gbyte_s")}
+        why = str(tries[-1].get("why")) if tries and tries[-1]["event"] == "not saved" else None
         for path in (self.run / "checkpoints").glob("step-*/COMMITTED"):
             with contextlib.suppress(OSError, ValueError):
                 found.append((int(path.parent.name.removeprefix("step-")), path.stat().st_mtime))
-        return {"step": max(found)[0], "age_s": round(max(0.0, now - max(found)[1]), 1)} if found else None
+        return {"step": max(found)[0], "age_s": round(max(0.0, now - max(found)[1]), 1), **cost, "not_saved": why} if found else None
 
     def _asked(self) -> dict[str, Any] | None:
         """What the scheduler says of the run's job, asked seldom; None of a run that is no job."""
@@ -549,7 +552,15 @@ def lines(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         if (seen["ranks"] or 2) > 1:
             add("slowest", f"{shown} of data and forward{some}" if shown else seen["slowest_why"])
     if seen["checkpoint"]:
-        add("checkpoint", f"step {seen['checkpoint']['step']:,}, {span(seen['checkpoint']['age_s'])} ago")
+        newest = seen["checkpoint"]
+        cost = (
+            f"; training stood {newest['stall_s']:.3g} s for the last, {newest['stall_share']:.2%}"
+            if newest["stall_share"] is not None
+            else ""
+        )
+        add("checkpoint", f"step {newest['step']:,}, {span(newest['age_s'])} ago{cost}")
+        if newest["not_saved"]:
+            add("NOT SAVED", newest["not_saved"], "bold yellow")
     for title, text in _power_lines(seen):
         add(title, text)
     if seen["failed_ranks"] and not seen["failure"]:
