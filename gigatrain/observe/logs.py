@@ -218,6 +218,8 @@ class Log:
             "secondary": secondary,
             "transient": _transient(failure),
         }
+        if self.beat is not None and isinstance(failure, GigatrainError) and not (secondary or record["transient"]):
+            self.beat.failed_for_good()
         self.write(lines if record["ours"] else f"gigatrain: {failure}\n")
         if self.owned:
             with contextlib.suppress(OSError):  # a full disk; the log, or the screen, has it then

@@ -20,7 +20,7 @@ PARENT = "GIGATRAIN_SUPERVISOR"  # its process
 CELLS = 16
 COPY_S = 0.1
 ORPHAN_S = 60.0  # what a rank gets to leave by itself once its supervisor is gone
-_BEAT_NS, _BEATS, _BEGUN, _STEP, _MARKS, _SLOW, _ASKED, _PID, _PHASE = range(9)
+_BEAT_NS, _BEATS, _BEGUN, _STEP, _MARKS, _SLOW, _ASKED, _PID, _FINAL, _PHASE = range(10)
 _PHASE_BYTES = 8 * (CELLS - _PHASE)
 
 
@@ -51,6 +51,7 @@ class Row:
     slow: bool
     pid: int
     phase: str
+    final: bool = False  # it failed, with what would only fail again
 
 
 class Board:
@@ -82,6 +83,7 @@ class Board:
             slow=bool(cells[_SLOW]) or not cells[_BEAT_NS],
             pid=cells[_PID],
             phase=text or "start",
+            final=bool(cells[_FINAL]),
         )
 
     def ask(self, rank: int) -> None:
@@ -128,6 +130,10 @@ class Beat:
                 if time.monotonic() - orphaned_s > ORPHAN_S:
                     os.kill(os.getpid(), signal.SIGKILL)
             self._over.wait(COPY_S)
+
+    def failed_for_good(self) -> None:
+        """The failure that this rank ends with is not of the kind that passes; before it has a log, nobody else knows."""
+        self._cells[_FINAL] = 1
 
     def end(self) -> None:
         """The row stays as it is, of a rank that is leaving: nobody judges its pace."""

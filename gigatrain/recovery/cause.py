@@ -19,6 +19,7 @@ class Ended:
     hung: str = ""  # what was the matter with it, where it was ended for making no progress
     began_s: float = 0.0  # wall-clock, of the attempt
     failure: dict[str, Any] | None = None  # what the first rank that failed by itself left
+    final: bool = False  # it left nothing, and said that it would only fail again
 
     @property
     def exit_code(self) -> int:
@@ -43,6 +44,8 @@ class Ended:
 def judged(run: Path, ended: Ended, *, before: int, stalled: int, restarts: int, told: str | None) -> tuple[restart.Verdict, int]:
     """What to do, and the newest committed step. `before` is that of before the attempt, `told` a signal that was passed on to the ranks."""
     step = restart.committed(run)
+    if ended.final and ended.failure is None:
+        return restart.Verdict("stop", "it would end the same way again", ended.exit_code), step
     outcome = restart.Outcome(
         code=ended.exit_code,
         signal=told,

@@ -324,7 +324,10 @@ class Supervisor:
         killed = [rank for rank in attempt.ranks if rank.code and rank.code < 0 and rank.ended_s <= end - GRACE_S + 1e-3]
         if failure is not None and failure.get("secondary") and (first.code or 0) > 0 and killed:
             first = min(killed, key=lambda rank: rank.ended_s)  # it was a moment later to be seen
-        return cause.Ended(first.rank, first.code or 0, step, ranks=len(attempt.ranks), began_s=attempt.began_s, failure=failure)
+        final = any(self._board.row(rank.rank).final for rank in attempt.ranks)
+        return cause.Ended(
+            first.rank, first.code or 0, step, ranks=len(attempt.ranks), began_s=attempt.began_s, failure=failure, final=final
+        )
 
     def _end(self, ranks: Sequence[Rank]) -> None:
         for rank in ranks:
