@@ -195,7 +195,9 @@ class Train(Section):
     nproc: Ranks | None = Field(
         default=None, description="Processes that `gigatrain train` starts on this machine; under torchrun or Slurm they are there already."
     )
-    max_bad_steps: Count = Field(default=8, description="So many steps in a row with a non-finite loss or gradient stop the run.")
+    max_bad_steps: Count = Field(
+        default=8, description="So many steps in a row with a loss or gradient that is not finite or a spike stop the run."
+    )
 
     @property
     def compute(self) -> Literal["bf16", "fp32"]:

@@ -26,7 +26,7 @@ from gigatrain.errors import DataError, RunError
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
-from gigatrain.observe import hang, prometheus, trace, watch
+from gigatrain.observe import hang, prometheus, stragglers, trace, watch
 from gigatrain.observe.budget import Budget
 from gigatrain.observe.display import Display
 from gigatrain.observe.energy import Energy
@@ -162,9 +162,9 @@ def _steps(
         metrics = stack.enter_context(Metrics(plan, writes, device, step=this.step, show=lambda window: display.window(plan, window)))
         metrics.load(kept)
         health = stack.enter_context(Health(plan, mesh))
-        times = trace.opened(
-            plan.profile, folder, device, rank=mesh.rank, ranks=mesh.count, step=this.step, say=display.line, pulse=log.pulse
-        )
+        where = {"rank": mesh.rank, "ranks": mesh.count, "step": this.step}
+        compared = bool(stragglers.sections(plan, mesh))
+        times = trace.opened(plan.profile, folder, device, **where, say=display.line, pulse=log.pulse, times=compared)
         engine.trace = stack.enter_context(times)
         budget = Budget(plan, this.id, energy, health, times, progress)
         budget.load(power)
@@ -185,7 +185,7 @@ def _steps(
             budget.begin(this.step, this.tokens)
             metrics.clock.restart()
 
-        numerics = Numerics(plan, engine, batches, mesh, health, writes, say=display.line, again=again)
+        numerics = Numerics(plan, engine, batches, mesh, health, writes, times, say=display.line, again=again)
 
         def meet() -> bool:
             sums = health.agree([*energy.numbers(), *saving.numbers(), *budget.numbers(), *numerics.numbers(this.step)])
@@ -441,6 +441,8 @@ def _summary(
         "wall_s": None,
         "parameters": plan.parameters,
         "bad_steps": last.get("bad_steps"),
+        "spikes": last.get("spikes"),
+        "rollbacks": last.get("rollbacks", 0),
         "resumes": this.resumes,
         "checkpoint": saving.totals.json(),
         "weights_sha256": weights_sha256(saves.found(this.step)),

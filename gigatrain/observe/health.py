@@ -90,7 +90,7 @@ class Health:
         total, _, longest, began = counts
         if longest >= self.plan.max_bad_steps:
             raise RunError(
-                f"{longest} steps in a row, from step {began}, had a loss or gradient that is not finite (limit: train.max_bad_steps = "
+                f"{longest} steps in a row, from step {began}, had a loss or gradient that is not finite or a spike (limit: train.max_bad_steps = "
                 f"{self.plan.max_bad_steps}; {total} in all); none of them reached the weights. "
                 "Look at the data named below; or `gigatrain export` the run's last checkpoint and start a new run `from` it with a lower "
                 f"optim.lr. Data of step {began}:{samples(began)}"

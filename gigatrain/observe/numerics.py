@@ -41,6 +41,8 @@ from gigatrain.engines.judge import LOSS, NORM, NOT_FINITE, Refused
 from gigatrain.errors import RunError
 from gigatrain.observe.hashes import SUMS, Shared, differ, words
 from gigatrain.observe.health import Health
+from gigatrain.observe.stragglers import Stragglers
+from gigatrain.observe.trace import Trace
 from gigatrain.parallel.agree import gathered, told
 from gigatrain.parallel.mesh import DATA, Mesh
 from gigatrain.planning.plan import Plan
@@ -65,6 +67,7 @@ class Numerics:
         mesh: Mesh,
         health: Health,
         folder: Path | None,
+        times: Trace,
         *,
         say: Callable[[str], None],
         again: Callable[[], None],
@@ -74,6 +77,8 @@ class Numerics:
         self.counts = {"spikes": 0, "transient": 0, "persistent": 0, "rollbacks": 0, "diverged": 0}
         if plan.numerics.replay:
             engine.judge.hold()
+        self.stragglers = Stragglers(plan, mesh, times.spent, folder, say)
+        self._met = False  # since the last look
         self._known = 0  # refused steps in all that were looked at, of a judge that does not hold
         self._retried: dict[int, int] = {}
         self.shared = Shared(mesh)
@@ -94,12 +99,16 @@ class Numerics:
 
     def figures(self) -> dict[str, int]:
         """For metrics.jsonl: what has happened so far, where anything has."""
-        return {name: count for name, count in self.counts.items() if count or name == "spikes"}
+        counts = self.counts | {"stragglers": len(self.stragglers.named)}
+        return {name: count for name, count in counts.items() if count or name == "spikes"}
 
     # ---- Copies ----
 
     def numbers(self, step: int) -> list[int]:
         """What this rank adds to a report's sum over all ranks."""
+        return [*self._hash(step), *self.stragglers.numbers()]
+
+    def _hash(self, step: int) -> list[int]:
         every = self.plan.numerics.hash_every
         if not every or self.mesh.count == 1:
             return []
@@ -110,10 +119,10 @@ class Numerics:
 
     def meet(self, sums: Sequence[int]) -> Sequence[int]:
         """The sums; returns those that are not ours."""
-        if not self.plan.numerics.hash_every or self.mesh.count == 1:
-            return sums
-        self._differ = self._differ or differ(sums[:SUMS])
-        return sums[SUMS:]
+        self._met = True
+        if self.plan.numerics.hash_every and self.mesh.count > 1:
+            self._differ, sums = self._differ or differ(sums[:SUMS]), sums[SUMS:]
+        return self.stragglers.meet(sums)
 
     def _compare(self, step: int) -> None:
         """Now, if it was not done at this step: what is saved is what all copies say."""
@@ -145,6 +154,9 @@ class Numerics:
 
         Raises RunError, on all ranks, after train.max_bad_steps refused steps in a row or where copies differ, unless the run goes back.
         """
+        if self._met:
+            self.stragglers.name(this.step)
+            self._met = False
         if self._differ:
             self._diverged(this)
             return True
@@ -255,8 +267,9 @@ class Numerics:
         if len(self.batches.passed) >= most:
             raise _shared(
                 RunError(
-                    f"{longest} steps in a row, from step {began}, were refused, and {most} rollbacks have passed over samples already (limit: "
-                    f"numerics.rollbacks); lower optim.lr or optim.clip in a new run `from` the last checkpoint. Data of step {began}:{samples(self.batches, began)}"
+                    f"{longest} steps in a row, from step {began}, were refused, and {most} rollbacks have passed over samples already "
+                    "(limit: numerics.rollbacks); lower optim.lr or optim.clip in a new run `from` the last checkpoint. "
+                    f"Data of step {began}:{samples(self.batches, began)}"
                 )
             )
         step, passed = this.step, list(self.batches.passed)

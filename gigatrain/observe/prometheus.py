@@ -55,7 +55,25 @@ METRICS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], list[Sample]]], ...
     ("validation_loss", "Cross entropy per target token of held-out documents, in nats.", _one("val_loss")),
     ("gradient_norm", "Mean global norm before clipping over the last window.", _one("grad_norm")),
     ("learning_rate", "Of the last window's end.", _one("lr")),
-    ("refused_steps", "Updates refused because they were not finite.", _one("bad_steps")),
+    ("refused_steps", "Updates refused because they were not finite or spikes.", _one("bad_steps")),
+    ("spikes", "Refused updates of a finite loss and norm.", _one("spikes")),
+    (
+        "numeric_faults",
+        "Of this process: steps that were another's when made again (transient), that ranks compute differently (persistent), unequal copies (diverged), "
+        "and rollbacks.",
+        lambda seen: [
+            ({"class": what}, seen[what]) for what in ("transient", "persistent", "diverged", "rollbacks") if seen[what] is not None
+        ],
+    ),
+    (
+        "straggler_ratio",
+        "Seconds of a slow rank's section over the median of all ranks.",
+        lambda seen: [
+            ({key: str(one.get(key, "")) for key in ("rank", "host", "section")}, one["times"])
+            for one in seen["stragglers"]
+            if isinstance(one.get("times"), float | int)
+        ],
+    ),
     ("step_seconds", "Mean of a step over the last window.", _one("step_s")),
     ("tokens_per_second", "Over the last window, of all ranks.", _one("tokens_per_s")),
     ("tokens_per_second_mean", "Over the run, of all ranks.", _one("tokens_per_s_mean")),

@@ -79,6 +79,10 @@ class Trace:
         """Seconds by phase of the steps that were written since the last call, profiled ones left out."""
         return {}
 
+    def spent(self) -> tuple[int, dict[str, float]]:
+        """Steps whose times became known since the last call, and their seconds by phase, profiled ones left out."""
+        return 0, {}
+
     def close(self) -> None:
         """The last step ends here, and all are written."""
 
@@ -143,7 +147,9 @@ class Recorder(Pulsed):
         step: int = 0,
         say: Callable[[str], None] = print,
         pulse: Pulse | None = None,
+        writes: bool = True,
     ) -> None:
+        """`writes` false: the times are told to the run alone (`spent`)."""
         super().__init__(pulse or Pulse())
         self.folder, self.rank, self.say, self.device = folder / "trace", rank, say, device
         self.cuda = device.type == "cuda"
@@ -159,7 +165,10 @@ class Recorder(Pulsed):
         self._range: torch.profiler.record_function | None = None
         self._failures: set[str] = set()
         self._taken: dict[str, float] = {}
+        self._spent: tuple[int, dict[str, float]] = (0, {})
         self._file: Any = None
+        if not writes:
+            return
         with self._spared("trace"):
             self.folder.mkdir(parents=True, exist_ok=True)
             path = _path(folder, rank)
@@ -227,8 +236,10 @@ class Recorder(Pulsed):
         for phase, (begin, end) in marks:
             seconds[phase] = seconds.get(phase, 0.0) + (begin.elapsed_time(end) / 1e3 if self.cuda else end - begin)
         if not step.profiled:
-            for phase, value in seconds.items():
-                self._taken[phase] = self._taken.get(phase, 0.0) + value
+            for into in (self._taken, self._spent[1]):
+                for phase, value in seconds.items():
+                    into[phase] = into.get(phase, 0.0) + value
+            self._spent = (self._spent[0] + 1, self._spent[1])
         row: dict[str, Any] = {"step": step.step, "start": round(step.start_s, 6)}
         row["phases"] = {phase: round(value, 7) for phase, value in seconds.items()}
         return json.dumps(row | ({"profiled": True} if step.profiled else {})) + "\n"
@@ -236,6 +247,10 @@ class Recorder(Pulsed):
     def take(self) -> dict[str, float]:
         taken, self._taken = self._taken, {}
         return taken
+
+    def spent(self) -> tuple[int, dict[str, float]]:
+        spent, self._spent = self._spent, (0, {})
+        return spent
 
     def close(self) -> None:
         self._end()
@@ -328,8 +343,10 @@ def opened(
     step: int,
     say: Callable[[str], None],
     pulse: Pulse | None = None,
+    times: bool = False,
 ) -> Trace:
-    """This rank's trace: a Recorder for rank 0 and those of `profile.ranks`, else one that is only alive. `step`: how many the run has done already."""
+    """This rank's trace: a Recorder for rank 0 and those of `profile.ranks`, and, if `times` are asked for, one that writes nothing for the others; else
+    one that is only alive. `step`: how many the run has done already."""
     writers = {0, *profile.ranks}
     if rank == 0:  # what a resumed run lives through again, of ranks that no longer record; the others see to theirs
         for path in (folder / "trace").glob("rank-*.jsonl"):
@@ -337,8 +354,8 @@ def opened(
             if number >= ranks or number not in writers:
                 with contextlib.suppress(OSError):
                     _drop_from(path, step)
-    if rank in writers:
-        return Recorder(profile, folder, device, rank=rank, step=step, say=say, pulse=pulse)
+    if rank in writers or times:
+        return Recorder(profile, folder, device, rank=rank, step=step, say=say, pulse=pulse, writes=rank in writers)
     return OFF if pulse is None else Pulsed(pulse)
 
 

@@ -48,6 +48,15 @@ CLASSES = ("training", "redone", "data", "compile", "validation", "checkpoint", 
 TOLD = ("data", "compile", "validation", "checkpoint", "restore", "paced")  # which a run says by name
 
 
+SUSPICIONS = {  # of metrics.jsonl, from observe/numerics.py
+    "spikes": "refused updates of a finite loss and norm",
+    "transient": "steps that gave other numbers when they were made again: faults that passed",
+    "persistent": "steps of which ranks compute different numbers: a fault that stays",
+    "rollbacks": "times back to a checkpoint, and past the samples that followed",
+    "diverged": "times copies of the state were not equal",
+}
+
+
 class Tail:
     """The whole lines of a JSONL file, read on where the last read ended; from its start if the file was replaced or cut."""
 
@@ -144,6 +153,8 @@ class Reader:
             "grad_norm": _number(window, "grad_norm"),
             "lr": _number(window, "lr"),
             "bad_steps": _number(window, "bad_steps"),
+            **{what: _number(window, what) for what in SUSPICIONS},
+            "stragglers": _stragglers(self.run),
             "step_s": _number(window, "step_s"),
             "val_loss": _number(validation, "val_loss"),
             "val_step": _number(validation, "step"),
@@ -449,6 +460,12 @@ def slowest_of(run: Path, slow: list[dict[str, Any]], number: int | None) -> dic
     return {**slow[0], "node": logs.node_of(run, number, slow[0]["rank"])} if slow else None
 
 
+def _stragglers(run: Path) -> list[dict[str, Any]]:
+    """Ranks that observe/stragglers.py has named, as of the last report that changed them."""
+    found = _json(run / "stragglers.json").get("ranks")
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
 def _timed(row: Mapping[str, Any]) -> bool:
     """Whether an event says when, and of which process."""
     return _number(row, "time_s") is not None and isinstance(row.get("process"), (str, int, type(None)))
@@ -526,7 +543,14 @@ def lines(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if seen["val_loss"] is not None:
         add("validation", f"{seen['val_loss']:.4f} at step {seen['val_step']:,}")
     if seen["bad_steps"]:
-        add("refused", f"{seen['bad_steps']:,} updates that were not finite", "yellow")
+        spikes = f", {seen['spikes']:,} of them spikes" if seen["spikes"] else ""
+        add("refused", f"{seen['bad_steps']:,} updates whose numbers cannot be right{spikes}", "yellow")
+    for what, words in SUSPICIONS.items():
+        if seen[what] and what != "spikes":
+            add(what, f"{seen[what]:,} {words}", "yellow")
+    for one in seen["stragglers"]:
+        rank, host, times, section = (logs.printable(str(one.get(key, "?"))) for key in ("rank", "host", "times", "section"))
+        add("SLOW", f"rank {rank} on {host}: {times} times the median for {section}", "yellow")
     if seen["tokens_per_s"] is not None:
         mean = f", {seen['tokens_per_s_mean']:,.0f} in the mean" if seen["tokens_per_s_mean"] else ""
         add("tokens/s", f"{seen['tokens_per_s']:,.0f} now{mean}")

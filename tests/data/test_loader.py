@@ -1,5 +1,6 @@
 """Batches: the same whatever reads ahead, resumes or shares the work; and what the loop is told about them."""
 
+import random
 import shutil
 import threading
 from pathlib import Path
@@ -320,3 +321,15 @@ def test_held_out_shards_are_verified_and_each_shard_once(corpus: Corpus, tmp_pa
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"{path.name} has SHA-256"):
         list(Validation(Corpus.open(tmp_path / "copy"), sequence=16, packing="stream", microbatch=2))
+
+
+def test_ranges_that_are_passed_over_are_left_out_once_and_nothing_else():
+    """Any ranges, also such that overlap or begin at 0: the positions of all batches are the stream without them, in order."""
+    drawn = random.Random(3)
+    for _ in range(200):
+        batches = Batches.__new__(Batches)
+        batches.passed = [(start, start + drawn.randrange(1, 9)) for start in (drawn.randrange(30) for _ in range(drawn.randrange(5)))]
+        size = drawn.randrange(1, 7)
+        left_out = {position for start, stop in batches.passed for position in range(start, stop)}
+        found = [position for step in range(20) for position in batches.stream(step * size, size)]
+        assert found == [position for position in range(500) if position not in left_out][: 20 * size]

@@ -1,5 +1,6 @@
 """Which steps are refused, which are held, and that a step taken back leaves nothing behind."""
 
+import math
 import random
 import statistics
 
@@ -22,7 +23,7 @@ def fed(judge, loss, norm):
 
 def made(seed=0, steps=WINDOW, **options):
     judge, drawn = Judge(WINDOW, SIGMA, torch.device("cpu"), **options), random.Random(seed)
-    healthy = [(3 + drawn.gauss(0, 0.1), 1 + abs(drawn.gauss(0, 0.2))) for _ in range(steps)]
+    healthy = [(3 + drawn.gauss(0, 0.1), math.exp(drawn.gauss(0, 0.2))) for _ in range(steps)]
     assert [fed(judge, *one) for one in healthy] == [APPLIED] * steps
     return judge, healthy
 
@@ -31,7 +32,9 @@ def made(seed=0, steps=WINDOW, **options):
 def test_the_limit_is_mean_and_deviations_of_the_window(column):
     judge, healthy = made(steps=3 * WINDOW)
     past = [one[column] for one in healthy[-WINDOW:]]
+    past = [math.log(one) for one in past] if column else past
     limit = statistics.mean(past) + SIGMA * statistics.stdev(past)
+    limit = math.exp(limit) if column else limit
     assert judge.limits()[column].item() == pytest.approx(limit, rel=1e-12)
     below, above = list(healthy[-1]), list(healthy[-1])
     below[column], above[column] = limit * (1 - 1e-9), limit * (1 + 1e-9)
@@ -101,7 +104,9 @@ def test_a_step_made_again_moves_nothing():
     judge, healthy = made()
     judge.hold()
     fed(judge, float("nan"), 1.0)
-    before = {name: value.clone() for name, value in vars(judge).items() if isinstance(value, torch.Tensor) and name not in ("_good", "fate")}
+    before = {
+        name: value.clone() for name, value in vars(judge).items() if isinstance(value, torch.Tensor) and name not in ("_good", "fate")
+    }
     with judge.again(WINDOW):
         assert judge.updates.item() == WINDOW
         assert fed(judge, *healthy[0]) == HELD

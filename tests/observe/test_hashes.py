@@ -40,7 +40,11 @@ def test_words_that_change_places_count_and_chunks_do_not():
     assert len({hash64(tensor.roll(by)).item() for by in range(100)}) == 100
     large = torch.randn(CHUNK + 17, generator=torch.Generator().manual_seed(2))
     words = large.view(torch.int32).long()
-    factors = torch.arange(len(words)) * (2 * 0x9E3779B97F4A7C15 % 2**64 - 2**64 if 2 * 0x9E3779B97F4A7C15 % 2**64 >> 63 else 2 * 0x9E3779B97F4A7C15 % 2**64) + 1
+    factors = (
+        torch.arange(len(words))
+        * (2 * 0x9E3779B97F4A7C15 % 2**64 - 2**64 if 2 * 0x9E3779B97F4A7C15 % 2**64 >> 63 else 2 * 0x9E3779B97F4A7C15 % 2**64)
+        + 1
+    )
     assert hash64(large).item() == (words * factors).sum().item()
     assert hash64(torch.zeros(0)).item() == 0
 
@@ -74,7 +78,9 @@ def copies(axes):
     return meshes, held
 
 
-@pytest.mark.parametrize("sizes", [{"replicate": 2}, {"replicate": 3}, {"replicate": 2, "tensor": 3}, {"replicate": 4, "pipeline": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"replicate": 2}, {"replicate": 3}, {"replicate": 2, "tensor": 3}, {"replicate": 4, "pipeline": 2, "tensor": 2}], ids=str
+)
 def test_a_random_flip_in_one_copy_is_always_found(sizes):
     """`TRIALS` flips, each of a random bit of a random tensor of a random rank; GIGATRAIN_FLIPS=100000 for a longer run."""
     meshes, held = copies(config.Mesh(shard=1, **sizes))
@@ -92,7 +98,12 @@ def test_a_random_flip_in_one_copy_is_always_found(sizes):
         rank, name = drawn.randrange(len(meshes)), drawn.choice(list(AXES_OF))
         bit = drawn.randrange(held[rank][name].numel() * held[rank][name].element_size() * 8)
         flipped(held[rank][name], bit)
-        assert differ([now - before + whole for now, before, whole in zip(sums(rank), each[rank], total, strict=True)]), (trial, rank, name, bit)
+        assert differ([now - before + whole for now, before, whole in zip(sums(rank), each[rank], total, strict=True)]), (
+            trial,
+            rank,
+            name,
+            bit,
+        )
         flipped(held[rank][name], bit)
 
 
