@@ -122,7 +122,7 @@ def write(path: Path, rows: Iterable[Row], beside: dict[str, str]) -> None:
     """A line an injection is appended; a row without any has one line."""
     fresh = not path.is_file() or path.stat().st_size == 0
     with path.open("a", encoding="utf-8", newline="") as file:
-        out = csv.DictWriter(file, COLUMNS)
+        out: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS)
         if fresh:
             out.writeheader()
         for one in rows:

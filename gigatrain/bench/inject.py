@@ -6,7 +6,6 @@ alone.
 """
 
 import contextlib
-import errno
 import json
 import os
 import random
@@ -560,7 +559,7 @@ def read_only(case: Case) -> str:
 def syncs(case: Case) -> str:
     """The disk says EIO to fsync: what was written may be lost, so it is no checkpoint. Planted in the run's processes (within.py)."""
     path = case.subject.orders / "syncs.json"
-    return _refusing(case, lambda: path.write_text(json.dumps({"errno": errno.EIO})) and None, lambda: path.unlink(missing_ok=True))
+    return _refusing(case, path.touch, lambda: path.unlink(missing_ok=True))
 
 
 def stall(case: Case) -> str:

