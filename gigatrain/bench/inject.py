@@ -718,15 +718,10 @@ def nan(case: Case) -> str:
     case.harms[-1].lost_steps = 1
     rows = [row for row in jsonl(case.subject.folder / "metrics.jsonl") if "bad_steps" in row]
     oracle = case.lab.undisturbed(case.engine)
-    if rows[-1].get("transient"):  # the step was made again on the same data, and was well
-        left = Undisturbed.read(case.subject.folder, case.subject.orders)
-        if left.tensors != oracle.tensors or left.weights_sha256 != oracle.weights_sha256:
-            raise Broken("the step was made again, and the weights are not the undisturbed run's")
-        if rows[-1]["tokens"] != oracle.metrics[-2]["tokens"]:
-            raise Broken(
-                f"weights are bitwise equal, but {rows[-1]['tokens']} tokens are counted and {oracle.metrics[-2]['tokens']} were trained on"
-            )
-        return "made again as transient, weights bitwise equal"
+    if rows[-1]["bad_steps"] == 0:  # the step was made again on the same data, and was well
+        if not case.subject.said("made again"):
+            raise Broken("no update was refused, nothing was said, and one gradient was not a number")
+        return f"made again as a fault that passed, {case.equals()}"
     if rows[-1]["bad_steps"] != 1:
         raise Broken(f"{rows[-1]['bad_steps']} updates were refused, and one was not a number")
     losses = [[row["loss"] for row in told if "bad_steps" in row] for told in (rows, oracle.metrics)]

@@ -162,8 +162,8 @@ def _poison() -> None:
 
     def step(engine: Any, rate: float) -> Any:
         kind.step = told
-        grad = next(iter(engine.grads.values()))
-        (grad.to_local() if hasattr(grad, "to_local") else grad).view(-1)[:1] = float("nan")
+        own = (grad.to_local() if hasattr(grad, "to_local") else grad for grad in engine.grads.values())
+        max(own, key=lambda grad: grad.numel()).view(-1)[:1].fill_(float("nan"))  # of a small tensor this rank may hold nothing
         return told(engine, rate)
 
     kind.step = step
