@@ -684,6 +684,16 @@ def _bench_power(options: argparse.Namespace) -> None:
 def _bench_faults(options: argparse.Namespace) -> None:
     from gigatrain.bench import faults
 
+    if options.goodput:
+        faults.goodput(
+            minutes=options.minutes,
+            mtbf_s=options.mtbf,
+            seed=options.seed,
+            engines=options.engines,
+            work=options.work,
+            as_json=options.json,
+        )
+        return
     faults.run(
         hours=options.hours,
         seed=options.seed,
@@ -1032,6 +1042,13 @@ def _parser() -> argparse.ArgumentParser:
         "--kills", metavar="K", type=_ranks, default=1, help="kills of a kill, segv or abort row, one after the other (default: 1)"
     )
     faults.add_argument("--row", metavar="SEED", type=_count, help="one row again, of the --only fault on the --engines engine")
+    faults.add_argument(
+        "--goodput", action="store_true", help="instead: kill a rank at exponential times, and hold goodput against the simulator"
+    )
+    faults.add_argument(
+        "--mtbf", metavar="S", type=_positive, default=30.0, help="of --goodput: seconds between two kills on average (default: 30)"
+    )
+    faults.add_argument("--minutes", metavar="M", type=_positive, default=30.0, help="of --goodput: how long (default: 30)")
     faults.add_argument("--csv", metavar="PATH", help="a line for each injection is added here")
     faults.add_argument("--markdown", metavar="PATH", help="write the table for a page")
     faults.add_argument(
@@ -1226,6 +1243,7 @@ what it must refuse. Everything comes from the seed and nothing is tried twice. 
   gigatrain bench faults --only kill --kills 5 --engines native-2,native-4,zero2-2 --hours 1
   gigatrain bench faults --only bitflip --engines native-2 --row 70012    one row again
   sudo -E gigatrain bench faults --only enospc,erofs,stall,oom            what needs mounts and control groups
+  gigatrain bench faults --goodput --mtbf 30 --minutes 30     goodput under a failure every 30 s, measured and simulated
 
 Rows that cannot be made here (no root, no DeepSpeed) are shown as such, with the reason."""
 _DOCTOR = """\

@@ -133,7 +133,8 @@ def _steps(
     log.pulse.mark("build")
     _prepare(plan)
     if device.type == "cuda":
-        _verify(plan, device, display)
+        with progress.spent("compile"):
+            _verify(plan, device, display)
     engine = engines.make(plan, mesh, device, fresh=not resumes)
     reader, readers = mesh.data
     held = _held_out(plan, corpus, mesh, device)
@@ -157,7 +158,8 @@ def _steps(
             device=device,
         )
         stack.callback(batches.close)
-        kept, power = _resume(near, engine, batches, this, display) if resumes else ({}, {})
+        with progress.spent("restore"):
+            kept, power = _resume(near, engine, batches, this, display) if resumes else ({}, {})
         if this.step == plan.steps and (folder / "summary.json").is_file():
             return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if mesh.rank == 0:
@@ -176,10 +178,13 @@ def _steps(
         saving = stack.enter_context(Saving(saves, background=asked.background, say=display.line, tell=progress.add, sync=metrics.written))
         early = plan.fp8 is not None or plan.fuses("release") or plan.engine.name != "native"  # may change what is saved within a backward
         before = this.elapsed_s
+        waits = progress.spent if device.type == "cpu" else lambda what: contextlib.nullcontext()  # a GPU computes meanwhile
 
         def again() -> None:
             kept, _ = _resume(near, engine, batches, this, display)
             metrics.rewind(this.step, kept)
+            near.begin()
+            intervals.begin(this.step)
             progress.add("steps", step=this.step)
             begin()
 
@@ -237,7 +242,7 @@ def _steps(
         while this.step < plan.steps and not health.leaves():
             budget.wait(pause, times.alive)  # where the run keeps to a power budget
             times.begin(this.step)
-            with times.phase("data"):
+            with times.phase("data"), waits("data"):
                 batch = next(batches)
             if early:
                 saving.before_change()
@@ -258,7 +263,7 @@ def _steps(
                 this.tokens = metrics.tokens
                 numerics.check(this, bad)
                 times.window()
-                progress.report(this.step, this.tokens, metrics.window_s)
+                progress.report(this.step, this.tokens, metrics.window_s, metrics.compile_s)
                 energy.report(this.step, this.tokens, times)
                 budget.decide(this.step, this.tokens)
                 if intervals.report(metrics.window_s, metrics.window_steps):

@@ -122,7 +122,7 @@ def write(path: Path, rows: Iterable[Row], beside: dict[str, str]) -> None:
     """A line an injection is appended; a row without any has one line."""
     fresh = not path.is_file() or path.stat().st_size == 0
     with path.open("a", encoding="utf-8", newline="") as file:
-        out = csv.DictWriter(file, COLUMNS)
+        out: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS)
         if fresh:
             out.writeheader()
         for one in rows:
@@ -232,6 +232,27 @@ def run(
             f"{len(broken)} of {len(rows)} rows broke their promise; what they left is in {folder}. Each again, alone:\n{again}"
         )
     return rows
+
+
+def goodput(*, minutes: float, mtbf_s: float, seed: int | None, engines: str | None, work: str | None, as_json: bool) -> None:
+    """The command's --goodput. Raises HealthError where measured and simulated goodput are more than two points apart."""
+    from gigatrain.bench import compressed
+
+    engine = _chosen(ENGINES, engines or "native-2", "engine")[0]
+    seed = random.SystemRandom().randrange(1 << 20) if seed is None else seed
+    folder = Path(work or tempfile.mkdtemp(prefix="gigatrain-goodput-"))
+    console = Console(stderr=True)
+    console.print(f"{engine.name} for {minutes:g} minutes, seed {seed}; work in {folder}", highlight=False)
+    try:
+        found = compressed.run(Lab(folder), engine, mtbf_s=mtbf_s, minutes=minutes, seed=seed)
+    except Broken as failure:
+        raise HealthError(f"the run did not live through its failures: {failure}; what it left is in {folder}") from None
+    print(compressed.text(found) if as_json else "\n".join(found.lines()))
+    if abs(found.replayed - found.measured) > compressed.AGREES:
+        raise HealthError(
+            f"measured goodput is {100 * found.measured:.1f} % and the simulator says {100 * found.replayed:.1f} %: more than "
+            f"{100 * compressed.AGREES:.0f} points apart; what the run left is in {folder}"
+        )
 
 
 def show(rows: Sequence[Row], console: Console | None = None) -> None:

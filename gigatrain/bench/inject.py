@@ -6,7 +6,6 @@ alone.
 """
 
 import contextlib
-import errno
 import json
 import os
 import random
@@ -21,8 +20,10 @@ from pathlib import Path
 from gigatrain.bench.subject import EVERY, STEPS, Broken, Engine, Lab, Subject, Undisturbed, committed, jsonl
 
 SMALL_BYTES = 24 << 20  # of the disks that run full
+SETTLED = 12  # steps after which a step has a usual length, and a hang is known by it
+LEFT = 75  # the code of a run that was asked to leave, and saved
 PHASES = ("start", "load", "step", "save", "validation", "end")
-_NOTICED = ("was ended by", "lost another rank", "no progress", "HANG", "stuck", "restart", "is gone", "saved at step")
+_NOTICED = ("was ended by", "lost another rank", "no progress", "HANG", "stuck", "start", "is gone", "saved at step")
 
 
 class Skipped(Exception):
@@ -58,8 +59,8 @@ class Case:
         """The command, from the beginning or from what there is."""
         self.subject.start("--continue", *sets)
 
-    def at(self, moment: str) -> str:
-        """Waits for a moment of the run; says which it was. The command may end first, and then the moment is `ended`."""
+    def at(self, moment: str, least: int = 0) -> str:
+        """Waits for a moment of the run, of a step not before `least`; says which it was. The command may end first, and then the moment is `ended`."""
         subject, oracle = self.subject, self.lab.undisturbed(self.engine)
         now = subject.step()
         old = subject.process()
@@ -76,7 +77,7 @@ class Case:
             case "start":
                 delay_s = self.draw.uniform(0, oracle.launch_s)
             case "step":
-                target = max(now, 0) + self.draw.randint(1, 8)
+                target = max(now, least) + self.draw.randint(1, 8)
                 if not wait(lambda: subject.step() >= min(target, STEPS - 1)):
                     return "ended"
                 delay_s = self.draw.uniform(0, oracle.step_s)
@@ -117,16 +118,12 @@ class Case:
         before, old, printed = subject.step(), subject.process(), len(subject.lines)
         found = Harm(moment, before)
         self.harms.append(found)
-        began = time.monotonic()
+        began, wall = time.monotonic(), time.time()
         found.rank = harm()
         ended = None
 
         def new() -> bool:
             nonlocal ended
-            if found.detect_s is None:
-                seen = next((at for at, line in subject.lines[printed:] if any(word in line for word in _NOTICED)), None)
-                if seen is not None:
-                    found.detect_s = max(0.0, seen - began)
             ended = subject.command.poll() if subject.command is not None else None
             return ended is not None or _steps(subject, old) is not None or (not waits and subject.process() not in (None, old))
 
@@ -145,12 +142,20 @@ class Case:
             self.launch()
         if not waits:
             return found
+        found.detect_s = self._noticed_s(printed, began, wall) if found.detect_s is None else found.detect_s
         before = max([before, *(event["step"] for event in subject.events() if event["event"] == "report" and event["process"] == old)])
         subject.until(lambda: _trains(subject, old) or subject.finished(), "training again")
         found.recover_s = time.monotonic() - began
         resumed = _steps(subject, old)
         found.lost_steps = max(0, before - resumed) if resumed is not None and before >= 0 else 0
         return found
+
+    def _noticed_s(self, printed: int, began: float, wall: float) -> float | None:
+        """Seconds from the harm to the first word of it: the supervisor's record, else a line of the command after the first `printed`."""
+        told = jsonl(self.subject.folder / "logs" / "restarts.jsonl")
+        records = [event["time_s"] - wall for event in told if event["event"] == "ended" and event["time_s"] >= wall - 0.1]
+        said = (at - began for at, line in self.subject.lines[printed:] if any(word in line for word in _NOTICED))
+        return max(0.0, records[0]) if records else next(said, None)
 
     def finishes(self, *sets: str) -> str:
         """Sees the run through to its end, starting it again where it left; then holds it against the undisturbed one."""
@@ -161,7 +166,7 @@ class Case:
                     break
                 subject.alone()
                 self.launch(*sets)
-            if code := subject.ended():
+            if (code := subject.ended()) not in (0, LEFT):
                 raise Broken(f"the command ended with {code}: {subject.tail()}")
         return self.equals()
 
@@ -172,11 +177,10 @@ class Case:
         return "bitwise equal"
 
     def victim(self) -> tuple[int, int]:
-        """A rank that lives, and its process; the command itself where no rank has begun."""
+        """A rank that lives, and its process; any process of the run where no rank has said a word yet."""
         ranks = self.subject.ranks()
-        if not ranks:
-            assert self.subject.command is not None
-            return -1, self.subject.command.pid
+        if not ranks:  # none has said a word yet
+            return -1, self.draw.choice(sorted(self.subject.pids()))
         rank = self.draw.choice(sorted(ranks))
         return rank, ranks[rank]
 
@@ -293,7 +297,7 @@ def _asked_to_leave(number: int) -> Callable[[Case], str]:
 def hang(case: Case) -> str:
     """A rank is stopped (SIGSTOP) and never goes on: it is named, and the run goes on without that process."""
     case.launch()
-    if case.at("step") != "ended":
+    if case.at("step", SETTLED) != "ended":
         case.recovers("step", case.hit(signal.SIGSTOP))
     return case.finishes()
 
@@ -307,7 +311,7 @@ def gil(case: Case) -> str:
         case.subject.order(max(rank, 0), do="gil")
         return rank
 
-    if case.at("step") != "ended":
+    if case.at("step", SETTLED) != "ended":
         case.recovers("step", harm)
     return case.finishes()
 
@@ -404,7 +408,7 @@ def crash_loop(case: Case) -> str:
     step = case.draw.randrange(2, EVERY)
     (case.subject.orders / "always.json").write_text(json.dumps({"do": case.draw.choice(("abort", "segv", "kill")), "step": step}))
     began = time.monotonic()
-    case.launch()
+    case.launch("recovery.restarts=3", "recovery.supervised=true")
     code = case.subject.ended()
     case.harms.append(Harm("step", step, None, time.monotonic() - began))
     starts = case.restarted()
@@ -555,7 +559,7 @@ def read_only(case: Case) -> str:
 def syncs(case: Case) -> str:
     """The disk says EIO to fsync: what was written may be lost, so it is no checkpoint. Planted in the run's processes (within.py)."""
     path = case.subject.orders / "syncs.json"
-    return _refusing(case, lambda: path.write_text(json.dumps({"errno": errno.EIO})) and None, lambda: path.unlink(missing_ok=True))
+    return _refusing(case, path.touch, lambda: path.unlink(missing_ok=True))
 
 
 def stall(case: Case) -> str:
@@ -711,14 +715,19 @@ def nan(case: Case) -> str:
     case.launch()
     if code := case.subject.ended():
         raise Broken(f"ended with {code}: {case.subject.tail()}")
+    case.harms[-1].lost_steps = 1
     rows = [row for row in jsonl(case.subject.folder / "metrics.jsonl") if "bad_steps" in row]
+    oracle = case.lab.undisturbed(case.engine)
+    if rows[-1]["bad_steps"] == 0:  # the step was made again on the same data, and was well
+        if not case.subject.said("made again"):
+            raise Broken("no update was refused, nothing was said, and one gradient was not a number")
+        return f"made again as a fault that passed, {case.equals()}"
     if rows[-1]["bad_steps"] != 1:
         raise Broken(f"{rows[-1]['bad_steps']} updates were refused, and one was not a number")
-    oracle = [row for row in case.lab.undisturbed(case.engine).metrics if "bad_steps" in row]
-    same = sum(a["loss"] == b["loss"] for a, b in zip(rows, oracle, strict=True))
-    if not all(row["loss"] == row["loss"] and abs(row["loss"]) < 1e6 for row in rows if row["loss"] is not None) or same != step:
+    losses = [[row["loss"] for row in told if "bad_steps" in row] for told in (rows, oracle.metrics)]
+    same = next((count for count, (a, b) in enumerate(zip(*losses, strict=True)) if a != b), STEPS)
+    if not all(loss is None or abs(loss) < 1e6 for loss in losses[0]) or same < step:
         raise Broken(f"losses are the undisturbed run's for {same} steps, and step {step} was the first that was harmed")
-    case.harms[-1].lost_steps = 1
     return "update refused on all ranks, counted"
 
 

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from gigatrain.observe.watch import Tail
 
 POLL_S = 0.002
 FILES = 40  # of the standard library: some 160 kB of text
-LIMIT_S = 120.0  # nothing that is waited for takes longer
+LIMIT_S = 240.0  # nothing that is waited for takes longer
 TIMED = ("tokens_per_s", "step_s", "joules", "watts")  # what two equal runs may differ in
 RECIPE = """\
 name = "faults"
@@ -62,11 +63,18 @@ max_samples = 8
 [checkpoint]
 every = 5
 keep = 3
+[recovery]
+hang_floor_s = 5
+hang_slow_s = 60
+restarts = 20
 [report]
 every = 1
 trackers = []
 """
 STEPS, EVERY = 60, 5
+
+
+_BEGINS = re.compile(r"^\[gigatrain\] rank \d+ of \d+ on \S+, pid (\d+), begins ", re.MULTILINE)
 
 
 class Broken(Exception):
@@ -303,23 +311,24 @@ class Subject:
         """Whether the run says that it is done."""
         return (self.folder / "summary.json").is_file()
 
-    def pids(self) -> dict[int, dict[str, str]]:
-        """Every living process of this row, with its environment."""
-        found = {}
+    def pids(self) -> list[int]:
+        """Every living process of this row: those with its mark in their environment."""
+        found = []
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError, ValueError):
                 words = (path / "environ").read_bytes().split(b"\0")
                 if self.mark.encode() in words and (path / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
-                    found[int(path.name)] = dict(word.decode("utf-8", "replace").partition("=")[::2] for word in words)
+                    found.append(int(path.name))
         return found
 
     def ranks(self) -> dict[int, int]:
-        """Rank -> process id: those that have a rank in their environment and no parent that has, or the command itself where it is the only rank."""
-        assert self.command is not None
-        living = self.pids()
-        found = {int(said["RANK"]): pid for pid, said in living.items() if "RANK" in said and "RANK" not in living.get(_parent(pid), {})}
-        if not found and self.engine.ranks == 1 and self.command.poll() is None:
-            return {0: self.command.pid}
+        """Rank -> process id, by the mark with which each begins its log; those alone that live, so none while they start."""
+        living, found = self.pids(), {}
+        for path in (self.folder / "logs").glob("attempt-*/rank-*.log"):
+            with contextlib.suppress(OSError):
+                marks = _BEGINS.findall(path.read_text(encoding="utf-8", errors="replace"))
+                if marks and int(marks[-1]) in living:
+                    found[int(path.stem.removeprefix("rank-"))] = int(marks[-1])
         return found
 
     def tail(self, count: int = 3) -> str:
@@ -400,10 +409,3 @@ class Subject:
             time.sleep(0.02)
         if self._reader is not None:
             self._reader.join(2)
-
-
-def _parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    except (OSError, ValueError):
-        return 0

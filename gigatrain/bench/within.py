@@ -26,31 +26,38 @@ LOOK_S = 0.01
 CRASHES = {"abort": signal.SIGABRT, "segv": signal.SIGSEGV, "kill": signal.SIGKILL}
 
 
+_ahead: list[dict[str, Any]] = []  # orders for the main thread, at its next batch
+_patched: set[str] = set()  # what this process, or the one that it was forked from, has been given
+_said: dict[int, Any] = {}  # this process's number -> where it writes what it consumed
+
+
 def begin() -> None:
-    """A thread that waits for orders; in processes of runs under test alone."""
-    named = os.environ.get(FOLDER)
-    if named:
-        threading.Thread(target=_serve, args=(Path(named),), name="gigatrain-fault", daemon=True).start()
+    """A thread that waits for orders; in processes of runs under test alone, and in those that are forked from them."""
+    if os.environ.get(FOLDER):
+        _start()
+        os.register_at_fork(after_in_child=_start)
+
+
+def _start() -> None:
+    _ahead.clear()
+    threading.Thread(target=_serve, args=(Path(os.environ[FOLDER]),), name="gigatrain-fault", daemon=True).start()
 
 
 def _serve(folder: Path) -> None:
-    ahead: list[dict[str, Any]] = []  # orders for the main thread, at its next batch
-    watched = refused = False
     while True:
-        if not watched:
-            loader = sys.modules.get("gigatrain.data.loader")
-            if watched := _whole(loader, "Validation"):
-                _watch(loader, folder, ahead)
-        rank = _rank()
-        for path in sorted(folder.glob(f"order-{rank:05d}-*.json")) + ([] if refused else sorted(folder.glob("syncs.json"))):
+        loader = sys.modules.get("gigatrain.data.loader")
+        if "batches" not in _patched and hasattr(loader, "Validation"):  # the last that it defines
+            _patched.add("batches")
+            _watch(loader, folder)
+        syncs = folder / "syncs.json"
+        if "syncs" not in _patched and syncs.exists():
+            _patched.add("syncs")
+            _refuse_syncs(syncs)
+        for path in sorted(folder.glob(f"order-{_rank():05d}-*.json")):
             with contextlib.suppress(OSError, ValueError):
                 order = json.loads(path.read_bytes())
-                if path.name == "syncs.json":
-                    refused = True
-                    _refuse_syncs(path, int(order["errno"]))
-                    continue
                 path.rename(path.with_name(path.name.replace("order", "done")))
-                _obey(order, ahead)
+                _obey(order)
         time.sleep(LOOK_S)
 
 
@@ -60,12 +67,7 @@ def _rank() -> int:
     return int(said) if said.isdecimal() else 0
 
 
-def _whole(module: Any, last: str) -> bool:
-    """Whether a module has been imported to its end, which defines `last`."""
-    return module is not None and hasattr(module, last)
-
-
-def _obey(order: dict[str, Any], ahead: list[dict[str, Any]]) -> None:
+def _obey(order: dict[str, Any]) -> None:
     match order["do"]:
         case "gil":
             ctypes.PyDLL(None).sleep(1 << 20)  # PyDLL keeps the interpreter's lock while C sleeps
@@ -75,7 +77,7 @@ def _obey(order: dict[str, Any], ahead: list[dict[str, Any]]) -> None:
             held = bytearray(int(order["bytes"]))
             held[:: os.sysconf("SC_PAGE_SIZE")] = b"\1" * len(held[:: os.sysconf("SC_PAGE_SIZE")])
         case _:
-            ahead.append(order)
+            _ahead.append(order)
 
 
 def _jump(seconds: float) -> None:
@@ -88,32 +90,31 @@ def _jump(seconds: float) -> None:
     time.time = time_
 
 
-def _refuse_syncs(path: Path, number: int) -> None:
+def _refuse_syncs(path: Path) -> None:
     """os.fsync fails while the driver's file is there: what a disk with bad blocks says of data that it took before."""
     told = os.fsync
 
     def fsync(descriptor: Any) -> None:
         if path.exists():
-            raise OSError(number, os.strerror(number))
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         told(descriptor)
 
     os.fsync = fsync
-    assert number in errno.errorcode
 
 
-def _watch(loader: Any, folder: Path, ahead: list[dict[str, Any]]) -> None:
+def _watch(loader: Any, folder: Path) -> None:
     """Round `next(batches)`, which the main thread calls once a step: note what it gives, and do there what must not fall into the middle of a step."""
     told = loader.Batches.__next__
-    with contextlib.suppress(OSError):
-        always = json.loads((folder / "always.json").read_bytes())
-        ahead.append(always)
-    file = (folder / f"consumed-{_rank():05d}.jsonl").open("ab", buffering=0)
 
     def following(batches: Any) -> Any:
-        at = batches.position
-        for order in list(ahead):
+        at, file = batches.position, _said.get(os.getpid())
+        if file is None:  # the first of this process
+            file = _said[os.getpid()] = (folder / f"consumed-{_rank():05d}.jsonl").open("ab", buffering=0)
+            with contextlib.suppress(OSError):
+                _ahead.append(json.loads((folder / "always.json").read_bytes()))
+        for order in list(_ahead):
             if at >= order.get("step", 0) * batches.batch:
-                ahead.remove(order)
+                _ahead.remove(order)
                 _at_step(order)
         found = told(batches)
         share = range(at + batches.share.start, at + batches.share.stop)
@@ -161,8 +162,8 @@ def _poison() -> None:
 
     def step(engine: Any, rate: float) -> Any:
         kind.step = told
-        grad = next(iter(engine.grads.values()))
-        (grad.to_local() if hasattr(grad, "to_local") else grad).view(-1)[:1] = float("nan")
+        own = (grad.to_local() if hasattr(grad, "to_local") else grad for grad in engine.grads.values())
+        max(own, key=lambda grad: grad.numel()).view(-1)[:1].fill_(float("nan"))  # of a small tensor this rank may hold nothing
         return told(engine, rate)
 
     kind.step = step

@@ -359,9 +359,12 @@ class Progress:
         finally:
             self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - begin
 
-    def report(self, step: int, tokens: int, training_s: float) -> None:
-        """A window ended; its steps took `training_s`, and what they waited for power is not training."""
-        self.seconds["training"] = self.seconds.get("training", 0.0) + max(0.0, training_s - self.seconds.get("paced", 0.0))
+    def report(self, step: int, tokens: int, training_s: float, compile_s: float = 0.0) -> None:
+        """A window ended; its steps took `training_s`. What they waited for power or for data is not training, nor `compile_s` of a process's first step."""
+        if compile_s:
+            self.seconds["compile"] = self.seconds.get("compile", 0.0) + compile_s
+        within_s = compile_s + sum(self.seconds.get(what, 0.0) for what in ("paced", "data"))
+        self.seconds["training"] = self.seconds.get("training", 0.0) + max(0.0, training_s - within_s)
         self.add("report", step=step, tokens=tokens)
 
     def add(self, event: str, **more: Any) -> None:

@@ -71,6 +71,7 @@ class Metrics:
         self.step_s = array("d")
         self.timed = (0, 0.0)  # targets and seconds of steps, over every process of the run
         self.window_s, self.window_steps = 0.0, 0  # seconds of the steps of the last window, and how many were timed
+        self.compile_s = 0.0  # of these, what the process's first step took beyond the others of its window
         self.tokens = 0  # of the whole run, as of the last report or `state`
         self.untimed = 0  # of `tokens`, those that another process timed
         self.validated = 0  # the last step whose validation was written
@@ -135,6 +136,8 @@ class Metrics:
         durations = self.clock.take_s()
         seconds = self.window_s = sum(durations)
         self.window_steps = len(durations)
+        usual_s = percentile(array("d", durations[1:]), 0.5)
+        self.compile_s = max(0.0, durations[0] - usual_s) if usual_s is not None and not self.step_s else 0.0
         self.step_s.extend(durations)
         self.tokens = int(tokens)
         timed = self.tokens - self.untimed

@@ -4,7 +4,9 @@
 replaced by a resume; what the folder does not say is None, never guessed.
 
 Goodput is the time of the steps that the run kept over the wall-clock since its first process had the folder. The rest of that time, by class: `redone`,
-steps that a restart did again; `validation`; `checkpoint`; `paced`, waited to keep to a power budget; `starting`, from having the folder to the first step;
+steps that a restart did again; `data`, waited for a batch (of a GPU, which computes meanwhile, only the trace knows it); `compile`, kernels made and judged,
+and what a process's first step takes beyond its others; `validation`; `checkpoint`; `restore`, a checkpoint read; `paced`, waited to keep to a power budget;
+`starting`, the rest from having the folder to the first step;
 `stopped`, from a process's last word to the next one's first, with what a killed one did after its last report; `other`, what is left.
 """
 
@@ -42,7 +44,8 @@ SHOWN = 12  # lines of a failure
 LARGEST = 1e100  # beyond it a number is damage
 ASKED_S = 20.0  # between two questions to the scheduler
 NAMED = {"device": "devices", "node": "nodes", "it": "IT"}
-CLASSES = ("training", "redone", "validation", "checkpoint", "paced", "starting", "stopped", "other")
+CLASSES = ("training", "redone", "data", "compile", "validation", "checkpoint", "restore", "paced", "starting", "stopped", "other")
+TOLD = ("data", "compile", "validation", "checkpoint", "restore", "paced")  # which a run says by name
 
 
 SUSPICIONS = {  # of metrics.jsonl, from observe/numerics.py
@@ -380,7 +383,7 @@ def _goodput(sessions: list[list[dict[str, Any]]], now: float | None) -> dict[st
         for event in session:
             spent = event.get("seconds")
             spent = spent if isinstance(spent, dict) else {}
-            for what in ("validation", "checkpoint", "paced"):
+            for what in TOLD:
                 seconds[what] += _number(spent, what) or 0.0
             if event is began:
                 starting -= sum(_number(spent, what) or 0.0 for what in spent)
@@ -403,6 +406,12 @@ def _goodput(sessions: list[list[dict[str, Any]]], now: float | None) -> dict[st
         "share": min(1.0, seconds["training"] / wall_s) if wall_s else None,
         "seconds": {what: round(spent, 3) for what, spent in seconds.items()},
     }
+
+
+def classes(events: list[dict[str, Any]], now: float | None = None) -> dict[str, float]:
+    """Seconds by class (CLASSES) of the events of a logs/progress.jsonl; they add up to the wall-clock that they span. Nothing of no events."""
+    found = _goodput(_sessions(events), now)
+    return dict(found["seconds"]) if found else {}
 
 
 def _restarts(sessions: list[list[dict[str, Any]]], job: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ LOST = {  # a plan's words for lost time, of watch.CLASSES
     "checkpoint": ("checkpoint",),
     "redone": ("redone", "rework", "lost_work"),
     "starting": ("restart", "start", "starting"),
+    "restore": ("load", "restore"),
     "stopped": ("detection", "wait", "repair", "stopped"),
     "validation": ("validation",),
     "paced": ("paced", "budget"),
@@ -407,6 +408,9 @@ def _goodput(expected: Expected, windows: Sequence[Window]) -> list[Drift]:
             "redone": f"restarts throw steps away: save more often{every}, and find what fails",
             "starting": "a process takes long to come to its first step: corpus, compiler cache, reading of checkpoints",
             "stopped": "nobody had the run: requeueing and spare nodes decide that",
+            "data": "the corpus's disk or the reader is slower than the steps",
+            "compile": "kernels are made anew by each process: keep their cache on the node (launch/sites)",
+            "restore": "checkpoints take long to be read: a nearer tier, or a faster disk",
             "paced": "a power budget makes it wait: as asked by power.megawatts or its schedule",
             "validation": "validate less often (validation.every), or fewer samples",
         }.get(most, "look at RUN/logs/progress.jsonl")

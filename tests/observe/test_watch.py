@@ -134,6 +134,9 @@ def test_goodput_counts_what_was_kept_and_names_where_the_rest_went(tmp_path):
     assert seen["goodput"]["seconds"] == {
         "training": 50.0,  # 20, half of 20, 20
         "redone": 10.0,
+        "data": 0.0,
+        "compile": 0.0,
+        "restore": 0.0,
         "validation": 0.0,
         "checkpoint": 9.0,
         "paced": 1.0,

@@ -39,8 +39,11 @@ LAYERS = {"device": "devices", "node": "node rest", "it": "fabric", "facility": 
 CLASSES = {
     "training": "steps that were kept",
     "redone": "steps that a restart did again",
+    "data": "waited for a batch",
+    "compile": "kernels made and judged, and the first step",
     "validation": "evaluation",
     "checkpoint": "saving",
+    "restore": "a checkpoint read",
     "paced": "waited, to keep to a power budget",
     "starting": "from a process's begin to its first step",
     "stopped": "nobody had the run",
