@@ -56,15 +56,20 @@ def _train(options: argparse.Namespace) -> None:
     started = os.environ.get("WORLD_SIZE")  # torchrun's, or our own
     if started and not started.isdecimal():
         raise RunError(f"the environment's WORLD_SIZE is {started!r} and no count of ranks; torchrun and train.nproc set it, or unset it")
-    chosen = plan(recipe, site, int(started) if started else None, measure=_measured)
+    from gigatrain.parallel import groups
+
+    here = groups.place()  # None: of no replica
+    chosen = plan(recipe, site, int(started) * (here.replicas if here else 1) if started else None, measure=_measured)
+    folder, began = _run_folder(options, recipe.name), time.time()
+    arguments = ["train", *options.arguments[1:], "--run", str(folder)]
+    if chosen.recovery.replicas != "none" and here is None and started is None:
+        sys.exit(groups.run(chosen, folder, arguments))
+    chosen, folder = groups.part(chosen, folder)
     if chosen.ranks > 1 and started is None:
         from gigatrain.observe import logs
         from gigatrain.parallel.spawn import spawn
 
-        folder, began = _run_folder(options, recipe.name), time.time()
-        arguments = ["train", *options.arguments[1:], "--run", str(folder)]
         sys.exit(spawn(chosen.ranks, arguments, lambda: logs.first_failure(folder, logs.attempt(), since=began)))
-    folder = _run_folder(options, recipe.name)
     from gigatrain.observe.display import Display
     from gigatrain.observe.logs import Log
 

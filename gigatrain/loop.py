@@ -21,7 +21,7 @@ from gigatrain import engines, export, run
 from gigatrain.checkpoint import Checkpoints, fill, weights_sha256, write_text
 from gigatrain.data import build
 from gigatrain.data.loader import Batches, Validation
-from gigatrain.engines import Engine, low
+from gigatrain.engines import Engine, low, replicated
 from gigatrain.errors import CheckpointError, DataError, RunError
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
@@ -145,6 +145,11 @@ def _steps(
         )
         stack.callback(batches.close)
         kept, power = _resume(saves, engine, batches, this, display) if resumes else ({}, {})
+        lives = stack.enter_context(replicated.joined(plan, mesh, engine, batches, display.line))
+        engine = lives.engine
+        found = lives.enter(lambda: {"run": this.state(), "data": batches.state(), "metrics": kept, "power": power})
+        if found is not None:  # of a replica that is further on
+            kept, power = _taken(found, batches, this, display)
         if this.step == plan.steps and (folder / "summary.json").is_file():
             return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if mesh.rank == 0:
@@ -171,15 +176,21 @@ def _steps(
             energy.report(this.step, this.tokens, times)
             return leaves
 
-        def save(*, must: bool = False) -> None:
-            health.check_bad(engine.bad.tolist(), lambda step: _samples(plan, batches, step))  # what is saved may be resumed
-            metrics.sync()
+        def state() -> dict[str, Any]:
             this.elapsed_s = before + time.monotonic() - began
             kept = metrics.state()
             this.tokens = metrics.tokens
-            state = {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state()}
+            return {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state()}
+
+        lives.offer = state
+
+        def save(*, must: bool = False) -> None:
+            if not (must or lives.leads):
+                return
+            health.check_bad(engine.bad.tolist(), lambda step: _samples(plan, batches, step))  # what is saved may be resumed
+            metrics.sync()
             with times.phase("checkpoint"), progress.spent("checkpoint"), energy.during("checkpoint"):
-                _save(saves, this.step, plan, engine, state, display, must=must)
+                _save(saves, this.step, plan, engine, state(), display, must=must)
 
         def validate() -> None:
             if held is not None and _validates_at(plan, this.step) and metrics.validated < this.step:
@@ -190,7 +201,7 @@ def _steps(
                     metrics.write({"step": this.step} | found)
 
         display.advance("train", this.step, plan.steps)
-        if resumes:
+        if resumes or found is not None:
             validate()  # a signal may have come before it
         else:
             save(must=True)  # step 0: from here on, a kill at any moment leaves something to resume
@@ -335,6 +346,14 @@ def _resume(saves: Checkpoints, engine: Engine, batches: Batches, this: run.Run,
     this.load(state["run"])
     display.line(f"resumed at step {this.step} from {found.folder}" + (" (an older one: the newer are damaged)" if refused else ""))
     return state["metrics"], state.get("power", {})
+
+
+def _taken(found: dict[str, Any], batches: Batches, this: run.Run, display: Display) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `_resume`, once the engine has the state of another replica. Returns what metrics and power budget kept there."""
+    batches.load(found["data"])
+    this.load(found["run"])
+    display.line(f"goes on at step {this.step} with the state of another replica")
+    return found["metrics"], found.get("power", {})
 
 
 def _save(saves: Checkpoints, step: int, plan: Plan, engine: Engine, state: dict[str, Any], display: Display, *, must: bool) -> None:

@@ -7,7 +7,7 @@ rank. What comes next depends on the seed and the position alone; reading ahead 
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from queue import Empty, Full, Queue
 from typing import Any, Literal
@@ -120,6 +120,7 @@ class Batches:
             raise DataError(f"a batch of {batch} samples does not divide by {ranks} ranks; make it a multiple")
         self.corpus, self.sequence, self.packing, self.batch, self.seed = corpus, sequence, packing, batch, seed
         self.share = range(rank * (batch // ranks), (rank + 1) * (batch // ranks))
+        self.rows = len(self.share)  # of a step; those beyond the share have no labels
         self.microbatch = min(microbatch or len(self.share), len(self.share))
         self.device, self.prefetch = torch.device(device), prefetch
         self.samples = samples_of(corpus, "train", sequence, packing)
@@ -160,12 +161,29 @@ class Batches:
         else:
             found = self.make(self.position)
         self.position += self.batch
-        return Batch(tuple(moved(part, self.device) for part in found.microbatches), found.targets, found.tokens, found.positions)
+        return self._moved(found)
+
+    def _moved(self, found: Batch) -> Batch:
+        return replace(found, microbatches=tuple(moved(part, self.device) for part in found.microbatches))
+
+    def cut(self, slots: range, rank: int, ranks: int) -> None:
+        """From the next batch that is made on, this rank's share is the `rank`-th of `ranks` equal parts of `slots`; rows without labels fill the last."""
+        each = max(1, -(-len(slots) // ranks))
+        start = min(slots.start + rank * each, slots.stop)
+        share = range(start, min(start + each, slots.stop))
+        if (share, each) != (self.share, self.rows):
+            self.close()
+            self.share, self.rows = share, each
+
+    def again(self, position: int) -> Batch:
+        """The step that starts at `position` once more, as it is shared now; what comes next is not changed."""
+        return self._moved(self.make(position))
 
     def make(self, position: int) -> Batch:
         """This rank's share of the step that starts at a global position, on the CPU."""
         places = self.mixture.many(range(position + self.share.start, position + self.share.stop))
         rows: list[tuple[Samples, int] | None] = [(self.samples[source], sample) for source, _, sample in places]
+        rows += [None] * (self.rows - len(rows))
         parts = tuple(
             stack(rows[start : start + self.microbatch], self.sequence, self.corpus.eos, self.device)
             for start in range(0, len(rows), self.microbatch)
