@@ -572,7 +572,8 @@ class Native:
 
     def drop(self) -> None:
         """Forget a step whose sum over replicas failed; it will be made again."""
-        torch._foreach_zero_(list(self.visits.values()))
+        for visits in self.visits.values():
+            visits.zero_()
         for parameter in self.parameters.values():
             parameter.grad = None
 
