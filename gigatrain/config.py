@@ -387,7 +387,6 @@ class Recovery(Section):
     replicas_patience_s: Annotated[float, Field(ge=1, le=3600)] = Field(
         default=120.0, description="How long replicas wait for each other when a run begins, and for a quorum that is gone."
     )
-    replicas_open: bool = Field(default=False, description="The replicas' quorum may listen on all interfaces of its node.")
 
 
 class Numerics(Section):

@@ -173,7 +173,7 @@ class Replicated:
             try:
                 if not self._unchanged(members):
                     healed = self._join(members, at)
-                    if healed is not None:
+                    if healed is not None and healed["kept"]["data"]["position"] > at:
                         return self._taken(healed)
                     batch = self.batches.again(at)
                     continue
@@ -225,10 +225,7 @@ class Replicated:
     def _join(self, members: list[dict[str, Any]], at: int) -> Kept | None:
         """Make a group of these replicas. Returns the state of one that was further on, if this one was behind; None if it can go on. Raises Lost."""
         self.name = None
-        if any(member["said"]["batch"] != [self.plan.batch, self.plan.identity] for member in members):
-            raise RunError(
-                f"replica {self.replica} has another plan than those that live; all replicas of a run are started with one recipe and the same --set"
-            )
+        members = self._fitting(members)
         boots = _boots(members)
         index = boots.index([self.replica, self.boot])
         name = hashlib.sha256(
@@ -241,12 +238,6 @@ class Replicated:
             )
         ahead = [number for number, member in enumerate(members) if member["said"]["whole"] and member["said"]["at"] == newest]
         behind = [number for number in range(len(members)) if number not in ahead]
-        if self.begun and self.whole and index in behind and newest > at + self.plan.batch:
-            late = RunError(
-                f"replica {self.replica} was left behind at position {at:,}: the others are at {newest:,}; started again it takes their state"
-            )
-            late.transient = True
-            raise late
         before = time.monotonic()
         self.between.connect(index, len(members), members[ahead[0]]["said"]["store"], name)
         healed = self._heal(index, ahead, behind, newest)
@@ -265,6 +256,23 @@ class Replicated:
             f"replicas {living} of {self.replicas} live; this is {self.replica}, with {len(share)} of {batch} samples{took} ({took_s:.2f} s)"
         )
         return healed
+
+    def _fitting(self, members: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those who can go on together: with the plan of those who have begun, and no more than a step behind. RunError where this one cannot."""
+        first = next((member for member in members if member["said"]["begun"]), members[0])
+        fitting = [member for member in members if member["said"]["batch"] == first["said"]["batch"]]
+        newest = _newest(fitting)
+        kept = [member for member in fitting if not (member["said"]["begun"] and member["said"]["at"] + self.plan.batch < newest)]
+        mine = [self.replica, self.boot]
+        if mine not in _boots(fitting):
+            raise RunError(
+                f"replica {self.replica} has another plan than replica {first['replica']}, which lives; all replicas are started with one recipe and the same --set"
+            )
+        if mine not in _boots(kept):
+            raise RunError(
+                f"replica {self.replica} was left behind: the others are at position {newest:,}; started again, it takes their state"
+            )
+        return kept
 
     def _heal(self, index: int, ahead: list[int], behind: list[int], newest: int) -> Kept | None:
         """Those behind take the state of those ahead, each from another as far as there are. Raises Lost."""
@@ -311,6 +319,16 @@ class Replicated:
 
 def _boots(members: list[dict[str, Any]]) -> list[list[Any]]:
     return [[member["replica"], member["boot"]] for member in members]
+
+
+def _newest(members: list[dict[str, Any]]) -> int:
+    """The position of those who are furthest on."""
+    whole = [member["said"]["at"] for member in members if member["said"]["whole"]]
+    if not whole:
+        raise RunError(
+            "no replica that lives has a whole state: each was to take another's that is gone; start the run again, from its checkpoint"
+        )
+    return max(whole)
 
 
 def _seat(kind: str) -> Callable[..., quorum.Seat]:

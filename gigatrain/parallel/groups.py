@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from gigatrain.config import Sample
 from gigatrain.errors import RunError
 from gigatrain.parallel import quorum
 from gigatrain.planning.plan import Plan
@@ -80,6 +81,9 @@ def part(plan: Plan, folder: Path) -> tuple[Plan, Path]:
         )
     alone = plan.mesh.model_copy(update={"replicate": 1})
     cut = plan.model_copy(update={"mesh": alone, "ranks": plan.ranks // plan.mesh.replicate})
+    if here.replica:  # what is shown, served and exported is the first's
+        quiet = plan.report.model_copy(update={"trackers": (), "prometheus": None})
+        cut = cut.model_copy(update={"report": quiet, "sample": Sample(), "export": False})
     return cut, folder if here.replica == 0 else folder / "replicas" / f"{here.replica:03d}"
 
 

@@ -81,7 +81,7 @@ def check_open(host: str, accepted: bool) -> None:
         if ipaddress.ip_address(host).is_unspecified and not accepted:
             raise RunError(
                 f"the quorum of the replicas would listen on {host}, which is every interface of this node; name the job's own, or, where the network is "
-                "closed, accept it with recovery.replicas_open = true"
+                "closed, accept it with the command's last word, open"
             )
     if host == "" and not accepted:
         raise RunError("the quorum of the replicas needs an address to listen on; name the job's interface, not all of them")
