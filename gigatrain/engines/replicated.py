@@ -266,7 +266,7 @@ class Replicated:
         mine = [self.replica, self.boot]
         if mine not in _boots(fitting):
             raise RunError(
-                f"replica {self.replica} has another plan than replica {first['replica']}, which lives; all replicas are started with one recipe and the same --set"
+                f"replica {self.replica} has another plan than replica {first['replica']}, which lives; start all with one recipe and the same --set"
             )
         if mine not in _boots(kept):
             raise RunError(

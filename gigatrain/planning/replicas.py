@@ -15,7 +15,6 @@ def check(recipe: Recipe, mesh: Mesh, fusions: Sequence[Fusion]) -> None:
     on = {fusion.name for fusion in fusions if fusion.on}
     clashes = (
         (mesh.replicate < 2, f"mesh.replicate is {mesh.replicate}: there is nobody to go on when one is lost; set mesh.replicate to 2 or more"),
-        (recipe.engine.name != "native", f"engine.name is {recipe.engine.name!r}, whose groups span all ranks; set engine.name = \"native\""),
         (mesh.pipeline > 1, f"mesh.pipeline is {mesh.pipeline}, whose schedule is fixed to a number of microbatches; set it to 1"),
         ("release" in on, "gradients are released as they come (train.release), before replicas could be asked; leave it out"),
         ("graph" in on, "steps are recorded as CUDA graphs, which cannot be made again with other samples; leave train.graph out"),
