@@ -33,11 +33,7 @@ from gigatrain.parallel.quorum import Quorum
 from gigatrain.parallel.replicas import Between
 from gigatrain.planning.plan import plan
 
-STEPS, BATCH, GATE = (
-    24,
-    6,
-    10,
-)  # samples of a step: they divide by 2 replicas of 1 or 3 ranks; from GATE on the living wait for the one that returns
+STEPS, BATCH, GATE = 24, 12, 10  # from step GATE on the living wait for the one that returns
 LEASE_S = 2.0
 
 
