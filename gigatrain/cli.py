@@ -64,16 +64,22 @@ def _run_of(options: argparse.Namespace) -> None:
     started = os.environ.get("WORLD_SIZE")  # torchrun's, or our own
     if started and not started.isdecimal():
         raise RunError(f"the environment's WORLD_SIZE is {started!r} and no count of ranks; torchrun and train.nproc set it, or unset it")
-    chosen = plan(recipe, site, int(started) if started else None, measure=_measured)
+    from gigatrain.parallel import groups
+
+    here = groups.place()  # None: of no replica
+    chosen = plan(recipe, site, int(started) * (here.replicas if here else 1) if started else None, measure=_measured)
     resume = "other-numbers" if options.other_numbers else "resume"
     start: Any = "new" if options.new else resume if options.resume else "continue" if options.go_on else "auto"
     folder = _run_folder(options, recipe.name)
+    arguments = ["train", *options.arguments[1:], "--run", str(folder)]
+    if chosen.recovery.replicas != "none" and here is None and started is None:
+        sys.exit(groups.run(chosen, folder, arguments))
+    chosen, folder = groups.part(chosen, folder)
     if started is None and (chosen.recovery.supervised or chosen.ranks > 1):
         from gigatrain.observe import logs
         from gigatrain.recovery.start import orders
         from gigatrain.recovery.supervisor import supervise
 
-        arguments = ["train", *options.arguments[1:], "--run", str(folder)]
         given = orders(recipe, site, chosen, folder, arguments, start, measure=_measured)
         sys.exit(supervise(given, lambda since: logs.first_failure(folder, logs.attempt(), since=since)))
     start = os.environ.get("GIGATRAIN_START", start)  # a supervisor's word, which starts ranks more than once

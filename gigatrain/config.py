@@ -420,6 +420,22 @@ class Recovery(Section):
         "samples; it is tried again at the next restart. Default: no run shrinks.",
     )
 
+    replicas: Literal["none", "own", "torchft"] = Field(
+        default="none",
+        description="Whether each of `mesh.replicate` copies is a world of its own, so that the others go on when it is lost, with its samples, and it takes "
+        "their state when it returns; own: our quorum decides who lives; torchft: torchft's lighthouse does (pip install torchft).",
+    )
+    replicas_lease_s: Annotated[float, Field(ge=0.2, le=600)] = Field(
+        default=5.0,
+        description="A replica that was silent for so long is lost; one whose process ends is so at once (torchft: after this).",
+    )
+    replicas_timeout_s: Annotated[float, Field(ge=1, le=3600)] = Field(
+        default=60.0, description="How long a replica waits within a step for another that has begun it."
+    )
+    replicas_patience_s: Annotated[float, Field(ge=1, le=3600)] = Field(
+        default=120.0, description="How long replicas wait for each other when a run begins, and for a quorum that is gone."
+    )
+
 
 class Numerics(Section):
     """What the run does about numbers that cannot be right (engines/judge.py, observe/numerics.py)."""

@@ -21,7 +21,7 @@ from gigatrain import engines, export, floors, leaving, run
 from gigatrain.checkpoint import PASSING, Checkpoints, Intervals, Near, Saving, Timed, fill, weights_sha256, write_text
 from gigatrain.data import build
 from gigatrain.data.loader import Batches, Validation
-from gigatrain.engines import Engine, low
+from gigatrain.engines import Engine, low, replicated
 from gigatrain.errors import DataError, RunError
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
@@ -160,6 +160,11 @@ def _steps(
         stack.callback(batches.close)
         with progress.spent("restore"):
             kept, power = _resume(near, engine, batches, this, display) if resumes else ({}, {})
+        lives = stack.enter_context(replicated.joined(plan, mesh, engine, batches, display.line))
+        engine = lives.engine
+        found = lives.enter(lambda: {"run": this.state(), "data": batches.state(), "metrics": kept, "power": power})
+        if found is not None:  # of a replica that is further on
+            kept, power = _taken(found, batches, this, display)
         if this.step == plan.steps and (folder / "summary.json").is_file():
             return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if mesh.rank == 0:
@@ -205,14 +210,21 @@ def _steps(
             energy.report(this.step, this.tokens, times)
             return leaves
 
-        def save(tier: Literal["far", "near"] = "far", *, must: bool = False) -> None:
-            numerics.settle(this)  # what is saved may be resumed
-            if must or tier == "near" or not saving.background:
-                metrics.sync()  # in the background the process that commits does it
+        def kept_now() -> dict[str, Any]:
             this.elapsed_s = before + time.monotonic() - began
             kept = metrics.state()
             this.tokens = metrics.tokens
-            state = {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state()}
+            return {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state()}
+
+        lives.offer = kept_now
+
+        def save(tier: Literal["far", "near"] = "far", *, must: bool = False) -> None:
+            if not (must or lives.leads):
+                return
+            numerics.settle(this)  # what is saved may be resumed
+            if must or tier == "near" or not saving.background:
+                metrics.sync()  # in the background the process that commits does it
+            state = kept_now()
             with times.phase("checkpoint"), progress.spent("checkpoint"), energy.during("checkpoint"), Timed() as timed:
                 if tier == "near":
                     near.save(this.step, _state(engine, mesh, device), state)
@@ -229,7 +241,7 @@ def _steps(
                     metrics.write({"step": this.step} | found)
 
         display.advance("train", this.step, plan.steps)
-        if resumes:
+        if resumes or found is not None:
             validate()  # a signal may have come before it
         else:
             save(must=True)  # step 0: from here on, a kill at any moment leaves something to resume
@@ -397,6 +409,14 @@ def _state(engine: Engine, mesh: Mesh, device: torch.device) -> State:
     """What a checkpoint keeps of this rank's tensors."""
     random = {name: Piece.whole(tensor, writes=mesh.rank == 0) for name, tensor in _random_state(device).items()}
     return {**engine.state(), "random": random}
+
+
+def _taken(found: dict[str, Any], batches: Batches, this: run.Run, display: Display) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `_resume`, once the engine has the state of another replica. Returns what metrics and power budget kept there."""
+    batches.load(found["data"])
+    this.load(found["run"])
+    display.line(f"goes on at step {this.step} with the state of another replica")
+    return found["metrics"], found.get("power", {})
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -239,7 +239,7 @@ def campaign(
 def main() -> None:
     from conftest import TINY
 
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--count", type=int, default=100)
     options.add_argument("--seed", type=int, default=int(time.time()))
     options.add_argument("--ranks", default="1,2,3,4")

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import cast
 
 import preempt
 import pytest
@@ -23,7 +24,7 @@ def ahead(rank, seed, ranks, who, most):
 
     chance = random.Random(seed * 100 + rank)
     store = distributed.PrefixStore(f"leave-{seed}", distributed.distributed_c10d._get_default_store())
-    with leaving.installed() as here, here.among(store, rank, ranks):
+    with leaving.installed() as here, here.among(cast(leaving.Store, store), rank, ranks):
         here.steps()
         distributed.barrier()
         heard_at = chance.randrange(3, 30)
@@ -56,7 +57,7 @@ def at_the_start(rank, ranks):
     store = distributed.PrefixStore("leave-start", distributed.distributed_c10d._get_default_store())
     with leaving.installed() as here:
         try:
-            with here.among(store, rank, ranks):
+            with here.among(cast(leaving.Store, store), rank, ranks):
                 if rank:
                     here.steps()
                 if rank == 1:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -33,7 +34,7 @@ def at_nine(begun, tmp_path):
     return folder
 
 
-def resumed(tiny, folder, *overrides, start="resume"):
+def resumed(tiny, folder, *overrides, start: Any = "resume") -> Any:
     with open(folder / "said", "w") as file:
         summary = loop.train(planned(tiny, *overrides), folder, start=start, display=Display(Console(file=file, width=400)))
     return summary, (folder / "said").read_text()

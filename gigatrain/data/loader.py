@@ -10,7 +10,7 @@ of the state: the stream stays a function of (seed, ranges, position), on any nu
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from queue import Empty, Full, Queue
 from typing import Any, Literal
@@ -123,6 +123,7 @@ class Batches:
             raise DataError(f"a batch of {batch} samples does not divide by {ranks} ranks; make it a multiple")
         self.corpus, self.sequence, self.packing, self.batch, self.seed = corpus, sequence, packing, batch, seed
         self.share = range(rank * (batch // ranks), (rank + 1) * (batch // ranks))
+        self.rows = len(self.share)  # of a step; those beyond the share have no labels
         self.microbatch = min(microbatch or len(self.share), len(self.share))
         self.device, self.prefetch = torch.device(device), prefetch
         self.samples = samples_of(corpus, "train", sequence, packing)
@@ -165,7 +166,23 @@ class Batches:
         else:
             found = self.make(self.position)
         self.position += self.batch
-        return Batch(tuple(moved(part, self.device) for part in found.microbatches), found.targets, found.tokens, found.positions)
+        return self._moved(found)
+
+    def _moved(self, found: Batch) -> Batch:
+        return replace(found, microbatches=tuple(moved(part, self.device) for part in found.microbatches))
+
+    def cut(self, slots: range, rank: int, ranks: int) -> None:
+        """From the next batch that is made on, this rank's share is the `rank`-th of `ranks` equal parts of `slots`; rows without labels fill the last."""
+        each = max(1, -(-len(slots) // ranks))
+        start = min(slots.start + rank * each, slots.stop)
+        share = range(start, min(start + each, slots.stop))
+        if (share, each) != (self.share, self.rows):
+            self.close()
+            self.share, self.rows = share, each
+
+    def again(self, position: int) -> Batch:
+        """The step that starts at `position` once more, as it is shared now; what comes next is not changed."""
+        return self._moved(self.make(position))
 
     def at(self, position: int, shift: int = 0) -> Batch:
         """The batch of the step that starts at a position, on the device; with `shift` the share of the reader that comes so many later."""
@@ -205,6 +222,7 @@ class Batches:
         positions, begin = self.stream(position, self.batch), (self.share.start + shift * len(self.share)) % self.batch
         places = self.mixture.many(positions[begin : begin + len(self.share)])
         rows: list[tuple[Samples, int] | None] = [(self.samples[source], sample) for source, _, sample in places]
+        rows += [None] * (self.rows - len(rows))
         parts = tuple(
             stack(rows[start : start + self.microbatch], self.sequence, self.corpus.eos, self.device)
             for start in range(0, len(rows), self.microbatch)

@@ -8,7 +8,7 @@ so that any cut of a batch adds up to the gradient of its mean loss per target.
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -181,6 +181,8 @@ class Native:
         self._terms = source.terms(plan)
         self._recorded = Recorded(self._unmarked, self._targets, device) if plan.fuses("graph") else None
         self._batch: Batch | None = None  # of a step that is made as a whole, once its rate is known
+        # Sums over replicas, each a world of its own; a batch's targets are then those of all of them (engines/replicated.py).
+        self.between: Callable[[Sequence[Tensor]], None] | None = None
 
     @property
     def model(self) -> Any:
@@ -398,7 +400,7 @@ class Native:
         for one in self._sums.values():
             one.begun = False
         work = None
-        if (group := self.mesh.group(*DATA)) is not None:
+        if self.between is None and (group := self.mesh.group(*DATA)) is not None:
             work = distributed.all_reduce(self._targets, group=group, async_op=True)  # behind the first forward
         parts = [context.cut(part, self.mesh, self.plan.mesh.exchange) for part in microbatches]
         if self.pipeline is not None:
@@ -549,6 +551,7 @@ class Native:
         """`(norm, scale, skip)` over all ranks; the sum of the cross entropies travels with the squares."""
         clip = self.plan.optim.clip
         if self.mesh.count == 1:
+            self._sum_replicas()
             norm, scale, skip = self._norm([group.grads.buffer for group in self.groups], clip, self.loss.to(self.home))
             return norm, scale, self.judge.verdict(self._mean(self._nats), norm, skip, self._nats)
         if self._copies is not None:
@@ -559,6 +562,7 @@ class Native:
                     self.mesh.sum(stretch, *partial)
         if self.tied is not None and (EMBEDDING in self.grads or HEAD in self.grads):
             self.tied.sum(self.grads | ({HEAD: self.grads[EMBEDDING]} if self.alias else {}))
+        self._sum_replicas()
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for weight, stretches in self._stretches.items():
             squares += self._norm(stretches)[0].to(self.device).double().square() * weight
@@ -572,6 +576,20 @@ class Native:
         skip = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         scale = torch.ones_like(norm) if clip is None else clip / torch.clamp(norm, min=clip)
         return norm, scale.to(self.home), self.judge.verdict(self._mean(self._nats), norm, skip, own)
+
+    def _sum_replicas(self) -> None:
+        """Gradients and counts of a step over all replicas. What this raises leaves the weights as they were."""
+        if self.between is not None:
+            self.between(
+                [*(group.grads.buffer for group in self.groups if group.grads.buffer.numel()), self._nats, self.loss, *self.visits.values()]
+            )
+
+    def drop(self) -> None:
+        """Forget a step whose sum over replicas failed; it will be made again."""
+        for visits in self.visits.values():
+            visits.zero_()
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def _balance(self, skip: Tensor) -> None:
         """Move the routers' corrections by what all ranks' tokens visited in this step, and begin to count anew."""

@@ -1,4 +1,6 @@
-"""The second wall around foreign files: a process that, once locked, reaches no network, starts no program, and writes nowhere but below one folder (and one for temporary files, which goes with it).
+"""The second wall around foreign files: a process that, once locked, reaches no network, starts no program, and writes nowhere but below one folder.
+
+(And one for temporary files, which goes with it.)
 
 What the kernel gives is used without a library: seccomp (system calls that a reader does not need return EPERM), Landlock (files: what is read and where
 anything is written), limits of resources, an environment of four variables, Python's -I. `lock` says what of this holds here; nothing else is claimed. Not

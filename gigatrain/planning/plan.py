@@ -31,7 +31,7 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import attention, axes, budget, cost, fusions, hardware, products, watts
+from gigatrain.planning import attention, axes, budget, cost, fusions, hardware, products, replicas, watts
 from gigatrain.planning.expect import expect
 from gigatrain.planning.expected import Expected
 from gigatrain.planning.fusions import Fusion, Name
@@ -264,6 +264,7 @@ def plan(
     low = products.resolve(recipe, site, architecture, mesh)
     kernels = _kernels(recipe, site, architecture, low)
     chosen = fusions.choose(recipe, site, architecture, mesh, microbatch, accumulation, {choice.op: choice.kernel for choice in kernels})
+    replicas.check(recipe, mesh, chosen)
     memory = cost.memory(
         architecture,
         device=site.device,

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def planned(recipe, *overrides, ranks=None):
     return plan(load.recipe(recipe, [*SETTINGS, *overrides]), load.site("laptop"), ranks)
 
 
-def trained(recipe, folder, *overrides, ranks=None, start="auto"):
+def trained(recipe, folder, *overrides, ranks=None, start: Any = "auto") -> Any:
     with Path(os.devnull).open("w") as nowhere:
         return loop.train(planned(recipe, *overrides, ranks=ranks), folder, start=start, display=Display(Console(file=nowhere)))
 

@@ -232,6 +232,7 @@ def test_a_near_tier_of_the_recipe_and_a_rate_of_the_site_are_counted_on(planned
 
     far, near = found(), found("checkpoint.near=/dev/shm")
     assert far.near_every is None
+    assert near.near_every is not None
     assert near.near_every >= 1
     assert near.goodput.mid > far.goodput.mid
     assert "near folders every" in "\n".join(words.expected(near))
