@@ -50,7 +50,7 @@ def events(folder):
 
 def losses(folder):
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    return [{key: row[key] for key in ("step", "loss", "grad_norm", "grad_norm_max", "lr", "tokens", "bad_steps")} for row in rows if "loss" in row]
 
 
 @pytest.fixture(scope="module")
