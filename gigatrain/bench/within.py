@@ -53,7 +53,9 @@ def _serve(folder: Path) -> None:
         if "syncs" not in _patched and syncs.exists():
             _patched.add("syncs")
             _refuse_syncs(syncs)
-        if os.getpid() in _said:  # it trains: the process that started the ranks, which has no rank either, must not take the orders of rank 0
+        if (
+            os.getpid() in _said
+        ):  # it trains: the process that started the ranks, which has no rank either, must not take the orders of rank 0
             _take(folder)
         time.sleep(LOOK_S)
 
