@@ -53,12 +53,20 @@ def _serve(folder: Path) -> None:
         if "syncs" not in _patched and syncs.exists():
             _patched.add("syncs")
             _refuse_syncs(syncs)
-        for path in sorted(folder.glob(f"order-{_rank():05d}-*.json")):
-            with contextlib.suppress(OSError, ValueError):
-                order = json.loads(path.read_bytes())
-                path.rename(path.with_name(path.name.replace("order", "done")))
-                _obey(order)
+        if (
+            os.getpid() in _said
+        ):  # it trains: the process that started the ranks, which has no rank either, must not take the orders of rank 0
+            _take(folder)
         time.sleep(LOOK_S)
+
+
+def _take(folder: Path) -> None:
+    """The orders to this rank that nobody has taken."""
+    for path in sorted(folder.glob(f"order-{_rank():05d}-*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            order = json.loads(path.read_bytes())
+            path.rename(path.with_name(path.name.replace("order", "done")))  # one of two threads can
+            _obey(order)
 
 
 def _rank() -> int:
@@ -112,6 +120,7 @@ def _watch(loader: Any, folder: Path) -> None:
             file = _said[os.getpid()] = (folder / f"consumed-{_rank():05d}.jsonl").open("ab", buffering=0)
             with contextlib.suppress(OSError):
                 _ahead.append(json.loads((folder / "always.json").read_bytes()))
+            _take(folder)  # what was ordered before the start may be for the first step
         for order in list(_ahead):
             if at >= order.get("step", 0) * batches.batch:
                 _ahead.remove(order)

@@ -112,7 +112,7 @@ def _train(recipe, folder, notes, environment, gate=None, die=None, opens=None, 
     place = groups.place()
     sets = [
         f"train.steps={STEPS}", f"train.batch={BATCH}", "train.microbatch=2", "export=false", "report.every=1", "checkpoint.every=7",
-        "validation.every=0", *overrides,
+        "validation.every=0", "numerics.replay=false", *overrides,
     ]  # fmt: skip
     started = int(environment.get("WORLD_SIZE", 1))
     chosen = plan(load.recipe(str(recipe), sets), load.site("laptop"), started * (place.replicas if place else 1))
@@ -364,6 +364,7 @@ def test_the_command_starts_a_killed_replica_again(tiny, tmp_path):
         "mesh.replicate=2",
         "train.nproc=2",
         "recovery.replicas=own",
+        "numerics.replay=false",
         "train.steps=400",
         "report.every=1",
         "validation.every=0",
