@@ -52,6 +52,7 @@ class Case:
     draw: random.Random
     kills: int = 1
     harms: list[Harm] = field(default_factory=list)
+    old: frozenset[str] = frozenset()  # processes that were there when the last harm was done
 
     # ---- moments ----
 
@@ -63,7 +64,7 @@ class Case:
         """Waits for a moment of the run, of a step not before `least`; says which it was. The command may end first, and then the moment is `ended`."""
         subject, oracle = self.subject, self.lab.undisturbed(self.engine)
         now = subject.step()
-        old = subject.process()
+        trained = self._reports()
 
         def gone() -> bool:
             return subject.command is None or subject.command.poll() is not None
@@ -87,7 +88,7 @@ class Case:
                     return "ended"
                 delay_s = self.draw.uniform(0, 0.03)
             case "load":  # the newest process has the run's folder, and has not begun to train
-                if not wait(lambda: subject.process() != old or [event["event"] for event in subject.events()[-1:]] == ["start"]):
+                if not wait(lambda: subject.process() not in (None, *self.old)):
                     return "ended"
                 delay_s = self.draw.uniform(0, 0.8)
             case "validation":
@@ -100,9 +101,13 @@ class Case:
                     return "ended"
                 delay_s = self.draw.uniform(0, 0.5)
         end = time.monotonic() + delay_s
-        while time.monotonic() < end and not gone():
+        early = moment in ("start", "load")  # both are over with the first step
+        while time.monotonic() < end and not gone() and not (early and self._reports() > trained):
             time.sleep(0.001)
         return "ended" if gone() else moment
+
+    def _reports(self) -> int:
+        return sum(event["event"] == "report" for event in self.subject.events())
 
     def _writing(self) -> list[Path]:
         return list((self.subject.folder / "checkpoints").glob(".writing-*"))
@@ -115,8 +120,9 @@ class Case:
         Without `waits` it comes back as soon as the run was started again, so that the next harm meets it before it trains.
         """
         subject = self.subject
-        before, old, printed = subject.step(), subject.process(), len(subject.lines)
-        found = Harm(moment, before)
+        self.old = old = subject.processes()
+        printed = len(subject.lines)
+        found = Harm(moment, subject.step())
         self.harms.append(found)
         began, wall = time.monotonic(), time.time()
         found.rank = harm()
@@ -125,7 +131,7 @@ class Case:
         def new() -> bool:
             nonlocal ended
             ended = subject.command.poll() if subject.command is not None else None
-            return ended is not None or _steps(subject, old) is not None or (not waits and subject.process() not in (None, old))
+            return ended is not None or _steps(subject, old) is not None or (not waits and subject.process() not in (None, *old))
 
         subject.until(new, "training again", alive=False)
         if ended is not None and _steps(subject, old) is None:
@@ -138,16 +144,14 @@ class Case:
             if subject.finished():
                 found.lost_steps, found.recover_s = 0, None
                 return found
-            before = max(before, subject.step())
             self.launch()
         if not waits:
             return found
         found.detect_s = self._noticed_s(printed, began, wall) if found.detect_s is None else found.detect_s
-        before = max([before, *(event["step"] for event in subject.events() if event["event"] == "report" and event["process"] == old)])
         subject.until(lambda: _trains(subject, old) or subject.finished(), "training again")
         found.recover_s = time.monotonic() - began
-        resumed = _steps(subject, old)
-        found.lost_steps = max(0, before - resumed) if resumed is not None and before >= 0 else 0
+        resumed, reached = _steps(subject, old), _reached(subject, old)
+        found.lost_steps = max(0, reached - resumed) if resumed is not None else 0
         return found
 
     def _noticed_s(self, printed: int, began: float, wall: float) -> float | None:
@@ -199,14 +203,20 @@ class Case:
         return sum(event["event"] == "start" for event in self.subject.events())
 
 
-def _steps(subject: Subject, old: str | None) -> int | None:
-    """The step at which a process other than `old` began to train."""
-    return next((event["step"] for event in reversed(subject.events()) if event["event"] == "steps" and event["process"] != old), None)
+def _steps(subject: Subject, old: frozenset[str]) -> int | None:
+    """The step at which a process that is none of the `old` ones began to train."""
+    return next((event["step"] for event in reversed(subject.events()) if event["event"] == "steps" and event["process"] not in old), None)
 
 
-def _trains(subject: Subject, old: str | None) -> bool:
-    """Whether a process other than `old` has done a step."""
-    return any(event["event"] == "report" and event["process"] != old for event in subject.events())
+def _reached(subject: Subject, old: frozenset[str]) -> int:
+    """The step that the newest of the `old` ones that trained had come to; 0: none trained."""
+    own = (event["step"] for event in reversed(subject.events()) if event["event"] in ("steps", "report") and event["process"] in old)
+    return next(own, 0)
+
+
+def _trains(subject: Subject, old: frozenset[str]) -> bool:
+    """Whether a process that is none of the `old` ones has done a step."""
+    return any(event["event"] == "report" and event["process"] not in old for event in subject.events())
 
 
 # ---- processes ----
@@ -606,12 +616,10 @@ def _damaged(damage: Callable[[Case, list[Path]], str]) -> Callable[[Case], str]
         subject.until(lambda: len(committed(subject.folder)) >= 3, "three checkpoints")
         if case.at("step") == "ended":
             return case.finishes()
-        old, before = subject.process(), subject.step()
         for pid in subject.pids():
             subject.signal(pid, signal.SIGKILL)
         subject.alone()
-        known = committed(subject.folder)
-        before = max(before, subject.step())
+        known, old, before = committed(subject.folder), subject.processes(), subject.step()
         name = damage(case, known)
         began = time.monotonic()
         case.harms.append(Harm("rest", before))
