@@ -605,6 +605,40 @@ def stall(case: Case) -> str:
         image.unlink(missing_ok=True)
 
 
+def _writing(number: int, pause_s: float) -> Callable[[Case], str]:
+    def fault(case: Case) -> str:
+        """A signal to the processes that write checkpoints behind training, in a save: the run goes on, and saves again."""
+        subject = case.subject
+        case.launch()
+        pids = subject.until(
+            lambda: [pid for pid in subject.pids() if b"writing.py" in _command(pid)], "a process that writes checkpoints beside the run"
+        )
+        if (moment := case.at("save")) == "ended":
+            raise Broken(f"it ended before the fault: {subject.tail()}")
+        case.harms.append(Harm(moment, subject.step()))
+        began = time.monotonic()
+        for pid in pids:
+            subject.signal(pid, number)
+        time.sleep(pause_s)
+        newest = committed(subject.folder)
+        for pid in pids:
+            subject.signal(pid, signal.SIGCONT)
+        subject.until(lambda: committed(subject.folder)[-1:] > newest[-1:], "the next save", 60)
+        case.harms[-1].recover_s, case.harms[-1].lost_steps = time.monotonic() - began, 0
+        found = case.finishes()
+        if case.restarted() != 1:
+            raise Broken("training did not go on: it was started again")
+        return f"{found}, training went on"
+
+    return fault
+
+
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 # ---- what lies on disk ----
 
 
@@ -739,6 +773,31 @@ def nan(case: Case) -> str:
     return "update refused on all ranks, counted"
 
 
+def copies(case: Case) -> str:
+    """One bit of one rank's copy of a weight turns over: it is named before the next save, and the run goes on from the one before."""
+    if not case.engine.name.startswith("ddp"):
+        raise Skipped("of ranks that hold whole copies (ddp-2)")
+    subject = case.subject
+    step = case.draw.randrange(2 * EVERY, STEPS - EVERY)
+    rank = case.draw.randrange(case.engine.ranks)
+    subject.order(
+        rank, do="flip", step=step, element=case.draw.getrandbits(30), bit=case.draw.randrange(20)
+    )  # of the fraction: no spike tells it
+    case.harms.append(Harm("step", step, rank))
+    case.launch()
+    code = subject.ended()
+    if code != 7 or not subject.said("ranks that should hold the same bits do not", "weight"):
+        raise Broken(f"ended with {code}, and two copies differ since step {step}: {subject.tail()}")
+    found = next(row for row in jsonl(subject.folder / "numerics.jsonl") if row.get("tensors"))
+    if not step <= found["step"] <= step + EVERY:
+        raise Broken(f"found at step {found['step']}, and a save is made every {EVERY} steps: the bit turned over at {step}")
+    if max(int(path.name.removeprefix("step-")) for path in committed(subject.folder)) > step:
+        raise Broken("a checkpoint was made of copies that differ")
+    subject.alone()
+    case.launch()
+    return f"named {found['step'] - step} steps later, not saved; gone on, {case.finishes()}"
+
+
 def tokens(case: Case) -> str:
     """A shard of the corpus is damaged while nothing runs: refused by name when the run goes on."""
     subject = case.subject
@@ -802,6 +861,8 @@ FAULTS = {
         Fault("erofs", "P8", read_only),
         Fault("eio", "P8", syncs),
         Fault("stall", "P8", stall),
+        Fault("writerkill", "P8", _writing(signal.SIGKILL, 0)),
+        Fault("writerstop", "P8", _writing(signal.SIGSTOP, 2)),
         Fault("bitflip", "P7", _damaged(_flip), weight=2),
         Fault("truncate", "P7", _damaged(_cut)),
         Fault("swap", "P7", _damaged(_swap)),
@@ -810,6 +871,7 @@ FAULTS = {
         Fault("unmarked", "P6", _damaged(_unmarked)),
         Fault("alldamaged", "P10", all_damaged),
         Fault("nan", "P14", nan),
+        Fault("copies", "P15", copies, 2),
         Fault("corpus", "P13", tokens),
     )
 }

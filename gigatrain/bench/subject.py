@@ -264,6 +264,7 @@ class Subject:
             "CUDA_VISIBLE_DEVICES": "",
             "HF_HUB_OFFLINE": "1",
             within.FOLDER: str(self.orders),
+            within.RANKS: str(self.engine.ranks),
             name: value,
         }
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = "GIGATRAIN_FAULTS"  # the variable that names it
+RANKS = "GIGATRAIN_FAULTS_RANKS"  # of the run
 LOOK_S = 0.01
 CRASHES = {"abort": signal.SIGABRT, "segv": signal.SIGSEGV, "kill": signal.SIGKILL}
 
@@ -53,7 +54,8 @@ def _serve(folder: Path) -> None:
         if "syncs" not in _patched and syncs.exists():
             _patched.add("syncs")
             _refuse_syncs(syncs)
-        for path in sorted(folder.glob(f"order-{_rank():05d}-*.json")):
+        trains = "RANK" in os.environ or os.environ.get(RANKS) == "1"  # else it is the command, or a standby: neither is rank 0
+        for path in sorted(folder.glob(f"order-{_rank():05d}-*.json")) if trains else ():
             with contextlib.suppress(OSError, ValueError):
                 order = json.loads(path.read_bytes())
                 path.rename(path.with_name(path.name.replace("order", "done")))
@@ -146,12 +148,11 @@ def _engine() -> Any:
 
 
 def _flip(element: int, bit: int) -> None:
-    """One bit of one number of the first weight that this rank holds."""
+    """One bit of one number of a weight that this rank holds."""
     import torch
 
-    piece = next(iter(_engine().state()["weights"].values()))
-    tensor = piece.tensor.detach()
-    flat = tensor.view(-1).view(torch.int32)
+    held = [one.tensor for one in _engine().replicas() if one.name.startswith("weight of ")]
+    flat = held[element % len(held)].view(-1).view(torch.int32)  # of what updates write: no copy
     flat[element % flat.numel()] ^= 1 << bit
 
 
