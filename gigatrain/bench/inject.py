@@ -786,9 +786,11 @@ def copies(case: Case) -> str:
     case.harms.append(Harm("step", step, rank))
     case.launch()
     code = subject.ended()
-    if code != 7 or not subject.said("ranks that should hold the same bits do not", "weight"):
+    if code != 7 or not subject.said("ranks that should hold the same bits do not"):
         raise Broken(f"ended with {code}, and two copies differ since step {step}: {subject.tail()}")
     found = next(row for row in jsonl(subject.folder / "numerics.jsonl") if row.get("tensors"))
+    if not all(one["name"].split(" of ")[0] in ("weight", "exp_avg", "exp_avg_sq") and rank in one["ranks"] for one in found["tensors"]):
+        raise Broken(f"named is {found['tensors'][:3]}, and a weight of rank {rank} was flipped")
     if not step <= found["step"] <= step + EVERY:
         raise Broken(f"found at step {found['step']}, and a save is made every {EVERY} steps: the bit turned over at {step}")
     if max(int(path.name.removeprefix("step-")) for path in committed(subject.folder)) > step:
