@@ -443,7 +443,7 @@ class Numerics(Section):
     sigma: Annotated[float, Field(ge=0, le=1000)] = Field(
         default=6.0,
         description="A loss or gradient norm so many deviations above its mean over `window` applied steps is refused like one that is not finite; "
-        "0: only what is not finite is.",
+        "0: only what is not finite is. Norms are compared by their logarithms, and one as far out as the window's own tail reaches is none.",
     )
     window: Annotated[int, Field(ge=8, le=65536)] = Field(
         default=128, description="Applied steps that a spike is measured against; none is judged before there are so many."

@@ -198,7 +198,7 @@ def _steps(
             budget.begin(this.step, this.tokens)
             metrics.clock.restart()
 
-        numerics = Numerics(plan, engine, batches, mesh, health, writes, times, say=display.line, again=again)
+        numerics = Numerics(plan, engine, batches, mesh, health, writes, times, say=display.line, again=again, looked=metrics.looked)
 
         def meet() -> bool:
             sums = health.agree([*energy.numbers(), *saving.numbers(), *budget.numbers(), *numerics.numbers(this.step)])

@@ -165,16 +165,18 @@ class Undisturbed:
                     raise Broken(f"rank:position {key} was given other samples the second time")
         return cls(tensors_sha256(committed(folder)[-1]), metrics, samples, summary["weights_sha256"], launch_s, step_s, wall_s)
 
-    def differs(self, other: "Undisturbed") -> str | None:
-        """How the other run differs from this one, in a word; None: in nothing."""
+    def differs(self, other: "Undisturbed", counted: tuple[str, ...] = ()) -> str | None:
+        """How the other run differs from this one, in a word; None: in nothing. counted: metrics that count what was done to it, and may differ."""
         if self.tensors != other.tensors:
             names = sorted(name for name in self.tensors.keys() | other.tensors.keys() if self.tensors.get(name) != other.tensors.get(name))
             return f"{len(names)} of {len(self.tensors)} tensors differ, first {names[0]}"
         if self.weights_sha256 != other.weights_sha256:
             return "the summary's weights_sha256 differs"
-        if self.metrics != other.metrics:
-            first = next((a or b for a, b in zip(self.metrics, other.metrics, strict=False) if a != b), {"step": "the last"})
-            return f"metrics.jsonl differs from step {first['step']} on ({len(self.metrics)} and {len(other.metrics)} lines)"
+        ours, theirs = ([{key: value for key, value in row.items() if key not in counted} for row in one.metrics] for one in (self, other))
+        if ours != theirs:
+            first, wrong = next(((a, b) for a, b in zip(ours, theirs, strict=False) if a != b), ({"step": "the last"}, {}))
+            names = sorted(key for key in first.keys() | wrong.keys() if first.get(key) != wrong.get(key))
+            return f"metrics.jsonl differs from step {first['step']} on ({len(ours)} and {len(theirs)} lines): {', '.join(names)}"
         if lost := sorted(self.samples.keys() - other.samples.keys()):
             return f"{len(lost)} batches were never consumed, first rank:position {lost[0]}"
         if other.samples != self.samples:
@@ -264,7 +266,6 @@ class Subject:
             "CUDA_VISIBLE_DEVICES": "",
             "HF_HUB_OFFLINE": "1",
             within.FOLDER: str(self.orders),
-            within.RANKS: str(self.engine.ranks),
             name: value,
         }
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = "GIGATRAIN_FAULTS"  # the variable that names it
-RANKS = "GIGATRAIN_FAULTS_RANKS"  # of the run
 LOOK_S = 0.01
 CRASHES = {"abort": signal.SIGABRT, "segv": signal.SIGSEGV, "kill": signal.SIGKILL}
 
@@ -54,13 +53,18 @@ def _serve(folder: Path) -> None:
         if "syncs" not in _patched and syncs.exists():
             _patched.add("syncs")
             _refuse_syncs(syncs)
-        trains = "RANK" in os.environ or os.environ.get(RANKS) == "1"  # else it is the command, or a standby: neither is rank 0
-        for path in sorted(folder.glob(f"order-{_rank():05d}-*.json")) if trains else ():
-            with contextlib.suppress(OSError, ValueError):
-                order = json.loads(path.read_bytes())
-                path.rename(path.with_name(path.name.replace("order", "done")))
-                _obey(order)
+        if os.getpid() in _said:  # it trains: what started the ranks has no rank either, and must not take the orders of rank 0
+            _take(folder)
         time.sleep(LOOK_S)
+
+
+def _take(folder: Path) -> None:
+    """The orders to this rank that nobody has taken."""
+    for path in sorted(folder.glob(f"order-{_rank():05d}-*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            order = json.loads(path.read_bytes())
+            path.rename(path.with_name(path.name.replace("order", "done")))  # one of two threads can
+            _obey(order)
 
 
 def _rank() -> int:
@@ -114,6 +118,7 @@ def _watch(loader: Any, folder: Path) -> None:
             file = _said[os.getpid()] = (folder / f"consumed-{_rank():05d}.jsonl").open("ab", buffering=0)
             with contextlib.suppress(OSError):
                 _ahead.append(json.loads((folder / "always.json").read_bytes()))
+            _take(folder)  # what was ordered before the start may be for the first step
         for order in list(_ahead):
             if at >= order.get("step", 0) * batches.batch:
                 _ahead.remove(order)

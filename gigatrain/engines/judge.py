@@ -5,11 +5,14 @@
     applied     all others
 
     limit of the loss = mean + sigma * max(deviation, FLOOR * mean)        of the losses
-    limit of the norm = exp(mean + sigma * max(deviation, FLOOR))          of the norms' logarithms
+    limit of the norm = exp(mean + sigma * max(deviation, FLOOR, tail))    of the norms' logarithms
+    tail              = (largest - mean) / 2, but not so much that the limit is above FAR * the largest norm
 
 The rule is OLMo-core's SkipStep (allenai/OLMo-core, optim/skip_step_optimizer.py: mean + 6 deviations of 128 steps). Ours differs in four points. Norms are
-compared by their logarithms: they are heavy-tailed, the more so the smaller the batch, and of a healthy run with 128 tokens a step the plain rule refuses one
-step in a hundred; where norms vary by a few percent the two rules are the same. A refused number does not enter the window, or a row of spikes would make
+compared by their logarithms, and by a deviation that knows their tail: they are heavy-tailed, the more so the smaller the batch. Of six healthy runs with 64
+to 512 tokens a step, 672 judged steps each, the plain rule refused 7 or 8 steps of a run, logarithms alone 1 to 6, and this rule none; a norm of ten times
+the usual one is above the limit, but where the window holds one of more than three times. Of 128 normal numbers the largest is 2.5 deviations above the mean,
+so where norms vary by a few percent the limit is that of 6 to 8 deviations. A refused number does not enter the window, or a row of spikes would make
 the next one look normal. Nothing is judged before the window is full. And FLOOR keeps a run whose losses are alike to many digits from calling the last
 digit a spike. Only numbers above the mean are spikes.
 
@@ -30,6 +33,7 @@ from gigatrain.parallel.mesh import AXES
 from gigatrain.parallel.places import Piece, Replica, State
 
 FLOOR = 1e-3  # a step less than sigma * 0.1 % above the mean is no spike, however alike the others are
+FAR = 3.0  # a norm of more than so many times the largest of the window is beyond any tail
 KEPT = 64  # refused steps between two looks of the host that are remembered one by one
 
 APPLIED, REFUSED, HELD = 0, 1, 2  # a step's fate
@@ -127,8 +131,10 @@ class Judge:
         """From the window; NaN while it is not full (or holds a step of a loss or norm of 0, which has nothing to learn from)."""
         variance, mean = torch.var_mean(torch.stack([self.past[0], self.past[1].log()]), 1)
         least = torch.stack([FLOOR * mean[0], torch.full_like(mean[1], FLOOR)])
-        limits = mean + self.sigma * torch.maximum(variance.sqrt(), least)
-        limits = torch.stack([limits[0], limits[1].exp()])
+        loss, norm = (mean + self.sigma * torch.maximum(variance.sqrt(), least)).unbind()
+        largest = self.past[1].max().log()
+        tail = torch.minimum(mean[1] + self.sigma * (largest - mean[1]) / 2, largest + math.log(FAR))
+        limits = torch.stack([loss, torch.maximum(norm, tail).exp()])
         self._limits.copy_(torch.where((self.past > 0).all(), limits, torch.nan))
 
     # ---- The host's part: each but `hold` waits for the device ----

@@ -67,6 +67,7 @@ class Metrics:
         self.sums = torch.zeros(
             6, dtype=torch.float64, device=device
         )  # nats, targets, norms, updates, largest norm; targets of the run, refused too
+        self.unseen = torch.zeros((), dtype=torch.float64, device=device)  # targets of refused steps that the host has not looked at
         self.clock = Clock(device)
         self.step_s = array("d")
         self.timed = (0, 0.0)  # targets and seconds of steps, over every process of the run
@@ -123,11 +124,18 @@ class Metrics:
         if update.fate is not None:
             fate = update.fate.to(targets.device, non_blocking=True)
             applied, targets = applied & (fate == 0), torch.where(fate == 2, 0.0, targets)
+            self.unseen += torch.where(fate == 1, targets, 0.0)
         numbers = torch.where(applied, numbers, 0.0)
         self.sums[:4] += numbers[:4]
         self.sums[4] = torch.maximum(self.sums[4], numbers[4])
         self.sums[5] += targets
         self.clock.mark()
+
+    def looked(self, taken_back: bool) -> None:
+        """The host has looked at the refused steps since its last look: they stay refused, or are made again and counted then."""
+        if taken_back:
+            self.sums[5] -= self.unseen
+        self.unseen.zero_()
 
     def report(self, step: int, rate: float, bad: Tensor, beside: Callable[[int], Mapping[str, float | None]] | None = None) -> list[int]:
         """The one synchronisation of a window: writes and shows its numbers, and what `beside` says of its tokens; returns the engine's counts of refused
@@ -186,6 +194,7 @@ class Metrics:
         """Back into the window in which `state` was taken; an empty state is a new run's."""
         if state:
             self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+            self.unseen.zero_()  # nothing is saved before it was looked at
             self.last, self.timed = dict(state["last"]), (state["timed"][0], state["timed"][1])
             self.validated = state["validated"]
             self.tokens = self.untimed = int(state["sums"][5])

@@ -61,7 +61,8 @@ class Position(Protocol):
 class Numerics:
     """One rank's part in it; all ranks call `look`, `settle`, `numbers` and `meet` together.
 
-    again: brings everything back to the newest whole checkpoint, and `this` to its step. folder None: a rank that writes nothing.
+    again: brings everything back to the newest whole checkpoint, and `this` to its step. looked: told of each row of refused steps whether it was taken back.
+    folder None: a rank that writes nothing.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class Numerics:
         *,
         say: Callable[[str], None],
         again: Callable[[], None],
+        looked: Callable[[bool], None],
     ) -> None:
         self.plan, self.engine, self.batches, self.mesh, self.health = plan, engine, batches, mesh, health
         self.path, self.say, self.again = None if folder is None else folder / "numerics.jsonl", say, again
+        self.looked = looked
         self.counts = {"spikes": 0, "transient": 0, "persistent": 0, "rollbacks": 0, "diverged": 0}
         if plan.numerics.replay:
             engine.judge.hold()
@@ -202,7 +205,9 @@ class Numerics:
         back = held
         for index, one in enumerate(refused):
             self._told(one, kind if index == 0 else "unknown", ranks if index == 0 else [])
-        if kind == "transient" and unseen == len(refused) and self._retried.get(first.step, 0) < RETRIES:
+        taken = kind == "transient" and unseen == len(refused) and self._retried.get(first.step, 0) < RETRIES
+        self.looked(taken)
+        if taken:
             self._retried[first.step] = self._retried.get(first.step, 0) + 1
             judge.take_back(unseen, row, sum(not one.why & NOT_FINITE for one in refused))
             back += unseen

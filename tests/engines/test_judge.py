@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from gigatrain.engines.judge import APPLIED, FLOOR, HELD, LOSS, NORM, NOT_FINITE, REFUSED, Judge
+from gigatrain.engines.judge import APPLIED, FAR, FLOOR, HELD, LOSS, NORM, NOT_FINITE, REFUSED, Judge
 
 WINDOW, SIGMA = 16, 6.0
 
@@ -34,7 +34,10 @@ def test_the_limit_is_mean_and_deviations_of_the_window(column):
     past = [one[column] for one in healthy[-WINDOW:]]
     past = [math.log(one) for one in past] if column else past
     limit = statistics.mean(past) + SIGMA * statistics.stdev(past)
-    limit = math.exp(limit) if column else limit
+    if column:
+        limit = math.exp(
+            max(limit, min(statistics.mean(past) + SIGMA * (max(past) - statistics.mean(past)) / 2, max(past) + math.log(FAR)))
+        )
     assert judge.limits()[column].item() == pytest.approx(limit, rel=1e-12)
     below, above = list(healthy[-1]), list(healthy[-1])
     below[column], above[column] = limit * (1 - 1e-9), limit * (1 + 1e-9)
@@ -54,6 +57,25 @@ def test_nothing_is_judged_before_the_window_is_full_and_nothing_below_the_mean(
     judge = Judge(WINDOW, 0, torch.device("cpu"))
     assert {fed(judge, 10.0**step, 1.0) for step in range(2 * WINDOW)} == {APPLIED}
     assert fed(judge, float("inf"), 1.0) == REFUSED
+
+
+def test_a_tail_as_healthy_runs_have_it_is_none_and_ten_times_the_usual_norm_is():
+    """Student's t with 4 degrees of freedom, as logarithms of norms at tiny batches: 6 deviations of a normal distribution refuse some, this rule none."""
+    drawn, plain, refused = random.Random(1), 0, 0
+    judge = Judge(128, SIGMA, torch.device("cpu"))
+    for _ in range(3000):
+        chi = sum(drawn.gauss(0, 1) ** 2 for _ in range(4))
+        norm = math.exp(0.15 * drawn.gauss(0, 1) / math.sqrt(chi / 4))
+        past = judge.past[1].log()
+        plain += bool((past > -math.inf).all()) and math.log(norm) > past.mean() + SIGMA * past.std()
+        refused += fed(judge, 3.0, norm) != APPLIED
+    assert (plain > 0, refused) == (True, 0)
+    assert fed(judge, 3.0, 10.0) == REFUSED
+    narrow = Judge(128, SIGMA, torch.device("cpu"))
+    for _ in range(500):
+        assert fed(narrow, 3.0, math.exp(drawn.gauss(0, 0.05))) == APPLIED
+    assert 1.3 < narrow.limits()[1].item() < 1.7
+    assert fed(narrow, 3.0, 2.0) == REFUSED
 
 
 def test_losses_that_are_alike_have_no_spikes_in_their_last_digits():

@@ -30,7 +30,7 @@ SETTINGS = (
     "checkpoint.every=8",
     "validation.every=0",
     "numerics.window=8",
-    "numerics.sigma=100",
+    "numerics.sigma=60",
 )
 
 
@@ -50,7 +50,11 @@ def events(folder):
 
 def losses(folder):
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    return [
+        {key: row[key] for key in ("step", "loss", "grad_norm", "grad_norm_max", "lr", "tokens", "bad_steps")}
+        for row in rows
+        if "loss" in row
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,7 @@ def test_a_fault_that_passes_leaves_no_trace(tiny, tmp_path, monkeypatch, undist
 
     def spoiled(engine, batch, turn):
         if batch.positions[0] in [step * 4 for step in steps] and turn == 1:
-            engine.grads["model.norm.weight"].mul_(float("nan") if fault == "nan" else 1e5)
+            engine.grads["model.norm.weight"].mul_(float("nan") if fault == "nan" else 1e12)
 
     spoil(monkeypatch, spoiled)
     summary = trained(tiny, tmp_path / "run")
@@ -98,7 +102,7 @@ def test_what_a_run_computes_does_not_depend_on_when_its_host_looks(tiny, tmp_pa
 
     def spoiled(engine, batch, turn):
         if batch.positions[0] // 4 in (10, 13, 14):
-            engine.grads["model.norm.weight"].mul_(1e5)
+            engine.grads["model.norm.weight"].mul_(1e12)
 
     spoil(monkeypatch, spoiled)
     summary = trained(tiny, tmp_path / "run", f"report.every={every}")
@@ -110,6 +114,21 @@ def test_what_a_run_computes_does_not_depend_on_when_its_host_looks(tiny, tmp_pa
     if known.exists():
         assert known.read_text() == summary["weights_sha256"]
     known.write_text(summary["weights_sha256"])
+
+
+@pytest.mark.long
+def test_no_step_of_a_healthy_run_is_refused_and_ten_times_the_usual_gradient_is(tiny, tmp_path, monkeypatch):
+    """800 steps of 128 tokens, whose norms have a heavy tail, and one planted spike among them."""
+
+    def spoiled(engine, batch, turn):
+        if batch.positions[0] == 700 * 4:
+            for grad in engine.grads.values():
+                grad.mul_(10)
+
+    spoil(monkeypatch, spoiled)
+    more = ("train.steps=800", "checkpoint.every=1000", "report.every=10", "numerics.window=128", "numerics.sigma=6")
+    assert trained(tiny, tmp_path / "run", *more)["bad_steps"] == 1
+    assert [(one["step"], one["why"], one["class"]) for one in events(tmp_path / "run")] == [(700, ["norm"], "data")]
 
 
 def bad_range(monkeypatch, start, stop):
