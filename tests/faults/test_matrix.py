@@ -19,8 +19,8 @@ SEED = int(os.environ.get("GIGATRAIN_FAULTS_SEED", "9"))
 ALL = os.environ.get("GIGATRAIN_FAULTS") == "all"
 # One of a kind each, on the fewest ranks; the rest is alike (a signal, a way to damage a file) or takes an engine more.
 CHEAP = (
-    "launcher", "term", "stop", "gil", "oom", "memory", "crashloop", "recipe", "enospc", "fullstart", "erofs", "eio", "stall", "writerkill", "bitflip",
-    "unmarked", "alldamaged", "nan", "corpus",
+    "launcher", "term", "stop", "gil", "oom", "crashloop", "recipe", "enospc", "fullstart", "eio", "stall", "writerkill", "bitflip", "alldamaged", "nan",
+    "corpus",
 )  # fmt: skip
 ONCE = [name for name in FAULTS if name != "kill" and (ALL or name in CHEAP)]
 KILLS = [("native-2", 10, 1), ("native-2", 10, 2), *([("zero2-2", 10, 3)] if ALL else [])]
