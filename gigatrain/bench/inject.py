@@ -52,6 +52,7 @@ class Case:
     draw: random.Random
     kills: int = 1
     harms: list[Harm] = field(default_factory=list)
+    old: frozenset[str] = frozenset()  # processes that were there when the last harm was done
 
     # ---- moments ----
 
@@ -63,7 +64,7 @@ class Case:
         """Waits for a moment of the run, of a step not before `least`; says which it was. The command may end first, and then the moment is `ended`."""
         subject, oracle = self.subject, self.lab.undisturbed(self.engine)
         now = subject.step()
-        old = subject.process()
+        trained = self._reports()
 
         def gone() -> bool:
             return subject.command is None or subject.command.poll() is not None
@@ -87,7 +88,7 @@ class Case:
                     return "ended"
                 delay_s = self.draw.uniform(0, 0.03)
             case "load":  # the newest process has the run's folder, and has not begun to train
-                if not wait(lambda: subject.process() != old or [event["event"] for event in subject.events()[-1:]] == ["start"]):
+                if not wait(lambda: subject.process() not in (None, *self.old)):
                     return "ended"
                 delay_s = self.draw.uniform(0, 0.8)
             case "validation":
@@ -100,9 +101,13 @@ class Case:
                     return "ended"
                 delay_s = self.draw.uniform(0, 0.5)
         end = time.monotonic() + delay_s
-        while time.monotonic() < end and not gone():
+        early = moment in ("start", "load")  # both are over with the first step
+        while time.monotonic() < end and not gone() and not (early and self._reports() > trained):
             time.sleep(0.001)
         return "ended" if gone() else moment
+
+    def _reports(self) -> int:
+        return sum(event["event"] == "report" for event in self.subject.events())
 
     def _writing(self) -> list[Path]:
         return list((self.subject.folder / "checkpoints").glob(".writing-*"))
@@ -115,8 +120,9 @@ class Case:
         Without `waits` it comes back as soon as the run was started again, so that the next harm meets it before it trains.
         """
         subject = self.subject
-        before, old, printed = subject.step(), subject.process(), len(subject.lines)
-        found = Harm(moment, before)
+        self.old = old = subject.processes()
+        printed = len(subject.lines)
+        found = Harm(moment, subject.step())
         self.harms.append(found)
         began, wall = time.monotonic(), time.time()
         found.rank = harm()
@@ -125,7 +131,7 @@ class Case:
         def new() -> bool:
             nonlocal ended
             ended = subject.command.poll() if subject.command is not None else None
-            return ended is not None or _steps(subject, old) is not None or (not waits and subject.process() not in (None, old))
+            return ended is not None or _steps(subject, old) is not None or (not waits and subject.process() not in (None, *old))
 
         subject.until(new, "training again", alive=False)
         if ended is not None and _steps(subject, old) is None:
@@ -138,16 +144,14 @@ class Case:
             if subject.finished():
                 found.lost_steps, found.recover_s = 0, None
                 return found
-            before = max(before, subject.step())
             self.launch()
         if not waits:
             return found
         found.detect_s = self._noticed_s(printed, began, wall) if found.detect_s is None else found.detect_s
-        before = max([before, *(event["step"] for event in subject.events() if event["event"] == "report" and event["process"] == old)])
         subject.until(lambda: _trains(subject, old) or subject.finished(), "training again")
         found.recover_s = time.monotonic() - began
-        resumed = _steps(subject, old)
-        found.lost_steps = max(0, before - resumed) if resumed is not None and before >= 0 else 0
+        resumed, reached = _steps(subject, old), _reached(subject, old)
+        found.lost_steps = max(0, reached - resumed) if resumed is not None else 0
         return found
 
     def _noticed_s(self, printed: int, began: float, wall: float) -> float | None:
@@ -199,14 +203,20 @@ class Case:
         return sum(event["event"] == "start" for event in self.subject.events())
 
 
-def _steps(subject: Subject, old: str | None) -> int | None:
-    """The step at which a process other than `old` began to train."""
-    return next((event["step"] for event in reversed(subject.events()) if event["event"] == "steps" and event["process"] != old), None)
+def _steps(subject: Subject, old: frozenset[str]) -> int | None:
+    """The step at which a process that is none of the `old` ones began to train."""
+    return next((event["step"] for event in reversed(subject.events()) if event["event"] == "steps" and event["process"] not in old), None)
 
 
-def _trains(subject: Subject, old: str | None) -> bool:
-    """Whether a process other than `old` has done a step."""
-    return any(event["event"] == "report" and event["process"] != old for event in subject.events())
+def _reached(subject: Subject, old: frozenset[str]) -> int:
+    """The step that the newest of the `old` ones that trained had come to; 0: none trained."""
+    own = (event["step"] for event in reversed(subject.events()) if event["event"] in ("steps", "report") and event["process"] in old)
+    return next(own, 0)
+
+
+def _trains(subject: Subject, old: frozenset[str]) -> bool:
+    """Whether a process that is none of the `old` ones has done a step."""
+    return any(event["event"] == "report" and event["process"] not in old for event in subject.events())
 
 
 # ---- processes ----
@@ -595,6 +605,40 @@ def stall(case: Case) -> str:
         image.unlink(missing_ok=True)
 
 
+def _writing(number: int, pause_s: float) -> Callable[[Case], str]:
+    def fault(case: Case) -> str:
+        """A signal to the processes that write checkpoints behind training, in a save: the run goes on, and saves again."""
+        subject = case.subject
+        case.launch()
+        pids = subject.until(
+            lambda: [pid for pid in subject.pids() if b"writing.py" in _command(pid)], "a process that writes checkpoints beside the run"
+        )
+        if (moment := case.at("save")) == "ended":
+            raise Broken(f"it ended before the fault: {subject.tail()}")
+        case.harms.append(Harm(moment, subject.step()))
+        began = time.monotonic()
+        for pid in pids:
+            subject.signal(pid, number)
+        time.sleep(pause_s)
+        newest = committed(subject.folder)
+        for pid in pids:
+            subject.signal(pid, signal.SIGCONT)
+        subject.until(lambda: committed(subject.folder)[-1:] > newest[-1:], "the next save", 60)
+        case.harms[-1].recover_s, case.harms[-1].lost_steps = time.monotonic() - began, 0
+        found = case.finishes()
+        if case.restarted() != 1:
+            raise Broken("training did not go on: it was started again")
+        return f"{found}, training went on"
+
+    return fault
+
+
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 # ---- what lies on disk ----
 
 
@@ -606,12 +650,10 @@ def _damaged(damage: Callable[[Case, list[Path]], str]) -> Callable[[Case], str]
         subject.until(lambda: len(committed(subject.folder)) >= 3, "three checkpoints")
         if case.at("step") == "ended":
             return case.finishes()
-        old, before = subject.process(), subject.step()
         for pid in subject.pids():
             subject.signal(pid, signal.SIGKILL)
         subject.alone()
-        known = committed(subject.folder)
-        before = max(before, subject.step())
+        known, old, before = committed(subject.folder), subject.processes(), subject.step()
         name = damage(case, known)
         began = time.monotonic()
         case.harms.append(Harm("rest", before))
@@ -733,6 +775,33 @@ def nan(case: Case) -> str:
     return "update refused on all ranks, counted"
 
 
+def copies(case: Case) -> str:
+    """One bit of one rank's copy of a weight turns over: it is named before the next save, and the run goes on from the one before."""
+    if not case.engine.name.startswith("ddp"):
+        raise Skipped("of ranks that hold whole copies (ddp-2)")
+    subject = case.subject
+    step = case.draw.randrange(2 * EVERY, STEPS - EVERY)
+    rank = case.draw.randrange(case.engine.ranks)
+    subject.order(
+        rank, do="flip", step=step, element=case.draw.getrandbits(30), bit=case.draw.randrange(20)
+    )  # of the fraction: no spike tells it
+    case.harms.append(Harm("step", step, rank))
+    case.launch()
+    code = subject.ended()
+    if code != 7 or not subject.said("ranks that should hold the same bits do not"):
+        raise Broken(f"ended with {code}, and two copies differ since step {step}: {subject.tail()}")
+    found = next(row for row in jsonl(subject.folder / "numerics.jsonl") if row.get("tensors"))
+    if not all(one["name"].split(" of ")[0] in ("weight", "exp_avg", "exp_avg_sq") and rank in one["ranks"] for one in found["tensors"]):
+        raise Broken(f"named is {found['tensors'][:3]}, and a weight of rank {rank} was flipped")
+    if not step <= found["step"] <= step + EVERY:
+        raise Broken(f"found at step {found['step']}, and a save is made every {EVERY} steps: the bit turned over at {step}")
+    if max(int(path.name.removeprefix("step-")) for path in committed(subject.folder)) > step:
+        raise Broken("a checkpoint was made of copies that differ")
+    subject.alone()
+    case.launch()
+    return f"named {found['step'] - step} steps later, not saved; gone on, {case.finishes()}"
+
+
 def tokens(case: Case) -> str:
     """A shard of the corpus is damaged while nothing runs: refused by name when the run goes on."""
     subject = case.subject
@@ -796,6 +865,8 @@ FAULTS = {
         Fault("erofs", "P8", read_only),
         Fault("eio", "P8", syncs),
         Fault("stall", "P8", stall),
+        Fault("writerkill", "P8", _writing(signal.SIGKILL, 0)),
+        Fault("writerstop", "P8", _writing(signal.SIGSTOP, 2)),
         Fault("bitflip", "P7", _damaged(_flip), weight=2),
         Fault("truncate", "P7", _damaged(_cut)),
         Fault("swap", "P7", _damaged(_swap)),
@@ -804,6 +875,7 @@ FAULTS = {
         Fault("unmarked", "P6", _damaged(_unmarked)),
         Fault("alldamaged", "P10", all_damaged),
         Fault("nan", "P14", nan),
+        Fault("copies", "P15", copies, 2),
         Fault("corpus", "P13", tokens),
     )
 }

@@ -29,7 +29,7 @@ from gigatrain.observe.watch import Tail
 POLL_S = 0.002
 FILES = 40  # of the standard library: some 160 kB of text
 LIMIT_S = 240.0  # nothing that is waited for takes longer
-TIMED = ("tokens_per_s", "step_s", "joules", "watts")  # what two equal runs may differ in
+TIMED = ("tokens_per_s", "step_s", "joules", "watts", "stragglers")  # what two equal runs may differ in
 RECIPE = """\
 name = "faults"
 [model.architecture]
@@ -51,14 +51,14 @@ validation = 0.1
 [train]
 sequence = 32
 batch = 8
-steps = 60
+steps = 120
 precision = "fp32"
 [optim]
 lr = 3e-3
 [schedule]
 warmup = 2
 [validation]
-every = 30
+every = 60
 max_samples = 8
 [checkpoint]
 every = 5
@@ -71,7 +71,7 @@ restarts = 20
 every = 1
 trackers = []
 """
-STEPS, EVERY = 60, 5
+STEPS, EVERY = 120, 5
 
 
 _BEGINS = re.compile(r"^\[gigatrain\] rank \d+ of \d+ on \S+, pid (\d+), begins ", re.MULTILINE)
@@ -308,6 +308,10 @@ class Subject:
         """The name that the newest process of rank 0 gave itself."""
         events = self.events()
         return events[-1]["process"] if events else None
+
+    def processes(self) -> frozenset[str]:
+        """The names of all processes that were rank 0 so far."""
+        return frozenset(event["process"] for event in self.events())
 
     def finished(self) -> bool:
         """Whether the run says that it is done."""

@@ -53,9 +53,7 @@ def _serve(folder: Path) -> None:
         if "syncs" not in _patched and syncs.exists():
             _patched.add("syncs")
             _refuse_syncs(syncs)
-        if (
-            os.getpid() in _said
-        ):  # it trains: the process that started the ranks, which has no rank either, must not take the orders of rank 0
+        if os.getpid() in _said:  # it trains: what started the ranks has no rank either, and must not take the orders of rank 0
             _take(folder)
         time.sleep(LOOK_S)
 
@@ -155,12 +153,11 @@ def _engine() -> Any:
 
 
 def _flip(element: int, bit: int) -> None:
-    """One bit of one number of the first weight that this rank holds."""
+    """One bit of one number of a weight that this rank holds."""
     import torch
 
-    piece = next(iter(_engine().state()["weights"].values()))
-    tensor = piece.tensor.detach()
-    flat = tensor.view(-1).view(torch.int32)
+    held = [one.tensor for one in _engine().replicas() if one.name.startswith("weight of ")]
+    flat = held[element % len(held)].view(-1).view(torch.int32)  # of what updates write: no copy
     flat[element % flat.numel()] ^= 1 << bit
 
 

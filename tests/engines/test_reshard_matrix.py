@@ -117,10 +117,8 @@ def check(tiny, tmp_path, run, source, targets):
 
 
 DIAGONAL = [
-    ("tied", "tp x pp", ("zero-3",)),
-    ("tied", "zero-3", ("tp x pp",)),
+    ("tied", "zero-3", ("tp",)),
     ("moe", "ep x tp", ("one",)),
-    ("muon", "fsdp", ("tp",)),
 ]
 
 
@@ -130,13 +128,8 @@ def test_a_run_goes_on_elsewhere(tiny, tmp_path, run, source, targets):
 
 
 ALL = [(run, source, tuple(way for way in ways if way != source)) for run, (_, ways) in RUNS.items() for source in ways]
-# In CI each source goes to the next way of its run, so that each is saved and taken up once; GIGATRAIN_MATRIX=all takes every pair.
-NEXT = [
-    (run, ways[at], (ways[(at + 1) % len(ways)],))
-    for run, (_, ways) in RUNS.items()
-    for at in range(len(ways))
-    if (run, ways[at], (ways[(at + 1) % len(ways)],)) not in DIAGONAL
-]
+# In CI every second source of a run goes to the next way, so that each way is saved or taken up; GIGATRAIN_MATRIX=all takes every pair.
+NEXT = [(run, ways[at], (ways[(at + 1) % len(ways)],)) for run, (_, ways) in RUNS.items() for at in range(0, len(ways), 2)]
 
 
 @pytest.mark.long
