@@ -21,7 +21,7 @@ def check(recipe: Recipe, mesh: Mesh, fusions: Sequence[Fusion]) -> None:
         (recipe.optim.master != "fp32", f"optim.master is {recipe.optim.master!r}, whose gradients are summed for one number of microbatches; set it to fp32"),
         (recipe.train.precision == "fp8" and recipe.fp8.amax == "delayed", 'fp8.amax is "delayed", a history that replicas would not share; set "current"'),
         (recipe.numerics.replay and recipe.numerics.sigma > 0, "numerics.replay makes refused steps again, which replicas do not do together; set it to false"),
-        ("rollback" in (recipe.numerics.action, recipe.numerics.on_divergence), "numerics may roll back, which replicas do not; leave action and on_divergence out"),
+        ("rollback" in (recipe.numerics.action, recipe.numerics.on_divergence), "numerics may roll back, which replicas do not; leave that out"),
         (recipe.checkpoint.near is not None, "checkpoint.near is set: replicas have each other's states already; leave it out"),
         (recipe.power.megawatts is not None or recipe.power.follow is not None, "a power budget is kept by all ranks together; leave it out"),
     )  # fmt: skip
