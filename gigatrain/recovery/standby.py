@@ -61,7 +61,7 @@ def _forked(asked: Mapping[str, Any], descriptors: Sequence[int], channel: socke
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))  # until it can hear them (gigatrain.leaving)
     while os.getppid() == between:
         os.sched_yield()  # until the process between has ended, and we are the supervisor's
-    tied.to_parent(signal.SIGTERM, supervisor)
+    tied.to_parent(signal.SIGKILL, supervisor)
     atexit.register(gc.unfreeze)  # else libraries complain of what the interpreter leaves
     for name, value in asked["environment"].items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
