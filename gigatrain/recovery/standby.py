@@ -10,7 +10,6 @@ import gc
 import importlib
 import json
 import os
-import runpy
 import signal
 import socket
 import sys
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
         if (asked := _forked(json.loads(text), descriptors, channel, supervisor)) is not None:
             break
     sys.argv = ["gigatrain", *asked]
-    runpy.run_module("gigatrain", run_name="__main__", alter_sys=True)  # as `python -m gigatrain` does
+    importlib.import_module("gigatrain.cli").main()  # as `python -m gigatrain` does
 
 
 def _forked(asked: Mapping[str, Any], descriptors: Sequence[int], channel: socket.socket, supervisor: int) -> list[str] | None:
