@@ -405,10 +405,11 @@ class Recovery(Section):
     )
     hang_times: NonNegative = Field(
         default=3.0,
-        description="Ranks that make no progress for so many times their p99 step, or their longest silence so far, are ended and restarted; 0: never.",
+        description="Ranks that make no progress for so many times their p99 step are ended and restarted; 0: never.",
     )
     hang_floor_s: Annotated[float, Field(gt=0, le=86400)] = Field(
-        default=10.0, description="And for at least so many seconds: a machine that is busy with something else is no hang."
+        default=60.0,
+        description="And for at least so many seconds: a machine that is busy with something else is no hang. Four times that, until a step is known.",
     )
     hang_slow_s: Annotated[float, Field(gt=0, le=86400)] = Field(
         default=540.0,

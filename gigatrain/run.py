@@ -7,11 +7,12 @@ import errno
 import fcntl
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from gigatrain import floors
 from gigatrain.checkpoint import Checkpoints, sync_folder, write_text
@@ -21,6 +22,7 @@ from gigatrain.parallel.mesh import Mesh
 from gigatrain.planning import legs
 from gigatrain.planning.plan import Plan
 
+DYING_S = 3.0  # what the last process in a run folder gets to be gone
 Start = Literal["new", "resume", "other-numbers", "auto", "continue"]
 
 
@@ -180,6 +182,15 @@ def _move_aside(folder: Path) -> None:
         ) from None
 
 
+def _taken(file: IO[str]) -> bool:
+    """Whether its lock is ours now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process a run folder; the lock goes with the process, however it ends."""
@@ -188,8 +199,12 @@ def _locked(folder: Path) -> Iterator[None]:
     except OSError as failure:
         raise RunError(f"{folder} cannot be written: {failure.strerror}; name another folder with --run") from None
     with file:
+        end = time.monotonic() + DYING_S
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while not _taken(file):
+                if time.monotonic() > end:
+                    raise BlockingIOError
+                time.sleep(0.05)
         except BlockingIOError:
             taken = RunError(f"{folder} is in use by another process; wait for it, stop it, or name another folder with --run")
             taken.transient = True  # of an attempt whose last process is still dying

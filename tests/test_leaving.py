@@ -144,7 +144,7 @@ def recipe(tmp_path, corpus):
     from conftest import TINY
 
     path = tmp_path / "tiny.toml"
-    path.write_text(TINY.format(corpus=corpus, cache=tmp_path / "cache"))
+    path.write_text(TINY.format(corpus=corpus, cache=tmp_path / "runs" / "cache"))
     return path
 
 

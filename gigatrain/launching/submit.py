@@ -26,6 +26,7 @@ from gigatrain.launching.job import Job
 from gigatrain.launching.size import Size, by_budget, fed, kept, shown, size
 from gigatrain.planning import cost, legs
 from gigatrain.planning.plan import Plan, plan
+from gigatrain.recovery import meeting
 from gigatrain.site import Site
 
 
@@ -192,6 +193,8 @@ def launch(prepared: Prepared) -> Launched:
             for name, text in _settings(prepared.recipes[index], made.site).items():
                 _write(launch_folder / name, text)
             _write(launch_folder / "job.json", one.model_dump_json(by_alias=True, indent=1))
+            if made.site.scheduler.kind == "slurm":  # elsewhere ranks may be another user's, who cannot read it
+                meeting.make_token(run)
         (folder / "launch").mkdir(exist_ok=True)
         (folder / "logs").mkdir(exist_ok=True)
         if made.sweep:

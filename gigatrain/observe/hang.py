@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from gigatrain.recovery.meeting import COLLECTIVE_S
 
@@ -32,22 +32,34 @@ TOUCH_S = 5.0  # between two signs of life
 COLLECTIVES = "2000"  # that torch's flight recorder keeps, a few MB of host memory
 
 
+class Written(Protocol):
+    """Where a supervisor reads what the training thread writes (recovery/board.py)."""
+
+    def begun(self, begun: int, step: int) -> None: ...
+    def phase(self, phase: str) -> None: ...
+
+
 class Pulse:
     """How far this rank is: `beats` grows with every sign of life."""
 
-    __slots__ = ("_at_begin", "beats", "begun", "cells", "phase", "step")
+    __slots__ = ("_at_begin", "_known", "beats", "begun", "board", "new", "phase", "step")
 
     def __init__(self) -> None:
         self.beats, self.begun, self.phase, self._at_begin = 0, 0, "start", 0
-        self.cells: memoryview | None = (
-            None  # of the supervisor's board: `begun` and `step` at once, the rest is copied (recovery/board.py)
-        )
+        self.board: Written | None = None  # the supervisor's, which hears of a step and a phase at once: the next may hold Python's lock
+        self.new = False  # whether this step has a phase that no step had before: kernels and graphs are made for it
+        self._known: set[str] = set()
         self.step: int | None = None  # steps that the run has done; None before the first of this process
 
     def mark(self, phase: str) -> None:
         """From here on it is `phase`."""
         self.phase = phase
         self.beats += 1
+        if phase not in self._known:
+            self._known.add(phase)
+            self.new = True
+        if self.board is not None:
+            self.board.phase(phase)
 
     def begin(self, step: int) -> None:
         """Step `step`, counted from 0, begins."""
@@ -55,8 +67,9 @@ class Pulse:
         self.begun += 1
         self.beats += 1
         self._at_begin = self.beats
-        if self.cells is not None:
-            self.cells[0], self.cells[1] = self.begun, step
+        self.new = False
+        if self.board is not None:
+            self.board.begun(self.begun, step)
 
     @property
     def marks(self) -> int:
@@ -65,7 +78,7 @@ class Pulse:
 
     def slow(self) -> bool:
         """Whether it may take long here."""
-        return self.phase in SLOW or self.begun <= FIRST_STEPS
+        return self.phase in SLOW or self.begun <= FIRST_STEPS or self.new
 
 
 def environment(folder: str) -> dict[str, str]:

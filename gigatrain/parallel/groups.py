@@ -215,9 +215,9 @@ def _tied(parent: int) -> Callable[[], None]:
 
     def tie() -> None:
         if libc is not None:
-            libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: one that is stopped hears nothing else
             if os.getppid() != parent:
-                os._exit(128 + signal.SIGTERM)
+                os._exit(128 + signal.SIGKILL)
 
     return tie
 

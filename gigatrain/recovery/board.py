@@ -1,13 +1,13 @@
 """Where the ranks of a node say how far they are, and their supervisor reads it: one page of memory that they share. Free of torch.
 
-Each rank has a row of `CELLS` 64-bit numbers. The training thread writes its step where a step begins, which is an assignment into memory; a thread of the rank
-copies the rest of its `Pulse` ten times a second, and its own clock with it: where that clock stands still the process is stopped, or Python's lock is held.
+Each rank has a row of `CELLS` 64-bit numbers. The training thread writes its step and its phase as they begin, which are assignments into memory; a thread of
+the rank copies the rest of its `Pulse` ten times a second, and its own clock with it: where that clock stands still the process is stopped, or Python's lock
+is held.
 """
 
 import contextlib
 import mmap
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -16,10 +16,9 @@ from typing import Protocol
 
 BOARD = "GIGATRAIN_BOARD"  # the environment's: the descriptor of the page, of a rank that has a supervisor
 SPAWNED = "GIGATRAIN_SPAWNED"  # tells a rank that its supervisor says for all of them why they failed
-PARENT = "GIGATRAIN_SUPERVISOR"  # its process
+LEAVING = "leaving"  # the phase of a rank that has no clock any more
 CELLS = 16
 COPY_S = 0.1
-ORPHAN_S = 60.0  # what a rank gets to leave by itself once its supervisor is gone
 _BEAT_NS, _BEATS, _BEGUN, _STEP, _MARKS, _SLOW, _ASKED, _PID, _FINAL, _PHASE = range(10)
 _PHASE_BYTES = 8 * (CELLS - _PHASE)
 
@@ -31,7 +30,7 @@ class Pulsing(Protocol):
     begun: int
     phase: str
     step: int | None
-    cells: memoryview | None
+    board: "Beat | None"
 
     def slow(self) -> bool: ...
 
@@ -108,27 +107,32 @@ class Beat:
         self._row = memoryview(self._page)[rank * CELLS * 8 : (rank + 1) * CELLS * 8]
         self._cells = self._row.cast("q")
         self._cells[_PID] = os.getpid()
-        pulse.cells = self._cells[_BEGUN : _STEP + 1]
-        self._parent = int(os.environ.get(PARENT, "0"))
+        self._names: dict[str, bytes] = {}
+        self.phase(pulse.phase)
+        pulse.board = self
         self._thread = threading.Thread(target=self._copy, name="gigatrain-beat", daemon=True)
         self._thread.start()
 
+    def begun(self, begun: int, step: int) -> None:
+        """A step begins; of the training thread, as `phase`."""
+        self._cells[_BEGUN], self._cells[_STEP] = begun, step
+
+    def phase(self, phase: str) -> None:
+        """From here on it is `phase`."""
+        name = self._names.get(phase)
+        if name is None:
+            name = self._names[phase] = phase.encode()[:_PHASE_BYTES].ljust(_PHASE_BYTES, b"\0")
+        self._row[_PHASE * 8 :] = name
+
     def _copy(self) -> None:
-        orphaned_s: float | None = None
         while not self._over.is_set():
             pulse, cells = self.pulse, self._cells
-            name = pulse.phase.encode()[:_PHASE_BYTES]
-            self._row[_PHASE * 8 :] = name + bytes(_PHASE_BYTES - len(name))
             cells[_BEATS], cells[_MARKS], cells[_SLOW] = pulse.beats, pulse.marks, pulse.slow()
             cells[_BEAT_NS] = time.monotonic_ns()
             if cells[_ASKED]:
                 cells[_ASKED] = 0
                 with contextlib.suppress(Exception):  # a report that fails costs the report
                     self.on_asked()
-            if self._parent and os.getppid() != self._parent:  # it was killed; its ranks hear SIGTERM, but one that hangs does not
-                orphaned_s = orphaned_s or time.monotonic()
-                if time.monotonic() - orphaned_s > ORPHAN_S:
-                    os.kill(os.getpid(), signal.SIGKILL)
             self._over.wait(COPY_S)
 
     def failed_for_good(self) -> None:
@@ -136,8 +140,9 @@ class Beat:
         self._cells[_FINAL] = 1
 
     def end(self) -> None:
-        """The row stays as it is, of a rank that is leaving: nobody judges its pace."""
-        self._cells[_SLOW] = 1
+        """The row stays as it is, of a rank that is leaving: nobody judges its pace, nor that its clock stands."""
+        self.phase(LEAVING)
+        self.pulse.board = None
         self._over.set()
         self._thread.join(1)
-        self.pulse.cells = None
+        self._cells[_SLOW] = 1

@@ -87,7 +87,7 @@ class Rank:
 def begins(parent: int) -> None:
     """In a rank's process, before it can hear a signal (gigatrain.leaving), which would end it: it waits until then."""
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
-    tied.to_parent(signal.SIGTERM, parent)
+    tied.to_parent(signal.SIGKILL, parent)  # one that is stopped, or hangs, hears nothing else, and would hold the folder against --resume
 
 
 def started(rank: int, arguments: Sequence[str], environment: Mapping[str, str], keep: Sequence[int]) -> Rank:

@@ -10,7 +10,6 @@ import gc
 import importlib
 import json
 import os
-import runpy
 import signal
 import socket
 import sys
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
         if (asked := _forked(json.loads(text), descriptors, channel, supervisor)) is not None:
             break
     sys.argv = ["gigatrain", *asked]
-    runpy.run_module("gigatrain", run_name="__main__", alter_sys=True)  # as `python -m gigatrain` does
+    importlib.import_module("gigatrain.cli").main()  # as `python -m gigatrain` does
 
 
 def _forked(asked: Mapping[str, Any], descriptors: Sequence[int], channel: socket.socket, supervisor: int) -> list[str] | None:
@@ -61,7 +60,7 @@ def _forked(asked: Mapping[str, Any], descriptors: Sequence[int], channel: socke
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))  # until it can hear them (gigatrain.leaving)
     while os.getppid() == between:
         os.sched_yield()  # until the process between has ended, and we are the supervisor's
-    tied.to_parent(signal.SIGTERM, supervisor)
+    tied.to_parent(signal.SIGKILL, supervisor)
     atexit.register(gc.unfreeze)  # else libraries complain of what the interpreter leaves
     for name, value in asked["environment"].items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 STEPS = 1000  # whose times are kept
-LEAST = 20  # steps until a usual time is known
+LEAST = 5  # steps until a usual time is known
+UNKNOWN_TIMES = 4  # of the floor is what ranks get until then
 SILENT_S = 1.5  # of a rank's own clock, which goes on ten times a second
 BUSY = 0.5  # of a core
 
@@ -19,19 +20,15 @@ class Pace:
     """What a step of this run takes, as its ranks' beats show it."""
 
     def __init__(self, *, times: float, floor_s: float, slow_s: float, every: int) -> None:
-        """`every`: the steps of a report's window, at whose end host and device meet: until two were seen nothing is usual."""
+        """`every`: the steps of a report's window, at whose end host and device meet: until one was seen nothing is usual, and its wait counts as usual."""
         self.times, self.floor_s, self.slow_s = times, floor_s, slow_s
-        self.least = max(LEAST, 2 * every + 4)
+        self.least = max(LEAST, every + 2)
+        self._share = max(0.99, 1 - 0.5 / every)
         self._steps: deque[float] = deque(maxlen=STEPS)
-        self._quiet: deque[float] = deque(maxlen=STEPS)
 
     def stepped(self, steps: int, took_s: float) -> None:
         """`steps` began in `took_s` seconds, with nothing slow between."""
         self._steps.extend([took_s / steps] * min(steps, 64))
-
-    def quiet(self, seconds: float) -> None:
-        """A rank gave no sign for so long, and then went on."""
-        self._quiet.append(seconds)
 
     @property
     def p99_s(self) -> float | None:
@@ -39,14 +36,14 @@ class Pace:
         if len(self._steps) < self.least:
             return None
         ordered = sorted(self._steps)
-        return ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+        return ordered[min(len(ordered) - 1, int(self._share * len(ordered)))]
 
     def limit_s(self, *, slow: bool) -> float:
         """How long a rank may be without a sign of progress; `slow`: where a rank is in what has no usual length."""
         p99_s = self.p99_s
-        if slow or p99_s is None:
+        if slow:
             return self.slow_s
-        return max(self.floor_s, self.times * max(p99_s, max(self._quiet, default=0.0)))
+        return min(self.slow_s, UNKNOWN_TIMES * self.floor_s) if p99_s is None else max(self.floor_s, self.times * p99_s)
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def culprit(views: Sequence[View]) -> tuple[View | None, str]:
     if waits:
         return waits[0], f"it waits for a disk or file system ({waits[0].waits_in or 'state D'})"
     held = [view for view in views if view.silent_s > SILENT_S]
-    if held and len(held) < len(views):
+    if held and (len(held) < len(views) or len(views) == 1):
         return max(held, key=lambda view: view.silent_s), "one of its threads holds Python's lock"
     first, last = (choose(views, key=lambda view: (view.begun, view.marks)) for choose in (max, min))
     behind = [view for view in views if (view.begun, view.marks) == (last.begun, last.marks)]

@@ -30,6 +30,7 @@ LOOK_S = 0.1
 LEAVE_S = 30.0  # what the others get to leave too, once one that was asked to has saved
 GRACE_S = 0.5  # what the others get to leave their words, once one was killed: they see its connections close
 WORDS_S = 5.0  # once one has failed by itself, or because of one that has yet to say why
+AWAKE_S = 1.0  # that one look counts for at most
 STACKS_S = 1.0  # what ranks of a run that hangs get to leave their stacks
 MODULES = ("gigatrain.loop", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.pipelining")
 
@@ -57,7 +58,10 @@ class _Attempt:
     began_s: float
     ranks: list[Rank] = field(default_factory=list)
     resumed: int | None = None  # the step it went on from, once all have begun one
-    seen: dict[int, tuple[int, float]] = field(default_factory=dict)  # by rank: beats, and since when they stand
+    awake_s: float = 0.0  # that this process was there to look: where it is stopped with its ranks, or gets no core, time does not count
+    looked_s: float = 0.0
+    seen: dict[int, tuple[int, float]] = field(default_factory=dict)  # by rank: beats, and since when they stand, of the time awake
+    heard: dict[int, tuple[int, float]] = field(default_factory=dict)  # the same of its own clock
     used: dict[int, tuple[float, float, float]] = field(default_factory=dict)  # cores: when, seconds, cores in between
     stepped: tuple[int, float] = (0, 0.0)
     slow: bool = True
@@ -125,7 +129,6 @@ class Supervisor:
             "MASTER_ADDR": "127.0.0.1",
             meeting.TOKEN: meeting.token(self.orders.run) or meeting.new_token(),
             board.BOARD: str(self._board.descriptor),
-            board.PARENT: str(os.getpid()),
         }
 
     def _stand_by(self) -> Standby | None:
@@ -210,7 +213,6 @@ class Supervisor:
             if rank.descriptor >= 0:
                 poll.register(rank.descriptor, select.POLLIN)
         blind = any(rank.descriptor < 0 for rank in attempt.ranks)
-        looked_s = 0.0
         while True:
             watched = {rank.descriptor for rank in attempt.ranks if rank.code is None}
             poll.poll(20 if blind else LOOK_S * 1000)
@@ -226,8 +228,9 @@ class Supervisor:
             if failed := [rank for rank in attempt.ranks if rank.code]:
                 return self._died(attempt, min(failed, key=lambda rank: rank.ended_s))
             now = time.monotonic()
-            if now - looked_s >= LOOK_S:
-                looked_s = now
+            if now - attempt.looked_s >= LOOK_S:
+                attempt.awake_s += min(now - attempt.looked_s, AWAKE_S)
+                attempt.looked_s = now
                 if hung := self._look(attempt, now):
                     return hung
 
@@ -237,7 +240,7 @@ class Supervisor:
         rows = {rank.rank: self._board.row(rank.rank) for rank in alive}
         slow = any(row.slow for row in rows.values()) or len(alive) < len(attempt.ranks)
         if attempt.resumed is None and len(alive) == len(attempt.ranks) and all(row.begun for row in rows.values()):
-            attempt.resumed = rows[0].step
+            attempt.resumed = (rows[0].step or 0) - rows[0].begun + 1  # it may have done some since
             self._tell(attempt)
         begun, since_s = attempt.stepped
         first = min(row.begun for row in rows.values())
@@ -246,19 +249,19 @@ class Supervisor:
                 self._pace.stepped(first - begun, now - since_s)
             attempt.stepped, attempt.slow = (first, now), False
         attempt.slow = attempt.slow or slow
-        overdue = 0.0
+        limit_s, usual_s = self._pace.limit_s(slow=slow), self._pace.limit_s(slow=False)
         for rank in alive:
-            beats = rows[rank.rank].beats
-            last, at_s = attempt.seen.get(rank.rank, (-1, now))
-            if beats != last:
-                if last >= 0 and not slow:
-                    self._pace.quiet(now - at_s)
-                attempt.seen[rank.rank] = beats, now
-            else:
-                overdue = max(overdue, now - at_s)
+            row = rows[rank.rank]
+            overdue_s = _since(attempt.seen, rank.rank, row.beats, attempt.awake_s)
+            silent_s = _since(attempt.heard, rank.rank, row.beat_ns, attempt.awake_s)
             self._use(attempt, rank, now)
-        if self.orders.recovery.hang_times and overdue > (limit_s := self._pace.limit_s(slow=slow)):
-            return self._hung(attempt, alive, overdue, limit_s)
+            if not self.orders.recovery.hang_times:
+                continue
+            # No phase is so slow that a rank's own clock stands still in it, once it has begun a step; nothing goes on in a process that is stopped.
+            if silent_s > usual_s and ((row.begun and row.phase != board.LEAVING) or rank.state()[0] in "Tt"):
+                return self._hung(attempt, alive, silent_s, usual_s)
+            if overdue_s > limit_s:
+                return self._hung(attempt, alive, overdue_s, limit_s)
         return None
 
     def _use(self, attempt: _Attempt, rank: Rank, now: float) -> None:
@@ -470,6 +473,15 @@ class Supervisor:
                 self._lost = dict.fromkeys(lost, 1)  # at the next restart each gets another chance, and is out with its first strike
                 return count
         return self.orders.ranks
+
+
+def _since(known: dict[int, tuple[int, float]], rank: int, value: int, now: float) -> float:
+    """For how long the value of a rank has stood."""
+    last, at_s = known.get(rank, (value - 1, now))
+    if value != last:
+        known[rank] = value, now
+        return 0.0
+    return now - at_s
 
 
 def _job_attempt() -> int:

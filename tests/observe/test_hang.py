@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from commands import training
 
+from gigatrain.errors import REQUEUE
 from gigatrain.observe import hang, logs
 
 
@@ -116,7 +117,15 @@ with logs.Log(Path(sys.argv[1])) as log:
 
 def test_of_two_ranks_the_one_that_was_stopped_is_found_by_the_other(tiny, tmp_path):
     folder = tmp_path / "run"
-    sets = ["train.nproc=2", "train.steps=100000", "validation.every=0", "checkpoint.every=100000", "report.hang_s=1"]
+    sets = [
+        "train.nproc=2",
+        "train.steps=100000",
+        "validation.every=0",
+        "checkpoint.every=100000",
+        "report.hang_s=1",
+        "recovery.standby=false",
+        "recovery.hang_times=0",
+    ]
     command = training(tiny, folder, *sets)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     stopped = None
@@ -140,4 +149,4 @@ def test_of_two_ranks_the_one_that_was_stopped_is_found_by_the_other(tiny, tmp_p
             os.kill(int(stopped), signal.SIGCONT)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    assert process.returncode == REQUEUE, said
