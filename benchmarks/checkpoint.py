@@ -141,7 +141,7 @@ class Rank:
         else:
             from torch.distributed import checkpoint as dcp
 
-            dcp.load(self.state, checkpoint_id=folder / "dcp")
+            dcp.load(self.state, checkpoint_id=folder / "dcp")  # the peer's own way, which runs what it reads
 
     def prepare(self, provider: str) -> None:
         """DeepSpeed's engine: fp32 weights, and ZeRO-1's master weights and two moments: 16 bytes a parameter on 1 rank, 4 + 12 / ranks else."""
