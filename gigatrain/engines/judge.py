@@ -10,7 +10,7 @@
 
 The rule is OLMo-core's SkipStep (allenai/OLMo-core, optim/skip_step_optimizer.py: mean + 6 deviations of 128 steps). Ours differs in four points. Norms are
 compared by their logarithms, and by a deviation that knows their tail: they are heavy-tailed, the more so the smaller the batch. Of six healthy runs with 64
-to 512 tokens a step, 672 judged steps each, the plain rule refused 7 or 8 norms of three of them, logarithms alone 1 to 6, and this rule none; a norm of ten times
+to 512 tokens a step, 672 judged steps each, the plain rule refused 7 or 8 norms in three, logarithms alone 1 to 6, and this rule none; a norm of ten times
 the usual one is above the limit, but where the window holds one of more than three times. Of 128 normal numbers the largest is 2.5 deviations above the mean,
 so where norms vary by a few percent the limit is that of 6 to 8 deviations. A refused number does not enter the window, or a row of spikes would make
 the next one look normal. Nothing is judged before the window is full. And FLOOR keeps a run whose losses are alike to many digits from calling the last

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 BOARD = "GIGATRAIN_BOARD"  # the environment's: the descriptor of the page, of a rank that has a supervisor
 SPAWNED = "GIGATRAIN_SPAWNED"  # tells a rank that its supervisor says for all of them why they failed
@@ -30,7 +30,7 @@ class Pulsing(Protocol):
     begun: int
     phase: str
     step: int | None
-    board: "Beat | None"
+    board: Any
 
     def slow(self) -> bool: ...
 
