@@ -66,6 +66,7 @@ class Leaving:
         self._promised: int | None = None
         self.meeting = False  # connecting to the other ranks
         self._now = self._raised = False
+        self._interrupts = 0  # that the main thread has heard itself: others may have heard the first one before it
         self._turn = threading.Lock()
         self._decided = threading.Event()
         self._store: Store | None = None
@@ -111,7 +112,8 @@ class Leaving:
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if number == signal.SIGINT and (self.where != "steps" or self.signal == "SIGINT"):
+        self._interrupts += number == signal.SIGINT
+        if number == signal.SIGINT and (self.where != "steps" or self._interrupts > 1):
             raise KeyboardInterrupt
         self.signal = self.signal or name
         lost_nothing = self._now or self.where == "after" or (self.where == "start" and self._store is None)

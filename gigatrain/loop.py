@@ -186,7 +186,9 @@ def _steps(
         waits = progress.spent if device.type == "cpu" else lambda what: contextlib.nullcontext()  # a GPU computes meanwhile
 
         def again() -> None:
+            saving.end()  # what is being written is of steps that are made again
             kept, _ = _resume(near, engine, batches, this, display)
+            saves.forget(this.step)
             metrics.rewind(this.step, kept)
             near.begin()
             intervals.begin(this.step)
@@ -270,6 +272,10 @@ def _steps(
                 meet()
             if (reports or due or _validates_at(plan, this.step)) and numerics.look(this):
                 continue  # steps that were refused, or held behind such a one, are made again
+            if ends:
+                numerics.settle(this)  # as before the last save, but a run that goes back by it has its loop yet
+                if this.step < plan.steps:
+                    continue
             if reports:
                 bad = metrics.report(this.step, rate, engine.bad, lambda tokens: energy.figures(tokens) | numerics.figures())
                 this.tokens = metrics.tokens
@@ -391,7 +397,7 @@ def _resume(near: Near, engine: Engine, batches: Batches, this: run.Run, display
     state, live = found.state, {**engine.state(), "random": {name: Piece.whole(tensor) for name, tensor in random.items()}}
     batches.load(state["data"])
     near.bring(found, live)
-    for line in [*this.changes.said(), *fill(found, live, passing=PASSING if this.changes.all else ())]:
+    for line in [*this.changes.said(), *fill(found, live, near.mesh, passing=PASSING if this.changes.all else ())]:
         display.line(f"  resumes  {line}")
     engine.restored()
     torch.set_rng_state(random["cpu"])

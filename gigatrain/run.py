@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from gigatrain import floors
-from gigatrain.checkpoint import Checkpoints, sync_folder, write_text
+from gigatrain.checkpoint import Checkpoints, sync_folder, write_text, writing
 from gigatrain.errors import CheckpointError, RunError
 from gigatrain.parallel import ranks
 from gigatrain.parallel.mesh import Mesh
@@ -89,7 +89,7 @@ def opened(plan: Plan, folder: Path, start: Start) -> Iterator[tuple[Run, bool]]
         raise RunError(f"{folder} cannot be the run folder: {failure.strerror}; name another with --run") from None
     with _locked(folder):
         if start == "continue":
-            start = "resume" if any((folder / "checkpoints").glob("step-*/COMMITTED")) else "auto"
+            start = "resume" if writing.steps(str(folder / "checkpoints")) else "auto"
             if start == "auto":
                 (folder / "run.json").unlink(missing_ok=True)  # claimed, and ended before its first save: nothing is lost
         if start == "auto" and (folder / "run.json").is_file():

@@ -79,9 +79,16 @@ def row(lab: Lab, fault: Fault, engine: Engine, seed: int, kills: int = 1) -> Ro
     return Row(fault.name, fault.promise, engine.name, seed, kept, outcome, tuple(case.harms), round(time.monotonic() - began, 2))
 
 
-def listed(faults: Sequence[Fault], engines: Sequence[Engine], seed: int, end: float | None) -> Iterator[tuple[Fault, Engine, int]]:
-    """Each fault once on each engine that has the ranks for it; then, until `end`, by their weights."""
-    first = [(fault, engine) for fault in faults for engine in engines if engine.ranks >= fault.least]
+def listed(
+    faults: Sequence[Fault], engines: Sequence[Engine], seed: int, end: float | None, copies: Engine | None = None
+) -> Iterator[tuple[Fault, Engine, int]]:
+    """Each fault once on each engine that has the ranks for it, `copies` once on the engine that has some; then, until `end`, by their weights."""
+    first = [
+        (fault, engine)
+        for fault in faults
+        for engine in ([copies] if copies is not None and fault.name == "copies" else engines)
+        if engine.ranks >= fault.least
+    ]
     for number, (fault, engine) in enumerate(first):
         if end is not None and time.monotonic() > end - ROW_S:
             return
@@ -194,6 +201,7 @@ def run(
     faults, machines = _chosen(FAULTS, only, "fault"), _chosen(ENGINES, engines or "native-1,native-2,zero2-2", "engine")
     if not _installed("deepspeed"):
         machines = [engine for engine in machines if not engine.name.startswith("zero")]
+    copies = ENGINES["ddp-2"] if engines is None else None  # for the one fault that needs copies of weights
     if one is not None and (len(faults) != 1 or len(machines) != 1):
         raise RecipeError(
             "--row SEED runs one row again: name its fault and its engine too, with --only and --engines, as the table shows them"
@@ -206,7 +214,7 @@ def run(
     tell(f"seed {seed}; work in {folder}")
     end = None if hours is None else time.monotonic() + 3600 * hours
     try:
-        for fault, engine, number in [(faults[0], machines[0], one)] if one is not None else listed(faults, machines, seed, end):
+        for fault, engine, number in [(faults[0], machines[0], one)] if one is not None else listed(faults, machines, seed, end, copies):
             found = row(lab, fault, engine, number, kills)
             rows.append(found)
             tell(f"{found.kept:8} {found.fault:10} {found.engine:9} seed {found.seed:<10} {found.wall_s:6.1f} s  {found.outcome}")

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gigatrain.bench.subject import EVERY, STEPS, Broken, Engine, Lab, Subject, Undisturbed, committed, jsonl
+from gigatrain.errors import REQUEUE
 
 SMALL_BYTES = 24 << 20  # of the disks that run full
 SETTLED = 12  # steps after which a step has a usual length, and a hang is known by it
@@ -40,6 +41,7 @@ class Harm:
     detect_s: float | None = None
     recover_s: float | None = None
     lost_steps: int | None = None
+    code: int | None = None  # of the command, where it ended
 
 
 @dataclass
@@ -137,7 +139,7 @@ class Case:
         if ended is not None and _steps(subject, old) is None:
             if found.detect_s is None:
                 found.detect_s = time.monotonic() - began
-            code = ended if ended >= 0 else 128 - ended
+            code = found.code = ended if ended >= 0 else 128 - ended
             if code in (2, 3, 4, 5, 6):
                 raise Broken(f"the command ended with {code}: {subject.tail()}")
             subject.alone()
@@ -299,6 +301,8 @@ def _asked_to_leave(number: int) -> Callable[[Case], str]:
         found = case.recovers(moment, harm)
         if moment != "start" and found.lost_steps:
             raise Broken(f"{found.lost_steps} steps were lost, and it was asked to leave")
+        if moment != "start" and found.code not in (None, 0, REQUEUE):  # before its first line, as any program: 128 and the signal
+            raise Broken(f"the command ended with {found.code}, and {REQUEUE} says that it was asked to leave and saved")
         return case.finishes()
 
     return fault

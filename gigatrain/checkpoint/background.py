@@ -28,7 +28,7 @@ from gigatrain.checkpoint.files import flat, header_of
 from gigatrain.errors import CheckpointError
 
 STUCK_S = 600.0  # a process that does nothing for so long is ended
-_GROUP_FILES = (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),)
+_GROUPS = Path("/sys/fs/cgroup")
 _SPARE_BYTES = 256 << 20  # of memory, that staging leaves free
 
 
@@ -99,7 +99,7 @@ class Writer:
         for name, (text, size) in headers.items():
             placed.append((name, at, len(text) + size))
             at += -(-(len(text) + size) // 4096) * 4096
-        self._reserve(at)
+        self._reserve(at + (1 << 20) + 1024 * sum(len(tensors) for tensors, _ in files.values()))  # and of the job's own text
         sources: list[tuple[Tensor, int]] = []
         for name, begin, _ in placed:
             text, _ = headers[name]
@@ -188,6 +188,8 @@ class Writer:
             "keep": 1, "keep_every": 0,
         }  # fmt: skip
         text = json.dumps(job | more).encode()
+        if self._copied is not None and staged.end + len(text) > self._size:
+            self._copied.synchronize()  # memory that is copied into is not moved
         self._reserve(staged.end + len(text))
         self._put(text, staged.end)
         self._job, self._beats, self._beat_s, self.doing = self._jobs, self._counted(), time.monotonic(), ""
@@ -335,7 +337,31 @@ def _free_bytes() -> int | None:
     found = []
     with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo", encoding="ascii") as file:
         found.append(1024 * int(next(line for line in file if line.startswith("MemAvailable:")).split()[1]))
-    for most, now in _GROUP_FILES:
-        with contextlib.suppress(OSError, ValueError):
-            found.append(int(Path(most).read_text()) - int(Path(now).read_text()))
+    for most, now in _group_files():
+        with contextlib.suppress(OSError, ValueError):  # no limit is "max", or no file
+            found.append(int(most.read_text()) - int(now.read_text()) + _dropped_bytes(most.with_name("memory.stat")))
     return min(found, default=None)
+
+
+def _dropped_bytes(stat: Path) -> int:
+    """Of a control group's memory, what holds files that nobody uses: it is given up for others."""
+    rows = dict(line.split() for line in stat.read_text(encoding="ascii").splitlines())
+    return int(rows.get("total_inactive_file", rows.get("inactive_file", 0)))
+
+
+def _group_files() -> list[tuple[Path, Path]]:
+    """The limit and the use of every control group that this process is in, from its own up to the root: a job's, of Slurm, lies in between."""
+    found: list[tuple[Path, Path]] = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, kinds, inner = line.split(":", 2)
+            if kinds not in ("", "memory"):
+                continue
+            top, names = (_GROUPS, ("memory.max", "memory.current"))
+            if kinds:  # version 1
+                top, names = _GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            at = top / inner.lstrip("/")
+            for folder in (at, *at.parents):
+                if folder.is_relative_to(top):
+                    found.append((folder / names[0], folder / names[1]))
+    return found

@@ -98,12 +98,16 @@ class Near:
             self.attempt, self._started, self._failed = told(self.mesh, os.urandom(6).hex()), None, None
         self._begun = True
         path = self.run_folder / "near.json"
-        with agreed(self.mesh, CheckpointError, functools.partial(_words, path)):
-            if self.mesh.rank == 0 and self.off is None:
-                origin = {"step": self._kept[0], "attempt": self._kept[1]} if self._kept else None
-                write_text(path, json.dumps({"attempt": self.attempt, "from": origin}) + "\n")
-            elif self.mesh.rank == 0:
-                path.unlink(missing_ok=True)
+        try:
+            with agreed(self.mesh, CheckpointError, functools.partial(_words, path)):
+                if self.mesh.rank == 0 and self.off is None:
+                    origin = {"step": self._kept[0], "attempt": self._kept[1]} if self._kept else None
+                    write_text(path, json.dumps({"attempt": self.attempt, "from": origin}) + "\n")
+                elif self.mesh.rank == 0:
+                    path.unlink(missing_ok=True)
+        except CheckpointError as failure:
+            if self.off is None:
+                self._leave(str(failure))
 
     # Saving
 

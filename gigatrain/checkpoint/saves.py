@@ -189,11 +189,16 @@ class Checkpoints:
                 self._whole.add(step)
                 return found, refused
             except CheckpointError as failure:
+                self._whole.discard(step)  # whoever comes to it again saves it anew
                 refused.append(str(failure))
         none = f"{self.folder} holds no committed checkpoint, so there is nothing to resume; start with --new"
         failure = CheckpointError("no checkpoint is whole:\n" + "\n".join(f"  {reason}" for reason in refused) if refused else none)
         failure.shared = True
         raise failure
+
+    def forget(self, step: int) -> None:
+        """The run went back to `step`: what was saved of later ones is no longer its own, and is saved anew."""
+        self._whole = {one for one in self._whole if one <= step}
 
     def found(self, step: int) -> Found:
         """A checkpoint that this run saved or checked, without checking it again. Not collective: what one rank reads of it is its own affair."""

@@ -103,7 +103,7 @@ class Saving:
         began = time.monotonic()
         try:
             if must:
-                self._end()
+                self.end()
                 self.saves.save(step, state(), extra)
             elif not self.background:
                 self.saves.save(step, state(), extra)
@@ -139,9 +139,8 @@ class Saving:
         """Whether every rank can stage; collective, once."""
         self._need_bytes = self.saves.need_bytes(state)
         files, _ = self.saves.share(state)
-        why = self.writer.room(
-            sum(tensor.numel() * tensor.element_size() for held in files.values() for tensor in held.values()) + (1 << 20)
-        )
+        mine = sum(tensor.numel() * tensor.element_size() for held in files.values() for tensor in held.values()) + (1 << 20)
+        why = self.writer.room(mine * min(self.mesh.node, self.mesh.count))  # the other ranks of this node stage theirs at once
         lacking = int(self.mesh.sum(torch.tensor(int(why is not None), device=self.mesh.device)))
         if lacking:
             self.background = False
@@ -205,8 +204,8 @@ class Saving:
                 break
         return self._flight is None and not self._busy
 
-    def _end(self) -> None:
-        """Nothing is in flight any more: the save before has ended, or is given up for the one that must be."""
+    def end(self) -> None:
+        """Nothing is in flight any more: the save before has ended, or is given up for what must be done now. Collective."""
         if (self._flight is not None or self._busy) and not self._settled(LAST_S):
             self.writer.kill("it was given up for the last save")
             self._hear(1.0)

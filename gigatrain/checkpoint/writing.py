@@ -139,7 +139,9 @@ def remove(folder: str) -> None:
 
 
 def prepare(parent: str, temporary: str, final: str) -> None:
-    """A folder to write into, and room under names that a killed save, or a checkpoint that was refused, left behind."""
+    """A folder to write into, and room under names that a killed save, or a checkpoint that was refused, left behind; what killed saves left goes first,
+    since the space for this one is counted after that."""
+    _sweep(parent, max(steps(parent), default=-1), os.path.basename(temporary))
     if not os.path.isdir(parent):
         os.makedirs(parent, exist_ok=True)
         sync_folder(os.path.dirname(parent))
@@ -235,7 +237,18 @@ def steps(parent: str) -> list[int]:
     except FileNotFoundError:
         return []
     found = (STEP.fullmatch(name) for name in names)
-    return sorted(int(match[1]) for match in found if match and os.path.exists(os.path.join(parent, match[0], "COMMITTED")))
+    return sorted(int(match[1]) for match in found if match and _there(os.path.join(parent, match[0], "COMMITTED")))
+
+
+def _there(path: str) -> bool:
+    """Whether a file is there, or may be: only a file system that says so has none."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def prune(parent: str, newest: int, keep: int, keep_every: int = 0) -> None:
@@ -246,11 +259,16 @@ def prune(parent: str, newest: int, keep: int, keep_every: int = 0) -> None:
         if not keep_every or step % keep_every or step == 0:
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(parent, f"step-{step:08d}", "COMMITTED"))  # invisible first, so that a kill leaves no half of one
+    _sweep(parent, newest)
+
+
+def _sweep(parent: str, newest: int, but: str = "") -> None:
+    """What killed saves left: folders that are being written but one, and steps up to `newest` without a marker."""
     with contextlib.suppress(OSError):
         for name in os.listdir(parent):
             match, folder = STEP.fullmatch(name), os.path.join(parent, name)
-            half = match and int(match[1]) <= newest and not os.path.exists(os.path.join(folder, "COMMITTED"))
-            if half or name.startswith(".writing-"):
+            half = match and int(match[1]) <= newest and not _there(os.path.join(folder, "COMMITTED"))
+            if half or (name.startswith(".writing-") and name != but):
                 with contextlib.suppress(OSError):
                     remove(folder)
 

@@ -104,6 +104,7 @@ class Replicated:
         engine.between = self.between.sum
         self.live: list[list[Any]] = []  # replica and boot of each that lives, as this replica last joined them
         self.name: str | None = None  # of that joining; None: it is broken
+        self.past = ""  # hash over every step and the group that made it: who has another at one position trained apart
         self.leads = True
         self.begun, self.whole = False, True
         self._turn = 0
@@ -193,6 +194,7 @@ class Replicated:
                 self.within.drop()
                 self.say(f"replica {self.replica}: another went within the step of position {at:,}; it is made again by those who live")
                 continue
+            self.past = hashlib.sha256(f"{self.past} {at} {self.name}".encode()).hexdigest()
             self._last = Update(*(None if number is None else number.clone() for number in update))  # type: ignore[arg-type]
             return update
 
@@ -216,6 +218,7 @@ class Replicated:
             "targets": targets,
             "name": self.name,
             "turn": self._turn,
+            "past": self.past,
             "store": self.address,
             "batch": [self.plan.batch, self.plan.identity],
         }
@@ -245,6 +248,7 @@ class Replicated:
                 "no replica that lives has a whole state: each was ended while it took another's; start the run again, from its checkpoint"
             )
         ahead = [number for number, member in enumerate(members) if member["said"]["whole"] and member["said"]["at"] == newest]
+        ahead = [number for number in ahead if members[number]["said"]["past"] == members[ahead[0]]["said"]["past"]]
         behind = [number for number in range(len(members)) if number not in ahead]
         before = time.monotonic()
         self.between.connect(index, len(members), members[ahead[0]]["said"]["store"], name)
@@ -292,6 +296,7 @@ class Replicated:
             if index in behind:
                 self.whole = False  # until all of it is here
                 healed = self.between.take(ahead[behind.index(index) % len(ahead)], live, self.key)
+                self.past = healed["past"]
             else:
                 mine = [one for number, one in enumerate(behind) if ahead[number % len(ahead)] == index]
                 state = self._given(newest) if mine else {}
@@ -314,7 +319,7 @@ class Replicated:
         kept = self.offer()
         kept["data"] = {**kept["data"], "position": newest}  # the step that is to be made has taken its batch already
         last = None if self._last is None else [None if number is None else float(number) for number in self._last]
-        return {"kept": kept, "update": last}
+        return {"kept": kept, "update": last, "past": self.past}
 
     def _taken(self, healed: Kept) -> Update:
         """The step that another replica made, as if this one had."""

@@ -179,7 +179,7 @@ class _Machine:
 
     def _made(self, called: Any, arguments: tuple[Any, ...], at: int) -> Any:
         if not isinstance(called, Name):
-            raise self._refused(f"a call of {str(called)[:80]}", at)
+            raise self._refused(f"a call of a {type(called).__name__}", at)
         if called in self.known.reduce:
             return self.known.reduce[called](*arguments)
         return Record(str(called), arguments)
@@ -209,4 +209,6 @@ def _key(key: Any) -> Any:
     """A dict's key: of a Record its attributes, since it is compared by them (all but `index`, which DCP's own comparison leaves out as a hint)."""
     if isinstance(key, Record):
         return (key.kind, *(value for name, value in sorted(key.state.items()) if name != "index"))
+    if isinstance(key, tuple) and any(isinstance(one, tuple) for one in key):
+        raise ValueError("a key of tuples in tuples, whose hash may take for ever")
     return key

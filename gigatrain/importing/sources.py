@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gigatrain.checkpoint import writing
 from gigatrain.errors import CheckpointError
 from gigatrain.importing import archive
 from gigatrain.importing.archive import Stored
@@ -172,7 +173,7 @@ def _dcp(folder: Path) -> Source:
                 if "/" in file or file.startswith("."):
                     raise CheckpointError(f"{path} places {name} outside of its folder: {file[:80]!r}")
                 chunks.append((offset, size, folder / file, int(info["offset"]), int(info["length"])))
-            if sum(math.prod(chunk[1]) for chunk in chunks) != math.prod(shape) or not isinstance(dtype, torch.dtype):
+            if not writing.tile(shape, [(offset, size) for offset, size, *_ in chunks]) or not isinstance(dtype, torch.dtype):
                 raise CheckpointError(f"{path}: the chunks of {name} leave a gap in {list(shape)}, or lie one over another")
             if any(len(c[0]) != len(shape) or any(o + n > s for o, n, s in zip(c[0], c[1], shape, strict=True)) for c in chunks):
                 raise CheckpointError(f"{path}: a chunk of {name} lies outside of {list(shape)}")

@@ -106,14 +106,18 @@ class Metrics:
         """Forget windows that a resumed run will live through again, and a line that a kill cut short."""
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        data, kept = path.read_bytes(), []
+        for line in data.decode("utf-8", "replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        text = "".join(f"{line}\n" for line in kept)
+        if not data.startswith(text.encode()):
+            write_text(path, text)
+        elif len(data) > len(text.encode()):
+            os.truncate(path, len(text.encode()))  # needs no room: a disk that filled up may be why the run begins again
 
     def add(self, update: Update) -> None:
         """One step's numbers; they stay where they are, and a step that was refused is left out of the sums, but not out of the tokens read; one that is

@@ -237,11 +237,14 @@ class Numerics:
     def _make(self, step: int, shift: int) -> tuple[float, float, float]:
         """Loss, norm and this rank's own sum of step `step`, made again; on the samples of the reader `shift` later."""
         random = torch.get_rng_state()
+        on_device = torch.cuda.get_rng_state() if self.mesh.device.type == "cuda" else None
         with self.engine.judge.again(step):
             self.engine.forward_backward(self.batches.at(step * self.batches.batch, shift))
             self.engine.step(0.0)
             loss, norm, mine = self.engine.judge.numbers.tolist()
         torch.set_rng_state(random)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device)
         return loss, norm, mine
 
     def _told(self, one: Refused, kind: str, ranks: list[dict[str, Any]]) -> None:

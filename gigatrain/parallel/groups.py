@@ -151,7 +151,8 @@ class _Replicas:
         self.stopping = False
 
     def run(self) -> int:
-        before = {number: signal.signal(number, self._pass_on) for number in _PASSED_ON}
+        hangs_up = signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        before = {number: signal.signal(number, self._pass_on) for number in (*_PASSED_ON, *((signal.SIGHUP,) if hangs_up else ()))}
         try:
             while any(one.code is None for one in self.replicas):
                 for one in self.replicas:
@@ -201,6 +202,7 @@ class _Replicas:
         one.began = time.monotonic()
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
+        number = signal.SIGTERM if number == signal.SIGHUP else number  # a terminal that is closed
         self.stopping = True
         for one in self.replicas:
             if one.process is not None and one.process.poll() is None:

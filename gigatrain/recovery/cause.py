@@ -48,7 +48,7 @@ def judged(run: Path, ended: Ended, *, before: int, stalled: int, restarts: int,
         return restart.Verdict("stop", "it would end the same way again", ended.exit_code), step
     outcome = restart.Outcome(
         code=ended.exit_code,
-        signal=told,
+        signal=told.removeprefix("SIG") if told else None,
         finished=False,
         before=before,
         step=step,

@@ -22,7 +22,7 @@ class Pace:
     def __init__(self, *, times: float, floor_s: float, slow_s: float, every: int) -> None:
         """`every`: the steps of a report's window, at whose end host and device meet: until one was seen nothing is usual, and its wait counts as usual."""
         self.times, self.floor_s, self.slow_s = times, floor_s, slow_s
-        self.least = max(LEAST, every + 2)
+        self.least = min(max(LEAST, every + 2), STEPS)
         self._share = max(0.99, 1 - 0.5 / every)
         self._steps: deque[float] = deque(maxlen=STEPS)
 

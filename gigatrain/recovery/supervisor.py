@@ -62,6 +62,7 @@ class _Attempt:
     looked_s: float = 0.0
     seen: dict[int, tuple[int, float]] = field(default_factory=dict)  # by rank: beats, and since when they stand, of the time awake
     heard: dict[int, tuple[int, float]] = field(default_factory=dict)  # the same of its own clock
+    moved: dict[int, tuple[int, float]] = field(default_factory=dict)  # the same of what it read and wrote, in MiB
     used: dict[int, tuple[float, float, float]] = field(default_factory=dict)  # cores: when, seconds, cores in between
     stepped: tuple[int, float] = (0, 0.0)
     slow: bool = True
@@ -80,7 +81,7 @@ class Supervisor:
         self._pace = stuck.Pace(times=recovery.hang_times, floor_s=recovery.hang_floor_s, slow_s=recovery.hang_slow_s, every=orders.every)
         self._standby: Standby | None = None
         self._pending: dict[str, Any] | None = None  # a restart that is not yet told of
-        self._stalled = 0
+        self._stalled, self._furthest = 0, -1
         self._began_s = time.time()
         self._places = list(range(orders.ranks))  # that ranks can be started on, and those that failed them
         self._lost: dict[int, int] = {}
@@ -90,7 +91,8 @@ class Supervisor:
     def run(self) -> int:
         """0, or the exit code of what went wrong; 93 after `recovery.restarts` restarts without a step gained."""
         tied.adopt()
-        before = {number: signal.signal(number, self._pass_on) for number in PASSED_ON}
+        hangs_up = signal.getsignal(signal.SIGHUP) == signal.SIG_DFL  # a terminal that is closed; nohup has it ignored
+        before = {number: signal.signal(number, self._pass_on) for number in (*PASSED_ON, *((signal.SIGHUP,) if hangs_up else ()))}
         try:
             self._standby = self._stand_by()
             number = 0
@@ -249,7 +251,8 @@ class Supervisor:
                 self._pace.stepped(first - begun, now - since_s)
             attempt.stepped, attempt.slow = (first, now), False
         attempt.slow = attempt.slow or slow
-        limit_s, usual_s = self._pace.limit_s(slow=slow), self._pace.limit_s(slow=False)
+        limit_s, usual_s, slow_s = self._pace.limit_s(slow=slow), self._pace.limit_s(slow=False), self._pace.limit_s(slow=True)
+        overdue: dict[int, float] = {}
         for rank in alive:
             row = rows[rank.rank]
             overdue_s = _since(attempt.seen, rank.rank, row.beats, attempt.awake_s)
@@ -260,8 +263,17 @@ class Supervisor:
             # No phase is so slow that a rank's own clock stands still in it, once it has begun a step; nothing goes on in a process that is stopped.
             if silent_s > usual_s and ((row.begun and row.phase != board.LEAVING) or rank.state()[0] in "Tt"):
                 return self._hung(attempt, alive, silent_s, usual_s)
-            if overdue_s > limit_s:
+            if slow:  # a save, an export, a build: whoever moves bytes gets on
+                overdue_s = min(overdue_s, _since(attempt.moved, rank.rank, rank.moved_bytes() >> 20, attempt.awake_s))
+            overdue[rank.rank] = overdue_s
+            if not slow and overdue_s > (
+                slow_s if overdue_s > limit_s and rank.state()[0] == "D" else limit_s
+            ):  # D: its file system stalls
                 return self._hung(attempt, alive, overdue_s, limit_s)
+        if (
+            slow and overdue and self.orders.recovery.hang_times and min(overdue.values()) > limit_s
+        ):  # else the others wait for one that gets on
+            return self._hung(attempt, alive, max(overdue.values()), limit_s)
         return None
 
     def _use(self, attempt: _Attempt, rank: Rank, now: float) -> None:
@@ -350,6 +362,7 @@ class Supervisor:
                     os.waitpid(pid, os.WNOHANG)
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
+        number = signal.SIGTERM if number == signal.SIGHUP else number
         self.told = self.told or signal.Signals(number).name
         for rank in self._attempt.ranks if self._attempt else ():
             rank.send(number)
@@ -370,7 +383,11 @@ class Supervisor:
             if verdict.word == "stop" and limit:
                 return verdict.code or ended.exit_code
             return self._code(attempt, ended)
-        self._stalled = 0 if gained else self._stalled + 1
+        further = (
+            attempt.resumed is not None and attempt.resumed > self._furthest
+        )  # than any attempt before went on from: steps of the near tier
+        self._furthest = max(self._furthest, -1 if attempt.resumed is None else attempt.resumed)
+        self._stalled = 0 if gained or (further and attempt.number) else self._stalled + 1
         self._blame(ended, gained)
         self._pending = {
             "words": ended.words(),

@@ -68,6 +68,7 @@ def _watched(notes, gate, die, opens):
 
     def commit(self, rate):
         now["mine"], at = self, self._batch.positions.start
+        now["at"] = at  # also of a step that is taken and not made
         update = step(self, rate)
         _note(notes, at=at, committed=self.name)
         return update
