@@ -70,7 +70,7 @@ class Judge:
         self._limits = torch.full((2,), torch.nan, dtype=torch.float64, device=device)  # nothing is above NaN
         self.waits = torch.zeros(2, dtype=torch.int64, device=device)  # refused steps not looked at, steps held
         self.numbers = torch.zeros(3, dtype=torch.float64, device=device)  # loss, norm and `mine` of the step that was judged last
-        self._good = torch.ones((), dtype=torch.bool, device=device)
+        self._good, self._finite = (torch.ones((), dtype=torch.bool, device=device) for _ in range(2))
         self.fate = torch.zeros((), dtype=torch.int64, device=device)
         self._table = torch.full((KEPT, len(Refused._fields)), torch.nan, dtype=torch.float64, device=device)  # newest last
 
@@ -88,6 +88,7 @@ class Judge:
         """1 where the step changes nothing, else 0 (0-d, `skip`'s dtype). `skip`: 1 where a number is not finite. `count` writes it down."""
         self.numbers.copy_(torch.stack([one.to(self.device, torch.float64) for one in (loss, norm, mine)]))
         good = skip.to(self.device) == 0
+        self._finite.copy_(good)  # by every rank's own numbers, which a mean of all need not show
         if self.sigma:
             good = good & ~(self.numbers[:2] > self._limits).any()
         self._good.copy_(good)
@@ -121,7 +122,7 @@ class Judge:
 
     def _remember(self, refused: Tensor) -> None:
         above = self.numbers[:2] > self._limits
-        finite = torch.isfinite(self.numbers[:2]).all()
+        finite = self._finite & torch.isfinite(self.numbers[:2]).all()
         why = torch.where(finite, above[0] * LOSS + above[1] * NORM, NOT_FINITE)
         row = torch.cat([torch.stack([self.updates.double(), why.double()]), self.numbers[:2], self._limits, self.numbers[2:]])
         self._table.copy_(torch.where(refused, torch.cat([self._table[1:], row[None]]), self._table))

@@ -421,7 +421,7 @@ class Supervisor:
             )
         if said := self._why(attempt.began_s):
             print(f"gigatrain: {said}", file=sys.stderr)
-        if verdict.word == "stop" and limit:
+        if verdict.word == "stop" and limit and (not said or verdict.code == restart.NO_PROGRESS):  # else it would say the same again
             print(f"gigatrain: not started again: {verdict.why.splitlines()[0]}", file=sys.stderr)
 
     def _tell(self, attempt: _Attempt) -> None:

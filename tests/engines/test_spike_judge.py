@@ -127,7 +127,9 @@ def test_a_step_made_again_moves_nothing():
     judge.hold()
     fed(judge, float("nan"), 1.0)
     before = {
-        name: value.clone() for name, value in vars(judge).items() if isinstance(value, torch.Tensor) and name not in ("_good", "fate")
+        name: value.clone()
+        for name, value in vars(judge).items()
+        if isinstance(value, torch.Tensor) and name not in ("_good", "_finite", "fate")
     }
     with judge.again(WINDOW):
         assert judge.updates.item() == WINDOW

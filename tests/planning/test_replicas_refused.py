@@ -7,7 +7,7 @@ from gigatrain.errors import PlanError, RunError
 from gigatrain.parallel import groups
 from gigatrain.planning.plan import plan
 
-TWO = ("mesh.replicate=2", "train.nproc=2", "recovery.replicas=own")
+TWO = ("mesh.replicate=2", "train.nproc=2", "recovery.replicas=own", "numerics.replay=false")
 
 
 def planned(tiny, *sets):
@@ -21,6 +21,9 @@ def planned(tiny, *sets):
         (("engine.name=deepspeed",), 'mesh.replicate is 2; set mesh.replicate = 1, or engine.name = "native"'),
         (("mesh.pipeline=2", "train.nproc=4", "train.microbatch=1"), "mesh.pipeline is 2"),
         (("power.megawatts=1",), "a power budget"),
+        (("numerics.replay=true",), "numerics.replay makes refused steps again"),
+        (("numerics.action=rollback",), "numerics may roll back"),
+        (("checkpoint.near=/dev/shm",), "checkpoint.near is set"),
     ],
 )
 def test_refused_with_the_plan(tiny, sets, said):
