@@ -1,4 +1,7 @@
-"""How a part travels between nodes: who is whose peer, the gloo groups that they share, and files in messages, hashed as they come. What arrives is JSON and bytes of files."""
+"""How a part travels between nodes: who is whose peer, the gloo groups that they share, and files in messages, hashed as they come.
+
+What arrives is JSON and bytes of files.
+"""
 
 import hashlib
 import json
