@@ -1,5 +1,6 @@
 """A pipeline's run goes on as any other: no rank holds every name of a checkpoint."""
 
+import os
 from pathlib import Path
 
 import pytest
