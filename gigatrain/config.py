@@ -364,19 +364,6 @@ class Checkpoint(Section):
     keep: Count = Field(default=2, description="How many of the newest stay on disk.")
 
 
-class Recovery(Section):
-    """What a run does when a part of it fails; no tensor of the run depends on it."""
-
-    restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
-        default=3,
-        description="Restarts in place, in a row, that gain no step, before the run stops; 0: the command ends with its first failure.",
-    )
-
-
-class Numerics(Section):
-    """What the run does about numbers that cannot be right."""
-
-
 class Report(Section):
     """What is shown and recorded."""
 
@@ -469,8 +456,6 @@ class Recipe(Section):
     profile: Profile = Profile()
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
-    recovery: Recovery = Recovery()
-    numerics: Numerics = Numerics()
     report: Report = Report()
     power: Power = Power()
     sample: Sample = Sample()

@@ -16,12 +16,10 @@ from gigatrain.config import (
     Init,
     Loss,
     Mesh,
-    Numerics,
     Optim,
     Power,
     Profile,
     Recipe,
-    Recovery,
     Report,
     Sample,
     Schedule,
@@ -86,7 +84,6 @@ OPERATIONAL = (
     "max_bad_steps",
     "validation",
     "checkpoint",
-    "recovery",
     "report",
     "sample",
     "export",
@@ -145,8 +142,6 @@ class Plan(Section):
     loss: Loss
     validation: Validation
     checkpoint: Checkpoint
-    recovery: Recovery = Recovery()
-    numerics: Numerics = Numerics()
     report: Report
     power: Power = Power()
     watts: Watts = Watts()
@@ -320,8 +315,6 @@ def plan(
         loss=recipe.loss,
         validation=recipe.validation,
         checkpoint=recipe.checkpoint,
-        recovery=recipe.recovery,
-        numerics=recipe.numerics,
         report=recipe.report,
         power=recipe.power,
         watts=watts.of(site, ranks),
