@@ -327,7 +327,7 @@ def _resume(saves: Checkpoints, engine: Engine, batches: Batches, this: run.Run,
     random = _random_state(batches.device)
     state, live = found.state, {**engine.state(), "random": {name: Piece.whole(tensor) for name, tensor in random.items()}}
     batches.load(state["data"])
-    fill(found, live)
+    fill(found, live, saves.mesh)
     engine.restored()
     torch.set_rng_state(random["cpu"])
     if "cuda" in random:
