@@ -116,10 +116,10 @@ class Case:
 
     # ---- what follows ----
 
-    def recovers(self, moment: str, harm: Callable[[], int | None], *, waits: bool = True) -> Harm:
+    def recovers(self, moment: str, harm: Callable[[], int | None], *, waits: bool = True, in_place: bool = False) -> Harm:
         """Does the harm, and waits until the run trains again, in place or by a new command; fills in the three figures.
 
-        Without `waits` it comes back as soon as the run was started again, so that the next harm meets it before it trains.
+        in_place: of several ranks the command must not end for it. Without `waits` it comes back as soon as the run was started again, so that the next harm meets it before it trains.
         """
         subject = self.subject
         self.old = old = subject.processes()
@@ -146,6 +146,8 @@ class Case:
             if subject.finished():
                 found.lost_steps, found.recover_s = 0, None
                 return found
+            if in_place and self.engine.ranks > 1 and found.rank is not None and found.rank >= 0:
+                raise Broken(f"the command ended with {code}, and one rank of {self.engine.ranks} was harmed: {subject.tail()}")
             self.launch()
         if not waits:
             return found
@@ -233,7 +235,7 @@ def _ended(number: int) -> Callable[[Case], str]:
             met = case.at(moment)
             if met == "ended":
                 break
-            case.recovers(met, case.hit(number), waits=after not in ("start", "load"))
+            case.recovers(met, case.hit(number), waits=after not in ("start", "load"), in_place=True)
         return case.finishes()
 
     return fault
@@ -264,7 +266,7 @@ def store(case: Case) -> str:
         return 0
 
     if moment != "ended":
-        case.recovers(moment, harm)
+        case.recovers(moment, harm, in_place=True)
     return case.finishes()
 
 
@@ -312,7 +314,7 @@ def hang(case: Case) -> str:
     """A rank is stopped (SIGSTOP) and never goes on: it is named, and the run goes on without that process."""
     case.launch()
     if case.at("step", SETTLED) != "ended":
-        case.recovers("step", case.hit(signal.SIGSTOP))
+        _is_named(case, case.recovers("step", case.hit(signal.SIGSTOP), in_place=True))
     return case.finishes()
 
 
@@ -326,8 +328,15 @@ def gil(case: Case) -> str:
         return rank
 
     if case.at("step", SETTLED) != "ended":
-        case.recovers("step", harm)
+        _is_named(case, case.recovers("step", harm, in_place=True))
     return case.finishes()
+
+
+def _is_named(case: Case, found: Harm) -> None:
+    """Whether the supervisor knew that it was a hang, and whose."""
+    told = [event for event in jsonl(case.subject.folder / "logs" / "restarts.jsonl") if event["event"] == "ended"]
+    if case.engine.ranks > 1 and not any(event.get("hung") and event.get("rank") == found.rank for event in told):
+        raise Broken(f"rank {found.rank} hung, and what was told of it is {told[-1:] or 'nothing'}")
 
 
 def slow(case: Case) -> str:
