@@ -119,7 +119,8 @@ class Case:
     def recovers(self, moment: str, harm: Callable[[], int | None], *, waits: bool = True, in_place: bool = False) -> Harm:
         """Does the harm, and waits until the run trains again, in place or by a new command; fills in the three figures.
 
-        in_place: of several ranks the command must not end for it. Without `waits` it comes back as soon as the run was started again, so that the next harm meets it before it trains.
+        in_place: of several ranks the command must not end for it. Without `waits` it comes back as soon as the run was started again, so that the next
+        harm meets it before it trains.
         """
         subject = self.subject
         self.old = old = subject.processes()
