@@ -201,8 +201,19 @@ def _known(storage: Callable[[Any], Any] | None) -> Known:
         Name("pathlib", "PosixPath"): lambda *parts: "/".join(str(part) for part in parts),
         Name("pathlib._local", "PosixPath"): lambda *parts: "/".join(str(part) for part in parts),
     }
+
+    def of_type(rebuild: Any, kind: Any, made_of: Any, _: Any) -> Any:
+        """A parameter with attributes, as ZeRO-3 saves them: the tensor alone."""
+        if rebuild not in (Name("torch._utils", "_rebuild_tensor_v2"), Name("torch._utils", "_rebuild_parameter")) or not isinstance(
+            made_of, tuple
+        ):
+            raise ValueError(f"a {kind} made by {rebuild}")
+        return reduce[rebuild](*made_of)
+
+    reduce[Name("torch._tensor", "_rebuild_from_type_v2")] = of_type
     values: dict[Name, Any] = {Name("torch", f"{kind}Storage"): dtype for kind, dtype in _DTYPES.items()}
     values |= {Name("torch", name): dtype for name, dtype in DTYPES.items()}
+    values |= {Name("torch.nn.parameter", "Parameter"): Record("Parameter"), Name("torch", "Tensor"): Record("Tensor")}
     values |= {Name("builtins", kind): Record(kind) for kind in ("int", "float", "dict", "list")}  # of a defaultdict
     records = frozenset(Name(*name.rsplit(".", 1)) for name in (*RECORDS, *METADATA))
     return Known(reduce, records, values, storage)

@@ -1,10 +1,9 @@
-"""The second wall around foreign files: a process that, once locked, reaches no network, starts no program, and writes nowhere but below one folder.
+"""The second wall around foreign files: a locked process reaches no network, starts no program, and writes below one folder alone.
 
-(And one for temporary files, which goes with it.)
-
-What the kernel gives is used without a library: seccomp (system calls that a reader does not need return EPERM), Landlock (files: what is read and where
-anything is written), limits of resources, an environment of four variables, Python's -I. `lock` says what of this holds here; nothing else is claimed. Not
-walled: CPU time, memory below the limit, and reading what lies below the source, Python and the system's libraries.
+(And below one for temporary files, which goes with it.) What the kernel gives is used without a library: seccomp (system calls that a reader does not need
+return EPERM), Landlock (files: what is read and where anything is written), limits of resources, an environment of five variables, Python's -I. `lock` says
+what of this holds here; nothing else is claimed. Not walled: CPU time, memory below the limit, and reading what lies below the source, Python and the
+system's libraries.
 """
 
 import contextlib

@@ -48,7 +48,7 @@ def deepspeed_saved(rank, folder, zero, precision):
         tokens = torch.randint(320, (1, 16), generator=torch.Generator().manual_seed(10 * step + rank))
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
         engine.step()
-    engine.save_checkpoint(folder, tag="step2")
+    engine.save_checkpoint(folder, tag="step2", client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}})
     from deepspeed.utils import safe_get_full_fp32_param
 
     found = {}

@@ -167,10 +167,10 @@ class _Held:
 @pytest.mark.parametrize(
     ("zero", "precision"),
     [
-        (1, "fp32"),
+        pytest.param(1, "fp32", marks=pytest.mark.long),
         pytest.param(1, "bf16", marks=pytest.mark.long),
         pytest.param(2, "fp32", marks=pytest.mark.long),
-        pytest.param(3, "fp32", marks=pytest.mark.long),
+        (3, "fp32"),
     ],
 )
 def test_deepspeed_checkpoints_give_the_masters_that_deepspeed_says_it_holds(begun, tmp_path, zero, precision):

@@ -50,7 +50,7 @@ def payloads(canary):
     yield "os.system", old
     yield "torch.serialization.load", b"\x80\x02ctorch.serialization\nload\n(X\x01\x00\x00\x00xtR."
     yield "torch._utils._rebuild_wrapper_subclass", b"\x80\x02ctorch._utils\n_rebuild_wrapper_subclass\n)R."
-    yield "torch._tensor._rebuild_from_type_v2", b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n)R."
+    yield "posix.system", b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(cposix\nsystem\nctorch\nTensor\n)}tR."
     yield "torch.hub.load", b"\x80\x02ctorch.hub\nload\n)R."
     yield "numpy.load", b"\x80\x02cnumpy\nload\n)R."
     yield "the instruction STRING", f"(S'{touch}'\nios\nsystem\n.".encode()
