@@ -483,6 +483,8 @@ def _refusing(case: Case, refuse: Callable[[], None], relent: Callable[[], None]
     if moment == "ended":
         raise Broken(f"it ended before the fault: {subject.tail()}")
     printed, step = len(subject.lines), subject.step()
+    if step > STEPS - 3 * EVERY:  # the last save must be made, or the run is not finished: that a disk refuses it is an error, and rightly
+        raise Skipped(f"its moment came at step {step} of {STEPS}, when no two saves were left that may fail; another seed")
     case.harms.append(Harm(moment, step))
     began = time.monotonic()
     refuse()
