@@ -112,7 +112,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, loopback.running(Path(folder) / "slurm") as cluster:
         where = Path(folder)
         (where / "site.toml").write_text(SITE)
-        from conftest import TINY
+        from tinyrecipe import TINY
 
         library, corpus = Path(sysconfig.get_paths()["stdlib"]), where / "corpus"
         corpus.mkdir()

@@ -10,43 +10,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import interpreter  # noqa: F401 (kernels run in Triton's interpreter, corrected; before anything imports triton)
 import pytest
-
-TINY = """
-name = "tiny"
-[model.architecture]
-family = "llama"
-vocab = 320
-hidden = 32
-layers = 2
-heads = 4
-kv_heads = 2
-head_dim = 8
-intermediate = 48
-tied = true
-[tokenizer.train]
-vocab = 320
-[data]
-sources = [{{ kind = "text", path = "{corpus}", pattern = "*.py" }}]
-folder = "{cache}"
-validation = 0.1
-[train]
-sequence = 32
-batch = 4
-steps = 12
-precision = "fp32"
-[optim]
-lr = 3e-3
-[schedule]
-warmup = 2
-[validation]
-every = 5
-[checkpoint]
-every = 3
-keep = 2
-[report]
-every = 2
-trackers = []
-"""
+from tinyrecipe import TINY
 
 
 @pytest.fixture(scope="session")

@@ -237,7 +237,7 @@ def campaign(
 
 
 def main() -> None:
-    from conftest import TINY
+    from tinyrecipe import TINY
 
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--count", type=int, default=100)

@@ -141,7 +141,7 @@ def test_a_signal_that_was_blocked_until_somebody_hears_is_heard():
 
 @pytest.fixture
 def recipe(tmp_path, corpus):
-    from conftest import TINY
+    from tinyrecipe import TINY
 
     path = tmp_path / "tiny.toml"
     path.write_text(TINY.format(corpus=corpus, cache=tmp_path / "runs" / "cache"))
