@@ -498,10 +498,10 @@ def _whole(case: Case) -> None:
             raise Broken(f"{newest.name}/{name} was harmed while the disk refused")
 
 
-def _refusing(case: Case, refuse: Callable[[], None], relent: Callable[[], None]) -> str:
+def _refusing(case: Case, refuse: Callable[[], None], relent: Callable[[], None], *sets: str) -> str:
     """A disk refuses for two saves: the run goes on, says so, keeps its last good checkpoint, and saves again once the disk takes it."""
     subject = case.subject
-    case.launch()
+    case.launch(*sets)
     subject.until(lambda: committed(subject.folder), "the first checkpoint")
     moment = case.at(case.draw.choice(("step", "save")))
     if moment == "ended":
@@ -583,9 +583,9 @@ def read_only(case: Case) -> str:
 
 
 def syncs(case: Case) -> str:
-    """The disk says EIO to fsync: what was written may be lost, so it is no checkpoint. Planted in the run's processes (within.py)."""
+    """The disk says EIO to fsync: what was written may be lost, so it is no checkpoint. Planted in the run's processes (within.py), which therefore save."""
     path = case.subject.orders / "syncs.json"
-    return _refusing(case, path.touch, lambda: path.unlink(missing_ok=True))
+    return _refusing(case, path.touch, lambda: path.unlink(missing_ok=True), "checkpoint.background=false")
 
 
 def stall(case: Case) -> str:
