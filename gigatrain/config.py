@@ -390,7 +390,11 @@ class Checkpoint(Section):
 
 
 class Recovery(Section):
-    """What a run does when a part of it fails; no tensor of the run depends on it."""
+    """What a run does when a part of it fails; no tensor of the run depends on it.
+
+    Restarts in place, standby, hangs and shrinking are of ranks that one command starts (train.nproc). Ranks of a job are started again by its script, in the
+    same allocation; one that hangs there is ended by the limit of collectives, 600 s.
+    """
 
     restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
         default=3,
