@@ -18,10 +18,11 @@ used; what fails is named and the one before it is taken. A piece is then put to
 the save need not be those of the load. Tensors are safetensors, the rest is JSON: opening a checkpoint executes nothing.
 """
 
-from gigatrain.checkpoint.files import file_sha256, sync_folder, write_tensors, write_text
+from gigatrain.checkpoint.files import write_tensors, write_text
 from gigatrain.checkpoint.reshard import fill
 from gigatrain.checkpoint.saves import Checkpoints
 from gigatrain.checkpoint.table import Box, Files, Found, Stored, Tensors, weights_sha256
+from gigatrain.data.shards import file_sha256, sync_folder
 
 __all__ = [
     "Box",

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gigatrain.data.shards import sync_folder  # data can be lifted out alone, so what both need is there
+
 NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -66,18 +68,3 @@ def write_text(path: Path, text: str) -> dict[str, Any]:
     temporary.replace(path)
     sync_folder(path.parent)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read piece by piece."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from gigatrain.checkpoint.files import NAMES, file_sha256, sync_folder, write_tensors, write_text
+from gigatrain.checkpoint.files import NAMES, write_tensors, write_text
 from gigatrain.checkpoint.table import Found, table_of
+from gigatrain.data.shards import file_sha256, sync_folder
 from gigatrain.errors import CheckpointError
 from gigatrain.parallel.agree import agreed, gathered, told
 from gigatrain.parallel.mesh import Mesh, alone
