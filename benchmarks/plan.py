@@ -2,7 +2,7 @@ r"""How well the planner predicts: steps, memory, intervals and ranking of layou
 
     python benchmarks/plan.py IN.jsonl                             predicts a file of measurements and scores that
     python benchmarks/plan.py IN.jsonl --predictions OUT.jsonl     scores what `gigatrain plan --predict IN.jsonl -o OUT.jsonl` wrote
-    python benchmarks/plan.py measured                             the ten sets that constants are fitted on; `further`: the five more
+    python benchmarks/plan.py measured                             ten of the sets that constants are fitted on; `further`: the other five
     python benchmarks/plan.py --leave-one-out                      refits the constants without each set in turn: data/folds.json; takes minutes
     python benchmarks/plan.py --write                              from data/folds.json: interval.json, results/plan_loso.csv, plan_further.csv, PLANNER.md
 
@@ -10,7 +10,7 @@ Errors are of seconds of a step, predicted over measured - 1; a row that tells n
 sources count FLOPs each in their own way. Data (benchmarks/data/), each row with the repository, path and commit that it was read from:
 
     measured.jsonl.gz     1,772 rows of 10 sets
-    further.jsonl         68 rows of 5 sets more, of others' machines; like each of the ten it is scored by constants that were fitted without it
+    further.jsonl         68 rows of 5 sets more; like each of the ten, each is scored by constants that were fitted without it
     measured_power.csv    86 power logs of MLPerf, reduced to watts of a node and kWh of a run
 """
 

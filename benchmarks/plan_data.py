@@ -19,7 +19,7 @@ def measured() -> list[Row]:
 
 
 def further() -> list[Row]:
-    """Five sets more: of others' machines, whose makers did not tune them."""
+    """Five sets more: FlagPerf's three, NVIDIA's NeMo launcher, TinyLlama."""
     return read(DATA / "further.jsonl")
 
 

@@ -24,13 +24,14 @@ Steps that nodes keep in their own memory are near.py's and folder.py's; when th
 """
 
 from gigatrain.checkpoint.background import Outcome, Staged, Writer
-from gigatrain.checkpoint.files import file_sha256, sync_folder, write_tensors, write_text
+from gigatrain.checkpoint.files import write_tensors, write_text
 from gigatrain.checkpoint.intervals import Intervals, Timed
 from gigatrain.checkpoint.near import Near
 from gigatrain.checkpoint.reshard import PASSING, fill
 from gigatrain.checkpoint.saves import Checkpoints
 from gigatrain.checkpoint.saving import Saving
 from gigatrain.checkpoint.table import Box, Files, Found, Stored, Tensors, weights_sha256
+from gigatrain.data.shards import file_sha256, sync_folder
 
 __all__ = [
     "PASSING",

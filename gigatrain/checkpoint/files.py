@@ -1,6 +1,5 @@
 """Files of a checkpoint as they are written: whole or absent, and hashed on the way."""
 
-import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
@@ -65,14 +64,3 @@ def flat(tensor: Tensor) -> Tensor:
 def write_text(path: Path, text: str) -> dict[str, Any]:
     """Write a small file so that it is whole or absent: temporary name, sync, rename, sync of the folder; returns {"bytes", "sha256"}."""
     return writing.write_text(str(path), text)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    writing.sync_folder(str(folder))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read piece by piece."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from gigatrain.checkpoint import writing
 from gigatrain.checkpoint.background import Writer
-from gigatrain.checkpoint.files import NAMES, file_sha256, write_tensors, write_text
+from gigatrain.checkpoint.files import NAMES, write_tensors, write_text
 from gigatrain.checkpoint.table import Found, table_of
+from gigatrain.data.shards import file_sha256
 from gigatrain.errors import CheckpointError
 from gigatrain.parallel.agree import agreed, gathered, told
 from gigatrain.parallel.mesh import Mesh, alone

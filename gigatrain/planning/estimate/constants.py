@@ -244,7 +244,8 @@ def _free(name: str, of: str, spread: float) -> float:
 
 _CHECKPOINT = (
     "prior: Megatron's CheckpointFunction, once a layer: 16 reads and writes of generator states with that of attention's dropout, each behind a switch of "
-    "device, and an autograd engine within the engine: 48 us without the switches on a host of 2026 (measured), 16 x 8 us more with them, twice on one of 2020"
+    "device, and an autograd engine within the engine: 48 us without the switches on a host of 2026 (measured), some 16 x 8 us more with them, up to twice "
+    "on one of 2020: 0.2 to 0.35 ms"
 )
 for _name, (_source, _launch, _passes, _step, _overlap) in _STACKS.items():
     _add("s", _source, _free(_name, "launch_s", 0.5), **{f"stack.{_name}.launch_s": _launch})

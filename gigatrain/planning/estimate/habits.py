@@ -32,9 +32,7 @@ class Habits:
     attention: str = "fused"  # cuDNN, FlashAttention-3; flash1, flash2, flash4: those, on accelerators where they are slower or faster
     pace: float = 1.0  # of its kernels' seconds: a later release has faster ones
     synced_sends: bool = False  # the host waits for the device at each send between pipeline stages, and so never runs ahead of it
-    checkpoint_s: float = (
-        0.0  # of the host, for each layer whose activations are made again: generator states, an autograd engine within the engine
-    )
+    checkpoint_s: float = 0.0  # of the host, for each layer whose activations are made again: generator states, a second autograd engine
     microbatch_s: float = 0.0  # of the host, beside its kernels: data, schedule, logging of losses
     step_s: float = 0.0  # constant of a step: host, logging, gradient norm's read
 
