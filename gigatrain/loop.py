@@ -231,7 +231,7 @@ def _steps(
                 if tier == "near":
                     near.save(this.step, _state(engine, mesh, device), state)
                 else:
-                    saving.save(this.step, lambda: _state(engine, mesh, device), state, must=must)
+                    saving.save(this.step, lambda: _state(engine, mesh, device), state, must=must, hurried=health.wants_out)
             intervals.saved(tier, this.step, timed.seconds, near.beside_s if tier == "near" else saving.totals.beside_s, must=must)
 
         def validate() -> None:

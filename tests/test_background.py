@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,12 @@ class Told:
         place = Place((SIZE * self.ranks,), (0,), (SIZE * self.ranks,)).cut(0, SIZE * self.rank, SIZE)
         return {"weights": {"w": Piece(self.tensor, place)}, "random": {"cpu": Piece.whole(torch.tensor([7]), writes=self.rank == 0)}}
 
-    def step(self, number, *, saves=True, must=False):
+    def step(self, number, *, saves=True, must=False, hurried=False):
         """One step, and its save; the state then changes at once, as the next step would."""
         self.saving.before_change()
         self.tensor.fill_(number)
         if saves:
-            self.saving.save(number, self.state, {"at": number}, must=must)
+            self.saving.save(number, self.state, {"at": number}, must=must, hurried=hurried)
         self.tensor.fill_(-1)
 
     def report(self):
@@ -214,10 +215,22 @@ def test_the_last_save_does_not_wait_for_one_that_stands_still(tmp_path, monkeyp
     with run.saving:
         process(run).send_signal(signal.SIGSTOP)
         run.step(1)
-        run.step(2, must=True)
+        run.step(2, must=True, hurried=True)
         assert "step 1: it had not ended" in run.said[0]
         assert of(tmp_path) == 2
     assert not list((tmp_path / "checkpoints").glob(".writing-*"))
+
+
+def test_the_last_save_waits_for_one_that_is_slow_where_nobody_hurries(tmp_path, monkeypatch):
+    monkeypatch.setattr("gigatrain.checkpoint.saving.LAST_S", 0.1)
+    run = Told(tmp_path)
+    with run.saving:
+        process(run).send_signal(signal.SIGSTOP)
+        run.step(1)
+        threading.Timer(0.7, process(run).send_signal, (signal.SIGCONT,)).start()
+        run.step(2, must=True)
+        assert not run.said
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000001", "step-00000002"]
 
 
 _TRAINER = """

@@ -24,7 +24,8 @@ from gigatrain.parallel.agree import agreed, told
 from gigatrain.parallel.places import State
 
 WAIT_S = (5.0, 60.0)  # for the save before, when the next is due: at least, at most
-LAST_S = 10.0  # for the save before, at the end of a run or after a signal
+LAST_S = 10.0  # for the save before, where the run must leave or goes back
+AT_END_S = 300.0  # for it at the end of a run, whom nobody hurries; one that does nothing for `stuck_s` is ended sooner
 NUMBERS = 4
 
 
@@ -97,13 +98,13 @@ class Saving:
     def __exit__(self, *_: object) -> None:
         self.writer.close()
 
-    def save(self, step: int, state: Callable[[], State], extra: Mapping[str, Any], *, must: bool = False) -> None:
+    def save(self, step: int, state: Callable[[], State], extra: Mapping[str, Any], *, must: bool = False, hurried: bool = False) -> None:
         """Save a step; all ranks call it together. A disk that refuses is said and ends nothing, but where the save `must` be: then it is durable on
-        return, or CheckpointError is raised on all ranks."""
+        return, or CheckpointError is raised on all ranks; `hurried`, the save before it is not waited for long."""
         began = time.monotonic()
         try:
             if must:
-                self.end()
+                self.end(LAST_S if hurried else AT_END_S)
                 self.saves.save(step, state(), extra)
             elif not self.background:
                 self.saves.save(step, state(), extra)
@@ -204,9 +205,9 @@ class Saving:
                 break
         return self._flight is None and not self._busy
 
-    def end(self) -> None:
-        """Nothing is in flight any more: the save before has ended, or is given up for what must be done now. Collective."""
-        if (self._flight is not None or self._busy) and not self._settled(LAST_S):
+    def end(self, wait_s: float = LAST_S) -> None:
+        """Nothing is in flight any more: the save before has ended within `wait_s`, or is given up for what must be done now. Collective."""
+        if (self._flight is not None or self._busy) and not self._settled(wait_s):
             self.writer.kill("it was given up for the last save")
             self._hear(1.0)
             if flight := self._flight:

@@ -279,6 +279,7 @@ class Native:
             name,
             start,
             Rates(optim.betas, optim.eps, decay, optim.rounding == "stochastic"),
+            self.home,
             lr=optim.lr,
             master=optim.master,
             moments=optim.moments,

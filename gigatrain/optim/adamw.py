@@ -52,6 +52,7 @@ class AdamW:
         name: str,
         start: Mapping[str, Tensor],
         rates: kernel.Rates,
+        device: torch.device,
         *,
         lr: float,
         master: kernel.Master = "fp32",
@@ -65,7 +66,6 @@ class AdamW:
         if copy or master != "fp32":  # whatever has an odd length goes last, so that bf16 tensors begin at multiples of 16 bytes
             start = dict(sorted(start.items(), key=lambda named: named[1].numel() % 8 != 0))
         self.shapes = {name: tensor.shape for name, tensor in start.items()}
-        device = next(iter(start.values())).device if start else torch.device("cpu")
         self.grads = Flat(self.shapes, device, gradients)
         count = self.grads.buffer.numel()
         self.bucket = kernel.state(count, master, moments, copy=copy, seed=seed, device=device)

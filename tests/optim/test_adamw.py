@@ -16,7 +16,7 @@ FORMS = list(itertools.product(("fp32", "bf16+16", "bf16+8"), ("fp32", "bf16", "
 def group(weight_decay: float = 0.1, lr: float = 1e-2, seed: int = 0, **form: Any) -> AdamW:
     generator = torch.Generator().manual_seed(seed)
     start = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    return AdamW("decayed", start, kernel.Rates((0.9, 0.95), 1e-8, weight_decay, True), lr=lr, **form)
+    return AdamW("decayed", start, kernel.Rates((0.9, 0.95), 1e-8, weight_decay, True), torch.device("cpu"), lr=lr, **form)
 
 
 def formula(weights, gradients, rates, lr, decay, betas=(0.9, 0.95), eps=1e-8):
@@ -78,9 +78,15 @@ def test_a_skipped_update_changes_no_bit_even_when_the_gradient_is_nan(version: 
 
 
 def test_an_empty_group_is_no_error() -> None:
-    empty = AdamW("plain", {}, kernel.Rates((0.9, 0.9), 1e-8, 0.0), lr=1.0)
+    empty = AdamW("plain", {}, kernel.Rates((0.9, 0.9), 1e-8, 0.0), torch.device("cpu"), lr=1.0)
     empty.step(1.0, torch.tensor(1.0), torch.tensor(0.0))
     assert empty.state()[0] == {}
+
+
+def test_an_empty_group_lies_where_the_others_do() -> None:
+    """Muon leaves no decayed matrix to AdamW; on a GPU its empty gradients lay on the host, where the norm of all would not have them."""
+    empty = AdamW("plain", {}, kernel.Rates((0.9, 0.9), 1e-8, 0.0), torch.device("meta"), lr=1.0)
+    assert empty.grads.buffer.device == empty.bucket.weight.device == torch.device("meta")
 
 
 def test_the_state_is_named_by_parameter_and_live_where_it_is_fp32() -> None:
