@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gigatrain.errors import KernelError
 from gigatrain.kernels import launch
@@ -96,3 +98,32 @@ def test_compiled_kernels_stay_on_the_node_and_are_ours_alone(tmp_path: Path, mo
         launch.cache_on_this_node()
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
     assert launch.cache_on_this_node() == Path("/elsewhere")
+
+
+def test_an_operator_is_seen_by_whoever_looks_and_else_left_out() -> None:
+    """A mode (tracing, fake tensors, selective recomputation) meets the operator; an eager call on plain tensors runs what it stands for."""
+    seen: list[str] = []
+
+    class Looks(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    asked: list[str] = []
+    operator = launch.operator("looked_at(Tensor x) -> Tensor", lambda x: asked.append(type(x).__name__) or x + 1, torch.empty_like)
+    double = launch.differentiable(operator, lambda ctx, inputs, output: None, lambda ctx, grad: 2 * grad)
+    x = torch.ones(3, requires_grad=True)
+    double(x).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full((3,), 2.0))
+    assert asked == ["Tensor"]
+    with Looks():
+        double(x)
+    assert "gigatrain.looked_at.default" in seen
+    plain = x.detach()
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(plain)
+        assert operator(fake).shape == (3,)
+    assert operator(fake).shape == (3,)  # the mode is gone, the tensor is still a fake
+    assert torch.equal(torch.func.grad(lambda y: double(y).sum())(plain), torch.full((3,), 2.0))
+    assert asked == ["Tensor"] * len(asked)
