@@ -95,6 +95,21 @@ def refused(plan: products.Products, device: torch.device) -> str | None:
     return why
 
 
+def _differ(mine: fp8_linear.Operand, theirs: fp8_linear.Operand) -> str | None:
+    """How two operands differ, bit for bit; None: they do not. Reads values on the host."""
+    for what, a, b in (
+        ("codes", mine.codes.view(torch.uint8), theirs.codes.view(torch.uint8)),
+        ("scales", mine.scales.float(), theirs.scales.float()),
+    ):
+        if a.shape != b.shape:
+            return f"{what} {tuple(a.shape)} and {tuple(b.shape)}"
+        if not torch.equal(a, b):
+            off = (a != b).nonzero()
+            first = tuple(off[0].tolist())
+            return f"{len(off):,} of {a.numel():,} {what}, the first at {first}: {a[first].item():g} and {b[first].item():g}"
+    return None
+
+
 def verify(plan: Plan, device: torch.device) -> None:
     """Compute each kind of matrix's three products once, on random numbers, by the run's kernels and by plain torch's quantiser with products in fp32.
 
@@ -117,12 +132,9 @@ def verify(plan: Plan, device: torch.device) -> None:
         roles: tuple[tuple[Tensor, Role], ...] = ((x, "input"), (weight, "weight"), (dy, "gradient"))
         for tensor, role in roles:
             for mine, theirs in zip(*(fp8_linear.operands(tensor, which, role)[:2] for which in (form, plain)), strict=True):
-                if not (
-                    torch.equal(mine.codes.view(torch.uint8), theirs.codes.view(torch.uint8))
-                    and torch.equal(mine.scales.float(), theirs.scales.float())
-                ):
+                if off := _differ(mine, theirs):
                     raise KernelError(
-                        f"{name}: the fused quantiser's codes or scales of {role} {tuple(tensor.shape)} are not those of plain torch on this device; set "
+                        f"{name}: the fused quantiser's {role} {tuple(tensor.shape)} is not plain torch's on this device: {off}; set "
                         'kernels.quantise = "reference", and report it with the device and the versions of torch and triton'
                     )
         results = []

@@ -33,6 +33,7 @@ class Limits:
     window: bool = False
     softcap: bool = False
     sinks: bool = False
+    least: int = 1  # channels of a head
 
 
 LIMITS = {
@@ -41,7 +42,7 @@ LIMITS = {
     "fa3": Limits(256, 8, documents=True, window=True),
     "fa4": Limits(128, 8, documents=True, window=True),
     "varlen": Limits(256, 8, documents=True, window=True),
-    "flex": Limits(256, 1, values=True, single=True, documents=True, window=True, softcap=True, sinks=True),
+    "flex": Limits(256, 1, values=True, single=True, documents=True, window=True, softcap=True, sinks=True, least=16),
 }
 # What torch's activate_flash_attention_impl is asked for, the module that must be there, and what installs it.
 _IMPLEMENTATIONS = {
@@ -84,6 +85,8 @@ def _beyond(version: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, softcap: 
         return f"{version} takes bf16 and fp16{' and fp32' if limits.single else ''}, not {q.dtype}"
     if d > limits.widest or e > limits.widest or d % limits.multiple or e % limits.multiple:
         return f"{version} takes heads of up to {limits.widest} channels, a multiple of {limits.multiple}, not {d} and {e}"
+    if min(d, e) < limits.least:
+        return f"{version} takes heads of at least {limits.least} channels, not {d} and {e}"
     if d != e and not limits.values:
         return f"{version} takes values as wide as keys, not {e} and {d}"
     if mask.documents_bt is not None and not limits.documents:

@@ -55,7 +55,8 @@ SIZES = [
 ]
 REFUSES = {"sm_80": "no FP8 before compute capability 8.9", "gfx942": "its FP8 is another format (fnuz, e4m3 to 240)"}
 SPACE = {
-    "quantise": [{"height": height, "width": width, "warps": warps} for height in (64, 128) for width in (64, 128) for warps in (4, 8)]
+    "quantise": [{"height": height, "width": width, "warps": warps} for height in (64, 128) for width in (64, 128) for warps in (4, 8)],
+    "quantise.squares": [{"warps": warps} for warps in (4, 8, 16)],  # of 128 x 128, by the format
 }
 
 
@@ -74,7 +75,8 @@ def padded(rows: int, kind: str) -> int:
 
 def scale_of(amax: Tensor, largest: float, power: bool) -> Tensor:
     """The fp32 scale for a largest magnitude: amax / largest, or the power of two that is not below it."""
-    scale = amax.float().clamp(min=LEAST) / largest
+    amax = amax.float().clamp(min=LEAST)
+    scale = amax / torch.full_like(amax, largest)  # not by the number: on a GPU torch multiplies by 1 / largest, rounded
     if power:
         bits = (scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000
         scale = torch.where(scale < math.inf, bits.view(torch.float32), scale)
@@ -199,19 +201,31 @@ def _bits(x):
 
 @triton.jit
 def _scale(bits, LARGEST_: tl.constexpr, POWER: tl.constexpr):
-    """The scale for a largest magnitude, which comes as its bits."""
-    amax = tl.maximum(bits, 0x0D800000).to(tl.float32, bitcast=True)  # 2^-100; integers, so that NaN stays
-    scale = tl.math.div_rn(amax, tl.full(amax.shape, LARGEST_, tl.float32))
+    """The scale for a largest magnitude, which comes as its bits.
+
+    A division as IEEE has it costs a tile more than all else that it does, since every thread makes those of all its rows. A power of two needs none: the
+    largest numbers are 1.75 * 2^8 and 1.75 * 2^15, so that the quotient's exponent is a's less 8 or 15, and one more where a's mantissa is beyond 1.75 (the
+    next number after it is still beyond a power of two once its quotient is rounded).
+    """
+    bits = tl.maximum(bits, 0x0D800000)  # 2^-100; integers, so that NaN stays
+    amax = bits.to(tl.float32, bitcast=True)
     if POWER:
-        up = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
-        scale = tl.where(scale < float("inf"), up.to(tl.float32, bitcast=True), scale)
+        less: tl.constexpr = 8 if LARGEST_ == 448.0 else 15  # pyright: ignore[reportAssignmentType]
+        up = (bits + 0x1FFFFF) & 0x7F800000
+        scale = tl.where(amax < float("inf"), (up - (less << 23)).to(tl.float32, bitcast=True), amax)
+    else:
+        scale = tl.math.div_rn(amax, tl.full(amax.shape, LARGEST_, tl.float32))
     return scale
 
 
 @triton.jit
-def _code(x, scale, LARGEST_: tl.constexpr, FORM: tl.constexpr):
+def _code(x, scale, LARGEST_: tl.constexpr, FORM: tl.constexpr, POWER: tl.constexpr):
     """The bits of x's codes."""
-    value = x * tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    if POWER:  # 1 / 2^k by its exponent; 1 / inf is 0, and NaN stays
+        turned = (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        value = x * tl.where(scale < float("inf"), turned, tl.where(scale == float("inf"), 0.0, scale))
+    else:
+        value = x * tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     value = tl.where(value > LARGEST_, LARGEST_, tl.where(value < -LARGEST_, -LARGEST_, value))
     value = tl.where(tl.abs(x) == float("inf"), float("nan"), value)
     if FORM == "e4m3":
@@ -246,6 +260,8 @@ def _codes(
     ALONG: tl.constexpr, ACROSS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of codes, and of the transposed copy; `height` counts padded rows."""
+    # Scales are powers of two; one that is given need not be.
+    BINARY: tl.constexpr = POWER and not HAS  # pyright: ignore[reportAssignmentType]
     row = (tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT))[:, None]
     column = (tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH))[None]
     live, kept = (row < rows) & (column < columns), (row < height) & (column < columns)
@@ -285,14 +301,14 @@ def _codes(
         if ACROSS:
             tl.store(OTHER + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) + one, scale)
     if ALONG:
-        codes = _code(x, scale, LARGEST_, FORM)
+        codes = _code(x, scale, LARGEST_, FORM, BINARY)
         tl.store(CODES + row * columns + column, codes, mask=kept)
         if ACROSS:
             if (KIND != "tensor") & (KIND != "block"):
-                codes = _code(x, other, LARGEST_, FORM)
+                codes = _code(x, other, LARGEST_, FORM, BINARY)
             tl.store(TURNED + tl.trans(column) * height + tl.trans(row), tl.trans(codes), mask=tl.trans(kept))
     else:
-        codes = _code(x, other, LARGEST_, FORM)
+        codes = _code(x, other, LARGEST_, FORM, BINARY)
         tl.store(TURNED + tl.trans(column) * height + tl.trans(row), tl.trans(codes), mask=tl.trans(kept))
 
 
@@ -307,8 +323,9 @@ def run(
     empty = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=x.device)  # noqa: E731
     codes = empty(height if along else 0, columns, dtype=torch.uint8)
     turned = empty(columns if across else 0, height, dtype=torch.uint8)
-    tuned = launch.configuration(x, "quantise", columns)
-    h, w_ = (BLOCK, BLOCK) if kind in ("tile", "block") else (tuned["height"], tuned["width"])
+    squares = kind in ("tile", "block")
+    tuned = launch.configuration(x, "quantise.squares" if squares else "quantise", columns)
+    h, w_ = (BLOCK, BLOCK) if squares else (tuned["height"], tuned["width"])
     grid, share = (-(-height // h), -(-columns // w_)), {"tensor": (1, 1), "row": (height, columns)}.get(kind, (0, 0))
     # Magnitudes of rows and of columns in one buffer of zeros; the padded rows' stay 0.
     bits = torch.zeros(share[0] + (share[1] if kind == "row" else 0), dtype=torch.int32, device=x.device)
@@ -331,7 +348,7 @@ def run(
     }[kind]
     scales, other = (empty(*shape, dtype=torch.float32) for shape in shapes)
     launch.launch(
-        _codes, grid if kind in ("tile", "block") else (max(1, grid[0]), grid[1]), *producers, row_bits, column_bits, scales if given is None else given, codes,
+        _codes, grid if squares else (max(1, grid[0]), grid[1]), *producers, row_bits, column_bits, scales if given is None else given, codes,
         scales, turned, other, rows, columns, height, *strides, PRODUCER=producer, KIND=kind, FORM=form, LARGEST_=LARGEST[form], POWER=power,
         HAS=given is not None, ALONG=along, ACROSS=across, HEIGHT=h, WIDTH=w_, warps=tuned["warps"],
     )  # fmt: skip

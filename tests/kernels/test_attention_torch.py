@@ -141,7 +141,8 @@ class _OnGpu:
         ("fa3", 10, {}, "fa3 is for compute capability 9, and this device has 10"),
         ("fa4", 12, {}, "fa4 is for compute capability 9 and 10, and this device has 12"),
         ("fa4", 9, {"documents": True}, None),
-        ("flex", 8, {"documents": True, "softcap": 2.0, "sinks": True, "e": 8, "dtype": torch.float32}, None),
+        ("flex", 8, {"documents": True, "softcap": 2.0, "sinks": True, "e": 24, "dtype": torch.float32}, None),
+        ("flex", 8, {"e": 8}, "flex takes heads of at least 16 channels, not 16 and 8"),
     ],
 )
 def test_what_a_kernel_takes(name: str, capability: int, change: dict[str, Any], said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
