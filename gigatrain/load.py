@@ -19,7 +19,7 @@ from gigatrain.architectures import Architecture
 from gigatrain.config import Model, Recipe, Section
 from gigatrain.errors import GigatrainError, RecipeError, RunError, SiteError
 from gigatrain.foreign import Foreign
-from gigatrain.site import Site
+from gigatrain.site import DRIVER_NAMES, Site
 
 _PACKAGE = Path(__file__).parent
 
@@ -88,7 +88,9 @@ def local_site() -> tuple[Site, str]:
             return _laptop(), "the NVIDIA driver shows no GPU"
         first = (visible or "0").split(",")[0].strip()
         device = pynvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(first)
-        found, why = site("one-gpu"), f"the driver shows {count} x {pynvml.nvmlDeviceGetName(device)}"
+        name = pynvml.nvmlDeviceGetName(device)
+        found, why = site("one-gpu"), f"the driver shows {count} x {name}"
+        found = found.model_copy(update={"accelerator": DRIVER_NAMES.get(name)})
         try:
             memory = int(pynvml.nvmlDeviceGetMemoryInfo(device).total)
         except pynvml.NVMLError as error:  # MIG, and modules whose memory is the host's

@@ -15,6 +15,14 @@ Accelerator = Literal[  # planning/hardware.py says what each is
     "a100", "a100-40", "a100-64", "mi250x", "h100", "h100-64", "h100-pcie", "h100-nvl", "gh200", "gh200-144", "h200", "b200", "gb200", "b300", "gb300",
     "mi300x", "mi325x", "mi350x", "mi355x", "mi430x", "mi455x", "rubin",
 ]  # fmt: skip
+# What NVIDIA's driver calls those whose name says all. Seen: the first two here, the others in public lists (neuralinternet/SN27#296); what is not here
+# stays unknown.
+DRIVER_NAMES: dict[str, Accelerator] = {
+    "NVIDIA H200": "h200",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H100 PCIe": "h100-pcie",
+    "NVIDIA A100-SXM4-80GB": "a100",
+}
 Basis = Literal["measured", "declared", "assumed", "unknown"]
 BASES = {
     "measured": "a meter or a benchmark on this system gave it",

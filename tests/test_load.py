@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 
@@ -201,3 +202,23 @@ def test_names_of_nodes_are_a_list_or_a_files(tmp_path):
     assert load.names("") == []
     with pytest.raises(RunError, match="the list of nodes .*none cannot be read: No such file"):
         load.names(f"@{tmp_path / 'none'}")
+
+
+@pytest.mark.parametrize(("named", "accelerator"), [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA T4", None)])
+def test_a_gpu_whose_name_says_what_it_is_gets_its_rates_and_kernels(monkeypatch, named, accelerator):
+    """And one that is not known stays unknown: rates are not guessed."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("gigatrain.load.metadata.version", lambda name: "2.13.0+cu130")
+    answers = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 1,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetName": lambda handle: named,
+        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=141 << 30),
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(f"gigatrain.load.pynvml.{name}", answer)
+    site, why = load.local_site()
+    assert (site.name, site.accelerator, site.memory_bytes) == ("one-gpu", accelerator, 141 << 30)
+    assert why == f"the driver shows 1 x {named}"

@@ -115,6 +115,26 @@ def test_the_experts_kernel_says_what_it_spares(hidden, width, starts, ends):
 
 
 @pytest.mark.parametrize(
+    ("accelerator", "more", "kernel"),
+    [
+        ("h200", [], "glued"),
+        ("h100", [], "glued"),
+        ("a100", [], "fused"),
+        ("b200", [], "fused"),
+        ("h200", ["train.precision=fp32"], "fused"),
+        ("h200", ["model.architecture.expert_intermediate=100"], "fused"),
+    ],
+)
+def test_on_hopper_the_products_of_experts_are_torchs(accelerator, more, kernel):
+    overrides = [
+        f"model.architecture.{name}" for name in ("family=qwen3_moe", "experts=8", "experts_per_token=2", "expert_intermediate=96")
+    ]
+    site = load.site("one-gpu").model_copy(update={"memory_bytes": 80 << 30, "accelerator": accelerator})
+    chosen = {choice.op: choice.kernel for choice in plan(load.recipe("quickstart", [*overrides, *more]), site).kernels}
+    assert (chosen["moe"], chosen["experts"]) == (kernel, kernel)
+
+
+@pytest.mark.parametrize(
     ("override", "said"),
     [
         ("kernels.rms_nrom=lean", "kernels.rms_nrom: no operation is called so; did you mean rms_norm"),
