@@ -58,6 +58,14 @@ def judged(run: Path, ended: Ended, *, before: int, stalled: int, restarts: int,
     return restart.judge(outcome, may_requeue=False, restarts=restarts), step
 
 
+def further(resumed: int | None, furthest: int, before: int) -> bool:
+    """Whether an attempt went on from a later step than any before it, and than the newest committed one: steps that only the near tier has are a gain too.
+
+    `resumed` is None where it died before it was seen to train. To begin anew is no gain, however many attempts before were not even seen to.
+    """
+    return resumed is not None and resumed > max(furthest, before, 0)
+
+
 def pause_s(ended: Ended, stalled: int) -> float:
     """Before the next attempt: none for what a process died of, some for what it said itself and may pass, as of a file system that is away."""
     return float(min(2 ** (stalled - 1), 30)) if stalled and ended.code > 0 and not ended.hung else 0.0

@@ -81,7 +81,7 @@ class Supervisor:
         self._pace = stuck.Pace(times=recovery.hang_times, floor_s=recovery.hang_floor_s, slow_s=recovery.hang_slow_s, every=orders.every)
         self._standby: Standby | None = None
         self._pending: dict[str, Any] | None = None  # a restart that is not yet told of
-        self._stalled, self._furthest = 0, -1
+        self._stalled, self._furthest = 0, 0
         self._began_s = time.time()
         self._places = list(range(orders.ranks))  # that ranks can be started on, and those that failed them
         self._lost: dict[int, int] = {}
@@ -383,11 +383,9 @@ class Supervisor:
             if verdict.word == "stop" and limit:
                 return verdict.code or ended.exit_code
             return self._code(attempt, ended)
-        further = (
-            attempt.resumed is not None and attempt.resumed > self._furthest
-        )  # than any attempt before went on from: steps of the near tier
-        self._furthest = max(self._furthest, -1 if attempt.resumed is None else attempt.resumed)
-        self._stalled = 0 if gained or (further and attempt.number) else self._stalled + 1
+        further = attempt.number > 0 and cause.further(attempt.resumed, self._furthest, attempt.before)
+        self._stalled = 0 if gained or further else self._stalled + 1
+        self._furthest = max(self._furthest, attempt.resumed or 0)
         self._blame(ended, gained)
         self._pending = {
             "words": ended.words(),

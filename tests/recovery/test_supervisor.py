@@ -10,7 +10,7 @@ import pytest
 from commands import training
 
 from gigatrain import run
-from gigatrain.recovery import meeting
+from gigatrain.recovery import cause, meeting
 
 SETS = ("train.nproc=2", "train.steps=24", "train.batch=8", "validation.every=0", "train.deterministic=true")
 
@@ -66,3 +66,17 @@ def test_a_socket_listens_on_its_address_alone():
     with meeting.listening("127.0.0.1") as found:
         assert found.getsockname()[0] == "127.0.0.1"
     assert meeting.interface("127.0.0.1") == "lo"
+
+
+@pytest.mark.parametrize(
+    ("resumed", "furthest", "before", "gain"),
+    [
+        (None, 0, -1, False),  # it died before it was seen to train
+        (0, 0, -1, False),  # the first of several that was seen to begin anew
+        (7, 0, 5, True),  # from the near tier, beyond the newest committed step
+        (7, 7, 5, False),
+        (5, 3, 5, False),  # what is committed is counted where it is committed
+    ],
+)
+def test_a_run_that_begins_anew_has_gained_nothing(resumed, furthest, before, gain):
+    assert cause.further(resumed, furthest, before) == gain
