@@ -133,7 +133,7 @@ KILLED = """
 import pathlib, signal, subprocess, sys, time
 run = pathlib.Path(sys.argv[sys.argv.index("--run") + 1])
 process, began = subprocess.Popen(sys.argv[1:]), time.monotonic()
-while process.poll() is None and time.monotonic() < began + 100 and not list(run.glob("checkpoints/step-*/complete*")):
+while process.poll() is None and time.monotonic() < began + 100 and not list(run.glob("checkpoints/step-*/COMMITTED")):
     time.sleep(0.05)
 process.send_signal(signal.SIGKILL)
 process.wait()

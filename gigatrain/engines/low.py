@@ -105,8 +105,9 @@ def _differ(mine: fp8_linear.Operand, theirs: fp8_linear.Operand) -> str | None:
             return f"{what} {tuple(a.shape)} and {tuple(b.shape)}"
         if not torch.equal(a, b):
             off = (a != b).nonzero()
-            first = tuple(off[0].tolist())
-            return f"{len(off):,} of {a.numel():,} {what}, the first at {first}: {a[first].item():g} and {b[first].item():g}"
+            first, least, most = tuple(off[0].tolist()), off.amin(0).tolist(), off.amax(0).tolist()
+            within = f"from {least} to {most}"
+            return f"{len(off):,} of {a.numel():,} {what} {within}, the first at {first}: {a[first].item():g} and {b[first].item():g}"
     return None
 
 
