@@ -4,7 +4,6 @@ import csv
 import importlib.util
 import io
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -65,7 +64,9 @@ def test_trainer_in_fp32_has_the_losses_of_gigatrain_and_a_failure_is_a_line(ste
     row = rows["trainer"]
     assert row["max_loss_difference"] == max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     assert row["ratio_to_trainer"] == row["ratio_to_best_trainer"] == 1.0
-    assert math.isclose(row["mfu_pct"], 100 * row["tflops"] / row["ceiling_tflops"], rel_tol=0.1)  # of rounded numbers
+    half = 0.5e-4  # of rounded numbers: on a slow machine a tiny model's rate has one digit
+    least, most = ((row["tflops"] + off) / (row["ceiling_tflops"] - off) for off in (-half, half))
+    assert 100 * least - 0.01 <= row["mfu_pct"] <= 100 * most + 0.01
     assert row["steps"] == len(ours)
     assert row["peak_mib"] > 0
     with out.open(newline="") as file:
