@@ -70,7 +70,8 @@ class Tokenizer(Section):
         description="Chat template in place of the tokenizer's own: chatml, or a jinja file. The special tokens of chatml are added where they are missing.",
     )
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
-        default=None, description="The day that a chat template is told when it asks; default: none, and templates write what they write without one."
+        default=None,
+        description="The day that a chat template is told when it asks; default: none, and templates write what they write without one.",
     )
 
     @model_validator(mode="after")
