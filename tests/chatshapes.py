@@ -16,7 +16,7 @@ CHATML = """\
 {%- for message in messages %}
 {%- if message.role == 'user' %}{{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}
 {%- elif message.role == 'assistant' %}{{- '<|im_start|>assistant\\n' }}«{{- message.content }}{% for call in message.tool_calls or [] %}\
-{{- '\\n<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}{% endfor %}{{- '<|im_end|>' }}»{{- '\\n' }}
+{{- ('\\n' if message.content or not loop.first else '') + '<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}{% endfor %}{{- '<|im_end|>' }}»{{- '\\n' }}
 {%- elif message.role == 'tool' %}{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{% endif %}\
 {{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}\
 {% if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\\n' }}{% endif %}
