@@ -3,6 +3,7 @@
 A recipe says what is wanted, a site (site.py) says what the machines are. Both are read by `gigatrain.load`; nobody reads them after `plan()`.
 """
 
+from datetime import date as Day
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -69,6 +70,7 @@ class Tokenizer(Section):
         default=None,
         description="Chat template in place of the tokenizer's own: chatml, or a jinja file. The special tokens of chatml are added where they are missing.",
     )
+    special: tuple[str, ...] = Field(default=(), description="Special tokens that are added where they are missing, for a template of your own.")
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
         default=None,
         description="The day that a chat template is told when it asks; default: none, and templates write what they write without one.",
@@ -78,6 +80,8 @@ class Tokenizer(Section):
     def one_of(self) -> Self:
         if (self.source is None) == (self.train is None):
             raise ValueError("needs exactly one of `from` (a folder, file or hub name) and `train` (a table)")
+        if self.date is not None:
+            Day.fromisoformat(self.date)
         return self
 
 
@@ -101,8 +105,7 @@ class Source(Section):
     )
     too_long: Literal["truncate", "truncate_left", "drop", "refuse"] = Field(
         default="truncate",
-        description="A document of more than `train.sequence` targets, where packing is packed or document: cut at its end or its beginning, left out, or "
-        "refused by name.",
+        description="A document of more than `train.sequence` targets, where packing is packed: cut at its end or its beginning, left out, or refused by name.",
     )
     history: Literal["split", "skip", "refuse"] = Field(
         default="split",
@@ -154,6 +157,13 @@ class Data(Section):
     bad: BadDocuments = BadDocuments()
     workers: Annotated[int, Field(ge=0, le=256)] = Field(default=0, description="Processes that tokenise; 0 means one per core.")
     shard_bytes: Count = Field(default=1 << 26, description="Source bytes that go into one shard.")
+
+    @model_validator(mode="after")
+    def packs(self) -> Self:
+        for source in self.sources:
+            if source.too_long != "truncate" and self.packing != "packed":
+                raise ValueError(f'`too_long` {source.too_long!r} is of whole documents; set `packing` = "packed", or leave it out')
+        return self
 
 
 class Loss(Section):

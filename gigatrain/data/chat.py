@@ -237,13 +237,32 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(each)
 
 
-def encode(text: str, ranges: Iterable[tuple[int, int]], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Ids of a text, special tokens being what they say, and whether each lies within a range; Unmarkable if one lies across an edge."""
+def continued(before: str, after: str, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Ids of a text and its continuation as one document, without a template: the continuation and the end of the document are trained."""
+    if not after:
+        raise Unmarkable("its completion is empty")
+    head = [] if tokenizer.bos is None else [tokenizer.bos]
+    ids, trained = encode(before + after, [(len(before), len(before) + len(after))], tokenizer, forged=True)
+    return [*head, *ids, tokenizer.eos], [*(False for _ in head), *trained, True]
+
+
+def ends(tokenizer: Tokenizer) -> list[int]:
+    """Ids of the tokens with which the assistant ends a turn, in the tokenizer's template; [] without one."""
+    if tokenizer.template_for(False) is None:
+        return []
+    ids, trained = render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenizer)
+    last = max((number for number, one in enumerate(trained) if one and ids[number] in tokenizer.specials), default=None)
+    return [] if last is None else [ids[last]]
+
+
+def encode(text: str, ranges: Iterable[tuple[int, int]], tokenizer: Tokenizer, *, forged: bool = False) -> tuple[list[int], list[bool]]:
+    """Ids of a text, special tokens being what they say (`forged`: being text), and whether each lies within a range; Unmarkable if one lies
+    across an edge."""
     inside = bytearray(len(text))
     for start, stop in ranges:
         inside[start:stop] = b"\1" * (stop - start)
     sums = [0, *accumulate(inside)]
-    encoding = tokenizer.marked.encode(text, add_special_tokens=False)
+    encoding = (tokenizer.unmarked if forged else tokenizer.marked).encode(text, add_special_tokens=False)
     trained = []
     for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
         name = tokenizer.specials.get(token)

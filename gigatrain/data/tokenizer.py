@@ -103,6 +103,13 @@ class Tokenizer:
         return found
 
     @cached_property
+    def unmarked(self) -> Backend:
+        """As `marked`, with special tokens in the text being text."""
+        found = Backend.from_str(self.marked.to_str())
+        found.encode_special_tokens = True
+        return found
+
+    @cached_property
     def specials(self) -> dict[int, str]:
         """Special tokens by id."""
         return {number: token.content for number, token in self.backend.get_added_tokens_decoder().items() if token.special}
@@ -114,20 +121,21 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
 
-def train(texts: Iterable[str], vocab: int, folder: Path) -> Tokenizer:
+def train(texts: Iterable[str], vocab: int, folder: Path, special: tuple[str, ...] = ()) -> Tokenizer:
     """Train a byte-level tokenizer of at most `vocab` ids on `texts` and save it so that transformers' AutoTokenizer loads `folder`.
 
-    Deterministic: the same texts in any order give the same file. DataError if `vocab` cannot hold the 256 bytes and the special token.
+    special: further special tokens, for a chat template. Deterministic: the same texts in any order give the same file. DataError if `vocab` cannot hold
+    the 256 bytes and the special tokens.
     """
-    if vocab < 257:
-        raise DataError(f"tokenizer.train.vocab is {vocab}, and the 256 bytes and {END} need 257")
+    if vocab < 257 + len(special):
+        raise DataError(f"tokenizer.train.vocab is {vocab}, and the 256 bytes and {', '.join([END, *special])} need {257 + len(special)}")
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=[END], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=vocab, special_tokens=[END, *special], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
     backend.post_processor = processors.TemplateProcessing(
@@ -147,7 +155,7 @@ def train(texts: Iterable[str], vocab: int, folder: Path) -> Tokenizer:
     return load(str(folder))
 
 
-def load(source: str) -> Tokenizer:
+def load(source: str, date: str | None = None) -> Tokenizer:
     """Load a Hugging Face tokenizer from a folder, a tokenizer.json or a hub name; DataError says what is missing and where."""
     path = Path(source).expanduser()
     if path.is_file():
@@ -173,7 +181,7 @@ def load(source: str) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
-    return Tokenizer(backend, file, vocab, bos, eos, hashlib.sha256(content).hexdigest())
+    return Tokenizer(backend, file, vocab, bos, eos, hashlib.sha256(content).hexdigest(), date)
 
 
 def keep(ready: Tokenizer, folder: Path) -> Tokenizer:
