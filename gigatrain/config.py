@@ -217,6 +217,11 @@ class Train(Section):
         default=0.0,
         description="Share of each block's output that is dropped before the residual sum; masks follow from the seed and the step.",
     )
+    neftune: NonNegative = Field(
+        default=0.0,
+        description="Even noise on the embeddings in training, of at most this / sqrt(sequence * hidden) (NEFTune, arXiv:2310.05914, uses 5 to 15); it follows "
+        "from the seed and the step.",
+    )
     compile: bool = Field(default=False, description="torch.compile each layer; costs a start of tens of seconds.")
     fuse: bool | None = Field(
         default=None,

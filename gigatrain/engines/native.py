@@ -443,8 +443,8 @@ class Native:
         return compute(module, part, carried, seed, positions=part.documents is not None or self.mesh.size("context") > 1, **terms)
 
     def _seed(self, microbatch: int) -> Tensor | None:
-        """Of a microbatch's dropout masks: a function of the run's seed, the step, the microbatch and who reads it, counted on the device."""
-        if not self.plan.dropout:
+        """Of a microbatch's dropout masks and noise: a function of the run's seed, the step, the microbatch and who reads it, counted on the device."""
+        if not (self.plan.dropout or self.plan.neftune):
             return None
         rank, ranks = self.mesh.data
         updates = self._updates.to(self.device, non_blocking=True)
