@@ -590,6 +590,7 @@ def _sites(options: argparse.Namespace) -> None:
 def _data_build(options: argparse.Namespace) -> None:
     from gigatrain import load
     from gigatrain.data import build
+    from gigatrain.data.held import build_sets
     from gigatrain.observe.display import Display
 
     recipe = load.recipe(options.recipe, options.set)
@@ -598,11 +599,14 @@ def _data_build(options: argparse.Namespace) -> None:
 
         recipe = submit.cached(recipe, submit.resolved(load.site(options.site), runs=False, account=options.account))
     if options.json:
-        print(json.dumps(build.build(recipe.data, recipe.tokenizer).manifest, indent=2))
+        corpus = build.build(recipe.data, recipe.tokenizer)
+        build_sets(corpus, recipe.data, recipe.validation.sets)
+        print(json.dumps(corpus.manifest, indent=2))
         return
     with Display() as display:
         corpus = build.build(recipe.data, recipe.tokenizer, progress=display.advance)
-        for line in corpus.describe():
+        further = build_sets(corpus, recipe.data, recipe.validation.sets, progress=display.advance)
+        for line in [*corpus.describe(), *(f"validation set {name}: {line}" for name, own in further.items() for line in own.describe())]:
             display.line(line)
 
 
