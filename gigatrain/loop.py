@@ -25,6 +25,7 @@ from gigatrain.data.held import held as held_of
 from gigatrain.data.loader import Batches
 from gigatrain.engines import Engine, low, replicated
 from gigatrain.errors import DataError, RunError
+from gigatrain.exporting.card import keep_data
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
@@ -172,6 +173,7 @@ def _steps(
         if mesh.rank == 0:
             run.claim(plan, folder, this)
             export.keep_tokenizer(corpus.tokenizer(), folder)
+            keep_data(corpus, corpus.weights, folder)
         writes = folder if mesh.rank == 0 else None
         metrics = stack.enter_context(Metrics(plan, writes, device, step=this.step, show=lambda window: display.window(plan, window)))
         metrics.load(kept)

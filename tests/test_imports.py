@@ -23,8 +23,8 @@ LEVELS = [
     ["models", "optim", "tune"],
     ["engines", "observe", "checkpoint", "bench", "preflight"],
     ["run"],
-    ["export", "importing"],
-    ["generate"],
+    ["export", "exporting", "importing"],
+    ["generate", "evaluate"],
     ["loop"],
     ["cli"],
     ["__init__", "__main__"],
@@ -51,8 +51,9 @@ TORCH_FREE = {
 HOMES = {
     "deepspeed": {"engines.deepspeed"},
     "datasets": {"data.sources"},
-    "transformers": {"generate", "models.automodel", "models.autonumbers", "models.autoweights", "bench.peers"},
+    "transformers": {"generate", "exporting.generation", "exporting.readers", "models.automodel", "models.autonumbers", "models.autoweights", "bench.peers"},
     "accelerate": {"observe.metrics"},
+    "lm_eval": {"evaluate.tasks"},
     "matplotlib": {"bench.report", "bench.power", "observe.report.plots"},
     **{peer: {"bench.peers"} for peer in ("liger_kernel", "cut_cross_entropy", "flashoptim", "quack")},
 }
