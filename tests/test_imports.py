@@ -51,7 +51,15 @@ TORCH_FREE = {
 HOMES = {
     "deepspeed": {"engines.deepspeed"},
     "datasets": {"data.sources"},
-    "transformers": {"generate", "exporting.generation", "exporting.readers", "models.automodel", "models.autonumbers", "models.autoweights", "bench.peers"},
+    "transformers": {
+        "generate",
+        "exporting.generation",
+        "exporting.readers",
+        "models.automodel",
+        "models.autonumbers",
+        "models.autoweights",
+        "bench.peers",
+    },
     "accelerate": {"observe.metrics"},
     "lm_eval": {"evaluate.tasks"},
     "matplotlib": {"bench.report", "bench.power", "observe.report.plots"},

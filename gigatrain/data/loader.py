@@ -62,9 +62,7 @@ def samples_of(corpus: Corpus, split: str, sequence: int, packing: Packing, *, p
     for number, source in enumerate(corpus.manifest["sources"]):
         eos_opens = source["ends_with_eos"] and not source["starts_with_bos"]
         stream = corpus.stream(number, split)
-        found.append(
-            Samples(stream, sequence=sequence, packing=packing, eos=corpus.eos, eos_opens=eos_opens, partial=partial)
-        )
+        found.append(Samples(stream, sequence=sequence, packing=packing, eos=corpus.eos, eos_opens=eos_opens, partial=partial))
     return found
 
 

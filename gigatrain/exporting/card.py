@@ -31,9 +31,7 @@ def keep_data(corpus: Corpus, weights: Sequence[float], folder: Path) -> None:
         {
             "name": source["name"],
             "weight": weight / total,
-            **{
-                split: {key: source["splits"][split][key] for key in ("documents", "tokens", "text_bytes")} for split in source["splits"]
-            },
+            **{split: {key: source["splits"][split][key] for key in ("documents", "tokens", "text_bytes")} for split in source["splits"]},
         }
         for source, weight in zip(corpus.manifest["sources"], weights, strict=True)
     ]
@@ -225,14 +223,20 @@ def _what(plan: Plan, source: Mapping[str, Any] | None, step: int, tokens: int) 
     objective = _objective(plan)
     lines.append(f"It was trained on {kinds.get(objective, f'preferences, by {objective.upper()}')}.")
     if source is None:
-        lines.append("Its weights were drawn at random before: there is no base model, and no licence follows from one. State yours before you publish.")
+        lines.append(
+            "Its weights were drawn at random before: there is no base model, and no licence follows from one. State yours before you publish."
+        )
     else:
         name = f"[{source['hub']}](https://huggingface.co/{source['hub']})" if source["hub"] else _code(source["name"])
-        licence = f"{_code(source['licence_name'] or source['licence'])}" if source["licence"] else "unknown: no card lies beside its weights"
+        licence = (
+            f"{_code(source['licence_name'] or source['licence'])}" if source["licence"] else "unknown: no card lies beside its weights"
+        )
         lines.append(f"It started from {name}; the licence of that model: {licence}.")
         if (kind := _adapter(plan)) is not None:
             rank = getattr(plan.adapter, "rank", None)  # type: ignore[attr-defined]
-            lines.append(f"Only an adapter was trained ({kind}{f', rank {rank}' if rank else ''}); the base model's own weights are as they were.")
+            lines.append(
+                f"Only an adapter was trained ({kind}{f', rank {rank}' if rank else ''}); the base model's own weights are as they were."
+            )
     return " ".join(lines)
 
 
@@ -274,7 +278,8 @@ def _data(folder: Path, plan: Plan, tokens: int) -> str:
     total = sum(one["train"]["tokens"] for one in data["sources"])
     held = sum(one["validation"]["documents"] for one in data["sources"])
     text = _table(("source", "documents", "tokens", "share of the samples", "tokens trained on, about"), rows)
-    return f"{text}\n\n{total:,} tokens in all, read {tokens / total:.2f} times; {held:,} documents were held out. SHA-256 of the corpus: {_code(data['sha256'])}."
+    said = f"{total:,} tokens in all, read {tokens / total:.2f} times; {held:,} documents were held out."
+    return f"{text}\n\n{said} SHA-256 of the corpus: {_code(data['sha256'])}."
 
 
 def _results(folder: Path, step: int, measured: Mapping[str, Any]) -> str:
@@ -339,7 +344,10 @@ def _energy(value: Mapping[str, Any]) -> str:
             rows.append([name, "not measured", _text(one["unknown"])])
         else:
             rows.append([name, f"{one['value']:.6g} {unit}", _text(f"the facility's energy times {_factor(value, key)}")])
-    return _table(("what", "amount", "boundary and basis"), rows, left=3) + "\n\nOf the run alone: experiments before it, evaluations and use are not in it."
+    return (
+        _table(("what", "amount", "boundary and basis"), rows, left=3)
+        + "\n\nOf the run alone: experiments before it, evaluations and use are not in it."
+    )
 
 
 def _factor(value: Mapping[str, Any], key: str) -> str:

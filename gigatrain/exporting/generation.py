@@ -38,9 +38,7 @@ def ends_of_turn(folder: Path) -> tuple[list[int], str]:
     return [], "the chat template puts no token of its own behind an answer"
 
 
-def generation_config(
-    tokens: Mapping[str, int | None], turns: list[int], sample: config.Sample, source: Path | None
-) -> dict[str, Any]:
+def generation_config(tokens: Mapping[str, int | None], turns: list[int], sample: config.Sample, source: Path | None) -> dict[str, Any]:
     """generation_config.json. `source`: the folder that the run's weights are from, whose own ends are ends here too.
 
     An answer of a chat ends with its template's token, a text with the tokenizer's eos: both are named, since a generation stops at any of them.

@@ -1,7 +1,7 @@
 """Plain data as YAML that people read: block style, strings quoted where a reader could take them for something else.
 
-Only what a manifest or a model card holds: dicts with string keys, lists, strings, numbers, booleans and None. Every YAML 1.1 and 1.2 reader gets back what went in (the
-tests read it with PyYAML), so PyYAML need not be there where jobs are launched.
+Only what a manifest or a model card holds: dicts with string keys, lists, strings, numbers, booleans and None. Every YAML 1.1 and 1.2 reader gets back what
+went in (the tests read it with PyYAML), so PyYAML need not be there where jobs are launched.
 """
 
 import json
