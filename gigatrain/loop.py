@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +20,12 @@ from rich.console import Console
 from gigatrain import engines, export, floors, leaving, run
 from gigatrain.checkpoint import PASSING, Checkpoints, Intervals, Near, Saving, Timed, fill, weights_sha256, write_text
 from gigatrain.data import build
-from gigatrain.data.loader import Batches, Validation
+from gigatrain.data.held import Held, build_sets, figures
+from gigatrain.data.held import held as held_of
+from gigatrain.data.loader import Batches
 from gigatrain.engines import Engine, low, replicated
 from gigatrain.errors import DataError, RunError
+from gigatrain.exporting.card import keep_data
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
@@ -172,6 +175,7 @@ def _steps(
         if mesh.rank == 0:
             run.claim(plan, folder, this)
             export.keep_tokenizer(corpus.tokenizer(), folder)
+            keep_data(corpus, corpus.weights, folder)
         writes = folder if mesh.rank == 0 else None
         metrics = stack.enter_context(Metrics(plan, writes, device, step=this.step, show=lambda window: display.window(plan, window)))
         metrics.load(kept)
@@ -432,12 +436,21 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return states | {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else states
 
 
-def _held_out(plan: Plan, corpus: build.Corpus, mesh: Mesh, device: torch.device) -> Validation | None:
-    if plan.data.validation == 0:
-        return None
+def _held_out(plan: Plan, corpus: build.Corpus, mesh: Mesh, device: torch.device) -> Held | None:
+    """What is validated on; rank 0 tokenises the recipe's further sets, and the others open them."""
+
+    def built() -> list[str]:
+        return [str(own.folder) for own in build_sets(corpus, plan.data, plan.validation.sets).values()]
+
+    names = [one.name for one in plan.validation.sets]
+    folders = ranks.first(mesh, built) if names else []
+    with agreed(mesh, DataError, str):
+        further = {name: build.Corpus.open(Path(folder)) for name, folder in zip(names, folders, strict=True)}
     reader, readers = mesh.data
-    return Validation(
+    return held_of(
         corpus,
+        further,
+        held_out=plan.data.validation > 0,
         sequence=plan.sequence,
         packing=plan.data.packing,
         microbatch=plan.microbatch,
@@ -452,21 +465,23 @@ def _validates_at(plan: Plan, step: int) -> bool:
     return step == plan.steps or (plan.validation.every > 0 and step > 0 and step % plan.validation.every == 0)
 
 
-def _validate(engine: Engine, held: Validation, health: Health, times: trace.Trace) -> dict[str, Any] | None:
-    """Loss per target on the held-out documents, and bits per byte of their text where the bytes are known; None when a signal cut it short."""
+def _validate(engine: Engine, held: Held, health: Health, times: trace.Trace) -> dict[str, Any] | None:
+    """The figures of each set on the weights as they are (data/held.py); None when a signal cut it short."""
 
-    def until_signal() -> Iterator[Any]:
-        for part in held:
+    def until_signal(parts: Iterable[Any]) -> Iterator[Any]:
+        for part in parts:
             if health.leaves():
                 return
             times.alive()
             yield part
 
-    nats, targets = engine.evaluate(until_signal()).tolist()
-    if health.wants_out:
-        return None
-    bits = nats / (0.6931471805599453 * held.text_bytes) if held.text_bytes else None
-    return {"val_loss": nats / targets, "val_targets": int(targets), "val_bits_per_byte": bits}
+    sums = []
+    for one in held:
+        nats, targets = engine.evaluate(until_signal(one.validation)).tolist()
+        if health.wants_out:
+            return None
+        sums.append((one, nats, targets))
+    return figures(sums)
 
 
 def _summary(
