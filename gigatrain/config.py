@@ -273,6 +273,11 @@ class Train(Section):
         default=0.0,
         description="Share of each block's output that is dropped before the residual sum; masks follow from the seed and the step.",
     )
+    neftune: NonNegative = Field(
+        default=0.0,
+        description="Even noise on the embeddings in training, of at most this / sqrt(sequence * hidden) (NEFTune, arXiv:2310.05914, uses 5 to 15); it follows "
+        "from the seed and the step.",
+    )
     compile: bool = Field(default=False, description="torch.compile each layer; costs a start of tens of seconds.")
     fuse: bool | None = Field(
         default=None,
@@ -450,11 +455,31 @@ class Schedule(Section):
     floor: Fraction = Field(default=0.1, description="The rate at the last step, as a share of the peak.")
 
 
+class ValidationSet(Source):
+    """Documents that are validated on and never trained on, beside what `data.validation` holds out; `weight` says nothing here."""
+
+    name: Name = Field(description="What its losses are called in metrics and report.")
+
+
 class Validation(Section):
-    """When the held-out documents are read."""
+    """When the held-out documents are read, and what is read with them."""
 
     every: Annotated[int, Field(ge=0)] = Field(default=0, description="Steps between two validations; 0: only after the last step.")
-    max_samples: Count | None = Field(default=None, description="At most so many samples; default: all that is held out.")
+    max_samples: Count | None = Field(
+        default=None, description="At most so many samples, of what is held out and of each set; default: all of them."
+    )
+    sets: tuple[ValidationSet, ...] = Field(
+        default=(),
+        description="Further sets, each with a loss, a perplexity and bits per byte of its own. `val_loss` is that of the held-out documents, and where "
+        "none are held out that of the first set.",
+    )
+
+    @model_validator(mode="after")
+    def named_apart(self) -> Self:
+        names = [one.name for one in self.sets]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two of `sets` are called {twice!r}; each needs a name of its own")
+        return self
 
 
 class Checkpoint(Section):

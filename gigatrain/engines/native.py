@@ -472,8 +472,8 @@ class Native:
         return compute(module, part, carried, seed, objective=self.plan.objective, positions=positions, **terms)
 
     def _seed(self, microbatch: int) -> Tensor | None:
-        """Of a microbatch's dropout masks: a function of the run's seed, the step, the microbatch and who reads it, counted on the device."""
-        if not self.plan.dropout:
+        """Of a microbatch's dropout masks and noise: a function of the run's seed, the step, the microbatch and who reads it, counted on the device."""
+        if not (self.plan.dropout or self.plan.neftune):
             return None
         rank, ranks = self.mesh.data
         updates = self._updates.to(self.device, non_blocking=True)

@@ -15,13 +15,13 @@ def check(recipe: Recipe, mesh: Mesh) -> None:
     if kind not in READY:
         raise PlanError(f'objective.kind "{kind}" is not computed yet; choose one of {", ".join(READY)}')
     if not objective.pairs:
-        for source in data.sources:
+        for source in (*data.sources, *recipe.validation.sets):
             if source.format == "preference":
                 raise PlanError(
                     f'{source.path} holds pairs (format "preference") and objective.kind "{kind}" reads text; set objective.kind = "dpo" or its kin'
                 )
         return
-    for source in data.sources:
+    for source in (*data.sources, *recipe.validation.sets):
         if source.format != "preference" and source.kind != "megatron":
             raise PlanError(
                 f'objective.kind "{kind}" reads answers that somebody judged, and {source.path} is {source.format!r}; set its format = "preference"'

@@ -146,6 +146,7 @@ class Plan(Section):
     seed: int
     recompute: cost.Recompute
     dropout: float
+    neftune: float
     compile: bool
     deterministic: bool
     max_bad_steps: int
@@ -336,6 +337,7 @@ def plan(
         seed=train.seed,
         recompute=train.recompute,
         dropout=train.dropout,
+        neftune=train.neftune,
         compile=train.compile,
         deterministic=train.deterministic,
         max_bad_steps=train.max_bad_steps,
