@@ -230,6 +230,11 @@ class Objective(Section):
         return self.kind in ("dpo", "ipo", "orpo", "simpo", "kto")
 
     @property
+    def joins(self) -> bool:
+        """Whether a row holds both answers of a pair, as two documents."""
+        return self.pairs and self.kind != "kto"
+
+    @property
     def refers(self) -> bool:
         """Whether log-probabilities of a reference are subtracted."""
         return self.kind in ("dpo", "ipo", "kto")
@@ -706,3 +711,8 @@ class Recipe(Section):
         "`default`, auto or reference, decides the rest.",
     )
     export: bool = Field(default=True, description="Write export/ (transformers' format) when the run ends.")
+
+    @property
+    def documents(self) -> bool:
+        """Whether rows hold several documents, which attention keeps apart."""
+        return self.data.packing != "document" or self.objective.joins

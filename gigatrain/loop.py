@@ -433,7 +433,7 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
         device,
         torch.bfloat16 if plan.compute == "bf16" else torch.float32,
         sequence=plan.sequence,
-        packed=plan.data.packing != "document",
+        packed=plan.documents,
         ranks=shared,
     )
     if worst:

@@ -177,6 +177,11 @@ class Plan(Section):
         return "fp32" if self.precision == "fp32" else "bf16"
 
     @property
+    def documents(self) -> bool:
+        """Whether rows hold several documents, which attention keeps apart."""
+        return self.data.packing != "document" or self.objective.joins
+
+    @property
     def decoder(self) -> Architecture:
         """The architecture of a plan for one of our own decoders."""
         assert isinstance(self.architecture, Architecture)
@@ -281,7 +286,7 @@ def plan(
         mesh=mesh,
         engine=recipe.engine,
         kernels={choice.op: choice.kernel for choice in kernels},
-        documents=recipe.data.packing != "document",
+        documents=recipe.documents,
         fused=frozenset(fusion.name for fusion in chosen if fusion.on),
     )
     if recipe.tokenizer.train and recipe.tokenizer.train.vocab > architecture.vocab:
@@ -509,7 +514,7 @@ def _attended(recipe: Recipe, site: Site, architecture: Architecture) -> attenti
     asks = {
         "values": values != architecture.head_dim,
         "single": train.precision == "fp32",
-        "documents": recipe.data.packing != "document",
+        "documents": recipe.documents,
         "window": any((window := architecture.window_of(i)) and window < train.sequence for i in range(architecture.layers)),
         "softcap": architecture.attention_softcap is not None,
         "sinks": getattr(architecture, "sinks", False),
