@@ -32,7 +32,7 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import attention, axes, budget, cost, fusions, hardware, products, replicas, watts
+from gigatrain.planning import adapting, attention, axes, budget, cost, fusions, hardware, products, replicas, watts
 from gigatrain.planning.expect import expect
 from gigatrain.planning.expected import Expected
 from gigatrain.planning.fusions import Fusion, Name
@@ -176,6 +176,11 @@ class Plan(Section):
         return "fp32" if self.precision == "fp32" else "bf16"
 
     @property
+    def drops(self) -> bool:
+        """Whether a step draws masks."""
+        return self.dropout > 0 or (self.adapter is not None and self.adapter.dropout > 0)
+
+    @property
     def decoder(self) -> Architecture:
         """The architecture of a plan for one of our own decoders."""
         assert isinstance(self.architecture, Architecture)
@@ -269,6 +274,7 @@ def plan(
     kernels = _kernels(recipe, site, architecture, low)
     chosen = fusions.choose(recipe, site, architecture, mesh, microbatch, accumulation, {choice.op: choice.kernel for choice in kernels})
     replicas.check(recipe, mesh, chosen)
+    adapting.check(recipe, architecture, mesh)
     memory = cost.memory(
         architecture,
         device=site.device,
