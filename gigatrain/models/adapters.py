@@ -235,10 +235,11 @@ def base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     for name, module in model.named_modules():
         at = f"{name}." if name else ""
         for leaf, parameter in module.named_parameters(recurse=False):
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves none in place
             if leaf == "codes":
-                found[f"{at}weight"] = (parameter.shape[0], 2 * parameter.shape[1])
+                found[f"{at}weight"] = (shape[0], 2 * shape[1])
             elif leaf != "scales" and not leaf.startswith("lora_"):
-                found[f"{at}{leaf}"] = tuple(parameter.shape)
+                found[f"{at}{leaf}"] = shape
     if getattr(getattr(model, "arch", None), "tied", False) and "model.embed_tokens.weight" in found:
         found.pop("lm_head.weight", None)
     return found

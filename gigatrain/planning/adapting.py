@@ -1,6 +1,7 @@
 """What an adapter changes of a plan: which matrices get one, what is trained at all, and what the frozen rest needs. Free of torch."""
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 
 from gigatrain.architectures import Architecture
@@ -57,10 +58,47 @@ def frozen_bytes(architecture: Architecture, adapter: Adapter, size: int) -> int
     return round(NF4_BYTES * narrow) + size * (architecture.parameters() - narrow - _whole(architecture, adapter))
 
 
+def groups(architecture: Architecture, adapter: Adapter, *, decay_embeddings: bool) -> tuple[int, int]:
+    """Trained parameters with weight decay, and without: A and B have it, DoRA's lengths do not."""
+    lengths = 0
+    if adapter.kind == "dora":
+        lengths = sum(outputs * layers for name, (outputs, _, layers) in matrices(architecture).items() if targeted(name, adapter.targets))
+    decayed = low_rank(architecture, adapter) - lengths + (_whole(architecture, adapter) if decay_embeddings else 0)
+    return decayed, trained(architecture, adapter) - decayed
+
+
+def learns_head(architecture: Architecture, adapter: Adapter) -> bool:
+    """Whether the head has a gradient."""
+    return adapter.train_head or (architecture.tied and adapter.train_embeddings)
+
+
+def layer_bytes(architecture: Architecture, adapter: Adapter, size: int) -> int:
+    """Bytes of a layer's frozen weights and adapters, as they are gathered: the mean of layers, the last norm included."""
+    ends = architecture.vocab * architecture.hidden * (1 if architecture.tied else 2)
+    narrow = sum(outputs * inputs * layers for outputs, inputs, layers in matrices(architecture).values()) if adapter.quantise == "nf4" else 0
+    wide = architecture.parameters() - ends - narrow + low_rank(architecture, adapter)
+    return math.ceil((NF4_BYTES * narrow + size * wide) / architecture.layers)
+
+
+def kept_bytes(architecture: Architecture, adapter: Adapter, size: int) -> int:
+    """Bytes that adapters keep for the backward, per token and mean layer, beside what the layer does: u, of DoRA the product, with dropout its inputs."""
+    found = 0
+    for name, (outputs, inputs, layers) in matrices(architecture).items():
+        if targeted(name, adapter.targets):
+            each = adapter.rank + (outputs if adapter.kind == "dora" else 0) + (2 * inputs if adapter.dropout else 0)
+            found += each * layers
+    return math.ceil(size * found / architecture.layers)
+
+
+def restoring_bytes(architecture: Architecture, adapter: Adapter, size: int) -> int:
+    """Bytes of the largest matrix while it is made of its codes: levels and their products in fp32, then the weight."""
+    largest = max(outputs * inputs for outputs, inputs, _ in matrices(architecture).values())
+    return (8 + size) * largest if adapter.quantise == "nf4" else 0
+
+
 def flops_per_token(architecture: Architecture, adapter: Adapter, sequence: int) -> float:
     """`Architecture.flops_per_token` without the products that would make gradients of frozen weights (2 of each 6), and with the adapters' 6 per weight."""
-    head = architecture.vocab * architecture.hidden
-    learns = head if adapter.train_head or (architecture.tied and adapter.train_embeddings) else 0
+    learns = architecture.vocab * architecture.hidden if learns_head(architecture, adapter) else 0
     weights = (architecture.flops_per_token(sequence) - _attention_flops(architecture, sequence)) / 6
     return architecture.flops_per_token(sequence) - 2 * (weights - learns) + 6 * low_rank(architecture, adapter)
 

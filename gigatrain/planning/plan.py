@@ -268,13 +268,13 @@ def plan(
     ranks = axes.count(mesh)
     microbatch, accumulation = axes.share(recipe, mesh)
     axes.check(recipe, architecture, mesh, accumulation)
+    adapting.check(recipe, architecture, mesh)
     tokens_per_step = train.batch * train.sequence
     steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)
     low = products.resolve(recipe, site, architecture, mesh)
     kernels = _kernels(recipe, site, architecture, low)
     chosen = fusions.choose(recipe, site, architecture, mesh, microbatch, accumulation, {choice.op: choice.kernel for choice in kernels})
     replicas.check(recipe, mesh, chosen)
-    adapting.check(recipe, architecture, mesh)
     memory = cost.memory(
         architecture,
         device=site.device,
@@ -289,6 +289,7 @@ def plan(
         kernels={choice.op: choice.kernel for choice in kernels},
         documents=recipe.data.packing == "stream",
         fused=frozenset(fusion.name for fusion in chosen if fusion.on),
+        adapter=recipe.adapter,
     )
     if recipe.tokenizer.train and recipe.tokenizer.train.vocab > architecture.vocab:
         raise PlanError(
@@ -363,7 +364,9 @@ def plan(
         kernels=kernels,
         fusions=chosen,
         parameters=architecture.parameters(),
-        flops_per_token=architecture.flops_per_token(train.sequence),
+        flops_per_token=adapting.flops_per_token(architecture, recipe.adapter, train.sequence)
+        if recipe.adapter is not None and isinstance(architecture, Architecture)
+        else architecture.flops_per_token(train.sequence),
         memory=memory,
     )
     return found.model_copy(update={"expected": expect(found, site, constants)}) if forecast else found
