@@ -241,14 +241,15 @@ def prospect(plan: Plan, site: Site, constants: Mapping[str, float] | None = Non
 
 
 def _forward_s(workload: Workload, found: Estimate) -> float:
-    """Of a step's seconds, those of its forwards: by what forward, backward and recomputation multiply."""
+    """Of a step's seconds, those of its forwards: by what forward, backward and recomputation multiply, and what is sent alike (a gather of each, and a
+    reduction)."""
     again = {"none": 0.0, "lean": 0.1, "selective": 0.3, "full": 1.0}[workload.recompute]
-    computes = sum(found.phases.get(name, 0.0) for name in ("gemm", "grouped", "attention", "memory"))
-    return computes / ((2.0 if workload.frozen else 3.0) + again)
+    within = sum(seconds for name, seconds in found.phases.items() if name not in ("optimizer", "launch", "bubble", "wait"))
+    return within / ((2.0 if workload.frozen else 3.0) + again)
 
 
 def _with_passes(found: Estimate, passes: int, forward_s: float, *, frozen: bool) -> Estimate:
-    """A step that also computes so many forwards without a backward (objective.py); what they send is counted as hidden behind them."""
+    """A step that also computes so many forwards without a backward (objective.py)."""
     if not passes:
         return found
     more = passes * forward_s
@@ -261,7 +262,7 @@ def _with_passes(found: Estimate, passes: int, forward_s: float, *, frozen: bool
         phases=found.phases | {"reference": more},
         busy=found.busy | {"gemm": found.busy.get("gemm", 0.0) + more},
         model_flops=found.model_flops * (1 + passes / (2.0 if frozen else 3.0)),
-        assumed=(*found.assumed, f"{passes} more forwards a step, by the share of a step's products that its own forward has"),
+        assumed=(*found.assumed, f"{passes} more forwards a step, by the share of a step that its own forward has"),
     )
 
 
