@@ -612,9 +612,12 @@ class Power(Section):
 
 
 class Sample(Section):
-    """The text that is printed when the run ends; no prompt, no sample."""
+    """What the model writes when the run ends, printed and kept in samples.jsonl; no prompt and no held-out conversation, no sample."""
 
     prompt: str | None = None
+    held_out: Annotated[int, Field(ge=0, le=64)] = Field(
+        default=0, description="So many held-out conversations are answered, in the template's format, for the report; beside them stands what was held out."
+    )
     tokens: Count = 100
     temperature: NonNegative = 0.8
     top_k: Count | None = 50
