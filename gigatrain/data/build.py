@@ -341,7 +341,7 @@ def _refuse(bad: config.BadDocuments, reason: str, where: str, source: config.So
     if name == "history":
         if source.history == "refuse":
             raise DataError(
-                f"{source.path}: document {where}: {reason.partition(': ')[2]}; set `history` of the source to \"split\": one sample a turn, or \"skip\""
+                f'{source.path}: document {where}: {reason.partition(": ")[2]}; set `history` of the source to "split": one sample a turn, or "skip"'
             )
         return
     key = "unparsable" if name == "corrupt" else name

@@ -55,7 +55,9 @@ def parsed(form: str, record: Any) -> Any:
 def test_forms_that_people_store() -> None:
     user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     assert parsed("chat", {"messages": [user, assistant], "id": 3}).messages == (user, assistant)
-    assert parsed("chat", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, assistant | {"name": None}]}).messages == (
+    assert parsed(
+        "chat", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, assistant | {"name": None}]}
+    ).messages == (
         user,
         assistant,
     )
@@ -116,7 +118,9 @@ def test_every_kind_of_file_gives_the_same_tokens(tmp_path: Path, own: config.To
 
     rows = [{"messages": chat, "n": number} for number, chat in enumerate(CHATS)]
     jsonl(tmp_path / "a.jsonl", rows)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([*rows, {"messages": [{"role": "user", "content": "x", "name": "y"}]}]), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([*rows, {"messages": [{"role": "user", "content": "x", "name": "y"}]}]), tmp_path / "a.parquet"
+    )
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "hub"))
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     jsonl(tmp_path / "b.jsonl", [{"turns": [{"from": names[m["role"]], "value": m["content"]} for m in chat]} for chat in CHATS])
@@ -142,7 +146,9 @@ def test_every_kind_of_file_gives_the_same_tokens(tmp_path: Path, own: config.To
         build(data(tmp_path, source(tmp_path / "hub", "sharegpt", "hub")), own)
 
 
-def test_processes_give_the_same_corpus_and_a_damaged_mask_is_refused(tmp_path: Path, own: config.Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_give_the_same_corpus_and_a_damaged_mask_is_refused(
+    tmp_path: Path, own: config.Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from gigatrain.data import build as module
 
     monkeypatch.setattr(module, "INLINE_BYTES", 0)
@@ -183,7 +189,8 @@ def test_turns_that_the_template_changes(tmp_path: Path) -> None:
     chatshapes.made(tmp_path / "t", "thinking", marks=True)
     spec = config.Tokenizer(source=str(tmp_path / "t"))  # type: ignore[call-arg]
     chat = [
-        message | ({"reasoning_content": f"hm {number}"} if message["role"] == "assistant" else {}) for number, message in enumerate(CHATS[1])
+        message | ({"reasoning_content": f"hm {number}"} if message["role"] == "assistant" else {})
+        for number, message in enumerate(CHATS[1])
     ]
     path = jsonl(tmp_path / "a.jsonl", [{"messages": chat}, {"messages": CHATS[0]}])
     corpus = build(data(tmp_path, source(path)), spec)
@@ -262,7 +269,9 @@ def test_packed_batches_go_on_where_they_were(tmp_path: Path, own: config.Tokeni
             rows = [row for part in parts for row in part.microbatches[0].labels.tolist()]
             assert rows == step.microbatches[0].labels.tolist()
             assert sum(part.targets for part in parts) == step.targets
-    assert [step.microbatches[0].tokens.tolist() for step in steps] != [next(one).microbatches[0].tokens.tolist() for one in [batches(seed=4)] for _ in range(12)]
+    assert [step.microbatches[0].tokens.tolist() for step in steps] != [
+        next(one).microbatches[0].tokens.tolist() for one in [batches(seed=4)] for _ in range(12)
+    ]
 
 
 def test_adopted_megatron_shards_bring_their_marks(tmp_path: Path, own: config.Tokenizer) -> None:

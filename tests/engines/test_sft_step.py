@@ -9,9 +9,11 @@ import torch
 from distributed import together
 
 from gigatrain import engines, load
+from gigatrain.architectures import Architecture, to_hf_config
 from gigatrain.data import build
 from gigatrain.data.loader import Batches
 from gigatrain.data.pack import IGNORED
+from gigatrain.engines.native import Native
 from gigatrain.parallel.mesh import Mesh, alone
 from gigatrain.planning.plan import plan
 
@@ -92,7 +94,8 @@ def test_masks_loss_and_gradients_are_those_of_trl(recipe, tmp_path):
 
     made = plan(load.recipe(recipe, ("model.init.std=0.2", "model.init.scale_residual=false", "data.validation=0.0")), load.site("laptop"))
     corpus = build.build(made.data, made.tokenizer)
-    engine = engines.make(made, alone(), torch.device("cpu"), fresh=True)
+    engine = Native(made, alone(), torch.device("cpu"))
+    assert isinstance(made.architecture, Architecture)
     tokenizer = transformers.AutoTokenizer.from_pretrained(corpus.folder / "tokenizer")
     rows = [json.loads(line)["messages"] for line in (recipe.parent / "chats.jsonl").read_text().splitlines()]
     settings = trl.SFTConfig(
@@ -106,30 +109,25 @@ def test_masks_loss_and_gradients_are_those_of_trl(recipe, tmp_path):
         bf16=False,
         gradient_checkpointing=False,
     )
-    arch = made.architecture
-    shape = transformers.LlamaConfig(
-        vocab_size=arch.vocab,
-        hidden_size=arch.hidden,
-        num_hidden_layers=arch.layers,
-        num_attention_heads=arch.heads,
-        num_key_value_heads=arch.kv_heads,
-        head_dim=arch.head_dim,
-        intermediate_size=arch.intermediate,
-        rms_norm_eps=arch.norm_eps,
-        tie_word_embeddings=arch.tied,
-        rope_theta=arch.rope.theta,
-        attn_implementation="eager",
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text(
+        json.dumps(to_hf_config(made.architecture, bos=None, eos=corpus.eos, pad=corpus.eos, max_positions=128, dtype="float32"))
     )
-    model = transformers.LlamaForCausalLM(shape)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(tmp_path / "config"), attn_implementation="eager"
+    )
     mine = {name: piece.tensor.clone() for name, piece in engine.state()["weights"].items()}
-    model.load_state_dict(mine, strict=not arch.tied)
-    trainer = trl.SFTTrainer(model, settings, train_dataset=datasets.Dataset.from_list([{"messages": row} for row in rows]), processing_class=tokenizer)
+    model.load_state_dict(mine, strict=not made.architecture.tied)
+    trainer = trl.SFTTrainer(
+        model, settings, train_dataset=datasets.Dataset.from_list([{"messages": row} for row in rows]), processing_class=tokenizer
+    )
 
     # Their labels, document by document, are our shard's.
     stream = corpus.stream(0)
     for number, row in enumerate(trainer.train_dataset):
         start, stop = stream.document(number)
         ids, marks = stream.read(start, stop), stream.trained(start, stop)
+        assert marks is not None
         assert row["input_ids"] == ids.tolist()
         assert row["labels"] == [token if one else IGNORED for token, one in zip(ids.tolist(), marks.tolist(), strict=True)]
 
@@ -153,5 +151,3 @@ def test_masks_loss_and_gradients_are_those_of_trl(recipe, tmp_path):
     assert update.nats.item() / targets == pytest.approx(theirs.item(), abs=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
-
-
