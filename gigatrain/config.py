@@ -73,6 +73,9 @@ class Tokenizer(Section):
     special: tuple[str, ...] = Field(
         default=(), description="Special tokens that are added where they are missing, for a template of your own."
     )
+    variables: dict[str, bool | int | str] = Field(
+        default_factory=dict, description="What the chat template is told besides, such as enable_thinking = false; in use as in training."
+    )
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
         default=None,
         description="The day that a chat template is told when it asks; default: none, and templates write what they write without one.",
