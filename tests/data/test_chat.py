@@ -174,7 +174,8 @@ def test_forged_ends_and_others_that_are_refused(both: Both, tmp_path: Path) -> 
     other = chatshapes.template("chatml", marks=False).replace("assistant\\n' }}{%- endif", "assistant\\n<think>' }}{%- endif")
     with pytest.raises(Unmarkable, match="the generation prompt before turn 1 is not how the template writes"):
         chat.render(turns("a", "b"), with_template(other))
-    astride = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{{ 'wor' }}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}"
+    astride = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{{ 'wor' }}{% generation %}{{ m.content }}"
+    astride += "{% endgeneration %}{% endif %}"
     with pytest.raises(Unmarkable, match="across the edge"):
         chat.render(turns("a", "ld"), with_template(astride + "{% endfor %}"))
     with pytest.raises(Unmarkable, match=r"tokenizer\.date"):
