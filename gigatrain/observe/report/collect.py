@@ -34,6 +34,7 @@ POWERED = ("power budget", "power schedule", "power ramp", "power follows", "pow
 NONE = "none"
 RANKS = 64  # whose traces are read
 WITHIN_STEP = ("data", "forward", "backward", "reduce", "optimizer", "rest")  # the other phases lie between steps
+JUDGED = ("accuracy", "reward_chosen", "reward_rejected")  # of runs whose objective is of pairs
 PHASES = (*WITHIN_STEP[:-1], "validation", "checkpoint", "paced", "profile", "rest")
 SETS, ROWS = 40, 200  # validation sets, and rows of evaluations, that are shown
 LONGEST_S = 1e9  # of a phase of a step: thirty years
@@ -110,6 +111,11 @@ def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any
             "val_loss": thinned([(row["step"], finite(row.get("val_loss"))) for row in validations]),
             "tokens_per_s": thinned([(row["step"], finite(row.get("tokens_per_s"))) for row in windows]),
             "grad_norm": thinned([(row["step"], finite(row.get("grad_norm"))) for row in windows]),
+            **{name: thinned([(row["step"], finite(row[name])) for row in windows if name in row]) for name in JUDGED},
+            **{
+                f"val_{name}": thinned([(row["step"], finite(row[f"val_{name}"])) for row in validations if f"val_{name}" in row])
+                for name in JUDGED
+            },
         },
         "sets": _sets(validations),
         "evals": _evals(folder),

@@ -223,6 +223,7 @@ def _body(value: Value, tag: str) -> str:
             tag, "Tokens/s", f"While it trained. {flops}{note}", [Curve("tokens/s", curves["tokens_per_s"], label="")],
             Axes("step", zero=True, marks=marks), "no window with a speed yet",
         ),
+        *_judged(tag, value, marks),
         *_quality(tag, value),
         *_power(tag, value),
         _waterfall(tag, value),
@@ -236,6 +237,25 @@ def _body(value: Value, tag: str) -> str:
         _identity(tag, value),
     ]  # fmt: skip
     return f"{_tiles(value)}<div class=cards>{''.join(cards)}</div>"
+
+
+def _judged(tag: str, value: Value, marks: Any) -> list[str]:
+    """Of a run whose objective is of pairs: how many are in the right order, and what either answer is worth to the model."""
+    curves = value["curves"]
+    if not curves["accuracy"]:
+        return []
+    return [
+        lines(
+            tag, "Pairs in the right order", "Share of a window's pairs, and of the held-out ones, whose preferred answer has the higher reward.",
+            [Curve("training", curves["accuracy"]), Curve("validation", curves["val_accuracy"], 1, dots=True)],
+            Axes("step", zero=True, marks=marks), "no window yet",
+        ),
+        lines(
+            tag, "Rewards", "Mean of each window: beta times the log-probability of an answer over the reference's (orpo, simpo: times its mean).",
+            [Curve("preferred", curves["reward_chosen"]), Curve("refused", curves["reward_rejected"], 1)],
+            Axes("step", shown=lambda it: f"{it:.4g}", marks=marks), "no window yet",
+        ),
+    ]  # fmt: skip
 
 
 def _quality(tag: str, value: Value) -> list[str]:
