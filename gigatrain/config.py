@@ -3,6 +3,7 @@
 A recipe says what is wanted, a site (site.py) says what the machines are. Both are read by `gigatrain.load`; nobody reads them after `plan()`.
 """
 
+from datetime import date as Day
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -65,11 +66,24 @@ class Tokenizer(Section):
 
     source: str | None = Field(default=None, alias="from", description="Folder, tokenizer.json or hub name of a Hugging Face tokenizer.")
     train: TokenizerTraining | None = None
+    template: str | None = Field(
+        default=None,
+        description="Chat template in place of the tokenizer's own: chatml, or a jinja file. The special tokens of chatml are added where they are missing.",
+    )
+    special: tuple[str, ...] = Field(
+        default=(), description="Special tokens that are added where they are missing, for a template of your own."
+    )
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
+        default=None,
+        description="The day that a chat template is told when it asks; default: none, and templates write what they write without one.",
+    )
 
     @model_validator(mode="after")
     def one_of(self) -> Self:
         if (self.source is None) == (self.train is None):
             raise ValueError("needs exactly one of `from` (a folder, file or hub name) and `train` (a table)")
+        if self.date is not None:
+            Day.fromisoformat(self.date)
         return self
 
 
@@ -81,7 +95,25 @@ class Source(Section):
         default=None, description="File, folder or glob; `hub`: dataset name or folder; `megatron`: prefix of .bin and .idx."
     )
     pattern: str = Field(default="**/*", description="`text` in a folder: which files.")
-    field: str = Field(default="text", description="`jsonl`, `parquet`, `hub`: the column that holds the text.")
+    format: Literal["text", "chat", "sharegpt", "alpaca", "completion", "preference"] = Field(
+        default="text",
+        description="What a record of `jsonl`, `parquet` or `hub` is. chat: messages of role and content (and tools); sharegpt: conversations of from and "
+        "value; alpaca: instruction, input, output; completion: prompt and completion; preference: chosen and rejected. Of these only what the assistant "
+        "writes is trained.",
+    )
+    field: str = Field(
+        default="text",
+        description="`jsonl`, `parquet`, `hub`: the column that holds the text; of chat and sharegpt, if set, the turns (default: messages, conversations).",
+    )
+    too_long: Literal["truncate", "truncate_left", "drop", "refuse"] = Field(
+        default="truncate",
+        description="A document of more than `train.sequence` targets, where packing is packed: cut at its end or its beginning, left out, or refused by name.",
+    )
+    history: Literal["split", "skip", "refuse"] = Field(
+        default="split",
+        description="A conversation whose earlier turns the template writes in another way than when they were last (thinking that is dropped): one sample a "
+        "turn, each as the model sees it then; or left out; or refused by name.",
+    )
     subset: str | None = Field(default=None, description="`hub`: the dataset's configuration.")
     split: str = Field(default="train", description="`hub`: which split.")
     revision: str | None = Field(default=None, description="`hub`: commit or tag to pin.")
@@ -91,6 +123,8 @@ class Source(Section):
     def has_path(self) -> Self:
         if (self.kind == "stdlib") != (self.path is None):
             raise ValueError("`stdlib` takes no `path`" if self.path else f"`{self.kind}` needs `path`")
+        if self.format != "text" and self.kind not in ("jsonl", "parquet", "hub"):
+            raise ValueError(f"`format` {self.format!r} is of records, and `{self.kind}` has none; use jsonl, parquet or hub")
         return self
 
 
@@ -102,6 +136,9 @@ class BadDocuments(Section):
     short: Literal["keep", "skip", "refuse"] = Field(default="keep", description="Fewer than `min_tokens` tokens.")
     long: Literal["keep", "skip", "truncate", "refuse"] = Field(default="keep", description="More than `max_tokens` tokens.")
     unparsable: Literal["skip", "refuse"] = Field(default="skip", description="A JSON line or record that is not one, or lacks the field.")
+    unmarkable: Literal["skip", "refuse"] = Field(
+        default="skip", description="A conversation whose trained tokens cannot be proved, such as one that holds a special token as text."
+    )
     min_tokens: Count = 2
     max_tokens: Count = 100_000_000
 
@@ -114,13 +151,21 @@ class Data(Section):
     validation: Annotated[float, Field(ge=0.0, le=0.5)] = Field(
         default=0.005, description="Share of the documents held out, by a hash of their names (files) or of their text (records)."
     )
-    packing: Literal["stream", "document"] = Field(
+    packing: Literal["stream", "document", "packed"] = Field(
         default="stream",
-        description="`stream`: documents end to end, cut every `sequence` tokens; `document`: one a sample, cut or padded.",
+        description="`stream`: documents end to end, cut every `sequence` tokens; `document`: one a sample, cut or padded; `packed`: whole documents, as many "
+        "as fit best, each seeing itself alone.",
     )
     bad: BadDocuments = BadDocuments()
     workers: Annotated[int, Field(ge=0, le=256)] = Field(default=0, description="Processes that tokenise; 0 means one per core.")
     shard_bytes: Count = Field(default=1 << 26, description="Source bytes that go into one shard.")
+
+    @model_validator(mode="after")
+    def packs(self) -> Self:
+        for source in self.sources:
+            if source.too_long != "truncate" and self.packing != "packed":
+                raise ValueError(f'`too_long` {source.too_long!r} is of whole documents; set `packing` = "packed", or leave it out')
+        return self
 
 
 class Loss(Section):
@@ -152,6 +197,64 @@ class Loss(Section):
         return self.router_aux > 0 or self.router_z > 0 or self.router_bias_rate > 0
 
 
+class Objective(Section):
+    """What is minimised: the cross entropy of the next token, or one of the losses of pairs of answers (gigatrain/objectives/ has the formulas)."""
+
+    kind: Literal["language", "dpo", "ipo", "orpo", "simpo", "kto", "distil"] = Field(
+        default="language",
+        description="language: the next token. Of a preferred and a refused answer: dpo (arXiv:2305.18290), ipo (arXiv:2310.12036), orpo (arXiv:2403.07691), "
+        "simpo (arXiv:2405.14734); of single answers that are good or not: kto (arXiv:2402.01306). distil: a teacher's probabilities.",
+    )
+    beta: Positive | None = Field(
+        default=None,
+        description="How strongly a preference counts: dpo's, kto's and simpo's beta, ipo's tau, orpo's lambda. Default: 0.1, of simpo 2.0.",
+    )
+    reference: Literal["start", "adapter"] | None = Field(
+        default=None,
+        description="dpo, ipo, kto: whose log-probabilities are subtracted; start: the weights the run starts from, computed once before its first step and "
+        "kept in the run's folder; adapter: the model with its adapters off, in every step. Default: start. orpo and simpo have none.",
+    )
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
+        default=0.0, description="dpo, simpo: share of the pairs whose order is taken to be wrong."
+    )
+    robust: bool = Field(
+        default=False, description="dpo: the loss is unbiased if so many pairs are wrong (arXiv:2403.00409), instead of conservative."
+    )
+    margin: NonNegative = Field(default=0.5, description="simpo: gamma, by which the preferred answer should lead.")
+    desirable: Positive = Field(default=1.0, description="kto: weight of good answers.")
+    undesirable: Positive = Field(default=1.0, description="kto: weight of the others.")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a sample is a pair of answers, or a labelled one, and not a stretch of text."""
+        return self.kind in ("dpo", "ipo", "orpo", "simpo", "kto")
+
+    @property
+    def joins(self) -> bool:
+        """Whether a row holds both answers of a pair, as two documents."""
+        return self.pairs and self.kind != "kto"
+
+    @property
+    def refers(self) -> bool:
+        """Whether log-probabilities of a reference are subtracted."""
+        return self.kind in ("dpo", "ipo", "kto")
+
+    @property
+    def strength(self) -> float:
+        """`beta`, or its default."""
+        return self.beta or (2.0 if self.kind == "simpo" else 0.1)
+
+    @model_validator(mode="after")
+    def fits(self) -> Self:
+        if self.reference is not None and not self.refers:
+            raise ValueError(f"`reference` is of dpo, ipo and kto; {self.kind} has none: leave it out")
+        if self.label_smoothing and self.kind not in ("dpo", "simpo"):
+            raise ValueError(f"`label_smoothing` is of dpo and simpo, not of {self.kind}; [loss] has that of the next token")
+        if self.robust and (self.kind != "dpo" or not self.label_smoothing):
+            raise ValueError("`robust` is of dpo with a `label_smoothing` above 0")
+        return self
+
+
 class Train(Section):
     """The size of a step and of the run."""
 
@@ -174,6 +277,11 @@ class Train(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.0,
         description="Share of each block's output that is dropped before the residual sum; masks follow from the seed and the step.",
+    )
+    neftune: NonNegative = Field(
+        default=0.0,
+        description="Even noise on the embeddings in training, of at most this / sqrt(sequence * hidden) (NEFTune, arXiv:2310.05914, uses 5 to 15); it follows "
+        "from the seed and the step.",
     )
     compile: bool = Field(default=False, description="torch.compile each layer; costs a start of tens of seconds.")
     fuse: bool | None = Field(
@@ -391,11 +499,31 @@ class Schedule(Section):
     floor: Fraction = Field(default=0.1, description="The rate at the last step, as a share of the peak.")
 
 
+class ValidationSet(Source):
+    """Documents that are validated on and never trained on, beside what `data.validation` holds out; `weight` says nothing here."""
+
+    name: Name = Field(description="What its losses are called in metrics and report.")
+
+
 class Validation(Section):
-    """When the held-out documents are read."""
+    """When the held-out documents are read, and what is read with them."""
 
     every: Annotated[int, Field(ge=0)] = Field(default=0, description="Steps between two validations; 0: only after the last step.")
-    max_samples: Count | None = Field(default=None, description="At most so many samples; default: all that is held out.")
+    max_samples: Count | None = Field(
+        default=None, description="At most so many samples, of what is held out and of each set; default: all of them."
+    )
+    sets: tuple[ValidationSet, ...] = Field(
+        default=(),
+        description="Further sets, each with a loss, a perplexity and bits per byte of its own. `val_loss` is that of the held-out documents, and where "
+        "none are held out that of the first set.",
+    )
+
+    @model_validator(mode="after")
+    def named_apart(self) -> Self:
+        names = [one.name for one in self.sets]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two of `sets` are called {twice!r}; each needs a name of its own")
+        return self
 
 
 class Checkpoint(Section):
@@ -608,6 +736,7 @@ class Recipe(Section):
     )
     schedule: Schedule = Schedule()
     loss: Loss = Loss()
+    objective: Objective = Objective()
     mesh: Mesh = Mesh()
     engine: Engine = Engine()
     profile: Profile = Profile()
@@ -624,3 +753,8 @@ class Recipe(Section):
         "`default`, auto or reference, decides the rest.",
     )
     export: bool = Field(default=True, description="Write export/ (transformers' format) when the run ends.")
+
+    @property
+    def documents(self) -> bool:
+        """Whether rows hold several documents, which attention keeps apart."""
+        return self.data.packing != "document" or self.objective.joins

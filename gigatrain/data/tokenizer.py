@@ -6,9 +6,11 @@ eos, and the eos of one document is the bos of the next.
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ END = "<|endoftext|>"
 #     ` can be one token. Held-out standard library, bytes per token at vocabulary 2048 / 4096 / 8192: this 3.43 / 3.92 / 4.36, GPT-4's 3.25
 # / 3.70 / 4.07, GPT-2's 3.21 / 3.58 / 3.87 (561 files train, 28 held out, tokenizers 0.23.3).
 PIECES = r" ?[^\s\p{L}\p{N}]+\n[ \t]*|\s*\n[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenizer.model")
 ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>")  # looked for only where nothing beside tokenizer.json names the eos
 
 
@@ -37,6 +39,7 @@ class Tokenizer:
     bos: int | None
     eos: int
     sha256: str  # of tokenizer.json
+    date: str | None = None  # the day that a chat template is told (ISO 8601); None: it is told none
 
     @property
     def folder(self) -> Path:
@@ -63,25 +66,89 @@ class Tokenizer:
         for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False):
             yield np.array([*head, *encoding.ids, self.eos], np.int64)
 
+    def token_bytes(self) -> np.ndarray | None:
+        """Bytes of text that each id stands for [vocab] int64, special tokens none; None for a tokenizer whose tokens are not bytes one for one
+        (sentencepiece, or one that normalises)."""
+        tree = json.loads(self.backend.to_str())
+        if (tree.get("decoder") or {}).get("type") != "ByteLevel" or tree.get("normalizer") is not None:
+            return None
+        found = np.zeros(self.vocab, np.int64)
+        for text, number in self.backend.get_vocab(with_added_tokens=False).items():
+            found[number] = len(text)  # each byte is one character of the byte-level alphabet
+        for number, added in self.backend.get_added_tokens_decoder().items():
+            found[number] = 0 if added.special else len(added.content.encode())
+        return found
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens left out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    @cached_property
+    def templates(self) -> dict[str, str]:
+        """Its chat templates by name, as transformers reads them; {} without one."""
+        if (file := self.folder / "chat_template.jinja").is_file():
+            return {"default": file.read_text(encoding="utf-8")}
+        found = _settings(self.folder).get("chat_template")
+        if isinstance(found, list):
+            return {one["name"]: one["template"] for one in found if isinstance(one, dict) and {"name", "template"} <= one.keys()}
+        return {"default": found} if isinstance(found, str) else {}
 
-def train(texts: Iterable[str], vocab: int, folder: Path) -> Tokenizer:
+    def template_for(self, tools: bool) -> str | None:
+        """The chat template for conversations with or without tools; None if there is none."""
+        return self.templates.get("tool_use") if tools and "tool_use" in self.templates else self.templates.get("default")
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """What a chat template is told: `bos_token`, `eos_token` and their kin."""
+        settings = _settings(self.folder)
+        names = {key: _token(settings, key) for key in settings if key.endswith("_token") and isinstance(settings[key], str | dict)}
+        found = {key: name for key, name in names.items() if name is not None}
+        return {"eos_token": self.backend.id_to_token(self.eos)} | found
+
+    @cached_property
+    def marked(self) -> Backend:
+        """The encoder of what a chat template wrote: special tokens in the text are themselves, and offsets are those of the characters."""
+        content = json.loads(self.file.read_text(encoding="utf-8"))
+        # Of byte-level tokenizers it cuts blanks off the offsets, and without special tokens it does nothing else.
+        found = Backend.from_str(json.dumps(content | {"post_processor": None}))
+        found.no_truncation()
+        found.no_padding()
+        return found
+
+    @cached_property
+    def unmarked(self) -> Backend:
+        """As `marked`, with special tokens in the text being text."""
+        found = Backend.from_str(self.marked.to_str())
+        found.encode_special_tokens = True
+        return found
+
+    @cached_property
+    def specials(self) -> dict[int, str]:
+        """Special tokens by id."""
+        return {number: token.content for number, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
+    def special(self) -> re.Pattern[str]:
+        """Finds a special token in a text, the longest first."""
+        names = sorted(self.specials.values(), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+
+def train(texts: Iterable[str], vocab: int, folder: Path, special: tuple[str, ...] = ()) -> Tokenizer:
     """Train a byte-level tokenizer of at most `vocab` ids on `texts` and save it so that transformers' AutoTokenizer loads `folder`.
 
-    Deterministic: the same texts in any order give the same file. DataError if `vocab` cannot hold the 256 bytes and the special token.
+    special: further special tokens, for a chat template. Deterministic: the same texts in any order give the same file. DataError if `vocab` cannot hold
+    the 256 bytes and the special tokens.
     """
-    if vocab < 257:
-        raise DataError(f"tokenizer.train.vocab is {vocab}, and the 256 bytes and {END} need 257")
+    if vocab < 257 + len(special):
+        raise DataError(f"tokenizer.train.vocab is {vocab}, and the 256 bytes and {', '.join([END, *special])} need {257 + len(special)}")
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=[END], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=vocab, special_tokens=[END, *special], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
     backend.post_processor = processors.TemplateProcessing(
@@ -101,7 +168,7 @@ def train(texts: Iterable[str], vocab: int, folder: Path) -> Tokenizer:
     return load(str(folder))
 
 
-def load(source: str) -> Tokenizer:
+def load(source: str, date: str | None = None) -> Tokenizer:
     """Load a Hugging Face tokenizer from a folder, a tokenizer.json or a hub name; DataError says what is missing and where."""
     path = Path(source).expanduser()
     if path.is_file():
@@ -127,7 +194,7 @@ def load(source: str) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
-    return Tokenizer(backend, file, vocab, bos, eos, hashlib.sha256(content).hexdigest())
+    return Tokenizer(backend, file, vocab, bos, eos, hashlib.sha256(content).hexdigest(), date)
 
 
 def keep(ready: Tokenizer, folder: Path) -> Tokenizer:
@@ -159,7 +226,7 @@ def _download(name: str) -> Path:
             try:
                 hf_hub_download(name, beside)
             except EntryNotFoundError:
-                continue  # these three are optional in every repository
+                continue  # these are optional in every repository
     except Exception as error:  # offline, unknown, gated: the library has a type for each, and its first line says which
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise DataError(

@@ -18,6 +18,7 @@ from gigatrain.config import (
     Loss,
     Mesh,
     Numerics,
+    Objective,
     Optim,
     Power,
     Profile,
@@ -32,7 +33,7 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import adapting, attention, axes, budget, cost, fusions, hardware, products, replicas, watts
+from gigatrain.planning import adapting, attention, axes, budget, cost, fusions, hardware, objective, products, replicas, watts
 from gigatrain.planning.expect import expect
 from gigatrain.planning.expected import Expected
 from gigatrain.planning.fusions import Fusion, Name
@@ -147,12 +148,14 @@ class Plan(Section):
     seed: int
     recompute: cost.Recompute
     dropout: float
+    neftune: float
     compile: bool
     deterministic: bool
     max_bad_steps: int
     optim: Optim
     schedule: Schedule
     loss: Loss
+    objective: Objective = Objective()
     validation: Validation
     checkpoint: Checkpoint
     recovery: Recovery = Recovery()
@@ -176,9 +179,14 @@ class Plan(Section):
         return "fp32" if self.precision == "fp32" else "bf16"
 
     @property
+    def documents(self) -> bool:
+        """Whether rows hold several documents, which attention keeps apart."""
+        return self.data.packing != "document" or self.objective.joins
+
+    @property
     def drops(self) -> bool:
-        """Whether a step draws masks."""
-        return self.dropout > 0 or (self.adapter is not None and self.adapter.dropout > 0)
+        """Whether a step draws masks or noise."""
+        return self.dropout > 0 or self.neftune > 0 or (self.adapter is not None and self.adapter.dropout > 0)
 
     @property
     def decoder(self) -> Architecture:
@@ -270,6 +278,7 @@ def plan(
     ranks = axes.count(mesh)
     microbatch, accumulation = axes.share(recipe, mesh)
     axes.check(recipe, architecture, mesh, accumulation)
+    objective.check(recipe, mesh)
     adapting.check(recipe, architecture, mesh)
     tokens_per_step = train.batch * train.sequence
     steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)
@@ -289,7 +298,7 @@ def plan(
         mesh=mesh,
         engine=recipe.engine,
         kernels={choice.op: choice.kernel for choice in kernels},
-        documents=recipe.data.packing == "stream",
+        documents=recipe.documents,
         fused=frozenset(fusion.name for fusion in chosen if fusion.on),
         adapter=recipe.adapter,
     )
@@ -347,12 +356,14 @@ def plan(
         seed=train.seed,
         recompute=train.recompute,
         dropout=train.dropout,
+        neftune=train.neftune,
         compile=train.compile,
         deterministic=train.deterministic,
         max_bad_steps=train.max_bad_steps,
         optim=recipe.optim,
         schedule=recipe.schedule,
         loss=recipe.loss,
+        objective=recipe.objective,
         validation=recipe.validation,
         checkpoint=recipe.checkpoint,
         recovery=recipe.recovery,
@@ -523,7 +534,7 @@ def _attended(recipe: Recipe, site: Site, architecture: Architecture) -> attenti
     asks = {
         "values": values != architecture.head_dim,
         "single": train.precision == "fp32",
-        "documents": recipe.data.packing == "stream",
+        "documents": recipe.documents,
         "window": any((window := architecture.window_of(i)) and window < train.sequence for i in range(architecture.layers)),
         "softcap": architecture.attention_softcap is not None,
         "sinks": getattr(architecture, "sinks", False),
