@@ -105,7 +105,7 @@ def same(one, other):
             assert number == pytest.approx(theirs[name], rel=2e-5, abs=2e-5), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dpo", "kto", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("ipo", "orpo", "simpo"))])
 def test_microbatches_and_recomputation_do_not_matter(recipes, kind):
     whole, weights = stepped(0, recipes[kind], 1, ())
     for overrides in (("train.microbatch=3",), ("train.microbatch=1", "train.recompute=full")):
@@ -123,19 +123,11 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("fsdp", "dpo"),
-        ("fsdp", "kto"),
-        ("zero2", "dpo"),
-        ("zero2", "kto"),
-        ("tensor", "orpo"),
-        ("copies", "simpo"),
-        ("zero3", "kto"),
-        ("tensor", "kto"),
-    ],
-)
+ORDINARY = [("fsdp", "kto"), ("zero2", "dpo"), ("tensor", "orpo")]
+LONG = [("fsdp", "dpo"), ("zero2", "kto"), ("copies", "simpo"), ("zero3", "kto"), ("tensor", "kto")]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*ORDINARY, *(pytest.param(*one, marks=pytest.mark.long) for one in LONG)])
 def test_two_processes_are_one(recipes, name, kind):
     whole, weights = stepped(0, recipes[kind], 1, ())
     both = together(2, stepped, recipes[kind], 2, MESHES[name])
