@@ -1298,6 +1298,7 @@ Write the newest checkpoint of a run as a folder for transformers: safetensors, 
 
   gigatrain export runs/mine my-model
   gigatrain export runs/mine my-model --max-shard-size 2GB --processes 8
+  gigatrain export runs/mine my-adapter --adapter           a run with [adapter]: as peft has it; else merged
   python -c 'import transformers; transformers.AutoModelForCausalLM.from_pretrained("my-model")'"""
 _IMPORT = """\
 Write a foreign checkpoint's weights as a folder for transformers, from which a recipe starts by model.from.
