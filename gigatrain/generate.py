@@ -9,6 +9,7 @@ from typing import Any
 
 from gigatrain import floors
 from gigatrain.errors import RunError
+from gigatrain.exporting.generation import model_class
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -93,7 +94,7 @@ def opened(folder: Path, device: str) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model: Any = _class(folder).from_pretrained(
+        model: Any = model_class(folder).from_pretrained(
             folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
         model.to(device)
@@ -134,15 +135,3 @@ def _asked(folder: Path, tokenizer: Any, prompt: str | None, messages: Sequence[
     except Exception as failure:  # a template is a program, and refuses by raising
         reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0][:300]
         raise RunError(f"the chat template of {folder} does not take these messages: {reason}") from None
-
-
-def _class(folder: Path) -> Any:
-    """What loads the model in `folder`: transformers' Auto class, or, for a family of ours that it does not know (mistral4), the family's own."""
-    import transformers
-
-    from gigatrain.architectures import class_of
-
-    known = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    auto = transformers.AutoModelForCausalLM
-    name = None if type(known) in auto._model_mapping else class_of(known.model_type)
-    return auto if name is None else getattr(transformers, name)
