@@ -22,11 +22,11 @@ from gigatrain.errors import RunError
 from gigatrain.exporting.generation import has_template, model_class
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-LLAMACPP = frozenset(
-    f"{name}ForCausalLM"
-    for name in "Llama Mistral Ministral3 Mixtral Qwen2 Qwen3 Qwen3Moe Gemma2 Gemma3 Olmo2 Olmo3 Olmoe SmolLM3 Apertus Granite Phi3 Arcee "
-    "DeepseekV3 GptOss".split()
-)
+_NAMES = (
+    "Llama", "Mistral", "Ministral3", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "Gemma2", "Gemma3", "Olmo2", "Olmo3", "Olmoe", "SmolLM3", "Apertus",
+    "Granite", "Phi3", "Arcee", "DeepseekV3", "GptOss",
+)  # fmt: skip
+LLAMACPP = frozenset(f"{name}ForCausalLM" for name in _NAMES)
 VLLM = LLAMACPP - {"Ministral3ForCausalLM"}  # SmolLM3 by its backend for transformers' own code, as is what it does not list
 ROPES = {"default", "linear", "yarn", "longrope", "llama3", "dynamic"}  # that the converter writes
 LLAMA3_POSITIONS = 8192  # what the converter takes for the original context where config.json does not say it at its top
