@@ -19,7 +19,7 @@ from rich.console import Console
 
 from gigatrain import engines, export, floors, leaving, run
 from gigatrain.checkpoint import PASSING, Checkpoints, Intervals, Near, Saving, Timed, fill, weights_sha256, write_text
-from gigatrain.data import build
+from gigatrain.data import build, shown
 from gigatrain.data.held import Held, build_sets, figures
 from gigatrain.data.held import held as held_of
 from gigatrain.data.loader import Batches
@@ -113,7 +113,7 @@ def _train(
         write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         for one in drifts or ():
             display.line(f"DRIFT: {one['words']}")
-        _show_sample(plan, folder, display)
+        _show_sample(plan, folder, display, corpus)
         _show_summary(summary, folder, display)
         return summary
 
@@ -161,6 +161,8 @@ def _steps(
             device=device,
         )
         stack.callback(batches.close)
+        for line in batches.packed():
+            say(f"  packed   {line}")
         with progress.spent("restore"):
             kept, power = _resume(near, engine, batches, this, display) if resumes else ({}, {})
         lives = stack.enter_context(replicated.joined(plan, mesh, engine, batches, display.line))
@@ -384,7 +386,7 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
         device,
         torch.bfloat16 if plan.compute == "bf16" else torch.float32,
         sequence=plan.sequence,
-        packed=plan.data.packing == "stream",
+        packed=plan.data.packing != "document",
         ranks=shared,
     )
     if worst:
@@ -516,15 +518,30 @@ def _summary(
     }
 
 
-def _show_sample(plan: Plan, folder: Path, display: Display) -> None:
-    if plan.sample.prompt is None:
+def _show_sample(plan: Plan, folder: Path, display: Display, corpus: build.Corpus) -> None:
+    """A text that goes on from the recipe's prompt, and answers to held-out conversations, which samples.jsonl keeps for the report."""
+    held = shown.asked(corpus, plan.sample.held_out)
+    if plan.sample.prompt is None and not held:
         return
     from gigatrain import generate  # transformers, 3 s
 
     settings = {"tokens": plan.sample.tokens, "temperature": plan.sample.temperature, "top_k": plan.sample.top_k, "seed": plan.seed}
-    text = generate.generate(folder, plan.sample.prompt, device=plan.device, **settings)
     width = min(100, shutil.get_terminal_size().columns)
-    display.line(f"{' sample ':-^{width}}\n{text}\n{'-' * width}")
+    if plan.sample.prompt is not None:
+        text = generate.generate(folder, plan.sample.prompt, device=plan.device, **settings)
+        display.line(f"{' sample ':-^{width}}\n{text}\n{'-' * width}")
+    if not held:
+        return
+    written = generate.answers(folder, [(one.prompt, one.answer[-1]) for one in held], device=plan.device, **settings)
+    backend = corpus.tokenizer().backend
+    rows = [
+        {name: backend.decode(ids, skip_special_tokens=False) for name, ids in (("prompt", one.prompt), ("held_out", one.answer), ("written", found))}
+        for one, found in zip(held, written, strict=True)
+    ]
+    write_text(folder / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    for row in rows:
+        display.line(f"{' held-out prompt ':-^{width}}\n{row['prompt']}⟪{row['written']}⟫")
+    display.line("-" * width)
 
 
 def _show_summary(summary: dict[str, Any], folder: Path, display: Display) -> None:

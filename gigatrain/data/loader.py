@@ -22,9 +22,10 @@ from torch import Tensor
 from gigatrain.data.build import Corpus
 from gigatrain.data.mixture import Mixture
 from gigatrain.data.pack import IGNORED, Sample, Samples
+from gigatrain.data.packs import Packs
 from gigatrain.errors import DataError
 
-Packing = Literal["stream", "document"]
+Packing = Literal["stream", "document", "packed"]
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,20 @@ class Batch:
     positions: Sequence[int]
 
 
-def samples_of(corpus: Corpus, split: str, sequence: int, packing: Packing, *, partial: bool = False) -> list[Samples]:
+def samples_of(corpus: Corpus, split: str, sequence: int, packing: Packing, *, partial: bool = False) -> list[Samples | Packs]:
     """The samples of every source of a split; validation (`partial`) keeps its last, partial ones."""
-    found = []
+    found: list[Samples | Packs] = []
     for number, source in enumerate(corpus.manifest["sources"]):
         eos_opens = source["ends_with_eos"] and not source["starts_with_bos"]
-        stream = corpus.stream(number, split)
+        stream, too_long = corpus.stream(number, split), source.get("too_long", "truncate")
+        if packing == "packed":
+            found.append(Packs(stream, sequence=sequence, eos=corpus.eos, too_long=too_long, name=source["name"]))
+            continue
         found.append(Samples(stream, sequence=sequence, packing=packing, eos=corpus.eos, eos_opens=eos_opens, partial=partial))
     return found
 
 
-def stack(rows: list[tuple[Samples, int] | None], sequence: int, eos: int, device: torch.device) -> Microbatch:
+def stack(rows: list[tuple[Samples | Packs, int] | None], sequence: int, eos: int, device: torch.device) -> Microbatch:
     """(samples, index) pairs as one microbatch on the CPU, in pinned memory if it will go to a GPU; None is a row without labels."""
     pinned = device.type == "cuda"
     tensors = [
@@ -130,6 +134,8 @@ class Batches:
                 raise DataError(
                     f"source {name} has {samples.stream.tokens:,} training tokens, fewer than one sample of {sequence:,}; "
                     "add documents, or lower `train.sequence`"
+                    if packing != "packed"
+                    else f"source {name} has no document left to train on ({samples.stream.documents:,} before `too_long`); raise train.sequence"
                 )
         self.mixture = Mixture([len(samples) for samples in self.samples], corpus.weights, seed)
         self.position = position
@@ -140,6 +146,14 @@ class Batches:
     def dropped(self) -> int:
         """Tokens at the ends of the streams that make no full sample, and are never trained on."""
         return sum(samples.dropped for samples in self.samples)
+
+    def packed(self) -> list[str]:
+        """What packing whole documents came to, one line a source; [] where they are not packed."""
+        return [
+            samples.counts.words(name, self.sequence)
+            for name, samples in zip(self.corpus.sources, self.samples, strict=True)
+            if isinstance(samples, Packs)
+        ]
 
     @property
     def epochs(self) -> float:
@@ -219,7 +233,7 @@ class Batches:
         """This rank's share of the step that starts at a global position, on the CPU; or that of the reader `shift` later."""
         positions, begin = self.stream(position, self.batch), (self.share.start + shift * len(self.share)) % self.batch
         places = self.mixture.many(positions[begin : begin + len(self.share)])
-        rows: list[tuple[Samples, int] | None] = [(self.samples[source], sample) for source, _, sample in places]
+        rows: list[tuple[Samples | Packs, int] | None] = [(self.samples[source], sample) for source, _, sample in places]
         rows += [None] * (self.rows - len(rows))
         parts = tuple(
             stack(rows[start : start + self.microbatch], self.sequence, self.corpus.eos, self.device)
@@ -349,20 +363,20 @@ class Validation:
             end = int(ends[source])
             chosen = [index for index in chosen if end - len(self.samples[source]) <= index < end]
             count = len(chosen)
-        self.mine: list[tuple[Samples, int] | None] = []
+        self.mine: list[tuple[Samples | Packs, int] | None] = []
         for index in chosen[rank::ranks]:
             self.mine.append(self._place(index, ends))
         self.mine += [None] * (-(-count // ranks) - len(self.mine))
         self.count = count
         of = self.samples if source is None else [self.samples[source]]
         self.text_bytes: int | None = None
-        if count and whole and (packing == "stream" or not any(samples.cut() for samples in of)):
+        if count and whole and packing != "packed" and (packing == "stream" or not any(samples.cut() for samples in of)):
             said = corpus.totals(split) if source is None else corpus.manifest["sources"][source]["splits"][split]
             self.text_bytes = said["text_bytes"]
         elif count and (sizes := token_bytes()) is not None:
             self.text_bytes = sum(self._bytes(index, ends, sizes) for index in chosen)
 
-    def _place(self, index: int, ends: np.ndarray) -> tuple[Samples, int]:
+    def _place(self, index: int, ends: np.ndarray) -> tuple[Samples | Packs, int]:
         """Which source's sample the `index`-th of all is, and the how manyth there."""
         source = int(np.searchsorted(ends, index, "right"))
         return self.samples[source], index - int(ends[source]) + len(self.samples[source])

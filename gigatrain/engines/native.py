@@ -161,7 +161,7 @@ class Native:
             self.grads = {}  # there are none between two steps, and only `_release` knows them within one
         self._sums = self._sum_in_products() if plan.fuses("main_grads") else {}  # by the names of the weights
         if isinstance(only := next(iter(self.stages.values())), Auto) and fresh:
-            only.verify(documents=plan.data.packing == "stream", device=device)
+            only.verify(documents=plan.data.packing != "document", device=device)
         self._stretches = self._by_weight()
         self._copies = Copies(mesh, [(group.grads.buffer, group.grads.views) for group in self.groups]) if self._sums_copies else None
         self._sends = False
@@ -443,8 +443,8 @@ class Native:
         return compute(module, part, carried, seed, positions=part.documents is not None or self.mesh.size("context") > 1, **terms)
 
     def _seed(self, microbatch: int) -> Tensor | None:
-        """Of a microbatch's dropout masks: a function of the run's seed, the step, the microbatch and who reads it, counted on the device."""
-        if not self.plan.dropout:
+        """Of a microbatch's dropout masks and noise: a function of the run's seed, the step, the microbatch and who reads it, counted on the device."""
+        if not (self.plan.dropout or self.plan.neftune):
             return None
         rank, ranks = self.mesh.data
         updates = self._updates.to(self.device, non_blocking=True)

@@ -231,6 +231,7 @@ def _body(value: Value, tag: str) -> str:
         _plan(tag, value),
         *_metered(tag, value),
         _memory(tag, value),
+        *_samples(tag, value),
         _settings(tag, value),
         _identity(tag, value),
     ]  # fmt: skip
@@ -517,6 +518,18 @@ def _waterfall(tag: str, value: Value) -> str:
     rows.append(("=\u00a0training", CLASSES["training"], 0.0, found["share"], 2, span(spent["training"]), per_cent(found["share"])))
     text = "Every second of wall-clock is in one class; they add up to it."
     return card(tag, "Goodput", text, bars(("class", "of wall-clock", "time", "share"), rows), wide=True)
+
+
+def _samples(tag: str, value: Value) -> list[str]:
+    """Answers to held-out conversations, beside what was held out; nothing where the run wrote none."""
+    if not value["samples"]:
+        return []
+    text = "What the model wrote when the run ended, in the template's format, and what stood there."
+    rows = [
+        "".join(f"<td><pre>{'<br>'.join(escaped(line, 2000) for line in one[name].split(chr(10)))}</pre></td>" for name in ("prompt", "written", "held_out"))
+        for one in value["samples"]
+    ]
+    return [card(tag, "Held-out conversations", text, scrolled("Held-out conversations", table(("prompt", "written", "held out"), rows)), wide=True)]
 
 
 def _phases(tag: str, value: Value) -> str:
