@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tinychat
@@ -298,7 +299,8 @@ def test_tasks_of_ones_own_are_evaluated_kept_and_shown(run, own, tmp_path, caps
     assert {one["dataset"]["name"] for one in results} == set(rows)
     from huggingface_hub import ModelCard
 
-    assert {one.task_type for one in ModelCard(text).data.eval_results} == {"text-generation"}
+    data: Any = ModelCard(text).data
+    assert {one.task_type for one in data.eval_results} == {"text-generation"}
 
 
 def test_what_cannot_be_evaluated_is_named(run, own, tmp_path):

@@ -155,7 +155,8 @@ def _some(names: list[Any]) -> str:
 
 def _config(folder: Path, config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[str, None]:
     names = config.get("architectures")
-    _need(isinstance(names, list) and len(names) == 1 and isinstance(names[0], str), f"`architectures` is {names}: readers want one name")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise _Wrong(f"`architectures` is {names}: readers want one name")
     _need(config.get("model_type"), "`model_type` is missing")
     for file in ("config.json", "tokenizer_config.json"):
         if (folder / file).is_file():
@@ -175,7 +176,7 @@ def _config(folder: Path, config: dict[str, Any], tensors: dict[str, tuple[str, 
             layers == set(range(config["num_hidden_layers"])),
             f"there are tensors of {len(layers)} layers, and config.json says {config['num_hidden_layers']}",
         )
-        said = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}.get(config.get("dtype") or config.get("torch_dtype"), "")
+        said = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}.get(str(config.get("dtype") or config.get("torch_dtype")), "")
         _need(said == embedding[0], f"config.json says dtype {config.get('dtype')}, and the weights are {embedding[0]}")
     generation = _json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
     for file, values in (("config.json", config), ("generation_config.json", generation)):
