@@ -70,9 +70,12 @@ class Tokenizer(Section):
         default=None,
         description="Chat template in place of the tokenizer's own: chatml, or a jinja file. The special tokens of chatml are added where they are missing.",
     )
-    special: tuple[str, ...] = Field(default=(), description="Special tokens that are added where they are missing, for a template of your own.")
+    special: tuple[str, ...] = Field(
+        default=(), description="Special tokens that are added where they are missing, for a template of your own."
+    )
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
-        default=None, description="The day that a chat template is told when it asks; default: none, and templates write what they write without one."
+        default=None,
+        description="The day that a chat template is told when it asks; default: none, and templates write what they write without one.",
     )
 
     @model_validator(mode="after")
@@ -616,7 +619,8 @@ class Sample(Section):
 
     prompt: str | None = None
     held_out: Annotated[int, Field(ge=0, le=64)] = Field(
-        default=0, description="So many held-out conversations are answered, in the template's format, for the report; beside them stands what was held out."
+        default=0,
+        description="So many held-out conversations are answered, in the template's format, for the report; beside them stands what was held out.",
     )
     tokens: Count = 100
     temperature: NonNegative = 0.8

@@ -535,7 +535,10 @@ def _show_sample(plan: Plan, folder: Path, display: Display, corpus: build.Corpu
     written = generate.answers(folder, [(one.prompt, one.answer[-1]) for one in held], device=plan.device, **settings)
     backend = corpus.tokenizer().backend
     rows = [
-        {name: backend.decode(ids, skip_special_tokens=False) for name, ids in (("prompt", one.prompt), ("held_out", one.answer), ("written", found))}
+        {
+            name: backend.decode(ids, skip_special_tokens=False)
+            for name, ids in (("prompt", one.prompt), ("held_out", one.answer), ("written", found))
+        }
         for one, found in zip(held, written, strict=True)
     ]
     write_text(folder / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -341,7 +341,7 @@ def _refuse(bad: config.BadDocuments, reason: str, where: str, source: config.So
     if name == "history":
         if source.history == "refuse":
             raise DataError(
-                f"{source.path}: document {where}: {reason.partition(': ')[2]}; set `history` of the source to \"split\": one sample a turn, or \"skip\""
+                f'{source.path}: document {where}: {reason.partition(": ")[2]}; set `history` of the source to "split": one sample a turn, or "skip"'
             )
         return
     key = "unparsable" if name == "corrupt" else name
@@ -591,14 +591,14 @@ def _adopt(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part) ->
     shard = shards.Shard(prefix)
     ends = shard.check(ready.vocab)
     files = {}
-    for suffix in ("bin", "idx", *(("mask",) if shard.marks is not None else ())):
+    for suffix in ("bin", "idx", *(("mask",) if shard.mask is not None else ())):
         path = prefix.with_name(f"{prefix.name}.{suffix}")
         files[suffix] = {"bytes": path.stat().st_size, "sha256": shards.file_sha256(path)}
     cut = shard.documents - round(shard.documents * data.validation)
     splits = {}
     for split, first, stop in (("train", 0, cut), ("validation", cut, shard.documents)):
         start, end = shard.starts(first, first + 1)[0], shard.starts(stop, stop + 1)[0]
-        marks = {} if shard.marks is None else {"trained": int(np.count_nonzero(shard.marks[start:end]))}
+        marks = {} if shard.mask is None else {"trained": int(np.count_nonzero(shard.mask[start:end]))}
         one = {"prefix": str(prefix), "first": first, "documents": stop - first, "tokens": int(end - start), **marks, **files}
         found = [one] if end > start else []
         splits[split] = {"shards": found, "text_bytes": None if found else 0}

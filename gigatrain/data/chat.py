@@ -93,7 +93,7 @@ def write(
     template = tokenizer.template_for(tools is not None)
     if template is None:
         raise DataError(
-            f"the tokenizer in {tokenizer.folder} has no chat template; name one: `tokenizer.template = \"chatml\"`, or a file of your own"
+            f'the tokenizer in {tokenizer.folder} has no chat template; name one: `tokenizer.template = "chatml"`, or a file of your own'
         )
     try:
         text = _compiled(template, tokenizer.date).render(
@@ -204,7 +204,9 @@ def _turn(before: Sequence[Message], upto: str, turn: int, tokenizer: Tokenizer,
     if not ends:
         raise Unmarkable(f"no special token ends turn {turn}, so nothing would teach the model to stop; use a template that writes one")
     if upto[ends[-1] :].strip():
-        raise Unmarkable(f"text follows the special token that ends turn {turn}: {upto[ends[-1] :][:40]!r}; mark the turn with {{% generation %}}")
+        raise Unmarkable(
+            f"text follows the special token that ends turn {turn}: {upto[ends[-1] :][:40]!r}; mark the turn with {{% generation %}}"
+        )
     return len(given), ends[-1]
 
 
@@ -262,13 +264,8 @@ def encode(text: str, ranges: Iterable[tuple[int, int]], tokenizer: Tokenizer, *
     sums = [0, *accumulate(inside)]
     encoding = (tokenizer.unmarked if forged else tokenizer.marked).encode(text, add_special_tokens=False)
     trained = []
-    for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-        name = tokenizer.specials.get(token)
-        if name is not None and stop - start > len(name):  # such a token may swallow the blanks around it
-            start += text[start:stop].index(name)
-            stop = start + len(name)
-        if start == stop:  # a token of no character, such as a blank that the tokenizer puts before a text
-            start, stop = max(0, start - 1), min(len(text), stop + 1)
+    for token, offsets in zip(encoding.ids, encoding.offsets, strict=True):
+        start, stop = _within(text, *offsets, tokenizer.specials.get(token))
         count = sums[stop] - sums[start]
         if count not in (0, stop - start):
             raise Unmarkable(
@@ -276,3 +273,12 @@ def encode(text: str, ranges: Iterable[tuple[int, int]], tokenizer: Tokenizer, *
             )
         trained.append(count > 0)
     return encoding.ids, trained
+
+
+def _within(text: str, start: int, stop: int, special: str | None) -> tuple[int, int]:
+    """The characters that decide whether a token is trained. A special token may swallow the blanks around it, which are not the token; and one of no
+    character, such as a blank that a tokenizer puts before a text, is what both its neighbours are."""
+    if special is not None and stop - start > len(special):
+        start += text[start:stop].index(special)
+        stop = start + len(special)
+    return (start, stop) if start < stop else (max(0, start - 1), min(len(text), stop + 1))

@@ -1,10 +1,10 @@
 """Conversations as people store them, read into transformers' messages; and records into samples of tokens. Free of torch.
 
-    chat         {"messages": [{"role", "content", "tool_calls"?, …}], "tools"?}      OpenAI's
-    sharegpt     {"conversations": [{"from", "value"}], "system"?, "tools"?}
-    alpaca       {"instruction", "input"?, "output", "system"?, "history"?}
-    completion   {"prompt", "completion"}: two texts, or two lists of messages
-    preference   {"prompt"?, "chosen", "rejected"}: lists of messages, or texts
+chat         {"messages": [{"role", "content", "tool_calls"?, …}], "tools"?}      OpenAI's
+sharegpt     {"conversations": [{"from", "value"}], "system"?, "tools"?}
+alpaca       {"instruction", "input"?, "output", "system"?, "history"?}
+completion   {"prompt", "completion"}: two texts, or two lists of messages
+preference   {"prompt"?, "chosen", "rejected"}: lists of messages, or texts
 """
 
 import json
@@ -106,7 +106,11 @@ def words(text: str) -> str:
     def strings(value: Any) -> list[str]:
         if isinstance(value, str):
             return [value]
-        return [found for each in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()) for found in strings(each)]
+        return [
+            found
+            for each in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+            for found in strings(each)
+        ]
 
     return "\n".join(strings(json.loads(text)))
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -30,12 +31,16 @@ def pieces(corpus: Corpus, source: int, split: str, number: int) -> list[Piece]:
     backend = corpus.tokenizer().backend
     edges = [0, *(np.flatnonzero(np.diff(trained.astype(np.int8))) + 1).tolist(), len(ids)]
     found = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         if stop > start:
             # With what stands before it: some tokenizers drop a text's first blank.
             before = backend.decode(ids[:start].tolist(), skip_special_tokens=False)
             text = backend.decode(ids[:stop].tolist(), skip_special_tokens=False)
-            own = text.removeprefix(before) if text.startswith(before) else backend.decode(ids[start:stop].tolist(), skip_special_tokens=False)
+            own = (
+                text.removeprefix(before)
+                if text.startswith(before)
+                else backend.decode(ids[start:stop].tolist(), skip_special_tokens=False)
+            )
             found.append((CONTROL.sub("\ufffd", own), bool(trained[start])))
     return found
 
@@ -76,12 +81,16 @@ def lines(corpus: Corpus, count: int, *, sequence: int | None = None, packing: s
     found = corpus.describe()
     if packing == "packed" and sequence is not None:
         for number, source in enumerate(corpus.manifest["sources"]):
-            packs = Packs(corpus.stream(number), sequence=sequence, eos=corpus.eos, too_long=source.get("too_long", "truncate"), name=source["name"])
+            packs = Packs(
+                corpus.stream(number), sequence=sequence, eos=corpus.eos, too_long=source.get("too_long", "truncate"), name=source["name"]
+            )
             found.append(packs.counts.words(source["name"], sequence))
     for source, name in enumerate(corpus.sources):
         for number in range(min(count, corpus.stream(source).documents)):
             ids, trained = document(corpus, source, "train", number)
-            found.append(f"\nsource {name}, document {number}: {len(ids):,} tokens, {int(trained.sum()):,} trained, which are {_marked('marked so', colour)}")
+            found.append(
+                f"\nsource {name}, document {number}: {len(ids):,} tokens, {int(trained.sum()):,} trained, which are {_marked('marked so', colour)}"
+            )
             found.append("".join(_marked(text, colour) if one else text for text, one in pieces(corpus, source, "train", number)))
     return found
 

@@ -103,7 +103,9 @@ class Tokenizer:
         settings = _settings(self.folder)
         names = {key: _token(settings, key) for key in settings if key.endswith("_token") and isinstance(settings[key], str | dict)}
         found = {key: name for key, name in names.items() if name is not None}
-        return {"eos_token": self.backend.id_to_token(self.eos)} | found
+        eos = self.backend.id_to_token(self.eos)
+        assert eos is not None
+        return {"eos_token": eos} | found
 
     @cached_property
     def marked(self) -> Backend:

@@ -526,10 +526,21 @@ def _samples(tag: str, value: Value) -> list[str]:
         return []
     text = "What the model wrote when the run ended, in the template's format, and what stood there."
     rows = [
-        "".join(f"<td><pre>{'<br>'.join(escaped(line, 2000) for line in one[name].split(chr(10)))}</pre></td>" for name in ("prompt", "written", "held_out"))
+        "".join(
+            f"<td><pre>{'<br>'.join(escaped(line, 2000) for line in one[name].split(chr(10)))}</pre></td>"
+            for name in ("prompt", "written", "held_out")
+        )
         for one in value["samples"]
     ]
-    return [card(tag, "Held-out conversations", text, scrolled("Held-out conversations", table(("prompt", "written", "held out"), rows)), wide=True)]
+    return [
+        card(
+            tag,
+            "Held-out conversations",
+            text,
+            scrolled("Held-out conversations", table(("prompt", "written", "held out"), rows)),
+            wide=True,
+        )
+    ]
 
 
 def _phases(tag: str, value: Value) -> str:
