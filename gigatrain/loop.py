@@ -17,18 +17,21 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from gigatrain import engines, export, floors, leaving, run
+from gigatrain import engines, export, floors, leaving, objectives, run
 from gigatrain.checkpoint import PASSING, Checkpoints, Intervals, Near, Saving, Timed, fill, weights_sha256, write_text
 from gigatrain.data import build, shown
-from gigatrain.data.held import Held, build_sets, figures
+from gigatrain.data.held import Held, build_sets
+from gigatrain.data.held import figures as held_figures
 from gigatrain.data.held import held as held_of
 from gigatrain.data.loader import Batches
-from gigatrain.engines import Engine, low, replicated
+from gigatrain.data.pairs import Pairs
+from gigatrain.engines import Engine, low, replicated, source
 from gigatrain.errors import DataError, RunError
 from gigatrain.exporting.card import keep_data
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
+from gigatrain.objectives import figures, reference
 from gigatrain.observe import hang, prometheus, stragglers, trace, watch
 from gigatrain.observe.budget import Budget
 from gigatrain.observe.display import Display
@@ -138,6 +141,9 @@ def _steps(
     if device.type == "cuda":
         with progress.spent("compile"):
             _verify(plan, device, display)
+    # An adapter's checkpoints name the weights that it stands beside.
+    base = None if plan.adapter is None else ranks.first(mesh, lambda: source.base_of(plan))
+    named = {} if base is None else {"base": base}
     engine = engines.make(plan, mesh, device, fresh=not resumes)
     reader, readers = mesh.data
     held = _held_out(plan, corpus, mesh, device)
@@ -159,12 +165,16 @@ def _steps(
             rank=reader,
             ranks=readers,
             device=device,
+            form=objectives.form(plan.objective),
         )
         stack.callback(batches.close)
         for line in batches.packed():
             say(f"  packed   {line}")
+        if reference.asked(plan.objective):
+            with progress.spent("reference"):
+                _refer(plan, folder, engine, batches, held, resumes, mesh, display, log)
         with progress.spent("restore"):
-            kept, power = _resume(near, engine, batches, this, display) if resumes else ({}, {})
+            kept, power = _resume(near, engine, batches, this, display, base) if resumes else ({}, {})
         lives = stack.enter_context(replicated.joined(plan, mesh, engine, batches, display.line))
         engine = lives.engine
         found = lives.enter(lambda: {"run": this.state(), "data": batches.state(), "metrics": kept, "power": power})
@@ -193,7 +203,7 @@ def _steps(
 
         def again() -> None:
             saving.end()  # what is being written is of steps that are made again
-            kept, _ = _resume(near, engine, batches, this, display)
+            kept, _ = _resume(near, engine, batches, this, display, base)
             saves.forget(this.step)
             metrics.rewind(this.step, kept)
             near.begin()
@@ -222,7 +232,7 @@ def _steps(
             this.elapsed_s = before + time.monotonic() - began
             kept = metrics.state()
             this.tokens = metrics.tokens
-            return {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state()}
+            return {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state(), **named}
 
         lives.offer = kept_now
 
@@ -243,7 +253,7 @@ def _steps(
         def validate() -> None:
             if held is not None and _validates_at(plan, this.step) and metrics.validated < this.step:
                 with times.phase("validation"), progress.spent("validation"), energy.during("validation"):
-                    found = _validate(engine, held, health, times)
+                    found = _validate(plan, engine, held, health, times)
                 if found is not None:
                     metrics.validated = this.step
                     metrics.write({"step": this.step} | found)
@@ -318,6 +328,46 @@ def _steps(
         return _summary(plan, this, saves, saving, corpus, metrics, mesh) | {"saving": intervals.summary() | near.summary()}
 
 
+def _refer(
+    plan: Plan,
+    folder: Path,
+    engine: Engine,
+    batches: Batches,
+    held: Held | None,
+    resumes: bool,
+    mesh: Mesh,
+    display: Display,
+    log: Log,
+) -> None:
+    """Give every pair what the starting weights say of it: from the folder, or, before the first step, computed and kept there."""
+    splits: dict[str, Any] = {"train": batches.samples}
+    for number, one in enumerate(held or ()):
+        splits.setdefault("validation" if one.held_out else f"set{number}", one.validation.samples)
+    whose = f"{plan.meaning}/{batches.corpus.sha256}"
+    found = reference.known(folder, whose, splits) if resumes else None
+    if found is None:
+        if resumes:
+            raise RunError(
+                f"{folder}/reference is gone, and the weights it was computed with are no more; copy it back, or start over with --new"
+            )
+        log.pulse.mark("reference")
+
+        def shown(*numbers: Any) -> None:
+            log.pulse.beats += 1
+            display.advance(*numbers)
+
+        how = json.dumps([plan.precision, [[one.op, one.kernel] for one in plan.kernels]])
+        found = reference.compute(
+            folder, whose, how, splits, logprobs=engine.logprobs, microbatch=plan.microbatch, mesh=mesh, advance=shown
+        )
+        display.line(f"  kept     log-probabilities of the starting weights in {folder / 'reference'}")
+    batches.reference = found
+    for one in held or ():  # the held-out documents of a mixture are read by source, from the same rows
+        for mine, same in zip(one.validation.samples, splits["validation"] if one.held_out else (), strict=False):
+            assert isinstance(mine, Pairs)
+            mine.reference = same.reference
+
+
 _LESS = 'lower train.microbatch or train.sequence, or --set train.recompute=full; "gigatrain plan" shows what the run needs'
 
 
@@ -386,7 +436,7 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
         device,
         torch.bfloat16 if plan.compute == "bf16" else torch.float32,
         sequence=plan.sequence,
-        packed=plan.data.packing != "document",
+        packed=plan.documents,
         ranks=shared,
     )
     if worst:
@@ -394,9 +444,16 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
         display.line(f"  verified fused kernels on {torch.cuda.get_device_name(device)}, error over what is allowed: {found}")
 
 
-def _resume(near: Near, engine: Engine, batches: Batches, this: run.Run, display: Display) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fill everything from the newest step that is whole on either tier; says which ones were not whole. Returns what metrics and power budget kept."""
+def _resume(
+    near: Near, engine: Engine, batches: Batches, this: run.Run, display: Display, base: dict[str, str] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fill everything from the newest step that is whole on either tier; says which ones were not whole. Returns what metrics and power budget kept.
+
+    Of an adapter it must have been trained beside `base`.
+    """
     found, refused, why = near.latest()
+    if base is not None:
+        source.check_base(found.state.get("base", {}), base)
     for reason in refused:
         display.line(f"CHECKPOINT REFUSED: {reason}")
     random = _random_state(batches.device)
@@ -458,6 +515,7 @@ def _held_out(plan: Plan, corpus: build.Corpus, mesh: Mesh, device: torch.device
         rank=reader,
         ranks=readers,
         device=device,
+        form=objectives.form(plan.objective),
     )
 
 
@@ -465,8 +523,8 @@ def _validates_at(plan: Plan, step: int) -> bool:
     return step == plan.steps or (plan.validation.every > 0 and step > 0 and step % plan.validation.every == 0)
 
 
-def _validate(engine: Engine, held: Held, health: Health, times: trace.Trace) -> dict[str, Any] | None:
-    """The figures of each set on the weights as they are (data/held.py); None when a signal cut it short."""
+def _validate(plan: Plan, engine: Engine, held: Held, health: Health, times: trace.Trace) -> dict[str, Any] | None:
+    """The figures of each set on the weights as they are (data/held.py, objectives/figures.py); None when a signal cut it short."""
 
     def until_signal(parts: Iterable[Any]) -> Iterator[Any]:
         for part in parts:
@@ -475,13 +533,18 @@ def _validate(engine: Engine, held: Held, health: Health, times: trace.Trace) ->
             times.alive()
             yield part
 
-    sums = []
+    sums, whole, beside = [], [one for one in held if one.held_out] or [*held][:1], [0.0] * (1 + figures.count(plan.objective))
     for one in held:
-        nats, targets = engine.evaluate(until_signal(one.validation)).tolist()
+        nats, *rest = engine.evaluate(until_signal(one.validation)).tolist()
         if health.wants_out:
             return None
-        sums.append((one, nats, targets))
-    return figures(sums)
+        sums.append((one, nats, rest[0]))
+        if one in whole:
+            beside = [a + b for a, b in zip(beside, rest, strict=True)]
+    found = held_figures(sums)
+    if plan.objective.pairs:
+        del found["val_perplexity"]
+    return found | {f"val_{name}": number for name, number in figures.said(plan.objective, beside[1:], beside[0]).items()}
 
 
 def _summary(

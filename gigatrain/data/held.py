@@ -12,6 +12,7 @@ from gigatrain import config
 from gigatrain.data import build
 from gigatrain.data.build import Corpus, Progress
 from gigatrain.data.loader import Packing, Validation
+from gigatrain.data.pairs import Form
 
 NATS_PER_BIT = 0.6931471805599453
 
@@ -59,6 +60,7 @@ def held(
     rank: int,
     ranks: int,
     device: torch.device,
+    form: Form | None = None,
 ) -> Held | None:
     """Everything there is to validate on, for one reader; None where that is nothing. A mixture's held-out documents are read by source."""
     one = functools.partial(
@@ -70,6 +72,7 @@ def held(
         rank=rank,
         ranks=ranks,
         device=device,
+        form=form,
         token_bytes=functools.cache(lambda: corpus.tokenizer().token_bytes()),
     )
     found = []

@@ -25,13 +25,15 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
 
+from gigatrain import objectives
+from gigatrain.config import Objective
 from gigatrain.data.loader import Batch, Microbatch
 from gigatrain.engines import source
 from gigatrain.engines.judge import Judge
@@ -40,6 +42,7 @@ from gigatrain.kernels import adamw, ops
 from gigatrain.kernels.ops import OPERATIONS
 from gigatrain.models.automodel import Auto
 from gigatrain.models.decoder import Decoder
+from gigatrain.objectives import figures
 from gigatrain.observe.metrics import Update
 from gigatrain.observe.trace import OFF
 from gigatrain.parallel import context
@@ -73,6 +76,7 @@ class DeepSpeed:
         self._fill(fresh)
         home = self._parts.flats[0].device
         self._nats, self._targets = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+        self._beside = torch.zeros(figures.count(plan.objective), dtype=torch.float64, device=device)
         self.loss = torch.zeros((), device=device)
         self.judge = Judge(plan.numerics.window, plan.numerics.sigma, device)
         self._updates = self.judge.updates
@@ -80,13 +84,14 @@ class DeepSpeed:
         self._masks = int.from_bytes(hashlib.sha256(f"{plan.seed}/dropout".encode()).digest()[:5], "little")
         self._terms = source.terms(plan)
         self._taken: State | None = None
+        self._known: dict[str, Tensor] = {}  # what the objective was told of the whole step
 
     def _initialize(self, library: Any, kernels: Mapping[str, str]) -> tuple[Any, "Flat"]:
         """DeepSpeed's engine around a model of undefined weights, whose parameters are flattened and partitioned."""
         plan, mesh = self.plan, self.mesh
         chosen = context.ops(ops.choose(kernels), mesh, plan.mesh.exchange)
         model = source.blank(plan, chosen, dtype=torch.bfloat16 if plan.compute == "bf16" else torch.float32)
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
         dtype = torch.bfloat16 if plan.compute == "bf16" else torch.float32
         config = settings(plan, self.device)
         if isinstance(model, Auto):
@@ -97,7 +102,8 @@ class DeepSpeed:
             model.to(dtype).to_empty(device=self.device)
         optim, groups = plan.optim, {"decayed": [], "plain": []}
         for name, parameter in model.named_parameters():
-            groups[source.group_of(plan, model, name)].append(parameter)
+            if parameter.requires_grad:
+                groups[source.group_of(plan, model, name)].append(parameter)
         flat = Flat(
             [
                 {
@@ -114,7 +120,7 @@ class DeepSpeed:
         if isinstance(model, Decoder):
             model.place(self.device)
         self._corrections = model.corrections() if isinstance(model, Decoder) else {}
-        engine, *_ = library.initialize(model=_Training(model), optimizer=flat, config=config, dist_init_required=False)
+        engine, *_ = library.initialize(model=_Training(model, plan.objective), optimizer=flat, config=config, dist_init_required=False)
         zero = engine.optimizer
         assert getattr(zero, "loss_scale", 1.0) == 1.0, "no stage and precision of ours scales the loss"
         _silence_norm(zero)
@@ -132,16 +138,18 @@ class DeepSpeed:
         """Gradients of the mean loss per target over all ranks, however the step is cut."""
         self._taken = None
         self._nats.zero_()
+        self._beside.zero_()
         self.loss.zero_()
         self._targets.fill_(batch.targets)
         work = None
         if (group := self.mesh.group(*DATA)) is not None:
             work = distributed.all_reduce(self._targets, group=group, async_op=True)  # behind the first forward
         share: Tensor | None = None
+        self._look_ahead(batch.microbatches)
         for index, part in enumerate(batch.microbatches):
             self.trace.mark("forward")
             self._engine.set_gradient_accumulation_boundary(index == len(batch.microbatches) - 1)
-            loss, cross_entropy = self._loss(part, **self._terms, seed=self._seed(index))
+            loss, reported = self._loss(part, **self._terms, seed=self._seed(index))
             if share is None:
                 if work is not None:
                     work.wait()
@@ -149,20 +157,38 @@ class DeepSpeed:
             loss = loss * share
             self.trace.mark("backward")
             self._engine.backward(loss * self.mesh.count, scale_wrt_gas=False)
-            self._nats += cross_entropy
+            self._report(reported, self._nats)
             self.loss += loss.detach()
 
-    def _loss(self, part: Microbatch, **terms: Any) -> tuple[Tensor, Tensor]:
+    def _report(self, reported: Tensor, total: Tensor) -> None:
+        """Add what an objective reports of a microbatch to `total` and to the sums beside it."""
+        if reported.ndim:
+            total += reported[0]
+            self._beside += reported[1:]
+        else:
+            total += reported
+
+    @torch.no_grad()
+    def _look_ahead(self, parts: Sequence[Microbatch]) -> None:
+        """What an objective must know of the whole step before its first loss, over all ranks and on the device."""
+        if objectives.looks_ahead(self.plan.objective):
+            sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+            for part in parts:
+                sums += self._loss(part, asks="ahead")
+            self._known = {"known": objectives.known(self.mesh.sum(sums, *DATA))}
+
+    def _loss(self, part: Microbatch, **terms: Any) -> Any:
         """Without documents every row counts from 0, and one table of positions serves all rows; ranks of `context` begin elsewhere."""
         part = context.cut(part, self.mesh, self.plan.mesh.exchange)
         counts = part.documents is None and self.mesh.size("context") == 1
-        return self._engine(part.tokens, part.labels, None if counts else part.positions, part.documents, **terms)
+        return self._engine(
+            part.tokens, part.labels, None if counts else part.positions, part.documents, part.given, **self._known, **terms
+        )
 
     def _seed(self, microbatch: int) -> Tensor | None:
         """As the native engine's: a function of the run's seed, the step, the microbatch and who reads it, counted on the device."""
         rank, ranks = self.mesh.data
-        draws = self.plan.dropout or self.plan.neftune
-        return self._masks + ((self._updates * self.plan.accumulation + microbatch) * ranks + rank) if draws else None
+        return self._masks + ((self._updates * self.plan.accumulation + microbatch) * ranks + rank) if self.plan.drops else None
 
     @torch.no_grad()
     def step(self, rate: float) -> Update:
@@ -176,14 +202,18 @@ class DeepSpeed:
         assert self._engine.was_step_applied(), "DeepSpeed refused what it was not asked to judge"
         self.judge.count()
         self.trace.mark("rest")
-        return Update(self._nats, self._targets, norm, self.judge.fate)
+        return Update(self._nats, self._targets, norm, self.judge.fate, self._beside if len(self._beside) else None)
 
     def _judge(self) -> tuple[Tensor, Tensor, Tensor]:
         """`(norm, scale, skip)` over all ranks, of which each holds another partition; the sum of the cross entropies travels with the squares."""
         clip = self.plan.optim.clip
         mine = self._norm(self._parts.gradients())[0].to(self.device).double().square()
         own = self._nats
-        squares, self._nats, loss = self.mesh.sum(torch.stack([mine, self._nats, self.loss.double()])).unbind()
+        squares, self._nats, loss, *beside = self.mesh.sum(
+            torch.cat([torch.stack([mine, self._nats, self.loss.double()]), self._beside])
+        ).unbind()
+        if beside:
+            self._beside = torch.stack(beside)
         norm = squares.sqrt().float()
         skip = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         scale = torch.ones_like(norm) if clip is None else clip / torch.clamp(norm, min=clip)
@@ -191,29 +221,54 @@ class DeepSpeed:
 
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[Microbatch]) -> Tensor:
-        """Cross entropy in nats and targets, summed in fp64 over held-out microbatches of all ranks; each must have as many, since ZeRO-3 gathers."""
+        """What the objective reports of held-out microbatches of all ranks, the targets behind its first number; each must have as many, since ZeRO-3
+        gathers."""
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._beside.zero_()
         self._engine.eval()
+        if objectives.looks_ahead(self.plan.objective):
+            self._look_ahead(microbatches := list(microbatches))
         for part in microbatches:
-            _, cross_entropy = self._loss(part)
-            targets = (part.labels >= 0).sum().double() * float(self.mesh.at["context"] == 0)
-            total += torch.stack([cross_entropy.double(), targets])
+            self._report(self._loss(part)[1], total[0])
+            total[1] += objectives.targets(self.plan.objective, part) * float(self.mesh.at["context"] == 0)
         self._engine.train()
-        return self.mesh.sum(total)
+        return self.mesh.sum(torch.cat([total, self._beside]))
+
+    @torch.no_grad()
+    def logprobs(self, part: Microbatch) -> Tensor:
+        """Of a microbatch's labels [b, t], by the weights as they are, fp32."""
+        self._engine.eval()
+        found = self._loss(part, asks="logprobs")
+        self._engine.train()
+        return found
 
     # ---- What a checkpoint keeps ----
 
     @torch.no_grad()
     def _fill(self, fresh: bool) -> None:
         """Every rank's ranges of the master weights, from whole tensors one at a time; then the weights that compute, rounded from them."""
-        if fresh:
+        frozen = {name: parameter for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        if fresh or frozen:
             for name, tensor in self._values():
                 if name in self._corrections:
                     self._corrections[name].copy_(tensor)
                 flattened = tensor.reshape(-1)
+                if name in frozen:
+                    self._freeze(frozen[name], flattened)
+                if not fresh:
+                    continue
                 for share in self._parts.shares.get(name, ()):
                     share.of(self._parts.flats).copy_(flattened[share.start : share.start + share.count])
         self._parts.publish()
+
+    def _freeze(self, parameter: Any, flattened: Tensor) -> None:
+        """What this rank holds of a parameter that is in no partition of the optimizer: all of it, or in ZeRO-3 an equal stretch, the last ones padded."""
+        if not hasattr(parameter, "ds_tensor"):
+            parameter.data.copy_(flattened.view(parameter.shape))
+            return
+        each = parameter.partition_numel()
+        mine = flattened[self.mesh.rank * each : (self.mesh.rank + 1) * each]
+        parameter.ds_tensor[: mine.numel()].copy_(mine)
 
     def _values(self) -> Iterator[tuple[str, Tensor]]:
         shapes = self._shapes | {name: tuple(tensor.shape) for name, tensor in self._corrections.items()}
@@ -224,7 +279,8 @@ class DeepSpeed:
         """fp32 master weights; moments and counts: rows of the parameters as copies on the host, until the next step. All ranks call it together."""
         if self._taken is None:
             weights = {name: self._rows(name, self._parts.flats) for name in self._shapes}
-            weights |= {name: self._mark(tensor) for name, tensor in self._corrections.items()}
+            if self.plan.adapter is None:  # else they are the base's
+                weights |= {name: self._mark(tensor) for name, tensor in self._corrections.items()}
             optimizer = self.judge.counts(writes=self.mesh.rank == 0)
             for moment in ("exp_avg", "exp_avg_sq"):
                 flats = [getattr(self.flat.kept[flat], moment) for flat in self._parts.flats]
@@ -290,13 +346,28 @@ class DeepSpeed:
 class _Training(nn.Module):
     """What DeepSpeed's forward calls: the model with its loss, since the head and the loss are one operation."""
 
-    def __init__(self, decoder: source.Model) -> None:
+    def __init__(self, decoder: source.Model, objective: Objective) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.objective = decoder, objective
 
-    def forward(self, *inputs: Any, **terms: Any) -> tuple[Tensor, Tensor]:
-        loss, cross_entropy = self.decoder.loss(*inputs, **terms)
-        return loss, cross_entropy.detach()
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        given: Mapping[str, Tensor] | None = None,
+        *,
+        asks: Literal["loss", "ahead", "logprobs"] = "loss",
+        **terms: Any,
+    ) -> Any:
+        part = Microbatch(tokens, labels, positions if positions is not None else tokens, documents, given)
+        if asks == "logprobs":
+            return self.decoder.logprobs(tokens, labels, positions, documents)
+        if asks == "ahead":
+            return objectives.ahead(self.objective, self.decoder, part)
+        loss, reported = objectives.compute(self.objective, self.decoder, part, positions, **terms)
+        return loss, reported.detach()
 
 
 class Flat(torch.optim.Optimizer):

@@ -65,6 +65,8 @@ def kind_of(name: str) -> Kind:
         return "sink"
     if name.endswith(".bias"):
         return "bias"
+    if name.endswith(".lora_growth"):
+        return "scalar"
     return "scalar" if "act_fn" in name else "matrix"
 
 
@@ -383,6 +385,8 @@ class Decoder(nn.Module):
     `watched`: routers also say what the losses of balance need, and how often each expert was visited is summed in `visits`.
     """
 
+    adapter_seed: Any = None  # models/adapters.py's `Seed`, of a decoder that has adapters
+
     def __init__(
         self,
         arch: Architecture,
@@ -461,6 +465,8 @@ class Decoder(nn.Module):
         `positions_bt` counts within each document ([1, t] is broadcast; None: 0, 1, ...); `documents_bt` int, each token's document in its row (None:
         each row is one document); `seed` int64 on the device, of this call's dropout masks and noise; `watch` receives what each router saw.
         """
+        if self.adapter_seed is not None and self.training:
+            self.adapter_seed.take(seed)
         delta, stream = (None, self.embedded(tokens_bt)) if carried is None else carried
         if self.training and self.neftune and carried is None:
             assert seed is not None
@@ -546,6 +552,28 @@ class Decoder(nn.Module):
             assert self.watched
             loss = loss + (labels_bt >= 0).sum() * balance(self.ops, self.arch, seen, router_aux, router_z)
         return loss, cross_entropy
+
+    def logprobs(
+        self,
+        tokens_bt: Tensor,
+        labels_bt: Tensor,
+        positions_bt: Tensor | None = None,
+        documents_bt: Tensor | None = None,
+        *,
+        seed: Tensor | None = None,
+        carried: tuple[Tensor | None, Tensor] | None = None,
+    ) -> Tensor:
+        """Log-probabilities [b, t] of the labels, which are already shifted, in fp32 with their gradient; 0 where a label is -100."""
+        hidden_btd = self.hidden(tokens_bt, positions_bt, documents_bt, seed, carried)
+        found_n = linear_cross_entropy.logprobs(
+            hidden_btd.flatten(0, 1),
+            self.lm_head.weight,
+            labels_bt.flatten(),
+            softcap=self.arch.logit_softcap,
+            scale=1.0 / self.arch.logit_divisor,
+            version=self.ops.linear_cross_entropy,
+        )
+        return found_n.view(labels_bt.shape)
 
     def loss_of(self, hidden_btd: Tensor, labels_bt: Tensor, *, z_loss: float = 0.0, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """The head and the loss, of hidden states after the last norm; as `loss`."""
