@@ -107,6 +107,8 @@ def exported(folder: Path, *, newest: bool = False) -> Iterator[Path]:
         yield folder
     elif (folder / "export" / "config.json").is_file():
         yield folder / "export"
+    elif (folder / "adapter_config.json").is_file():
+        raise RunError(f"{folder} is an adapter alone, without the model that it stands beside; name its run, or export that with --merge")
     else:
         raise RunError(f"{folder} is neither a run (run.json) nor an exported model (config.json)")
 

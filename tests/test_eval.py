@@ -40,7 +40,17 @@ BROKEN = (
 )
 TASKS = Path(__file__).parent / "evaltasks"
 PROSE = ("The rain fell all day.\n", "Été à Zürich: 25 °C, 日本.\n")
-SETS = '[[validation.sets]]\nname = "prose"\nkind = "text"\npath = "{prose}"\n[[validation.sets]]\nname = "more-chats"\nkind = "jsonl"\npath = "{chats}"\nformat = "chat"\n'
+SETS = """
+[[validation.sets]]
+name = "prose"
+kind = "text"
+path = "{prose}"
+[[validation.sets]]
+name = "more-chats"
+kind = "jsonl"
+path = "{chats}"
+format = "chat"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -432,3 +442,33 @@ def test_readers_of_an_export_and_what_breaks_it(run, tmp_path, capsys):
     found = list(readers._llamacpp(model, {"architectures": ["LlamaForCausalLM"], "rope_parameters": rope}, {}))
     assert [one.health for one in found][:2] == ["ok", "refuses"]
     assert "refuses" in next(iter(readers._llamacpp(model, {"architectures": ["HeliumForCausalLM"]}, {}))).line()
+
+
+def test_an_adapters_card_and_folder_say_what_they_are(run, tmp_path):
+    """Of an adapter beside the run's own export: merged, and alone."""
+    overrides = [
+        f"model.from={run / 'export'}",
+        "adapter.rank=2",
+        "train.steps=2",
+        "export=false",
+        "report.trackers=[]",
+        "validation.sets=[]",
+    ]
+    made = plan(load.recipe(run.parent / "tinychat.toml", overrides), load.site("laptop"))
+    loop.train(made, tmp_path / "run", display=Display(Console(file=io.StringIO(), force_terminal=False)))
+    export(tmp_path / "run", tmp_path / "merged")
+    export(tmp_path / "run", tmp_path / "adapter", adapter=True)
+    merged, alone = ((tmp_path / name / "README.md").read_text() for name in ("merged", "adapter"))
+    assert (front_matter(merged)["library_name"], front_matter(alone)["library_name"]) == ("transformers", "peft")
+    assert front_matter(alone)["tags"] == ["gigatrain", "lora"]
+    assert "Only an adapter was trained (lora, rank 2, alpha 32), beside the base's frozen weights. Here it is merged into them." in merged
+    assert "This folder holds it alone" in alone
+    assert "AutoPeftModelForCausalLM.from_pretrained(folder" in alone
+    assert not [one for one in readers.check(tmp_path / "merged") if one.health == "bad"]
+    found = readers.check(tmp_path / "adapter")
+    assert [one.health for one in found if one.reader in ("adapter", "peft")] == ["ok", "ok"]
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 3}))
+    assert next(one.health for one in readers.check(tmp_path / "adapter")) == "bad"
+    with pytest.raises(RunError, match="is an adapter alone"):
+        generate(tmp_path / "adapter", "x", tokens=1, temperature=0.0)

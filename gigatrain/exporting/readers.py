@@ -21,6 +21,7 @@ from gigatrain.data.tokenizer import PIECES
 from gigatrain.errors import RunError
 from gigatrain.exporting.generation import has_template, model_class
 
+ADAPTER = "adapter_config.json"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _NAMES = (
     "Llama", "Mistral", "Ministral3", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "Gemma2", "Gemma3", "Olmo2", "Olmo3", "Olmoe", "SmolLM3", "Apertus",
@@ -46,6 +47,8 @@ class Finding:
 
 def check(folder: Path) -> list[Finding]:
     """Every finding on an exported folder, in the order in which a reader meets them. Raises RunError where there is no config.json."""
+    if (folder / ADAPTER).is_file():
+        return _adapter(folder)
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder} is no exported model: it has no config.json; export a run there first")
     config = _json(folder / "config.json")
@@ -59,6 +62,47 @@ def check(folder: Path) -> list[Finding]:
     if not any(one.health == "bad" for one in found):
         found.append(_transformers(folder))
     return [*found, _vllm(config), *_llamacpp(folder, config, tensors or {})]
+
+
+def _adapter(folder: Path) -> list[Finding]:
+    """An adapter alone: its two files against each other."""
+    found: list[Finding] = []
+
+    def pairs() -> tuple[str, None]:
+        config, header = _json(folder / ADAPTER), _header(folder / "adapter_model.safetensors")
+        shapes = {name: one["shape"] for name, one in header.items() if name != "__metadata__"}
+        _need(config.get("peft_type") == "LORA", f"peft_type is {config.get('peft_type')}")
+        ends = {".lora_A.weight": ".lora_B.weight", ".lora_B.weight": ".lora_A.weight"}
+        owners = set()
+        for name, shape in shapes.items():
+            for end, other in ends.items():
+                if name.endswith(end):
+                    owner = name.removesuffix(end)
+                    owners.add(owner)
+                    _need(f"{owner}{other}" in shapes, f"{owner} has no {other}")
+                    _need(shape[end == ".lora_B.weight"] == config.get("r"), f"{name} is {shape}, and the rank {config.get('r')}")
+                    last = owner.rpartition(".")[2]
+                    _need(any(owner.endswith(one) for one in config.get("target_modules", ())), f"{last} is none of the target modules")
+        _need(owners, "there is no adapter's matrix in it")
+        return f"{len(owners):,} matrices of rank {config['r']}", None
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        return [Finding("files", "bad", "there is no adapter_model.safetensors")]
+    _said(found, "adapter", pairs)
+    base = _json(folder / ADAPTER).get("base_model_name_or_path") or ""
+    place = Path(base).expanduser()
+    if not base:
+        found.append(
+            Finding("peft", "untested", "it names no base, whose weights were drawn: load it beside the model that it was trained with")
+        )
+    else:
+        here = (place / "config.json").is_file()
+        found.append(Finding("peft", "ok" if here else "untested", f"beside {base}" + ("" if here else ", which is no folder here")))
+    return [
+        *found,
+        Finding("vLLM", "untested", "reads such folders as LoRA modules"),
+        Finding("llama.cpp", "untested", "by convert_lora_to_gguf.py"),
+    ]
 
 
 class _Wrong(Exception):
