@@ -96,6 +96,13 @@ def test_each_set_has_its_own_figures_and_the_unnamed_ones_are_those_of_the_held
     assert "more-chats" in page([value])
 
 
+def test_sets_are_tokenised_ahead(run, capsys):
+    cli.main(["data", "build", str(run.parent / "tinychat.toml")])
+    said = capsys.readouterr().out
+    assert "validation set prose: " in said
+    assert "2 documents" in said
+
+
 def test_bytes_of_ids_are_those_of_the_text_they_stand_for(run):
     ready = tokenizer.load(str(run / "tokenizer"))
     sizes = ready.token_bytes()
@@ -166,7 +173,8 @@ def test_greedy_answers_are_those_of_our_decoder(run, capsys):
     assert json.loads(capsys.readouterr().out) == {"messages": messages, "text": expected}
     cli.main(["generate", str(run), "--chat", "--prompt", "What is 2 + 3?", "--tokens", "12", "--temperature", "0"])
     alone = [{"role": "user", "content": "What is 2 + 3?"}]
-    assert capsys.readouterr().out == generate(run, None, messages=alone, tokens=12, temperature=0.0) + "\n"
+    streamed = generate(run, None, messages=alone, tokens=12, temperature=0.0, stream=True)
+    assert capsys.readouterr().out.rstrip("\n") == "\n".join([streamed, streamed]).rstrip("\n")
 
 
 @pytest.mark.parametrize(
@@ -272,14 +280,18 @@ def own(tmp_path_factory) -> Path:
 
 def test_tasks_of_ones_own_are_evaluated_kept_and_shown(run, own, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    names = "gt_capitals,gt_copying,gt_prose"
+    names = "gt_both,gt_copying,gt_prose"
     arguments = ["--include", str(own), "--batch", "4", "--limit", "4", "--few-shot", "1", "--out", str(tmp_path / "out.json"), "--json"]
     cli.main(["eval", str(run), "--tasks", names, *arguments, "--bits-per-byte", str(own / "prose.jsonl")])
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "out.json").read_text()) == evals.read(run)[-1]
     rows = found["tasks"]
     assert (found["step"], found["run"]) == (6, collect(run)["run"]["id"])
-    assert set(rows) == set(names.split(","))
+    assert set(rows) == {*names.split(","), "gt_capitals", "gt_capitals_again"}
+    group = rows["gt_both"]
+    assert (group["samples"], group["limit"]) == (8, 4)
+    each = [rows[name]["metrics"]["acc,none"]["value"] for name in ("gt_capitals", "gt_capitals_again")]
+    assert group["metrics"]["acc,none"]["value"] == pytest.approx(sum(each) / 2)
     assert rows["gt_capitals"] | {"metrics": None} == {"metrics": None, "samples": 4, "limit": 4, "few_shot": 1, "version": "1.0"}
     assert set(rows["gt_capitals"]["metrics"]) == {"acc,none", "acc_norm,none"}
     assert rows["gt_prose"]["limit"] is None  # it has but two
