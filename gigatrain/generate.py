@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -100,7 +101,9 @@ def exported(folder: Path, *, newest: bool = False) -> Iterator[Path]:
             return
         from gigatrain.export import export
 
-        with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as temporary:  # as large as the model: where the run's own files lie
+        # As large as the model, so where the run's own files lie; of a run that is only read, where temporary files do.
+        place = folder if os.access(folder, os.W_OK) else None
+        with tempfile.TemporaryDirectory(prefix=".model-", dir=place) as temporary:
             export(folder, Path(temporary))
             yield Path(temporary)
     elif (folder / "config.json").is_file():
