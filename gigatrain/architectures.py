@@ -1085,6 +1085,10 @@ def to_hf_config(
         config["rope_parameters"] = {"full_attention": wide, "sliding_attention": _rope_to(arch.rope_local or arch.rope)}
     else:
         config["rope_parameters"] = wide
+    if (
+        arch.rope.kind == "llama3"
+    ):  # transformers reads it within the table, llama.cpp's converter beside it, and takes 8,192 where it is not
+        config["original_max_position_embeddings"] = arch.rope.original_positions
     if arch.family == "mistral4":
         wide["partial_rotary_factor"] = arch.rotary_dim / arch.head_dim
     if arch.family == "phi3":

@@ -627,15 +627,26 @@ def _export(options: argparse.Namespace) -> None:
     from gigatrain.export import export
     from gigatrain.observe.display import Display
 
-    step = export(
-        Path(options.run_folder),
-        Path(options.folder),
-        shard_bytes=options.shard_size,
-        processes=options.processes,
-        adapter=options.adapter,
-        display=Display(),
-    )
-    print(f"step {step} of {options.run_folder} exported to {options.folder}")
+    if options.folder is not None:
+        step = export(
+            Path(options.run_folder),
+            Path(options.folder),
+            shard_bytes=options.shard_size,
+            processes=options.processes,
+            adapter=options.adapter,
+            display=Display(),
+        )
+        print(f"step {step} of {options.run_folder} exported to {options.folder}")
+    elif not options.check:
+        raise RunError("name the folder that the model goes to; or --check looks at one that is exported already")
+    if options.check:
+        from gigatrain.exporting import readers
+
+        folder = Path(options.folder or options.run_folder)
+        found = readers.check(folder)
+        print("\n".join(one.line() for one in found))
+        if wrong := sum(one.health == "bad" for one in found):
+            raise RunError(f"{folder}: {wrong} of {len(found)} findings are bad; export it again, to another folder")
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -1020,8 +1031,11 @@ def _parser() -> argparse.ArgumentParser:
     reported.add_argument("--plots", metavar="DIR", help="its pictures as PNG files; needs matplotlib")
 
     exported = command("export", _export, "write a run's model for transformers", _EXPORT)
-    exported.add_argument("run_folder", metavar="RUN", help="a run folder")
-    exported.add_argument("folder", metavar="DIR", help="where the model goes")
+    exported.add_argument("run_folder", metavar="RUN", help="a run folder; with --check alone an exported one")
+    exported.add_argument("folder", metavar="DIR", nargs="?", help="where the model goes")
+    exported.add_argument(
+        "--check", action="store_true", help="say who can read it: transformers, vLLM, llama.cpp; without DIR: of an export"
+    )
     exported.add_argument(
         "--max-shard-size", dest="shard_size", metavar="BYTES", type=_bytes, default=5e9, help="of one file, as 5GB or 500MB (default: 5GB)"
     )
@@ -1294,9 +1308,12 @@ A run that goes on, was killed, or is older than its meters has a page too, that
   gigatrain report runs/mine --plots pictures                 PNG files, for slides"""
 _OTHER_NUMBERS = "with --resume: the precision or the states' forms may differ from those before; the run's record says from which step on"
 _EXPORT = """\
-Write the newest checkpoint of a run as a folder for transformers: safetensors, config.json, tokenizer.
+Write the newest checkpoint of a run as a folder for transformers: safetensors, config.json, generation_config.json, tokenizer and chat template, and a
+model card (README.md) made of the run's own records.
 
   gigatrain export runs/mine my-model
+  gigatrain export runs/mine my-model --check                 and say who can read it
+  gigatrain export my-model --check
   gigatrain export runs/mine my-model --max-shard-size 2GB --processes 8
   gigatrain export runs/mine my-adapter --adapter           a run with [adapter]: as peft has it; else merged
   python -c 'import transformers; transformers.AutoModelForCausalLM.from_pretrained("my-model")'"""

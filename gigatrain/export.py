@@ -94,7 +94,7 @@ def export(
             write_text(written / "generation_config.json", json.dumps(generation, indent=2) + "\n")
         for path in (folder / "tokenizer").iterdir():
             shutil.copyfile(path, written / path.name)
-        write_text(written / "README.md", card(folder, plan, step=found.step, chat=has_template(folder / "tokenizer")))
+        write_text(written / "README.md", card(folder, plan, step=found.step, chat=has_template(folder / "tokenizer"), adapter=adapter))
         write_text(written / MARK, json.dumps({"run": found.manifest["run"], "step": found.step, "plan_sha256": plan.sha256}) + "\n")
         if target.exists():
             target.rename(Path(temporary) / "before")

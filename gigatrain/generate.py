@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from gigatrain import floors
 from gigatrain.errors import RunError
+from gigatrain.exporting.generation import model_class
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -99,13 +101,17 @@ def exported(folder: Path, *, newest: bool = False) -> Iterator[Path]:
             return
         from gigatrain.export import export
 
-        with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as temporary:  # as large as the model: where the run's own files lie
+        # As large as the model, so where the run's own files lie; of a run that is only read, where temporary files do.
+        place = folder if os.access(folder, os.W_OK) else None
+        with tempfile.TemporaryDirectory(prefix=".model-", dir=place) as temporary:
             export(folder, Path(temporary))
             yield Path(temporary)
     elif (folder / "config.json").is_file():
         yield folder
     elif (folder / "export" / "config.json").is_file():
         yield folder / "export"
+    elif (folder / "adapter_config.json").is_file():
+        raise RunError(f"{folder} is an adapter alone, without the model that it stands beside; name its run, or export that with --merge")
     else:
         raise RunError(f"{folder} is neither a run (run.json) nor an exported model (config.json)")
 
@@ -128,7 +134,7 @@ def opened(folder: Path, device: str) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model: Any = _class(folder).from_pretrained(
+        model: Any = model_class(folder).from_pretrained(
             folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
         model.to(device)
@@ -169,15 +175,3 @@ def _asked(folder: Path, tokenizer: Any, prompt: str | None, messages: Sequence[
     except Exception as failure:  # a template is a program, and refuses by raising
         reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0][:300]
         raise RunError(f"the chat template of {folder} does not take these messages: {reason}") from None
-
-
-def _class(folder: Path) -> Any:
-    """What loads the model in `folder`: transformers' Auto class, or, for a family of ours that it does not know (mistral4), the family's own."""
-    import transformers
-
-    from gigatrain.architectures import class_of
-
-    known = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    auto = transformers.AutoModelForCausalLM
-    name = None if type(known) in auto._model_mapping else class_of(known.model_type)
-    return auto if name is None else getattr(transformers, name)

@@ -44,7 +44,7 @@ def build_sets(
     for one in sets:
         source = config.Source(**{key: value for key, value in one if key != "name"})
         alone = data.model_copy(update={"sources": (source,), "validation": 0.0})
-        found[one.name] = build.build(alone, config.Tokenizer(source=str(corpus.folder / "tokenizer")), progress=progress)
+        found[one.name] = build.build(alone, config.Tokenizer.model_validate({"from": str(corpus.folder / "tokenizer")}), progress=progress)
     return found
 
 

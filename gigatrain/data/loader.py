@@ -27,6 +27,7 @@ from gigatrain.data.pairs import Form, Pairs, alike
 from gigatrain.errors import DataError
 
 Packing = Literal["stream", "document", "packed"]
+COUNTED = 1 << 28  # labels whose bytes are added up when a run begins, on every rank: some seconds
 
 
 @dataclass(frozen=True)
@@ -423,7 +424,7 @@ class Validation:
         if count and whole and packing != "packed" and (packing == "stream" or not any(samples.cut() for samples in of)):
             said = corpus.totals(split) if source is None else corpus.manifest["sources"][source]["splits"][split]
             self.text_bytes = said["text_bytes"]
-        elif count and (sizes := token_bytes()) is not None:
+        if self.text_bytes is None and 0 < count * sequence <= COUNTED and (sizes := token_bytes()) is not None:
             self.text_bytes = sum(self._bytes(index, ends, sizes) for index in chosen)
 
     def _place(self, index: int, ends: np.ndarray) -> tuple[Rows, int]:

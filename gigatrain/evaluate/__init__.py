@@ -41,6 +41,11 @@ def evaluate(
         raise RunError("nothing to evaluate: name --tasks A,B (lm-evaluation-harness) or --bits-per-byte FILE …, or both")
     if out is not None and not out.absolute().parent.is_dir():
         raise RunError(f"{out} cannot be written: there is no folder {out.absolute().parent}; make it, or name another --out")
+    run = _run_of(folder)
+    if run is not None and not os.access(run, os.W_OK):  # before hours of work
+        if out is None:
+            raise RunError(f"{run} cannot be written, where evaluations are kept; name a file of your own with --out")
+        run = None
     floors.versions()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the harness and of datasets, in a log; read when tqdm is imported
@@ -65,7 +70,6 @@ def evaluate(
         if texts:
             found["texts"] = measured.measure(documents, model, tokenizer, context=context, batch=batch)
         found |= {"wall_s": round(time.monotonic() - began, 3), "versions": _versions(tasks=bool(tasks))}
-    run = _run_of(folder)
     if run is not None:
         say(f"kept in {evals.keep(run, found)}")
     if out is not None:

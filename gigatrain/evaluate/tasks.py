@@ -2,9 +2,11 @@
 
 import contextlib
 import difflib
+import functools
 import importlib
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -74,9 +76,13 @@ def run(
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
+        asked: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        if not sys.stderr.isatty():  # bars that it would draw into a log
+            for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+                setattr(asked, kind, functools.partial(getattr(asked, kind), disable_tqdm=True))
         try:
             said: Any = simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
+                model=asked,
                 tasks=list(names),
                 num_fewshot=few_shot,
                 limit=limit,
@@ -115,10 +121,19 @@ def _row(name: str, said: Any, limit: int | None) -> dict[str, Any]:
     return {
         "metrics": metrics,
         "samples": int(samples.get("effective") or row.get("sample_len") or 0),
-        "limit": limit if samples.get("original", 0) > samples.get("effective", 0) else None,
+        "limit": limit if _limited(name, said) else None,
         "few_shot": shot if isinstance(shot, int) else 0,
         "version": str(said.get("versions", {}).get(name, "unknown")),
     }
+
+
+def _limited(name: str, said: Any) -> bool:
+    """Whether a limit left documents of a task out, or of one of a group's."""
+    parts = said.get("group_subtasks", {}).get(name)
+    if parts:
+        return any(_limited(part, said) for part in parts)
+    samples = said.get("n-samples", {}).get(name, {})
+    return samples.get("original", 0) > samples.get("effective", 0)
 
 
 class _Loaded:

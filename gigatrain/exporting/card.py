@@ -38,19 +38,19 @@ def keep_data(corpus: Corpus, weights: Sequence[float], folder: Path) -> None:
     write_text(folder / DATA, json.dumps({"sha256": corpus.sha256, "sources": rows}, indent=1) + "\n")
 
 
-def card(folder: Path, plan: Plan, *, step: int, chat: bool) -> str:
-    """README.md for an export of step `step` of the run in `folder`; `chat`: its tokenizer has a chat template."""
+def card(folder: Path, plan: Plan, *, step: int, chat: bool, adapter: bool = False) -> str:
+    """README.md for an export of step `step` of the run in `folder`; `chat`: its tokenizer has a chat template; `adapter`: it holds the adapter alone."""
     value = collect(folder)
     tokens = _tokens_at(folder, step, plan)
     source = _base(plan)
     measured = _measured(folder, step)
-    front = _front(value, plan, source, measured)
+    front = _front(value, plan, source, adapter=adapter)
     body = [
         f"# {_text(plan.name)}",
         *([_text(plan.summary)] if plan.summary else []),
-        _what(plan, source, step, tokens),
+        _what(plan, source, step, tokens, adapter=adapter),
         "## How to load it",
-        _loading(plan, chat=chat),
+        _loading(plan, chat=chat, adapter=adapter),
         "## Training data",
         _data(folder, plan, tokens),
         "## Results",
@@ -146,13 +146,12 @@ def _measured(folder: Path, step: int) -> dict[str, Any]:
 # The front matter, which the hub checks.
 
 
-def _front(value: Mapping[str, Any], plan: Plan, source: Mapping[str, Any] | None, measured: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gigatrain"]}
-    if _adapter(plan) is not None:
-        found["tags"] = ["gigatrain", str(_adapter(plan))]
+def _front(value: Mapping[str, Any], plan: Plan, source: Mapping[str, Any] | None, *, adapter: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    found["tags"] = ["gigatrain", *([plan.adapter.kind] if plan.adapter is not None else [])]
     if source is not None:
         if source["hub"]:
-            found["base_model"] = [source["hub"]]
+            found |= {"base_model": [source["hub"]], "base_model_relation": "adapter" if adapter else "finetune"}
         licence = source["licence"]
         if licence and LICENCE.match(licence.lower()):
             found["license"] = licence.lower()
@@ -168,13 +167,13 @@ def _front(value: Mapping[str, Any], plan: Plan, source: Mapping[str, Any] | Non
             "training_type": "fine-tuning" if source is not None else "pre-training",
             "hardware_used": f"{value['run']['ranks'] or 1} x {_hardware(value, plan)}",
         }
-    results = _index(plan, value, measured)
+    results = _index(value)
     if results:
         found["model-index"] = [{"name": plan.name, "results": results}]
     return found
 
 
-def _index(plan: Plan, value: Mapping[str, Any], measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _index(value: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Evaluations in the form of the hub's model-index."""
     found = []
     for task, row in evals.latest(Path(value["run"]["folder"])).items():
@@ -197,31 +196,21 @@ def _index(plan: Plan, value: Mapping[str, Any], measured: Mapping[str, Any]) ->
 # The body.
 
 
-def _adapter(plan: Plan) -> str | None:
-    """Kind of the adapter that the run trained, if it did."""
-    adapter = getattr(plan, "adapter", None)
-    return None if adapter is None or getattr(adapter, "kind", "none") in (None, "none") else str(adapter.kind)
-
-
-def _objective(plan: Plan) -> str:
-    kind = getattr(getattr(plan, "objective", None), "kind", "language")
-    return str(kind)
-
-
 def _hardware(value: Mapping[str, Any], plan: Plan) -> str:
     summary = _object(Path(value["run"]["folder"]) / "summary.json")
     named = summary.get("device")
     return str(named) if named and named != "cpu" else plan.watts.chip or plan.device.upper()
 
 
-def _what(plan: Plan, source: Mapping[str, Any] | None, step: int, tokens: int) -> str:
-    arch = plan.architecture
-    kind = f"{arch.class_name}" if isinstance(arch, Foreign) else arch.family
-    size = f"{plan.parameters:,} parameters"
-    lines = [f"A {kind} model of {size}, trained by gigatrain {gigatrain.__version__} for {step:,} steps, {tokens:,} tokens."]
-    kinds = {"language": "the next token of its documents", "distil": "a teacher's probabilities"}
-    objective = _objective(plan)
-    lines.append(f"It was trained on {kinds.get(objective, f'preferences, by {objective.upper()}')}.")
+def _what(plan: Plan, source: Mapping[str, Any] | None, step: int, tokens: int, *, adapter: bool) -> str:
+    arch, objective = plan.architecture, plan.objective.kind
+    kind = arch.class_name if isinstance(arch, Foreign) else arch.family
+    what = f"An adapter of a {kind} model" if adapter else f"A {kind} model"
+    lines = [
+        f"{what} of {plan.parameters:,} parameters, trained by gigatrain {gigatrain.__version__} for {step:,} steps, {tokens:,} tokens."
+    ]
+    learned = {"language": "the next token of its documents", "distil": "a teacher's probabilities"}
+    lines.append(f"It was trained on {learned.get(objective, f'preferences, by {objective.upper()}')}.")
     if source is None:
         lines.append(
             "Its weights were drawn at random before: there is no base model, and no licence follows from one. State yours before you publish."
@@ -232,18 +221,23 @@ def _what(plan: Plan, source: Mapping[str, Any] | None, step: int, tokens: int) 
             f"{_code(source['licence_name'] or source['licence'])}" if source["licence"] else "unknown: no card lies beside its weights"
         )
         lines.append(f"It started from {name}; the licence of that model: {licence}.")
-        if (kind := _adapter(plan)) is not None:
-            rank = getattr(plan.adapter, "rank", None)  # type: ignore[attr-defined]
-            lines.append(
-                f"Only an adapter was trained ({kind}{f', rank {rank}' if rank else ''}); the base model's own weights are as they were."
-            )
+    if plan.adapter is not None:
+        size = f"{plan.adapter.kind}, rank {plan.adapter.rank}, alpha {plan.adapter.alpha:g}"
+        narrow = " in 4 bits (nf4)" if plan.adapter.quantise == "nf4" else ""
+        lines.append(f"Only an adapter was trained ({size}), beside the base's frozen weights{narrow}.")
+        lines.append("This folder holds it alone: the base model is needed too." if adapter else "Here it is merged into them.")
     return " ".join(lines)
 
 
-def _loading(plan: Plan, *, chat: bool) -> str:
-    head = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+def _loading(plan: Plan, *, chat: bool, adapter: bool) -> str:
+    model = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    head = (
+        f"from peft import {model}\nfrom transformers import AutoTokenizer\n\n"
+        if adapter
+        else f"from transformers import {model}, AutoTokenizer\n\n"
+    )
     load = 'folder = "."  # this folder, or its name on the hub\ntokenizer = AutoTokenizer.from_pretrained(folder)\n'
-    load += 'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
+    load += f'model = {model}.from_pretrained(folder, dtype="auto")\n'
     if chat:
         asked = 'messages = [{"role": "user", "content": "Who are you?"}]\n'
         asked += 'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)\n'
@@ -251,8 +245,8 @@ def _loading(plan: Plan, *, chat: bool) -> str:
         asked = 'inputs = tokenizer("Once", return_tensors="pt")\n'
     said = "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_special_tokens=True))\n"
     text = f"```python\n{head}{load}{asked}{said}```"
-    dtype = "bfloat16" if plan.compute == "bf16" else "float32"
-    return f"{text}\n\nWeights are {dtype}, the precision that the run computed in; the context is {plan.positions:,} tokens."
+    dtype = "float32" if adapter or plan.compute == "fp32" else "bfloat16, the precision that the run computed in"
+    return f"{text}\n\nWeights are {dtype}; the context is {plan.positions:,} tokens."
 
 
 def _data(folder: Path, plan: Plan, tokens: int) -> str:
@@ -372,8 +366,7 @@ def _made(value: Mapping[str, Any], plan: Plan, step: int) -> str:
         ("site", plan.site),
         ("hardware", f"{plan.ranks:,} x {_hardware(value, plan)}"),
         ("wall-clock", "unknown" if (wall := value["headline"]["wall_s"]["value"]) is None else words.span(wall)),
-        *((name, f"{adapter}, rank {getattr(plan.adapter, 'rank', 'unknown')}") for name in ("adapter",) if (adapter := _adapter(plan))),  # type: ignore[attr-defined]
-        *((name, kind) for name in ("objective",) if (kind := _objective(plan)) != "language"),
+        ("objective", plan.objective.kind),
         *settings,
         *((f"version of {name}", said) for name, said in versions.items() if name not in ("threads", "cores", "gigatrain")),
     ]

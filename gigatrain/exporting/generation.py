@@ -10,6 +10,18 @@ from gigatrain import config
 ANSWER = "gigatrain's answer"  # a text that no template holds
 
 
+def model_class(folder: Path) -> Any:
+    """What loads the model in `folder`: transformers' Auto class, or, for a family of ours that it does not know (mistral4), the family's own."""
+    import transformers
+
+    from gigatrain.architectures import class_of
+
+    known = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    auto = transformers.AutoModelForCausalLM
+    name = None if type(known) in auto._model_mapping else class_of(known.model_type)
+    return auto if name is None else getattr(transformers, name)
+
+
 def has_template(folder: Path) -> bool:
     """Whether a tokenizer's folder has a chat template, in a file of its own or, as older folders have it, in tokenizer_config.json."""
     if (folder / "chat_template.jinja").is_file():

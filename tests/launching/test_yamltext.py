@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from gigatrain.launching import yamltext
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.text("ab :-#\n'\"|>%@`\t!&*?{}[],~=0123e.yn$()", max_size=12)
-_LEAF = st.none() | st.booleans() | st.integers() | _TEXT
+_LEAF = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | _TEXT
 _DATA = st.recursive(_LEAF, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_TEXT, inner, max_size=4), max_leaves=12)
 
 
