@@ -152,6 +152,59 @@ class Loss(Section):
         return self.router_aux > 0 or self.router_z > 0 or self.router_bias_rate > 0
 
 
+class Objective(Section):
+    """What is minimised: the cross entropy of the next token, or one of the losses of pairs of answers (gigatrain/objectives/ has the formulas)."""
+
+    kind: Literal["language", "dpo", "ipo", "orpo", "simpo", "kto", "distil"] = Field(
+        default="language",
+        description="language: the next token. Of a preferred and a refused answer: dpo (arXiv:2305.18290), ipo (arXiv:2310.12036), orpo (arXiv:2403.07691), "
+        "simpo (arXiv:2405.14734); of single answers that are good or not: kto (arXiv:2402.01306). distil: a teacher's probabilities.",
+    )
+    beta: Positive | None = Field(
+        default=None,
+        description="How strongly a preference counts: dpo's, kto's and simpo's beta, ipo's tau, orpo's lambda. Default: 0.1, of simpo 2.0.",
+    )
+    reference: Literal["start", "adapter"] | None = Field(
+        default=None,
+        description="dpo, ipo, kto: whose log-probabilities are subtracted; start: the weights the run starts from, computed once before its first step and "
+        "kept in the run's folder; adapter: the model with its adapters off, in every step. Default: start. orpo and simpo have none.",
+    )
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
+        default=0.0, description="dpo, simpo: share of the pairs whose order is taken to be wrong."
+    )
+    robust: bool = Field(
+        default=False, description="dpo: the loss is unbiased if so many pairs are wrong (arXiv:2403.00409), instead of conservative."
+    )
+    margin: NonNegative = Field(default=0.5, description="simpo: gamma, by which the preferred answer should lead.")
+    desirable: Positive = Field(default=1.0, description="kto: weight of good answers.")
+    undesirable: Positive = Field(default=1.0, description="kto: weight of the others.")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a sample is a pair of answers, or a labelled one, and not a stretch of text."""
+        return self.kind in ("dpo", "ipo", "orpo", "simpo", "kto")
+
+    @property
+    def refers(self) -> bool:
+        """Whether log-probabilities of a reference are subtracted."""
+        return self.kind in ("dpo", "ipo", "kto")
+
+    @property
+    def strength(self) -> float:
+        """`beta`, or its default."""
+        return self.beta or (2.0 if self.kind == "simpo" else 0.1)
+
+    @model_validator(mode="after")
+    def fits(self) -> Self:
+        if self.reference is not None and not self.refers:
+            raise ValueError(f"`reference` is of dpo, ipo and kto; {self.kind} has none: leave it out")
+        if self.label_smoothing and self.kind not in ("dpo", "simpo"):
+            raise ValueError(f"`label_smoothing` is of dpo and simpo, not of {self.kind}; [loss] has that of the next token")
+        if self.robust and (self.kind != "dpo" or not self.label_smoothing):
+            raise ValueError("`robust` is of dpo with a `label_smoothing` above 0")
+        return self
+
+
 class Train(Section):
     """The size of a step and of the run."""
 
@@ -211,6 +264,40 @@ class Train(Section):
         if self.microbatch is not None and self.microbatch > self.batch:
             raise ValueError(f"`microbatch` {self.microbatch} is above `batch` {self.batch}; lower it, or leave it out")
         return self
+
+
+class Adapter(Section):
+    """Fine-tuning by matrices of low rank beside frozen ones (models/adapters.py): y = W x + s B A dropout(x), with s = alpha / rank."""
+
+    kind: Literal["lora", "dora"] = Field(
+        default="lora",
+        description="lora (arXiv:2106.09685); dora (arXiv:2402.09353) also trains the length of each of the matrix's rows.",
+    )
+    rank: Annotated[int, Field(ge=1, le=65536)] = Field(default=16, description="Rows of A and columns of B.")
+    alpha: Positive = Field(default=32.0, description="What is added counts alpha / rank.")
+    rslora: bool = Field(default=False, description="It counts alpha / sqrt(rank), which keeps its size at high ranks (arXiv:2312.03732).")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="Share of A's inputs that is dropped; masks follow from the seed, the step and the matrix."
+    )
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        default="all-linear",
+        description="Ends of the names of the layers' matrices that get one, for instance q_proj or self_attn.o_proj; all-linear: every one but "
+        "head, router and experts.",
+    )
+    train_embeddings: bool = Field(default=False, description="The embedding is trained too, as a whole.")
+    train_head: bool = Field(default=False, description="The head is trained too, as a whole; where both are tied they are one matrix.")
+    quantise: Literal["none", "nf4"] = Field(
+        default="none",
+        description="How the layers' frozen matrices are kept: nf4, 4 bits and an fp32 scale for 64 neighbours (QLoRA, arXiv:2305.14314).",
+    )
+    source: str | None = Field(
+        default=None, alias="from", description="Folder of an adapter that peft wrote, of the same kind, rank and targets, to start from."
+    )
+
+    @property
+    def scale(self) -> float:
+        """What B A counts."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 class FP8(Section):
@@ -564,8 +651,12 @@ class Recipe(Section):
     train: Train
     optim: Optim
     fp8: FP8 = FP8()
+    adapter: Adapter | None = Field(
+        default=None, description="Train an adapter beside the frozen weights of `model.from`; default: train the weights."
+    )
     schedule: Schedule = Schedule()
     loss: Loss = Loss()
+    objective: Objective = Objective()
     mesh: Mesh = Mesh()
     engine: Engine = Engine()
     profile: Profile = Profile()

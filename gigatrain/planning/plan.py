@@ -10,6 +10,7 @@ from typing import Any, Literal
 from gigatrain import load
 from gigatrain.architectures import Architecture
 from gigatrain.config import (
+    Adapter,
     Checkpoint,
     Data,
     Engine,
@@ -17,6 +18,7 @@ from gigatrain.config import (
     Loss,
     Mesh,
     Numerics,
+    Objective,
     Optim,
     Power,
     Profile,
@@ -31,7 +33,7 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import attention, axes, budget, cost, fusions, hardware, products, replicas, watts
+from gigatrain.planning import attention, axes, budget, cost, fusions, hardware, objective, products, replicas, watts
 from gigatrain.planning.expect import expect
 from gigatrain.planning.expected import Expected
 from gigatrain.planning.fusions import Fusion, Name
@@ -142,6 +144,7 @@ class Plan(Section):
     tokens: int
     precision: Literal["bf16", "fp32", "fp8"]
     fp8: products.Products | None = None
+    adapter: Adapter | None = None
     seed: int
     recompute: cost.Recompute
     dropout: float
@@ -151,6 +154,7 @@ class Plan(Section):
     optim: Optim
     schedule: Schedule
     loss: Loss
+    objective: Objective = Objective()
     validation: Validation
     checkpoint: Checkpoint
     recovery: Recovery = Recovery()
@@ -221,6 +225,8 @@ class Plan(Section):
             for part in parents:
                 node = node[part]
             del node[last]
+        if self.adapter is None:
+            del tree["adapter"]  # as the plans of runs before there were adapters
         return tree
 
     def differences(self, other: "Plan") -> list[str]:
@@ -259,6 +265,7 @@ def plan(
     ranks = axes.count(mesh)
     microbatch, accumulation = axes.share(recipe, mesh)
     axes.check(recipe, architecture, mesh, accumulation)
+    objective.check(recipe, mesh)
     tokens_per_step = train.batch * train.sequence
     steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)
     low = products.resolve(recipe, site, architecture, mesh)
@@ -330,6 +337,7 @@ def plan(
         tokens=steps * tokens_per_step,
         precision=train.precision,
         fp8=low,
+        adapter=recipe.adapter,
         seed=train.seed,
         recompute=train.recompute,
         dropout=train.dropout,
@@ -339,6 +347,7 @@ def plan(
         optim=recipe.optim,
         schedule=recipe.schedule,
         loss=recipe.loss,
+        objective=recipe.objective,
         validation=recipe.validation,
         checkpoint=recipe.checkpoint,
         recovery=recipe.recovery,
