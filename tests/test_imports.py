@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "gigatrain"
 # Lowest first; a module may import its own level and those below, with the exceptions that follow.
 LEVELS = [
     ["errors"],
-    ["architectures", "floors", "foreign", "leaving"],
+    ["architectures", "catalog", "floors", "foreign", "leaving", "published", "twin"],
     ["config"],
     ["site"],
     ["load", "planning"],
@@ -35,6 +35,9 @@ NOT = {"models": {"parallel", "data", "engines"}}
 TORCH_FREE = {
     "errors",
     "architectures",
+    "catalog",
+    "published",
+    "twin",
     "floors",
     "foreign",
     "leaving",
