@@ -7,7 +7,7 @@ A model says only what differs, each value with its source; the result is the te
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,16 +106,21 @@ def text(root: Path, name: str) -> str | None:
     model, slash, task = name.partition("/")
     if not slash or model not in models(root) or task not in (known := facts(root, model)).tasks:
         return None
+    return rendered(root, known, task, recipe=name)
+
+
+def rendered(root: Path, known: Facts, task: str, *, recipe: str) -> str:
+    """The text of a task with a model's words in it, and what the model changes; `recipe` is what the comments call it."""
     written = (root / "tasks" / f"{task}.toml").read_text(encoding="utf-8")
-    start = known.chat if task == "dpo" and known.chat else known.weights
+    tuned = known.chat or known.weights
+    by = f"{known.maker}; {known.licence}" if known.maker else known.licence
     words = {
-        "name": f"{model}-{task}", "recipe": name, "model": model, "title": known.title, "maker": known.maker, "licence": known.licence,
-        "weights": known.weights, "start": start, "tokenizer": known.chat if task in ("sft", "lora", "dpo") and known.chat else known.weights or known.chat,
-        "positions": str(known.positions),
+        "name": f"{known.name}-{task}", "recipe": recipe, "model": known.name, "title": known.title, "by": by, "weights": known.weights,
+        "start": tuned, "tokenizer": tuned if task in ("sft", "lora", "dpo") else known.weights or known.chat, "positions": str(known.positions),
     }  # fmt: skip
     for word, value in words.items():
         written = written.replace(f"@{word}@", value)
-    for key, (value, source) in known.changes[task].items():
+    for key, (value, source) in known.changes.get(task, {}).items():
         written = changed(written, key, value, source)
     return written
 
@@ -156,8 +161,18 @@ def toml(value: Any) -> str:
     raise RecipeError(f"TOML has no word for {value!r}")
 
 
-def matching(rows: Iterator[Mapping[str, Any]] | list[dict[str, Any]], words: list[str]) -> list[Mapping[str, Any]]:
-    """The rows that have every word in some value, whatever its case; one that names a row's model or task by itself comes first."""
-    wanted = [word.lower() for word in words]
-    found = [row for row in rows if all(any(word in str(value).lower() for value in row.values()) for word in wanted)]
-    return sorted(found, key=lambda row: not any(word in str(row["name"]).split("/") for word in wanted))
+def dumps(tree: Mapping[str, Any]) -> str:
+    """A tree as TOML: plain values first, then its tables; lists of tables stand on one line."""
+    out: list[str] = []
+    _table(tree, "", out)
+    return "\n".join(out).strip() + "\n"
+
+
+def _table(tree: Mapping[str, Any], path: str, out: list[str]) -> None:
+    plain = {key: value for key, value in tree.items() if not isinstance(value, Mapping) and value is not None}
+    if path and plain:
+        out += ["", f"[{path}]"]
+    out += [f"{key} = {toml(value)}" for key, value in plain.items()]
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            _table(value, f"{path}.{key}" if path else key, out)
