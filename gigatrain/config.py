@@ -75,7 +75,8 @@ class Tokenizer(Section):
     )
     special: tuple[str, ...] = Field(default=(), description="Special tokens that are added where they are missing, for a template of your own.")
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
-        default=None, description="The day that a chat template is told when it asks; default: none, and templates write what they write without one."
+        default=None,
+        description="The day that a chat template is told when it asks; default: none, and templates write what they write without one.",
     )
 
     @model_validator(mode="after")
