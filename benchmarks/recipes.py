@@ -1,4 +1,4 @@
-r"""What each recipe of an open model takes on three sites, by the planner, and the pages that say so.
+r"""What each recipe of an open model takes on four sites, by the planner, and the pages that say so.
 
     python benchmarks/recipes.py                          every recipe on every site: memory, tokens/s, MW, days
     python benchmarks/recipes.py --only lucie-7b,eurollm-9b
@@ -25,7 +25,7 @@ from gigatrain.planning import hardware
 from gigatrain.planning.plan import Plan, plan
 from gigatrain.site import Site
 
-SITES = ("jupiter", "jean-zay-h100", "lumi")
+SITES = ("jupiter", "jean-zay-h100", "lumi", "scaleway-nabu")
 STATES = {"lora": 2.2}  # bytes of a parameter that stay: bf16 weights and a little; else bf16 weights, fp32 masters, two moments and gradients
 FULL = 18.0
 FILL = 0.45  # share of the memory that states may take

@@ -1182,7 +1182,7 @@ The shipped recipes: of each open model pretrain, continue, sft, lora and dpo, a
   gigatrain recipes from-hub ~/models/mine --task lora        of any config.json, here or on the hub
   gigatrain train lucie-7b/pretrain-tiny
 
-A model's own page is recipes/MODEL/README.md: sources, licence, and what each task takes on three sites."""
+A model's own page is recipes/MODEL/README.md: sources, licence, and what each task takes on four sites."""
 _SITES = """\
 The machines that runs are planned for and launched on. Every number is measured, declared by its operator or maker, assumed with a reason, or unknown by name.
 

@@ -19,14 +19,15 @@ def tree(recipe: Mapping[str, Any], data: Path) -> dict[str, Any]:
     """The twin of a recipe, as the tree of a TOML file whose architecture is numbers; `data` is the folder of tiny conversations."""
     train, optim = recipe["train"], recipe["optim"]
     sources = [_source(one, data) for one in recipe["data"]["sources"][:1]]
-    sequence = 64 if sources[0].get("format", "text") == "text" else 128
+    text = sources[0].get("format", "text") == "text"
+    sequence = 64 if text else 128
     kept = {key: value for key, value in train.items() if key in ("seed", "dropout", "recompute")}
     found: dict[str, Any] = {
         **{key: value for key, value in recipe.items() if key in ("adapter", "objective", "loss", "fp8")},
         "name": f"{recipe['name']}-tiny",
         "summary": f"tiny twin of {recipe['name']}",
         "model": {"architecture": architecture(recipe["model"]["architecture"])},
-        "tokenizer": {"train": {"vocab": VOCAB, "max_bytes": 1 << 18}},
+        "tokenizer": {"train": {"vocab": VOCAB, "max_bytes": 1 << 18}} | ({} if text else {"template": "chatml"}),
         "data": {
             **{key: value for key, value in recipe["data"].items() if key in ("packing", "bad")},
             "sources": sources, "validation": 0.05, "workers": 1,
