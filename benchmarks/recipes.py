@@ -26,7 +26,9 @@ from gigatrain.planning.plan import Plan, plan
 from gigatrain.site import Site
 
 SITES = ("jupiter", "jean-zay-h100", "lumi", "scaleway-nabu")
-STATES = {"lora": 2.2}  # bytes of a parameter that stay: bf16 weights and a little; else bf16 weights, fp32 masters, two moments and gradients
+STATES = {
+    "lora": 2.2
+}  # bytes of a parameter that stay: bf16 weights and a little; else bf16 weights, fp32 masters, two moments and gradients
 FULL = 18.0
 FILL = 0.45  # share of the memory that states may take
 MORE = {"pretrain": 64, "continue": 8}
@@ -51,7 +53,11 @@ def ranks(recipe: Recipe, site: Site, task: str) -> int:
     states = STATES.get(task, FULL) * shape.parameters()
     least = 1 << max(0, math.ceil(math.log2(states / (FILL * room))))
     together = mesh.tensor * mesh.context * mesh.pipeline
-    there = site.accelerators.value * (per_node / site.node.accelerators.value if site.node.accelerators.value else 1) if site.accelerators.value else 1 << 20
+    there = (
+        site.accelerators.value * (per_node / site.node.accelerators.value if site.node.accelerators.value else 1)
+        if site.accelerators.value
+        else 1 << 20
+    )
     most = min(8192, int(there), max(least, per_node) * MORE.get(task, 1))
     fitting = (
         n for n in range(most, 0, -1)
@@ -119,7 +125,9 @@ def page(model: str) -> str:
         "## Numbers and their sources", "",
         f"The architecture's numbers: `{model}` in gigatrain/published.py, with its source. {'; '.join(known.sources)}.", "",
     ]  # fmt: skip
-    changes = [(task, key, value, why) for task in known.tasks for key, (value, why) in known.changes[task].items() if key != "data.sources"]
+    changes = [
+        (task, key, value, why) for task in known.tasks for key, (value, why) in known.changes[task].items() if key != "data.sources"
+    ]
     if changes:
         lines += ["| task | key | value | source |", "| --- | --- | --- | --- |"]
         lines += [f"| {task} | {key} | {catalog.toml(value)} | {why} |" for task, key, value, why in changes]
@@ -127,8 +135,8 @@ def page(model: str) -> str:
     lines += [
         "All other values are of recipes/tasks: with a source there, or ours.", "",
         "## Expected", "",
-        "By the planner (PLANNER.md says how wrong it is): middles of 90 % intervals, nothing measured. Ranks by benchmarks/recipes.py's rule; MW at the widest "
-        "boundary that is known of the site; days with losses to failures and saves; all of the recipe's tokens.", "",
+        "By the planner (PLANNER.md says how wrong it is): middles of 90 % intervals, nothing measured. Ranks by benchmarks/recipes.py's rule; MW at the "
+        "widest boundary that is known of the site; days with losses to failures and saves; all of the recipe's tokens.", "",
         *table(list(rows(model))), "",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -175,12 +183,15 @@ def twins(model: str) -> int:
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     import twins as tests
 
-    failed = 0
+    failed, data = 0, Path(tempfile.gettempdir()) / "gigatrain-twins"
     for task in catalog.facts(load.shipped("recipes"), model).tasks:
         with tempfile.TemporaryDirectory() as folder:
             began = time.monotonic()
             try:
-                print(f"{model}/{task}: {tests.lives(f'{model}/{task}-tiny', Path(folder))} {time.monotonic() - began:.1f} s", flush=True)
+                print(
+                    f"{model}/{task}: {tests.lives(f'{model}/{task}-tiny', Path(folder), data)} {time.monotonic() - began:.1f} s",
+                    flush=True,
+                )
             except Exception as failure:
                 failed += 1
                 print(f"{model}/{task}: {type(failure).__name__}: {failure}", flush=True)

@@ -58,7 +58,8 @@ def table(found: list[dict[str, Any]]) -> list[str]:
 def lines(found: list[dict[str, Any]]) -> list[str]:
     """A line for each recipe."""
     return [
-        f"{row['name']:26} {row['model']:22} {_count(row):>35}  {row['tokens']:>18,} tokens  {row['licence'] or row['summary']}" for row in found
+        f"{row['name']:26} {row['model']:22} {_count(row):>35}  {row['tokens']:>18,} tokens  {row['licence'] or row['summary']}"
+        for row in found
     ]
 
 
@@ -67,16 +68,25 @@ def _count(row: Mapping[str, Any]) -> str:
 
 
 def searched(words: list[str]) -> list[dict[str, Any]]:
-    """The recipes that have every word somewhere: in a name, a maker, a country, a licence, a family. Raises RecipeError where there is none."""
+    """The recipes that have every word somewhere: in a name, a maker, a country, a licence, a family; one of two letters as a word of its own.
+
+    Raises RecipeError where there is none.
+    """
     found = rows()
-    wanted = [word.lower() for word in words]
-    kept = [row for row in found if all(any(word in str(value).lower() for value in row.values()) for word in wanted)]
+    kept = [row for row in found if all(_has(row, word.lower()) for word in words)]
     if not kept:
-        known = {value.lower() for row in found for value in (*row["name"].split("/"), row["family"], row["country"], row["maker"]) if value}
-        lacking = next((word for word in wanted if not any(word in str(v).lower() for row in found for v in row.values())), wanted[0])
-        together = "" if len(wanted) == 1 or not any(lacking == word for word in wanted) else " (all words must be in one recipe)"
-        raise RecipeError(f"no shipped recipe has {' '.join(words)!r}{together}{load.nearest(lacking, known)} `gigatrain recipes` lists them all.")
+        known = {str(row[key]).lower() for row in found for key in ("family", "country", "maker", "task")} | {
+            part for row in found for part in row["name"].split("/")
+        }
+        lacking = [word for word in words if not any(_has(row, word.lower()) for row in found)]
+        hint = load.nearest(lacking[0].lower(), known) if lacking else ": each word is somewhere, but not all in one."
+        raise RecipeError(f"no shipped recipe has {' '.join(words)!r}{hint} `gigatrain recipes` lists them all.")
     return kept
+
+
+def _has(row: Mapping[str, Any], word: str) -> bool:
+    values = [str(row[key]).lower() for key in ("name", "model", "task", "licence", "maker", "country", "family", "summary")]
+    return any(word in re.split(r"[^a-z0-9]+", value) if len(word) <= 2 else word in value for value in values)
 
 
 def copied(name: str, path: Path | None) -> Path:
@@ -116,7 +126,12 @@ def from_hub(
     written = re.sub(r"^#   gigatrain (plan|train|recipes copy) my\.toml-tiny.*\n", "", written, flags=re.MULTILINE)
     written = re.sub(r"^#   gigatrain recipes copy my\.toml.*\n", "", written, flags=re.MULTILINE)
     if isinstance(numbers, Foreign):
-        written = re.sub(r"^architecture = .*\n", "" if task != "pretrain" else f"from = {catalog.toml(source)}\nfresh = true\n", written, flags=re.MULTILINE)
+        written = re.sub(
+            r"^architecture = .*\n",
+            "" if task != "pretrain" else f"from = {catalog.toml(source)}\nfresh = true\n",
+            written,
+            flags=re.MULTILINE,
+        )
     elif (same := _named(numbers)) is not None:
         written = catalog.changed(written, "model.architecture", same, f"the numbers of {source}")
     else:
@@ -144,7 +159,11 @@ def least(numbers: Architecture) -> dict[str, Any]:
             continue
     for rope in ("rope", "rope_local"):
         if isinstance(tree.get(rope), dict):
-            tree[rope] = {key: value for key, value in tree[rope].items() if value is not None and (key, value) not in (("partial", 1.0), ("kind", "default"))}
+            tree[rope] = {
+                key: value
+                for key, value in tree[rope].items()
+                if value is not None and (key, value) not in (("partial", 1.0), ("kind", "default"))
+            }
     return tree
 
 

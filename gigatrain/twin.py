@@ -2,15 +2,18 @@
 
 What is kept: the family, heads per key head, the head's size against the stream's, the feed-forward's against it, the pattern of windows, positions and
 experts over the layers, groups of experts, shared experts, tied or not, norms, biases, activation, scaling of rope; optimizer, schedule, loss, objective,
-adapter and packing. What is not: sizes, the tokenizer (trained on the data), the data (Python's library, or a few conversations), the mesh, weights.
+adapter and packing. What is not: sizes, the tokenizer (trained on the data), the data (a package
+of Python's library, or a few conversations), the mesh, weights.
 """
 
+import sysconfig
 from collections.abc import Mapping
 from math import lcm
 from pathlib import Path
 from typing import Any
 
 VOCAB = 512
+_POSITIONS = 32  # what a stretched rope was first trained on: less than a sample, so that the stretch is felt
 _LONGEST = 8  # layers after which a pattern must have come round to be taken as one
 _PATTERNS = ("window_layers", "rope_layers", "moe_layers")
 
@@ -30,13 +33,13 @@ def tree(recipe: Mapping[str, Any], data: Path) -> dict[str, Any]:
         "tokenizer": {"train": {"vocab": VOCAB, "max_bytes": 1 << 18}} | ({} if text else {"template": "chatml"}),
         "data": {
             **{key: value for key, value in recipe["data"].items() if key in ("packing", "bad")},
-            "sources": sources, "validation": 0.05, "workers": 1,
+            "sources": sources, "validation": 0.2, "workers": 1,
         },
-        "train": {**kept, "sequence": sequence, "batch": 4, "steps": 6, "precision": "fp32", "nproc": 1},
+        "train": {**kept, "sequence": sequence, "batch": 4, "steps": 4, "precision": "fp32", "nproc": 1},
         "optim": optim | {"lr": min(1e-3, 10 * optim["lr"])},
         "schedule": recipe.get("schedule", {}) | {"warmup": 1},
         "validation": {"max_samples": 4},
-        "checkpoint": {"every": 3, "keep": 2},
+        "checkpoint": {"every": 2, "keep": 2},
         "report": {"every": 2, "trackers": []},
     }  # fmt: skip
     return found
@@ -45,7 +48,11 @@ def tree(recipe: Mapping[str, Any], data: Path) -> dict[str, Any]:
 def _source(one: Mapping[str, Any], data: Path) -> dict[str, Any]:
     kind = one.get("format", "text")
     if kind == "text":
-        return {"kind": "stdlib"}
+        return {
+            "kind": "text",
+            "path": str(Path(sysconfig.get_paths()["stdlib"]) / "email"),
+            "pattern": "*.py",
+        }  # some 30 files, tokenised at once
     file = "pairs.jsonl" if kind == "preference" else "chat.jsonl"
     return {"kind": "jsonl", "path": str(data / file), "format": "preference" if kind == "preference" else "chat"}
 
@@ -100,7 +107,8 @@ def _layers(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope(rope: Mapping[str, Any], channels: int) -> dict[str, Any]:
     pairs = int(channels * rope.get("partial", 1.0)) // 2
-    return {key: list(value[:pairs]) if key in ("short_factor", "long_factor") else value for key, value in rope.items()}
+    short = {"original_positions": _POSITIONS} if rope.get("original_positions") else {}
+    return {key: list(value[:pairs]) if key in ("short_factor", "long_factor") else value for key, value in rope.items()} | short
 
 
 def _multiple(value: float, of: int) -> int:
