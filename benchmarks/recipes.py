@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gigatrain import catalog, load
+from gigatrain.architectures import Architecture
 from gigatrain.config import Recipe
 from gigatrain.errors import GigatrainError
 from gigatrain.planning import hardware
@@ -110,7 +111,7 @@ def page(model: str) -> str:
     known = catalog.facts(root, model)
     count, source = known.parameters
     shape = load.architecture(load.recipe(f"{model}/pretrain").model)
-    active = shape.active_parameters() if getattr(shape, "experts", 0) else count
+    active = shape.active_parameters() if isinstance(shape, Architecture) else count
     lines = [
         f"# {known.title}", "",
         f"{known.maker} ({known.country}), {known.licence}. {count:,} parameters"
@@ -181,7 +182,7 @@ def main() -> None:
 def twins(model: str) -> int:
     """Trains every twin of a model as a test does; how many failed."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    import twins as tests
+    import twins as tests  # pyright: ignore[reportMissingImports]
 
     failed, data = 0, Path(tempfile.gettempdir()) / "gigatrain-twins"
     for task in catalog.facts(load.shipped("recipes"), model).tasks:

@@ -566,7 +566,7 @@ def _recipes_from_hub(options: argparse.Namespace) -> None:
     from gigatrain import shelf
 
     path, numbers = shelf.from_hub(options.source, options.task, Path(options.out) if options.out else None, measure=_measured)
-    print(f"{path}: {getattr(numbers, 'family', None) or numbers.class_name}, {numbers.parameters():,} parameters")
+    print(f"{path}: {shelf.kind(numbers)}, {numbers.parameters():,} parameters")
 
 
 def _sites(options: argparse.Namespace) -> None:

@@ -147,6 +147,11 @@ def from_hub(
     return path, numbers
 
 
+def kind(numbers: Architecture | Foreign) -> str:
+    """What a model is, in a word: one of our families, or transformers' class."""
+    return numbers.family if isinstance(numbers, Architecture) else f"transformers' {numbers.class_name}"
+
+
 def least(numbers: Architecture) -> dict[str, Any]:
     """The fewest fields that give an architecture."""
     tree = json.loads(numbers.model_dump_json())
