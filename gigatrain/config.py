@@ -73,7 +73,9 @@ class Tokenizer(Section):
         default=None,
         description="Chat template in place of the tokenizer's own: chatml, or a jinja file. The special tokens of chatml are added where they are missing.",
     )
-    special: tuple[str, ...] = Field(default=(), description="Special tokens that are added where they are missing, for a template of your own.")
+    special: tuple[str, ...] = Field(
+        default=(), description="Special tokens that are added where they are missing, for a template of your own."
+    )
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
         default=None,
         description="The day that a chat template is told when it asks; default: none, and templates write what they write without one.",
@@ -231,6 +233,11 @@ class Objective(Section):
         return self.kind in ("dpo", "ipo", "orpo", "simpo", "kto")
 
     @property
+    def joins(self) -> bool:
+        """Whether a row holds both answers of a pair, as two documents."""
+        return self.pairs and self.kind != "kto"
+
+    @property
     def refers(self) -> bool:
         """Whether log-probabilities of a reference are subtracted."""
         return self.kind in ("dpo", "ipo", "kto")
@@ -273,6 +280,11 @@ class Train(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.0,
         description="Share of each block's output that is dropped before the residual sum; masks follow from the seed and the step.",
+    )
+    neftune: NonNegative = Field(
+        default=0.0,
+        description="Even noise on the embeddings in training, of at most this / sqrt(sequence * hidden) (NEFTune, arXiv:2310.05914, uses 5 to 15); it follows "
+        "from the seed and the step.",
     )
     compile: bool = Field(default=False, description="torch.compile each layer; costs a start of tens of seconds.")
     fuse: bool | None = Field(
@@ -485,11 +497,31 @@ class Schedule(Section):
     floor: Fraction = Field(default=0.1, description="The rate at the last step, as a share of the peak.")
 
 
+class ValidationSet(Source):
+    """Documents that are validated on and never trained on, beside what `data.validation` holds out; `weight` says nothing here."""
+
+    name: Name = Field(description="What its losses are called in metrics and report.")
+
+
 class Validation(Section):
-    """When the held-out documents are read."""
+    """When the held-out documents are read, and what is read with them."""
 
     every: Annotated[int, Field(ge=0)] = Field(default=0, description="Steps between two validations; 0: only after the last step.")
-    max_samples: Count | None = Field(default=None, description="At most so many samples; default: all that is held out.")
+    max_samples: Count | None = Field(
+        default=None, description="At most so many samples, of what is held out and of each set; default: all of them."
+    )
+    sets: tuple[ValidationSet, ...] = Field(
+        default=(),
+        description="Further sets, each with a loss, a perplexity and bits per byte of its own. `val_loss` is that of the held-out documents, and where "
+        "none are held out that of the first set.",
+    )
+
+    @model_validator(mode="after")
+    def named_apart(self) -> Self:
+        names = [one.name for one in self.sets]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two of `sets` are called {twice!r}; each needs a name of its own")
+        return self
 
 
 class Checkpoint(Section):
@@ -719,3 +751,8 @@ class Recipe(Section):
         "`default`, auto or reference, decides the rest.",
     )
     export: bool = Field(default=True, description="Write export/ (transformers' format) when the run ends.")
+
+    @property
+    def documents(self) -> bool:
+        """Whether rows hold several documents, which attention keeps apart."""
+        return self.data.packing != "document" or self.objective.joins

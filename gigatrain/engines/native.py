@@ -167,7 +167,7 @@ class Native:
             self.grads = {}  # there are none between two steps, and only `_release` knows them within one
         self._sums = self._sum_in_products() if plan.fuses("main_grads") else {}  # by the names of the weights
         if isinstance(only := next(iter(self.stages.values())), Auto) and fresh:
-            only.verify(documents=plan.data.packing != "document", device=device)
+            only.verify(documents=plan.documents, device=device)
         self._stretches = self._by_weight()
         self._copies = Copies(mesh, [(group.grads.buffer, group.grads.views) for group in self.groups]) if self._sums_copies else None
         self._sends = False
@@ -494,7 +494,7 @@ class Native:
         return compute(module, part, carried, seed, objective=self.plan.objective, positions=positions, **terms)
 
     def _seed(self, microbatch: int) -> Tensor | None:
-        """Of a microbatch's dropout masks: a function of the run's seed, the step, the microbatch and who reads it, counted on the device."""
+        """Of a microbatch's dropout masks and noise: a function of the run's seed, the step, the microbatch and who reads it, counted on the device."""
         if not self.plan.drops:
             return None
         rank, ranks = self.mesh.data
@@ -698,6 +698,14 @@ class Native:
         for model in self.stages.values():
             model.train()
         return self.mesh.sum(torch.cat([total, self._beside]) * float(self.mesh.at["tensor"] == 0))
+
+    @torch.no_grad()
+    def logprobs(self, part: Microbatch) -> Tensor:
+        """Of a microbatch's labels [b, t], by the weights as they are, fp32."""
+        model = self.model.eval()
+        found = model.logprobs(part.tokens, part.labels, None if part.documents is None else part.positions, part.documents)
+        model.train()
+        return found
 
     # ---- What a checkpoint keeps ----
 

@@ -22,7 +22,15 @@ def blank(plan: Plan, ops: Ops, *, part: Part | None = None, dtype: torch.dtype 
         assert part is None or (part.first and part.last), "the plan refuses a pipeline"
         return Auto(plan.architecture.config, ops, recompute=plan.recompute, dtype=dtype)
     with torch.device("meta"):
-        model = Decoder(plan.architecture, ops, recompute=plan.recompute, dropout=plan.dropout, part=part, watched=plan.loss.watches)
+        model = Decoder(
+            plan.architecture,
+            ops,
+            recompute=plan.recompute,
+            dropout=plan.dropout,
+            neftune=plan.neftune,
+            part=part,
+            watched=plan.loss.watches,
+        )
     if plan.fp8 is not None:
         low.lower(model, plan.fp8, plan.recompute, {choice.op: choice.kernel for choice in plan.kernels}["quantise"])
     if plan.adapter is not None:

@@ -148,6 +148,7 @@ class Plan(Section):
     seed: int
     recompute: cost.Recompute
     dropout: float
+    neftune: float
     compile: bool
     deterministic: bool
     max_bad_steps: int
@@ -179,8 +180,13 @@ class Plan(Section):
 
     @property
     def drops(self) -> bool:
-        """Whether a step draws masks."""
-        return self.dropout > 0 or (self.adapter is not None and self.adapter.dropout > 0)
+        """Whether a step draws masks or noise."""
+        return self.dropout > 0 or self.neftune > 0 or (self.adapter is not None and self.adapter.dropout > 0)
+
+    @property
+    def documents(self) -> bool:
+        """Whether rows hold several documents, which attention keeps apart."""
+        return self.data.packing != "document" or self.objective.joins
 
     @property
     def decoder(self) -> Architecture:
@@ -290,7 +296,7 @@ def plan(
         mesh=mesh,
         engine=recipe.engine,
         kernels={choice.op: choice.kernel for choice in kernels},
-        documents=recipe.data.packing != "document",
+        documents=recipe.documents,
         fused=frozenset(fusion.name for fusion in chosen if fusion.on),
         adapter=recipe.adapter,
     )
@@ -348,6 +354,7 @@ def plan(
         seed=train.seed,
         recompute=train.recompute,
         dropout=train.dropout,
+        neftune=train.neftune,
         compile=train.compile,
         deterministic=train.deterministic,
         max_bad_steps=train.max_bad_steps,
@@ -521,7 +528,7 @@ def _attended(recipe: Recipe, site: Site, architecture: Architecture) -> attenti
     asks = {
         "values": values != architecture.head_dim,
         "single": train.precision == "fp32",
-        "documents": recipe.data.packing != "document",
+        "documents": recipe.documents,
         "window": any((window := architecture.window_of(i)) and window < train.sequence for i in range(architecture.layers)),
         "softcap": architecture.attention_softcap is not None,
         "sinks": getattr(architecture, "sinks", False),

@@ -223,6 +223,7 @@ def _body(value: Value, tag: str) -> str:
             tag, "Tokens/s", f"While it trained. {flops}{note}", [Curve("tokens/s", curves["tokens_per_s"], label="")],
             Axes("step", zero=True, marks=marks), "no window with a speed yet",
         ),
+        *_quality(tag, value),
         *_power(tag, value),
         _waterfall(tag, value),
         column(_phases(tag, value), _restarts(tag, value)),
@@ -234,6 +235,51 @@ def _body(value: Value, tag: str) -> str:
         _identity(tag, value),
     ]  # fmt: skip
     return f"{_tiles(value)}<div class=cards>{''.join(cards)}</div>"
+
+
+def _quality(tag: str, value: Value) -> list[str]:
+    """Validation sets and evaluations; nothing of a run that has neither."""
+    found = []
+    sets, tasks, texts = value["sets"], value["evals"]["tasks"], value["evals"]["texts"]
+
+    def shown(one: float | None, digits: int = 4) -> str:
+        return unknown("") if one is None else cell(f"{one:.{digits}f}" if abs(one) < 1e6 else number(one))
+
+    if sets:
+        rows = [
+            head(one["name"])
+            + shown(one["loss"])
+            + shown(one["perplexity"], 2)
+            + shown(one["bits_per_byte"], 3)
+            + cell(exact(one["targets"] or 0))
+            for one in sets
+        ]
+        names = ("set", "loss", "perplexity", "bits per byte", "tokens")
+        text = f"On documents that were not trained on, at step {number(sets[0]['step'] or 0, 9)}; loss and perplexity are of a token."
+        behind = scrolled("Validation sets", table(names, rows, right=(1, 2, 3, 4)))
+        found.append(card(tag, "Validation sets", text, behind, wide=True))
+    if tasks:
+        rows = [
+            head(f"{one['task']}", one["metric"].removesuffix(",none")) + shown(one["value"]) + shown(one["stderr"])
+            + "".join(cell(exact(one[key] or 0)) for key in ("few_shot", "samples", "step"))
+            for one in tasks
+        ]  # fmt: skip
+        names = ("task", "value", "standard error", "few-shot", "samples", "step")
+        limited = " Of some tasks only the first documents were asked." if any(one["limit"] for one in tasks) else ""
+        text = f"By lm-evaluation-harness; the newest of each task.{limited}"
+        found.append(card(tag, "Evaluations", text, scrolled("Evaluations", table(names, rows, right=(1, 2, 3, 4, 5))), wide=True))
+    if texts:
+        rows = [
+            head(one["text"])
+            + shown(one["bits_per_byte"])
+            + shown(one["loss"])
+            + "".join(cell(exact(one[key] or 0)) for key in ("bytes", "tokens", "context", "step"))
+            for one in texts
+        ]
+        names = ("text", "bits per byte", "loss of a token", "bytes", "tokens", "context", "step")
+        text = "Bits per byte compare models whatever their tokenizers."
+        found.append(card(tag, "Texts", text, scrolled("Texts", table(names, rows, right=(1, 2, 3, 4, 5, 6))), wide=True))
+    return found
 
 
 def _power(tag: str, value: Value) -> list[str]:
