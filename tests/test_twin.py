@@ -73,6 +73,6 @@ def test_a_family_lives(family, tmp_path, data):
     assert "resumed bitwise" in twins.lives(f"{FAMILIES[family]}/pretrain-tiny", tmp_path, data)
 
 
-@pytest.mark.parametrize("task", ["continue", "sft", "lora"])
+@pytest.mark.parametrize("task", ["continue", "sft", "lora", "dpo"])
 def test_a_task_lives(task, tmp_path, data):
     assert "resumed bitwise" in twins.lives(f"qwen3-0.6b/{task}-tiny", tmp_path, data)
