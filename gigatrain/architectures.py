@@ -703,6 +703,30 @@ def class_of(family: str) -> str | None:
     return f"{_CLASSES[family]}ForCausalLM" if family in _CLASSES else None
 
 
+_WITHIN = {"qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe", "qwen2_5_vl_text": "qwen2", "qwen2_vl_text": "qwen2"}
+
+
+def language(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config.json that the language model of one that also sees would have alone; None if it has none of our families.
+
+    Qwen's rotations by time, height and width are one for text, whose three positions are equal (arXiv:2409.12191): plain ones.
+    """
+    inner = config.get("text_config")
+    if config.get("model_type") in FAMILIES or not isinstance(inner, dict):
+        return None
+    family = _WITHIN.get(str(inner.get("model_type")), inner.get("model_type"))
+    if family not in FAMILIES:
+        return None
+    found = {**inner, "model_type": family}
+    if "tie_word_embeddings" in config:
+        found.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(rope := found.get(key), dict) and "mrope_section" in rope:
+            rope = {name: value for name, value in rope.items() if name not in ("mrope_section", "mrope_interleaved")}
+            found[key] = rope | {name: "default" for name in ("type", "rope_type") if rope.get(name) in ("mrope", "default")}
+    return found
+
+
 def from_hf_config(config: Mapping[str, Any]) -> Architecture:
     """The numbers of a transformers config.json, of version 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
 

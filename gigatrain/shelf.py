@@ -110,6 +110,8 @@ def from_hub(
     config = load.config_json(source)
     name = re.sub(r"[^a-z0-9._-]+", "-", Path(source).name.lower()).strip("-.") or "model"
     numbers: Architecture | Foreign
+    within = architectures.language(config)
+    config = within or config
     if foreign.native(config):
         numbers = architectures.from_hf_config(config)
     elif measure is None:
@@ -125,6 +127,10 @@ def from_hub(
     written = catalog.rendered(load.shipped("recipes"), known, task, recipe="my.toml")
     written = re.sub(r"^#   gigatrain (plan|train|recipes copy) my\.toml-tiny.*\n", "", written, flags=re.MULTILINE)
     written = re.sub(r"^#   gigatrain recipes copy my\.toml.*\n", "", written, flags=re.MULTILINE)
+    if within is not None:
+        written = (
+            "# The language model alone, of one that also takes images or sound: the rest is neither trained nor exported.\n" + written
+        )
     if isinstance(numbers, Foreign):
         written = re.sub(
             r"^architecture = .*\n",

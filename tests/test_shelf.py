@@ -77,7 +77,9 @@ def test_a_config_of_ours_becomes_a_recipe_of_the_same_numbers(capsys, tmp_path,
     numbers = Architecture.model_validate_json(json.dumps(architectures.resolve(name)))
     odd = numbers.model_copy(update={"vocab": 1000})
     for given, out in ((numbers, "named.toml"), (odd, "odd.toml")):
-        source = folder(tmp_path / f"My Model {out}", to_hf_config(given, bos=1, eos=2, pad=None, max_positions=777), "---\nlicense: apache-2.0\n---\n")
+        source = folder(
+            tmp_path / f"My Model {out}", to_hf_config(given, bos=1, eos=2, pad=None, max_positions=777), "---\nlicense: apache-2.0\n---\n"
+        )
         line = said(capsys, "from-hub", str(source), "--task", "lora", "-o", str(tmp_path / out))
         assert f"{given.parameters():,} parameters" in line
         recipe = load.recipe(tmp_path / out)
@@ -102,7 +104,15 @@ def test_every_task_can_be_written_for_it(tmp_path, task):
 
 
 def test_another_model_type_is_built_from_its_own_file_if_it_can_be(capsys, tmp_path):
-    gpt2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 128, "architectures": ["GPT2LMHeadModel"]}
+    gpt2 = {
+        "model_type": "gpt2",
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 64,
+        "vocab_size": 128,
+        "architectures": ["GPT2LMHeadModel"],
+    }
     source = folder(tmp_path / "gpt2", gpt2)
     line = said(capsys, "from-hub", str(source), "--task", "pretrain", "-o", str(tmp_path / "a.toml"))
     assert "transformers' GPT2LMHeadModel" in line
@@ -122,3 +132,13 @@ def test_another_model_type_is_built_from_its_own_file_if_it_can_be(capsys, tmp_
     assert "there is no folder" in refused(capsys, "from-hub", str(tmp_path / "absent"))
     with pytest.raises(RecipeError, match="not of our families"):
         shelf.from_hub(str(source), "sft", tmp_path / "d.toml")
+
+
+def test_of_a_model_that_also_sees_it_takes_the_language_model(capsys, tmp_path):
+    text = to_hf_config(
+        Architecture.model_validate_json(json.dumps(architectures.resolve("gemma-3-4b"))), bos=2, eos=1, pad=0, max_positions=131072
+    )
+    source = folder(tmp_path / "sees", {"model_type": "gemma3", "text_config": text, "vision_config": {}, "tie_word_embeddings": True})
+    assert "gemma3_text, 3,880,263,168 parameters" in said(capsys, "from-hub", str(source), "-o", str(tmp_path / "a.toml"))
+    assert "The language model alone" in (tmp_path / "a.toml").read_text()
+    assert tomllib.loads((tmp_path / "a.toml").read_text())["model"]["architecture"] == "gemma-3-4b"
