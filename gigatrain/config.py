@@ -348,6 +348,11 @@ class Adapter(Section):
         default="none",
         description="How the layers' frozen matrices are kept: nf4, 4 bits and an fp32 scale for 64 neighbours (QLoRA, arXiv:2305.14314).",
     )
+    restore: Literal["torch", "bitsandbytes"] = Field(
+        default="torch",
+        description="What makes weights of their 4 bits again: torch's own operations, on any device and in seven times the memory traffic, or "
+        "bitsandbytes' kernel (pip install bitsandbytes). The same numbers.",
+    )
     source: str | None = Field(
         default=None, alias="from", description="Folder of an adapter that peft wrote, of the same kind, rank and targets, to start from."
     )
