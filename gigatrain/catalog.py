@@ -104,7 +104,7 @@ def facts(root: Path, model: str) -> Facts:
 def text(root: Path, name: str) -> str | None:
     """The recipe `MODEL/TASK` as TOML with its comments; None if there is no such model, or nothing to start that task from."""
     model, slash, task = name.partition("/")
-    if not slash or model not in models(root) or task not in (known := facts(root, model)).tasks:
+    if not slash or not (root / model / "model.toml").is_file() or task not in (known := facts(root, model)).tasks:
         return None
     return rendered(root, known, task, recipe=name)
 

@@ -29,7 +29,7 @@ def rows() -> list[dict[str, Any]]:
         known = catalog.facts(root, model)
         shape = Architecture.model_validate_json(json.dumps(architectures.resolve(model)))
         for task in known.tasks:
-            train = tomllib.loads(catalog.text(root, f"{model}/{task}") or "")["train"]
+            train = tomllib.loads(catalog.rendered(root, known, task, recipe=""))["train"]
             tokens = train.get("tokens") or train["steps"] * train["batch"] * train["sequence"]
             found.append(_row(f"{model}/{task}", known.title, task, shape, tokens, known.licence, known.maker, known.country, ""))
     return found
