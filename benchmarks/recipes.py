@@ -143,6 +143,26 @@ def page(model: str) -> str:
     return "\n".join(lines)
 
 
+def index() -> str:
+    """recipes/README.md: every model, with its page."""
+    root = load.shipped("recipes")
+    lines = [
+        "# Recipes", "",
+        "Of each open model: `pretrain`, `continue`, `sft`, `lora` and `dpo`, named `MODEL/TASK`, and of each a twin `MODEL/TASK-tiny` that runs on a laptop.", "",
+        "A model's folder holds what is known of it (`model.toml`) and a page with its sources and what each task takes on four sites. The recipe itself is "
+        "made of that and of `tasks/TASK.toml`; `gigatrain recipes copy MODEL/TASK my.toml` writes it out, with a comment for each value that has a source. A "
+        "file `MODEL/TASK.toml`, where somebody adds one, stands above what would be made.", "",
+        "Written by `python benchmarks/recipes.py --write`.", "",
+        "| model | maker | licence | parameters | trained on |", "| --- | --- | --- | ---: | --- |",
+    ]  # fmt: skip
+    for model in catalog.models(root):
+        known = catalog.facts(root, model)
+        lines.append(
+            f"| [{model}]({model}/README.md) | {known.maker} ({known.country}) | {known.licence} | {known.parameters[0]:,} | {known.tokens} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def _start(model: str, task: str) -> str:
     return load.recipe(f"{model}/{task}").model.source or "nothing"
 
@@ -166,6 +186,8 @@ def main() -> None:
     root = load.shipped("recipes")
     models = options.only.split(",") if options.only else list(catalog.models(root))
     began, failed = time.monotonic(), 0
+    if options.write:
+        (root / "README.md").write_text(index(), encoding="utf-8")
     for model in models:
         if options.write:
             (root / model / "README.md").write_text(page(model), encoding="utf-8")

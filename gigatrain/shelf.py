@@ -127,6 +127,7 @@ def from_hub(
     written = catalog.rendered(load.shipped("recipes"), known, task, recipe="my.toml")
     written = re.sub(r"^#   gigatrain (plan|train|recipes copy) my\.toml-tiny.*\n", "", written, flags=re.MULTILINE)
     written = re.sub(r"^#   gigatrain recipes copy my\.toml.*\n", "", written, flags=re.MULTILINE)
+    written = re.sub(r"; recipes/\S*/README\.md has it for four sites", "", written)
     if within is not None:
         written = (
             "# The language model alone, of one that also takes images or sound: the rest is neither trained nor exported.\n" + written

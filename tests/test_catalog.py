@@ -82,6 +82,7 @@ def test_every_recipe_plans_on_its_sites(pages, model):
 @pytest.mark.parametrize("model", ["lucie-7b", pytest.param("all", marks=pytest.mark.long)])
 def test_pages_are_what_the_command_writes(pages, model):
     began = time.process_time()
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == pages.index()
     for name in MODELS if model == "all" else [model]:
         assert (ROOT / name / "README.md").read_text(encoding="utf-8") == pages.page(name), "python benchmarks/recipes.py --write"
     assert time.process_time() - began < 60

@@ -101,6 +101,7 @@ def test_every_task_can_be_written_for_it(tmp_path, task):
     assert load.architecture(recipe.model) == numbers
     assert recipe.name == f"three-{task}"
     assert "my.toml-tiny" not in path.read_text()
+    assert "README" not in path.read_text()
 
 
 def test_another_model_type_is_built_from_its_own_file_if_it_can_be(capsys, tmp_path):
