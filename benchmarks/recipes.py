@@ -148,7 +148,7 @@ def index() -> str:
     root = load.shipped("recipes")
     lines = [
         "# Recipes", "",
-        "Of each open model: `pretrain`, `continue`, `sft`, `lora` and `dpo`, named `MODEL/TASK`, and of each a twin `MODEL/TASK-tiny` that runs on a laptop.", "",
+        "Of each open model `pretrain`, `continue`, `sft`, `lora` and `dpo`, named `MODEL/TASK`; and of each a twin, `MODEL/TASK-tiny`, for a laptop.", "",
         "A model's folder holds what is known of it (`model.toml`) and a page with its sources and what each task takes on four sites. The recipe itself is "
         "made of that and of `tasks/TASK.toml`; `gigatrain recipes copy MODEL/TASK my.toml` writes it out, with a comment for each value that has a source. A "
         "file `MODEL/TASK.toml`, where somebody adds one, stands above what would be made.", "",

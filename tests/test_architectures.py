@@ -139,8 +139,13 @@ PUBLISHED = {
     "qwen3-32b": 65_524_246_528 // 2,
     "qwen3-235b-a22b": 470_187_269_120 // 2,
     "mistral-7b-v0.3": 14_496_047_104 // 2,
+    # what the hub counts in the released safetensors, as public scripts repeat it
+    "olmo-2-7b": 7_298_617_344,
     "olmo-2-13b": 13_716_198_400,
     "olmo-2-32b": 32_234_279_936,
+    "olmo-3-7b": 7_298_011_136,
+    "olmo-3-32b": 32_233_522_176,
+    "smollm3-3b": 3_075_098_624,
 }
 # What cards and reports say in billions, and to how many of them: where no count to the unit was found.
 ROUNDED = {
