@@ -608,6 +608,18 @@ def _data_build(options: argparse.Namespace) -> None:
             display.line(line)
 
 
+def _data_show(options: argparse.Namespace) -> None:
+    from gigatrain import load
+    from gigatrain.data import build, shown
+    from gigatrain.observe.display import Display
+
+    recipe = load.recipe(options.recipe, options.set)
+    with Display() as display:
+        corpus = build.build(recipe.data, recipe.tokenizer, progress=display.advance)
+    colour = sys.stdout.isatty()
+    print("\n".join(shown.lines(corpus, options.count, sequence=recipe.train.sequence, packing=recipe.data.packing, colour=colour)))
+
+
 def _export(options: argparse.Namespace) -> None:
     from gigatrain.export import export
     from gigatrain.observe.display import Display
@@ -987,11 +999,16 @@ def _parser() -> argparse.ArgumentParser:
     sites.add_argument("--json", action="store_true", help="as JSON, for programs")
 
     data = commands.add_parser("data", help="prepare data", description="Prepare data ahead of a run.")
-    build = command("build", _data_build, "tokenise a recipe's data ahead", _DATA, data.add_subparsers(metavar="COMMAND", required=True))
+    of_data = data.add_subparsers(metavar="COMMAND", required=True)
+    build = command("build", _data_build, "tokenise a recipe's data ahead", _DATA, of_data)
     recipe_arguments(build)
     build.add_argument("--site", metavar="SITE", help="where `gigatrain launch` with this --site will look: in the site's paths.cache")
     build.add_argument("--account", metavar="A", help="with --site: stands for $SBATCH_ACCOUNT in its paths")
     build.add_argument("--json", action="store_true", help="the manifest as JSON")
+
+    showed = command("show", _data_show, "documents as the run sees them, what is trained of them marked", _DATA_SHOW, of_data)
+    recipe_arguments(showed)
+    showed.add_argument("-n", "--count", type=int, default=2, metavar="N", help="documents of each source (default: 2)")
 
     watched = command("watch", _watch, "follow a run: loss, speed, goodput, errors", _WATCH)
     watched.add_argument("run_folder", metavar="RUN", help="a run folder")
@@ -1269,6 +1286,12 @@ A later `gigatrain train` of the same data and tokenizer finds them.
   gigatrain data build quickstart
   gigatrain data build my.toml --set data.workers=16 --json
   gigatrain data build my.toml --site jupiter                 into the site's cache, where its jobs look"""
+_DATA_SHOW = """\
+Show the first documents of each source as tokens that a run is trained on: special tokens as they are, and what is trained in green (in ⟪ ⟫ where the
+output is no terminal). With data.packing = "packed", also how many rows they make and how much of them is padding. Tokenises first what is not yet.
+
+  gigatrain data show my-sft.toml
+  gigatrain data show my-sft.toml -n 10 --set data.packing='"packed"' | less -R"""
 _WATCH = """\
 Follow a run from its folder, wherever that can be read: live in a terminal, until it is finished or Ctrl-C. The run is not touched.
 Goodput is the time of steps that were kept over wall-clock since the first start; what is not known is said to be so.

@@ -76,6 +76,9 @@ class Tokenizer(Section):
     special: tuple[str, ...] = Field(
         default=(), description="Special tokens that are added where they are missing, for a template of your own."
     )
+    variables: dict[str, bool | int | str] = Field(
+        default_factory=dict, description="What the chat template is told besides, such as enable_thinking = false; in use as in training."
+    )
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
         default=None,
         description="The day that a chat template is told when it asks; default: none, and templates write what they write without one.",
@@ -715,9 +718,13 @@ class Power(Section):
 
 
 class Sample(Section):
-    """The text that is printed when the run ends; no prompt, no sample."""
+    """What the model writes when the run ends, printed and kept in samples.jsonl; no prompt and no held-out conversation, no sample."""
 
     prompt: str | None = None
+    held_out: Annotated[int, Field(ge=0, le=64)] = Field(
+        default=0,
+        description="So many held-out conversations are answered, in the template's format, for the report; beside them stands what was held out.",
+    )
     tokens: Count = 100
     temperature: NonNegative = 0.8
     top_k: Count | None = 50

@@ -46,6 +46,41 @@ def generate(
         return tokenizer.decode(ids[0][start:], skip_special_tokens=True)
 
 
+def answers(
+    folder: Path,
+    asked: Sequence[tuple[Sequence[int], int]],
+    *,
+    tokens: int,
+    temperature: float,
+    top_k: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> list[list[int]]:
+    """What the model of a run or an export writes after each of some prompts: (ids, the id that ends an answer) -> ids. Each draws from `seed` anew."""
+    with exported(folder) as place:
+        tokenizer, model = opened(place, device)
+        import torch
+
+        known = model.generation_config.eos_token_id
+        stops = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature > 0 else _GREEDY
+        found = []
+        for prompt, end in asked:
+            torch.manual_seed(seed)
+            ids = torch.tensor([list(prompt)], device=device)
+            with torch.inference_mode():
+                written = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=tokens,
+                    eos_token_id=sorted(stops | {end}),
+                    pad_token_id=end,
+                    **sampling,
+                )
+            found.append(written[0, ids.shape[1] :].tolist())
+        return found
+
+
 # Draws of the export's generation_config.json, which a greedy answer does not read and would be warned of.
 _GREEDY = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from gigatrain import engines, export, floors, leaving, objectives, run
 from gigatrain.checkpoint import PASSING, Checkpoints, Intervals, Near, Saving, Timed, fill, weights_sha256, write_text
-from gigatrain.data import build
+from gigatrain.data import build, shown
 from gigatrain.data.held import Held, build_sets
 from gigatrain.data.held import figures as held_figures
 from gigatrain.data.held import held as held_of
@@ -116,7 +116,7 @@ def _train(
         write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         for one in drifts or ():
             display.line(f"DRIFT: {one['words']}")
-        _show_sample(plan, folder, display)
+        _show_sample(plan, folder, display, corpus)
         _show_summary(summary, folder, display)
         return summary
 
@@ -581,15 +581,33 @@ def _summary(
     }
 
 
-def _show_sample(plan: Plan, folder: Path, display: Display) -> None:
-    if plan.sample.prompt is None:
+def _show_sample(plan: Plan, folder: Path, display: Display, corpus: build.Corpus) -> None:
+    """A text that goes on from the recipe's prompt, and answers to held-out conversations, which samples.jsonl keeps for the report."""
+    held = shown.asked(corpus, plan.sample.held_out)
+    if plan.sample.prompt is None and not held:
         return
     from gigatrain import generate  # transformers, 3 s
 
     settings = {"tokens": plan.sample.tokens, "temperature": plan.sample.temperature, "top_k": plan.sample.top_k, "seed": plan.seed}
-    text = generate.generate(folder, plan.sample.prompt, device=plan.device, **settings)
     width = min(100, shutil.get_terminal_size().columns)
-    display.line(f"{' sample ':-^{width}}\n{text}\n{'-' * width}")
+    if plan.sample.prompt is not None:
+        text = generate.generate(folder, plan.sample.prompt, device=plan.device, **settings)
+        display.line(f"{' sample ':-^{width}}\n{text}\n{'-' * width}")
+    if not held:
+        return
+    written = generate.answers(folder, [(one.prompt, one.answer[-1]) for one in held], device=plan.device, **settings)
+    backend = corpus.tokenizer().backend
+    rows = [
+        {
+            name: backend.decode(ids, skip_special_tokens=False)
+            for name, ids in (("prompt", one.prompt), ("held_out", one.answer), ("written", found))
+        }
+        for one, found in zip(held, written, strict=True)
+    ]
+    write_text(folder / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    for row in rows:
+        display.line(f"{' held-out prompt ':-^{width}}\n{row['prompt']}⟪{row['written']}⟫")
+    display.line("-" * width)
 
 
 def _show_summary(summary: dict[str, Any], folder: Path, display: Display) -> None:

@@ -420,7 +420,7 @@ class Validation:
         self.text_bytes: int | None = None
         if form is not None:
             return
-        if count and whole and (packing == "stream" or not any(samples.cut() for samples in of)):
+        if count and whole and packing != "packed" and (packing == "stream" or not any(samples.cut() for samples in of)):
             said = corpus.totals(split) if source is None else corpus.manifest["sources"][source]["splits"][split]
             self.text_bytes = said["text_bytes"]
         elif count and (sizes := token_bytes()) is not None:

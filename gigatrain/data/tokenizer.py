@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Tokenizer:
     eos: int
     sha256: str  # of tokenizer.json
     date: str | None = None  # the day that a chat template is told (ISO 8601); None: it is told none
+    variables: dict[str, Any] = field(default_factory=dict)  # what else it is told
 
     @property
     def folder(self) -> Path:
@@ -103,7 +104,9 @@ class Tokenizer:
         settings = _settings(self.folder)
         names = {key: _token(settings, key) for key in settings if key.endswith("_token") and isinstance(settings[key], str | dict)}
         found = {key: name for key, name in names.items() if name is not None}
-        return {"eos_token": self.backend.id_to_token(self.eos)} | found
+        eos = self.backend.id_to_token(self.eos)
+        assert eos is not None
+        return {"eos_token": eos} | found
 
     @cached_property
     def marked(self) -> Backend:
@@ -168,7 +171,7 @@ def train(texts: Iterable[str], vocab: int, folder: Path, special: tuple[str, ..
     return load(str(folder))
 
 
-def load(source: str, date: str | None = None) -> Tokenizer:
+def load(source: str, date: str | None = None, variables: dict[str, Any] | None = None) -> Tokenizer:
     """Load a Hugging Face tokenizer from a folder, a tokenizer.json or a hub name; DataError says what is missing and where."""
     path = Path(source).expanduser()
     if path.is_file():
@@ -194,7 +197,7 @@ def load(source: str, date: str | None = None) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
-    return Tokenizer(backend, file, vocab, bos, eos, hashlib.sha256(content).hexdigest(), date)
+    return Tokenizer(backend, file, vocab, bos, eos, hashlib.sha256(content).hexdigest(), date, variables or {})
 
 
 def keep(ready: Tokenizer, folder: Path) -> Tokenizer:

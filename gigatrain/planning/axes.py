@@ -179,8 +179,8 @@ def _check_routers(recipe: Recipe, architecture: Architecture | Foreign, mesh: M
         )
     if recipe.data.packing != "stream":
         raise PlanError(
-            f'loss.{name} {value} balances what routers see, and data.packing "{recipe.data.packing}" shows them padding too, all of which visits the same experts; '
-            f'set data.packing = "stream", or loss.{name} = 0.0'
+            f'loss.{name} {value} balances what routers see, and data.packing "{recipe.data.packing}" shows them padding too, all of which visits the same '
+            f'experts; set data.packing = "stream", or loss.{name} = 0.0'
         )
     if mesh.pipeline > 1 and (loss.router_aux or loss.router_z):
         name = "router_aux" if loss.router_aux else "router_z"

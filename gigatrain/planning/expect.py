@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gigatrain.architectures import Architecture
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import adapting, budget, cost, hardware
+from gigatrain.planning import adapting, budget, cost, hardware, objective
 from gigatrain.planning.estimate import energy
 from gigatrain.planning.estimate.cluster import Cluster, Level
 from gigatrain.planning.estimate.estimate import estimate
@@ -226,16 +226,45 @@ def prospect(plan: Plan, site: Site, constants: Mapping[str, float] | None = Non
     try:
         workload, cluster = workload_of(plan), cluster_of(site, plan.ranks)
         found = estimate(workload, cluster, VALUES if constants is None else constants)
+        forward_s = _forward_s(workload, found)
+        found = _with_passes(found, objective.passes(plan.objective), forward_s, frozen=workload.frozen)
     except PlanError as failure:
         return Prospect(Expected(unknown={"step_s": str(failure)}))
     drawn = energy.draw(found, workload, cluster, plan.watts)
     case, assumed = _case(plan, site, cluster, found, workload)
     kept = of_case(case, assumed, explain=explain)
     best = of_case(replace(case, saving=replace(case.saving, far_interval_s=0.0)))
-    expected = _expected(plan, found, drawn, kept, best.every_steps)
+    before_s = objective.passes_before(plan.objective) * plan.steps * forward_s
+    expected = _expected(plan, found, drawn, kept, best.every_steps, before_s)
     if (known := _failures(site)) is not None:
         expected = expected.model_copy(update={"failure_hours": site.failure_hours.value, "failure_source": known.source})
     return Prospect(expected, workload, cluster, found, drawn, kept, case)
+
+
+def _forward_s(workload: Workload, found: Estimate) -> float:
+    """Of a step's seconds, those of its forwards: by what forward, backward and recomputation multiply, and what is sent alike (a gather of each, and a
+    reduction)."""
+    again = {"none": 0.0, "lean": 0.1, "selective": 0.3, "full": 1.0}[workload.recompute]
+    within = sum(seconds for name, seconds in found.phases.items() if name not in ("optimizer", "launch", "bubble", "wait"))
+    return within / ((2.0 if workload.frozen else 3.0) + again)
+
+
+def _with_passes(found: Estimate, passes: int, forward_s: float, *, frozen: bool) -> Estimate:
+    """A step that also computes so many forwards without a backward (objective.py)."""
+    if not passes:
+        return found
+    more = passes * forward_s
+    grown = 1 + more / found.step_s
+    return replace(
+        found,
+        step_s=found.step_s + more,
+        low_s=found.low_s * grown,
+        high_s=found.high_s * grown,
+        phases=found.phases | {"reference": more},
+        busy=found.busy | {"gemm": found.busy.get("gemm", 0.0) + more},
+        model_flops=found.model_flops * (1 + passes / (2.0 if frozen else 3.0)),
+        assumed=(*found.assumed, f"{passes} more forwards a step, by the share of a step that its own forward has"),
+    )
 
 
 def _case(plan: Plan, site: Site, cluster: Cluster, found: Estimate, workload: Workload) -> tuple[Case, tuple[str, ...]]:
@@ -272,16 +301,18 @@ def _failures(site: Site) -> Failures | None:
     return counted_hours(hours.value, f"{site.name}: {hours.source}")
 
 
-def _expected(plan: Plan, found: Estimate, drawn: energy.Draw, kept: Goodput, best: int) -> Expected:
+def _expected(plan: Plan, found: Estimate, drawn: energy.Draw, kept: Goodput, best: int, before_s: float = 0.0) -> Expected:
     step = Range(low=found.low_s, mid=found.step_s, high=found.high_s)
     rate = Range(low=found.tokens / found.high_s, mid=found.tokens / found.step_s, high=found.tokens / found.low_s)
     goodput = Range(low=kept.low, mid=kept.share, high=kept.high)
-    seconds = plan.steps * found.step_s / kept.share if kept.share > 0 else math.inf
+    seconds = before_s + plan.steps * found.step_s / kept.share if kept.share > 0 else math.inf
     unknown = dict(drawn.unknown)
     days = bill = None
     if math.isfinite(seconds):
         days = Range(
-            low=plan.steps * step.low / kept.high / 86_400, mid=seconds / 86_400, high=plan.steps * step.high / max(kept.low, 1e-6) / 86_400
+            low=(before_s + plan.steps * step.low / kept.high) / 86_400,
+            mid=seconds / 86_400,
+            high=(before_s + plan.steps * step.high / max(kept.low, 1e-6)) / 86_400,
         )
         stepping = kept.share + sum(kept.lost.get(name, 0.0) for name in STEPPING)
         bill = energy.bill(drawn, plan.watts, seconds, min(1.0, stepping))
@@ -294,6 +325,7 @@ def _expected(plan: Plan, found: Estimate, drawn: energy.Draw, kept: Goodput, be
     dense = chip.bf16.value / chip.devices if chip is not None and chip.bf16.value else None
     return Expected(
         step_s=step,
+        reference_s=before_s or None,
         tokens_per_s=rate,
         tokens_per_s_per_rank=_over(rate, found.ranks),
         mfu=found.model_flops / found.step_s / found.ranks / (dense * 1e12) if dense else None,

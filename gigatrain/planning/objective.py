@@ -1,9 +1,11 @@
-"""Which objectives a plan can keep to, and what refuses them."""
+"""Which objectives a plan can keep to, what refuses them, and what they compute beside a forward and a backward."""
 
 from typing import Any
 
-from gigatrain.config import Mesh, Recipe
+from gigatrain.architectures import Architecture
+from gigatrain.config import Mesh, Objective, Recipe
 from gigatrain.errors import PlanError
+from gigatrain.foreign import Foreign
 
 READY = ("language", "dpo", "ipo", "orpo", "simpo", "kto")  # kinds of objective that are computed
 
@@ -65,3 +67,41 @@ def check(recipe: Recipe, mesh: Mesh) -> None:
                     f'objective.reference "adapter" is the model without its adapters, and adapter.{name} trains a part of it; set adapter.{name} = false, '
                     'or objective.reference = "start"'
                 )
+
+
+def describe(objective: Objective) -> str:
+    """An objective of pairs in one line, for people."""
+    whose = {
+        "start": "the starting weights' log-probabilities are computed before the first step and kept",
+        "adapter": "its reference is the model without its adapters, in every step",
+    }
+    reference = whose[objective.reference or "start"] if objective.refers else "no reference"
+    return (
+        f"{objective.kind}, beta {objective.strength:g}; {reference}; {'an answer' if objective.kind == 'kto' else 'a pair'} is one target"
+    )
+
+
+def passes(objective: Objective) -> int:
+    """Forwards without a backward in every step, each as long as the step's own: kto's over foreign answers, and those of a reference made anew."""
+    foreign = int(objective.kind == "kto")
+    return foreign + (1 + foreign if objective.reference == "adapter" else 0)
+
+
+def passes_before(objective: Objective) -> int:
+    """Forwards over every row before the first step: of a reference that is kept, of kto also over foreign answers."""
+    if not objective.refers or objective.reference == "adapter":
+        return 0
+    return 2 if objective.kind == "kto" else 1
+
+
+def flops_per_token(objective: Objective, architecture: Architecture | Foreign, sequence: int) -> float:
+    """What a step computes for a token beside forward and backward: `passes`, and the logits that a loss of log-probabilities makes again."""
+    if not objective.pairs:
+        return 0.0
+    forward = architecture.flops_per_token(sequence) / 3
+    return passes(objective) * forward + 2.0 * architecture.hidden * architecture.vocab
+
+
+def flops_before(objective: Objective, architecture: Architecture | Foreign, sequence: int, tokens: int) -> float:
+    """Of the reference before the first step, over at most as many tokens as the run reads: a corpus that is read several times needs less."""
+    return passes_before(objective) * architecture.flops_per_token(sequence) / 3 * tokens

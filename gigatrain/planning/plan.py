@@ -377,9 +377,12 @@ def plan(
         kernels=kernels,
         fusions=chosen,
         parameters=architecture.parameters(),
-        flops_per_token=adapting.flops_per_token(architecture, recipe.adapter, train.sequence)
-        if recipe.adapter is not None and isinstance(architecture, Architecture)
-        else architecture.flops_per_token(train.sequence),
+        flops_per_token=objective.flops_per_token(recipe.objective, architecture, train.sequence)
+        + (
+            adapting.flops_per_token(architecture, recipe.adapter, train.sequence)
+            if recipe.adapter is not None and isinstance(architecture, Architecture)
+            else architecture.flops_per_token(train.sequence)
+        ),
         memory=memory,
     )
     return found.model_copy(update={"expected": expect(found, site, constants)}) if forecast else found

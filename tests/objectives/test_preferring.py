@@ -19,6 +19,7 @@ from gigatrain.errors import DataError, PlanError, RunError
 from gigatrain.objectives import figures, reference
 from gigatrain.observe.display import Display
 from gigatrain.parallel.mesh import Mesh
+from gigatrain.planning.fusions import Fusion
 from gigatrain.planning.plan import plan
 
 KINDS = ("dpo", "ipo", "orpo", "simpo", "kto")
@@ -104,7 +105,7 @@ def same(one, other):
             assert number == pytest.approx(theirs[name], rel=2e-5, abs=2e-5), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dpo", "kto", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("ipo", "orpo", "simpo"))])
 def test_microbatches_and_recomputation_do_not_matter(recipes, kind):
     whole, weights = stepped(0, recipes[kind], 1, ())
     for overrides in (("train.microbatch=3",), ("train.microbatch=1", "train.recompute=full")):
@@ -122,19 +123,11 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("fsdp", "dpo"),
-        ("fsdp", "kto"),
-        ("zero2", "dpo"),
-        ("zero2", "kto"),
-        ("tensor", "orpo"),
-        ("copies", "simpo"),
-        ("zero3", "kto"),
-        ("tensor", "kto"),
-    ],
-)
+ORDINARY = [("fsdp", "kto"), ("zero2", "dpo"), ("tensor", "orpo")]
+LONG = [("fsdp", "dpo"), ("zero2", "kto"), ("copies", "simpo"), ("zero3", "kto"), ("tensor", "kto")]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*ORDINARY, *(pytest.param(*one, marks=pytest.mark.long) for one in LONG)])
 def test_two_processes_are_one(recipes, name, kind):
     whole, weights = stepped(0, recipes[kind], 1, ())
     both = together(2, stepped, recipes[kind], 2, MESHES[name])
@@ -304,3 +297,64 @@ def test_an_adapter_is_its_own_reference(recipes, tmp_path):
     assert rows(tmp_path / "start") == rows(tmp_path / "adapter")
     assert (tmp_path / "start" / "reference").is_dir()
     assert not (tmp_path / "adapter" / "reference").exists()
+
+
+def test_a_plan_knows_what_a_reference_costs(recipes):
+    """FLOPs of its forwards, and on a site with accelerators seconds: of every step, or of the rows once before the first."""
+
+    def big(*overrides):
+        sizes = (
+            "model.architecture=llama-3.1-8b",
+            "train.precision=bf16",
+            "train.nproc=8",
+            "train.sequence=2048",
+            "train.batch=64",
+            "train.microbatch=2",
+            *overrides,
+        )
+        return plan(load.recipe(recipes["dpo"], sizes), load.site("jupiter"))
+
+    text = big("objective.kind=language", "data.sources=[{kind='jsonl', path='x', format='chat'}]")
+    start, kto, simpo = big(), big("objective.kind=kto"), big("objective.kind=simpo")
+    own = big("adapter.rank=8", "objective.reference=adapter")
+    lora = big("adapter.rank=8")
+    forward = text.flops_per_token / 3
+    logits = 2 * 4096 * 128256
+    assert start.flops_per_token == simpo.flops_per_token == pytest.approx(text.flops_per_token + logits)
+    assert kto.flops_per_token == pytest.approx(text.flops_per_token + forward + logits)
+    assert own.flops_per_token - lora.flops_per_token == pytest.approx(forward)
+    assert simpo.expected.reference_s is None
+    assert start.expected.step_s.mid == pytest.approx(text.expected.step_s.mid)
+    assert 0.2 < start.expected.reference_s / (start.steps * start.expected.step_s.mid) < 0.4
+    assert kto.expected.step_s.mid > 1.2 * start.expected.step_s.mid
+    assert own.expected.step_s.mid > 1.2 * lora.expected.step_s.mid
+    assert own.expected.reference_s is None
+
+
+def recorded(rank, recipe, overrides):
+    """As `stepped`, from buffers, as a CUDA graph's step runs; a plan for a CPU refuses it."""
+    real = engines.make
+
+    def make(made, *rest, **named):
+        kept = tuple(fusion for fusion in made.fusions if fusion.name != "graph")
+        return real(made.model_copy(update={"fusions": (*kept, Fusion(name="graph", on=True, why="test"))}), *rest, **named)
+
+    engines.make = make
+    try:
+        return stepped(rank, recipe, 1, overrides)
+    finally:
+        engines.make = real
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_steps_from_buffers_and_released_gradients_keep_to_the_numbers(recipes, kind):
+    plain = ("optim.clip=false", "data.validation=0.0")
+    whole = stepped(0, recipes[kind], 1, plain)[0]
+    assert recorded(0, recipes[kind], plain)[0] == whole
+    same(stepped(0, recipes[kind], 1, (*plain, "train.release=true"))[0], whole)
+
+
+@pytest.mark.skipif("GIGATRAIN_COMPILED" not in os.environ, reason="minutes of compiling; GIGATRAIN_COMPILED=1 runs it")
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_compiled_layers_keep_to_the_numbers(recipes, kind):
+    same(stepped(0, recipes[kind], 1, ("train.compile=true",))[0], stepped(0, recipes[kind], 1, ())[0])

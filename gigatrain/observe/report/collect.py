@@ -34,9 +34,11 @@ POWERED = ("power budget", "power schedule", "power ramp", "power follows", "pow
 NONE = "none"
 RANKS = 64  # whose traces are read
 WITHIN_STEP = ("data", "forward", "backward", "reduce", "optimizer", "rest")  # the other phases lie between steps
+JUDGED = ("accuracy", "reward_chosen", "reward_rejected")  # of runs whose objective is of pairs
 PHASES = (*WITHIN_STEP[:-1], "validation", "checkpoint", "paced", "profile", "rest")
 SETS, ROWS = 40, 200  # validation sets, and rows of evaluations, that are shown
 LONGEST_S = 1e9  # of a phase of a step: thirty years
+SAMPLES = 8  # answers that are shown
 SHOWN = 4000  # characters of a failure
 CHANGES = 500  # of a limit that are drawn
 CARRIED_S = 1.0  # a cost of more seconds than its process has stepped was taken over from a checkpoint
@@ -109,6 +111,11 @@ def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any
             "val_loss": thinned([(row["step"], finite(row.get("val_loss"))) for row in validations]),
             "tokens_per_s": thinned([(row["step"], finite(row.get("tokens_per_s"))) for row in windows]),
             "grad_norm": thinned([(row["step"], finite(row.get("grad_norm"))) for row in windows]),
+            **{name: thinned([(row["step"], finite(row[name])) for row in windows if name in row]) for name in JUDGED},
+            **{
+                f"val_{name}": thinned([(row["step"], finite(row[f"val_{name}"])) for row in validations if f"val_{name}" in row])
+                for name in JUDGED
+            },
         },
         "sets": _sets(validations),
         "evals": _evals(folder),
@@ -124,6 +131,7 @@ def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any
         ],
         "memory": _memory(plan, summary),
         "energy": {name: said for name, said in energy.items() if name != "windows"},  # they are in `watts`, thinned
+        "samples": _samples(folder),
         "budget": _budget(folder, plan, energy, began_s),
         "summary_differs": _differs(energy, summary),
         "watts": _watts(energy, began_s),
@@ -146,6 +154,13 @@ def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any
         value["watts"]["planned"][boundary] = watts
         value["watts"]["planned_tokens_per_s_mw"][boundary] = rate / watts * 1e6 if rate and watts else None
     return _clean(value)
+
+
+def _samples(folder: Path) -> list[dict[str, str]]:
+    """Prompts of held-out conversations, what was held out and what the model wrote."""
+    rows = watch.Tail(folder / "samples.jsonl").rows()[0][:SAMPLES]
+    names = ("prompt", "held_out", "written")
+    return [{name: row[name][-SHOWN:] for name in names} for row in rows if all(isinstance(row.get(name), str) for name in names)]
 
 
 def thinned(points: Sequence[Point], limit: int = POINTS) -> list[list[float | None]]:
