@@ -149,6 +149,9 @@ def test_a_killed_run_resumes_bitwise_and_only_beside_its_base(tiny, base, tmp_p
         export(tmp_path / name, tmp_path / f"{name}-adapter", adapter=True)
     first, second = ((tmp_path / f"{name}-adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "killed"))
     assert first == second
+    elsewhere = mine.rename(tmp_path / "elsewhere")  # a base is known by its hash
+    assert loop.train(made(tiny, elsewhere, *overrides), tmp_path / "killed", start="resume", display=quiet())["steps"] == 6
+    elsewhere.rename(mine)
     weights = load_file(mine / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] + 1e-3
     save_file(weights, mine / "model.safetensors", {"format": "pt"})

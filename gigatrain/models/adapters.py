@@ -40,16 +40,23 @@ _PREFIX = "base_model.model."  # of peft's names
 _LENGTH = "lora_magnitude_vector"
 
 
-class Seed:
-    """The seed of this microbatch's masks, an int64 on the device that every matrix of a model reads."""
+class Seeds:
+    """The seeds of this microbatch's masks, one int64 of each matrix, on the device: each reads its own in a place that stays."""
 
-    def __init__(self) -> None:
-        self.tensor: Tensor | None = None
+    def __init__(self, adapted: "list[Adapted]") -> None:
+        self.adapted, self.tensor = adapted, None
 
     def take(self, seed: Tensor | None) -> None:
-        """Of the forward that begins."""
-        if seed is not None:
-            self.tensor = seed if self.tensor is None else self.tensor.copy_(seed)
+        """Of the forward that begins, from the engine's."""
+        if seed is None or not self.adapted or not self.adapted[0].dropout:
+            return
+        found = seed * (1 << 16) + torch.arange(len(self.adapted), device=seed.device)
+        if self.tensor is None:
+            self.tensor = found
+            for module, one in zip(self.adapted, found.unbind(), strict=True):
+                module.seed = one
+        else:
+            self.tensor.copy_(found)
 
 
 class Frozen(Linear):
@@ -93,10 +100,11 @@ class Adapted(Frozen):
     """A frozen matrix with an adapter."""
 
     off = False  # whether it computes as the frozen matrix alone
+    seed: Tensor | None = None  # of this microbatch's mask
 
-    def __init__(self, of: Linear, adapter: Adapter, seed: Seed, number: int, drop: Callable[..., Tensor], restore: nf4.Restore) -> None:
+    def __init__(self, of: Linear, adapter: Adapter, drop: Callable[..., Tensor], restore: nf4.Restore) -> None:
         super().__init__(of, adapter.quantise, restore)
-        self.adapter, self.scale, self.seed, self.number, self.drop = adapter, adapter.scale, seed, number, drop
+        self.kind, self.scale, self.dropout, self.drop = adapter.kind, adapter.scale, adapter.dropout, drop
         device = next(self.parameters()).device
         self.lora_A = nn.Parameter(torch.empty(adapter.rank, of.in_features, device=device))
         self.lora_B = nn.Parameter(torch.empty(of.out_features, adapter.rank, device=device))
@@ -107,8 +115,8 @@ class Adapted(Frozen):
         if self.off:
             return super().forward(x_nd)
         a, b, s = self.lora_A, self.lora_B, self.scale
-        dropped = self._dropped(x_nd) if self.training and self.adapter.dropout else None
-        if self.adapter.kind == "lora":
+        dropped = self._dropped(x_nd) if self.training and self.dropout else None
+        if self.kind == "lora":
             if dropped is None:
                 return self._product(x_nd, self.bias, a, b, s)
             return super().forward(x_nd) + s * F.linear(F.linear(dropped, a), b)
@@ -121,9 +129,8 @@ class Adapted(Frozen):
         return super().forward(x_nd) + (share_o - 1) * plain + share_o * s * F.linear(F.linear(dropped, a), b)
 
     def _dropped(self, x_nd: Tensor) -> Tensor:
-        assert self.seed.tensor is not None, "the engine gives a seed where the adapter has dropout"
-        p, seed = self.adapter.dropout, self.seed.tensor * (1 << 16) + self.number
-        return self.drop(x_nd, torch.zeros_like(x_nd), p, seed)
+        assert self.seed is not None, "the engine gives a seed where the adapter has dropout"
+        return self.drop(x_nd, torch.zeros_like(x_nd), self.dropout, self.seed)
 
     def _share(self, dtype: torch.dtype) -> Tensor:
         """c of DoRA, [o] in `dtype`; its gradient is that of the growth alone."""
@@ -188,16 +195,17 @@ class _Product(torch.autograd.Function):
 
 def adapt(model: Decoder, adapter: Adapter, dtype: torch.dtype) -> None:
     """Freeze a decoder, its weights in `dtype`, and give the matrices that `adapter` targets one each. On meta, or with weights that are kept."""
-    seed, restore = Seed(), nf4.restorer(adapter.restore)
-    model.adapter_seed = seed
-    for number, (name, module) in enumerate(list(model.named_modules())):
+    adapted, restore = [], nf4.restorer(adapter.restore)
+    for name, module in list(model.named_modules()):
         if type(module) is not Linear:
             continue
         owner, _, leaf = name.rpartition(".")
         if targeted(name, adapter.targets):
-            setattr(model.get_submodule(owner), leaf, Adapted(module, adapter, seed, number, model.ops.dropout_add, restore))
+            adapted.append(Adapted(module, adapter, model.ops.dropout_add, restore))
+            setattr(model.get_submodule(owner), leaf, adapted[-1])
         elif adapter.quantise != "none":
             setattr(model.get_submodule(owner), leaf, Frozen(module, adapter.quantise, restore))
+    model.adapter_seeds = Seeds(adapted)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(name, adapter))
     if adapter.train_head and model.part.last:

@@ -385,7 +385,7 @@ class Decoder(nn.Module):
     `watched`: routers also say what the losses of balance need, and how often each expert was visited is summed in `visits`.
     """
 
-    adapter_seed: Any = None  # models/adapters.py's `Seed`, of a decoder that has adapters
+    adapter_seeds: Any = None  # models/adapters.py's `Seeds`, of a decoder that has adapters
 
     def __init__(
         self,
@@ -465,8 +465,8 @@ class Decoder(nn.Module):
         `positions_bt` counts within each document ([1, t] is broadcast; None: 0, 1, ...); `documents_bt` int, each token's document in its row (None:
         each row is one document); `seed` int64 on the device, of this call's dropout masks and noise; `watch` receives what each router saw.
         """
-        if self.adapter_seed is not None and self.training:
-            self.adapter_seed.take(seed)
+        if self.adapter_seeds is not None and self.training:
+            self.adapter_seeds.take(seed)
         delta, stream = (None, self.embedded(tokens_bt)) if carried is None else carried
         if self.training and self.neftune and carried is None:
             assert seed is not None

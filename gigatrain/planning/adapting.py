@@ -196,6 +196,11 @@ def _refused(recipe: Recipe, adapter: Adapter, mesh: Mesh) -> tuple[str, str] | 
         return 'adapter.quantise "nf4" keeps integers, which DeepSpeed would partition and cast as weights', 'set engine.name = "native"'
     if adapter.quantise == "none" and adapter.restore != "torch":
         return f"adapter.restore {adapter.restore!r} is of weights of 4 bits, and adapter.quantise is none", "leave adapter.restore out"
+    if adapter.dropout and recipe.train.compile:
+        return (
+            f"adapter.dropout {adapter.dropout:g} with train.compile has not been judged: each matrix's mask would be traced as some hundred operations",
+            "set adapter.dropout = 0.0 or train.compile = false",
+        )
     if adapter.quantise == "nf4" and recipe.train.compile:
         return 'adapter.quantise "nf4" with train.compile has not been judged', "set train.compile = false"
     return None

@@ -81,6 +81,7 @@ def test_the_plans_bytes_are_the_engines(tiny, overrides):
         (("adapter.quantise=nf4", *WIDE, "engine.name=deepspeed"), "native", 1),
         (("adapter.restore=bitsandbytes",), "leave adapter.restore out", 1),
         (("train.fuse=true",), "frozen", 1),
+        (("adapter.dropout=0.1", "train.compile=true"), "adapter.dropout = 0.0", 1),
     ],
 )
 def test_what_cannot_be_is_refused(tiny, overrides, said, ranks):
