@@ -260,11 +260,29 @@ def both_of_sight(kind):
     """A tiny model that also sees, of transformers' real classes: (whole, its language model's config.json)."""
     if kind == "gemma3":
         text = {**SIZES, "head_dim": 16, "sliding_window": 5, "num_hidden_layers": 6, "query_pre_attn_scalar": 16}
-        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+        vision = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        }
         config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
         return transformers.Gemma3ForConditionalGeneration(config)
-    text = {**SIZES, "head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [3, 3, 2], "mrope_interleaved": True}}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": 48, "deepstack_visual_indexes": [0]}
+    text = {
+        **SIZES,
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [3, 3, 2], "mrope_interleaved": True},
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "out_hidden_size": 48,
+        "deepstack_visual_indexes": [0],
+    }
     return transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(text_config=text, vision_config=vision))
 
 
