@@ -23,11 +23,15 @@ def test_the_wheel_carries_recipes_sites_and_code(tmp_path):
     shipped = {path.relative_to(ROOT).as_posix() for folder in ("recipes", "launch/sites") for path in (ROOT / folder).rglob("*.toml")}
     assert shipped
     assert {f"gigatrain/{name}" for name in shipped} <= names
+    assert {"gigatrain/recipes/lucie-7b/README.md", "gigatrain/recipes/tasks/chat.jsonl", "gigatrain/recipes/tasks/pairs.jsonl"} <= names
     assert {"gigatrain/loop.py", "gigatrain/kernels/ops.py", "gigatrain/observe/tee.py", "gigatrain/launch/grafana.json"} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "runs/"))]
-    code = "import gigatrain, sys; from gigatrain import load; assert gigatrain.__file__.startswith(sys.argv[1]); print(*load.recipes(), *load.sites())"
+    code = (
+        "import gigatrain, sys; from gigatrain import load; assert gigatrain.__file__.startswith(sys.argv[1]); "
+        "print(*load.known(), *load.sites(), load.recipe('lucie-7b/sft-tiny').name)"
+    )
     ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path / "site", capture_output=True, text=True, check=True)
-    assert set(ended.stdout.split()) == set(load.recipes()) | set(load.sites())
+    assert set(ended.stdout.split()) == {*load.known(), *load.sites(), "lucie-7b-sft-tiny"}
 
 
 def test_torch_is_pinned_first_and_every_dependency_has_a_version():
