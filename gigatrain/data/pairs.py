@@ -124,8 +124,9 @@ class Pairs:
         return int(np.argmax(trained)) if trained.any() else len(trained)
 
     def _other(self, entry: int) -> int:
-        """The entry before it, the last one's for the first: whose answer is foreign to this prompt."""
-        return (entry - 1) % len(self.entries)
+        """The nearest entry before it (of the first, the last) that answers another prompt: whose answer is foreign to this one."""
+        before = (entry - 1) % len(self.entries)
+        return (entry - 2) % len(self.entries) if self.entries[before] // 2 == self.entries[entry] // 2 else before
 
     def _foreign_length(self, entry: int) -> int:
         mine, other = (int(self.entries[one]) for one in (entry, self._other(entry)))

@@ -80,7 +80,10 @@ def test_an_answer_that_was_judged_alone_has_an_empty_side(made, label):
         ({"prompt": ASKED, "completion": GOOD}, "no label"),
         ({"prompt": ASKED, "completion": GOOD, "label": "yes"}, "neither true nor false"),
         ({"prompt": ASKED, "chosen": ASKED, "rejected": BAD}, "no turn of the assistant"),
-        ({"prompt": ASKED, "chosen": [{"role": "assistant", "content": "<|im_end|>"}], "rejected": BAD}, "unmarkable: a message holds the special token"),
+        (
+            {"prompt": ASKED, "chosen": [{"role": "assistant", "content": "<|im_end|>"}], "rejected": BAD},
+            "unmarkable: a message holds the special token",
+        ),
     ],
 )
 def test_what_is_no_pair_says_why(made, record, says):
@@ -123,3 +126,22 @@ def test_a_row_is_what_its_picture_says():
     pairs.lay(documents, sample, 2, answer=answer)
     assert sample.labels.tolist() == [6, 7, 8, 6, 9, *[-100] * 7]
     assert answer.tolist() == [False, True, True, False, True, *[False] * 7]
+
+
+def test_a_foreign_answer_is_that_of_another_prompt(made):
+    """Of kto: both answers of a pair are judged one by one, and neither is foreign to their prompt."""
+    found, corpus = made
+    (samples,) = Batches(corpus, sequence=found.sequence, packing="document", batch=4, seed=3, prefetch=0, form="single").samples
+    assert isinstance(samples, Pairs)
+    assert len(samples.entries) == 2 * corpus.totals("train")["documents"] // 2
+    for entry in range(len(samples.entries)):
+        other = samples._other(entry)
+        assert samples.entries[other] // 2 != samples.entries[entry] // 2
+        (ids, trained), (mine, answer), (theirs, its) = (
+            samples._foreign(entry),
+            samples._read(entry),
+            samples._read(int(samples.entries[other])),
+        )
+        assert ids[: samples._begins(entry)].tolist() == mine[: samples._begins(entry)].tolist()
+        assert ids[trained].tolist() == theirs[its].tolist()
+        assert answer.any()
