@@ -158,6 +158,8 @@ def _steps(
             device=device,
         )
         stack.callback(batches.close)
+        for line in batches.packed():
+            say(f"  packed   {line}")
         with progress.spent("restore"):
             kept, power = _resume(near, engine, batches, this, display) if resumes else ({}, {})
         lives = stack.enter_context(replicated.joined(plan, mesh, engine, batches, display.line))
@@ -390,7 +392,7 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
         device,
         torch.bfloat16 if plan.compute == "bf16" else torch.float32,
         sequence=plan.sequence,
-        packed=plan.data.packing == "stream",
+        packed=plan.data.packing != "document",
         ranks=shared,
     )
     if worst:

@@ -161,7 +161,7 @@ class Native:
             self.grads = {}  # there are none between two steps, and only `_release` knows them within one
         self._sums = self._sum_in_products() if plan.fuses("main_grads") else {}  # by the names of the weights
         if isinstance(only := next(iter(self.stages.values())), Auto) and fresh:
-            only.verify(documents=plan.data.packing == "stream", device=device)
+            only.verify(documents=plan.data.packing != "document", device=device)
         self._stretches = self._by_weight()
         self._copies = Copies(mesh, [(group.grads.buffer, group.grads.views) for group in self.groups]) if self._sums_copies else None
         self._sends = False
