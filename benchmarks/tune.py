@@ -284,7 +284,7 @@ def unavailable(name: str, planned: Plan) -> str | None:
 def prepare(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan, dict[str, Any]]:
     """Conversations, tokenizer, initial weights and the plan; and the job that every worker gets."""
     from gigatrain import architectures
-    from gigatrain.config import Data, Source, Tokenizer
+    from gigatrain.config import Data, Source, Tokenizer, TokenizerTraining
     from gigatrain.data import sources, stdlib
     from gigatrain.data.build import build
     from gigatrain.models import hf
@@ -301,8 +301,8 @@ def prepare(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan
     small = options.model == "small"
     tokenizer = options.tokenizer
     if tokenizer is None:
-        spec = Tokenizer.model_validate({"train": {"vocab": 4096}, "template": "chatml"})
-        tokenizer = str(build(Data.model_validate({"sources": [{"kind": "stdlib"}]}), spec).folder / "tokenizer")
+        spec = Tokenizer(train=TokenizerTraining(vocab=4096), template="chatml")
+        tokenizer = str(build(Data(sources=(Source(kind="stdlib"),), validation=0.03), spec).folder / "tokenizer")
     text = RECIPE.format(
         architecture=SMALL if small else json.dumps(options.model),
         tokenizer=tokenizer,
@@ -310,7 +310,7 @@ def prepare(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan
         folder=folder / "corpus",
         sequence=options.sequence,
         batch=options.batch,
-        steps=steps,
+        steps=steps + 1,  # a loop begins one step more before it learns that the run is over
         precision=options.precision,
     )
     (folder / "tune.toml").write_text(text)

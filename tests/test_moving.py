@@ -100,7 +100,8 @@ def compared(near, engine, batches, this, display):
         whole = found.tensors(group)
         for name, piece in engine.state()[group].items():
             mine, saved = piece.tensor, piece.place.of(whole[name])
-            if torch.equal(mine, saved.to(mine.dtype)):
+            rounded = 0.0 if mine.dtype == saved.dtype or mine.dtype == torch.float32 else 2.0**-7  # to bf16, up or down by chance
+            if torch.allclose(mine.double(), saved.double(), rtol=rounded, atol=0.0):
                 same += 1
             else:
                 differ.append(f"{group} {name}")
@@ -142,33 +143,34 @@ def test_a_run_goes_over_two_sites_and_three_engines(recipe, sites, tmp_path):
     folder.parent.mkdir()
     shutil.copytree(begun, folder, ignore=shutil.ignore_patterns(".lock"))
     whole = (f"train.steps={STEPS}", *SETS, f"data.folder={tmp_path}/south/cache/data")
-    said = launched(recipe, south, "--resume", "--run", folder)
+    with pytest.raises(AssertionError, match=r"optim.moments: fp32 -> bf16\n.*add --other-numbers"):
+        launched(recipe, south, "--resume", "--run", folder, sets=("optim.moments=bf16",))
+    said = launched(recipe, south, "--resume", "--other-numbers", "--run", folder, sets=("optim.moments=bf16",))
     assert "moves    the run comes from north, goes on on south and is a new leg there" in said
     second = left(folder, first + 10)
-    assert "is not there: built again from the recipe's sources, and compared by its hash" in "".join(
-        path.read_text() for path in (folder / "logs").rglob("*") if path.is_file()
-    )
+    said = "".join(path.read_text() for path in (folder / "logs").rglob("*") if path.is_file())
+    assert "is not there: built again from the recipe's sources, and compared by its hash" in said
+    assert "numbers will differ from an undisturbed run: optim.moments fp32 -> bf16" in said
 
-    again = tmp_path / "again"
+    again = tmp_path / "again"  # what a process of that leg took up
     shutil.copytree(begun, again, ignore=shutil.ignore_patterns(".lock"))
-    (words,) = taken_up([*training(recipe, again, *whole), "--site", str(south), "--resume"], again)
-    assert re.search(rf"step {first}: \d\d+ as saved, others: \[\]", words), words  # weights and moments of two ranks, bit for bit
+    one = [*training(recipe, again, *whole, "optim.moments=bf16"), "--site", str(south), "--resume", "--other-numbers"]
+    (words,) = taken_up(one, again)
+    assert re.search(rf"step {first}: \d\d+ as saved, others: \[\]", words), words  # weights bit for bit, moments rounded once
 
-    third = ("train.nproc=2", "engine.name=deepspeed", "engine.zero=2", "train.microbatch=2", "optim.moments=bf16")
+    third = ("train.nproc=2", "engine.name=deepspeed", "engine.zero=2", "train.microbatch=2")
     moved = [*training(recipe, folder, *whole, *third), "--site", str(south), "--resume"]
-    refused = subprocess.run(moved, capture_output=True, text=True, check=False)
-    assert (refused.returncode, "optim.moments: fp32 -> bf16" in refused.stderr) == (6, True), refused.stderr
-    each = taken_up([*moved, "--other-numbers"], folder, ranks=2)
-    assert "numbers will differ from an undisturbed run: optim.moments fp32 -> bf16" in each[0]
-    for words in each:  # weights and counts bit for bit, moments rounded once
-        assert re.search(rf"step {second}: \d\d+ as saved, others: \[\]", words), words
+    shutil.copytree(folder, tmp_path / "third", ignore=shutil.ignore_patterns(".lock"))
+    there = [*training(recipe, tmp_path / "third", *whole, *third), "--site", str(south), "--resume", "--other-numbers"]
+    for words in taken_up(there, tmp_path / "third", ranks=2):
+        assert re.search(rf"step {second}: \d\d+ as saved, others: \[\]", words), words  # by two ranks of ZeRO-2, bit for bit
     last = stopped([*moved, "--other-numbers"], folder, second + 10)
 
     alone = tmp_path / "alone"  # nobody moves it
     stopped([*training(recipe, alone, *whole), "--site", str(south)], alone, last)
     for (step, row), expected in zip(sorted(rows(folder).items()), sorted(rows(alone).items()), strict=False):
         assert (step, row["tokens"]) == (expected[0], expected[1]["tokens"])
-        assert row["loss"] == pytest.approx(expected[1]["loss"], rel=1e-5 if step <= second else 5e-3), step
+        assert row["loss"] == pytest.approx(expected[1]["loss"], rel=1e-5 if step <= first else 5e-3), step
 
     legs = collect(folder)["legs"]
     assert [(leg["site"], leg["engine"], leg["ranks"], leg["mesh"]) for leg in legs] == [
@@ -178,7 +180,7 @@ def test_a_run_goes_over_two_sites_and_three_engines(recipe, sites, tmp_path):
     assert sum(leg["tokens"]["value"] for leg in legs) == rows(folder)[last]["tokens"]
     assert all(leg["tokens_per_s"]["value"] > 0 and 0 < leg["goodput"]["value"] < 1 for leg in legs)
     assert all(leg["watts"]["value"] or leg["watts"]["unknown"].startswith("not measured: ") for leg in legs)
-    assert "optim.moments: fp32 -> bf16" in legs[2]["changed"]
+    assert "optim.moments: bf16 -> fp32" in legs[2]["changed"]
     text = page([collect(folder)])
     assert "1. north, native, 2 ranks (shard 2), fp32" in text
     seen = watch.Reader(folder).seen()
