@@ -70,9 +70,12 @@ class Tokenizer(Section):
         default=None,
         description="Chat template in place of the tokenizer's own: chatml, or a jinja file. The special tokens of chatml are added where they are missing.",
     )
-    special: tuple[str, ...] = Field(default=(), description="Special tokens that are added where they are missing, for a template of your own.")
+    special: tuple[str, ...] = Field(
+        default=(), description="Special tokens that are added where they are missing, for a template of your own."
+    )
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
-        default=None, description="The day that a chat template is told when it asks; default: none, and templates write what they write without one."
+        default=None,
+        description="The day that a chat template is told when it asks; default: none, and templates write what they write without one.",
     )
 
     @model_validator(mode="after")
@@ -197,6 +200,59 @@ class Loss(Section):
         return self.router_aux > 0 or self.router_z > 0 or self.router_bias_rate > 0
 
 
+class Objective(Section):
+    """What is minimised: the cross entropy of the next token, or one of the losses of pairs of answers (gigatrain/objectives/ has the formulas)."""
+
+    kind: Literal["language", "dpo", "ipo", "orpo", "simpo", "kto", "distil"] = Field(
+        default="language",
+        description="language: the next token. Of a preferred and a refused answer: dpo (arXiv:2305.18290), ipo (arXiv:2310.12036), orpo (arXiv:2403.07691), "
+        "simpo (arXiv:2405.14734); of single answers that are good or not: kto (arXiv:2402.01306). distil: a teacher's probabilities.",
+    )
+    beta: Positive | None = Field(
+        default=None,
+        description="How strongly a preference counts: dpo's, kto's and simpo's beta, ipo's tau, orpo's lambda. Default: 0.1, of simpo 2.0.",
+    )
+    reference: Literal["start", "adapter"] | None = Field(
+        default=None,
+        description="dpo, ipo, kto: whose log-probabilities are subtracted; start: the weights the run starts from, computed once before its first step and "
+        "kept in the run's folder; adapter: the model with its adapters off, in every step. Default: start. orpo and simpo have none.",
+    )
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
+        default=0.0, description="dpo, simpo: share of the pairs whose order is taken to be wrong."
+    )
+    robust: bool = Field(
+        default=False, description="dpo: the loss is unbiased if so many pairs are wrong (arXiv:2403.00409), instead of conservative."
+    )
+    margin: NonNegative = Field(default=0.5, description="simpo: gamma, by which the preferred answer should lead.")
+    desirable: Positive = Field(default=1.0, description="kto: weight of good answers.")
+    undesirable: Positive = Field(default=1.0, description="kto: weight of the others.")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a sample is a pair of answers, or a labelled one, and not a stretch of text."""
+        return self.kind in ("dpo", "ipo", "orpo", "simpo", "kto")
+
+    @property
+    def refers(self) -> bool:
+        """Whether log-probabilities of a reference are subtracted."""
+        return self.kind in ("dpo", "ipo", "kto")
+
+    @property
+    def strength(self) -> float:
+        """`beta`, or its default."""
+        return self.beta or (2.0 if self.kind == "simpo" else 0.1)
+
+    @model_validator(mode="after")
+    def fits(self) -> Self:
+        if self.reference is not None and not self.refers:
+            raise ValueError(f"`reference` is of dpo, ipo and kto; {self.kind} has none: leave it out")
+        if self.label_smoothing and self.kind not in ("dpo", "simpo"):
+            raise ValueError(f"`label_smoothing` is of dpo and simpo, not of {self.kind}; [loss] has that of the next token")
+        if self.robust and (self.kind != "dpo" or not self.label_smoothing):
+            raise ValueError("`robust` is of dpo with a `label_smoothing` above 0")
+        return self
+
+
 class Train(Section):
     """The size of a step and of the run."""
 
@@ -219,6 +275,11 @@ class Train(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.0,
         description="Share of each block's output that is dropped before the residual sum; masks follow from the seed and the step.",
+    )
+    neftune: NonNegative = Field(
+        default=0.0,
+        description="Even noise on the embeddings in training, of at most this / sqrt(sequence * hidden) (NEFTune, arXiv:2310.05914, uses 5 to 15); it follows "
+        "from the seed and the step.",
     )
     compile: bool = Field(default=False, description="torch.compile each layer; costs a start of tens of seconds.")
     fuse: bool | None = Field(
@@ -397,11 +458,31 @@ class Schedule(Section):
     floor: Fraction = Field(default=0.1, description="The rate at the last step, as a share of the peak.")
 
 
+class ValidationSet(Source):
+    """Documents that are validated on and never trained on, beside what `data.validation` holds out; `weight` says nothing here."""
+
+    name: Name = Field(description="What its losses are called in metrics and report.")
+
+
 class Validation(Section):
-    """When the held-out documents are read."""
+    """When the held-out documents are read, and what is read with them."""
 
     every: Annotated[int, Field(ge=0)] = Field(default=0, description="Steps between two validations; 0: only after the last step.")
-    max_samples: Count | None = Field(default=None, description="At most so many samples; default: all that is held out.")
+    max_samples: Count | None = Field(
+        default=None, description="At most so many samples, of what is held out and of each set; default: all of them."
+    )
+    sets: tuple[ValidationSet, ...] = Field(
+        default=(),
+        description="Further sets, each with a loss, a perplexity and bits per byte of its own. `val_loss` is that of the held-out documents, and where "
+        "none are held out that of the first set.",
+    )
+
+    @model_validator(mode="after")
+    def named_apart(self) -> Self:
+        names = [one.name for one in self.sets]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two of `sets` are called {twice!r}; each needs a name of its own")
+        return self
 
 
 class Checkpoint(Section):
@@ -611,6 +692,7 @@ class Recipe(Section):
     fp8: FP8 = FP8()
     schedule: Schedule = Schedule()
     loss: Loss = Loss()
+    objective: Objective = Objective()
     mesh: Mesh = Mesh()
     engine: Engine = Engine()
     profile: Profile = Profile()

@@ -16,6 +16,8 @@ from gigatrain.architectures import Architecture
 from gigatrain.checkpoint import Found, sync_folder, write_text
 from gigatrain.data.tokenizer import Tokenizer
 from gigatrain.errors import RunError
+from gigatrain.exporting.card import card
+from gigatrain.exporting.generation import ends_of_turn, generation_config, has_template
 from gigatrain.foreign import Foreign
 from gigatrain.models import autoweights, hf
 from gigatrain.models.decoder import kind_of
@@ -53,6 +55,10 @@ def export(folder: Path, target: Path, *, shard_bytes: float = 5e9, processes: i
         written.mkdir()
         dtype = torch.bfloat16 if plan.compute == "bf16" else torch.float32
         weights, tokens = _Rounded(found, dtype, foreign=isinstance(plan.architecture, Foreign)), _special_tokens(folder / "tokenizer")
+        turns, why = ends_of_turn(folder / "tokenizer")
+        if why and display:
+            display.line(f"  export   generation_config.json names no end of a turn: {why}")
+        generation = generation_config(tokens, turns, plan.sample, Path(plan.source).expanduser() if plan.source else None)
         if isinstance(plan.architecture, Foreign):
             numbered = {f"{key}_token_id": value for key, value in tokens.items()}
             autoweights.save(weights, plan.architecture, written, dtype=dtype, tokens=numbered)
@@ -62,10 +68,10 @@ def export(folder: Path, target: Path, *, shard_bytes: float = 5e9, processes: i
                 plan.architecture, max_positions=plan.positions, dtype=str(dtype).removeprefix("torch."), **tokens
             )
             write_text(written / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-        ids = {f"{key}_token_id": value for key, value in tokens.items() if value is not None}
-        write_text(written / "generation_config.json", json.dumps(ids, indent=2) + "\n")
+        write_text(written / "generation_config.json", json.dumps(generation, indent=2) + "\n")
         for path in (folder / "tokenizer").iterdir():
             shutil.copyfile(path, written / path.name)
+        write_text(written / "README.md", card(folder, plan, step=found.step, chat=has_template(folder / "tokenizer")))
         write_text(written / MARK, json.dumps({"run": found.manifest["run"], "step": found.step, "plan_sha256": plan.sha256}) + "\n")
         if target.exists():
             target.rename(Path(temporary) / "before")

@@ -10,22 +10,28 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
 
-from gigatrain import engines, export, floors, leaving, run
+from gigatrain import engines, export, floors, leaving, objectives, run
 from gigatrain.checkpoint import PASSING, Checkpoints, Intervals, Near, Saving, Timed, fill, weights_sha256, write_text
 from gigatrain.data import build
-from gigatrain.data.loader import Batches, Validation
+from gigatrain.data.held import Held, build_sets
+from gigatrain.data.held import figures as held_figures
+from gigatrain.data.held import held as held_of
+from gigatrain.data.loader import Batches
+from gigatrain.data.pairs import Pairs
 from gigatrain.engines import Engine, low, replicated
 from gigatrain.errors import DataError, RunError
+from gigatrain.exporting.card import keep_data
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
+from gigatrain.objectives import figures, reference
 from gigatrain.observe import hang, prometheus, stragglers, trace, watch
 from gigatrain.observe.budget import Budget
 from gigatrain.observe.display import Display
@@ -156,10 +162,14 @@ def _steps(
             rank=reader,
             ranks=readers,
             device=device,
+            form=objectives.form(plan.objective),
         )
         stack.callback(batches.close)
         for line in batches.packed():
             say(f"  packed   {line}")
+        if reference.asked(plan.objective):
+            with progress.spent("reference"):
+                _refer(plan, folder, engine, batches, held, resumes, mesh, display, log)
         with progress.spent("restore"):
             kept, power = _resume(near, engine, batches, this, display) if resumes else ({}, {})
         lives = stack.enter_context(replicated.joined(plan, mesh, engine, batches, display.line))
@@ -172,6 +182,7 @@ def _steps(
         if mesh.rank == 0:
             run.claim(plan, folder, this)
             export.keep_tokenizer(corpus.tokenizer(), folder)
+            keep_data(corpus, corpus.weights, folder)
         writes = folder if mesh.rank == 0 else None
         metrics = stack.enter_context(Metrics(plan, writes, device, step=this.step, show=lambda window: display.window(plan, window)))
         metrics.load(kept)
@@ -239,7 +250,7 @@ def _steps(
         def validate() -> None:
             if held is not None and _validates_at(plan, this.step) and metrics.validated < this.step:
                 with times.phase("validation"), progress.spent("validation"), energy.during("validation"):
-                    found = _validate(engine, held, health, times)
+                    found = _validate(plan, engine, held, health, times)
                 if found is not None:
                     metrics.validated = this.step
                     metrics.write({"step": this.step} | found)
@@ -312,6 +323,46 @@ def _steps(
             return None
         this.elapsed_s, energy.complete = before, True
         return _summary(plan, this, saves, saving, corpus, metrics, mesh) | {"saving": intervals.summary() | near.summary()}
+
+
+def _refer(
+    plan: Plan,
+    folder: Path,
+    engine: Engine,
+    batches: Batches,
+    held: Held | None,
+    resumes: bool,
+    mesh: Mesh,
+    display: Display,
+    log: Log,
+) -> None:
+    """Give every pair what the starting weights say of it: from the folder, or, before the first step, computed and kept there."""
+    splits: dict[str, Any] = {"train": batches.samples}
+    for number, one in enumerate(held or ()):
+        splits.setdefault("validation" if one.held_out else f"set{number}", one.validation.samples)
+    whose = f"{plan.meaning}/{batches.corpus.sha256}"
+    found = reference.known(folder, whose, splits) if resumes else None
+    if found is None:
+        if resumes:
+            raise RunError(
+                f"{folder}/reference is gone, and the weights it was computed with are no more; copy it back, or start over with --new"
+            )
+        log.pulse.mark("reference")
+
+        def shown(*numbers: Any) -> None:
+            log.pulse.beats += 1
+            display.advance(*numbers)
+
+        how = json.dumps([plan.precision, [[one.op, one.kernel] for one in plan.kernels]])
+        found = reference.compute(
+            folder, whose, how, splits, logprobs=engine.logprobs, microbatch=plan.microbatch, mesh=mesh, advance=shown
+        )
+        display.line(f"  kept     log-probabilities of the starting weights in {folder / 'reference'}")
+    batches.reference = found
+    for one in held or ():  # the held-out documents of a mixture are read by source, from the same rows
+        for mine, same in zip(one.validation.samples, splits["validation"] if one.held_out else (), strict=False):
+            assert isinstance(mine, Pairs)
+            mine.reference = same.reference
 
 
 _LESS = 'lower train.microbatch or train.sequence, or --set train.recompute=full; "gigatrain plan" shows what the run needs'
@@ -442,12 +493,21 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return states | {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else states
 
 
-def _held_out(plan: Plan, corpus: build.Corpus, mesh: Mesh, device: torch.device) -> Validation | None:
-    if plan.data.validation == 0:
-        return None
+def _held_out(plan: Plan, corpus: build.Corpus, mesh: Mesh, device: torch.device) -> Held | None:
+    """What is validated on; rank 0 tokenises the recipe's further sets, and the others open them."""
+
+    def built() -> list[str]:
+        return [str(own.folder) for own in build_sets(corpus, plan.data, plan.validation.sets).values()]
+
+    names = [one.name for one in plan.validation.sets]
+    folders = ranks.first(mesh, built) if names else []
+    with agreed(mesh, DataError, str):
+        further = {name: build.Corpus.open(Path(folder)) for name, folder in zip(names, folders, strict=True)}
     reader, readers = mesh.data
-    return Validation(
+    return held_of(
         corpus,
+        further,
+        held_out=plan.data.validation > 0,
         sequence=plan.sequence,
         packing=plan.data.packing,
         microbatch=plan.microbatch,
@@ -455,6 +515,7 @@ def _held_out(plan: Plan, corpus: build.Corpus, mesh: Mesh, device: torch.device
         rank=reader,
         ranks=readers,
         device=device,
+        form=objectives.form(plan.objective),
     )
 
 
@@ -462,21 +523,28 @@ def _validates_at(plan: Plan, step: int) -> bool:
     return step == plan.steps or (plan.validation.every > 0 and step > 0 and step % plan.validation.every == 0)
 
 
-def _validate(engine: Engine, held: Validation, health: Health, times: trace.Trace) -> dict[str, Any] | None:
-    """Loss per target on the held-out documents, and bits per byte of their text where the bytes are known; None when a signal cut it short."""
+def _validate(plan: Plan, engine: Engine, held: Held, health: Health, times: trace.Trace) -> dict[str, Any] | None:
+    """The figures of each set on the weights as they are (data/held.py, objectives/figures.py); None when a signal cut it short."""
 
-    def until_signal() -> Iterator[Any]:
-        for part in held:
+    def until_signal(parts: Iterable[Any]) -> Iterator[Any]:
+        for part in parts:
             if health.leaves():
                 return
             times.alive()
             yield part
 
-    nats, targets = engine.evaluate(until_signal()).tolist()
-    if health.wants_out:
-        return None
-    bits = nats / (0.6931471805599453 * held.text_bytes) if held.text_bytes else None
-    return {"val_loss": nats / targets, "val_targets": int(targets), "val_bits_per_byte": bits}
+    sums, whole, beside = [], [one for one in held if one.held_out] or [*held][:1], [0.0] * (1 + figures.count(plan.objective))
+    for one in held:
+        nats, *rest = engine.evaluate(until_signal(one.validation)).tolist()
+        if health.wants_out:
+            return None
+        sums.append((one, nats, rest[0]))
+        if one in whole:
+            beside = [a + b for a, b in zip(beside, rest, strict=True)]
+    found = held_figures(sums)
+    if plan.objective.pairs:
+        del found["val_perplexity"]
+    return found | {f"val_{name}": number for name, number in figures.said(plan.objective, beside[1:], beside[0]).items()}
 
 
 def _summary(

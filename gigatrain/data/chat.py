@@ -93,7 +93,7 @@ def write(
     template = tokenizer.template_for(tools is not None)
     if template is None:
         raise DataError(
-            f"the tokenizer in {tokenizer.folder} has no chat template; name one: `tokenizer.template = \"chatml\"`, or a file of your own"
+            f'the tokenizer in {tokenizer.folder} has no chat template; name one: `tokenizer.template = "chatml"`, or a file of your own'
         )
     try:
         text = _compiled(template, tokenizer.date).render(
@@ -204,7 +204,9 @@ def _turn(before: Sequence[Message], upto: str, turn: int, tokenizer: Tokenizer,
     if not ends:
         raise Unmarkable(f"no special token ends turn {turn}, so nothing would teach the model to stop; use a template that writes one")
     if upto[ends[-1] :].strip():
-        raise Unmarkable(f"text follows the special token that ends turn {turn}: {upto[ends[-1] :][:40]!r}; mark the turn with {{% generation %}}")
+        raise Unmarkable(
+            f"text follows the special token that ends turn {turn}: {upto[ends[-1] :][:40]!r}; mark the turn with {{% generation %}}"
+        )
     return len(given), ends[-1]
 
 

@@ -8,7 +8,7 @@ of the state: the stream stays a function of (seed, ranges, position), on any nu
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import ceil
@@ -23,6 +23,7 @@ from gigatrain.data.build import Corpus
 from gigatrain.data.mixture import Mixture
 from gigatrain.data.pack import IGNORED, Sample, Samples
 from gigatrain.data.packs import Packs
+from gigatrain.data.pairs import Form, Pairs, alike
 from gigatrain.errors import DataError
 
 Packing = Literal["stream", "document", "packed"]
@@ -33,20 +34,22 @@ class Microbatch:
     """Rows [B, T]: tokens, labels (-100: none) and positions int64, documents int32.
 
     documents: the segment's number within the row, ascending; None if every row is one segment that starts at position 0, so plain causal
-    attention is right.
+    attention is right. given: further tensors of the rows, [B, ...], that an objective asks for; those with a dim of tokens, [B, T, ...], have `_bt` in
+    their name.
     """
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor
     documents: Tensor | None
+    given: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
     """One step's share of one rank.
 
-    targets: labels of this share's microbatches that are not ignored: neither padding nor a label that would cross documents. The sum over
+    targets: labels of this share's microbatches that are not ignored: neither padding nor a label that would cross documents; or pairs. The sum over
     the ranks divides the step's loss. tokens: input positions of the whole step over all ranks, samples times their length, padding
     included. positions: the global positions of the whole step's samples, ascending.
     """
@@ -57,48 +60,82 @@ class Batch:
     positions: Sequence[int]
 
 
-def samples_of(corpus: Corpus, split: str, sequence: int, packing: Packing) -> list[Samples | Packs]:
-    """The samples of every source of a split; validation keeps its last, partial ones."""
-    found: list[Samples | Packs] = []
+Rows = Samples | Packs | Pairs
+
+
+def samples_of(
+    corpus: Corpus, split: str, sequence: int, packing: Packing, *, partial: bool = False, form: Form | None = None
+) -> list[Rows]:
+    """The samples of every source of a split; validation (`partial`) keeps its last, partial ones. With `form` they are of pairs."""
+    if form is not None:
+        pairs = [
+            Pairs(
+                corpus.stream(number, split), sequence=sequence, eos=corpus.eos, form=form, packed=packing == "packed", name=source["name"]
+            )
+            for number, source in enumerate(corpus.manifest["sources"])
+        ]
+        alike(pairs)
+        return [*pairs]
+    found: list[Rows] = []
     for number, source in enumerate(corpus.manifest["sources"]):
         eos_opens = source["ends_with_eos"] and not source["starts_with_bos"]
         stream, too_long = corpus.stream(number, split), source.get("too_long", "truncate")
         if packing == "packed":
             found.append(Packs(stream, sequence=sequence, eos=corpus.eos, too_long=too_long, name=source["name"]))
             continue
-        found.append(
-            Samples(stream, sequence=sequence, packing=packing, eos=corpus.eos, eos_opens=eos_opens, partial=split == "validation")
-        )
+        found.append(Samples(stream, sequence=sequence, packing=packing, eos=corpus.eos, eos_opens=eos_opens, partial=partial))
     return found
 
 
-def stack(rows: list[tuple[Samples | Packs, int] | None], sequence: int, eos: int, device: torch.device) -> Microbatch:
-    """(samples, index) pairs as one microbatch on the CPU, in pinned memory if it will go to a GPU; None is a row without labels."""
+def stack(
+    rows: list[tuple[Any, int] | None], sequence: int, eos: int, device: torch.device, blank: Mapping[str, np.ndarray] | None = None
+) -> Microbatch:
+    """(samples, index) pairs as one microbatch on the CPU, in pinned memory if it will go to a GPU; None is a row without labels. blank: what such a row
+    gives beside its tokens, where rows give something."""
     pinned = device.type == "cuda"
     tensors = [
         torch.empty((len(rows), sequence), dtype=kind, pin_memory=pinned) for kind in (torch.int64, torch.int64, torch.int64, torch.int32)
     ]
     arrays = [tensor.numpy() for tensor in tensors]
+    given = None
+    if blank is not None:
+        given = {name: torch.from_numpy(np.stack([one] * len(rows))) for name, one in blank.items()}
+        given = {name: one.pin_memory() if pinned else one for name, one in given.items()}
+    beside = {} if given is None else {name: one.numpy() for name, one in given.items()}
     for number, row in enumerate(rows):
         sample = Sample(*(array[number] for array in arrays))
-        if row is not None:
+        if row is not None and blank is not None:
+            row[0].fill(row[1], sample, {name: array[number] for name, array in beside.items()})
+        elif row is not None:
             row[0].fill(row[1], sample)
         else:
             sample.tokens[:], sample.labels[:], sample.positions[:], sample.documents[:] = eos, IGNORED, np.arange(sequence), 0
     # Numbers ascend from 0, so the last column has the most segments.
-    return Microbatch(tensors[0], tensors[1], tensors[2], tensors[3] if arrays[3][:, -1].any() else None)
+    return Microbatch(tensors[0], tensors[1], tensors[2], tensors[3] if arrays[3][:, -1].any() else None, given)
 
 
 def moved(microbatch: Microbatch, device: torch.device) -> Microbatch:
     """The microbatch on `device`; from pinned memory the copy does not wait."""
     if device.type == "cpu":
         return microbatch
-    tokens, labels, positions = (
-        part.to(device, non_blocking=True) for part in (microbatch.tokens, microbatch.labels, microbatch.positions)
-    )
-    return Microbatch(
-        tokens, labels, positions, None if microbatch.documents is None else microbatch.documents.to(device, non_blocking=True)
-    )
+
+    def there(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    documents = None if microbatch.documents is None else there(microbatch.documents)
+    given = None if microbatch.given is None else {name: there(tensor) for name, tensor in microbatch.given.items()}
+    return Microbatch(there(microbatch.tokens), there(microbatch.labels), there(microbatch.positions), documents, given)
+
+
+def blank_of(samples: Sequence[Rows]) -> dict[str, np.ndarray] | None:
+    """What a row gives beside its tokens, filled with nothing; None where rows are text."""
+    return samples[0].blank() if isinstance(samples[0], Pairs) else None
+
+
+def targets_of(part: Microbatch) -> int:
+    """What a loss is a mean over: a microbatch's labels, or its pairs."""
+    pairs = None if part.given is None else part.given.get("there_bp")
+    return int(np.count_nonzero(part.labels.numpy() != IGNORED)) if pairs is None else int(pairs.sum())
 
 
 class Batches:
@@ -122,6 +159,7 @@ class Batches:
         device: str | torch.device = "cpu",
         prefetch: int = 2,
         position: int = 0,
+        form: Form | None = None,
     ) -> None:
         if batch % ranks:
             raise DataError(f"a batch of {batch} samples does not divide by {ranks} ranks; make it a multiple")
@@ -130,9 +168,15 @@ class Batches:
         self.rows = len(self.share)  # of a step; those beyond the share have no labels
         self.microbatch = min(microbatch or len(self.share), len(self.share))
         self.device, self.prefetch = torch.device(device), prefetch
-        self.samples = samples_of(corpus, "train", sequence, packing)
+        self.samples = samples_of(corpus, "train", sequence, packing, form)
+        self.form = form
+        self.reference: str | None = None  # SHA-256 of what a reference says of the rows, where one is asked
         for name, samples in zip(corpus.sources, self.samples, strict=True):
             if not len(samples):
+                if isinstance(samples, Pairs):
+                    raise DataError(
+                        f"source {name} has no pair that fits: {samples.long:,} are longer than train.sequence {sequence:,}, which both answers share; raise it"
+                    )
                 raise DataError(
                     f"source {name} has {samples.stream.tokens:,} training tokens, fewer than one sample of {sequence:,}; "
                     "add documents, or lower `train.sequence`"
@@ -152,9 +196,9 @@ class Batches:
     def packed(self) -> list[str]:
         """What packing whole documents came to, one line a source; [] where they are not packed."""
         return [
-            samples.counts.words(name, self.sequence)
+            samples.words() if isinstance(samples, Pairs) else samples.counts.words(name, self.sequence)
             for name, samples in zip(self.corpus.sources, self.samples, strict=True)
-            if isinstance(samples, Packs)
+            if isinstance(samples, Packs | Pairs)
         ]
 
     @property
@@ -235,13 +279,13 @@ class Batches:
         """This rank's share of the step that starts at a global position, on the CPU; or that of the reader `shift` later."""
         positions, begin = self.stream(position, self.batch), (self.share.start + shift * len(self.share)) % self.batch
         places = self.mixture.many(positions[begin : begin + len(self.share)])
-        rows: list[tuple[Samples | Packs, int] | None] = [(self.samples[source], sample) for source, _, sample in places]
+        rows: list[tuple[Rows, int] | None] = [(self.samples[source], sample) for source, _, sample in places]
         rows += [None] * (self.rows - len(rows))
         parts = tuple(
-            stack(rows[start : start + self.microbatch], self.sequence, self.corpus.eos, self.device)
+            stack(rows[start : start + self.microbatch], self.sequence, self.corpus.eos, self.device, blank_of(self.samples))
             for start in range(0, len(rows), self.microbatch)
         )
-        targets = sum(int(np.count_nonzero(part.labels.numpy() != IGNORED)) for part in parts)
+        targets = sum(targets_of(part) for part in parts)
         return Batch(parts, targets, self.batch * self.sequence, positions)
 
     def state(self) -> dict[str, Any]:
@@ -252,6 +296,7 @@ class Batches:
             "weights": list(self.corpus.weights),
             "sequence": self.sequence,
             "packing": self.packing,
+            **{name: one for name, one in (("form", self.form), ("reference", self.reference)) if one is not None},
             "position": self.position,
             "passed": [list(one) for one in self.passed],
         }
@@ -262,10 +307,10 @@ class Batches:
         The batch and the number of ranks may differ: positions count samples.
         """
         mine = self.state()
-        for name in ("seed", "corpus", "weights", "sequence", "packing"):
-            if state.get(name) != mine[name]:
+        for name in ("seed", "corpus", "weights", "sequence", "packing", "form", "reference"):
+            if state.get(name) != mine.get(name):
                 raise DataError(
-                    f"the saved data position is for {name} {state.get(name)!r}, and this run has {mine[name]!r}: "
+                    f"the saved data position is for {name} {state.get(name)!r}, and this run has {mine.get(name)!r}: "
                     "other samples would follow; resume with the same data and seed, or start a new run"
                 )
         self.close()
@@ -332,9 +377,10 @@ def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 class Validation:
     """The held-out samples in a fixed order, as often as it is iterated.
 
-    text_bytes: bytes of text that the labels cover, when that is all of them: None for a subset, for documents that are cut, where nobody
-    counted, or where nothing is held out; then there is no microbatch either. Rank r has samples r, r + ranks, …; the last rounds are filled
-    with rows without labels, so that all ranks run equally many microbatches.
+    split: the corpus's, "train" for a set of its own. source: only that source's share of the samples. text_bytes: bytes of text that the labels
+    cover; of a subset or of documents that are cut it is the sum of `token_bytes` [vocabulary], the bytes of each id, over the labels. None where
+    neither is known, or where nothing is held out; then there is no microbatch either. Rank r has samples r, r + ranks, …; the last rounds are
+    filled with rows without labels, so that all ranks run equally many microbatches.
     """
 
     def __init__(
@@ -348,22 +394,48 @@ class Validation:
         rank: int = 0,
         ranks: int = 1,
         device: str | torch.device = "cpu",
+        form: Form | None = None,
+        split: str = "validation",
+        source: int | None = None,
+        token_bytes: Callable[[], np.ndarray | None] = lambda: None,
     ) -> None:
-        self.samples = samples_of(corpus, "validation", sequence, packing)
+        self.samples = samples_of(corpus, split, sequence, packing, partial=True, form=form)
         self.sequence, self.eos, self.microbatch, self.device = sequence, corpus.eos, microbatch, torch.device(device)
         ends = np.cumsum([len(samples) for samples in self.samples])
         total = int(ends[-1])
         count = min(total, max_samples or total)
         # A subset is spread evenly over all documents.
         chosen = [index * total // count for index in range(count)]
-        self.mine: list[tuple[Samples | Packs, int] | None] = []
+        whole = 0 < count == total
+        if source is not None:
+            end = int(ends[source])
+            chosen = [index for index in chosen if end - len(self.samples[source]) <= index < end]
+            count = len(chosen)
+        self.mine: list[tuple[Rows, int] | None] = []
         for index in chosen[rank::ranks]:
-            source = int(np.searchsorted(ends, index, "right"))
-            self.mine.append((self.samples[source], index - int(ends[source]) + len(self.samples[source])))
+            self.mine.append(self._place(index, ends))
         self.mine += [None] * (-(-count // ranks) - len(self.mine))
         self.count = count
-        whole = 0 < count == total and (packing == "stream" or not any(samples.cut() for samples in self.samples))
-        self.text_bytes: int | None = corpus.totals("validation")["text_bytes"] if whole else None
+        of = self.samples if source is None else [self.samples[source]]
+        self.text_bytes: int | None = None
+        if form is not None:
+            return
+        if count and whole and (packing == "stream" or not any(samples.cut() for samples in of)):
+            said = corpus.totals(split) if source is None else corpus.manifest["sources"][source]["splits"][split]
+            self.text_bytes = said["text_bytes"]
+        elif count and (sizes := token_bytes()) is not None:
+            self.text_bytes = sum(self._bytes(index, ends, sizes) for index in chosen)
+
+    def _place(self, index: int, ends: np.ndarray) -> tuple[Rows, int]:
+        """Which source's sample the `index`-th of all is, and the how manyth there."""
+        source = int(np.searchsorted(ends, index, "right"))
+        return self.samples[source], index - int(ends[source]) + len(self.samples[source])
+
+    def _bytes(self, index: int, ends: np.ndarray, sizes: np.ndarray) -> int:
+        samples, number = self._place(index, ends)
+        assert not isinstance(samples, Pairs)
+        labels = samples[number].labels
+        return int(sizes[labels[labels != IGNORED]].sum())
 
     def __len__(self) -> int:
         """Microbatches, the same on every rank."""
@@ -372,4 +444,4 @@ class Validation:
     def __iter__(self) -> Iterator[Microbatch]:
         for start in range(0, len(self.mine), self.microbatch):
             rows = self.mine[start : start + self.microbatch]
-            yield moved(stack(rows, self.sequence, self.eos, self.device), self.device)
+            yield moved(stack(rows, self.sequence, self.eos, self.device, blank_of(self.samples)), self.device)

@@ -22,14 +22,24 @@ def blank(plan: Plan, ops: Ops, *, part: Part | None = None, dtype: torch.dtype 
         assert part is None or (part.first and part.last), "the plan refuses a pipeline"
         return Auto(plan.architecture.config, ops, recompute=plan.recompute, dtype=dtype)
     with torch.device("meta"):
-        model = Decoder(plan.architecture, ops, recompute=plan.recompute, dropout=plan.dropout, part=part, watched=plan.loss.watches)
+        model = Decoder(
+            plan.architecture,
+            ops,
+            recompute=plan.recompute,
+            dropout=plan.dropout,
+            neftune=plan.neftune,
+            part=part,
+            watched=plan.loss.watches,
+        )
     if plan.fp8 is not None:
         low.lower(model, plan.fp8, plan.recompute, {choice.op: choice.kernel for choice in plan.kernels}["quantise"])
     return model
 
 
 def terms(plan: Plan) -> dict[str, float]:
-    """The weights of the losses beside the cross entropy; those of routers only where there are some."""
+    """The weights of the losses beside the cross entropy; those of routers only where there are some. None where the loss is of pairs."""
+    if plan.objective.pairs:
+        return {}
     routers = {"router_aux": plan.loss.router_aux, "router_z": plan.loss.router_z}
     return {"z_loss": plan.loss.z_loss, "label_smoothing": plan.loss.label_smoothing} | {
         name: weight for name, weight in routers.items() if weight

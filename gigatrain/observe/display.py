@@ -144,8 +144,9 @@ class Display:
     def window(self, plan: Plan, window: dict[str, Any]) -> None:
         """One window's numbers beside the bar; validations and refused updates as lines that stay."""
         if "val_loss" in window:
-            bits = f", {window['val_bits_per_byte']:.3f} bits per byte" if window.get("val_bits_per_byte") else ""
-            self.line(f"step {window['step']}: validation loss {window['val_loss']:.4f}{bits}")
+            self.line(f"step {window['step']}: validation {_validated(window, 'val_')}")
+            for name, said in window.get("val_sets", {}).items():
+                self.line(f"  {name}: {_validated(said)}")
             return
         loss = "not finite" if window["loss"] is None else f"{window['loss']:.3f}"
         numbers = f"loss {loss}  {window['tokens_per_s'] or 0:,.0f} tokens/s"
@@ -153,6 +154,12 @@ class Display:
         if window["bad_steps"]:
             numbers += f"  {window['bad_steps']} refused"
         self.advance("train", window["step"], plan.steps, numbers)
+
+
+def _validated(said: dict[str, Any], head: str = "") -> str:
+    """Loss and bits per byte of one set."""
+    loss, bits = said[f"{head}loss"], said.get(f"{head}bits_per_byte")
+    return f"loss {'not finite' if loss is None else f'{loss:.4f}'}" + (f", {bits:.3f} bits per byte" if bits else "")
 
 
 def _idle(plan: Plan) -> set[str]:

@@ -63,6 +63,12 @@ def check(recipe: Recipe, architecture: Architecture | Foreign, mesh: Mesh, accu
         return
     if recipe.engine.name == "deepspeed":
         _check_deepspeed(recipe, mesh)
+    for axis in ("tensor", "context"):
+        if recipe.train.neftune and getattr(mesh, axis) > 1:
+            raise PlanError(
+                f"train.neftune {recipe.train.neftune} is noise on whole rows of embeddings, and mesh.{axis} {getattr(mesh, axis)} cuts them; "
+                f"set mesh.{axis} = 1, or train.neftune = 0.0"
+            )
     _check_tensor(recipe, architecture, mesh)
     _check_context(recipe, architecture, mesh)
     _check_expert(architecture, mesh)
@@ -204,6 +210,8 @@ def _check_foreign(recipe: Recipe, model: Foreign, mesh: Mesh) -> None:
         )
     if train.dropout:
         raise PlanError(f"train.dropout {train.dropout} is for our own decoders, and {kind!r} is transformers'; set train.dropout = 0.0")
+    if train.neftune:
+        raise PlanError(f"train.neftune {train.neftune} is for our own decoders, and {kind!r} is transformers'; set train.neftune = 0.0")
     if train.compile:
         raise PlanError(f"train.compile is for our own decoders, and {kind!r} is transformers'; set train.compile = false")
     if train.compute == "bf16" and model.wide:

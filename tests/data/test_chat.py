@@ -176,7 +176,9 @@ def test_forged_ends_and_others_that_are_refused(both: Both, tmp_path: Path) -> 
     with pytest.raises(Unmarkable, match="the generation prompt before turn 1 is not how the template writes"):
         chat.render(turns("a", "b"), with_template(other))
     with pytest.raises(Unmarkable, match="across the edge"):
-        chat.render(turns("a", "b"), with_template("{% for m in messages %}{% generation %}{{ m.content[:1] + '|im_' }}{% endgeneration %}{{ 'end|' }}{% endfor %}".replace("'|im_'", "' wor'").replace("'end|'", "'ld'")))
+        chat.render(turns("a", "b"), with_template(
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{{ 'wor' }}{% generation %}{{ 'ld' }}{% endgeneration %}{% endif %}{% endfor %}"
+        ))
     with pytest.raises(Unmarkable, match=r'tokenizer\.date'):
         chat.render(turns("a", "b"), with_template("{{ strftime_now('%Y') }}"))
     with pytest.raises(DataError, match="does not parse"):

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gigatrain.errors import GigatrainError, PowerError
-from gigatrain.observe import beside, logs, watch
+from gigatrain.observe import beside, evals, logs, watch
 from gigatrain.observe.legs import place_words
 from gigatrain.observe.report.figures import SLACK, against, finite, known
 from gigatrain.observe.report.ranges import ranged
@@ -36,6 +36,7 @@ NONE = "none"
 RANKS = 64  # whose traces are read
 WITHIN_STEP = ("data", "forward", "backward", "reduce", "optimizer", "rest")  # the other phases lie between steps
 PHASES = (*WITHIN_STEP[:-1], "validation", "checkpoint", "paced", "profile", "rest")
+SETS, ROWS = 40, 200  # validation sets, and rows of evaluations, that are shown
 LONGEST_S = 1e9  # of a phase of a step: thirty years
 SHOWN = 4000  # characters of a failure
 CHANGES = 500  # of a limit that are drawn
@@ -110,6 +111,8 @@ def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any
             "tokens_per_s": thinned([(row["step"], finite(row.get("tokens_per_s"))) for row in windows]),
             "grad_norm": thinned([(row["step"], finite(row.get("grad_norm"))) for row in windows]),
         },
+        "sets": _sets(validations),
+        "evals": _evals(folder),
         "mfu_per_token_per_s": mfu_per_token,
         "refused_steps": finite(seen["bad_steps"]),
         "step_s": steps,
@@ -179,6 +182,43 @@ def _windows(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             elif "tokens" in row:
                 windows[step] = row
     return [windows[step] for step in sorted(windows)], [validations[step] for step in sorted(validations)]
+
+
+def _sets(validations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each validation set at the last validation, with the curve of its loss; nothing of a run that has but one."""
+    said = validations[-1].get("val_sets") if validations else None
+    found = []
+    for name, last in list(said.items())[:SETS] if isinstance(said, Mapping) else ():
+        if isinstance(last, Mapping):
+            rows = [
+                (row["step"], finite(one.get("loss")))
+                for row in validations
+                if isinstance(sets := row.get("val_sets"), Mapping) and isinstance(one := sets.get(name), Mapping)
+            ]
+            figures = {key: finite(last.get(key)) for key in ("loss", "perplexity", "bits_per_byte", "targets")}
+            found.append({"name": _word(name), "step": finite(validations[-1]["step"]), **figures, "curve": thinned(rows)})
+    return found
+
+
+def _evals(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What `gigatrain eval` found of this run: the newest of each task and of each text."""
+    tasks = [
+        {
+            "task": _word(task),
+            "metric": _word(name),
+            "value": finite(one.get("value")),
+            "stderr": finite(one.get("stderr")),
+            **{key: finite(row.get(key)) for key in ("few_shot", "samples", "limit", "step")},
+        }
+        for task, row in evals.latest(folder).items()
+        for name, one in row["metrics"].items()
+    ]
+    texts = [
+        {"text": _word(row["text"])}
+        | {key: finite(row.get(key)) for key in ("bits_per_byte", "loss", "bytes", "tokens", "context", "step")}
+        for row in evals.texts(folder)
+    ]
+    return {"tasks": tasks[:ROWS], "texts": texts[:ROWS]}
 
 
 def _traced(path: Path, most: int) -> Iterator[tuple[dict[str, float], bool]]:

@@ -225,6 +225,7 @@ def _body(value: Value, tag: str) -> str:
             Axes("step", zero=True, marks=marks), "no window with a speed yet",
         ),
         *_legs(tag, value),
+        *_quality(tag, value),
         *_power(tag, value),
         _waterfall(tag, value),
         column(_phases(tag, value), _restarts(tag, value)),
@@ -265,6 +266,51 @@ def _legs(tag: str, value: Value) -> list[str]:
     more = f" The last {LATEST} of {len(value['legs']):,}." if len(value["legs"]) > LATEST else ""
     text = f"Each stretch of the run under one plan. Joules are by the leg's own site; time between legs is no leg's.{more}"
     return [card(tag, "Legs", text, scrolled("Legs", table(named, rows, kind="plain", right=range(1, 7))), wide=True)]
+
+
+def _quality(tag: str, value: Value) -> list[str]:
+    """Validation sets and evaluations; nothing of a run that has neither."""
+    found = []
+    sets, tasks, texts = value["sets"], value["evals"]["tasks"], value["evals"]["texts"]
+
+    def shown(one: float | None, digits: int = 4) -> str:
+        return unknown("") if one is None else cell(f"{one:.{digits}f}" if abs(one) < 1e6 else number(one))
+
+    if sets:
+        rows = [
+            head(one["name"])
+            + shown(one["loss"])
+            + shown(one["perplexity"], 2)
+            + shown(one["bits_per_byte"], 3)
+            + cell(exact(one["targets"] or 0))
+            for one in sets
+        ]
+        names = ("set", "loss", "perplexity", "bits per byte", "tokens")
+        text = f"On documents that were not trained on, at step {number(sets[0]['step'] or 0, 9)}; loss and perplexity are of a token."
+        behind = scrolled("Validation sets", table(names, rows, right=(1, 2, 3, 4)))
+        found.append(card(tag, "Validation sets", text, behind, wide=True))
+    if tasks:
+        rows = [
+            head(f"{one['task']}", one["metric"].removesuffix(",none")) + shown(one["value"]) + shown(one["stderr"])
+            + "".join(cell(exact(one[key] or 0)) for key in ("few_shot", "samples", "step"))
+            for one in tasks
+        ]  # fmt: skip
+        names = ("task", "value", "standard error", "few-shot", "samples", "step")
+        limited = " Of some tasks only the first documents were asked." if any(one["limit"] for one in tasks) else ""
+        text = f"By lm-evaluation-harness; the newest of each task.{limited}"
+        found.append(card(tag, "Evaluations", text, scrolled("Evaluations", table(names, rows, right=(1, 2, 3, 4, 5))), wide=True))
+    if texts:
+        rows = [
+            head(one["text"])
+            + shown(one["bits_per_byte"])
+            + shown(one["loss"])
+            + "".join(cell(exact(one[key] or 0)) for key in ("bytes", "tokens", "context", "step"))
+            for one in texts
+        ]
+        names = ("text", "bits per byte", "loss of a token", "bytes", "tokens", "context", "step")
+        text = "Bits per byte compare models whatever their tokenizers."
+        found.append(card(tag, "Texts", text, scrolled("Texts", table(names, rows, right=(1, 2, 3, 4, 5, 6))), wide=True))
+    return found
 
 
 def _power(tag: str, value: Value) -> list[str]:

@@ -1,0 +1,180 @@
+"""What the starting weights say of every answer, computed once by the run itself before its first step, and kept in its folder.
+
+    reference/SPLIT-SOURCE-PART.safetensors    "logprobs" fp32 [entries, 2]: the sums of both answers of a pair; of kto of an answer and of a foreign one
+    reference/index.json                       which run's they are, and the SHA-256 of every part, written last
+
+A run that ends within goes on at the first part that is missing. Ranks share the rows of a part, and each has all of it in the end.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from gigatrain.config import Objective
+from gigatrain.data.loader import Microbatch, moved, stack
+from gigatrain.data.pairs import Pairs
+from gigatrain.data.shards import file_sha256, write_atomically
+from gigatrain.errors import RunError
+from gigatrain.objectives import preference
+from gigatrain.parallel import ranks
+from gigatrain.parallel.mesh import DATA, Mesh
+
+PART = 1 << 12  # rows of a part: of 2,000 tokens some 8 million, which is what an interruption may cost
+AGAIN = "start over with --new, which computes it again"
+Splits = Mapping[str, Sequence[Pairs]]  # by split, then source
+
+
+def asked(objective: Objective) -> bool:
+    """Whether a run keeps a reference's log-probabilities."""
+    return objective.refers and objective.reference != "adapter"
+
+
+def known(folder: Path, whose: str, splits: Splits) -> str | None:
+    """Give every split the numbers that the folder holds, and return the SHA-256 of all of them; None if they are not all there.
+
+    `whose` names run and corpus. RunError if a file is not what its index says.
+    """
+    index = folder / "reference" / "index.json"
+    if not index.is_file():
+        return None
+    try:
+        said = json.loads(index.read_text(encoding="utf-8"))
+        of, parts = str(said["of"]), dict(said["parts"])
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as failure:
+        raise RunError(f"{index} is not what a run writes: {failure}; {AGAIN}") from None
+    if of != whose:
+        raise RunError(f"{index} is of another run or corpus; {AGAIN}")
+    for name, rows, pairs in _parts(splits):
+        path = folder / "reference" / name
+        if not path.is_file() or file_sha256(path) != parts.get(name):
+            raise RunError(f"{path} is missing, or not what was computed (SHA-256); copy it again, or {AGAIN}")
+        _place(pairs, rows, _read(path))
+    for sources in splits.values():
+        for pairs in sources:
+            if pairs.reference is None:
+                pairs.reference = np.zeros((len(pairs.entries), 2), np.float32)  # of a source without a row
+    return hashlib.sha256(json.dumps([of, parts], sort_keys=True).encode()).hexdigest()
+
+
+def compute(
+    folder: Path,
+    whose: str,
+    how: str,
+    splits: Splits,
+    *,
+    logprobs: Callable[[Microbatch], Tensor],
+    microbatch: int,
+    mesh: Mesh,
+    advance: Callable[[str, int, int], None],
+) -> str:
+    """As `known`, once what is missing is computed: `logprobs` is the engine's, of the starting weights, in numbers that `how` names."""
+    place, parts = folder / "reference", list(_parts(splits))
+    made = hashlib.sha256(json.dumps([whose, how]).encode()).hexdigest()
+    total, done = sum(len(rows) for _, rows, _ in parts), 0
+    for name, rows, pairs in parts:
+        path = place / name
+        if not ranks.first(mesh, lambda path=path: _kept(path, made)):
+            found = _computed(
+                pairs,
+                rows,
+                logprobs=logprobs,
+                microbatch=microbatch,
+                mesh=mesh,
+                advance=lambda at, before=done: advance("reference", before + at, total),
+            )
+            ranks.first(mesh, lambda path=path, found=found: _write(path, found, made))
+        done += len(rows)
+        advance("reference", done, total)
+
+    def written() -> None:
+        hashes = {name: file_sha256(place / name) for name, *_ in parts}
+        write_atomically(place / "index.json", json.dumps({"format": 1, "of": whose, "parts": hashes}, indent=1).encode())
+
+    ranks.first(mesh, written)
+    found = known(folder, whose, splits)
+    assert found is not None, "it was written"
+    return found
+
+
+def _parts(splits: Splits) -> Iterator[tuple[str, range, Pairs]]:
+    """`(file, rows, source)` of every part."""
+    for split, sources in splits.items():
+        for number, pairs in enumerate(sources):
+            for start in range(0, len(pairs), PART):
+                yield f"{split}-{number}-{start // PART:05d}.safetensors", range(start, min(start + PART, len(pairs))), pairs
+
+
+def _entries(pairs: Pairs, rows: range) -> np.ndarray:
+    return np.concatenate([pairs.rows[row] for row in rows])
+
+
+def _place(pairs: Pairs, rows: range, numbers: Tensor) -> None:
+    if pairs.reference is None:
+        pairs.reference = np.zeros((len(pairs.entries), 2), np.float32)
+    entries = _entries(pairs, rows)
+    if numbers.shape != (len(entries), 2):
+        raise RunError(
+            f"the reference's log-probabilities are {tuple(numbers.shape)} and the rows have {len(entries)} pairs; start over with --new"
+        )
+    pairs.reference[entries] = numbers.numpy()
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        return load(path.read_bytes())["logprobs"]
+    except (SafetensorError, KeyError, OSError) as failure:
+        raise RunError(f"{path} cannot be read: {failure}; {AGAIN}") from None
+
+
+def _write(path: Path, found: Tensor, made: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, save({"logprobs": found}, {"of": made}))
+
+
+def _kept(path: Path, made: str) -> bool:
+    """Whether a part was finished by an attempt before this one; what it holds is hashed with the others in the end."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("of") == made
+    except SafetensorError:
+        return False
+
+
+def _computed(
+    pairs: Pairs,
+    rows: range,
+    *,
+    logprobs: Callable[[Microbatch], Tensor],
+    microbatch: int,
+    mesh: Mesh,
+    advance: Callable[[int], None],
+) -> Tensor:
+    """The numbers of a part's entries, in their order; each rank computes every so-many-th microbatch, and all make equally many calls."""
+    reader, readers = mesh.data
+    device = mesh.device
+    entries = _entries(pairs, rows)
+    begins = np.cumsum([0, *(len(pairs.rows[row]) for row in rows)])
+    found = torch.zeros(len(entries), 2, device=device)
+    rounds = math.ceil(len(rows) / (microbatch * readers))
+    for turn in range(rounds):
+        start = (turn * readers + reader) * microbatch
+        mine: list[Any] = [(pairs, row) for row in rows[start : start + microbatch]]
+        mine += [None] * (microbatch - len(mine))
+        part = moved(stack(mine, pairs.sequence, pairs.eos, device, pairs.blank()), device)
+        numbers_bps = preference.answers(logprobs, part, pairs.form)
+        for place, row in enumerate(rows[start : start + microbatch]):
+            first, count = int(begins[start + place]), len(pairs.rows[row])
+            found[first : first + count] = numbers_bps[place, :count]
+        advance(min(len(rows), (turn + 1) * microbatch * readers))
+    return mesh.sum(found, *DATA).cpu()
