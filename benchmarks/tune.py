@@ -425,7 +425,7 @@ def loss_error(planned: Plan, folder: Path) -> float | None:
 
     given, found = load_file(folder / "first.safetensors"), json.loads((folder / "first.json").read_text())
     model = Decoder(planned.decoder, REFERENCE)
-    hf.load_weights(model, planned.decoder, Path(planned.source or ""))
+    hf.load_weights(model, planned.source or "")
     tokens, labels = given["input_ids"], torch.nn.functional.pad(given["labels"][:, 1:], (0, 1), value=-100)
     positions = given.get("position_ids")
     documents = None if positions is None else ((positions == 0).cumsum(1) - 1).int()
