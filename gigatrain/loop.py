@@ -25,7 +25,7 @@ from gigatrain.data.held import figures as held_figures
 from gigatrain.data.held import held as held_of
 from gigatrain.data.loader import Batches
 from gigatrain.data.pairs import Pairs
-from gigatrain.engines import Engine, low, replicated
+from gigatrain.engines import Engine, low, replicated, source
 from gigatrain.errors import DataError, RunError
 from gigatrain.exporting.card import keep_data
 from gigatrain.foreign import Foreign
@@ -141,6 +141,9 @@ def _steps(
     if device.type == "cuda":
         with progress.spent("compile"):
             _verify(plan, device, display)
+    # An adapter's checkpoints name the weights that it stands beside.
+    base = None if plan.adapter is None else ranks.first(mesh, lambda: source.base_of(plan))
+    named = {} if base is None else {"base": base}
     engine = engines.make(plan, mesh, device, fresh=not resumes)
     reader, readers = mesh.data
     held = _held_out(plan, corpus, mesh, device)
@@ -171,7 +174,7 @@ def _steps(
             with progress.spent("reference"):
                 _refer(plan, folder, engine, batches, held, resumes, mesh, display, log)
         with progress.spent("restore"):
-            kept, power = _resume(near, engine, batches, this, display) if resumes else ({}, {})
+            kept, power = _resume(near, engine, batches, this, display, base) if resumes else ({}, {})
         lives = stack.enter_context(replicated.joined(plan, mesh, engine, batches, display.line))
         engine = lives.engine
         found = lives.enter(lambda: {"run": this.state(), "data": batches.state(), "metrics": kept, "power": power})
@@ -200,7 +203,7 @@ def _steps(
 
         def again() -> None:
             saving.end()  # what is being written is of steps that are made again
-            kept, _ = _resume(near, engine, batches, this, display)
+            kept, _ = _resume(near, engine, batches, this, display, base)
             saves.forget(this.step)
             metrics.rewind(this.step, kept)
             near.begin()
@@ -229,7 +232,7 @@ def _steps(
             this.elapsed_s = before + time.monotonic() - began
             kept = metrics.state()
             this.tokens = metrics.tokens
-            return {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state()}
+            return {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state(), **named}
 
         lives.offer = kept_now
 
@@ -443,7 +446,7 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
         device,
         torch.bfloat16 if plan.compute == "bf16" else torch.float32,
         sequence=plan.sequence,
-        packed=plan.data.packing != "document",
+        packed=plan.documents,
         ranks=shared,
     )
     if worst:
@@ -451,9 +454,16 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
         display.line(f"  verified fused kernels on {torch.cuda.get_device_name(device)}, error over what is allowed: {found}")
 
 
-def _resume(near: Near, engine: Engine, batches: Batches, this: run.Run, display: Display) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fill everything from the newest step that is whole on either tier; says which ones were not whole. Returns what metrics and power budget kept."""
+def _resume(
+    near: Near, engine: Engine, batches: Batches, this: run.Run, display: Display, base: dict[str, str] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fill everything from the newest step that is whole on either tier; says which ones were not whole. Returns what metrics and power budget kept.
+
+    Of an adapter it must have been trained beside `base`.
+    """
     found, refused, why = near.latest()
+    if base is not None:
+        source.check_base(found.state.get("base", {}), base)
     for reason in refused:
         display.line(f"CHECKPOINT REFUSED: {reason}")
     random = _random_state(batches.device)

@@ -77,7 +77,11 @@ SPECIALS = {
     "gemma": ["<start_of_turn>", "<end_of_turn>"],
     "harmony": ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"],
 }
-TEXT = ["What is two plus two? It is four.\n\nHello, world! The answer: 42.\n", "def add(a, b):\n    return a + b\n", "für naïve Fälle 日本語 🙂\n\n\n"] * 4
+TEXT = [
+    "What is two plus two? It is four.\n\nHello, world! The answer: 42.\n",
+    "def add(a, b):\n    return a + b\n",
+    "für naïve Fälle 日本語 🙂\n\n\n",
+] * 4
 
 
 def template(shape: str, *, marks: bool) -> str:
@@ -99,7 +103,9 @@ def made(folder: Path, shape: str, *, marks: bool, swallows: bool = False) -> to
             backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         else:
             backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-            backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+            backend.decoder = decoders.Sequence(
+                [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            )
         alphabet: list[str] = []
     else:
         backend = Backend(models.BPE())
@@ -111,7 +117,9 @@ def made(folder: Path, shape: str, *, marks: bool, swallows: bool = False) -> to
         backend.decoder = decoders.ByteLevel()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))] if metaspace else ["<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=len(names) + len(alphabet) + 120, special_tokens=names, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(names) + len(alphabet) + 120, special_tokens=names, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(TEXT, trainer)
     backend.add_special_tokens([AddedToken(name, rstrip=swallows, special=True) for name in SPECIALS[shape]])
     folder.mkdir(parents=True, exist_ok=True)

@@ -168,7 +168,7 @@ class Batches:
         self.rows = len(self.share)  # of a step; those beyond the share have no labels
         self.microbatch = min(microbatch or len(self.share), len(self.share))
         self.device, self.prefetch = torch.device(device), prefetch
-        self.samples = samples_of(corpus, "train", sequence, packing, form)
+        self.samples = samples_of(corpus, "train", sequence, packing, form=form)
         self.form = form
         self.reference: str | None = None  # SHA-256 of what a reference says of the rows, where one is asked
         for name, samples in zip(corpus.sources, self.samples, strict=True):

@@ -198,7 +198,7 @@ def _check_foreign(recipe: Recipe, model: Foreign, mesh: Mesh) -> None:
                 f"mesh.{axis} {getattr(mesh, axis)} cuts our own decoders, and {kind!r} runs by transformers' code; set mesh.{axis} = 1, and share it by "
                 "mesh.shard and mesh.replicate"
             )
-    if recipe.data.packing != "document" and not model.isolates:
+    if recipe.documents and not model.isolates:
         raise PlanError(
             f'data.packing "{recipe.data.packing}" puts several documents in a row, which {kind!r} cannot keep apart; set data.packing = "document" (one a row)'
         )

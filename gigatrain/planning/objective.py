@@ -45,15 +45,23 @@ def check(recipe: Recipe, mesh: Mesh) -> None:
     for name, value in loss.items():
         if value:
             raise PlanError(f'loss.{name} {value} is of the next token, and objective.kind "{kind}" is of pairs; set loss.{name} = 0.0')
-    if recipe.train.dropout:
-        raise PlanError(
-            f'train.dropout {recipe.train.dropout} would make the policy differ from its reference by chance, and objective.kind "{kind}" compares them; '
-            "set train.dropout = 0.0"
-        )
+    for name in ("dropout", "neftune"):
+        if value := getattr(recipe.train, name):
+            raise PlanError(
+                f'train.{name} {value} would make the policy differ from its reference by chance, and objective.kind "{kind}" compares them; '
+                f"set train.{name} = 0.0"
+            )
     if recipe.recovery.replicas != "none":
         raise PlanError(
             f'recovery.replicas "{recipe.recovery.replicas}" hands over what a step reports as two numbers, and objective.kind "{kind}" reports more; '
             'set recovery.replicas = "none"'
         )
     if objective.reference == "adapter":
-        raise PlanError('objective.reference "adapter" needs an adapter, and the recipe has none; set objective.reference = "start"')
+        if recipe.adapter is None:
+            raise PlanError('objective.reference "adapter" needs an adapter, and the recipe has none; set objective.reference = "start"')
+        for name in ("train_embeddings", "train_head"):
+            if getattr(recipe.adapter, name):
+                raise PlanError(
+                    f'objective.reference "adapter" is the model without its adapters, and adapter.{name} trains a part of it; set adapter.{name} = false, '
+                    'or objective.reference = "start"'
+                )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from gigatrain import load
 from gigatrain.architectures import Architecture
 from gigatrain.config import (
+    Adapter,
     Checkpoint,
     Data,
     Engine,
@@ -32,7 +33,7 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import attention, axes, budget, cost, fusions, hardware, objective, products, replicas, watts
+from gigatrain.planning import adapting, attention, axes, budget, cost, fusions, hardware, objective, products, replicas, watts
 from gigatrain.planning.expect import expect
 from gigatrain.planning.expected import Expected
 from gigatrain.planning.fusions import Fusion, Name
@@ -143,6 +144,7 @@ class Plan(Section):
     tokens: int
     precision: Literal["bf16", "fp32", "fp8"]
     fp8: products.Products | None = None
+    adapter: Adapter | None = None
     seed: int
     recompute: cost.Recompute
     dropout: float
@@ -175,6 +177,16 @@ class Plan(Section):
     def compute(self) -> Literal["bf16", "fp32"]:
         """What weights and activations are in, outside of products in fp8."""
         return "fp32" if self.precision == "fp32" else "bf16"
+
+    @property
+    def documents(self) -> bool:
+        """Whether rows hold several documents, which attention keeps apart."""
+        return self.data.packing != "document" or self.objective.joins
+
+    @property
+    def drops(self) -> bool:
+        """Whether a step draws masks or noise."""
+        return self.dropout > 0 or self.neftune > 0 or (self.adapter is not None and self.adapter.dropout > 0)
 
     @property
     def decoder(self) -> Architecture:
@@ -224,6 +236,8 @@ class Plan(Section):
             for part in parents:
                 node = node[part]
             del node[last]
+        if self.adapter is None:
+            del tree["adapter"]  # as the plans of runs before there were adapters
         return tree
 
     def differences(self, other: "Plan") -> list[str]:
@@ -263,6 +277,7 @@ def plan(
     microbatch, accumulation = axes.share(recipe, mesh)
     axes.check(recipe, architecture, mesh, accumulation)
     objective.check(recipe, mesh)
+    adapting.check(recipe, architecture, mesh)
     tokens_per_step = train.batch * train.sequence
     steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)
     low = products.resolve(recipe, site, architecture, mesh)
@@ -281,8 +296,9 @@ def plan(
         mesh=mesh,
         engine=recipe.engine,
         kernels={choice.op: choice.kernel for choice in kernels},
-        documents=recipe.data.packing != "document",
+        documents=recipe.documents,
         fused=frozenset(fusion.name for fusion in chosen if fusion.on),
+        adapter=recipe.adapter,
     )
     if recipe.tokenizer.train and recipe.tokenizer.train.vocab > architecture.vocab:
         raise PlanError(
@@ -334,6 +350,7 @@ def plan(
         tokens=steps * tokens_per_step,
         precision=train.precision,
         fp8=low,
+        adapter=recipe.adapter,
         seed=train.seed,
         recompute=train.recompute,
         dropout=train.dropout,
@@ -358,7 +375,9 @@ def plan(
         kernels=kernels,
         fusions=chosen,
         parameters=architecture.parameters(),
-        flops_per_token=architecture.flops_per_token(train.sequence),
+        flops_per_token=adapting.flops_per_token(architecture, recipe.adapter, train.sequence)
+        if recipe.adapter is not None and isinstance(architecture, Architecture)
+        else architecture.flops_per_token(train.sequence),
         memory=memory,
     )
     return found.model_copy(update={"expected": expect(found, site, constants)}) if forecast else found
@@ -509,7 +528,7 @@ def _attended(recipe: Recipe, site: Site, architecture: Architecture) -> attenti
     asks = {
         "values": values != architecture.head_dim,
         "single": train.precision == "fp32",
-        "documents": recipe.data.packing != "document",
+        "documents": recipe.documents,
         "window": any((window := architecture.window_of(i)) and window < train.sequence for i in range(architecture.layers)),
         "softcap": architecture.attention_softcap is not None,
         "sinks": getattr(architecture, "sinks", False),

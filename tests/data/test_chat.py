@@ -169,17 +169,22 @@ def test_forged_ends_and_others_that_are_refused(both: Both, tmp_path: Path) -> 
 
         return tokenizer.load(str(tmp_path))
 
-    alpaca = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}"
+    alpaca = (
+        "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}"
+    )
     with pytest.raises(Unmarkable, match="no special token ends turn 1"):
         chat.render(turns("a", "b"), with_template(alpaca))
     other = chatshapes.template("chatml", marks=False).replace("assistant\\n' }}{%- endif", "assistant\\n<think>' }}{%- endif")
     with pytest.raises(Unmarkable, match="the generation prompt before turn 1 is not how the template writes"):
         chat.render(turns("a", "b"), with_template(other))
     with pytest.raises(Unmarkable, match="across the edge"):
-        chat.render(turns("a", "b"), with_template(
-            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{{ 'wor' }}{% generation %}{{ 'ld' }}{% endgeneration %}{% endif %}{% endfor %}"
-        ))
-    with pytest.raises(Unmarkable, match=r'tokenizer\.date'):
+        chat.render(
+            turns("a", "b"),
+            with_template(
+                "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{{ 'wor' }}{% generation %}{{ 'ld' }}{% endgeneration %}{% endif %}{% endfor %}"
+            ),
+        )
+    with pytest.raises(Unmarkable, match=r"tokenizer\.date"):
         chat.render(turns("a", "b"), with_template("{{ strftime_now('%Y') }}"))
     with pytest.raises(DataError, match="does not parse"):
         chat.render(turns("a", "b"), with_template("{% for %}"))
@@ -206,8 +211,15 @@ TEXTS = st.text(st.sampled_from("ab It is\n\t. für日🙂\u0301<|>[]/ 4"), max_
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(st.sampled_from(SHAPES), st.lists(TEXTS.filter(lambda text: text.strip() != ""), min_size=2, max_size=6), st.none() | TEXTS, st.booleans())
-def test_whatever_is_said_the_trained_tokens_are_the_answers(both: Both, shape: str, texts: list[str], system: str | None, swallows: bool) -> None:
+@given(
+    st.sampled_from(SHAPES),
+    st.lists(TEXTS.filter(lambda text: text.strip() != ""), min_size=2, max_size=6),
+    st.none() | TEXTS,
+    st.booleans(),
+)
+def test_whatever_is_said_the_trained_tokens_are_the_answers(
+    both: Both, shape: str, texts: list[str], system: str | None, swallows: bool
+) -> None:
     """The trained runs decode to the answers and their ends, nothing else; markers or not."""
     marking, plain = both(shape, swallows)
     messages = turns(*(texts if len(texts) % 2 == 0 else texts[:-1]), system=system)

@@ -53,7 +53,11 @@ def test_a_row_holds_as_many_segments_as_attention_reserves() -> None:
     for sequence in (16, 128, 4096):
         documents = torch.arange(sequence, dtype=torch.int32).clamp(max=segments(sequence))[None]  # padding is one more
         assert attention_mask.sequences(documents)[1].isfinite().all()
-        assert not attention_mask.sequences(torch.arange(sequence, dtype=torch.int32).clamp(max=segments(sequence) + 1)[None])[1].isfinite().all()
+        assert (
+            not attention_mask.sequences(torch.arange(sequence, dtype=torch.int32).clamp(max=segments(sequence) + 1)[None])[1]
+            .isfinite()
+            .all()
+        )
 
 
 def test_a_row(stream_of: Callable[..., Stream]) -> None:
