@@ -93,8 +93,8 @@ from pathlib import Path
 import torch
 from gigatrain import loop, run
 resume = loop._resume
-def compared(near, engine, batches, this, display):
-    kept = resume(near, engine, batches, this, display)
+def compared(near, engine, batches, this, *more):
+    kept = resume(near, engine, batches, this, *more)
     found, same, differ = run.checkpoints(Path(os.environ["TEST_RUN"]))._open(this.step), 0, []
     for group in ("weights", "optimizer"):
         whole = found.tensors(group)

@@ -29,7 +29,7 @@ def legs_of(run: Path, record: Mapping[str, Any], sessions: list[list[dict[str, 
     for index, (one, part, end) in enumerate(zip(known, parts, ends, strict=True)):
         last = index == len(known) - 1
         goodput = goodput_of(part, now if last else None, [session for later in parts[index + 1 :] for session in later])
-        begin, tokens, seconds = number(one, "step") or 0, 0.0, 0.0
+        begin, tokens, seconds = max(0, number(one, "step") or 0), 0.0, 0.0
         for session in part:
             opened = began_of(session)
             reports = [event for event in session if event["event"] == "report" and number(event, "step") is not None]
@@ -84,6 +84,7 @@ def _counted(sessions: list[list[dict[str, Any]]]) -> dict[float, float]:
 
 def _at(counted: Mapping[float, float], step: float, told: Mapping[str, Any] | None = None) -> float:
     """Tokens at a step: as its own report said, else in a straight line between the reports around it."""
+    step = max(0, step)  # a smaller one is damage
     said = number(told, "tokens") if told is not None else counted.get(step)
     if said is not None:
         return said
