@@ -42,6 +42,9 @@ class Model(Section):
         alias="from",
         description="Folder or hub name whose weights (and, without `architecture`, numbers) the run starts from.",
     )
+    positions: Count | None = Field(
+        default=None, description="Context length of the weights of `from`, in tokens; default: what their config.json declares."
+    )
     fresh: bool = Field(default=False, description="Take only the numbers of `from`, and draw the weights anew.")
     init: Init = Init()
 
@@ -347,6 +350,11 @@ class Adapter(Section):
     quantise: Literal["none", "nf4"] = Field(
         default="none",
         description="How the layers' frozen matrices are kept: nf4, 4 bits and an fp32 scale for 64 neighbours (QLoRA, arXiv:2305.14314).",
+    )
+    restore: Literal["torch", "bitsandbytes"] = Field(
+        default="torch",
+        description="What makes weights of their 4 bits again: torch's own operations, on any device and in seven times the memory traffic, or "
+        "bitsandbytes' kernel (pip install bitsandbytes). The same numbers.",
     )
     source: str | None = Field(
         default=None, alias="from", description="Folder of an adapter that peft wrote, of the same kind, rank and targets, to start from."

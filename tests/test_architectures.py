@@ -133,7 +133,35 @@ PUBLISHED = {
     "gpt-oss-120b": 116_829_156_672,
     "apertus-8b": 8_053_338_176,
     "phi-3-mini": 3_821_079_552,
+    # half of `total_size` of the released safetensors index, whose tensors are all of 2 bytes
+    "qwen3-4b": 8_044_936_192 // 2,
+    "qwen3-14b": 29_536_614_400 // 2,
+    "qwen3-32b": 65_524_246_528 // 2,
+    "qwen3-235b-a22b": 470_187_269_120 // 2,
+    "mistral-7b-v0.3": 14_496_047_104 // 2,
+    "olmo-2-13b": 13_716_198_400,
+    "olmo-2-32b": 32_234_279_936,
 }
+# What cards and reports say in billions, and to how many of them: where no count to the unit was found.
+ROUNDED = {
+    "qwen3-1.7b": (1.7, 0.05),
+    "gemma-3-4b": (3.209 + 0.675, 0.006),
+    "gemma-3-12b": (10.759 + 1.012, 0.006),
+    "gemma-3-27b": (25.600 + 1.416, 0.007),
+    "eurollm-9b": (9.154, 0.002),
+    "eurollm-22b": (22.639, 0.002),
+    "apertus-70b": (71.0, 0.5),
+    "lucie-7b": ((4.92 + 4.98 + 3.51) / 2, 0.01),
+    "minerva-7b": ((4.98 + 4.92 + 4.90) / 2, 0.01),
+    "teuken-7b": ((4.94 + 4.93 + 4.93 + 0.11) / 2, 0.01),
+    "mistral-small-4": (119, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_named_models_have_about_the_size_that_their_cards_say(name: str) -> None:
+    said, off = ROUNDED[name]
+    assert abs(Architecture.model_validate_json(json.dumps(resolve(name))).parameters() / 1e9 - said) <= off
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -146,7 +174,7 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
         RecipeError, match=r"no architecture is called 'llama3-8b'; did you mean .*llama-3\.1-8b.* as a table \[model\.architecture\]"
     ):
         resolve("llama3-8b")
-    with pytest.raises(RecipeError, match=r"no architecture is called 'zzz'; there are apertus-8b, deepseek-v3, gemma-2-2b"):
+    with pytest.raises(RecipeError, match=r"no architecture is called 'zzz'; there are apertus-70b, apertus-8b, deepseek-v3, eurollm-22b"):
         resolve("zzz")
 
 

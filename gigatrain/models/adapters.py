@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,8 @@ from torch.nn import functional as F
 
 from gigatrain.config import Adapter
 from gigatrain.errors import CheckpointError
-from gigatrain.kernels import dropout_add
 from gigatrain.kernels.linear import Linear
-from gigatrain.models import nf4
+from gigatrain.models import hf, nf4
 from gigatrain.models.decoder import Decoder
 from gigatrain.planning.adapting import targeted
 
@@ -56,8 +55,9 @@ class Seed:
 class Frozen(Linear):
     """A layer's matrix that is not trained, perhaps of 4 bits."""
 
-    def __init__(self, of: Linear, quantise: str) -> None:
+    def __init__(self, of: Linear, quantise: str, restore: nf4.Restore) -> None:
         nn.Module.__init__(self)
+        self.restore = restore
         self.in_features, self.out_features, self.product = of.in_features, of.out_features, of.product
         self.bias, self.narrow = of.bias, quantise == "nf4"
         if self.narrow:
@@ -74,7 +74,19 @@ class Frozen(Linear):
     def forward(self, x_nd: Tensor) -> Tensor:
         if not self.narrow:
             return self.product(x_nd, self.weight, self.bias)
-        return _Product.apply(x_nd, *self._kept(), self.bias, None, None, 1.0)  # type: ignore[return-value]
+        return self._product(x_nd, self.bias)
+
+    def _product(self, x_nd: Tensor, bias_o: Tensor | None, a: Tensor | None = None, b: Tensor | None = None, s: float = 1.0) -> Tensor:
+        """As `_Product`; a compiler gets what it is made of."""
+        weight, scales = self._kept()
+        if torch.compiler.is_compiling():
+            y_no = F.linear(x_nd, weight, bias_o)
+            return y_no if a is None or b is None else y_no + s * F.linear(F.linear(x_nd, a), b)
+        return _Product.apply(x_nd, weight, scales, bias_o, a, b, s, self.restore)  # type: ignore[return-value]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight, in `dtype` where it is made of codes."""
+        return _dense(*self._kept(), dtype, self.restore)
 
 
 class Adapted(Frozen):
@@ -82,9 +94,9 @@ class Adapted(Frozen):
 
     off = False  # whether it computes as the frozen matrix alone
 
-    def __init__(self, of: Linear, adapter: Adapter, seed: Seed, number: int) -> None:
-        super().__init__(of, adapter.quantise)
-        self.adapter, self.scale, self.seed, self.number = adapter, adapter.scale, seed, number
+    def __init__(self, of: Linear, adapter: Adapter, seed: Seed, number: int, drop: Callable[..., Tensor], restore: nf4.Restore) -> None:
+        super().__init__(of, adapter.quantise, restore)
+        self.adapter, self.scale, self.seed, self.number, self.drop = adapter, adapter.scale, seed, number, drop
         device = next(self.parameters()).device
         self.lora_A = nn.Parameter(torch.empty(adapter.rank, of.in_features, device=device))
         self.lora_B = nn.Parameter(torch.empty(of.out_features, adapter.rank, device=device))
@@ -94,29 +106,29 @@ class Adapted(Frozen):
     def forward(self, x_nd: Tensor) -> Tensor:
         if self.off:
             return super().forward(x_nd)
-        kept, a, b, s = self._kept(), self.lora_A, self.lora_B, self.scale
+        a, b, s = self.lora_A, self.lora_B, self.scale
         dropped = self._dropped(x_nd) if self.training and self.adapter.dropout else None
         if self.adapter.kind == "lora":
             if dropped is None:
-                return _product(x_nd, *kept, self.bias, a, b, s)
+                return self._product(x_nd, self.bias, a, b, s)
             return super().forward(x_nd) + s * F.linear(F.linear(dropped, a), b)
-        share_o = self._share(*kept, x_nd.dtype)
+        share_o = self._share(x_nd.dtype)
         if dropped is None:
-            y = _product(x_nd, *kept, None, a, b, s) * share_o
+            y = self._product(x_nd, None, a, b, s) * share_o
             return y if self.bias is None else y + self.bias
         # As peft: what the frozen matrix makes of all inputs, and what adapter and lengths change of the ones that are left.
-        plain = _product(dropped, *kept, None, None, None, 1.0)
+        plain = self._product(dropped, None)
         return super().forward(x_nd) + (share_o - 1) * plain + share_o * s * F.linear(F.linear(dropped, a), b)
 
     def _dropped(self, x_nd: Tensor) -> Tensor:
         assert self.seed.tensor is not None, "the engine gives a seed where the adapter has dropout"
         p, seed = self.adapter.dropout, self.seed.tensor * (1 << 16) + self.number
-        return x_nd * (dropout_add.kept(x_nd.shape, p, seed).to(x_nd.dtype) / (1 - p))
+        return self.drop(x_nd, torch.zeros_like(x_nd), p, seed)
 
-    def _share(self, weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _share(self, dtype: torch.dtype) -> Tensor:
         """c of DoRA, [o] in `dtype`; its gradient is that of the growth alone."""
         with torch.no_grad():
-            w = _dense(weight, scales, dtype)
+            w = self.dense(dtype)
             length = torch.linalg.vector_norm(w, dim=1, dtype=torch.float32)
             a, b, s = self.lora_A.float(), self.lora_B.float(), self.scale
             across = (self.lora_A.to(w.dtype) @ w.t()).float()
@@ -127,8 +139,8 @@ class Adapted(Frozen):
         return ((length + self.lora_growth.float()) * inverse).to(dtype)
 
 
-def _dense(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return weight if scales is None else nf4.restored(weight, scales.view(torch.float32), dtype)
+def _dense(weight: Tensor, scales: Tensor | None, dtype: torch.dtype, restore: nf4.Restore) -> Tensor:
+    return weight if scales is None else restore(weight, scales.view(torch.float32), dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -136,10 +148,18 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_nd: Tensor, weight: Tensor, scales: Tensor | None, bias_o: Tensor | None, a: Tensor | None, b: Tensor | None, s: float
+        ctx: Any,
+        x_nd: Tensor,
+        weight: Tensor,
+        scales: Tensor | None,
+        bias_o: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        s: float,
+        restore: nf4.Restore,
     ) -> Tensor:
-        y_no, u_nr = F.linear(x_nd, _dense(weight, scales, x_nd.dtype), bias_o), None
-        ctx.s = s
+        y_no = F.linear(x_nd, _dense(weight, scales, x_nd.dtype, restore), bias_o)
+        ctx.s, ctx.restore = s, restore
         if a is not None and b is not None:
             u_nr = F.linear(x_nd, a).flatten(0, -2)
             y_no = torch.addmm(y_no.flatten(0, -2), u_nr, b.t(), alpha=s).view(y_no.shape)
@@ -153,24 +173,14 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, dy_no: Tensor) -> Any:
         x, weight, scales, a, b, u_nr = ctx.saved_tensors
         dy = dy_no.flatten(0, -2)
-        dx = dy @ _dense(weight, scales, dy.dtype) if ctx.needs_input_grad[0] else None
+        dx = dy @ _dense(weight, scales, dy.dtype, ctx.restore) if ctx.needs_input_grad[0] else None
         if a is None:
-            return None if dx is None else dx.view(*dy_no.shape[:-1], -1), None, None, None, None, None, None
+            return None if dx is None else dx.view(*dy_no.shape[:-1], -1), *([None] * 7)
         du_nr = (dy @ b).mul_(ctx.s)
         da = du_nr.t() @ x.flatten(0, -2) if ctx.needs_input_grad[4] else None
         db = (dy.t() @ u_nr).mul_(ctx.s) if ctx.needs_input_grad[5] else None
         dx = None if dx is None else dx.addmm_(du_nr, a).view(x.shape)
-        return dx, None, None, None, da, db, None
-
-
-def _product(
-    x_nd: Tensor, weight: Tensor, scales: Tensor | None, bias_o: Tensor | None, a: Tensor | None, b: Tensor | None, s: float
-) -> Tensor:
-    """As `_Product`; a compiler gets what it is made of."""
-    if torch.compiler.is_compiling():
-        y_no = F.linear(x_nd, _dense(weight, scales, x_nd.dtype), bias_o)
-        return y_no if a is None or b is None else y_no + s * F.linear(F.linear(x_nd, a), b)
-    return _Product.apply(x_nd, weight, scales, bias_o, a, b, s)  # type: ignore[return-value]
+        return dx, None, None, None, da, db, None, None
 
 
 # ---- A decoder with adapters ----
@@ -178,15 +188,16 @@ def _product(
 
 def adapt(model: Decoder, adapter: Adapter, dtype: torch.dtype) -> None:
     """Freeze a decoder, its weights in `dtype`, and give the matrices that `adapter` targets one each. On meta, or with weights that are kept."""
-    seed = model.adapter_seed = Seed()
+    seed, restore = Seed(), nf4.restorer(adapter.restore)
+    model.adapter_seed = seed
     for number, (name, module) in enumerate(list(model.named_modules())):
         if type(module) is not Linear:
             continue
         owner, _, leaf = name.rpartition(".")
         if targeted(name, adapter.targets):
-            setattr(model.get_submodule(owner), leaf, Adapted(module, adapter, seed, number))
+            setattr(model.get_submodule(owner), leaf, Adapted(module, adapter, seed, number, model.ops.dropout_add, restore))
         elif adapter.quantise != "none":
-            setattr(model.get_submodule(owner), leaf, Frozen(module, adapter.quantise))
+            setattr(model.get_submodule(owner), leaf, Frozen(module, adapter.quantise, restore))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(name, adapter))
     if adapter.train_head and model.part.last:
@@ -260,7 +271,7 @@ def kept(model: nn.Module, name: str, weight: Tensor) -> Iterator[tuple[str, Ten
 def first(model: nn.Module, base: Iterator[tuple[str, Tensor]], adapter: Adapter, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Every parameter's whole first value, one at a time: the base's, then the adapters': A uniform within 1 / sqrt(inputs), B and growth 0, as peft, or
     what the folder `adapter.from` has. Drawn on the CPU: the same on every device."""
-    start = None if adapter.source is None else Stored(Path(adapter.source), adapter)
+    start = None if adapter.source is None else Stored(hf.locate(adapter.source), adapter)
     lengths: dict[str, Tensor] = {}
     for name, weight in base:
         owner, _, leaf = name.rpartition(".")
@@ -300,7 +311,7 @@ class Stored:
     """An adapter folder that peft wrote. Raises CheckpointError for one that is not what the recipe says."""
 
     def __init__(self, folder: Path, adapter: Adapter) -> None:
-        self.folder, self.adapter = folder.expanduser(), adapter
+        self.folder, self.adapter = folder, adapter
         path = self.folder / CONFIG
         try:
             config = json.loads(path.read_text(encoding="utf-8"))

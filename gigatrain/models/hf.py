@@ -256,7 +256,7 @@ def _files(folder: Path) -> dict[str, Path]:
     if (index := folder / INDEX).is_file():
         try:
             places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {name: folder / Path(file).name for name, file in places.items()}
+            return {name: folder / Path(places[stored]).name for name, stored in _language(places).items()}
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{index} is damaged: {type(error).__name__}: {str(error)[:200]}; fetch or write the folder again"
@@ -271,9 +271,45 @@ def _files(folder: Path) -> dict[str, Path]:
     raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}")
 
 
+_LANGUAGE = (("model.language_model.", "model."), ("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."))
+
+
+def _language(stored: Iterable[str]) -> dict[str, str]:
+    """Name -> name as stored. Of a model that also sees or hears, those of its language model, by the names that it has alone; others are as they are."""
+    stored = list(stored)
+    if not any(name.startswith(before) for name in stored for before, _ in _LANGUAGE):
+        return {name: name for name in stored}
+    found = {after + name.removeprefix(before): name for before, after in _LANGUAGE for name in stored if name.startswith(before)}
+    return found | {name: name for name in stored if name == _HEAD}
+
+
+class _Part:
+    """A file of such a model, as if it held its language model alone."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __enter__(self) -> "_Part":
+        self._file.__enter__()
+        self._stored = _language(self._file.keys())
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._file.__exit__(*raised)
+
+    def keys(self) -> list[str]:
+        return list(self._stored)
+
+    def get_slice(self, name: str) -> Any:
+        return self._file.get_slice(self._stored.get(name, name))
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._file.get_tensor(self._stored.get(name, name))
+
+
 def _open(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        return _Part(safe_open(path, framework="pt", device="cpu"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing, though the index names it; fetch the folder again") from error
     except SafetensorError as error:

@@ -3,15 +3,18 @@
     code_e = the nearest of 16 levels to w_e / scale        scale = max |w| of its block        w~_e = level[code_e] * scale
 
 Two codes are one byte, the first in its high half, as bitsandbytes has them. A block never crosses a row, so that a matrix is cut by rows with its scales.
-0.5625 B per element; the scales are not quantised again (0.127 B would become 0.06).
+0.5625 B per element; the scales are not quantised again (4 bits and 0.5 of scales would become 4.127). bitsandbytes has the same levels, blocks and order,
+so that its kernel makes the same numbers of these codes.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gigatrain.errors import RunError
 from gigatrain.planning.adapting import BLOCK
 
 # Quantiles of N(0, 1), scaled to [-1, 1], with an exact 0; the paper's numbers.
@@ -44,3 +47,25 @@ def restored(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight [o, i], in `dtype`; levels times scales are rounded once."""
     levels = F.embedding(codes.int(), _pairs(codes.device, torch.float32))  # [o, i / 2, 2]
     return (levels.view(codes.shape[0], -1, BLOCK) * scales[..., None]).to(dtype).flatten(1)
+
+
+Restore = Callable[[Tensor, Tensor, torch.dtype], Tensor]
+
+
+def restorer(name: str) -> Restore:
+    """What makes weights of codes: `restored`, or bitsandbytes' kernel. Raises RunError without it."""
+    if name == "torch":
+        return restored
+    try:
+        import bitsandbytes  # noqa: F401 (registers its operators)
+    except ImportError as failure:
+        raise RunError(
+            f'adapter.restore "bitsandbytes" needs bitsandbytes, which cannot be imported ({failure}); pip install bitsandbytes, or set '
+            'adapter.restore = "torch"'
+        ) from failure
+    return _restored_by_bitsandbytes
+
+
+def _restored_by_bitsandbytes(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    shape = codes.shape[0], 2 * codes.shape[1]
+    return torch.ops.bitsandbytes.dequantize_4bit(codes.reshape(-1, 1), scales.reshape(-1), BLOCK, "nf4", shape, dtype)

@@ -136,7 +136,7 @@ def _read(path: Path) -> Tensor:
 
 
 def _write(path: Path, found: Tensor, made: str) -> None:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save({"logprobs": found}, {"of": made}))
 
 

@@ -113,7 +113,10 @@ class Display:
             zero = f" ZeRO-{plan.engine.zero}" if plan.engine.name == "deepspeed" else ""
             self.line(f"  mesh     {plan.ranks:,} ranks: {shown}{inner}; engine {plan.engine.name}{zero}")
         if plan.adapter is not None:
-            self.line(f"  adapter  {adapting.describe(plan.decoder, plan.adapter)}")
+            self.line(
+                f"  adapter  {adapting.describe(plan.decoder, plan.adapter)}"
+                + ("" if plan.source else "; THE BASE IS DRAWN AT RANDOM: model.from names none")
+            )
         self.line(f"  site     {plan.site} ({why}); {plan.precision} on {plan.device}, about {gib(plan.memory.total)}")
         if plan.draw.text():
             self.line(f"  power    {plan.draw.text()}")
@@ -167,7 +170,7 @@ def _validated(said: dict[str, Any], head: str = "") -> str:
 def _idle(plan: Plan) -> set[str]:
     """Operations that this plan never calls, of which a reader need not hear."""
     found = set() if plan.optim.name == "muon" else {"newton_schulz", "muon_momentum", "muon_update"}
-    found |= set() if plan.dropout else {"dropout_add"}
+    found |= set() if plan.drops else {"dropout_add"}
     found |= set() if plan.fp8 is not None else {"quantise"}
     if isinstance(plan.architecture, Foreign):
         return found

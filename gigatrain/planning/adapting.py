@@ -13,6 +13,9 @@ from gigatrain.planning import products
 BLOCK = 64  # neighbours that share a scale in nf4
 NF4_BYTES = 0.5 + 4 / BLOCK  # per element
 
+# Bytes that cross memory per element that is made again (models/nf4.py): codes read, levels written, scaled, rounded to bf16; one kernel reads and writes.
+RESTORE_BYTES = {"torch": NF4_BYTES + 4 + 8 + 6, "bitsandbytes": NF4_BYTES + 2}
+
 
 def targeted(name: str, targets: Sequence[str] | str) -> bool:
     """Whether the matrix `name` (self_attn.q_proj, or with what stands before it) gets an adapter."""
@@ -108,9 +111,9 @@ def kept_bytes(architecture: Architecture, adapter: Adapter, size: int) -> int:
 
 
 def restoring_bytes(architecture: Architecture, adapter: Adapter, size: int) -> int:
-    """Bytes of the largest matrix while it is made of its codes: levels and their products in fp32, then the weight."""
+    """Bytes of the largest matrix while it is made of its codes: the weight, and by torch levels and their products in fp32."""
     largest = max(outputs * inputs for outputs, inputs, _ in matrices(architecture).values())
-    return (8 + size) * largest if adapter.quantise == "nf4" else 0
+    return (size + (8 if adapter.restore == "torch" else 0)) * largest if adapter.quantise == "nf4" else 0
 
 
 def flops_per_token(architecture: Architecture, adapter: Adapter, sequence: int) -> float:
@@ -191,6 +194,8 @@ def _refused(recipe: Recipe, adapter: Adapter, mesh: Mesh) -> tuple[str, str] | 
         return f"loss.router_bias_rate {recipe.loss.router_bias_rate:g} would move routers that are frozen", "leave it out"
     if adapter.quantise == "nf4" and recipe.engine.name == "deepspeed":
         return 'adapter.quantise "nf4" keeps integers, which DeepSpeed would partition and cast as weights', 'set engine.name = "native"'
+    if adapter.quantise == "none" and adapter.restore != "torch":
+        return f"adapter.restore {adapter.restore!r} is of weights of 4 bits, and adapter.quantise is none", "leave adapter.restore out"
     if adapter.quantise == "nf4" and recipe.train.compile:
         return 'adapter.quantise "nf4" with train.compile has not been judged', "set train.compile = false"
     return None

@@ -240,10 +240,16 @@ def _played(job: dict[str, Any]) -> dict[str, Any]:
         size_of(bucket.weight for bucket in buckets) if plan.compute == "bf16" and plan.optim.master == "fp32" and not engine.sharded else 0
     )
     weights = size_of(bucket.weight for bucket in buckets)
+    whole = sum(math.prod(engine.places[name].shape) for name in engine.grads)
+    if plan.adapter is not None:  # of the base, each of whose weights counts once in whatever form
+        from gigatrain.models.adapters import base_shapes
+
+        whole = sum(math.prod(shape) for shape in base_shapes(engine.model).values())
+    frozen = size_of(shard.local(one) for one in engine.frozen.values())
     return {
         "parameters": sum(tensor.numel() for tensor in held),
-        "whole": sum(math.prod(engine.places[name].shape) for name in engine.grads),
-        "weights": weights // 2 if masters else weights,
+        "whole": whole,
+        "weights": (weights // 2 if masters else weights) + frozen,
         # The sums, and a microbatch's own beside them, but of what its product adds to the sum.
         "gradients": size_of(group.grads.buffer for group in engine.groups)
         + size_of(shard.local(one) for name, one in engine.parameters.items() if name not in engine._sums),

@@ -98,6 +98,7 @@ def workload_of(plan: Plan) -> Workload:
         frozen=plan.adapter is not None,
         adapter_rank=plan.adapter.rank if plan.adapter is not None else 0,
         adapter_parameters=adapting.trained(plan.decoder, plan.adapter) if plan.adapter is not None else 0,
+        restored=adapting.RESTORE_BYTES[plan.adapter.restore] if plan.adapter is not None and plan.adapter.quantise == "nf4" else 0.0,
         lean=tuple(sorted(fused | {op for op, kernel in kernels.items() if kernel not in ("reference", "foreach", "sdpa", "chunked")})),
     )
 

@@ -238,6 +238,8 @@ class Plan(Section):
             del node[last]
         if self.adapter is None:
             del tree["adapter"]  # as the plans of runs before there were adapters
+        else:
+            del tree["source"]  # the base may lie elsewhere: checkpoints know it by the hash of its weights
         return tree
 
     def differences(self, other: "Plan") -> list[str]:
@@ -478,7 +480,11 @@ def _rules(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -> 
     if isinstance(architecture, Foreign):
         within = "the model's own code: transformers' " + architecture.class_name
         return chosen | dict.fromkeys(MODEL, ("reference", within))
-    if architecture.experts and gpu and _glues(recipe, site, architecture):
+    odd = [n for n in (architecture.hidden, architecture.expert_width) if n * 2 % 16] if architecture.experts else []
+    if architecture.experts and gpu and recipe.adapter is not None and not odd:
+        why = "[adapter]: experts are frozen, and of torch's grouped product their gradients are not made"
+        chosen |= dict.fromkeys(("moe", "experts"), ("grouped", why))
+    elif architecture.experts and gpu and _glues(recipe, site, architecture):
         why = (
             "torch's grouped products with one Triton launch between two: on an H200 1.47 times as fast as Triton's own products (Qwen3-30B-A3B, "
             "8,192 tokens, forward and backward)"

@@ -9,7 +9,8 @@ import transformers
 
 from gigatrain import architectures
 from gigatrain.config import Adapter
-from gigatrain.models import adapters, hf
+from gigatrain.errors import CheckpointError
+from gigatrain.models import adapters, hf, nf4
 from gigatrain.models.decoder import Decoder
 
 peft = pytest.importorskip("peft")
@@ -122,3 +123,55 @@ def test_a_new_adapter_changes_nothing_yet_and_is_drawn_as_pefts(kind, tmp_path)
         if "lora_A" in name:
             bound = parameter.shape[1] ** -0.5
             assert 0.8 * bound < parameter.abs().max() <= bound
+
+
+def test_four_bits_are_those_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(0)
+    weight = torch.randn(48, 192) * torch.rand(48, 1)
+    weight[3] = 0.0
+    codes, scales = nf4.quantised(weight)
+    assert (codes.numel(), scales.numel()) == (weight.numel() // 2, weight.numel() // 64)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    assert torch.equal(state.absmax.view(48, 3), scales)
+    # Which of two levels an element half-way between them gets is a matter of rounding.
+    assert (packed.view(48, 96) != codes).float().mean() < 1e-3
+    for dtype in (torch.float32, torch.bfloat16):
+        whole = nf4.restored(codes, scales, dtype)
+        assert torch.equal(whole, nf4.restorer("bitsandbytes")(codes, scales, dtype))
+        assert (whole.float() - weight).abs().max() < 0.16 * weight.abs().max()
+    assert torch.equal(
+        nf4.restored(*nf4.quantised(nf4.restored(codes, scales, torch.float32)), torch.float32), nf4.restored(codes, scales, torch.float32)
+    )
+
+
+def test_codes_are_kept_for_the_backward_and_not_the_weight(tmp_path):
+    """As the adapter beside the restored weights, and what is saved has no matrix of them."""
+    adapter = KINDS["lora"].model_copy(update={"quantise": "nf4"})
+    base = theirs("llama")
+    narrow = ours(base, adapter, None, tmp_path)
+    state = base.state_dict()
+    for name, weight in state.items():
+        if name.endswith("_proj.weight"):
+            weight.copy_(nf4.restored(*nf4.quantised(weight), torch.float32))
+    wide = ours(base, KINDS["lora"], None, tmp_path)
+    tokens = torch.arange(24)[None]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor):
+        loss = narrow.loss(tokens, tokens)[0]
+    assert not any(shape[-2:] in ((64, 128), (128, 64)) for shape in kept if len(shape) >= 2)
+    within(loss.detach(), wide.loss(tokens, tokens)[0].detach(), "loss")
+
+
+def refusals(tmp_path, adapter, **changes):
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8.0, "use_dora": False, "use_rslora": False, "bias": "none", **changes}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    return adapters.Stored(tmp_path, adapter)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"r": 8}, "r 8, here 4"), ({"use_dora": True}, "use_dora True, here False"), ({}, "cannot be read")]
+)
+def test_another_adapter_is_refused(tmp_path, changes, said):
+    with pytest.raises(CheckpointError, match=said):
+        refusals(tmp_path, KINDS["lora"], **changes)

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import VARIANTS, build, load
+from families import SIZES, VARIANTS, build, load
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gigatrain.architectures import from_hf_config, to_hf_config
+from gigatrain.architectures import from_hf_config, language, to_hf_config
 from gigatrain.errors import CheckpointError
 from gigatrain.models import hf
 from gigatrain.models.decoder import Decoder
@@ -254,3 +254,29 @@ def test_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match=r"there is no folder owner/model; to fetch it from the hub: pip install huggingface_hub"):
         hf.locate("owner/model")
+
+
+def both_of_sight(kind):
+    """A tiny model that also sees, of transformers' real classes: (whole, its language model's config.json)."""
+    if kind == "gemma3":
+        text = {**SIZES, "head_dim": 16, "sliding_window": 5, "num_hidden_layers": 6, "query_pre_attn_scalar": 16}
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+        config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+        return transformers.Gemma3ForConditionalGeneration(config)
+    text = {**SIZES, "head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [3, 3, 2], "mrope_interleaved": True}}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": 48, "deepstack_visual_indexes": [0]}
+    return transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(text_config=text, vision_config=vision))
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_vl"])
+def test_the_language_model_of_one_that_also_sees_is_read_alone(kind, tmp_path):
+    whole = both_of_sight(kind).eval()
+    whole.save_pretrained(tmp_path, max_shard_size="20KB")
+    config = language(hf.read_config(tmp_path))
+    assert config is not None
+    arch = from_hf_config(config)
+    ours = Decoder(arch)
+    hf.load_weights(ours, tmp_path)
+    tokens = torch.arange(3, 41).view(2, 19)
+    torch.testing.assert_close(ours.logits(tokens), whole(input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
+    assert language(json.loads(whole.config.to_json_string()) | {"text_config": {"model_type": "mamba"}}) is None

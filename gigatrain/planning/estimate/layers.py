@@ -263,6 +263,10 @@ def _sharded(
     w, layout, states = local.workload, local.workload.layout, local.workload.states
     once = layout.zero == 3 and layout.pipeline > 1 and not layout.reshard  # a step's, not a microbatch's: operations.py
     trained = 0.0 if w.frozen else 1.0
+    if w.restored and not root:
+        forward, backward = (
+            [memory("restore", way, w.restored * dense, 3), *items] for way, items in (("forward", forward), ("dgrad", backward))
+        )
     if not w.frozen and not (local.fused_sum and layout.zero < 3):
         many = dense + experts
         if layout.zero == 3:
