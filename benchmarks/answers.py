@@ -3,8 +3,9 @@ r"""How many answers to held-out questions have the form that quickstart-sft and
     python benchmarks/answers.py runs/quickstart runs/quickstart-sft runs/quickstart-dpo
 
 Questions are about the functions of Python's standard library that the recipes hold out (data.validation = 0.05, by a hash of the function's name). Answers
-are greedy, in the model's own chat template. An answer is in form if it is one line: the function that was asked for and its arguments in backticks, a
-colon, and one sentence; and if the model then ends its turn. Whether it is true is not judged: a model of 2.4 million parameters cannot know it.
+are greedy, in the model's own chat template. An answer is in form if it is one line, a function and its arguments in backticks, a colon and one sentence, and
+if the model then ends its turn; whether the function is the one that was asked for is told beside it. Whether the sentence is true is not judged: a model of
+2.4 million parameters cannot know it.
 """
 
 import argparse
@@ -62,13 +63,16 @@ def judged(folder: Path, asked: list[tuple[str, str]], *, tokens: int = 64, batc
     """The share in form, why others are not, and every answer."""
     rows = []
     for (question, right), (text, ended) in zip(asked, answers(folder, [one for one, _ in asked], tokens, batch, device), strict=True):
-        lacks = stdlib.judge(question, text) or ("" if ended else "no end")
+        lacks = stdlib.judge(question, text)
+        if not ended and lacks in ("", "another function"):
+            lacks = "no end"
         rows.append({"question": question, "answer": text, "lacks": lacks, "right": text == right})
     lacking = collections.Counter(row["lacks"] for row in rows if row["lacks"])
     return {
         "folder": str(folder),
         "questions": len(rows),
-        "in_form": sum(not row["lacks"] for row in rows),
+        "in_form": sum(row["lacks"] in ("", "another function") for row in rows),
+        "asked_for": sum(not row["lacks"] for row in rows),
         "lacking": dict(lacking),
         "rows": rows,
     }
@@ -92,10 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     for one in found:
         why = ", ".join(f"{count} {what}" for what, count in one["lacking"].items())
-        print(
-            f"{one['folder']}: {one['in_form']} of {one['questions']} answers in form ({one['in_form'] / one['questions']:.1%})"
-            + f"; {why}" * bool(why)
-        )
+        count, shaped, same = one["questions"], one["in_form"], one["asked_for"]
+        text = f"{shaped} of {count} answers in form ({shaped / count:.1%}), {same} of them of the function that was asked for"
+        print(f"{one['folder']}: {text}" + f"; lacking: {why}" * bool(why))
         for row in one["rows"][:: max(1, len(one["rows"]) // options.show)][: options.show]:
             print(f"  {row['question']}\n    {row['answer']!r}" + f"    [{row['lacks']}]" * bool(row["lacks"]))
     return 0

@@ -83,10 +83,10 @@ def judge(question: str, answer: str) -> str:
     if found is None:
         return "another form"
     name, _, sentence = found.groups()
+    if re.search(r"[^.]\. [A-Z]", sentence):
+        return "more than a sentence"
     asked = re.search(r"(?:\w+\.)+(\w+)", question)
-    if asked is None or name != asked[1]:
-        return "another function"
-    return "more than a sentence" if re.search(r"[^.]\. [A-Z]", sentence) else ""
+    return "another function" if asked is None or name != asked[1] else ""
 
 
 def _within(node: ast.AST, prefix: str) -> Iterator[Function]:
