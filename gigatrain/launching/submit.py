@@ -440,9 +440,13 @@ def _left(folder: Path, before: Job, made: Job) -> tuple[str, ...]:
     this machine can see it."""
     found = ssh.process_of(folder)
     if found is not None and found["host"] == socket.gethostname() and (pid := ssh.alive(folder)):
-        raise RunError(f"the job of this run on {before.site.name}, process {pid}, is alive; wait for it, or end it with: gigatrain cancel {folder}")
+        raise RunError(
+            f"the job of this run on {before.site.name}, process {pid}, is alive; wait for it, or end it with: gigatrain cancel {folder}"
+        )
     moved = f"the run comes from {before.site.name}, goes on on {made.site.name} and is a new leg there"
-    last = next((event for event in reversed(jobs.history(folder)) if event["event"] in ("submitted", "judged", "cancelled", "ended")), None)
+    last = next(
+        (event for event in reversed(jobs.history(folder)) if event["event"] in ("submitted", "judged", "cancelled", "ended")), None
+    )
     if last is not None and last["event"] == "submitted":
         moved += f"; job {last.get('job')} there has not said that it ended, and {made.site.name} cannot ask: see that it has"
     return (moved,)
