@@ -103,7 +103,8 @@ class Source(Section):
     pattern: str = Field(default="**/*", description="`text` in a folder: which files.")
     format: Literal["text", "chat", "sharegpt", "alpaca", "completion", "preference"] = Field(
         default="text",
-        description="What a record of `jsonl`, `parquet` or `hub` is. chat: messages of role and content (and tools); sharegpt: conversations of from and "
+        description="What a record of `jsonl`, `parquet` or `hub` is; `stdlib`: chat or preference, made of its functions' docstrings. "
+        "chat: messages of role and content (and tools); sharegpt: conversations of from and "
         "value; alpaca: instruction, input, output; completion: prompt and completion; preference: chosen and rejected. Of these only what the assistant "
         "writes is trained.",
     )
@@ -129,6 +130,8 @@ class Source(Section):
     def has_path(self) -> Self:
         if (self.kind == "stdlib") != (self.path is None):
             raise ValueError("`stdlib` takes no `path`" if self.path else f"`{self.kind}` needs `path`")
+        if self.kind == "stdlib" and self.format in ("chat", "preference"):
+            return self  # made by rule, of its functions' docstrings
         if self.format != "text" and self.kind not in ("jsonl", "parquet", "hub"):
             raise ValueError(f"`format` {self.format!r} is of records, and `{self.kind}` has none; use jsonl, parquet or hub")
         return self

@@ -12,14 +12,14 @@ import json
 import sysconfig
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from gigatrain.config import Source
-from gigatrain.data import messages
+from gigatrain.data import messages, stdlib
 from gigatrain.errors import DataError
 
 # Of the standard library: tests and vendored or installed packages, then text that a program wrote: help topics and tables of character
@@ -101,7 +101,8 @@ def parts(number: int, source: Source, shard_bytes: int) -> list[Part]:
 def pieces(source: Source, shard_bytes: int) -> list[Piece]:
     """Everything a source consists of, in its fixed order."""
     if source.kind == "stdlib":
-        return _stdlib()
+        made = source.format != "text"
+        return [replace(piece, stamp=f"{piece.stamp}:{stdlib.RULE}") for piece in _stdlib()] if made else _stdlib()
     assert source.path is not None  # config.Source.has_path
     if source.kind == "hub":
         return _rows(source, shard_bytes)
@@ -128,7 +129,10 @@ def read(source: Source, part: Part) -> Iterator[Raw]:
     """The documents of a part, in order; DataError if a file cannot be opened or lacks the field altogether."""
     for piece in part.pieces:
         try:
-            if source.kind in ("stdlib", "text"):
+            if source.kind == "stdlib" and source.format != "text":
+                for name, line, record in stdlib.records(piece.name, Path(piece.path).read_bytes(), source.format):
+                    yield Raw(f"{piece.name}:line {line}", messages.text_of(source, record), name)
+            elif source.kind in ("stdlib", "text"):
                 yield Raw(f"{piece.name}:0", Path(piece.path).read_bytes(), piece.name)
             elif source.kind == "jsonl":
                 yield from _lines(source, piece)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gigatrain.observe import watch
+from gigatrain.observe.goodput import LARGEST
 
 SLACK = 0.005  # above a limit, before it is pointed at: a counter's edge may be off by one in a hundred
 DRIFT = 0.10  # a difference from the plan that is pointed at
@@ -20,7 +20,7 @@ def finite(value: Any) -> float | int | None:
     """A number, or None for what is none: words, true, infinity, and what is larger than anything that a run counts."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value if abs(value) < watch.LARGEST else None
+    return value if abs(value) < LARGEST else None
 
 
 def against(
