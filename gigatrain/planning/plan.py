@@ -31,7 +31,7 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import attention, axes, budget, cost, fusions, hardware, products, replicas, watts
+from gigatrain.planning import attention, axes, budget, cost, fusions, hardware, phases, products, replicas, stretched, watts
 from gigatrain.planning.expect import expect
 from gigatrain.planning.expected import Expected
 from gigatrain.planning.fusions import Fusion, Name
@@ -105,6 +105,8 @@ OPERATIONAL = (
 ARITHMETIC = ("site", "device", "kernels", "compile", "recompute", "deterministic")
 # What a resume changes only where it is told to (--other-numbers): what numbers are kept or computed in, and what is done about those that cannot be right.
 NUMBERS = ("precision", "fp8", "optim.master", "optim.moments", "optim.rounding", "numerics")
+# And what lies ahead of its checkpoint: how far the run goes, at which rate, in which phases. Those behind it are the run's past (data/loader.py compares).
+AHEAD = ("steps", "tokens", "schedule", "phases", "sequence", "positions", "batch", "tokens_per_step", "flops_per_token")
 
 
 class Choice(Section):
@@ -140,6 +142,7 @@ class Plan(Section):
     steps: int
     tokens_per_step: int
     tokens: int
+    phases: tuple[phases.Stretch, ...] = ()
     precision: Literal["bf16", "fp32", "fp8"]
     fp8: products.Products | None = None
     seed: int
@@ -174,6 +177,22 @@ class Plan(Section):
         return "fp32" if self.precision == "fp32" else "bf16"
 
     @property
+    def stretches(self) -> tuple[phases.Stretch, ...]:
+        """The phases; of a run without any the run as one."""
+        return self.phases or (
+            phases.Stretch(
+                begin=0,
+                steps=self.steps,
+                sequence=self.sequence,
+                batch=self.batch,
+                microbatch=self.microbatch,
+                accumulation=self.accumulation,
+                weights=tuple(source.weight for source in self.data.sources),
+                memory_bytes=self.memory.total,
+            ),
+        )
+
+    @property
     def decoder(self) -> Architecture:
         """The architecture of a plan for one of our own decoders."""
         assert isinstance(self.architecture, Architecture)
@@ -196,6 +215,9 @@ class Plan(Section):
     def identity(self) -> str:
         """SHA-256 of what decides the run's numbers: all but what is only watched, kept or written (OPERATIONAL), which a resume may change."""
         tree = self._without(OPERATIONAL)
+        for phase in tree["phases"]:
+            for name in ("microbatch", "accumulation", "memory_bytes", "days"):
+                del phase[name]
         # Reasons are words; which attention a rank calls, and what quantises for whom, follow from the heads and matrices that it has on its mesh.
         tree["kernels"] = [[one["op"], one["kernel"]] for one in tree["kernels"] if one["op"] != "attention"]
         if self.fp8 is not None:
@@ -207,8 +229,10 @@ class Plan(Section):
 
     @property
     def meaning(self) -> str:
-        """SHA-256 of what the run is: model, data and their order, batch, optimizer, schedule, loss. No resume changes it, and checkpoints are bound to it."""
-        tree = self._without((*OPERATIONAL, *ARITHMETIC, *NUMBERS))
+        """SHA-256 of what the run is: model, data and their order, first batch, optimizer, loss. No resume changes it, and checkpoints are bound to it."""
+        tree = self._without((*OPERATIONAL, *ARITHMETIC, *NUMBERS, *AHEAD))
+        first = self.stretches[0]
+        tree["first"] = [first.sequence, first.batch, first.weights]
         if self.loss.router_aux or self.loss.router_z:
             tree["microbatch"] = self.microbatch
         return _sha256(tree)
@@ -254,32 +278,59 @@ def plan(
     divides nothing.
     """
     architecture = load.architecture(recipe.model, measure)
-    train = recipe.train
     mesh = axes.resolve(recipe, ranks)
     ranks = axes.count(mesh)
-    microbatch, accumulation = axes.share(recipe, mesh)
-    axes.check(recipe, architecture, mesh, accumulation)
-    tokens_per_step = train.batch * train.sequence
-    steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)
+    each = phases.recipes(recipe)
+    asked, long = recipe, max(one.train.sequence for one in each)
+    recipe = next(one for one in each if one.train.sequence == long)  # kernels and options are those of the longest samples
+    stretched.check(recipe, architecture, long)
     low = products.resolve(recipe, site, architecture, mesh)
     kernels = _kernels(recipe, site, architecture, low)
-    chosen = fusions.choose(recipe, site, architecture, mesh, microbatch, accumulation, {choice.op: choice.kernel for choice in kernels})
-    replicas.check(recipe, mesh, chosen)
-    memory = cost.memory(
-        architecture,
-        device=site.device,
-        precision=train.compute,
-        microbatch=microbatch,
-        sequence=train.sequence,
-        recompute=train.recompute,
-        accumulation=accumulation,
-        optim=recipe.optim,
-        mesh=mesh,
-        engine=recipe.engine,
-        kernels={choice.op: choice.kernel for choice in kernels},
-        documents=recipe.data.packing == "stream",
-        fused=frozenset(fusion.name for fusion in chosen if fusion.on),
-    )
+    shares, memories, options = [], [], []
+    for number, one in enumerate(each):
+        share = phases.named(asked, number, lambda one=one: axes.share(one, mesh))
+        phases.named(asked, number, lambda one=one, share=share: axes.check(one, architecture, mesh, share[1]))
+        options.append(
+            phases.named(
+                asked,
+                number,
+                lambda one=one, share=share: fusions.choose(
+                    one, site, architecture, mesh, *share, {choice.op: choice.kernel for choice in kernels}
+                ),
+            )
+        )
+        shares.append(share)
+    most = max(accumulation for _, accumulation in shares)
+    for one, (samples, _), chosen in zip(each, shares, options, strict=True):
+        memories.append(
+            cost.memory(
+                architecture,
+                device=site.device,
+                precision=one.train.compute,
+                microbatch=samples,
+                sequence=one.train.sequence,
+                recompute=one.train.recompute,
+                accumulation=most,
+                optim=one.optim,
+                mesh=mesh,
+                engine=one.engine,
+                kernels={choice.op: choice.kernel for choice in kernels},
+                documents=one.data.packing == "stream",
+                fused=frozenset(fusion.name for fusion in chosen if fusion.on),
+            )
+        )
+    largest = max(range(len(each)), key=lambda number: memories[number].total)
+    main = max(range(len(each)), key=lambda number: (each[number].train.sequence, memories[number].total))
+    recipe, memory, microbatch, accumulation, chosen = each[main], memories[largest], shares[main][0], most, options[main]
+    train = recipe.train
+    replicas.check(asked, mesh, chosen)
+    tokens_per_step = train.batch * train.sequence
+    counts = [one.train.steps or math.ceil((one.train.tokens or 0) / (one.train.batch * one.train.sequence)) for one in each]
+    steps = sum(counts)
+    if recipe.schedule.from_step >= steps:
+        raise PlanError(
+            f"schedule.from_step {recipe.schedule.from_step} is where the schedule begins, and the run ends at step {steps}; raise train.steps"
+        )
     if recipe.tokenizer.train and recipe.tokenizer.train.vocab > architecture.vocab:
         raise PlanError(
             f"tokenizer.train.vocab {recipe.tokenizer.train.vocab} is above model.architecture.vocab {architecture.vocab}; "
@@ -301,7 +352,7 @@ def plan(
     if fits and room is not None and memory.total > room:
         said = f" ({why})" if site.memory_bytes is None else ""
         raise PlanError(
-            f"the run needs {gib(memory.total)} on {site.name}, which has {gib(room)}{said}: weights {gib(memory.weights)}, "
+            f"{f'phase {largest} of ' if asked.train.phases else ''}the run needs {gib(memory.total)} on {site.name}, which has {gib(room)}{said}: weights {gib(memory.weights)}, "
             f"gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}, activations about {gib(memory.activations)}, "
             f"workspace about {gib(memory.workspace)}; "
             'lower train.microbatch or train.sequence, or set train.recompute = "full"'
@@ -316,7 +367,7 @@ def plan(
         engine=recipe.engine,
         profile=recipe.profile,
         architecture=architecture,
-        source=None if recipe.model.fresh else recipe.model.source,
+        source=None if recipe.model.fresh or recipe.optim.source is not None else recipe.model.source,
         init=recipe.model.init,
         tokenizer=recipe.tokenizer,
         data=recipe.data,
@@ -327,7 +378,22 @@ def plan(
         accumulation=accumulation,
         steps=steps,
         tokens_per_step=tokens_per_step,
-        tokens=steps * tokens_per_step,
+        tokens=sum(count * one.train.batch * one.train.sequence for count, one in zip(counts, each, strict=True)),
+        phases=tuple(
+            phases.Stretch(
+                begin=sum(counts[:number]),
+                steps=counts[number],
+                sequence=one.train.sequence,
+                batch=one.train.batch,
+                microbatch=shares[number][0],
+                accumulation=shares[number][1],
+                weights=phases.weights(asked, number),
+                memory_bytes=memories[number].total,
+            )
+            for number, one in enumerate(each)
+        )
+        if asked.train.phases
+        else (),
         precision=train.precision,
         fp8=low,
         seed=train.seed,
@@ -355,7 +421,19 @@ def plan(
         flops_per_token=architecture.flops_per_token(train.sequence),
         memory=memory,
     )
-    return found.model_copy(update={"expected": expect(found, site, constants)}) if forecast else found
+    return found.model_copy(update=_forecast(found, site, main, constants)) if forecast else found
+
+
+def _forecast(found: Plan, site: Site, main: int, constants: Mapping[str, float] | None) -> dict[str, Any]:
+    """What is expected of the run, and of each of its phases the days."""
+    if not found.phases:
+        return {"expected": expect(found, site, constants)}
+    names = ("sequence", "batch", "microbatch", "accumulation", "steps")
+    ones = [found.model_copy(update={name: getattr(phase, name) for name in names}) for phase in found.phases]
+    each = [expect(one, site, constants) for one in ones]
+    days = [None if one.days is None else one.days.mid for one in each]
+    timed = tuple(phase.model_copy(update={"days": one}) for phase, one in zip(found.phases, days, strict=True))
+    return {"expected": phases.whole(each, main), "phases": timed}
 
 
 def gib(count: int) -> str:
