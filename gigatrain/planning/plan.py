@@ -1,6 +1,7 @@
 """Recipe x Site -> Plan: every number concrete, and what cannot work refused before anything is allocated."""
 
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ from gigatrain.config import (
     Loss,
     Mesh,
     Numerics,
+    Objective,
     Optim,
     Power,
     Profile,
@@ -31,10 +33,11 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import attention, axes, budget, cost, fusions, hardware, phases, products, replicas, stretched, watts
+from gigatrain.planning import attention, axes, budget, cost, fusions, hardware, objective, phases, products, replicas, stretched, watts
 from gigatrain.planning.expect import expect
 from gigatrain.planning.expected import Expected
 from gigatrain.planning.fusions import Fusion, Name
+from gigatrain.planning.phases import Stretch
 from gigatrain.planning.watts import Watts
 from gigatrain.site import Site
 
@@ -142,7 +145,7 @@ class Plan(Section):
     steps: int
     tokens_per_step: int
     tokens: int
-    phases: tuple[phases.Stretch, ...] = ()
+    phases: tuple[Stretch, ...] = ()
     precision: Literal["bf16", "fp32", "fp8"]
     fp8: products.Products | None = None
     seed: int
@@ -154,6 +157,7 @@ class Plan(Section):
     optim: Optim
     schedule: Schedule
     loss: Loss
+    objective: Objective = Objective()
     validation: Validation
     checkpoint: Checkpoint
     recovery: Recovery = Recovery()
@@ -177,20 +181,9 @@ class Plan(Section):
         return "fp32" if self.precision == "fp32" else "bf16"
 
     @property
-    def stretches(self) -> tuple[phases.Stretch, ...]:
+    def stretches(self) -> tuple[Stretch, ...]:
         """The phases; of a run without any the run as one."""
-        return self.phases or (
-            phases.Stretch(
-                begin=0,
-                steps=self.steps,
-                sequence=self.sequence,
-                batch=self.batch,
-                microbatch=self.microbatch,
-                accumulation=self.accumulation,
-                weights=tuple(source.weight for source in self.data.sources),
-                memory_bytes=self.memory.total,
-            ),
-        )
+        return self.phases or (phases.stretch(self, 0, tuple(source.weight for source in self.data.sources)),)
 
     @property
     def decoder(self) -> Architecture:
@@ -215,9 +208,7 @@ class Plan(Section):
     def identity(self) -> str:
         """SHA-256 of what decides the run's numbers: all but what is only watched, kept or written (OPERATIONAL), which a resume may change."""
         tree = self._without(OPERATIONAL)
-        for phase in tree["phases"]:
-            for name in ("microbatch", "accumulation", "memory_bytes", "days"):
-                del phase[name]
+        tree["phases"] = [phase.identity for phase in self.phases]
         # Reasons are words; which attention a rank calls, and what quantises for whom, follow from the heads and matrices that it has on its mesh.
         tree["kernels"] = [[one["op"], one["kernel"]] for one in tree["kernels"] if one["op"] != "attention"]
         if self.fp8 is not None:
@@ -231,8 +222,7 @@ class Plan(Section):
     def meaning(self) -> str:
         """SHA-256 of what the run is: model, data and their order, first batch, optimizer, loss. No resume changes it, and checkpoints are bound to it."""
         tree = self._without((*OPERATIONAL, *ARITHMETIC, *NUMBERS, *AHEAD))
-        first = self.stretches[0]
-        tree["first"] = [first.sequence, first.batch, first.weights]
+        tree["first"] = [self.stretches[0].sequence, self.stretches[0].batch]
         if self.loss.router_aux or self.loss.router_z:
             tree["microbatch"] = self.microbatch
         return _sha256(tree)
@@ -277,60 +267,39 @@ def plan(
     Raises PlanError for what cannot work: a memory need beyond the site's, watts beyond a budget, a tokenizer beyond the model's vocabulary, a mesh that
     divides nothing.
     """
+    if recipe.train.phases:
+        alone = functools.partial(plan, site=site, ranks=ranks, measure=measure, constants=constants, fits=fits, forecast=forecast)
+        return phases.joined(recipe, alone)
     architecture = load.architecture(recipe.model, measure)
+    train = recipe.train
     mesh = axes.resolve(recipe, ranks)
     ranks = axes.count(mesh)
-    each = phases.recipes(recipe)
-    asked, long = recipe, max(one.train.sequence for one in each)
-    recipe = next(one for one in each if one.train.sequence == long)  # kernels and options are those of the longest samples
-    stretched.check(recipe, architecture, long)
+    microbatch, accumulation = axes.share(recipe, mesh)
+    axes.check(recipe, architecture, mesh, accumulation)
+    stretched.check(recipe, architecture)
+    objective.check(recipe, mesh)
+    tokens_per_step = train.batch * train.sequence
+    steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)
+    phases.check(recipe.schedule, steps)
     low = products.resolve(recipe, site, architecture, mesh)
     kernels = _kernels(recipe, site, architecture, low)
-    shares, memories, options = [], [], []
-    for number, one in enumerate(each):
-        share = phases.named(asked, number, lambda one=one: axes.share(one, mesh))
-        phases.named(asked, number, lambda one=one, share=share: axes.check(one, architecture, mesh, share[1]))
-        options.append(
-            phases.named(
-                asked,
-                number,
-                lambda one=one, share=share: fusions.choose(
-                    one, site, architecture, mesh, *share, {choice.op: choice.kernel for choice in kernels}
-                ),
-            )
-        )
-        shares.append(share)
-    most = max(accumulation for _, accumulation in shares)
-    for one, (samples, _), chosen in zip(each, shares, options, strict=True):
-        memories.append(
-            cost.memory(
-                architecture,
-                device=site.device,
-                precision=one.train.compute,
-                microbatch=samples,
-                sequence=one.train.sequence,
-                recompute=one.train.recompute,
-                accumulation=most,
-                optim=one.optim,
-                mesh=mesh,
-                engine=one.engine,
-                kernels={choice.op: choice.kernel for choice in kernels},
-                documents=one.data.packing == "stream",
-                fused=frozenset(fusion.name for fusion in chosen if fusion.on),
-            )
-        )
-    largest = max(range(len(each)), key=lambda number: memories[number].total)
-    main = max(range(len(each)), key=lambda number: (each[number].train.sequence, memories[number].total))
-    recipe, memory, microbatch, accumulation, chosen = each[main], memories[largest], shares[main][0], most, options[main]
-    train = recipe.train
-    replicas.check(asked, mesh, chosen)
-    tokens_per_step = train.batch * train.sequence
-    counts = [one.train.steps or math.ceil((one.train.tokens or 0) / (one.train.batch * one.train.sequence)) for one in each]
-    steps = sum(counts)
-    if recipe.schedule.from_step >= steps:
-        raise PlanError(
-            f"schedule.from_step {recipe.schedule.from_step} is where the schedule begins, and the run ends at step {steps}; raise train.steps"
-        )
+    chosen = fusions.choose(recipe, site, architecture, mesh, microbatch, accumulation, {choice.op: choice.kernel for choice in kernels})
+    replicas.check(recipe, mesh, chosen)
+    memory = cost.memory(
+        architecture,
+        device=site.device,
+        precision=train.compute,
+        microbatch=microbatch,
+        sequence=train.sequence,
+        recompute=train.recompute,
+        accumulation=accumulation,
+        optim=recipe.optim,
+        mesh=mesh,
+        engine=recipe.engine,
+        kernels={choice.op: choice.kernel for choice in kernels},
+        documents=recipe.data.packing == "stream",
+        fused=frozenset(fusion.name for fusion in chosen if fusion.on),
+    )
     if recipe.tokenizer.train and recipe.tokenizer.train.vocab > architecture.vocab:
         raise PlanError(
             f"tokenizer.train.vocab {recipe.tokenizer.train.vocab} is above model.architecture.vocab {architecture.vocab}; "
@@ -352,7 +321,7 @@ def plan(
     if fits and room is not None and memory.total > room:
         said = f" ({why})" if site.memory_bytes is None else ""
         raise PlanError(
-            f"{f'phase {largest} of ' if asked.train.phases else ''}the run needs {gib(memory.total)} on {site.name}, which has {gib(room)}{said}: weights {gib(memory.weights)}, "
+            f"the run needs {gib(memory.total)} on {site.name}, which has {gib(room)}{said}: weights {gib(memory.weights)}, "
             f"gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}, activations about {gib(memory.activations)}, "
             f"workspace about {gib(memory.workspace)}; "
             'lower train.microbatch or train.sequence, or set train.recompute = "full"'
@@ -378,22 +347,7 @@ def plan(
         accumulation=accumulation,
         steps=steps,
         tokens_per_step=tokens_per_step,
-        tokens=sum(count * one.train.batch * one.train.sequence for count, one in zip(counts, each, strict=True)),
-        phases=tuple(
-            phases.Stretch(
-                begin=sum(counts[:number]),
-                steps=counts[number],
-                sequence=one.train.sequence,
-                batch=one.train.batch,
-                microbatch=shares[number][0],
-                accumulation=shares[number][1],
-                weights=phases.weights(asked, number),
-                memory_bytes=memories[number].total,
-            )
-            for number, one in enumerate(each)
-        )
-        if asked.train.phases
-        else (),
+        tokens=steps * tokens_per_step,
         precision=train.precision,
         fp8=low,
         seed=train.seed,
@@ -405,6 +359,7 @@ def plan(
         optim=recipe.optim,
         schedule=recipe.schedule,
         loss=recipe.loss,
+        objective=recipe.objective,
         validation=recipe.validation,
         checkpoint=recipe.checkpoint,
         recovery=recipe.recovery,
@@ -421,19 +376,7 @@ def plan(
         flops_per_token=architecture.flops_per_token(train.sequence),
         memory=memory,
     )
-    return found.model_copy(update=_forecast(found, site, main, constants)) if forecast else found
-
-
-def _forecast(found: Plan, site: Site, main: int, constants: Mapping[str, float] | None) -> dict[str, Any]:
-    """What is expected of the run, and of each of its phases the days."""
-    if not found.phases:
-        return {"expected": expect(found, site, constants)}
-    names = ("sequence", "batch", "microbatch", "accumulation", "steps")
-    ones = [found.model_copy(update={name: getattr(phase, name) for name in names}) for phase in found.phases]
-    each = [expect(one, site, constants) for one in ones]
-    days = [None if one.days is None else one.days.mid for one in each]
-    timed = tuple(phase.model_copy(update={"days": one}) for phase, one in zip(found.phases, days, strict=True))
-    return {"expected": phases.whole(each, main), "phases": timed}
+    return found.model_copy(update={"expected": expect(found, site, constants)}) if forecast else found
 
 
 def gib(count: int) -> str:

@@ -7,14 +7,14 @@ from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
 
 
-def check(recipe: Recipe, architecture: Architecture | Foreign, sequence: int) -> None:
-    """Raise PlanError where samples of `sequence` tokens have positions that the weights of `model.from` never saw and nothing scales.
+def check(recipe: Recipe, architecture: Architecture | Foreign) -> None:
+    """Raise PlanError where samples have positions that the weights of `model.from` never saw and nothing scales.
 
     What weights were trained for is their config.json's max_position_embeddings. A `model.rope` that scales by `factor` reaches `factor` times its
     `original_positions`, or, where its kind has none (linear), times the weights' length; one that does not scale, a raised `theta` for instance, is taken at
     its word, since only training tells how far it reaches.
     """
-    rope = recipe.model.rope
+    rope, sequence = recipe.model.rope, recipe.train.sequence
     if rope is not None and isinstance(architecture, Foreign):
         raise PlanError(f"model.rope is for our own decoders, and {architecture.model_type!r} runs by transformers' code; leave it out")
     if recipe.model.source is None or recipe.model.fresh:
