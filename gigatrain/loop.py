@@ -20,6 +20,7 @@ from rich.console import Console
 from gigatrain import engines, export, floors, leaving, run
 from gigatrain.checkpoint import PASSING, Checkpoints, Intervals, Near, Saving, Timed, fill, weights_sha256, write_text
 from gigatrain.data import build
+from gigatrain.data.course import Phase
 from gigatrain.data.loader import Batches, Validation
 from gigatrain.engines import Engine, low, replicated
 from gigatrain.errors import DataError, RunError
@@ -156,6 +157,7 @@ def _steps(
             rank=reader,
             ranks=readers,
             device=device,
+            phases=[Phase(one.steps, one.sequence, one.batch, one.microbatch, one.weights) for one in plan.stretches],
         )
         stack.callback(batches.close)
         with progress.spent("restore"):

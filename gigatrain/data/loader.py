@@ -1,6 +1,6 @@
 """Batches for the loop: position -> samples -> tensors, read ahead by one thread.
 
-Global position p = step * batch + slot. A rank owns consecutive slots, so the ranks' rows one after the other are the batch of a single
+Global position p = step * batch + slot, counted over the phases of a run that has several (course.py). A rank owns consecutive slots, so the ranks' rows one after the other are the batch of a single
 rank. What comes next depends on the seed and the position alone; reading ahead changes when a batch is made, never which.
 
 A run may pass over samples (observe/numerics.py). Then the positions of the stream are counted without the ranges that are passed over, and these are part
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gigatrain.data.build import Corpus
+from gigatrain.data.course import Course, Phase, samples_of
 from gigatrain.data.mixture import Mixture
 from gigatrain.data.pack import IGNORED, Sample, Samples
 from gigatrain.errors import DataError
@@ -58,18 +59,6 @@ class Batch:
     positions: Sequence[int]
 
 
-def samples_of(corpus: Corpus, split: str, sequence: int, packing: Packing) -> list[Samples]:
-    """The samples of every source of a split; validation keeps its last, partial ones."""
-    found = []
-    for number, source in enumerate(corpus.manifest["sources"]):
-        eos_opens = source["ends_with_eos"] and not source["starts_with_bos"]
-        stream = corpus.stream(number, split)
-        found.append(
-            Samples(stream, sequence=sequence, packing=packing, eos=corpus.eos, eos_opens=eos_opens, partial=split == "validation")
-        )
-    return found
-
-
 def stack(rows: list[tuple[Samples, int] | None], sequence: int, eos: int, device: torch.device) -> Microbatch:
     """(samples, index) pairs as one microbatch on the CPU, in pinned memory if it will go to a GPU; None is a row without labels."""
     pinned = device.type == "cuda"
@@ -104,7 +93,8 @@ class Batches:
     """An endless iterator of steps. `state()` is O(1), and `load` continues exactly after the last batch that was handed out.
 
     batch: samples of one step over all `ranks`, and a multiple of them. microbatch: rows a rank computes at a time; its last may be
-    smaller. prefetch: batches read ahead by a thread; 0 reads in the caller. position: samples consumed so far, over all ranks.
+    smaller. prefetch: batches read ahead by a thread; 0 reads in the caller. position: samples consumed so far, over all ranks. phases: in the place of
+    sequence, batch and microbatch, each with its own.
     """
 
     def __init__(
@@ -121,39 +111,56 @@ class Batches:
         device: str | torch.device = "cpu",
         prefetch: int = 2,
         position: int = 0,
+        phases: Sequence[Phase] = (),
     ) -> None:
-        if batch % ranks:
-            raise DataError(f"a batch of {batch} samples does not divide by {ranks} ranks; make it a multiple")
-        self.corpus, self.sequence, self.packing, self.batch, self.seed = corpus, sequence, packing, batch, seed
+        phases = phases or (Phase(0, sequence, batch, microbatch, tuple(corpus.weights)),)
+        for phase in phases:
+            if phase.batch % ranks:
+                raise DataError(f"a batch of {phase.batch} samples does not divide by {ranks} ranks; make it a multiple")
+        sequence, batch, microbatch = phases[0].sequence, phases[0].batch, phases[0].microbatch
+        self.corpus, self.sequence, self.packing, self.seed = corpus, sequence, packing, seed
+        self.rank, self.ranks = rank, ranks
         self.share = range(rank * (batch // ranks), (rank + 1) * (batch // ranks))
         self.rows = len(self.share)  # of a step; those beyond the share have no labels
         self.microbatch = min(microbatch or len(self.share), len(self.share))
         self.device, self.prefetch = torch.device(device), prefetch
-        self.samples = samples_of(corpus, "train", sequence, packing)
-        for name, samples in zip(corpus.sources, self.samples, strict=True):
-            if not len(samples):
-                raise DataError(
-                    f"source {name} has {samples.stream.tokens:,} training tokens, fewer than one sample of {sequence:,}; "
-                    "add documents, or lower `train.sequence`"
-                )
-        self.mixture = Mixture([len(samples) for samples in self.samples], corpus.weights, seed)
+        self.course = Course(corpus, phases, packing, seed)
         self.position = position
-        self.passed: list[tuple[int, int]] = []  # ranges of the stream that are passed over, in the order in which they were found
         self.thread: threading.Thread | None = None
 
     @property
+    def batch(self) -> int:
+        """Samples of the next step."""
+        return self.course.phases[self.course.phase(self.position)].batch
+
+    @property
+    def samples(self) -> list[Samples]:
+        """Those of every source, in the phase of the next step."""
+        return self.course.samples[self.course.phase(self.position)]
+
+    @property
+    def mixture(self) -> Mixture:
+        """The order of samples in the phase of the next step."""
+        return self.course.mixtures[self.course.phase(self.position)]
+
+    @property
+    def passed(self) -> list[tuple[int, int]]:
+        """Ranges of the stream that are passed over, in the order in which they were found."""
+        return self.course.passed
+
+    @passed.setter
+    def passed(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self.course.passed = list(ranges)
+
+    @property
     def dropped(self) -> int:
-        """Tokens at the ends of the streams that make no full sample, and are never trained on."""
+        """Tokens at the ends of the streams that make no full sample, and are not trained on in this phase."""
         return sum(samples.dropped for samples in self.samples)
 
     @property
     def epochs(self) -> float:
         """How often the smallest-lasting source has been gone through at this position."""
-        turns = [
-            self.stream(self.position, 1)[0] / self.mixture.cycle * count / size
-            for count, size in zip(self.mixture.counts, self.mixture.sizes, strict=True)
-        ]
-        return max(turns)
+        return self.course.epochs(self.position)
 
     def __iter__(self) -> "Batches":
         return self
@@ -168,7 +175,7 @@ class Batches:
                 raise found
         else:
             found = self.make(self.position)
-        self.position += self.batch
+        self.position += len(found.positions)
         return self._moved(found)
 
     def _moved(self, found: Batch) -> Batch:
@@ -176,6 +183,7 @@ class Batches:
 
     def cut(self, slots: range, rank: int, ranks: int) -> None:
         """From the next batch that is made on, this rank's share is the `rank`-th of `ranks` equal parts of `slots`; rows without labels fill the last."""
+        assert len(self.course.phases) == 1, "the plan refuses replicas of their own where the batch changes"
         each = max(1, -(-len(slots) // ranks))
         start = min(slots.start + rank * each, slots.stop)
         share = range(start, min(start + each, slots.stop))
@@ -195,60 +203,65 @@ class Batches:
     def back(self, steps: int) -> None:
         """The last `steps` batches come once more."""
         self.close()
-        self.position -= steps * self.batch
+        self.position = self.course.position(self.course.step(self.position) - steps)
 
     def pass_over(self, first: int, count: int) -> tuple[int, int]:
-        """From now on, leave out what lies from position `first` on in the next `count` samples; returns this range of the stream."""
+        """From now on, leave out what lies from position `first` on in the next `count` samples of its phase; returns this range of the stream."""
         self.close()
-        found = self.stream(first, count)
-        self.passed.append((found[0], found[-1] + 1))
+        left = self.course.left(first)
+        found = self.stream(first, count if left is None else min(count, left))
+        self.passed = [*self.passed, (found[0], found[-1] + 1)]
         return self.passed[-1]
 
     def stream(self, position: int, count: int) -> Sequence[int]:
         """Where `count` samples from a position on lie in the stream from which nothing is left out."""
-        if not self.passed:
-            return range(position, position + count)
-        found: list[int] = []
-        at = position
-        for start, stop in _merged(self.passed):
-            if at < start:
-                found += range(at, min(start, at + count - len(found)))
-                if len(found) == count:
-                    return found
-                at = stop
-            else:
-                at += stop - start
-        return [*found, *range(at, at + count - len(found))]
+        return self.course.stream(position, count)
+
+    def begins(self, step: int) -> int:
+        """The position at which a step begins."""
+        return self.course.position(step)
+
+    def step(self, step: int) -> Sequence[int]:
+        """Where the samples of a step lie in the stream."""
+        position = self.begins(step)
+        return self.stream(position, self.course.phases[self.course.phase(position)].batch)
 
     def make(self, position: int, shift: int = 0) -> Batch:
         """This rank's share of the step that starts at a global position, on the CPU; or that of the reader `shift` later."""
-        positions, begin = self.stream(position, self.batch), (self.share.start + shift * len(self.share)) % self.batch
-        places = self.mixture.many(positions[begin : begin + len(self.share)])
-        rows: list[tuple[Samples, int] | None] = [(self.samples[source], sample) for source, _, sample in places]
-        rows += [None] * (self.rows - len(rows))
+        phase = self.course.phases[self.course.phase(position)]
+        share, count, microbatch = self._mine(phase)
+        positions, begin = self.stream(position, phase.batch), (share.start + shift * len(share)) % phase.batch
+        rows: list[tuple[Samples, int] | None] = [*self.course.many(positions[begin : begin + len(share)])]
+        rows += [None] * (count - len(rows))
         parts = tuple(
-            stack(rows[start : start + self.microbatch], self.sequence, self.corpus.eos, self.device)
-            for start in range(0, len(rows), self.microbatch)
+            stack(rows[start : start + microbatch], phase.sequence, self.corpus.eos, self.device) for start in range(0, len(rows), microbatch)
         )
         targets = sum(int(np.count_nonzero(part.labels.numpy() != IGNORED)) for part in parts)
-        return Batch(parts, targets, self.batch * self.sequence, positions)
+        return Batch(parts, targets, phase.batch * phase.sequence, positions)
+
+    def _mine(self, phase: Phase) -> tuple[range, int, int]:
+        """Of a step of a phase: this rank's slots, how many rows it has, and of a microbatch."""
+        if len(self.course.phases) == 1:
+            return self.share, self.rows, self.microbatch
+        each = phase.batch // self.ranks
+        return range(self.rank * each, (self.rank + 1) * each), each, min(phase.microbatch or each, each)
 
     def state(self) -> dict[str, Any]:
         """All that a resume needs: what decides the order, and how far it went."""
         return {
             "seed": self.seed,
             "corpus": self.corpus.sha256,
-            "weights": list(self.corpus.weights),
+            "weights": list(self.course.phases[0].weights),
             "sequence": self.sequence,
             "packing": self.packing,
             "position": self.position,
             "passed": [list(one) for one in self.passed],
-        }
+        } | ({"phases": begun} if (begun := self.course.begun(self.position)) else {})
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; DataError names what differs.
 
-        The batch and the number of ranks may differ: positions count samples.
+        The batch and the number of ranks may differ, and phases that begin at the position or later: positions count samples.
         """
         mine = self.state()
         for name in ("seed", "corpus", "weights", "sequence", "packing"):
@@ -257,19 +270,20 @@ class Batches:
                     f"the saved data position is for {name} {state.get(name)!r}, and this run has {mine[name]!r}: "
                     "other samples would follow; resume with the same data and seed, or start a new run"
                 )
+        begun = self.course.begun(int(state["position"]))
+        if state.get("phases", []) != begun:
+            raise DataError(
+                f"the saved data position {state['position']:,} lies behind other phases than this run's: phases that begin at [sample, step], with sequence, "
+                f"batch and weights: {state.get('phases', [])}, and here {begun}. Phases behind a checkpoint are the run's past: give them as they were, and "
+                "change those ahead"
+            )
         self.close()
         self.position = int(state["position"])
         self.passed = [(int(start), int(stop)) for start, stop in state.get("passed", ())]
 
     def describe(self, positions: Sequence[int]) -> list[str]:
         """For each global position: its source, epoch and sample, and the file, byte and document where its labels start."""
-        found = []
-        for position in positions:
-            source, epoch, sample = self.mixture.at(position)
-            start, _ = self.samples[source].span(sample)
-            place = self.samples[source].stream.locate(start)
-            found.append(f"position {position:,}: source {self.corpus.sources[source]}, epoch {epoch}, sample {sample:,}: {place}")
-        return found
+        return [self.course.describe(position) for position in positions]
 
     def _start(self) -> None:
         # The thread holds its own queue, stop flag and position, so one that is late to stop cannot disturb its successor.
@@ -294,7 +308,7 @@ class Batches:
                     continue
             if isinstance(found, BaseException):
                 return
-            position += self.batch
+            position += len(found.positions)
 
     def close(self) -> None:
         """Stop reading ahead; the next batch, if one is asked for, starts again at the same position."""
@@ -305,17 +319,6 @@ class Batches:
             self.queue.get_nowait()  # wakes a thread that waits for room
         self.thread.join()
         self.thread = None
-
-
-def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same numbers in ranges that are apart and ascend."""
-    found: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], stop))
-        else:
-            found.append((start, stop))
-    return found
 
 
 class Validation:

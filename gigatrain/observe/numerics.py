@@ -239,7 +239,7 @@ class Numerics:
         random = torch.get_rng_state()
         on_device = torch.cuda.get_rng_state() if self.mesh.device.type == "cuda" else None
         with self.engine.judge.again(step):
-            self.engine.forward_backward(self.batches.at(step * self.batches.batch, shift))
+            self.engine.forward_backward(self.batches.at(self.batches.begins(step), shift))
             self.engine.step(0.0)
             loss, norm, mine = self.engine.judge.numbers.tolist()
         torch.set_rng_state(random)
@@ -251,7 +251,7 @@ class Numerics:
         """One refused step, in the log and in the file."""
         why = [word for bit, word in WHY.items() if one.why & bit]
         of = (
-            self.batches.describe(self.batches.stream(one.step * self.batches.batch, self.batches.batch)[:NAMED])
+            self.batches.describe(self.batches.step(one.step)[:NAMED])
             if self.mesh.rank == 0
             else []
         )
@@ -286,8 +286,8 @@ class Numerics:
                 )
             )
         step, passed = this.step, list(self.batches.passed)
-        count = self.plan.numerics.pass_over * self.batches.batch
-        found = self.batches.pass_over(began * self.batches.batch, count)
+        first, last = (self.batches.begins(one) for one in (began, began + self.plan.numerics.pass_over))
+        found = self.batches.pass_over(first, last - first)
         self._back(this)
         self.batches.close()
         self.batches.passed = [*passed, found]
@@ -318,7 +318,7 @@ class Numerics:
 
 def samples(batches: Batches, step: int) -> str:
     """Files and offsets of what step `step` read, a line each."""
-    names = batches.describe(batches.stream(step * batches.batch, batches.batch))
+    names = batches.describe(batches.step(step))
     return "".join(f"\n    {name}" for name in names[:NAMED]) + (f"\n    and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
