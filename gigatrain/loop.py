@@ -136,7 +136,7 @@ def _steps(
     if device.type == "cuda":
         with progress.spent("compile"):
             _verify(plan, device, display)
-    engine = engines.make(plan, mesh, device, fresh=not resumes)
+    engine = engines.make(plan, mesh, device, fresh=not resumes and plan.optim.source is None)
     reader, readers = mesh.data
     held = _held_out(plan, corpus, mesh, device)
     asked = plan.checkpoint
@@ -162,6 +162,11 @@ def _steps(
         stack.callback(batches.close)
         with progress.spent("restore"):
             kept, power = _resume(near, engine, batches, this, display) if resumes else ({}, {})
+            if resumes:
+                _check_ahead(plan, this)
+            elif plan.optim.source is not None:
+                for line in run.begin_from(plan, engine, batches, mesh):
+                    display.line(f"  begins   {line}")
         lives = stack.enter_context(replicated.joined(plan, mesh, engine, batches, display.line))
         engine = lives.engine
         found = lives.enter(lambda: {"run": this.state(), "data": batches.state(), "metrics": kept, "power": power})
@@ -411,6 +416,17 @@ def _resume(near: Near, engine: Engine, batches: Batches, this: run.Run, display
         + (f" ({why})" if why else " (an older one: the newer are damaged)" if refused else "")
     )
     return state["metrics"], state.get("power", {})
+
+
+def _check_ahead(plan: Plan, this: run.Run) -> None:
+    """Raise RunError where a checkpoint lies behind the plan's end, or before its schedule begins."""
+    if this.step > plan.steps:
+        raise RunError(f"the newest checkpoint is of step {this.step:,}, and train.steps is {plan.steps:,}; raise it to what the run is to reach")
+    if this.step < plan.schedule.from_step:
+        raise RunError(
+            f"schedule.from_step {plan.schedule.from_step:,} lies ahead of the newest checkpoint, step {this.step:,}; go on under the schedule so far until "
+            f"then, or set schedule.from_step = {this.step}"
+        )
 
 
 def _state(engine: Engine, mesh: Mesh, device: torch.device) -> State:

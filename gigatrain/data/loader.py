@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gigatrain.data.build import Corpus
-from gigatrain.data.course import Course, Phase, samples_of
+from gigatrain.data.course import Course, Phase, samples_of, without
 from gigatrain.data.mixture import Mixture
 from gigatrain.data.pack import IGNORED, Sample, Samples
 from gigatrain.errors import DataError
@@ -216,6 +216,11 @@ class Batches:
     def stream(self, position: int, count: int) -> Sequence[int]:
         """Where `count` samples from a position on lie in the stream from which nothing is left out."""
         return self.course.stream(position, count)
+
+    @staticmethod
+    def stream_of(state: Mapping[str, Any]) -> int:
+        """Where the stream of a run of one phase goes on, of which `state` was kept: what lies before it was read or passed over."""
+        return without([(start, stop) for start, stop in state.get("passed", ())], int(state["position"]), 1)[0]
 
     def begins(self, step: int) -> int:
         """The position at which a step begins."""

@@ -277,7 +277,7 @@ class Numerics:
 
     def _pass_over(self, this: Position, longest: int, began: int) -> None:
         most = self.plan.numerics.rollbacks
-        if len(self.batches.passed) >= most:
+        if _rollbacks(self.batches) >= most:
             raise _shared(
                 RunError(
                     f"{longest} steps in a row, from step {began}, were refused, and {most} rollbacks have passed over samples already "
@@ -295,7 +295,7 @@ class Numerics:
         self._write("rollback", step, to=this.step, passed=list(found))
         self._say(
             f"ROLLED BACK from step {step} to {this.step}: {longest} steps in a row were refused from step {began} on; "
-            f"samples {found[0]:,} to {found[1] - 1:,} of the stream are passed over ({len(self.batches.passed)} of at most {most} rollbacks)"
+            f"samples {found[0]:,} to {found[1] - 1:,} of the stream are passed over ({_rollbacks(self.batches)} of at most {most} rollbacks)"
         )
 
     def _back(self, this: Position) -> None:
@@ -314,6 +314,11 @@ class Numerics:
     def _say(self, text: str) -> None:
         if self.mesh.rank == 0:
             self.say(text)
+
+
+def _rollbacks(batches: Batches) -> int:
+    """Ranges that rollbacks passed over; one from 0 on is what a run before this one read (`optim.from`)."""
+    return sum(start > 0 for start, _ in batches.passed)
 
 
 def samples(batches: Batches, step: int) -> str:
