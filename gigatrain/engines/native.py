@@ -221,17 +221,18 @@ class Native:
                 if name in self.corrections:
                     self.corrections[name].copy_(tensor)
                 else:
-                    self._box(name, found[name]).copy_(self.places[name].of(tensor))
+                    self._box(name, found[name]).copy_(tensor)
         return found
 
     def _values(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's whole first value, one at a time: drawn from the seed, or read from `model.from`."""
+        """This rank's box of every parameter's first value, one at a time: drawn from the seed, or read from `model.from`."""
         known = {self._canonical(name): name for name in names}
         shapes = {
             name: self.corrections[mine].shape if mine in self.corrections else self.places[mine].shape for name, mine in known.items()
         }
+        boxes = {name: (self.places[mine].start, self.places[mine].size) for name, mine in known.items() if mine not in self.corrections}
         model = next(iter(self.stages.values()))
-        for name, value in source.values(self.plan, model, shapes, self.device, part=self.pipelined):
+        for name, value in source.values(self.plan, model, shapes, self.device, boxes=boxes, part=self.pipelined):
             yield known[name], value
 
     @property
