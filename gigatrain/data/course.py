@@ -18,6 +18,7 @@ from typing import Literal
 from gigatrain.data.build import Corpus
 from gigatrain.data.mixture import Mixture
 from gigatrain.data.pack import Samples
+from gigatrain.data.packs import Packs
 from gigatrain.errors import DataError
 
 PLACES = 40  # bits of a sample's number in its phase
@@ -34,12 +35,19 @@ class Phase:
     weights: tuple[float, ...]
 
 
-def samples_of(corpus: Corpus, split: str, sequence: int, packing: Literal["stream", "document"]) -> list[Samples]:
+Packing = Literal["stream", "document", "packed"]
+AnySamples = Samples | Packs
+
+
+def samples_of(corpus: Corpus, split: str, sequence: int, packing: Packing) -> list[AnySamples]:
     """The samples of every source of a split; validation keeps its last, partial ones."""
-    found = []
+    found: list[AnySamples] = []
     for number, source in enumerate(corpus.manifest["sources"]):
         eos_opens = source["ends_with_eos"] and not source["starts_with_bos"]
-        stream = corpus.stream(number, split)
+        stream, too_long = corpus.stream(number, split), source.get("too_long", "truncate")
+        if packing == "packed":
+            found.append(Packs(stream, sequence=sequence, eos=corpus.eos, too_long=too_long, name=source["name"]))
+            continue
         found.append(
             Samples(stream, sequence=sequence, packing=packing, eos=corpus.eos, eos_opens=eos_opens, partial=split == "validation")
         )
@@ -49,15 +57,15 @@ def samples_of(corpus: Corpus, split: str, sequence: int, packing: Literal["stre
 class Course:
     """The order of a run's samples. The last phase goes on for as long as it is asked."""
 
-    def __init__(self, corpus: Corpus, phases: Sequence[Phase], packing: Literal["stream", "document"], seed: int) -> None:
+    def __init__(self, corpus: Corpus, phases: Sequence[Phase], packing: Packing, seed: int) -> None:
         self.corpus, self.phases, self.packing, self.seed = corpus, tuple(phases), packing, seed
         self.begins = [0, *accumulate(one.steps * one.batch for one in self.phases[:-1])]  # positions
         self.begin_steps = [0, *accumulate(one.steps for one in self.phases[:-1])]
-        self._by_sequence: dict[int, list[Samples]] = {}
+        self._by_sequence: dict[int, list[AnySamples]] = {}
         self.samples = [self._samples(one) for one in self.phases]
         self.passed = []
 
-    def _samples(self, phase: Phase) -> list[Samples]:
+    def _samples(self, phase: Phase) -> list[AnySamples]:
         sequence = phase.sequence
         if sequence not in self._by_sequence:
             self._by_sequence[sequence] = samples_of(self.corpus, "train", sequence, self.packing)
@@ -67,6 +75,8 @@ class Course:
                 raise DataError(
                     f"source {name} has {samples.stream.tokens:,} training tokens, fewer than one sample of {sequence:,}; "
                     "add documents, or lower `train.sequence`"
+                    if self.packing != "packed"
+                    else f"source {name} has no document left to train on ({samples.stream.documents:,} before `too_long`); raise train.sequence"
                 )
         return found
 
@@ -123,7 +133,7 @@ class Course:
         base = number << PLACES
         return without([one for one in self._merged if one[0] >> PLACES == number], base + position - self.begins[number], count, base)
 
-    def many(self, places: Sequence[int]) -> list[tuple[Samples, int]]:
+    def many(self, places: Sequence[int]) -> list[tuple[AnySamples, int]]:
         """The samples at places of one phase."""
         if not places:
             return []

@@ -13,19 +13,18 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import ceil
 from queue import Empty, Full, Queue
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gigatrain.data.build import Corpus
-from gigatrain.data.course import Course, Phase, samples_of, without
+from gigatrain.data.course import AnySamples, Course, Packing, Phase, samples_of, without
 from gigatrain.data.mixture import Mixture
-from gigatrain.data.pack import IGNORED, Sample, Samples
+from gigatrain.data.pack import IGNORED, Sample
+from gigatrain.data.packs import Packs
 from gigatrain.errors import DataError
-
-Packing = Literal["stream", "document"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Batch:
     positions: Sequence[int]
 
 
-def stack(rows: list[tuple[Samples, int] | None], sequence: int, eos: int, device: torch.device) -> Microbatch:
+def stack(rows: list[tuple[AnySamples, int] | None], sequence: int, eos: int, device: torch.device) -> Microbatch:
     """(samples, index) pairs as one microbatch on the CPU, in pinned memory if it will go to a GPU; None is a row without labels."""
     pinned = device.type == "cuda"
     tensors = [
@@ -134,7 +133,7 @@ class Batches:
         return self.course.phases[self.course.phase(self.position)].batch
 
     @property
-    def samples(self) -> list[Samples]:
+    def samples(self) -> list[AnySamples]:
         """Those of every source, in the phase of the next step."""
         return self.course.samples[self.course.phase(self.position)]
 
@@ -156,6 +155,14 @@ class Batches:
     def dropped(self) -> int:
         """Tokens at the ends of the streams that make no full sample, and are not trained on in this phase."""
         return sum(samples.dropped for samples in self.samples)
+
+    def packed(self) -> list[str]:
+        """What packing whole documents came to, one line a source; [] where they are not packed."""
+        return [
+            samples.counts.words(name, self.sequence)
+            for name, samples in zip(self.corpus.sources, self.samples, strict=True)
+            if isinstance(samples, Packs)
+        ]
 
     @property
     def epochs(self) -> float:
@@ -236,7 +243,7 @@ class Batches:
         phase = self.course.phases[self.course.phase(position)]
         share, count, microbatch = self._mine(phase)
         positions, begin = self.stream(position, phase.batch), (share.start + shift * len(share)) % phase.batch
-        rows: list[tuple[Samples, int] | None] = [*self.course.many(positions[begin : begin + len(share)])]
+        rows: list[tuple[AnySamples, int] | None] = [*self.course.many(positions[begin : begin + len(share)])]
         rows += [None] * (count - len(rows))
         parts = tuple(
             stack(rows[start : start + microbatch], phase.sequence, self.corpus.eos, self.device) for start in range(0, len(rows), microbatch)
@@ -353,7 +360,7 @@ class Validation:
         count = min(total, max_samples or total)
         # A subset is spread evenly over all documents.
         chosen = [index * total // count for index in range(count)]
-        self.mine: list[tuple[Samples, int] | None] = []
+        self.mine: list[tuple[AnySamples, int] | None] = []
         for index in chosen[rank::ranks]:
             source = int(np.searchsorted(ends, index, "right"))
             self.mine.append((self.samples[source], index - int(ends[source]) + len(self.samples[source])))
