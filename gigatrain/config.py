@@ -75,7 +75,9 @@ class Tokenizer(Section):
         default=None,
         description="Chat template in place of the tokenizer's own: chatml, or a jinja file. The special tokens of chatml are added where they are missing.",
     )
-    special: tuple[str, ...] = Field(default=(), description="Special tokens that are added where they are missing, for a template of your own.")
+    special: tuple[str, ...] = Field(
+        default=(), description="Special tokens that are added where they are missing, for a template of your own."
+    )
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
         default=None,
         description="The day that a chat template is told when it asks; default: none, and templates write what they write without one.",

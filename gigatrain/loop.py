@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from gigatrain import engines, export, floors, leaving, run
+from gigatrain import engines, export, floors, leaving, objectives, run
 from gigatrain.checkpoint import PASSING, Checkpoints, Intervals, Near, Saving, Timed, fill, weights_sha256, write_text
 from gigatrain.data import build
 from gigatrain.data.course import Phase
@@ -27,7 +27,7 @@ from gigatrain.errors import DataError, RunError
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
-from gigatrain.objectives import figures
+from gigatrain.objectives import figures, reference
 from gigatrain.observe import hang, prometheus, stragglers, trace, watch
 from gigatrain.observe.budget import Budget
 from gigatrain.observe.display import Display
@@ -159,17 +159,22 @@ def _steps(
             ranks=readers,
             device=device,
             phases=[Phase(one.steps, one.sequence, one.batch, one.microbatch, one.weights) for one in plan.stretches],
+            form=objectives.form(plan.objective),
         )
         stack.callback(batches.close)
         for line in batches.packed():
             say(f"  packed   {line}")
+        if plan.optim.source is not None and not resumes:
+            with progress.spent("restore"):
+                for line in run.begin_from(plan, engine, batches, mesh):
+                    display.line(f"  begins   {line}")
+        if reference.asked(plan.objective):
+            with progress.spent("reference"):
+                _refer(plan, folder, engine, batches, held, resumes, mesh, display, log)
         with progress.spent("restore"):
             kept, power = _resume(near, engine, batches, this, display) if resumes else ({}, {})
             if resumes:
                 _check_ahead(plan, this)
-            elif plan.optim.source is not None:
-                for line in run.begin_from(plan, engine, batches, mesh):
-                    display.line(f"  begins   {line}")
         lives = stack.enter_context(replicated.joined(plan, mesh, engine, batches, display.line))
         engine = lives.engine
         found = lives.enter(lambda: {"run": this.state(), "data": batches.state(), "metrics": kept, "power": power})
@@ -322,6 +327,40 @@ def _steps(
         return _summary(plan, this, saves, saving, corpus, metrics, mesh) | {"saving": intervals.summary() | near.summary()}
 
 
+def _refer(
+    plan: Plan,
+    folder: Path,
+    engine: Engine,
+    batches: Batches,
+    held: Validation | None,
+    resumes: bool,
+    mesh: Mesh,
+    display: Display,
+    log: Log,
+) -> None:
+    """Give every pair what the starting weights say of it: from the folder, or, before the first step, computed and kept there."""
+    splits: dict[str, Any] = {"train": batches.samples} | ({"validation": held.samples} if held is not None else {})
+    whose = f"{plan.meaning}/{batches.corpus.sha256}"
+    found = reference.known(folder, whose, splits) if resumes else None
+    if found is None:
+        if resumes:
+            raise RunError(
+                f"{folder}/reference is gone, and the weights it was computed with are no more; copy it back, or start over with --new"
+            )
+        log.pulse.mark("reference")
+
+        def shown(*numbers: Any) -> None:
+            log.pulse.beats += 1
+            display.advance(*numbers)
+
+        how = json.dumps([plan.precision, [[one.op, one.kernel] for one in plan.kernels]])
+        found = reference.compute(
+            folder, whose, how, splits, logprobs=engine.logprobs, microbatch=plan.microbatch, mesh=mesh, advance=shown
+        )
+        display.line(f"  kept     log-probabilities of the starting weights in {folder / 'reference'}")
+    batches.reference = found
+
+
 _LESS = 'lower train.microbatch or train.sequence, or --set train.recompute=full; "gigatrain plan" shows what the run needs'
 
 
@@ -464,6 +503,7 @@ def _held_out(plan: Plan, corpus: build.Corpus, mesh: Mesh, device: torch.device
         rank=reader,
         ranks=readers,
         device=device,
+        form=objectives.form(plan.objective),
     )
 
 

@@ -36,7 +36,7 @@ import numpy as np
 
 import gigatrain
 from gigatrain import config
-from gigatrain.data import messages, shards, sources, templates, tokenizer
+from gigatrain.data import messages, preferred, shards, sources, templates, tokenizer
 from gigatrain.data.mixture import slot_counts
 from gigatrain.errors import DataError
 
@@ -173,8 +173,6 @@ def build(data: config.Data, spec: config.Tokenizer, *, progress: Progress | Non
     folder = Path(data.folder).expanduser().absolute() / key
     if (folder / "manifest.json").is_file():
         return _opened(folder, weights, data, check)
-    if asks := [source for source in data.sources if source.format == "preference"]:
-        raise DataError(f"source {asks[0].path} holds pairs (preference), which no objective of this recipe reads; set another `format`")
     report = progress or (lambda *_: None)
     try:
         for below in ("shards", "parts"):
@@ -341,7 +339,7 @@ def _refuse(bad: config.BadDocuments, reason: str, where: str, source: config.So
     if name == "history":
         if source.history == "refuse":
             raise DataError(
-                f"{source.path}: document {where}: {reason.partition(': ')[2]}; set `history` of the source to \"split\": one sample a turn, or \"skip\""
+                f'{source.path}: document {where}: {reason.partition(": ")[2]}; set `history` of the source to "split": one sample a turn, or "skip"'
             )
         return
     key = "unparsable" if name == "corrupt" else name
@@ -632,10 +630,14 @@ def _write(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part, fo
 
     def converse(document: Usable) -> None:
         """Store the samples of a conversation; how many bytes of its text are trained, nobody counts."""
-        found = messages.samples(source, document.text, ready)
+        paired = source.format == "preference"
+        found = (preferred.documents if paired else messages.samples)(source, document.text, ready)
         if isinstance(found, str):
             _refuse(bad, found, document.where, source)
             skip(document.where, found)
+            return
+        if paired:
+            keep_pair(document, found)
             return
         if len(found) > 1:
             mended["split by turn"] += 1
@@ -651,6 +653,22 @@ def _write(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part, fo
                 continue
             mended.update(["truncated"] if reason else [document.mended] if document.mended else [])
             writers[SPLITS[document.validation]].add(*((ids[: bad.max_tokens], trained[: bad.max_tokens]) if reason else (ids, trained)))
+
+    def keep_pair(document: Usable, found: list[messages.Tokens]) -> None:
+        """Store both documents of a pair, or neither."""
+        counts = [len(ids) for ids, _ in found if len(ids)]
+        reason = ""
+        if max(counts) > bad.max_tokens and bad.long != "keep":
+            reason = f"long: {max(counts)} tokens, and the most is {bad.max_tokens}; a pair is never truncated"
+        elif min(counts) < bad.min_tokens and bad.short != "keep":
+            reason = f"short: {min(counts)} tokens, and the least is {bad.min_tokens}"
+        if reason:
+            _refuse(bad, reason, document.where, source)
+            skip(document.where, reason)
+            return
+        mended.update([document.mended] if document.mended else [])
+        for ids, trained in found:
+            writers[SPLITS[document.validation]].add(ids, trained)
 
     def flush(batch: list[Usable]) -> None:
         if chats:

@@ -19,6 +19,7 @@ from gigatrain.data.build import Corpus
 from gigatrain.data.mixture import Mixture
 from gigatrain.data.pack import Samples
 from gigatrain.data.packs import Packs
+from gigatrain.data.pairs import Form, Pairs, alike
 from gigatrain.errors import DataError
 
 PLACES = 40  # bits of a sample's number in its phase
@@ -36,11 +37,20 @@ class Phase:
 
 
 Packing = Literal["stream", "document", "packed"]
-AnySamples = Samples | Packs
+AnySamples = Samples | Packs | Pairs
 
 
-def samples_of(corpus: Corpus, split: str, sequence: int, packing: Packing) -> list[AnySamples]:
-    """The samples of every source of a split; validation keeps its last, partial ones."""
+def samples_of(corpus: Corpus, split: str, sequence: int, packing: Packing, form: Form | None = None) -> list[AnySamples]:
+    """The samples of every source of a split; validation keeps its last, partial ones. With `form` they are of pairs."""
+    if form is not None:
+        pairs = [
+            Pairs(
+                corpus.stream(number, split), sequence=sequence, eos=corpus.eos, form=form, packed=packing == "packed", name=source["name"]
+            )
+            for number, source in enumerate(corpus.manifest["sources"])
+        ]
+        alike(pairs)
+        return [*pairs]
     found: list[AnySamples] = []
     for number, source in enumerate(corpus.manifest["sources"]):
         eos_opens = source["ends_with_eos"] and not source["starts_with_bos"]
@@ -57,8 +67,8 @@ def samples_of(corpus: Corpus, split: str, sequence: int, packing: Packing) -> l
 class Course:
     """The order of a run's samples. The last phase goes on for as long as it is asked."""
 
-    def __init__(self, corpus: Corpus, phases: Sequence[Phase], packing: Packing, seed: int) -> None:
-        self.corpus, self.phases, self.packing, self.seed = corpus, tuple(phases), packing, seed
+    def __init__(self, corpus: Corpus, phases: Sequence[Phase], packing: Packing, seed: int, form: Form | None = None) -> None:
+        self.corpus, self.phases, self.packing, self.seed, self.form = corpus, tuple(phases), packing, seed, form
         self.begins = [0, *accumulate(one.steps * one.batch for one in self.phases[:-1])]  # positions
         self.begin_steps = [0, *accumulate(one.steps for one in self.phases[:-1])]
         self._by_sequence: dict[int, list[AnySamples]] = {}
@@ -68,10 +78,14 @@ class Course:
     def _samples(self, phase: Phase) -> list[AnySamples]:
         sequence = phase.sequence
         if sequence not in self._by_sequence:
-            self._by_sequence[sequence] = samples_of(self.corpus, "train", sequence, self.packing)
+            self._by_sequence[sequence] = samples_of(self.corpus, "train", sequence, self.packing, self.form)
         found = self._by_sequence[sequence]
         for name, samples, weight in zip(self.corpus.sources, found, phase.weights, strict=True):
             if weight and not len(samples):
+                if isinstance(samples, Pairs):
+                    raise DataError(
+                        f"source {name} has no pair that fits: {samples.long:,} are longer than train.sequence {sequence:,}, which both answers share; raise it"
+                    )
                 raise DataError(
                     f"source {name} has {samples.stream.tokens:,} training tokens, fewer than one sample of {sequence:,}; "
                     "add documents, or lower `train.sequence`"

@@ -24,6 +24,7 @@ from gigatrain.data.course import AnySamples, Course, Packing, Phase, samples_of
 from gigatrain.data.mixture import Mixture
 from gigatrain.data.pack import IGNORED, Sample
 from gigatrain.data.packs import Packs
+from gigatrain.data.pairs import Form, Pairs
 from gigatrain.errors import DataError
 
 
@@ -47,7 +48,7 @@ class Microbatch:
 class Batch:
     """One step's share of one rank.
 
-    targets: labels of this share's microbatches that are not ignored: neither padding nor a label that would cross documents. The sum over
+    targets: labels of this share's microbatches that are not ignored: neither padding nor a label that would cross documents; or pairs. The sum over
     the ranks divides the step's loss. tokens: input positions of the whole step over all ranks, samples times their length, padding
     included. positions: the global positions of the whole step's samples, ascending.
     """
@@ -58,21 +59,31 @@ class Batch:
     positions: Sequence[int]
 
 
-def stack(rows: list[tuple[AnySamples, int] | None], sequence: int, eos: int, device: torch.device) -> Microbatch:
-    """(samples, index) pairs as one microbatch on the CPU, in pinned memory if it will go to a GPU; None is a row without labels."""
+def stack(
+    rows: list[tuple[Any, int] | None], sequence: int, eos: int, device: torch.device, blank: Mapping[str, np.ndarray] | None = None
+) -> Microbatch:
+    """(samples, index) pairs as one microbatch on the CPU, in pinned memory if it will go to a GPU; None is a row without labels. blank: what such a row
+    gives beside its tokens, where rows give something."""
     pinned = device.type == "cuda"
     tensors = [
         torch.empty((len(rows), sequence), dtype=kind, pin_memory=pinned) for kind in (torch.int64, torch.int64, torch.int64, torch.int32)
     ]
     arrays = [tensor.numpy() for tensor in tensors]
+    given = None
+    if blank is not None:
+        given = {name: torch.from_numpy(np.stack([one] * len(rows))) for name, one in blank.items()}
+        given = {name: one.pin_memory() if pinned else one for name, one in given.items()}
+    beside = {} if given is None else {name: one.numpy() for name, one in given.items()}
     for number, row in enumerate(rows):
         sample = Sample(*(array[number] for array in arrays))
-        if row is not None:
+        if row is not None and blank is not None:
+            row[0].fill(row[1], sample, {name: array[number] for name, array in beside.items()})
+        elif row is not None:
             row[0].fill(row[1], sample)
         else:
             sample.tokens[:], sample.labels[:], sample.positions[:], sample.documents[:] = eos, IGNORED, np.arange(sequence), 0
     # Numbers ascend from 0, so the last column has the most segments.
-    return Microbatch(tensors[0], tensors[1], tensors[2], tensors[3] if arrays[3][:, -1].any() else None)
+    return Microbatch(tensors[0], tensors[1], tensors[2], tensors[3] if arrays[3][:, -1].any() else None, given)
 
 
 def moved(microbatch: Microbatch, device: torch.device) -> Microbatch:
@@ -86,6 +97,17 @@ def moved(microbatch: Microbatch, device: torch.device) -> Microbatch:
     documents = None if microbatch.documents is None else there(microbatch.documents)
     given = None if microbatch.given is None else {name: there(tensor) for name, tensor in microbatch.given.items()}
     return Microbatch(there(microbatch.tokens), there(microbatch.labels), there(microbatch.positions), documents, given)
+
+
+def blank_of(samples: Sequence[AnySamples]) -> dict[str, np.ndarray] | None:
+    """What a row gives beside its tokens, filled with nothing; None where rows are text."""
+    return samples[0].blank() if isinstance(samples[0], Pairs) else None
+
+
+def targets_of(part: Microbatch) -> int:
+    """What a loss is a mean over: a microbatch's labels, or its pairs."""
+    pairs = None if part.given is None else part.given.get("there_bp")
+    return int(np.count_nonzero(part.labels.numpy() != IGNORED)) if pairs is None else int(pairs.sum())
 
 
 class Batches:
@@ -111,6 +133,7 @@ class Batches:
         prefetch: int = 2,
         position: int = 0,
         phases: Sequence[Phase] = (),
+        form: Form | None = None,
     ) -> None:
         phases = phases or (Phase(0, sequence, batch, microbatch, tuple(corpus.weights)),)
         for phase in phases:
@@ -123,7 +146,9 @@ class Batches:
         self.rows = len(self.share)  # of a step; those beyond the share have no labels
         self.microbatch = min(microbatch or len(self.share), len(self.share))
         self.device, self.prefetch = torch.device(device), prefetch
-        self.course = Course(corpus, phases, packing, seed)
+        self.course = Course(corpus, phases, packing, seed, form)
+        self.form = form
+        self.reference: str | None = None  # SHA-256 of what a reference says of the rows, where one is asked
         self.position = position
         self.thread: threading.Thread | None = None
 
@@ -159,9 +184,9 @@ class Batches:
     def packed(self) -> list[str]:
         """What packing whole documents came to, one line a source; [] where they are not packed."""
         return [
-            samples.counts.words(name, self.sequence)
+            samples.words() if isinstance(samples, Pairs) else samples.counts.words(name, self.sequence)
             for name, samples in zip(self.corpus.sources, self.samples, strict=True)
-            if isinstance(samples, Packs)
+            if isinstance(samples, Packs | Pairs)
         ]
 
     @property
@@ -245,10 +270,12 @@ class Batches:
         positions, begin = self.stream(position, phase.batch), (share.start + shift * len(share)) % phase.batch
         rows: list[tuple[AnySamples, int] | None] = [*self.course.many(positions[begin : begin + len(share)])]
         rows += [None] * (count - len(rows))
+        blank = blank_of(self.course.samples[self.course.phase(position)])
         parts = tuple(
-            stack(rows[start : start + microbatch], phase.sequence, self.corpus.eos, self.device) for start in range(0, len(rows), microbatch)
+            stack(rows[start : start + microbatch], phase.sequence, self.corpus.eos, self.device, blank)
+            for start in range(0, len(rows), microbatch)
         )
-        targets = sum(int(np.count_nonzero(part.labels.numpy() != IGNORED)) for part in parts)
+        targets = sum(targets_of(part) for part in parts)
         return Batch(parts, targets, phase.batch * phase.sequence, positions)
 
     def _mine(self, phase: Phase) -> tuple[range, int, int]:
@@ -266,6 +293,7 @@ class Batches:
             "weights": list(self.course.phases[0].weights),
             "sequence": self.sequence,
             "packing": self.packing,
+            **{name: one for name, one in (("form", self.form), ("reference", self.reference)) if one is not None},
             "position": self.position,
             "passed": [list(one) for one in self.passed],
         } | ({"phases": begun} if (begun := self.course.begun(self.position)) else {})
@@ -276,10 +304,10 @@ class Batches:
         The batch and the number of ranks may differ, and phases that begin at the position or later: positions count samples.
         """
         mine = self.state()
-        for name in ("seed", "corpus", "weights", "sequence", "packing"):
-            if state.get(name) != mine[name]:
+        for name in ("seed", "corpus", "weights", "sequence", "packing", "form", "reference"):
+            if state.get(name) != mine.get(name):
                 raise DataError(
-                    f"the saved data position is for {name} {state.get(name)!r}, and this run has {mine[name]!r}: "
+                    f"the saved data position is for {name} {state.get(name)!r}, and this run has {mine.get(name)!r}: "
                     "other samples would follow; resume with the same data and seed, or start a new run"
                 )
         begun = self.course.begun(int(state["position"]))
@@ -352,8 +380,9 @@ class Validation:
         rank: int = 0,
         ranks: int = 1,
         device: str | torch.device = "cpu",
+        form: Form | None = None,
     ) -> None:
-        self.samples = samples_of(corpus, "validation", sequence, packing)
+        self.samples = samples_of(corpus, "validation", sequence, packing, form)
         self.sequence, self.eos, self.microbatch, self.device = sequence, corpus.eos, microbatch, torch.device(device)
         ends = np.cumsum([len(samples) for samples in self.samples])
         total = int(ends[-1])
@@ -366,7 +395,7 @@ class Validation:
             self.mine.append((self.samples[source], index - int(ends[source]) + len(self.samples[source])))
         self.mine += [None] * (-(-count // ranks) - len(self.mine))
         self.count = count
-        whole = 0 < count == total and (packing == "stream" or not any(samples.cut() for samples in self.samples))
+        whole = form is None and 0 < count == total and (packing == "stream" or not any(samples.cut() for samples in self.samples))
         self.text_bytes: int | None = corpus.totals("validation")["text_bytes"] if whole else None
 
     def __len__(self) -> int:
@@ -376,4 +405,4 @@ class Validation:
     def __iter__(self) -> Iterator[Microbatch]:
         for start in range(0, len(self.mine), self.microbatch):
             rows = self.mine[start : start + self.microbatch]
-            yield moved(stack(rows, self.sequence, self.eos, self.device), self.device)
+            yield moved(stack(rows, self.sequence, self.eos, self.device, blank_of(self.samples)), self.device)

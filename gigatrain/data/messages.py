@@ -1,10 +1,10 @@
 """Conversations as people store them, read into transformers' messages; and records into samples of tokens. Free of torch.
 
-    chat         {"messages": [{"role", "content", "tool_calls"?, …}], "tools"?}      OpenAI's
-    sharegpt     {"conversations": [{"from", "value"}], "system"?, "tools"?}
-    alpaca       {"instruction", "input"?, "output", "system"?, "history"?}
-    completion   {"prompt", "completion"}: two texts, or two lists of messages
-    preference   {"prompt"?, "chosen", "rejected"}: lists of messages, or texts
+chat         {"messages": [{"role", "content", "tool_calls"?, …}], "tools"?}      OpenAI's
+sharegpt     {"conversations": [{"from", "value"}], "system"?, "tools"?}
+alpaca       {"instruction", "input"?, "output", "system"?, "history"?}
+completion   {"prompt", "completion"}: two texts, or two lists of messages
+preference   {"prompt"?, "chosen", "rejected"}, or {"prompt", "completion", "label"}: lists of messages, or texts (preferred.py)
 """
 
 import json
@@ -44,7 +44,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sharegpt": ((), ("system", "tools")),
     "alpaca": (("instruction", "output"), ("input", "system", "history")),
     "completion": (("prompt", "completion"), ("tools",)),
-    "preference": (("chosen", "rejected"), ("prompt", "tools", "label")),
+    "preference": ((), ("prompt", "chosen", "rejected", "completion", "label", "tools")),
 }
 TURNS = {"chat": "messages", "sharegpt": "conversations"}
 
@@ -106,7 +106,11 @@ def words(text: str) -> str:
     def strings(value: Any) -> list[str]:
         if isinstance(value, str):
             return [value]
-        return [found for each in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()) for found in strings(each)]
+        return [
+            found
+            for each in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+            for found in strings(each)
+        ]
 
     return "\n".join(strings(json.loads(text)))
 
@@ -114,7 +118,7 @@ def words(text: str) -> str:
 def parse(source: config.Source, text: str) -> Conversation:
     """The conversation of a record's text; Unparsable says what is wrong with it."""
     record = json.loads(text)
-    tools = _tools(record.get("tools"))
+    tools = tools_of(record.get("tools"))
     if source.format == "alpaca":
         return Conversation(_alpaca(record))
     if source.format == "completion":
@@ -196,7 +200,8 @@ def _calls(number: int, text: str | None) -> list[Message]:
     return [_call(number, one) for one in (found if isinstance(found, list) else [found])]
 
 
-def _tools(value: Any) -> tuple[Any, ...] | None:
+def tools_of(value: Any) -> tuple[Any, ...] | None:
+    """Tools as a record holds them: a list, or JSON in a text."""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None

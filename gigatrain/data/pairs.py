@@ -59,7 +59,9 @@ class Pairs:
         self.stream, self.sequence, self.eos, self.form, self.name = stream, sequence, eos, form, name
         self.dropped = 0
         if stream.documents % 2:
-            raise DataError(f"source {name} holds {stream.documents:,} documents and no pairs; set `format` = \"preference\" where it has prompts and answers")
+            raise DataError(
+                f'source {name} holds {stream.documents:,} documents and no pairs; set `format` = "preference" where it has prompts and answers'
+            )
         lengths = stream.lengths()
         self.ends = np.cumsum(lengths)
         sides = lengths.reshape(-1, 2)
@@ -72,7 +74,7 @@ class Pairs:
             alone = int((sides == 0).any(1).sum())
             if alone:
                 raise DataError(
-                    f"source {name} has {alone:,} answers that were judged alone and have no counterpart; set objective.kind = \"kto\", or leave them out"
+                    f'source {name} has {alone:,} answers that were judged alone and have no counterpart; set objective.kind = "kto", or leave them out'
                 )
             self.entries = np.arange(len(sides))
             sizes = np.maximum(sides - 1, 0).sum(1)

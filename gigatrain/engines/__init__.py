@@ -38,6 +38,10 @@ class Engine(Protocol):
         count of targets, and the sums that objectives/figures.py names."""
         ...
 
+    def logprobs(self, part: Microbatch) -> Tensor:
+        """Log-probabilities [b, t] of a microbatch's labels by the weights as they are, fp32, 0 without a label; ranks call it together, each with its own."""
+        ...
+
     def state(self) -> State:
         """What a checkpoint keeps, by group and canonical name: the live pieces of this rank, which a load fills in place."""
         ...

@@ -27,7 +27,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
@@ -174,7 +174,7 @@ class DeepSpeed:
         if objectives.looks_ahead(self.plan.objective):
             sums = torch.zeros(2, dtype=torch.float64, device=self.device)
             for part in parts:
-                sums += self._loss(part, ahead=True)  # type: ignore[arg-type]
+                sums += self._loss(part, asks="ahead")
             self._known = {"known": objectives.known(self.mesh.sum(sums, *DATA))}
 
     def _loss(self, part: Microbatch, **terms: Any) -> Any:
@@ -233,6 +233,14 @@ class DeepSpeed:
             total[1] += objectives.targets(self.plan.objective, part) * float(self.mesh.at["context"] == 0)
         self._engine.train()
         return self.mesh.sum(torch.cat([total, self._beside]))
+
+    @torch.no_grad()
+    def logprobs(self, part: Microbatch) -> Tensor:
+        """Of a microbatch's labels [b, t], by the weights as they are, fp32."""
+        self._engine.eval()
+        found = self._loss(part, asks="logprobs")
+        self._engine.train()
+        return found
 
     # ---- What a checkpoint keeps ----
 
@@ -341,11 +349,13 @@ class _Training(nn.Module):
         documents: Tensor | None,
         given: Mapping[str, Tensor] | None = None,
         *,
-        ahead: bool = False,
+        asks: Literal["loss", "ahead", "logprobs"] = "loss",
         **terms: Any,
     ) -> Any:
         part = Microbatch(tokens, labels, positions if positions is not None else tokens, documents, given)
-        if ahead:
+        if asks == "logprobs":
+            return self.decoder.logprobs(tokens, labels, positions, documents)
+        if asks == "ahead":
             return objectives.ahead(self.objective, self.decoder, part)
         loss, reported = objectives.compute(self.objective, self.decoder, part, positions, **terms)
         return loss, reported.detach()

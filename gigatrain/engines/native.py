@@ -678,6 +678,14 @@ class Native:
             model.train()
         return self.mesh.sum(torch.cat([total, self._beside]) * float(self.mesh.at["tensor"] == 0))
 
+    @torch.no_grad()
+    def logprobs(self, part: Microbatch) -> Tensor:
+        """Of a microbatch's labels [b, t], by the weights as they are, fp32."""
+        model = self.model.eval()
+        found = model.logprobs(part.tokens, part.labels, None if part.documents is None else part.positions, part.documents)
+        model.train()
+        return found
+
     # ---- What a checkpoint keeps ----
 
     def state(self) -> State:

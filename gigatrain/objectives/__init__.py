@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gigatrain.config import Objective
 from gigatrain.data.loader import Microbatch
+from gigatrain.data.pairs import Form
 from gigatrain.objectives import preference
 
 LANGUAGE = Objective()
@@ -41,6 +42,11 @@ def ahead(objective: Objective, model: Any, part: Microbatch) -> Tensor:
 def known(sums: Tensor) -> Tensor:
     """The number that `compute` is given, of the sums of `ahead` over all ranks."""
     return (sums[0] / sums[1].clamp(min=1.0)).clamp(min=0.0).float()
+
+
+def form(objective: Objective) -> Form | None:
+    """How rows are laid out for an objective (data/pairs.py); None: as text."""
+    return {"orpo": "whole", "kto": "single"}.get(objective.kind, "pair") if objective.pairs else None  # type: ignore[return-value]
 
 
 def targets(objective: Objective, part: Microbatch) -> Tensor:

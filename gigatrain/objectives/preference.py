@@ -20,6 +20,8 @@ prompt, document 2 k + 1 the refused one, so that both are always in one microba
 """
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -120,6 +122,21 @@ def compute(
     loss = torch.where(there, loss_bp, 0.0).sum()
     sums = [torch.where(there, x, 0.0).sum() for x in (*rewards_bps.unbind(-1), *logs_bps.unbind(-1), right_bp.to(loss.dtype))]
     return loss, torch.stack([x.detach().double() for x in (loss, mine_bt.sum(), *sums, *extra)])
+
+
+@torch.no_grad()
+def answers(logprobs: Callable[[Microbatch], Tensor], part: Microbatch, form: str) -> Tensor:
+    """Sums [b, p, 2] of the log-probabilities of both answers of each pair, or of an answer and its foreign one: what is kept of a reference."""
+    assert part.given is not None
+    most = part.given["there_bp"].shape[1]
+    if form == "single":
+        foreign = Microbatch(part.given["foreign_tokens_bt"], part.given["foreign_labels_bt"], part.positions, None)
+        mine = replace(part, documents=None)
+        return torch.stack([logprobs(one).sum(1) for one in (mine, foreign)], 1)[:, None]
+    found_bt = logprobs(part)
+    if (mine_bt := part.given.get("answer_bt")) is not None:
+        found_bt = torch.where(mine_bt, found_bt, 0.0)
+    return by_document(found_bt, part.documents, 2 * most).unflatten(1, (most, 2))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -26,9 +26,10 @@ from gigatrain.data.shards import file_sha256, write_atomically
 from gigatrain.errors import RunError
 from gigatrain.objectives import preference
 from gigatrain.parallel import ranks
-from gigatrain.parallel.mesh import Mesh
+from gigatrain.parallel.mesh import DATA, Mesh
 
-PART = 1 << 14  # rows of a part: of 2,000 tokens some 30 million, which is what an interruption may cost
+PART = 1 << 12  # rows of a part: of 2,000 tokens some 8 million, which is what an interruption may cost
+AGAIN = "start over with --new, which computes it again"
 Splits = Mapping[str, Sequence[Pairs]]  # by split, then source
 
 
@@ -37,76 +38,75 @@ def asked(objective: Objective) -> bool:
     return objective.refers and objective.reference != "adapter"
 
 
-def known(folder: Path, of: str, splits: Splits) -> str | None:
+def known(folder: Path, whose: str, splits: Splits) -> str | None:
     """Give every split the numbers that the folder holds, and return the SHA-256 of all of them; None if they are not all there.
 
-    `of` names whose they are: run, corpus and starting weights. RunError if a file is not what its index says.
+    `whose` names run and corpus. RunError if a file is not what its index says.
     """
     index = folder / "reference" / "index.json"
     if not index.is_file():
         return None
     try:
         said = json.loads(index.read_text(encoding="utf-8"))
-        if said["of"] != of:
-            raise RunError(f"{index} is of another run, corpus or starting weights; start over with --new, which computes it again")
-        parts: dict[str, str] = said["parts"]
-    except (ValueError, KeyError, TypeError, OSError) as failure:
-        raise RunError(f"{index} is not what a run writes: {failure}; start over with --new, which computes it again") from None
-    for split, name, rows, pairs in _parts(splits):
+        of, parts = str(said["of"]), dict(said["parts"])
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as failure:
+        raise RunError(f"{index} is not what a run writes: {failure}; {AGAIN}") from None
+    if of != whose:
+        raise RunError(f"{index} is of another run or corpus; {AGAIN}")
+    for name, rows, pairs in _parts(splits):
         path = folder / "reference" / name
         if not path.is_file() or file_sha256(path) != parts.get(name):
-            raise RunError(f"{path} is missing or not what was computed (SHA-256); copy it again, or start over with --new, which computes it again")
+            raise RunError(f"{path} is missing, or not what was computed (SHA-256); copy it again, or {AGAIN}")
         _place(pairs, rows, _read(path))
-        del split
     return hashlib.sha256(json.dumps([of, parts], sort_keys=True).encode()).hexdigest()
 
 
 def compute(
     folder: Path,
-    of: str,
+    whose: str,
+    how: str,
     splits: Splits,
     *,
     logprobs: Callable[[Microbatch], Tensor],
     microbatch: int,
     mesh: Mesh,
-    say: Callable[[str], None],
     advance: Callable[[str, int, int], None],
-    leaves: Callable[[], bool],
-) -> str | None:
-    """As `known`, with what is missing computed: `logprobs` is the engine's, of the starting weights. None if a signal came first (`leaves`)."""
-    place = folder / "reference"
-    parts = list(_parts(splits))
-    total = sum(len(rows) for *_, rows, _ in parts)
-    if mesh.rank == 0:
-        place.mkdir(exist_ok=True)
-    done = 0
-    for _, name, rows, pairs in parts:
-        kept = ranks.first(mesh, lambda name=name: _kept(place / name, of))
-        if not kept:
-            found = _computed(pairs, rows, logprobs=logprobs, microbatch=microbatch, mesh=mesh, leaves=leaves, advance=lambda at: advance("reference", done + at, total))  # noqa: B023
-            if found is None:
-                return None
-            if mesh.rank == 0:
-                write_atomically(place / name, save({"logprobs": found}, {"of": of}))
+) -> str:
+    """As `known`, once what is missing is computed: `logprobs` is the engine's, of the starting weights, in numbers that `how` names."""
+    place, parts = folder / "reference", list(_parts(splits))
+    made = hashlib.sha256(json.dumps([whose, how]).encode()).hexdigest()
+    total, done = sum(len(rows) for _, rows, _ in parts), 0
+    for name, rows, pairs in parts:
+        path = place / name
+        if not ranks.first(mesh, lambda path=path: _kept(path, made)):
+            found = _computed(
+                pairs,
+                rows,
+                logprobs=logprobs,
+                microbatch=microbatch,
+                mesh=mesh,
+                advance=lambda at, before=done: advance("reference", before + at, total),
+            )
+            ranks.first(mesh, lambda path=path, found=found: _write(path, found, made))
         done += len(rows)
         advance("reference", done, total)
 
-    def written() -> bool:
-        hashes = {name: file_sha256(place / name) for _, name, *_ in parts}
-        write_atomically(place / "index.json", json.dumps({"format": 1, "of": of, "parts": hashes}, indent=1).encode())
-        return True
+    def written() -> None:
+        hashes = {name: file_sha256(place / name) for name, *_ in parts}
+        write_atomically(place / "index.json", json.dumps({"format": 1, "of": whose, "parts": hashes}, indent=1).encode())
 
     ranks.first(mesh, written)
-    say(f"  reference {total:,} rows of log-probabilities of the starting weights, kept in {place}")
-    return known(folder, of, splits)
+    found = known(folder, whose, splits)
+    assert found is not None, "it was written"
+    return found
 
 
-def _parts(splits: Splits) -> Iterator[tuple[str, str, range, Pairs]]:
-    """`(split, file, rows, source)` of every part."""
+def _parts(splits: Splits) -> Iterator[tuple[str, range, Pairs]]:
+    """`(file, rows, source)` of every part."""
     for split, sources in splits.items():
         for number, pairs in enumerate(sources):
             for start in range(0, len(pairs), PART):
-                yield split, f"{split}-{number}-{start // PART:05d}.safetensors", range(start, min(start + PART, len(pairs))), pairs
+                yield f"{split}-{number}-{start // PART:05d}.safetensors", range(start, min(start + PART, len(pairs))), pairs
 
 
 def _entries(pairs: Pairs, rows: range) -> np.ndarray:
@@ -118,7 +118,9 @@ def _place(pairs: Pairs, rows: range, numbers: Tensor) -> None:
         pairs.reference = np.zeros((len(pairs.entries), 2), np.float32)
     entries = _entries(pairs, rows)
     if numbers.shape != (len(entries), 2):
-        raise RunError(f"the reference's log-probabilities are {tuple(numbers.shape)} and the rows have {len(entries)} pairs; start over with --new")
+        raise RunError(
+            f"the reference's log-probabilities are {tuple(numbers.shape)} and the rows have {len(entries)} pairs; start over with --new"
+        )
     pairs.reference[entries] = numbers.numpy()
 
 
@@ -126,18 +128,21 @@ def _read(path: Path) -> Tensor:
     try:
         return load(path.read_bytes())["logprobs"]
     except (SafetensorError, KeyError, OSError) as failure:
-        raise RunError(f"{path} cannot be read: {failure}; start over with --new, which computes it again") from None
+        raise RunError(f"{path} cannot be read: {failure}; {AGAIN}") from None
 
 
-def _kept(path: Path, of: str) -> bool:
+def _write(path: Path, found: Tensor, made: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, save({"logprobs": found}, {"of": made}))
+
+
+def _kept(path: Path, made: str) -> bool:
     """Whether a part was finished by an attempt before this one; what it holds is hashed with the others in the end."""
     if not path.is_file():
         return False
-    from safetensors import safe_open
-
     try:
         with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("of") == of
+            return (file.metadata() or {}).get("of") == made
     except SafetensorError:
         return False
 
@@ -149,9 +154,8 @@ def _computed(
     logprobs: Callable[[Microbatch], Tensor],
     microbatch: int,
     mesh: Mesh,
-    leaves: Callable[[], bool],
     advance: Callable[[int], None],
-) -> Tensor | None:
+) -> Tensor:
     """The numbers of a part's entries, in their order; each rank computes every so-many-th microbatch, and all make equally many calls."""
     reader, readers = mesh.data
     device = mesh.device
@@ -160,8 +164,6 @@ def _computed(
     found = torch.zeros(len(entries), 2, device=device)
     rounds = math.ceil(len(rows) / (microbatch * readers))
     for turn in range(rounds):
-        if leaves():
-            return None
         start = (turn * readers + reader) * microbatch
         mine: list[Any] = [(pairs, row) for row in rows[start : start + microbatch]]
         mine += [None] * (microbatch - len(mine))
@@ -171,6 +173,4 @@ def _computed(
             first, count = int(begins[start + place]), len(pairs.rows[row])
             found[first : first + count] = numbers_bps[place, :count]
         advance(min(len(rows), (turn + 1) * microbatch * readers))
-    from gigatrain.parallel.mesh import DATA
-
     return mesh.sum(found, *DATA).cpu()

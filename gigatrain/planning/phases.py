@@ -68,6 +68,8 @@ def joined(recipe: Recipe, alone: Callable[[Recipe], Plan]) -> Plan:
         raise PlanError(
             f'recovery.replicas "{recipe.recovery.replicas}" shares a batch anew when a replica is lost, and train.phases change the batch; use one of them'
         )
+    if recipe.objective.pairs:
+        raise PlanError(f'objective.kind "{recipe.objective.kind}" reads pairs, which no phase cuts anew; leave train.phases out')
     each: list[Plan] = []
     found: list[Stretch] = []
     for number, phase in enumerate(recipe.train.phases):
