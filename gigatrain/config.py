@@ -249,6 +249,16 @@ class Objective(Section):
     margin: NonNegative = Field(default=0.5, description="simpo: gamma, by which the preferred answer should lead.")
     desirable: Positive = Field(default=1.0, description="kto: weight of good answers.")
     undesirable: Positive = Field(default=1.0, description="kto: weight of the others.")
+    teacher: str | None = Field(default=None, description="distil: folder or hub name of the teacher, of the same tokenizer.")
+    online: bool = Field(
+        default=False,
+        description="distil: the teacher computes in every step, whole on every rank; else what `gigatrain data teach` kept beside the corpus is read.",
+    )
+    top_k: Annotated[int, Field(ge=1, le=65536)] = Field(
+        default=32, description="distil: how many of the teacher's likeliest tokens count one by one; all others count as one."
+    )
+    temperature: Positive = Field(default=1.0, description="distil: T, by which both models' logits are divided (arXiv:1503.02531).")
+    weight: Fraction = Field(default=0.5, description="distil: share of T^2 times the divergence in the loss; the rest is cross entropy.")
 
     @property
     def pairs(self) -> bool:
@@ -271,6 +281,12 @@ class Objective(Section):
             raise ValueError(f"`reference` is of dpo, ipo and kto; {self.kind} has none: leave it out")
         if self.label_smoothing and self.kind not in ("dpo", "simpo"):
             raise ValueError(f"`label_smoothing` is of dpo and simpo, not of {self.kind}; [loss] has that of the next token")
+        own = type(self).model_fields
+        distils = [name for name in ("teacher", "online", "top_k", "temperature", "weight") if getattr(self, name) != own[name].default]
+        if distils and self.kind != "distil":
+            raise ValueError(f"`{distils[0]}` is of distil; {self.kind} has none: leave it out")
+        if self.kind == "distil" and self.teacher is None:
+            raise ValueError("`distil` needs `teacher`, a folder or hub name")
         if self.robust and (self.kind != "dpo" or not self.label_smoothing):
             raise ValueError("`robust` is of dpo with a `label_smoothing` above 0")
         return self

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from gigatrain import engines, export, floors, leaving, objectives, run
 from gigatrain.checkpoint import PASSING, Checkpoints, Intervals, Near, Saving, Timed, fill, weights_sha256, write_text
-from gigatrain.data import build
+from gigatrain.data import build, taught
 from gigatrain.data.course import Phase
 from gigatrain.data.loader import Batches, Validation
 from gigatrain.engines import Engine, low, replicated
@@ -27,7 +27,7 @@ from gigatrain.errors import DataError, RunError
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
-from gigatrain.objectives import figures, reference
+from gigatrain.objectives import figures, reference, teacher
 from gigatrain.observe import hang, prometheus, stragglers, trace, watch
 from gigatrain.observe.budget import Budget
 from gigatrain.observe.display import Display
@@ -164,6 +164,8 @@ def _steps(
         stack.callback(batches.close)
         for line in batches.packed():
             say(f"  packed   {line}")
+        if plan.objective.kind == "distil":
+            _teach(plan, batches, corpus, device, mesh)
         if plan.optim.source is not None and not resumes:
             with progress.spent("restore"):
                 for line in run.begin_from(plan, engine, batches, mesh):
@@ -325,6 +327,21 @@ def _steps(
             return None
         this.elapsed_s, energy.complete = before, True
         return _summary(plan, this, saves, saving, corpus, metrics, mesh) | {"saving": intervals.summary() | near.summary()}
+
+
+def _teach(plan: Plan, batches: Batches, corpus: build.Corpus, device: torch.device, mesh: Mesh) -> None:
+    """Let a teacher's words come with every microbatch: its own, or those kept beside the corpus. A resume then compares whose they are."""
+    if plan.objective.online:
+        compute = torch.bfloat16 if plan.compute == "bf16" else torch.float32
+        found = teacher.Teacher(plan.objective, vocab=plan.architecture.vocab, ids=corpus.vocab, compute=compute, device=device)
+        batches.teacher, batches.reference = found, ranks.first(mesh, found.sha256)
+        return
+    lengths = sorted({phase.sequence for phase in plan.stretches})
+    with agreed(mesh, DataError, str):
+        batches.taught = {
+            length: taught.Taught(corpus, plan.objective, length, plan.data.packing, check=mesh.rank == 0) for length in lengths
+        }
+    batches.reference = " ".join(one.sha256 for one in batches.taught.values())
 
 
 def _refer(

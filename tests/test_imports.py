@@ -24,7 +24,7 @@ LEVELS = [
     ["objectives"],
     ["engines", "observe", "checkpoint", "bench", "preflight"],
     ["run"],
-    ["export", "importing"],
+    ["export", "importing", "teaching"],
     ["generate"],
     ["loop"],
     ["cli"],

@@ -8,7 +8,7 @@ of the state: the stream stays a function of (seed, ranges, position), on any nu
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import ceil
@@ -25,6 +25,7 @@ from gigatrain.data.mixture import Mixture
 from gigatrain.data.pack import IGNORED, Sample
 from gigatrain.data.packs import Packs
 from gigatrain.data.pairs import Form, Pairs
+from gigatrain.data.taught import Taught
 from gigatrain.errors import DataError
 
 
@@ -149,6 +150,8 @@ class Batches:
         self.course = Course(corpus, phases, packing, seed, form)
         self.form = form
         self.reference: str | None = None  # SHA-256 of what a reference says of the rows, where one is asked
+        self.teacher: Callable[[Microbatch], Mapping[str, Tensor]] | None = None  # what it says of a microbatch on the device is given with it
+        self.taught: Mapping[int, Taught] = {}  # or what it said ahead, by the length of samples
         self.position = position
         self.thread: threading.Thread | None = None
 
@@ -211,7 +214,10 @@ class Batches:
         return self._moved(found)
 
     def _moved(self, found: Batch) -> Batch:
-        return replace(found, microbatches=tuple(moved(part, self.device) for part in found.microbatches))
+        parts = tuple(moved(part, self.device) for part in found.microbatches)
+        if self.teacher is not None:
+            parts = tuple(replace(part, given={**(part.given or {}), **self.teacher(part)}) for part in parts)
+        return replace(found, microbatches=parts)
 
     def cut(self, slots: range, rank: int, ranks: int) -> None:
         """From the next batch that is made on, this rank's share is the `rank`-th of `ranks` equal parts of `slots`; rows without labels fill the last."""
@@ -229,8 +235,7 @@ class Batches:
 
     def at(self, position: int, shift: int = 0) -> Batch:
         """The batch of the step that starts at a position, on the device; with `shift` the share of the reader that comes so many later."""
-        found = self.make(position, shift)
-        return Batch(tuple(moved(part, self.device) for part in found.microbatches), found.targets, found.tokens, found.positions)
+        return self._moved(self.make(position, shift))
 
     def back(self, steps: int) -> None:
         """The last `steps` batches come once more."""
@@ -275,6 +280,14 @@ class Batches:
             stack(rows[start : start + microbatch], phase.sequence, self.corpus.eos, self.device, blank)
             for start in range(0, len(rows), microbatch)
         )
+        if self.taught:
+            number = {id(one): source for source, one in enumerate(self.course.samples[self.course.phase(position)])}
+            known = [None if row is None else (number[id(row[0])], row[1]) for row in rows]
+            words = self.taught[phase.sequence]
+            cuts = (known[start : start + microbatch] for start in range(0, len(rows), microbatch))
+            parts = tuple(
+                replace(part, given=words.given(cut, pinned=self.device.type == "cuda")) for part, cut in zip(parts, cuts, strict=True)
+            )
         targets = sum(targets_of(part) for part in parts)
         return Batch(parts, targets, phase.batch * phase.sequence, positions)
 

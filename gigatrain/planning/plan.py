@@ -300,6 +300,7 @@ def plan(
         documents=recipe.data.packing != "document",
         fused=frozenset(fusion.name for fusion in chosen if fusion.on),
     )
+    memory = objective.with_teacher(recipe, memory, microbatch * accumulation)
     if recipe.tokenizer.train and recipe.tokenizer.train.vocab > architecture.vocab:
         raise PlanError(
             f"tokenizer.train.vocab {recipe.tokenizer.train.vocab} is above model.architecture.vocab {architecture.vocab}; "
@@ -376,6 +377,8 @@ def plan(
         flops_per_token=architecture.flops_per_token(train.sequence),
         memory=memory,
     )
+    if (why := objective.unknown(recipe)) is not None:
+        return found.model_copy(update={"expected": Expected(unknown={"step_s": why})})
     return found.model_copy(update={"expected": expect(found, site, constants)}) if forecast else found
 
 
