@@ -18,7 +18,7 @@ from gigatrain.models.decoder import initial
 from gigatrain.parallel.mesh import Mesh
 from gigatrain.planning.plan import plan
 
-MB = int(os.environ.get("GIGATRAIN_SHARE_MB", "48"))
+MB = int(os.environ.get("GIGATRAIN_SHARE_MB", "16"))
 
 
 def anonymous_bytes() -> int:
@@ -74,7 +74,7 @@ def folder(tmp_path_factory, tiny):
     return path, state
 
 
-@pytest.mark.parametrize("how", ["native", "zero3", "zero2"])
+@pytest.mark.parametrize("how", ["native", *(pytest.param(zero, marks=pytest.mark.long) for zero in ("zero3", "zero2"))])
 def test_a_rank_reads_its_share(tiny, folder, how):
     path, state = folder
     engine = ("engine.name=native",) if how == "native" else ("engine.name=deepspeed", f"engine.zero={how[-1]}")
@@ -93,6 +93,8 @@ def test_a_rank_reads_its_share(tiny, folder, how):
             place.of(rows[name]).copy_(piece)
     assert rows.keys() == state.keys()
     assert all(torch.equal(rows[name], state[name].float()) for name in rows)
-    if how != "zero2":  # which has every weight on every rank
-        share = 2 * size / 2  # fp32 masters
-        print(share)
+    largest = 4 * max(tensor.numel() for tensor in state.values())  # in fp32
+    # While it reads, a rank holds what it holds anyway, and one tensor; native has nothing then but its share of the fp32 masters.
+    assert all(one["peak"] < one["held"] + 2 * largest + 8e6 for one in found)
+    if how == "native":
+        assert all(one["peak"] < 4 * size / 2 / 2 + 2 * largest + 8e6 for one in found)
