@@ -211,7 +211,8 @@ class Phase(Section):
     batch: Count | None = Field(default=None, description="Samples of one step, over all ranks.")
     microbatch: Count | None = Field(default=None, description="Samples that one rank computes at a time.")
     weights: tuple[NonNegative, ...] | None = Field(
-        default=None, description="Share of the samples of each of data.sources, in their order; 0 leaves one out. Default: the sources' own."
+        default=None,
+        description="Share of the samples of each of data.sources, in their order; 0 leaves one out. Default: the sources' own.",
     )
 
     @model_validator(mode="after")
@@ -295,7 +296,9 @@ class Objective(Section):
 class Train(Section):
     """The size of a step and of the run."""
 
-    steps: Count | None = Field(default=None, description="Optimizer updates. Exactly one of `steps` and `tokens`, and neither with `phases`.")
+    steps: Count | None = Field(
+        default=None, description="Optimizer updates. Exactly one of `steps` and `tokens`, and neither with `phases`."
+    )
     tokens: Count | None = Field(default=None, description="Training tokens; the plan turns them into steps, rounding up.")
     sequence: Annotated[int, Field(ge=2)] = Field(description="Tokens of one sample.")
     batch: Count = Field(description="Samples of one step, over all ranks.")
@@ -506,16 +509,20 @@ class Schedule(Section):
         description="The step at which this schedule begins, warm-up first: of a run that goes on from its checkpoint of that step under another schedule.",
     )
     decay: Fraction = Field(
-        default=0.2, description="`wsd`, `infinite`: share of the schedule's steps, at its end, over which the rate falls linearly to `floor`."
+        default=0.2,
+        description="`wsd`, `infinite`: share of the schedule's steps, at its end, over which the rate falls linearly to `floor`.",
     )
     floor: Fraction = Field(default=0.1, description="The rate at the last step, as a share of the peak.")
     cycles: Annotated[int, Field(ge=1, le=10_000)] = Field(
         default=1, description="`cosine`: falls to `floor` so many times, each time from the peak (warm restarts, arXiv:1608.03983)."
     )
     cooldown: Fraction = Field(
-        default=0.2, description="`infinite`: share of the schedule's steps, after the warm-up, over which the rate falls to `level` as a cosine."
+        default=0.2,
+        description="`infinite`: share of the schedule's steps, after the warm-up, over which the rate falls to `level` as a cosine.",
     )
-    level: Fraction = Field(default=0.5, description="`infinite`: the rate between cool-down and decay, as a share of the peak (arXiv:2503.02844).")
+    level: Fraction = Field(
+        default=0.5, description="`infinite`: the rate between cool-down and decay, as a share of the peak (arXiv:2503.02844)."
+    )
 
     @model_validator(mode="after")
     def consistent(self) -> Self:

@@ -480,7 +480,9 @@ def _resume(near: Near, engine: Engine, batches: Batches, this: run.Run, display
 def _check_ahead(plan: Plan, this: run.Run) -> None:
     """Raise RunError where a checkpoint lies behind the plan's end, or before its schedule begins."""
     if this.step > plan.steps:
-        raise RunError(f"the newest checkpoint is of step {this.step:,}, and train.steps is {plan.steps:,}; raise it to what the run is to reach")
+        raise RunError(
+            f"the newest checkpoint is of step {this.step:,}, and train.steps is {plan.steps:,}; raise it to what the run is to reach"
+        )
     if this.step < plan.schedule.from_step:
         raise RunError(
             f"schedule.from_step {plan.schedule.from_step:,} lies ahead of the newest checkpoint, step {this.step:,}; go on under the schedule so far until "

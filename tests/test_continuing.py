@@ -79,9 +79,7 @@ def begun_with(rank, recipe, overrides, ranks):
     return said, {name: (piece.place, piece.tensor.clone()) for name, piece in state["optimizer"].items() if piece.writes}, batches.passed
 
 
-@pytest.mark.parametrize(
-    "how", [("engine.name=native",), pytest.param(("engine.name=deepspeed", "engine.zero=2"), marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("how", [("engine.name=native",), pytest.param(("engine.name=deepspeed", "engine.zero=2"), marks=pytest.mark.long)])
 def test_another_mesh_begins_with_it_too(tiny, begun, how):
     saved = tensors(begun)[1]["optimizer"]
     found: dict = {}
@@ -139,7 +137,9 @@ def recipe_from(tiny, weights, tmp_path):
 def test_positions_beyond_the_weights_are_refused_unless_scaled(tiny, weights, tmp_path):
     recipe = recipe_from(tiny, weights, tmp_path)
     planned(recipe)
-    with pytest.raises(PlanError, match=r"samples of 64 tokens have positions beyond 32, the weights' own length .*factor = 2, original_positions = 32"):
+    with pytest.raises(
+        PlanError, match=r"samples of 64 tokens have positions beyond 32, the weights' own length .*factor = 2, original_positions = 32"
+    ):
         planned(recipe, "train.sequence=64")
     made = planned(recipe, "train.sequence=128", YARN)
     assert made.decoder.rope.kind == "yarn"

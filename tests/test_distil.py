@@ -106,7 +106,7 @@ def stepped(rank, recipe, overrides, ranks, folder):
     for _ in range(3):
         engine.forward_backward(next(batches))
         update = engine.step(1.0)
-        numbers.append((update.nats.item() / update.targets.item(), update.grad_norm.item(), update.beside[1].item()))
+        numbers.append((update.nats.item() / update.targets.item(), update.grad_norm.item(), [] if update.beside is None else update.beside[1].item()))
     return numbers
 
 
@@ -136,9 +136,9 @@ def test_phases_are_taught_each_at_its_length(tiny, learns, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "overrides, said",
+    ("overrides", "said"),
     [
-        (("mesh.tensor=2",), "mesh.tensor 2 cannot be used with objective.kind \"distil\""),
+        (("mesh.tensor=2",), 'mesh.tensor 2 cannot be used with objective.kind "distil"'),
         (("mesh.pipeline=2", "model.architecture.layers=2", "train.microbatch=1"), "mesh.pipeline 2 cannot be used"),
         (("mesh.context=2", "objective.online=true"), "gigatrain data teach"),
         (("loss.z_loss=1e-4",), "loss.z_loss 0.0001 is not added"),

@@ -64,10 +64,13 @@ def test_a_plan_is_of_the_longest_samples_and_adds_up_the_rest(phased):
 
 
 @pytest.mark.parametrize(
-    "overrides, said",
+    ("overrides", "said"),
     [
         (("train.phases=[{steps=2,weights=[0.5,0.5]}]",), r"phases.0.weights has 2 numbers, and data.sources 1"),
-        (("train.phases=[{steps=2},{steps=2,sequence=66}]", "mesh.context=4"), r"phases.1: mesh.context 4 cuts a sample into 8 equal pieces"),
+        (
+            ("train.phases=[{steps=2},{steps=2,sequence=66}]", "mesh.context=4"),
+            r"phases.1: mesh.context 4 cuts a sample into 8 equal pieces",
+        ),
         (("train.phases=[{steps=2},{steps=2,batch=3}]", "mesh.shard=2"), r"phases.1: train.batch 3 does not divide by the 2 ranks"),
         (("train.phases=[{steps=2},{steps=2,microbatch=8}]",), r"phases.1: microbatch 8 is above batch 4"),
         (("train.phases=[{steps=2}]", "schedule.from_step=2"), r"from_step 2 is where the schedule begins, and the run ends at step 2"),

@@ -119,7 +119,9 @@ class Course:
             )
             self.mixtures.append(mixture)
             if number < len(self.phases) - 1:
-                for at, count in zip(known, mixture.used(self.stream(self.begins[number + 1] - 1, 1)[0] + 1 - (number << PLACES)), strict=True):
+                for at, count in zip(
+                    known, mixture.used(self.stream(self.begins[number + 1] - 1, 1)[0] + 1 - (number << PLACES)), strict=True
+                ):
                     before[at] += count
 
     def phase(self, position: int) -> int:

@@ -150,7 +150,9 @@ class Batches:
         self.course = Course(corpus, phases, packing, seed, form)
         self.form = form
         self.reference: str | None = None  # SHA-256 of what a reference says of the rows, where one is asked
-        self.teacher: Callable[[Microbatch], Mapping[str, Tensor]] | None = None  # what it says of a microbatch on the device is given with it
+        self.teacher: Callable[[Microbatch], Mapping[str, Tensor]] | None = (
+            None  # what it says of a microbatch on the device is given with it
+        )
         self.taught: Mapping[int, Taught] = {}  # or what it said ahead, by the length of samples
         self.position = position
         self.thread: threading.Thread | None = None

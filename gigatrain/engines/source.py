@@ -39,7 +39,13 @@ def terms(plan: Plan) -> dict[str, float]:
 
 
 def values(
-    plan: Plan, model: Model, shapes: Mapping[str, tuple[int, ...]], device: torch.device, *, boxes: Mapping[str, hf.Box], part: bool = False
+    plan: Plan,
+    model: Model,
+    shapes: Mapping[str, tuple[int, ...]],
+    device: torch.device,
+    *,
+    boxes: Mapping[str, hf.Box],
+    part: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Of every parameter of `shapes` its box, if it has one, else all: drawn from the seed, or read from `model.from`; with `part`, the model has others too.
 

@@ -38,10 +38,14 @@ class Teacher:
         self.objective, self.folder, self.device = objective, hf.locate(objective.teacher), device
         config = hf.read_config(self.folder)
         if not foreign.native(config):
-            raise RunError(f"objective.teacher {objective.teacher}: {config.get('model_type')!r} is none of our families, and only these teach; choose another")
+            raise RunError(
+                f"objective.teacher {objective.teacher}: {config.get('model_type')!r} is none of our families, and only these teach; choose another"
+            )
         self.arch = from_hf_config(config)
         if self.arch.vocab < ids:
-            raise RunError(f"objective.teacher {objective.teacher} has {self.arch.vocab:,} tokens, and the corpus {ids:,}: it reads by another tokenizer")
+            raise RunError(
+                f"objective.teacher {objective.teacher} has {self.arch.vocab:,} tokens, and the corpus {ids:,}: it reads by another tokenizer"
+            )
         self.vocab = min(vocab, self.arch.vocab)  # rows beyond pad a head, and are no tokens
         if objective.top_k > self.vocab:
             raise RunError(f"objective.top_k {objective.top_k:,} is above the {self.vocab:,} tokens that both models have; lower it")

@@ -250,11 +250,7 @@ class Numerics:
     def _told(self, one: Refused, kind: str, ranks: list[dict[str, Any]]) -> None:
         """One refused step, in the log and in the file."""
         why = [word for bit, word in WHY.items() if one.why & bit]
-        of = (
-            self.batches.describe(self.batches.step(one.step)[:NAMED])
-            if self.mesh.rank == 0
-            else []
-        )
+        of = self.batches.describe(self.batches.step(one.step)[:NAMED]) if self.mesh.rank == 0 else []
         hosts = sorted({each["host"] for each in ranks})
         row = {
             name: value if math.isfinite(value) else str(value)

@@ -52,9 +52,7 @@ def changes(before: Plan, now: Plan) -> Changes:
     """What differs, by what a resume may do about it."""
     found = before.differences(now)
     if before.meaning != now.meaning:
-        first, other = before.stretches[0], now.stretches[0]
-        ahead = AHEAD if (first.sequence, first.batch) == (other.sequence, other.batch) else ("steps", "tokens", "schedule")
-        free = set(OPERATIONAL + ARITHMETIC + NUMBERS + ahead) - ({"microbatch"} if _balances(before) or _balances(now) else set())
+        free = set(OPERATIONAL + ARITHMETIC + NUMBERS) - ({"microbatch"} if _balances(before) or _balances(now) else set())
         return Changes(meaning=tuple(one for one in found if not _under(one, free)))
     kernels = {one.op: one.kernel for one in before.kernels}
     chosen = [f"kernels.{one.op}: {kernels.get(one.op)} -> {one.kernel}" for one in now.kernels if kernels.get(one.op) != one.kernel]

@@ -106,7 +106,9 @@ def joined(recipe: Recipe, alone: Callable[[Recipe], Plan]) -> Plan:
 def check(schedule: Schedule, steps: int) -> None:
     """Raise PlanError for a schedule that begins behind the run's end, or whose warm-up does not end within it."""
     if schedule.from_step >= steps:
-        raise PlanError(f"schedule.from_step {schedule.from_step} is where the schedule begins, and the run ends at step {steps}; raise train.steps")
+        raise PlanError(
+            f"schedule.from_step {schedule.from_step} is where the schedule begins, and the run ends at step {steps}; raise train.steps"
+        )
 
 
 def _recipe(recipe: Recipe, phase: Phase) -> Recipe:

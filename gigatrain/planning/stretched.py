@@ -21,14 +21,20 @@ def check(recipe: Recipe, architecture: Architecture | Foreign) -> None:
         if rope is not None:
             reaches = _reach(rope, 0)
             if reaches and sequence > reaches:
-                raise PlanError(_said(sequence, f"model.rope's factor {rope.factor:g} x original_positions {rope.original_positions}", reaches))
+                raise PlanError(
+                    _said(sequence, f"model.rope's factor {rope.factor:g} x original_positions {rope.original_positions}", reaches)
+                )
         return
     own = load.positions(recipe.model)
     if not own or (rope is not None and rope.kind == "default"):
         return
     reaches = own if rope is None else _reach(rope, own)
     if sequence > reaches:
-        what = f"the weights' own length (max_position_embeddings of {recipe.model.source})" if rope is None else "what model.rope scales them to"
+        what = (
+            f"the weights' own length (max_position_embeddings of {recipe.model.source})"
+            if rope is None
+            else "what model.rope scales them to"
+        )
         raise PlanError(_said(sequence, what, reaches, None if rope is None else rope, own))
 
 

@@ -86,7 +86,9 @@ def test_a_rank_reads_its_share(tiny, folder, how):
     size = sum(2 * tensor.numel() for tensor in state.values())
     rows: dict = {}
     for rank, one in enumerate(found):
-        print(how, rank, {name: round(value / 1e6, 1) for name, value in one.items() if name != "weights"}, f"of {size / 1e6:.1f} MB in bf16")
+        print(
+            how, rank, {name: round(value / 1e6, 1) for name, value in one.items() if name != "weights"}, f"of {size / 1e6:.1f} MB in bf16"
+        )
         assert one["read"] < 0.5 * size + 2 * one["largest"] + 1e6
         for name, (place, piece) in one["weights"].items():
             rows.setdefault(name, torch.full(place.shape, torch.nan))

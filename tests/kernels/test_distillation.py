@@ -27,8 +27,8 @@ def graded(act, given, **how):
     return loss.detach(), ce, kl, *torch.autograd.grad(loss, given[:2])
 
 
-@pytest.mark.parametrize("softcap, scale, temperature, weight", HOW)
-@pytest.mark.parametrize("n, v, k", [(150, 31, 5), (150, 31, 31), (70, 31, 1), (1, 3, 2)])
+@pytest.mark.parametrize(("softcap", "scale", "temperature", "weight"), HOW)
+@pytest.mark.parametrize(("n", "v", "k"), [(150, 31, 5), (150, 31, 31), (70, 31, 1), (1, 3, 2)])
 def test_chunks_give_what_plain_torch_gives(n, v, k, softcap, scale, temperature, weight):
     how = {"weight": weight, "temperature": temperature, "softcap": softcap, "scale": scale}
     given = case(n, 8, v, k, torch.float64, temperature)
@@ -49,7 +49,7 @@ def test_error_is_at_most_twice_plain_torch_s(dtype):
         assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps * true.norm() / 8
 
 
-@pytest.mark.parametrize("softcap, scale, temperature, weight", HOW)
+@pytest.mark.parametrize(("softcap", "scale", "temperature", "weight"), HOW)
 def test_all_of_the_vocabulary_is_the_whole_divergence(softcap, scale, temperature, weight):
     """Against torch's own kl_div and cross entropy of all logits of both, values and gradients."""
     n, v = 90, 31
