@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_schedules_that_continue():
     endless = Schedule(kind="infinite", warmup=10, cooldown=0.2, level=0.5, decay=0.1, floor=0.0)
     rates = [rate(endless, step, 1000) for step in range(1000)]
     assert (rates[9], rates[300], rates[899], rates[999]) == pytest.approx((1.0, 0.5, 0.5, 0.0))
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,9 @@ def stepped(rank, recipe, overrides, ranks, folder):
     for _ in range(3):
         engine.forward_backward(next(batches))
         update = engine.step(1.0)
-        numbers.append((update.nats.item() / update.targets.item(), update.grad_norm.item(), [] if update.beside is None else update.beside[1].item()))
+        numbers.append(
+            (update.nats.item() / update.targets.item(), update.grad_norm.item(), [] if update.beside is None else update.beside[1].item())
+        )
     return numbers
 
 

@@ -1,7 +1,8 @@
 """Batches for the loop: position -> samples -> tensors, read ahead by one thread.
 
-Global position p = step * batch + slot, counted over the phases of a run that has several (course.py). A rank owns consecutive slots, so the ranks' rows one after the other are the batch of a single
-rank. What comes next depends on the seed and the position alone; reading ahead changes when a batch is made, never which.
+Global position p = step * batch + slot, counted over the phases of a run that has several (course.py). A rank owns consecutive slots, so the ranks'
+rows one after the other are the batch of a single rank. What comes next depends on the seed and the position alone; reading ahead changes when a batch is
+made, never which.
 
 A run may pass over samples (observe/numerics.py). Then the positions of the stream are counted without the ranges that are passed over, and these are part
 of the state: the stream stays a function of (seed, ranges, position), on any number of ranks and after any resume.

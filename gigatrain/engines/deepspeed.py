@@ -246,7 +246,7 @@ class DeepSpeed:
 
     @torch.no_grad()
     def _fill(self, fresh: bool) -> None:
-        """Every rank's ranges of the master weights, from the rows that they touch, one parameter at a time; then the weights that compute, rounded from them."""
+        """Every rank's ranges of the master weights, from the rows that they touch, a parameter at a time; then the weights that compute, rounded."""
         if fresh:
             boxes = {name: self._rows_of(name) for name in self._shapes}
             shapes = self._shapes | {name: tuple(tensor.shape) for name, tensor in self._corrections.items()}

@@ -8,11 +8,11 @@ from gigatrain.config import Schedule
 def rate(schedule: Schedule, step: int, steps: int) -> float:
     """Share of the peak rate used by update `step` (0-based) of `steps`.
 
-    All is counted from `from_step` on; before it the rate is that of its first step. Warm-up: start + (1 - start)(step + 1) / warmup, so that the first update
-    moves. Then, with progress p from 0 at the end of the warm-up to 1 at the last update: cosine floor + (1 - floor)(1 + cos(pi p)) / 2 (arXiv:1608.03983), with
-    `cycles` n of p n's fraction; linear 1 - (1 - floor) p; wsd 1 until the last `decay` share, then linearly to floor (arXiv:2404.06395); constant 1;
-    infinite level + (1 - level)(1 + cos(pi p / cooldown)) / 2 up to p = cooldown, then level, and in the last `decay` share linearly to floor
-    (arXiv:2503.02844, whose last part is exponential).
+    All is counted from `from_step` on; before it the rate is that of its first step. Warm-up: start + (1 - start)(step + 1) / warmup, so that the first
+    update moves. Then, with progress p from 0 at the end of the warm-up to 1 at the last update: cosine floor + (1 - floor)(1 + cos(pi p)) / 2
+    (arXiv:1608.03983), with `cycles` n of n p's fraction; linear 1 - (1 - floor) p; wsd 1 until the last `decay` share, then linearly to floor
+    (arXiv:2404.06395); constant 1; infinite level + (1 - level)(1 + cos(pi p / cooldown)) / 2 up to p = cooldown, then level, and in the last `decay` share
+    linearly to floor (arXiv:2503.02844, whose last part is exponential).
     """
     step, steps = max(0, step - schedule.from_step), steps - schedule.from_step
     if step < schedule.warmup:
