@@ -163,6 +163,7 @@ def _between(kind: Callable[[str], Any], name: str, low: int, high: int, why: st
 _count = _between(int, "count", 0, (1 << 31) - 1)
 _ranks = _between(int, "ranks", 1, 1 << 20)
 _shown = _between(int, "count", 1, 100)
+_positive_count = _between(int, "count", 1, (1 << 31) - 1)
 _pue = _between(float, "PUE", 1, 10, ": the facility's draw over IT's")
 _gib = _between(float, "GiB", 0, 10**9)
 _processes = _between(int, "count", 1, 1024)
@@ -590,6 +591,7 @@ def _sites(options: argparse.Namespace) -> None:
 def _data_build(options: argparse.Namespace) -> None:
     from gigatrain import load
     from gigatrain.data import build
+    from gigatrain.data.held import build_sets
     from gigatrain.observe.display import Display
 
     recipe = load.recipe(options.recipe, options.set)
@@ -598,12 +600,27 @@ def _data_build(options: argparse.Namespace) -> None:
 
         recipe = submit.cached(recipe, submit.resolved(load.site(options.site), runs=False, account=options.account))
     if options.json:
-        print(json.dumps(build.build(recipe.data, recipe.tokenizer).manifest, indent=2))
+        corpus = build.build(recipe.data, recipe.tokenizer)
+        build_sets(corpus, recipe.data, recipe.validation.sets)
+        print(json.dumps(corpus.manifest, indent=2))
         return
     with Display() as display:
         corpus = build.build(recipe.data, recipe.tokenizer, progress=display.advance)
-        for line in corpus.describe():
+        further = build_sets(corpus, recipe.data, recipe.validation.sets, progress=display.advance)
+        for line in [*corpus.describe(), *(f"validation set {name}: {line}" for name, own in further.items() for line in own.describe())]:
             display.line(line)
+
+
+def _data_show(options: argparse.Namespace) -> None:
+    from gigatrain import load
+    from gigatrain.data import build, shown
+    from gigatrain.observe.display import Display
+
+    recipe = load.recipe(options.recipe, options.set)
+    with Display() as display:
+        corpus = build.build(recipe.data, recipe.tokenizer, progress=display.advance)
+    colour = sys.stdout.isatty()
+    print("\n".join(shown.lines(corpus, options.count, sequence=recipe.train.sequence, packing=recipe.data.packing, colour=colour)))
 
 
 def _data_teach(options: argparse.Namespace) -> None:
@@ -618,7 +635,12 @@ def _export(options: argparse.Namespace) -> None:
     from gigatrain.observe.display import Display
 
     step = export(
-        Path(options.run_folder), Path(options.folder), shard_bytes=options.shard_size, processes=options.processes, display=Display()
+        Path(options.run_folder),
+        Path(options.folder),
+        shard_bytes=options.shard_size,
+        processes=options.processes,
+        adapter=options.adapter,
+        display=Display(),
     )
     print(f"step {step} of {options.run_folder} exported to {options.folder}")
 
@@ -642,8 +664,16 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from gigatrain.generate import generate
+    from gigatrain.generate import conversation, generate
 
+    if options.messages and options.prompt is not None:
+        raise RunError("--messages is the whole conversation; put the --prompt into it as its last turn")
+    if options.messages is None and options.prompt is None:
+        raise RunError("nothing to go on from: give a --prompt, or --messages FILE for a conversation")
+    messages = [{"role": "user", "content": options.prompt}] if options.chat and not options.messages else None
+    if options.messages:
+        messages = conversation(sys.stdin.read() if options.messages == "-" else Path(options.messages).read_text(encoding="utf-8"))
+    stream = sys.stdout.isatty() and not options.json
     text = generate(
         Path(options.folder),
         options.prompt,
@@ -651,8 +681,33 @@ def _generate(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         top_k=options.top_k or None,
         seed=options.seed,
+        messages=messages,
+        stream=stream,
     )
-    print(json.dumps({"prompt": options.prompt, "text": text}) if options.json else text)
+    asked = {"prompt": options.prompt} if messages is None else {"messages": messages}
+    if not stream:
+        print(json.dumps(asked | {"text": text}) if options.json else text)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from gigatrain import evaluate
+    from gigatrain.observe.display import Display
+
+    found = evaluate.evaluate(
+        Path(options.folder).expanduser(),
+        tasks=[name for name in (options.tasks or "").split(",") if name],
+        texts=[Path(path).expanduser() for path in options.bits_per_byte],
+        limit=options.limit,
+        few_shot=options.few_shot,
+        batch=options.batch,
+        context=options.context,
+        include=[Path(path).expanduser() for path in options.include],
+        chat=options.chat,
+        seed=options.seed,
+        out=Path(options.out).expanduser() if options.out else None,
+        display=None if options.json else Display(),
+    )
+    print(json.dumps(found, indent=2, sort_keys=True) if options.json else "\n".join(evaluate.lines(found)))
 
 
 def _bench_kernels(options: argparse.Namespace) -> None:
@@ -952,6 +1007,10 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--account", metavar="A", help="with --site: stands for $SBATCH_ACCOUNT in its paths")
     build.add_argument("--json", action="store_true", help="the manifest as JSON")
 
+    showed = command("show", _data_show, "documents as the run sees them, what is trained of them marked", _DATA_SHOW, prepare)
+    recipe_arguments(showed)
+    showed.add_argument("-n", "--count", type=int, default=2, metavar="N", help="documents of each source (default: 2)")
+
     watched = command("watch", _watch, "follow a run: loss, speed, goodput, errors", _WATCH)
     watched.add_argument("run_folder", metavar="RUN", help="a run folder")
     way = watched.add_mutually_exclusive_group()
@@ -977,6 +1036,9 @@ def _parser() -> argparse.ArgumentParser:
         "--max-shard-size", dest="shard_size", metavar="BYTES", type=_bytes, default=5e9, help="of one file, as 5GB or 500MB (default: 5GB)"
     )
     exported.add_argument("--processes", metavar="N", type=_processes, default=1, help="that write files side by side (default: 1)")
+    whole = exported.add_mutually_exclusive_group()
+    whole.add_argument("--adapter", action="store_true", help="the run's adapter alone, as peft loads it")
+    whole.add_argument("--merge", action="store_true", help="the adapter merged into its base (the default)")
 
     imported = command("import", _import, "take up a checkpoint of DeepSpeed, torch DCP or torch.save", _IMPORT)
     imported.add_argument("source", metavar="SOURCE", help="its folder or file")
@@ -992,12 +1054,36 @@ def _parser() -> argparse.ArgumentParser:
 
     generated = command("generate", _generate, "continue a text with a trained model", _GENERATE)
     generated.add_argument("folder", metavar="RUN|DIR", help="a run folder or an exported model")
-    generated.add_argument("--prompt", required=True, help="the text to continue")
+    generated.add_argument("--prompt", help="the text to continue; with --chat what the user says")
+    generated.add_argument("--chat", action="store_true", help="answer in the model's chat template")
+    generated.add_argument(
+        "--messages", metavar="FILE", help="or answer a conversation: JSON of roles and contents; - reads it from standard input"
+    )
     generated.add_argument("--tokens", type=_count, default=100, help="at most so many new tokens (default: 100)")
     generated.add_argument("--temperature", type=_temperature, default=0.8, help="0 takes the likeliest token each time (default: 0.8)")
     generated.add_argument("--top-k", type=_count, default=50, help="draw among so many likeliest tokens; 0: all (default: 50)")
     generated.add_argument("--seed", type=_count, default=0, help="of the drawing (default: 0)")
     generated.add_argument("--json", action="store_true", help="prompt and text as JSON")
+
+    evaluated = command("eval", _eval, "evaluate a trained model: tasks, and bits per byte of texts", _EVAL)
+    evaluated.add_argument("folder", metavar="RUN|DIR", help="a run folder (its newest checkpoint) or a model for transformers")
+    evaluated.add_argument("--tasks", metavar="A,B", help="tasks and groups of lm-evaluation-harness (pip install 'gigatrain[eval]')")
+    evaluated.add_argument("--limit", metavar="N", type=_positive_count, help="only the first N documents of each task")
+    evaluated.add_argument("--few-shot", metavar="K", type=_count, help="examples before each question (default: the task's own)")
+    evaluated.add_argument(
+        "--batch", metavar="B", type=_positive_count, default=1, help="sequences that are computed together (default: 1)"
+    )
+    evaluated.add_argument("--include", metavar="DIR", action="append", default=[], help="a folder with tasks of your own; may be repeated")
+    evaluated.add_argument("--chat", action="store_true", help="ask in the model's chat template")
+    evaluated.add_argument(
+        "--bits-per-byte", metavar="FILE", nargs="+", default=[], help="texts (or .jsonl with `text`) to compare models of any tokenizer on"
+    )
+    evaluated.add_argument(
+        "--context", metavar="N", type=_positive_count, help="of --bits-per-byte: tokens of a window (default: the model's)"
+    )
+    evaluated.add_argument("--seed", type=_count, default=0, help="of few-shot examples and sampling (default: 0)")
+    evaluated.add_argument("-o", "--out", metavar="FILE", help="write the results there too, as JSON")
+    evaluated.add_argument("--json", action="store_true", help="the results as JSON")
 
     bench = commands.add_parser("bench", help="measure", description="Measure what a run is made of, beside its peers.")
     measured = bench.add_subparsers(metavar="COMMAND", required=True)
@@ -1197,6 +1283,12 @@ A later `gigatrain train` of the same data and tokenizer finds them.
   gigatrain data build quickstart
   gigatrain data build my.toml --set data.workers=16 --json
   gigatrain data build my.toml --site jupiter                 into the site's cache, where its jobs look"""
+_DATA_SHOW = """\
+Show the first documents of each source as tokens that a run is trained on: special tokens as they are, and what is trained in green (in ⟪ ⟫ where the
+output is no terminal). With data.packing = "packed", also how many rows they make and how much of them is padding. Tokenises first what is not yet.
+
+  gigatrain data show my-sft.toml
+  gigatrain data show my-sft.toml -n 10 --set data.packing='"packed"' | less -R"""
 _WATCH = """\
 Follow a run from its folder, wherever that can be read: live in a terminal, until it is finished or Ctrl-C. The run is not touched.
 Goodput is the time of steps that were kept over wall-clock since the first start; what is not known is said to be so.
@@ -1233,10 +1325,24 @@ Its pickles are never run: an interpreter of ours builds tensors, containers, nu
   gigatrain import outputs/checkpoint/step-1000 my-model --config config.json --dtype bf16
   gigatrain import pytorch_model.bin my-model                 config.json lies beside it"""
 _GENERATE = """\
-Continue a text with a run's model or an exported one.
+Continue a text with a run's model or an exported one, or answer in its chat template.
 
   gigatrain generate runs/mine --prompt 'def main('
-  gigatrain generate my-model --prompt 'import os' --temperature 0 --tokens 40"""
+  gigatrain generate my-model --prompt 'import os' --temperature 0 --tokens 40
+  gigatrain generate my-model --chat --prompt 'Who are you?'
+  gigatrain generate my-model --messages talk.json            [{"role": "system", "content": "…"}, {"role": "user", "content": "…"}]"""
+_EVAL = """\
+Evaluate the newest checkpoint of a run, or any model for transformers, on this machine's device. Results of a run are kept in RUN/evals/, and are in its
+report and in the model card of the next export.
+
+  gigatrain eval runs/mine --tasks hellaswag,arc_easy --batch 16
+  gigatrain eval runs/mine --tasks hellaswag --limit 200 --few-shot 5
+  gigatrain eval my-model --tasks my_task --include my-tasks     a task of your own: a YAML file beside its data
+  gigatrain eval my-model --tasks ifeval --chat                  asked in the chat template
+  gigatrain eval my-model --bits-per-byte book.txt held-out.jsonl -o found.json
+
+Bits per byte compare models whose tokenizers differ, which losses per token do not. Tasks are lm-evaluation-harness's, and most of them fetch their data
+from the hub once."""
 _KERNELS = """\
 Every fused kernel of ours beside plain torch, torch.compile and the peers that are installed (pip install 'gigatrain[bench]'): right first, then fast.
 Forward, backward and both; cold inputs, graphs and host, rounds in turn; the floor at this device's own measured ceilings. Losers are shown.

@@ -78,6 +78,9 @@ class Tokenizer(Section):
     special: tuple[str, ...] = Field(
         default=(), description="Special tokens that are added where they are missing, for a template of your own."
     )
+    variables: dict[str, bool | int | str] = Field(
+        default_factory=dict, description="What the chat template is told besides, such as enable_thinking = false; in use as in training."
+    )
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
         default=None,
         description="The day that a chat template is told when it asks; default: none, and templates write what they write without one.",
@@ -267,6 +270,11 @@ class Objective(Section):
         return self.kind in ("dpo", "ipo", "orpo", "simpo", "kto")
 
     @property
+    def joins(self) -> bool:
+        """Whether a row holds both answers of a pair, as two documents."""
+        return self.pairs and self.kind != "kto"
+
+    @property
     def refers(self) -> bool:
         """Whether log-probabilities of a reference are subtracted."""
         return self.kind in ("dpo", "ipo", "kto")
@@ -321,6 +329,11 @@ class Train(Section):
         default=0.0,
         description="Share of each block's output that is dropped before the residual sum; masks follow from the seed and the step.",
     )
+    neftune: NonNegative = Field(
+        default=0.0,
+        description="Even noise on the embeddings in training, of at most this / sqrt(sequence * hidden) (NEFTune, arXiv:2310.05914, uses 5 to 15); it follows "
+        "from the seed and the step.",
+    )
     compile: bool = Field(default=False, description="torch.compile each layer; costs a start of tens of seconds.")
     fuse: bool | None = Field(
         default=None,
@@ -359,6 +372,40 @@ class Train(Section):
         if self.microbatch is not None and self.microbatch > self.batch:
             raise ValueError(f"`microbatch` {self.microbatch} is above `batch` {self.batch}; lower it, or leave it out")
         return self
+
+
+class Adapter(Section):
+    """Fine-tuning by matrices of low rank beside frozen ones (models/adapters.py): y = W x + s B A dropout(x), with s = alpha / rank."""
+
+    kind: Literal["lora", "dora"] = Field(
+        default="lora",
+        description="lora (arXiv:2106.09685); dora (arXiv:2402.09353) also trains the length of each of the matrix's rows.",
+    )
+    rank: Annotated[int, Field(ge=1, le=65536)] = Field(default=16, description="Rows of A and columns of B.")
+    alpha: Positive = Field(default=32.0, description="What is added counts alpha / rank.")
+    rslora: bool = Field(default=False, description="It counts alpha / sqrt(rank), which keeps its size at high ranks (arXiv:2312.03732).")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="Share of A's inputs that is dropped; masks follow from the seed, the step and the matrix."
+    )
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        default="all-linear",
+        description="Ends of the names of the layers' matrices that get one, for instance q_proj or self_attn.o_proj; all-linear: every one but "
+        "head, router and experts.",
+    )
+    train_embeddings: bool = Field(default=False, description="The embedding is trained too, as a whole.")
+    train_head: bool = Field(default=False, description="The head is trained too, as a whole; where both are tied they are one matrix.")
+    quantise: Literal["none", "nf4"] = Field(
+        default="none",
+        description="How the layers' frozen matrices are kept: nf4, 4 bits and an fp32 scale for 64 neighbours (QLoRA, arXiv:2305.14314).",
+    )
+    source: str | None = Field(
+        default=None, alias="from", description="Folder of an adapter that peft wrote, of the same kind, rank and targets, to start from."
+    )
+
+    @property
+    def scale(self) -> float:
+        """What B A counts."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 class FP8(Section):
@@ -535,11 +582,31 @@ class Schedule(Section):
         return self
 
 
+class ValidationSet(Source):
+    """Documents that are validated on and never trained on, beside what `data.validation` holds out; `weight` says nothing here."""
+
+    name: Name = Field(description="What its losses are called in metrics and report.")
+
+
 class Validation(Section):
-    """When the held-out documents are read."""
+    """When the held-out documents are read, and what is read with them."""
 
     every: Annotated[int, Field(ge=0)] = Field(default=0, description="Steps between two validations; 0: only after the last step.")
-    max_samples: Count | None = Field(default=None, description="At most so many samples; default: all that is held out.")
+    max_samples: Count | None = Field(
+        default=None, description="At most so many samples, of what is held out and of each set; default: all of them."
+    )
+    sets: tuple[ValidationSet, ...] = Field(
+        default=(),
+        description="Further sets, each with a loss, a perplexity and bits per byte of its own. `val_loss` is that of the held-out documents, and where "
+        "none are held out that of the first set.",
+    )
+
+    @model_validator(mode="after")
+    def named_apart(self) -> Self:
+        names = [one.name for one in self.sets]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two of `sets` are called {twice!r}; each needs a name of its own")
+        return self
 
 
 class Checkpoint(Section):
@@ -728,9 +795,13 @@ class Power(Section):
 
 
 class Sample(Section):
-    """The text that is printed when the run ends; no prompt, no sample."""
+    """What the model writes when the run ends, printed and kept in samples.jsonl; no prompt and no held-out conversation, no sample."""
 
     prompt: str | None = None
+    held_out: Annotated[int, Field(ge=0, le=64)] = Field(
+        default=0,
+        description="So many held-out conversations are answered, in the template's format, for the report; beside them stands what was held out.",
+    )
     tokens: Count = 100
     temperature: NonNegative = 0.8
     top_k: Count | None = 50
@@ -747,6 +818,9 @@ class Recipe(Section):
     train: Train
     optim: Optim
     fp8: FP8 = FP8()
+    adapter: Adapter | None = Field(
+        default=None, description="Train an adapter beside the frozen weights of `model.from`; default: train the weights."
+    )
     schedule: Schedule = Schedule()
     loss: Loss = Loss()
     objective: Objective = Objective()
@@ -766,3 +840,8 @@ class Recipe(Section):
         "`default`, auto or reference, decides the rest.",
     )
     export: bool = Field(default=True, description="Write export/ (transformers' format) when the run ends.")
+
+    @property
+    def documents(self) -> bool:
+        """Whether rows hold several documents, which attention keeps apart."""
+        return self.data.packing != "document" or self.objective.joins

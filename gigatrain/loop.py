@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +19,16 @@ from rich.console import Console
 
 from gigatrain import engines, export, floors, leaving, objectives, run
 from gigatrain.checkpoint import PASSING, Checkpoints, Intervals, Near, Saving, Timed, fill, weights_sha256, write_text
-from gigatrain.data import build, taught
+from gigatrain.data import build, shown, taught
 from gigatrain.data.course import Phase
-from gigatrain.data.loader import Batches, Validation
-from gigatrain.engines import Engine, low, replicated
+from gigatrain.data.held import Held, build_sets
+from gigatrain.data.held import figures as held_figures
+from gigatrain.data.held import held as held_of
+from gigatrain.data.loader import Batches
+from gigatrain.data.pairs import Pairs
+from gigatrain.engines import Engine, low, replicated, source
 from gigatrain.errors import DataError, RunError
+from gigatrain.exporting.card import keep_data
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
@@ -112,7 +117,7 @@ def _train(
         write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         for one in drifts or ():
             display.line(f"DRIFT: {one['words']}")
-        _show_sample(plan, folder, display)
+        _show_sample(plan, folder, display, corpus)
         _show_summary(summary, folder, display)
         return summary
 
@@ -137,6 +142,9 @@ def _steps(
     if device.type == "cuda":
         with progress.spent("compile"):
             _verify(plan, device, display)
+    # An adapter's checkpoints name the weights that it stands beside.
+    base = None if plan.adapter is None else ranks.first(mesh, lambda: source.base_of(plan))
+    named = {} if base is None else {"base": base}
     engine = engines.make(plan, mesh, device, fresh=not resumes and plan.optim.source is None)
     reader, readers = mesh.data
     held = _held_out(plan, corpus, mesh, device)
@@ -174,7 +182,7 @@ def _steps(
             with progress.spent("reference"):
                 _refer(plan, folder, engine, batches, held, resumes, mesh, display, log)
         with progress.spent("restore"):
-            kept, power = _resume(near, engine, batches, this, display) if resumes else ({}, {})
+            kept, power = _resume(near, engine, batches, this, display, base) if resumes else ({}, {})
             if resumes:
                 _check_ahead(plan, this)
         lives = stack.enter_context(replicated.joined(plan, mesh, engine, batches, display.line))
@@ -187,6 +195,7 @@ def _steps(
         if mesh.rank == 0:
             run.claim(plan, folder, this)
             export.keep_tokenizer(corpus.tokenizer(), folder)
+            keep_data(corpus, corpus.weights, folder)
         writes = folder if mesh.rank == 0 else None
         metrics = stack.enter_context(Metrics(plan, writes, device, step=this.step, show=lambda window: display.window(plan, window)))
         metrics.load(kept)
@@ -204,7 +213,7 @@ def _steps(
 
         def again() -> None:
             saving.end()  # what is being written is of steps that are made again
-            kept, _ = _resume(near, engine, batches, this, display)
+            kept, _ = _resume(near, engine, batches, this, display, base)
             saves.forget(this.step)
             metrics.rewind(this.step, kept)
             near.begin()
@@ -233,7 +242,7 @@ def _steps(
             this.elapsed_s = before + time.monotonic() - began
             kept = metrics.state()
             this.tokens = metrics.tokens
-            return {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state()}
+            return {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state(), **named}
 
         lives.offer = kept_now
 
@@ -349,14 +358,16 @@ def _refer(
     folder: Path,
     engine: Engine,
     batches: Batches,
-    held: Validation | None,
+    held: Held | None,
     resumes: bool,
     mesh: Mesh,
     display: Display,
     log: Log,
 ) -> None:
     """Give every pair what the starting weights say of it: from the folder, or, before the first step, computed and kept there."""
-    splits: dict[str, Any] = {"train": batches.samples} | ({"validation": held.samples} if held is not None else {})
+    splits: dict[str, Any] = {"train": batches.samples}
+    for number, one in enumerate(held or ()):
+        splits.setdefault("validation" if one.held_out else f"set{number}", one.validation.samples)
     whose = f"{plan.meaning}/{batches.corpus.sha256}"
     found = reference.known(folder, whose, splits) if resumes else None
     if found is None:
@@ -376,6 +387,10 @@ def _refer(
         )
         display.line(f"  kept     log-probabilities of the starting weights in {folder / 'reference'}")
     batches.reference = found
+    for one in held or ():  # the held-out documents of a mixture are read by source, from the same rows
+        for mine, same in zip(one.validation.samples, splits["validation"] if one.held_out else (), strict=False):
+            assert isinstance(mine, Pairs)
+            mine.reference = same.reference
 
 
 _LESS = 'lower train.microbatch or train.sequence, or --set train.recompute=full; "gigatrain plan" shows what the run needs'
@@ -446,7 +461,7 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
         device,
         torch.bfloat16 if plan.compute == "bf16" else torch.float32,
         sequence=plan.sequence,
-        packed=plan.data.packing != "document",
+        packed=plan.documents,
         ranks=shared,
     )
     if worst:
@@ -454,9 +469,16 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
         display.line(f"  verified fused kernels on {torch.cuda.get_device_name(device)}, error over what is allowed: {found}")
 
 
-def _resume(near: Near, engine: Engine, batches: Batches, this: run.Run, display: Display) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fill everything from the newest step that is whole on either tier; says which ones were not whole. Returns what metrics and power budget kept."""
+def _resume(
+    near: Near, engine: Engine, batches: Batches, this: run.Run, display: Display, base: dict[str, str] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fill everything from the newest step that is whole on either tier; says which ones were not whole. Returns what metrics and power budget kept.
+
+    Of an adapter it must have been trained beside `base`.
+    """
     found, refused, why = near.latest()
+    if base is not None:
+        source.check_base(found.state.get("base", {}), base)
     for reason in refused:
         display.line(f"CHECKPOINT REFUSED: {reason}")
     random = _random_state(batches.device)
@@ -509,12 +531,21 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return states | {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else states
 
 
-def _held_out(plan: Plan, corpus: build.Corpus, mesh: Mesh, device: torch.device) -> Validation | None:
-    if plan.data.validation == 0:
-        return None
+def _held_out(plan: Plan, corpus: build.Corpus, mesh: Mesh, device: torch.device) -> Held | None:
+    """What is validated on; rank 0 tokenises the recipe's further sets, and the others open them."""
+
+    def built() -> list[str]:
+        return [str(own.folder) for own in build_sets(corpus, plan.data, plan.validation.sets).values()]
+
+    names = [one.name for one in plan.validation.sets]
+    folders = ranks.first(mesh, built) if names else []
+    with agreed(mesh, DataError, str):
+        further = {name: build.Corpus.open(Path(folder)) for name, folder in zip(names, folders, strict=True)}
     reader, readers = mesh.data
-    return Validation(
+    return held_of(
         corpus,
+        further,
+        held_out=plan.data.validation > 0,
         sequence=plan.sequence,
         packing=plan.data.packing,
         microbatch=plan.microbatch,
@@ -530,22 +561,28 @@ def _validates_at(plan: Plan, step: int) -> bool:
     return step == plan.steps or (plan.validation.every > 0 and step > 0 and step % plan.validation.every == 0)
 
 
-def _validate(plan: Plan, engine: Engine, held: Validation, health: Health, times: trace.Trace) -> dict[str, Any] | None:
-    """Loss per target on the held-out documents, and bits per byte of their text where the bytes are known; None when a signal cut it short."""
+def _validate(plan: Plan, engine: Engine, held: Held, health: Health, times: trace.Trace) -> dict[str, Any] | None:
+    """The figures of each set on the weights as they are (data/held.py, objectives/figures.py); None when a signal cut it short."""
 
-    def until_signal() -> Iterator[Any]:
-        for part in held:
+    def until_signal(parts: Iterable[Any]) -> Iterator[Any]:
+        for part in parts:
             if health.leaves():
                 return
             times.alive()
             yield part
 
-    nats, targets, *sums = engine.evaluate(until_signal()).tolist()
-    if health.wants_out:
-        return None
-    bits = nats / (0.6931471805599453 * held.text_bytes) if held.text_bytes else None
-    found = {f"val_{name}": number for name, number in figures.said(plan.objective, sums, targets).items()}
-    return {"val_loss": nats / targets, "val_targets": int(targets), "val_bits_per_byte": bits} | found
+    sums, whole, beside = [], [one for one in held if one.held_out] or [*held][:1], [0.0] * (1 + figures.count(plan.objective))
+    for one in held:
+        nats, *rest = engine.evaluate(until_signal(one.validation)).tolist()
+        if health.wants_out:
+            return None
+        sums.append((one, nats, rest[0]))
+        if one in whole:
+            beside = [a + b for a, b in zip(beside, rest, strict=True)]
+    found = held_figures(sums)
+    if plan.objective.pairs:
+        del found["val_perplexity"]
+    return found | {f"val_{name}": number for name, number in figures.said(plan.objective, beside[1:], beside[0]).items()}
 
 
 def _summary(
@@ -582,15 +619,33 @@ def _summary(
     }
 
 
-def _show_sample(plan: Plan, folder: Path, display: Display) -> None:
-    if plan.sample.prompt is None:
+def _show_sample(plan: Plan, folder: Path, display: Display, corpus: build.Corpus) -> None:
+    """A text that goes on from the recipe's prompt, and answers to held-out conversations, which samples.jsonl keeps for the report."""
+    held = shown.asked(corpus, plan.sample.held_out)
+    if plan.sample.prompt is None and not held:
         return
     from gigatrain import generate  # transformers, 3 s
 
     settings = {"tokens": plan.sample.tokens, "temperature": plan.sample.temperature, "top_k": plan.sample.top_k, "seed": plan.seed}
-    text = generate.generate(folder, plan.sample.prompt, device=plan.device, **settings)
     width = min(100, shutil.get_terminal_size().columns)
-    display.line(f"{' sample ':-^{width}}\n{text}\n{'-' * width}")
+    if plan.sample.prompt is not None:
+        text = generate.generate(folder, plan.sample.prompt, device=plan.device, **settings)
+        display.line(f"{' sample ':-^{width}}\n{text}\n{'-' * width}")
+    if not held:
+        return
+    written = generate.answers(folder, [(one.prompt, one.answer[-1]) for one in held], device=plan.device, **settings)
+    backend = corpus.tokenizer().backend
+    rows = [
+        {
+            name: backend.decode(ids, skip_special_tokens=False)
+            for name, ids in (("prompt", one.prompt), ("held_out", one.answer), ("written", found))
+        }
+        for one, found in zip(held, written, strict=True)
+    ]
+    write_text(folder / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    for row in rows:
+        display.line(f"{' held-out prompt ':-^{width}}\n{row['prompt']}⟪{row['written']}⟫")
+    display.line("-" * width)
 
 
 def _show_summary(summary: dict[str, Any], folder: Path, display: Display) -> None:

@@ -15,8 +15,10 @@ CHATML = """\
 {%- elif messages and messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}
 {%- for message in messages %}
 {%- if message.role == 'user' %}{{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}
-{%- elif message.role == 'assistant' %}{{- '<|im_start|>assistant\\n' }}«{{- message.content }}{% for call in message.tool_calls or [] %}\
-{{- ('\\n' if message.content or not loop.first else '') + '<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}{% endfor %}{{- '<|im_end|>' }}»{{- '\\n' }}
+{%- elif message.role == 'assistant' %}{{- '<|im_start|>assistant\\n' }}«{{- message.content }}\
+{% for call in message.tool_calls or [] %}\
+{{- ('\\n' if message.content or not loop.first else '') + '<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}{% endfor %}\
+{{- '<|im_end|>' }}»{{- '\\n' }}
 {%- elif message.role == 'tool' %}{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{% endif %}\
 {{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}\
 {% if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\\n' }}{% endif %}
@@ -37,23 +39,27 @@ LLAMA3 = """\
 {{- bos_token }}
 {%- for message in messages %}
 {{- '<|start_header_id|>' + (message.role if message.role != 'tool' else 'ipython') + '<|end_header_id|>\\n\\n' }}
-{%- if message.role == 'assistant' %}«{% if message.tool_calls %}{{- message.tool_calls[0].function | tojson }}{% else %}{{- message.content | trim }}{% endif %}\
+{%- if message.role == 'assistant' %}«{% if message.tool_calls %}{{- message.tool_calls[0].function | tojson }}{% else %}\
+{{- message.content | trim }}{% endif %}\
 {{- '<|eot_id|>' }}»{% else %}{{- message.content | trim + '<|eot_id|>' }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
 # As Mistral v3: no generation prompt, and the system's text stands before the last question, wherever that is.
 MISTRAL = """\
-{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set loop_messages = messages[1:] %}{% else %}{% set loop_messages = messages %}{% endif %}
+{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set loop_messages = messages[1:] %}{% else %}\
+{% set loop_messages = messages %}{% endif %}
 {{- bos_token }}
 {%- for message in loop_messages %}
 {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('roles must alternate') }}{% endif %}
-{%- if message.role == 'user' %}{% if system is defined and loop.index0 >= loop_messages | length - 2 %}{{- '[INST]' + system + '\\n\\n' + message.content + '[/INST]' }}\
+{%- if message.role == 'user' %}{% if system is defined and loop.index0 >= loop_messages | length - 2 %}\
+{{- '[INST]' + system + '\\n\\n' + message.content + '[/INST]' }}\
 {% else %}{{- '[INST]' + message.content + '[/INST]' }}{% endif %}
 {%- else %}«{{- ' ' + message.content | trim + eos_token }}»{% endif %}
 {%- endfor %}"""
 GEMMA = """\
 {{- bos_token }}
-{%- if messages[0].role == 'system' %}{% set first = messages[0].content + '\\n\\n' %}{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}
+{%- if messages[0].role == 'system' %}{% set first = messages[0].content + '\\n\\n' %}{% set turns = messages[1:] %}{% else %}\
+{% set first = '' %}{% set turns = messages %}{% endif %}
 {%- for message in turns %}
 {%- if message.role == 'assistant' %}{{- '<start_of_turn>model\\n' }}«{{- message.content | trim + '<end_of_turn>' }}»{{- '\\n' }}
 {%- else %}{{- '<start_of_turn>user\\n' + (first if loop.first else '') + message.content | trim + '<end_of_turn>\\n' }}{% endif %}
@@ -77,7 +83,11 @@ SPECIALS = {
     "gemma": ["<start_of_turn>", "<end_of_turn>"],
     "harmony": ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"],
 }
-TEXT = ["What is two plus two? It is four.\n\nHello, world! The answer: 42.\n", "def add(a, b):\n    return a + b\n", "für naïve Fälle 日本語 🙂\n\n\n"] * 4
+TEXT = [
+    "What is two plus two? It is four.\n\nHello, world! The answer: 42.\n",
+    "def add(a, b):\n    return a + b\n",
+    "für naïve Fälle 日本語 🙂\n\n\n",
+] * 4
 
 
 def template(shape: str, *, marks: bool) -> str:
@@ -99,7 +109,9 @@ def made(folder: Path, shape: str, *, marks: bool, swallows: bool = False) -> to
             backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         else:
             backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-            backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+            backend.decoder = decoders.Sequence(
+                [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            )
         alphabet: list[str] = []
     else:
         backend = Backend(models.BPE())
@@ -111,7 +123,9 @@ def made(folder: Path, shape: str, *, marks: bool, swallows: bool = False) -> to
         backend.decoder = decoders.ByteLevel()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))] if metaspace else ["<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=len(names) + len(alphabet) + 120, special_tokens=names, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(names) + len(alphabet) + 120, special_tokens=names, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(TEXT, trainer)
     backend.add_special_tokens([AddedToken(name, rstrip=swallows, special=True) for name in SPECIALS[shape]])
     folder.mkdir(parents=True, exist_ok=True)

@@ -128,7 +128,7 @@ class Corpus:
 
     def tokenizer(self) -> tokenizer.Tokenizer:
         """The tokenizer that made the corpus."""
-        return tokenizer.load(str(self.folder / "tokenizer"), self.manifest["tokenizer"].get("date"))
+        return tokenizer.load(str(self.folder / "tokenizer"), *map(self.manifest["tokenizer"].get, ("date", "variables")))
 
     def describe(self) -> list[str]:
         """The corpus in a few lines, for people."""
@@ -244,7 +244,7 @@ def _identity(data: config.Data, spec: config.Tokenizer, existing: tokenizer.Tok
         "sources": [_meaning(source, {"format", "too_long", "history"}, {"weight"}) for source in data.sources],
         "tokenizer": [existing.sha256, existing.bos, existing.eos]
         if existing
-        else _meaning(spec, {"template", "special", "date"}) | {"pieces": tokenizer.PIECES},
+        else _meaning(spec, {"template", "special", "date", "variables"}) | {"pieces": tokenizer.PIECES},
         **({"template": found} if (found := templates.identity(spec, existing, data.sources)) else {}),
         "bad": _meaning(data.bad, {"unmarkable"}),
         "validation": data.validation,
@@ -255,7 +255,7 @@ def _identity(data: config.Data, spec: config.Tokenizer, existing: tokenizer.Tok
 
 def _meaning(section: config.Section, later: set[str], never: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
     """A section as it decides the tokens; of keys that came `later` only those that are set, so that older corpora keep their names."""
-    plain = {name for name in later if getattr(section, name) == type(section).model_fields[name].default}
+    plain = {name for name in later if getattr(section, name) == type(section).model_fields[name].get_default(call_default_factory=True)}
     return section.model_dump(mode="json", exclude=never | plain)
 
 
@@ -363,7 +363,7 @@ def _tokenizer(job: Job) -> tokenizer.Tokenizer:
     """The tokenizer in the corpus's own folder: copied there, or trained on a sample of the training documents."""
     place, temporary = job.folder / "tokenizer", job.folder / "tokenizer.tmp"
     if place.is_dir():
-        return tokenizer.load(str(place), job.spec.date)
+        return tokenizer.load(str(place), job.spec.date, job.spec.variables)
     shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed
     try:
         temporary.mkdir()
@@ -387,7 +387,7 @@ def _tokenizer(job: Job) -> tokenizer.Tokenizer:
         temporary.rename(place)
     except OSError as error:
         raise shards.full_disk(error, place) from error
-    return tokenizer.load(str(place), job.spec.date)
+    return tokenizer.load(str(place), job.spec.date, job.spec.variables)
 
 
 def _sample(job: Job, max_bytes: int) -> list[str]:
@@ -493,7 +493,15 @@ def _parallel(
     environment = dict(os.environ, TOKENIZERS_PARALLELISM="false")  # one core each
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(gigatrain.__path__[0]).parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-P", "-m", "gigatrain.data.build"]  # -P: nothing is imported from the current folder
-    header = json.dumps({"data": job.data.model_dump_json(), "tokenizer": str(ready.folder), "date": ready.date, "folder": str(job.folder)})
+    header = json.dumps(
+        {
+            "data": job.data.model_dump_json(),
+            "tokenizer": str(ready.folder),
+            "date": ready.date,
+            "variables": ready.variables,
+            "folder": str(job.folder),
+        }
+    )
     processes: list[subprocess.Popen[str]] = []
     stopped = threading.Event()
 
@@ -561,7 +569,10 @@ def _worker() -> None:
     """
     try:
         header = json.loads(sys.stdin.readline())
-        data, ready = config.Data.model_validate_json(header["data"]), tokenizer.load(header["tokenizer"], header["date"])
+        data, ready = (
+            config.Data.model_validate_json(header["data"]),
+            tokenizer.load(header["tokenizer"], header["date"], header["variables"]),
+        )
         listed: dict[int, list[sources.Part]] = {}
         for line in sys.stdin:
             source, number = json.loads(line)
@@ -589,14 +600,14 @@ def _adopt(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part) ->
     shard = shards.Shard(prefix)
     ends = shard.check(ready.vocab)
     files = {}
-    for suffix in ("bin", "idx", *(("mask",) if shard.marks is not None else ())):
+    for suffix in ("bin", "idx", *(("mask",) if shard.mask is not None else ())):
         path = prefix.with_name(f"{prefix.name}.{suffix}")
         files[suffix] = {"bytes": path.stat().st_size, "sha256": shards.file_sha256(path)}
     cut = shard.documents - round(shard.documents * data.validation)
     splits = {}
     for split, first, stop in (("train", 0, cut), ("validation", cut, shard.documents)):
         start, end = shard.starts(first, first + 1)[0], shard.starts(stop, stop + 1)[0]
-        marks = {} if shard.marks is None else {"trained": int(np.count_nonzero(shard.marks[start:end]))}
+        marks = {} if shard.mask is None else {"trained": int(np.count_nonzero(shard.mask[start:end]))}
         one = {"prefix": str(prefix), "first": first, "documents": stop - first, "tokens": int(end - start), **marks, **files}
         found = [one] if end > start else []
         splits[split] = {"shards": found, "text_bytes": None if found else 0}
@@ -795,7 +806,7 @@ def _finish(job: Job, ready: tokenizer.Tokenizer, records: list[dict[str, Any]],
         "vocab": ready.vocab,
         "eos": ready.eos,
         "starts_with_bos": ready.bos is not None,
-        "tokenizer": {"sha256": ready.sha256} | ({} if ready.date is None else {"date": ready.date}),
+        "tokenizer": {"sha256": ready.sha256} | {name: told for name in ("date", "variables") if (told := getattr(ready, name))},
         "sources": found,
         "totals": totals,
         "skipped": dict(sorted(skipped.items())),

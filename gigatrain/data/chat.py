@@ -102,6 +102,7 @@ def write(
             documents=None,
             add_generation_prompt=prompt,
             **tokenizer.names,
+            **tokenizer.variables,
         )
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         why = str(error) or type(error).__name__
@@ -175,21 +176,49 @@ def spans(
         upto, its = (text, marked) if last else write(messages[: turn + 1], tokenizer, tools=tools)
         if not text.startswith(upto):
             raise Changed(f"the template writes turn {turn} in another way once others follow it ({_differs(upto, text)})")
-        if itself:
-            before = write(messages[:turn], tokenizer, tools=tools)[0] if turn else ""
-            if not upto.startswith(before):
-                raise Changed(f"the template writes what precedes turn {turn} in another way once that follows ({_differs(before, upto)})")
-            mine = [one for one in its if one[1] > len(before)]
-            if not mine:
-                raise Unmarkable(f"the template marks nothing of turn {turn}, which is the assistant's")
-            if mine[0][0] < len(before):
-                raise Unmarkable(f"the template marks characters before turn {turn} as the assistant's")
-            found += mine
-        else:
-            found.append(_turn(messages[:turn], upto, turn, tokenizer, tools))
+        mine = (
+            _marked(messages[:turn], upto, its, turn, tokenizer, tools)
+            if itself
+            else [_turn(messages[:turn], upto, turn, tokenizer, tools)]
+        )
+        _refuse_lost(messages[turn], "".join(upto[start:stop] for start, stop in mine), turn)
+        found += mine
     if itself and after == 0 and found != marked:
         raise Unmarkable("the template marks other ranges of the conversation than of its turns one by one")
     return text, found
+
+
+def _marked(
+    before: Sequence[Message], upto: str, its: list[tuple[int, int]], turn: int, tokenizer: Tokenizer, tools: Sequence[Any] | None
+) -> list[tuple[int, int]]:
+    """The ranges that the template marks in the turn at the end of `upto`."""
+    begins, texts = "", [""]
+    if before:
+        texts = [
+            write(before, tokenizer, tools=tools, prompt=prompt)[0] for prompt in (False, True)
+        ]  # some end a text that no prompt follows
+        fitting = [text for text in texts if upto.startswith(text)]
+        if not fitting:
+            raise Changed(f"the template writes what precedes turn {turn} in another way once that follows ({_differs(texts[0], upto)})")
+        begins = fitting[0]
+    mine = [one for one in its if one[1] > len(begins)]
+    if not mine:
+        raise Unmarkable(f"the template marks nothing of turn {turn}, which is the assistant's")
+    if mine[0][0] < len(begins) and begins == texts[0]:
+        raise Unmarkable(f"the template marks characters before turn {turn} as the assistant's")
+    return mine
+
+
+def _refuse_lost(message: Message, written: str, turn: int) -> None:
+    """Unmarkable if what the assistant said, or the name of a tool that it called, is not in what is trained."""
+    said = [str(message.get("content") or "")]
+    said += [str((call.get("function") or call).get("name", "")) for call in message.get("tool_calls") or ()]
+    there = "".join(written.split())
+    for one in said:
+        if "".join(one.split()) not in there:
+            raise Unmarkable(
+                f"the template leaves out something of turn {turn}: {one[:60]!r} is not in {written[:60]!r}; use another template"
+            )
 
 
 def _turn(before: Sequence[Message], upto: str, turn: int, tokenizer: Tokenizer, tools: Sequence[Any] | None) -> tuple[int, int]:
@@ -198,7 +227,8 @@ def _turn(before: Sequence[Message], upto: str, turn: int, tokenizer: Tokenizer,
     if not upto.startswith(given):
         raise Unmarkable(
             f"the generation prompt before turn {turn} is not how the template writes that turn ({_differs(given, upto)}), so the model would be asked in "
-            "another way than it is trained; mark the turn with {% generation %} in a template of your own (`tokenizer.template`)"
+            "another way than it is trained; set what the template asks for (such as `tokenizer.variables.enable_thinking = false`), or mark the turn with "
+            "{% generation %} in a template of your own (`tokenizer.template`)"
         )
     ends = [match.end() for match in tokenizer.special.finditer(upto, len(given))]
     if not ends:
@@ -264,13 +294,8 @@ def encode(text: str, ranges: Iterable[tuple[int, int]], tokenizer: Tokenizer, *
     sums = [0, *accumulate(inside)]
     encoding = (tokenizer.unmarked if forged else tokenizer.marked).encode(text, add_special_tokens=False)
     trained = []
-    for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-        name = tokenizer.specials.get(token)
-        if name is not None and stop - start > len(name):  # such a token may swallow the blanks around it
-            start += text[start:stop].index(name)
-            stop = start + len(name)
-        if start == stop:  # a token of no character, such as a blank that the tokenizer puts before a text
-            start, stop = max(0, start - 1), min(len(text), stop + 1)
+    for token, offsets in zip(encoding.ids, encoding.offsets, strict=True):
+        start, stop = _within(text, *offsets, tokenizer.specials.get(token))
         count = sums[stop] - sums[start]
         if count not in (0, stop - start):
             raise Unmarkable(
@@ -278,3 +303,12 @@ def encode(text: str, ranges: Iterable[tuple[int, int]], tokenizer: Tokenizer, *
             )
         trained.append(count > 0)
     return encoding.ids, trained
+
+
+def _within(text: str, start: int, stop: int, special: str | None) -> tuple[int, int]:
+    """The characters that decide whether a token is trained. A special token may swallow the blanks around it, which are not the token; and one of no
+    character, such as a blank that a tokenizer puts before a text, is what both its neighbours are."""
+    if special is not None and stop - start > len(special):
+        start += text[start:stop].index(special)
+        stop = start + len(special)
+    return (start, stop) if start < stop else (max(0, start - 1), min(len(text), stop + 1))

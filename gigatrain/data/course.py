@@ -40,8 +40,10 @@ Packing = Literal["stream", "document", "packed"]
 AnySamples = Samples | Packs | Pairs
 
 
-def samples_of(corpus: Corpus, split: str, sequence: int, packing: Packing, form: Form | None = None) -> list[AnySamples]:
-    """The samples of every source of a split; validation keeps its last, partial ones. With `form` they are of pairs."""
+def samples_of(
+    corpus: Corpus, split: str, sequence: int, packing: Packing, *, partial: bool = False, form: Form | None = None
+) -> list[AnySamples]:
+    """The samples of every source of a split; validation (`partial`) keeps its last, partial ones. With `form` they are of pairs."""
     if form is not None:
         pairs = [
             Pairs(
@@ -58,9 +60,7 @@ def samples_of(corpus: Corpus, split: str, sequence: int, packing: Packing, form
         if packing == "packed":
             found.append(Packs(stream, sequence=sequence, eos=corpus.eos, too_long=too_long, name=source["name"]))
             continue
-        found.append(
-            Samples(stream, sequence=sequence, packing=packing, eos=corpus.eos, eos_opens=eos_opens, partial=split == "validation")
-        )
+        found.append(Samples(stream, sequence=sequence, packing=packing, eos=corpus.eos, eos_opens=eos_opens, partial=partial))
     return found
 
 
@@ -68,7 +68,9 @@ class Course:
     """The order of a run's samples. The last phase goes on for as long as it is asked."""
 
     def __init__(self, corpus: Corpus, phases: Sequence[Phase], packing: Packing, seed: int, form: Form | None = None) -> None:
-        self.corpus, self.phases, self.packing, self.seed, self.form = corpus, tuple(phases), packing, seed, form
+        self.corpus, self.phases, self.seed = corpus, tuple(phases), seed
+        self.packing: Packing = packing
+        self.form: Form | None = form
         self.begins = [0, *accumulate(one.steps * one.batch for one in self.phases[:-1])]  # positions
         self.begin_steps = [0, *accumulate(one.steps for one in self.phases[:-1])]
         self._by_sequence: dict[int, list[AnySamples]] = {}
@@ -78,7 +80,7 @@ class Course:
     def _samples(self, phase: Phase) -> list[AnySamples]:
         sequence = phase.sequence
         if sequence not in self._by_sequence:
-            self._by_sequence[sequence] = samples_of(self.corpus, "train", sequence, self.packing, self.form)
+            self._by_sequence[sequence] = samples_of(self.corpus, "train", sequence, self.packing, form=self.form)
         found = self._by_sequence[sequence]
         for name, samples, weight in zip(self.corpus.sources, found, phase.weights, strict=True):
             if weight and not len(samples):

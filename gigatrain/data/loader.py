@@ -380,9 +380,10 @@ class Batches:
 class Validation:
     """The held-out samples in a fixed order, as often as it is iterated.
 
-    text_bytes: bytes of text that the labels cover, when that is all of them: None for a subset, for documents that are cut, where nobody
-    counted, or where nothing is held out; then there is no microbatch either. Rank r has samples r, r + ranks, …; the last rounds are filled
-    with rows without labels, so that all ranks run equally many microbatches.
+    split: the corpus's, "train" for a set of its own. source: only that source's share of the samples. text_bytes: bytes of text that the labels
+    cover; of a subset or of documents that are cut it is the sum of `token_bytes` [vocabulary], the bytes of each id, over the labels. None where
+    neither is known, or where nothing is held out; then there is no microbatch either. Rank r has samples r, r + ranks, …; the last rounds are
+    filled with rows without labels, so that all ranks run equally many microbatches.
     """
 
     def __init__(
@@ -397,22 +398,47 @@ class Validation:
         ranks: int = 1,
         device: str | torch.device = "cpu",
         form: Form | None = None,
+        split: str = "validation",
+        source: int | None = None,
+        token_bytes: Callable[[], np.ndarray | None] = lambda: None,
     ) -> None:
-        self.samples = samples_of(corpus, "validation", sequence, packing, form)
+        self.samples = samples_of(corpus, split, sequence, packing, partial=True, form=form)
         self.sequence, self.eos, self.microbatch, self.device = sequence, corpus.eos, microbatch, torch.device(device)
         ends = np.cumsum([len(samples) for samples in self.samples])
         total = int(ends[-1])
         count = min(total, max_samples or total)
         # A subset is spread evenly over all documents.
         chosen = [index * total // count for index in range(count)]
+        whole = 0 < count == total
+        if source is not None:
+            end = int(ends[source])
+            chosen = [index for index in chosen if end - len(self.samples[source]) <= index < end]
+            count = len(chosen)
         self.mine: list[tuple[AnySamples, int] | None] = []
         for index in chosen[rank::ranks]:
-            source = int(np.searchsorted(ends, index, "right"))
-            self.mine.append((self.samples[source], index - int(ends[source]) + len(self.samples[source])))
+            self.mine.append(self._place(index, ends))
         self.mine += [None] * (-(-count // ranks) - len(self.mine))
         self.count = count
-        whole = form is None and 0 < count == total and (packing == "stream" or not any(samples.cut() for samples in self.samples))
-        self.text_bytes: int | None = corpus.totals("validation")["text_bytes"] if whole else None
+        of = self.samples if source is None else [self.samples[source]]
+        self.text_bytes: int | None = None
+        if form is not None:
+            return
+        if count and whole and packing != "packed" and (packing == "stream" or not any(samples.cut() for samples in of)):
+            said = corpus.totals(split) if source is None else corpus.manifest["sources"][source]["splits"][split]
+            self.text_bytes = said["text_bytes"]
+        elif count and (sizes := token_bytes()) is not None:
+            self.text_bytes = sum(self._bytes(index, ends, sizes) for index in chosen)
+
+    def _place(self, index: int, ends: np.ndarray) -> tuple[AnySamples, int]:
+        """Which source's sample the `index`-th of all is, and the how manyth there."""
+        source = int(np.searchsorted(ends, index, "right"))
+        return self.samples[source], index - int(ends[source]) + len(self.samples[source])
+
+    def _bytes(self, index: int, ends: np.ndarray, sizes: np.ndarray) -> int:
+        samples, number = self._place(index, ends)
+        assert not isinstance(samples, Pairs)
+        labels = samples[number].labels
+        return int(sizes[labels[labels != IGNORED]].sum())
 
     def __len__(self) -> int:
         """Microbatches, the same on every rank."""

@@ -66,7 +66,7 @@ class Conversation:
 def turns_of(source: config.Source) -> str | None:
     """The column that holds the turns of a chat or sharegpt source."""
     name = TURNS.get(source.format)
-    return source.field if name is not None and "field" in source.model_fields_set else name
+    return source.field if name is not None and source.field != type(source).model_fields["field"].default else name
 
 
 def columns(source: config.Source) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -1,13 +1,15 @@
 """Whole documents in rows of T tokens: which go together, and the rows. Free of torch.
 
 Best fit decreasing: of a window of documents the longest comes first, and each goes into the row in which it leaves the least room. Documents of one
-length are alike, and so are rows of one room, so both are moved in heaps and not one by one: a million documents take about a second. The rows are
-a function of the lengths alone; which comes when is the mixture's business (mixture.py), of seed and position.
+length are alike, so rows are found once a row and not once a document. The rows are a function of the lengths alone; which comes when is the
+mixture's business (mixture.py), of seed and position.
 
 A document d1 .. dn is n - 1 places: d1 .. d(n-1) are inputs and d2 .. dn labels, so none is predicted from another document.
 """
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -28,34 +30,33 @@ def fit(sizes: np.ndarray, room: int, most: int) -> list[np.ndarray]:
     """Rows of document numbers for sizes [n], each at least 1 and at most `room`; no row has more than `most` documents."""
     order = np.argsort(-sizes, kind="stable")
     rows: list[list[int]] = []
-    open_: dict[int, list[int]] = {}  # by what room is left
-    left: list[int] = []  # keys of open_, ascending
-    starts = np.flatnonzero(np.diff(sizes[order], prepend=-1))
-    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
+    open_: dict[int, list[int]] = {}  # rows by what room is left in them
+    left: list[int] = []  # its keys, ascending
+    starts = np.flatnonzero(np.diff(sizes[order], prepend=-1)).tolist()
+    for start, stop in pairwise([*starts, len(order)]):
         size, waiting = int(sizes[order[start]]), order[start:stop].tolist()
-        while waiting:
-            at = int(np.searchsorted(left, size)) if left else 0
-            if at == len(left):
-                chosen = list(range(len(rows), len(rows) + len(waiting)))
-                rows += [[] for _ in chosen]
-                rest = room - size
-            else:
-                held = open_[left[at]]
-                rest = left[at] - size
-                chosen = held[: len(waiting)]
-                del held[: len(waiting)]
-                if not held:
+        at, done = bisect_left(left, size), 0
+        while done < len(waiting):
+            # The row with the least room that is enough. What stays open has less than a document of this size, or none at all.
+            if at < len(left):
+                space = left[at]
+                row = open_[space].pop()
+                if not open_[space]:
                     del open_[left.pop(at)]
-            for row, document in zip(chosen, waiting, strict=False):
-                rows[row].append(document)
-            del waiting[: len(chosen)]
-            chosen = [row for row in chosen if len(rows[row]) < most]
-            if chosen and rest:
-                if rest in open_:
-                    open_[rest] += chosen
-                else:
-                    open_[rest] = chosen
-                    left.insert(int(np.searchsorted(left, rest)), rest)
+            else:
+                space, row = room, len(rows)
+                rows.append([])
+            mine = rows[row]
+            count = min(space // size, most - len(mine), len(waiting) - done)
+            mine += waiting[done : done + count]
+            done += count
+            space -= count * size
+            if space and len(mine) < most:
+                if space not in open_:
+                    open_[space] = []
+                    insort(left, space)
+                    at += space < size
+                open_[space].append(row)
     return [np.array(row, np.int64) for row in rows]
 
 

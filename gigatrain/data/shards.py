@@ -195,10 +195,10 @@ class Shard:
         if int(self.marks[0]) != 0 or int(self.marks[-1]) != self.sequences:
             raise DataError(f"{self.idx} has documents from sequence {self.marks[0]} to {self.marks[-1]}, and there are {self.sequences}")
         self.tokens = np.asarray(np.memmap(self.bin, self.dtype, "r")) if bin_bytes else np.empty(0, self.dtype)
-        self.marks: np.ndarray | None = None
+        self.mask: np.ndarray | None = None
         if (mask := prefix.with_name(prefix.name + ".mask")).is_file():
             check_size(mask, len(self.tokens))
-            self.marks = np.asarray(np.memmap(mask, np.uint8, "r")) if bin_bytes else np.empty(0, np.uint8)
+            self.mask = np.asarray(np.memmap(mask, np.uint8, "r")) if bin_bytes else np.empty(0, np.uint8)
         # A document of one sequence each is what we and most others write; else the marks say which sequences open a document.
         self.plain = self.documents == self.sequences
 
@@ -343,7 +343,7 @@ class Stream:
         rows, some = [], False
         for number, first, last in self._pieces(start, stop):
             shard, base = self.shard(number)
-            marks = shard.marks if "mask" in self.records[number] else None  # one that came beside a shard later is not the corpus's
+            marks = shard.mask if "mask" in self.records[number] else None  # one that came beside a shard later is not the corpus's
             some |= marks is not None
             rows.append(np.ones(last - first, bool) if marks is None else marks[base + first : base + last] != 0)
         return (np.concatenate(rows) if len(rows) != 1 else rows[0]) if some else None

@@ -1,6 +1,5 @@
 """Chat templates that a recipe can name, and what a tokenizer needs to have one."""
 
-import json
 from pathlib import Path
 
 from tokenizers import AddedToken
@@ -94,4 +93,4 @@ def identity(spec: config.Tokenizer, existing: tokenizer.Tokenizer | None, sourc
     if text is None and not names and all(source.format == "text" for source in sources):
         return []
     own = (existing.templates, existing.names) if existing is not None else None
-    return [text if text is not None else own and own[0], own and own[1], list(names), spec.date, json.dumps(list(BUILT_IN))]
+    return [text if text is not None else own and own[0], own and own[1], list(names), spec.date, spec.variables]

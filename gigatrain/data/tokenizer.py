@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ END = "<|endoftext|>"
 #     ` can be one token. Held-out standard library, bytes per token at vocabulary 2048 / 4096 / 8192: this 3.43 / 3.92 / 4.36, GPT-4's 3.25
 # / 3.70 / 4.07, GPT-2's 3.21 / 3.58 / 3.87 (561 files train, 28 held out, tokenizers 0.23.3).
 PIECES = r" ?[^\s\p{L}\p{N}]+\n[ \t]*|\s*\n[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenizer.model")
 ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>")  # looked for only where nothing beside tokenizer.json names the eos
 
 
@@ -40,6 +40,7 @@ class Tokenizer:
     eos: int
     sha256: str  # of tokenizer.json
     date: str | None = None  # the day that a chat template is told (ISO 8601); None: it is told none
+    variables: dict[str, Any] = field(default_factory=dict)  # what else it is told
 
     @property
     def folder(self) -> Path:
@@ -66,6 +67,19 @@ class Tokenizer:
         for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False):
             yield np.array([*head, *encoding.ids, self.eos], np.int64)
 
+    def token_bytes(self) -> np.ndarray | None:
+        """Bytes of text that each id stands for [vocab] int64, special tokens none; None for a tokenizer whose tokens are not bytes one for one
+        (sentencepiece, or one that normalises)."""
+        tree = json.loads(self.backend.to_str())
+        if (tree.get("decoder") or {}).get("type") != "ByteLevel" or tree.get("normalizer") is not None:
+            return None
+        found = np.zeros(self.vocab, np.int64)
+        for text, number in self.backend.get_vocab(with_added_tokens=False).items():
+            found[number] = len(text)  # each byte is one character of the byte-level alphabet
+        for number, added in self.backend.get_added_tokens_decoder().items():
+            found[number] = 0 if added.special else len(added.content.encode())
+        return found
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens left out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -90,7 +104,9 @@ class Tokenizer:
         settings = _settings(self.folder)
         names = {key: _token(settings, key) for key in settings if key.endswith("_token") and isinstance(settings[key], str | dict)}
         found = {key: name for key, name in names.items() if name is not None}
-        return {"eos_token": self.backend.id_to_token(self.eos)} | found
+        eos = self.backend.id_to_token(self.eos)
+        assert eos is not None
+        return {"eos_token": eos} | found
 
     @cached_property
     def marked(self) -> Backend:
@@ -155,7 +171,7 @@ def train(texts: Iterable[str], vocab: int, folder: Path, special: tuple[str, ..
     return load(str(folder))
 
 
-def load(source: str, date: str | None = None) -> Tokenizer:
+def load(source: str, date: str | None = None, variables: dict[str, Any] | None = None) -> Tokenizer:
     """Load a Hugging Face tokenizer from a folder, a tokenizer.json or a hub name; DataError says what is missing and where."""
     path = Path(source).expanduser()
     if path.is_file():
@@ -181,7 +197,7 @@ def load(source: str, date: str | None = None) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
-    return Tokenizer(backend, file, vocab, bos, eos, hashlib.sha256(content).hexdigest(), date)
+    return Tokenizer(backend, file, vocab, bos, eos, hashlib.sha256(content).hexdigest(), date, variables or {})
 
 
 def keep(ready: Tokenizer, folder: Path) -> Tokenizer:
@@ -213,7 +229,7 @@ def _download(name: str) -> Path:
             try:
                 hf_hub_download(name, beside)
             except EntryNotFoundError:
-                continue  # these three are optional in every repository
+                continue  # these are optional in every repository
     except Exception as error:  # offline, unknown, gated: the library has a type for each, and its first line says which
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise DataError(

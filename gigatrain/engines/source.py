@@ -1,14 +1,16 @@
 """Where an engine's model and its first weights come from: our decoder, or any other model of transformers behind the same methods."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from gigatrain.engines import low
+from gigatrain.errors import CheckpointError
 from gigatrain.foreign import Foreign
 from gigatrain.kernels.ops import Ops
-from gigatrain.models import autoweights, hf
+from gigatrain.models import adapters, autoweights, hf, merged
 from gigatrain.models.automodel import Auto
 from gigatrain.models.decoder import Decoder, Part, decays, initial, kind_of
 from gigatrain.planning.plan import Plan
@@ -22,9 +24,19 @@ def blank(plan: Plan, ops: Ops, *, part: Part | None = None, dtype: torch.dtype 
         assert part is None or (part.first and part.last), "the plan refuses a pipeline"
         return Auto(plan.architecture.config, ops, recompute=plan.recompute, dtype=dtype)
     with torch.device("meta"):
-        model = Decoder(plan.architecture, ops, recompute=plan.recompute, dropout=plan.dropout, part=part, watched=plan.loss.watches)
+        model = Decoder(
+            plan.architecture,
+            ops,
+            recompute=plan.recompute,
+            dropout=plan.dropout,
+            neftune=plan.neftune,
+            part=part,
+            watched=plan.loss.watches,
+        )
     if plan.fp8 is not None:
         low.lower(model, plan.fp8, plan.recompute, {choice.op: choice.kernel for choice in plan.kernels}["quantise"])
+    if plan.adapter is not None:
+        adapters.adapt(model, plan.adapter, torch.bfloat16 if plan.compute == "bf16" else torch.float32)
     return model
 
 
@@ -48,10 +60,16 @@ def values(
     part: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Of every parameter of `shapes` its box, if it has one, else all: drawn from the seed, or read from `model.from`; with `part`, the model has others too.
+    With an adapter all of the model's, whole, as they are kept.
 
     One at a time. Of what is read nothing but the boxes is; what is drawn is drawn whole, and cut.
     """
     arch = plan.architecture
+    if plan.adapter is not None:
+        assert isinstance(model, Decoder)
+        of_base = adapters.base_shapes(model) | {name: tuple(tensor.shape) for name, tensor in model.corrections().items()}
+        yield from adapters.first(model, base(plan, of_base), plan.adapter, plan.seed)
+        return
     if plan.source is None:
         for name, tensor in _drawn(plan, shapes, device):
             yield name, tensor[hf.cut_of(*boxes[name])] if name in boxes else tensor
@@ -71,6 +89,37 @@ def _drawn(plan: Plan, shapes: Mapping[str, tuple[int, ...]], device: torch.devi
         return
     for name, shape in shapes.items():
         yield name, initial(name, shape, arch, plan.init.std, plan.init.scale_residual, plan.seed, device)
+
+
+def base_of(plan: Plan) -> dict[str, str]:
+    """What an adapter's checkpoints say of its base: where it is, and the SHA-256 of its weights. Reads them all."""
+    if plan.source is not None:
+        folder = hf.locate(plan.source)
+        return {"from": plan.source, "sha256": adapters.folder_sha256(folder)}
+    whole = hashlib.sha256()
+    for name, tensor in base(plan, merged.shapes(plan)):
+        whole.update(name.encode())
+        whole.update(tensor.numpy().tobytes())
+    return {"from": f"seed {plan.seed}", "sha256": whole.hexdigest()}
+
+
+def check_base(kept: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises CheckpointError where the base is not the one that a checkpoint, which says `kept`, was made beside."""
+    if kept.get("sha256") != now["sha256"]:
+        raise CheckpointError(
+            f"the adapter was trained beside the weights of {kept.get('from')} with SHA-256 {str(kept.get('sha256'))[:12]}, and those of {now['from']} "
+            f"have {now['sha256'][:12]} now; put the base back as it was"
+        )
+
+
+def base(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """The frozen weights that an adapter stands beside, whole, one at a time: of `model.from`, or drawn, on the CPU whatever the run is on."""
+    arch = plan.decoder
+    if plan.source is not None:
+        yield from hf.read_weights(arch, shapes, hf.locate(plan.source))
+        return
+    for name, shape in shapes.items():
+        yield name, initial(name, shape, arch, plan.init.std, plan.init.scale_residual, plan.seed, "cpu")
 
 
 def group_of(plan: Plan, model: Model, name: str) -> str:

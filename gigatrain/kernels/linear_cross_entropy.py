@@ -530,7 +530,9 @@ def logprobs(
     version: Any = linear_cross_entropy,
 ) -> Tensor:
     """Log-probabilities of the labels with their gradient, fp32, 0 where there is no label: what preference and policy losses are made of."""
-    options = {"softcap": softcap, "scale": scale, "ignore": ignore, "group": group}
+    options: dict[str, Any] = {"softcap": softcap, "scale": scale, "ignore": ignore}
+    if group is not None:  # a version of tensor parallelism's (parallel/tensor.py) knows its own
+        options["group"] = group
     return -version(hidden_nh, weight_vh, labels_n, reduction="none", **options)[0]
 
 

@@ -1,10 +1,11 @@
 """Plain data as YAML that people read: block style, strings quoted where a reader could take them for something else.
 
-Only what a manifest holds: dicts with string keys, lists, strings, integers, booleans and None. Every YAML 1.1 and 1.2 reader gets back what went in (the
-tests read it with PyYAML), so PyYAML need not be there where jobs are launched.
+Only what a manifest or a model card holds: dicts with string keys, lists, strings, numbers, booleans and None. Every YAML 1.1 and 1.2 reader gets back what
+went in (the tests read it with PyYAML), so PyYAML need not be there where jobs are launched.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -65,6 +66,10 @@ def _scalar(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict | list | tuple):
         return "{}" if isinstance(value, dict) else "[]"
+    if isinstance(value, float):
+        assert math.isfinite(value), f"{value} has no place in YAML that all read alike"
+        digits, sign, power = repr(value).partition("e")  # YAML 1.1 takes 1e-05 for a text, and 1.0e-05 for a number
+        return digits + (".0" if sign and "." not in digits else "") + sign + power
     assert isinstance(value, int), f"{value!r} has no place in a manifest"
     return str(value)
 

@@ -65,6 +65,8 @@ def kind_of(name: str) -> Kind:
         return "sink"
     if name.endswith(".bias"):
         return "bias"
+    if name.endswith(".lora_growth"):
+        return "scalar"
     return "scalar" if "act_fn" in name else "matrix"
 
 
@@ -360,6 +362,20 @@ class Stack(nn.Module):
             self.norm = Norm(arch.hidden)
 
 
+def noise(like_btd: Tensor, alpha: float, seed: Tensor) -> Tensor:
+    """NEFTune's noise (arXiv:2310.05914): even in ±alpha / sqrt(t d), of t tokens of a row, padding and other documents included as in transformers.
+
+    A function of `seed` (int64, 0-d, on the device) and the place alone: splitmix64's mixing of a counter, of which the upper 24 bits are taken.
+    """
+    at = torch.arange(like_btd.numel(), device=like_btd.device).view_as(like_btd)
+    x = seed * -7046029254386353131 + at  # its odd step, as a signed number: neighbouring seeds are far apart
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):  # splitmix64's two odd factors, as signed numbers
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    x = x ^ ((x >> 31) & ((1 << 33) - 1))
+    even = ((x >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-23 - 1.0
+    return (even * (alpha / math.sqrt(like_btd.shape[1] * like_btd.shape[2]))).to(like_btd.dtype)
+
+
 class Decoder(nn.Module):
     """The whole model, or the part of it that one stage of a pipeline holds.
 
@@ -369,6 +385,8 @@ class Decoder(nn.Module):
     `watched`: routers also say what the losses of balance need, and how often each expert was visited is summed in `visits`.
     """
 
+    adapter_seed: Any = None  # models/adapters.py's `Seed`, of a decoder that has adapters
+
     def __init__(
         self,
         arch: Architecture,
@@ -376,11 +394,12 @@ class Decoder(nn.Module):
         *,
         recompute: Recompute = "none",
         dropout: float = 0.0,
+        neftune: float = 0.0,
         part: Part | None = None,
         watched: bool = False,
     ) -> None:
         super().__init__()
-        self.arch, self.ops, self.recompute, self.dropout = arch, ops, recompute, dropout
+        self.arch, self.ops, self.recompute, self.dropout, self.neftune = arch, ops, recompute, dropout, neftune
         self.part = part or Part(range(arch.layers))
         self.watched = watched and any(arch.sparse_of(i) for i in self.part.layers)
         self.model = Stack(arch, ops, self.part, self.watched)
@@ -444,9 +463,14 @@ class Decoder(nn.Module):
         """hidden_btd after the last norm; without the last layer, `(delta_btd, stream_btd)`, which the next part is given as `carried`.
 
         `positions_bt` counts within each document ([1, t] is broadcast; None: 0, 1, ...); `documents_bt` int, each token's document in its row (None:
-        each row is one document); `seed` int64 on the device, of this call's dropout masks; `watch` receives what each router saw.
+        each row is one document); `seed` int64 on the device, of this call's dropout masks and noise; `watch` receives what each router saw.
         """
+        if self.adapter_seed is not None and self.training:
+            self.adapter_seed.take(seed)
         delta, stream = (None, self.embedded(tokens_bt)) if carried is None else carried
+        if self.training and self.neftune and carried is None:
+            assert seed is not None
+            stream = stream + noise(stream, self.neftune, seed)
         arch, tokens, dtype, device = self.arch, tokens_bt.shape[1], stream.dtype, stream.device
         if positions_bt is None:
             positions_bt = torch.arange(tokens, device=device)[None]

@@ -13,7 +13,7 @@ prompt, document 2 k + 1 the refused one, so that both are always in one microba
 
 `given` of a microbatch (legend: b rows, t tokens, p pairs of a row, s the two answers of a pair, or the answer and the foreign answer of kto):
     there_bp          1 where a row has such a pair, 0 where it is filled up
-    reference_bps     what the reference says (dpo, ipo, kto)
+    reference_bps     what the reference says (dpo, ipo, kto), where it was computed before; else it is the model itself without its adapters
     answer_bt         of labels, those of the answer; absent: all are. orpo's nll is of all labels of the preferred row, its odds of the answer's
     good_bp           kto: 1 for a good answer
     foreign_tokens_bt, foreign_labels_bt    kto: the row's prompt with another row's answer, in the form of tokens and labels
@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from gigatrain.config import Objective
 from gigatrain.data.loader import Microbatch
+from gigatrain.models import adapters
 
 CERTAIN = -1e-7  # odds of a probability of 1 are infinite: the largest mean log-probability that has a gradient
 
@@ -100,6 +101,9 @@ def compute(
     counts_bps = counts_bps.clamp(min=1)
     there = there_bp > 0
     reference_bps = part.given.get("reference_bps")
+    if objective.reference == "adapter":
+        with torch.no_grad(), adapters.disabled(model):
+            reference_bps = split(torch.where(mine_bt, run(), 0.0)).unflatten(1, (-1, sides))
     extra: list[Tensor] = []
     if objective.kind == "kto":
         assert reference_bps is not None
@@ -144,6 +148,18 @@ def foreign(objective: Objective, model: Any, part: Microbatch) -> Tensor:
     """Of kto, `(sum of r over the foreign answers of a microbatch, their count)`, fp64: over a step its z is made of both."""
     assert part.given is not None
     there_b = part.given["there_bp"][:, 0]
-    sums_b = model.logprobs(part.given["foreign_tokens_bt"], part.given["foreign_labels_bt"]).sum(1)
-    lead_b = sums_b - part.given["reference_bps"][:, 0, 1]
+
+    def sums() -> Tensor:
+        assert part.given is not None
+        return model.logprobs(part.given["foreign_tokens_bt"], part.given["foreign_labels_bt"]).sum(1)
+
+    training = model.training
+    model.eval()  # no adapter drops anything here
+    if objective.reference == "adapter":
+        with adapters.disabled(model):
+            reference_b = sums()
+    else:
+        reference_b = part.given["reference_bps"][:, 0, 1]
+    lead_b = sums() - reference_b
+    model.train(training)
     return torch.stack([torch.where(there_b > 0, lead_b, 0.0).sum().double(), there_b.sum().double()])

@@ -58,6 +58,10 @@ def known(folder: Path, whose: str, splits: Splits) -> str | None:
         if not path.is_file() or file_sha256(path) != parts.get(name):
             raise RunError(f"{path} is missing, or not what was computed (SHA-256); copy it again, or {AGAIN}")
         _place(pairs, rows, _read(path))
+    for sources in splits.values():
+        for pairs in sources:
+            if pairs.reference is None:
+                pairs.reference = np.zeros((len(pairs.entries), 2), np.float32)  # of a source without a row
     return hashlib.sha256(json.dumps([of, parts], sort_keys=True).encode()).hexdigest()
 
 
@@ -132,7 +136,7 @@ def _read(path: Path) -> Tensor:
 
 
 def _write(path: Path, found: Tensor, made: str) -> None:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save({"logprobs": found}, {"of": made}))
 
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from gigatrain.foreign import Foreign
 from gigatrain.launching.size import shown
 from gigatrain.observe.logs import Log
-from gigatrain.planning import cost
+from gigatrain.planning import adapting, cost, objective
 from gigatrain.planning.plan import Plan, gib
 
 
@@ -114,6 +114,10 @@ class Display:
             inner += f"; {plan.mesh.exchange}" if plan.mesh.context > 1 else ""
             zero = f" ZeRO-{plan.engine.zero}" if plan.engine.name == "deepspeed" else ""
             self.line(f"  mesh     {plan.ranks:,} ranks: {shown}{inner}; engine {plan.engine.name}{zero}")
+        if plan.objective.pairs:
+            self.line(f"  pairs    {objective.describe(plan.objective)}")
+        if plan.adapter is not None:
+            self.line(f"  adapter  {adapting.describe(plan.decoder, plan.adapter)}")
         self.line(f"  site     {plan.site} ({why}); {plan.precision} on {plan.device}, about {gib(plan.memory.total)}")
         if plan.draw.text():
             self.line(f"  power    {plan.draw.text()}")
@@ -137,6 +141,10 @@ class Display:
         self.line(
             f"  compute  {plan.flops_per_token / 1e6:,.2f} MFLOP a token, {plan.flops_per_token * plan.tokens / 1e15:,.3f} PFLOP in all"
         )
+        if before := objective.flops_before(plan.objective, plan.architecture, plan.sequence, plan.tokens):
+            self.line(
+                f"  before   at most {before / 1e15:,.3f} PFLOP for what the starting weights say of every answer (objective.reference)"
+            )
         for choice in (one for one in plan.kernels if one.op not in _idle(plan)):
             self.line(f"  kernel   {choice.op:22} {choice.kernel:10} {choice.why}")
         for fusion in plan.fusions:
@@ -146,15 +154,28 @@ class Display:
     def window(self, plan: Plan, window: dict[str, Any]) -> None:
         """One window's numbers beside the bar; validations and refused updates as lines that stay."""
         if "val_loss" in window:
-            bits = f", {window['val_bits_per_byte']:.3f} bits per byte" if window.get("val_bits_per_byte") else ""
-            self.line(f"step {window['step']}: validation loss {window['val_loss']:.4f}{bits}")
+            self.line(f"step {window['step']}: validation {_validated(window, 'val_')}")
+            for name, said in window.get("val_sets", {}).items():
+                self.line(f"  {name}: {_validated(said)}")
             return
         loss = "not finite" if window["loss"] is None else f"{window['loss']:.3f}"
-        numbers = f"loss {loss}  {window['tokens_per_s'] or 0:,.0f} tokens/s"
+        right = f"  {window['accuracy']:.0%} right" if window.get("accuracy") is not None else ""
+        numbers = f"loss {loss}{right}  {window['tokens_per_s'] or 0:,.0f} tokens/s"
         numbers += drawn(window)
         if window["bad_steps"]:
             numbers += f"  {window['bad_steps']} refused"
         self.advance("train", window["step"], plan.steps, numbers)
+
+
+def _validated(said: dict[str, Any], head: str = "") -> str:
+    """Loss and bits per byte of one set."""
+    loss, bits = said[f"{head}loss"], said.get(f"{head}bits_per_byte")
+    right = said.get(f"{head}accuracy")
+    return (
+        f"loss {'not finite' if loss is None else f'{loss:.4f}'}"
+        + (f", {bits:.3f} bits per byte" if bits else "")
+        + (f", {right:.1%} in the right order" if right is not None else "")
+    )
 
 
 def _idle(plan: Plan) -> set[str]:

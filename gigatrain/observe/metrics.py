@@ -228,7 +228,9 @@ class Metrics:
             return
         self.file.add(json.dumps(clean))
         self.show(dict(window))
-        numbers = {key: value for key, value in clean.items() if key != "step" and value is not None}
+        numbers = {key: value for key, value in clean.items() if key not in ("step", "val_sets") and value is not None}
+        for name, said in clean.get("val_sets", {}).items():  # trackers take numbers, not tables
+            numbers |= {f"val_sets/{name}/{key}": value for key, value in said.items() if value is not None}
         for tracker in self.trackers:
             tracker.log(numbers, step=int(window["step"]))
 

@@ -149,6 +149,7 @@ class Reader:
             "steps": steps,
             "tokens": _number(window, "tokens"),
             "loss": _number(window, "loss"),
+            "accuracy": _number(window, "accuracy"),
             "losses": [_number(row, "loss") for row in self._windows[-WINDOWS:]],
             "grad_norm": _number(window, "grad_norm"),
             "lr": _number(window, "lr"),
@@ -550,7 +551,8 @@ def lines(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         eta = f", {span(seen['eta_s'])} to go" if seen["eta_s"] is not None else ""
         add("step", f"{seen['step']:,} of {seen['steps'] or 0:,}{share}, {seen['tokens'] or 0:,} tokens{eta}")
         loss = "not finite" if seen["loss"] is None else f"{seen['loss']:.4f}"
-        add("loss", f"{loss}  {spark(seen['losses'])}")
+        right = "" if seen["accuracy"] is None else f", {seen['accuracy']:.1%} of pairs in the right order"
+        add("loss", f"{loss}  {spark(seen['losses'])}{right}")
     if seen["val_loss"] is not None:
         add("validation", f"{seen['val_loss']:.4f} at step {seen['val_step']:,}")
     if seen["bad_steps"]:

@@ -63,6 +63,12 @@ def check(recipe: Recipe, architecture: Architecture | Foreign, mesh: Mesh, accu
         return
     if recipe.engine.name == "deepspeed":
         _check_deepspeed(recipe, mesh)
+    for axis in ("tensor", "context"):
+        if recipe.train.neftune and getattr(mesh, axis) > 1:
+            raise PlanError(
+                f"train.neftune {recipe.train.neftune} is noise on whole rows of embeddings, and mesh.{axis} {getattr(mesh, axis)} cuts them; "
+                f"set mesh.{axis} = 1, or train.neftune = 0.0"
+            )
     _check_tensor(recipe, architecture, mesh)
     _check_context(recipe, architecture, mesh)
     _check_expert(architecture, mesh)
@@ -173,8 +179,8 @@ def _check_routers(recipe: Recipe, architecture: Architecture | Foreign, mesh: M
         )
     if recipe.data.packing != "stream":
         raise PlanError(
-            f'loss.{name} {value} balances what routers see, and data.packing "{recipe.data.packing}" shows them padding too, all of which visits the same experts; '
-            f'set data.packing = "stream", or loss.{name} = 0.0'
+            f'loss.{name} {value} balances what routers see, and data.packing "{recipe.data.packing}" shows them padding too, all of which visits the same '
+            f'experts; set data.packing = "stream", or loss.{name} = 0.0'
         )
     if mesh.pipeline > 1 and (loss.router_aux or loss.router_z):
         name = "router_aux" if loss.router_aux else "router_z"
@@ -192,7 +198,7 @@ def _check_foreign(recipe: Recipe, model: Foreign, mesh: Mesh) -> None:
                 f"mesh.{axis} {getattr(mesh, axis)} cuts our own decoders, and {kind!r} runs by transformers' code; set mesh.{axis} = 1, and share it by "
                 "mesh.shard and mesh.replicate"
             )
-    if recipe.data.packing != "document" and not model.isolates:
+    if recipe.documents and not model.isolates:
         raise PlanError(
             f'data.packing "{recipe.data.packing}" puts several documents in a row, which {kind!r} cannot keep apart; set data.packing = "document" (one a row)'
         )
@@ -204,6 +210,8 @@ def _check_foreign(recipe: Recipe, model: Foreign, mesh: Mesh) -> None:
         )
     if train.dropout:
         raise PlanError(f"train.dropout {train.dropout} is for our own decoders, and {kind!r} is transformers'; set train.dropout = 0.0")
+    if train.neftune:
+        raise PlanError(f"train.neftune {train.neftune} is for our own decoders, and {kind!r} is transformers'; set train.neftune = 0.0")
     if train.compile:
         raise PlanError(f"train.compile is for our own decoders, and {kind!r} is transformers'; set train.compile = false")
     if train.compute == "bf16" and model.wide:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gigatrain.architectures import Architecture
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import budget, cost, hardware
+from gigatrain.planning import adapting, budget, cost, hardware, objective
 from gigatrain.planning.estimate import energy
 from gigatrain.planning.estimate.cluster import Cluster, Level
 from gigatrain.planning.estimate.estimate import estimate
@@ -95,6 +95,9 @@ def workload_of(plan: Plan) -> Workload:
         offload=engine.offload,
         chunked_loss=kernels.get("linear_cross_entropy") in ("chunked", "fused"),
         optimizer=plan.optim.name,
+        frozen=plan.adapter is not None,
+        adapter_rank=plan.adapter.rank if plan.adapter is not None else 0,
+        adapter_parameters=adapting.trained(plan.decoder, plan.adapter) if plan.adapter is not None else 0,
         lean=tuple(sorted(fused | {op for op, kernel in kernels.items() if kernel not in ("reference", "foreach", "sdpa", "chunked")})),
     )
 
@@ -119,13 +122,17 @@ def _states(plan: Plan, zero: int) -> States:
         stored, master = 4.0, 0.0
     if plan.engine.name == "deepspeed" and size == 4.0:
         master = 4.0  # its partition of the weights is a copy
+    if plan.adapter is not None:  # frozen weights are no masters; of 4 bits they are as wide as their mean
+        frozen = adapting.frozen_bytes(plan.decoder, plan.adapter, int(size))
+        stored = frozen / plan.decoder.parameters()
+        master = 4.0 if size == 2.0 and plan.optim.master == "fp32" else master
     return States(
         weights=stored,
         gradients=4.0,
         master=master,
         moments=moments,
         reduced={"fp32": 4.0, "bf16": 2.0}[plan.engine.reduce],
-        gathered=size,
+        gathered=stored if plan.adapter is not None else size,
     )
 
 
@@ -218,22 +225,51 @@ def prospect(plan: Plan, site: Site, constants: Mapping[str, float] | None = Non
     try:
         workload, cluster = workload_of(plan), cluster_of(site, plan.ranks)
         found = estimate(workload, cluster, VALUES if constants is None else constants)
+        forward_s = _forward_s(workload, found)
+        found = _with_passes(found, objective.passes(plan.objective), forward_s, frozen=workload.frozen)
     except PlanError as failure:
         return Prospect(Expected(unknown={"step_s": str(failure)}))
     drawn = energy.draw(found, workload, cluster, plan.watts)
     case, assumed = _case(plan, site, cluster, found, workload)
     kept = of_case(case, assumed, explain=explain)
     best = of_case(replace(case, saving=replace(case.saving, far_interval_s=0.0)))
-    expected = _expected(plan, found, drawn, kept, best.every_steps)
+    before_s = objective.passes_before(plan.objective) * plan.steps * forward_s
+    expected = _expected(plan, found, drawn, kept, best.every_steps, before_s)
     if (known := _failures(site)) is not None:
         expected = expected.model_copy(update={"failure_hours": site.failure_hours.value, "failure_source": known.source})
     return Prospect(expected, workload, cluster, found, drawn, kept, case)
 
 
+def _forward_s(workload: Workload, found: Estimate) -> float:
+    """Of a step's seconds, those of its forwards: by what forward, backward and recomputation multiply, and what is sent alike (a gather of each, and a
+    reduction)."""
+    again = {"none": 0.0, "lean": 0.1, "selective": 0.3, "full": 1.0}[workload.recompute]
+    within = sum(seconds for name, seconds in found.phases.items() if name not in ("optimizer", "launch", "bubble", "wait"))
+    return within / ((2.0 if workload.frozen else 3.0) + again)
+
+
+def _with_passes(found: Estimate, passes: int, forward_s: float, *, frozen: bool) -> Estimate:
+    """A step that also computes so many forwards without a backward (objective.py)."""
+    if not passes:
+        return found
+    more = passes * forward_s
+    grown = 1 + more / found.step_s
+    return replace(
+        found,
+        step_s=found.step_s + more,
+        low_s=found.low_s * grown,
+        high_s=found.high_s * grown,
+        phases=found.phases | {"reference": more},
+        busy=found.busy | {"gemm": found.busy.get("gemm", 0.0) + more},
+        model_flops=found.model_flops * (1 + passes / (2.0 if frozen else 3.0)),
+        assumed=(*found.assumed, f"{passes} more forwards a step, by the share of a step that its own forward has"),
+    )
+
+
 def _case(plan: Plan, site: Site, cluster: Cluster, found: Estimate, workload: Workload) -> tuple[Case, tuple[str, ...]]:
     """The run as the recipe saves; a checkpoint has every parameter once."""
     copies = plan.mesh.replicate
-    whole = cost.checkpoint_bytes(plan.architecture, plan.compute, plan.optim, masters=not workload.states.master)
+    whole = cost.checkpoint_bytes(plan.architecture, plan.compute, plan.optim, masters=not workload.states.master, adapter=plan.adapter)
     days = plan.steps * found.step_s / 86_400
     every, write, nodes = plan.checkpoint.every, site.storage.write_gbyte_s.value, budget.whole(site)
     left = None if nodes is None else nodes - -(-cluster.accelerators // cluster.per_node)
@@ -264,16 +300,18 @@ def _failures(site: Site) -> Failures | None:
     return counted_hours(hours.value, f"{site.name}: {hours.source}")
 
 
-def _expected(plan: Plan, found: Estimate, drawn: energy.Draw, kept: Goodput, best: int) -> Expected:
+def _expected(plan: Plan, found: Estimate, drawn: energy.Draw, kept: Goodput, best: int, before_s: float = 0.0) -> Expected:
     step = Range(low=found.low_s, mid=found.step_s, high=found.high_s)
     rate = Range(low=found.tokens / found.high_s, mid=found.tokens / found.step_s, high=found.tokens / found.low_s)
     goodput = Range(low=kept.low, mid=kept.share, high=kept.high)
-    seconds = plan.steps * found.step_s / kept.share if kept.share > 0 else math.inf
+    seconds = before_s + plan.steps * found.step_s / kept.share if kept.share > 0 else math.inf
     unknown = dict(drawn.unknown)
     days = bill = None
     if math.isfinite(seconds):
         days = Range(
-            low=plan.steps * step.low / kept.high / 86_400, mid=seconds / 86_400, high=plan.steps * step.high / max(kept.low, 1e-6) / 86_400
+            low=(before_s + plan.steps * step.low / kept.high) / 86_400,
+            mid=seconds / 86_400,
+            high=(before_s + plan.steps * step.high / max(kept.low, 1e-6)) / 86_400,
         )
         stepping = kept.share + sum(kept.lost.get(name, 0.0) for name in STEPPING)
         bill = energy.bill(drawn, plan.watts, seconds, min(1.0, stepping))
@@ -286,6 +324,7 @@ def _expected(plan: Plan, found: Estimate, drawn: energy.Draw, kept: Goodput, be
     dense = chip.bf16.value / chip.devices if chip is not None and chip.bf16.value else None
     return Expected(
         step_s=step,
+        reference_s=before_s or None,
         tokens_per_s=rate,
         tokens_per_s_per_rank=_over(rate, found.ranks),
         mfu=found.model_flops / found.step_s / found.ranks / (dense * 1e12) if dense else None,

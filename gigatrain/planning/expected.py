@@ -17,6 +17,7 @@ class Expected(Section):
     """Of the whole run on its site; None where a number cannot be had, and `unknown` says why: `{"step_s": "a cpu is in no table"}`."""
 
     step_s: Range | None = None
+    reference_s: float | None = None  # before the first step, of as many rows as the run reads: a reference's log-probabilities
     tokens_per_s: Range | None = None
     tokens_per_s_per_rank: Range | None = None
     mfu: float | None = None  # model FLOPs over the accelerators' dense rate of bf16

@@ -1,11 +1,12 @@
-"""Which objectives a plan can keep to, and what refuses them."""
+"""Which objectives a plan can keep to, what refuses them, and what they compute beside a forward and a backward."""
 
 from typing import Any
 
 from gigatrain import load
-from gigatrain.architectures import from_hf_config
-from gigatrain.config import Mesh, Recipe
+from gigatrain.architectures import Architecture, from_hf_config
+from gigatrain.config import Mesh, Objective, Recipe
 from gigatrain.errors import PlanError
+from gigatrain.foreign import Foreign
 from gigatrain.planning import cost
 
 READY = ("language", "dpo", "ipo", "orpo", "simpo", "kto", "distil")  # kinds of objective that are computed
@@ -20,13 +21,13 @@ def check(recipe: Recipe, mesh: Mesh) -> None:
     if kind == "distil":
         _check_distil(recipe, mesh)
     if not objective.pairs:
-        for source in data.sources:
+        for source in (*data.sources, *recipe.validation.sets):
             if source.format == "preference":
                 raise PlanError(
                     f'{source.path} holds pairs (format "preference") and objective.kind "{kind}" reads text; set objective.kind = "dpo" or its kin'
                 )
         return
-    for source in data.sources:
+    for source in (*data.sources, *recipe.validation.sets):
         if source.format != "preference" and source.kind != "megatron":
             raise PlanError(
                 f'objective.kind "{kind}" reads answers that somebody judged, and {source.path} is {source.format!r}; set its format = "preference"'
@@ -50,18 +51,64 @@ def check(recipe: Recipe, mesh: Mesh) -> None:
     for name, value in loss.items():
         if value:
             raise PlanError(f'loss.{name} {value} is of the next token, and objective.kind "{kind}" is of pairs; set loss.{name} = 0.0')
-    if recipe.train.dropout:
-        raise PlanError(
-            f'train.dropout {recipe.train.dropout} would make the policy differ from its reference by chance, and objective.kind "{kind}" compares them; '
-            "set train.dropout = 0.0"
-        )
+    for name in ("dropout", "neftune"):
+        if value := getattr(recipe.train, name):
+            raise PlanError(
+                f'train.{name} {value} would make the policy differ from its reference by chance, and objective.kind "{kind}" compares them; '
+                f"set train.{name} = 0.0"
+            )
     if recipe.recovery.replicas != "none":
         raise PlanError(
             f'recovery.replicas "{recipe.recovery.replicas}" hands over what a step reports as two numbers, and objective.kind "{kind}" reports more; '
             'set recovery.replicas = "none"'
         )
     if objective.reference == "adapter":
-        raise PlanError('objective.reference "adapter" needs an adapter, and the recipe has none; set objective.reference = "start"')
+        if recipe.adapter is None:
+            raise PlanError('objective.reference "adapter" needs an adapter, and the recipe has none; set objective.reference = "start"')
+        for name in ("train_embeddings", "train_head"):
+            if getattr(recipe.adapter, name):
+                raise PlanError(
+                    f'objective.reference "adapter" is the model without its adapters, and adapter.{name} trains a part of it; set adapter.{name} = false, '
+                    'or objective.reference = "start"'
+                )
+
+
+def describe(objective: Objective) -> str:
+    """An objective of pairs in one line, for people."""
+    whose = {
+        "start": "the starting weights' log-probabilities are computed before the first step and kept",
+        "adapter": "its reference is the model without its adapters, in every step",
+    }
+    reference = whose[objective.reference or "start"] if objective.refers else "no reference"
+    return (
+        f"{objective.kind}, beta {objective.strength:g}; {reference}; {'an answer' if objective.kind == 'kto' else 'a pair'} is one target"
+    )
+
+
+def passes(objective: Objective) -> int:
+    """Forwards without a backward in every step, each as long as the step's own: kto's over foreign answers, and those of a reference made anew."""
+    foreign = int(objective.kind == "kto")
+    return foreign + (1 + foreign if objective.reference == "adapter" else 0)
+
+
+def passes_before(objective: Objective) -> int:
+    """Forwards over every row before the first step: of a reference that is kept, of kto also over foreign answers."""
+    if not objective.refers or objective.reference == "adapter":
+        return 0
+    return 2 if objective.kind == "kto" else 1
+
+
+def flops_per_token(objective: Objective, architecture: Architecture | Foreign, sequence: int) -> float:
+    """What a step computes for a token beside forward and backward: `passes`, and the logits that a loss of log-probabilities makes again."""
+    if not objective.pairs:
+        return 0.0
+    forward = architecture.flops_per_token(sequence) / 3
+    return passes(objective) * forward + 2.0 * architecture.hidden * architecture.vocab
+
+
+def flops_before(objective: Objective, architecture: Architecture | Foreign, sequence: int, tokens: int) -> float:
+    """Of the reference before the first step, over at most as many tokens as the run reads: a corpus that is read several times needs less."""
+    return passes_before(objective) * architecture.flops_per_token(sequence) / 3 * tokens
 
 
 def with_teacher(recipe: Recipe, memory: cost.Memory, samples: int) -> cost.Memory:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from gigatrain import load
 from gigatrain.architectures import Architecture
 from gigatrain.config import (
+    Adapter,
     Checkpoint,
     Data,
     Engine,
@@ -33,7 +34,21 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import attention, axes, budget, cost, fusions, hardware, objective, phases, products, replicas, stretched, watts
+from gigatrain.planning import (
+    adapting,
+    attention,
+    axes,
+    budget,
+    cost,
+    fusions,
+    hardware,
+    objective,
+    phases,
+    products,
+    replicas,
+    stretched,
+    watts,
+)
 from gigatrain.planning.expect import expect
 from gigatrain.planning.expected import Expected
 from gigatrain.planning.fusions import Fusion, Name
@@ -148,9 +163,11 @@ class Plan(Section):
     phases: tuple[Stretch, ...] = ()
     precision: Literal["bf16", "fp32", "fp8"]
     fp8: products.Products | None = None
+    adapter: Adapter | None = None
     seed: int
     recompute: cost.Recompute
     dropout: float
+    neftune: float
     compile: bool
     deterministic: bool
     max_bad_steps: int
@@ -184,6 +201,16 @@ class Plan(Section):
     def stretches(self) -> tuple[Stretch, ...]:
         """The phases; of a run without any the run as one."""
         return self.phases or (phases.stretch(self, 0, tuple(source.weight for source in self.data.sources)),)
+
+    @property
+    def documents(self) -> bool:
+        """Whether rows hold several documents, which attention keeps apart."""
+        return self.data.packing != "document" or self.objective.joins
+
+    @property
+    def drops(self) -> bool:
+        """Whether a step draws masks or noise."""
+        return self.dropout > 0 or self.neftune > 0 or (self.adapter is not None and self.adapter.dropout > 0)
 
     @property
     def decoder(self) -> Architecture:
@@ -235,6 +262,8 @@ class Plan(Section):
             for part in parents:
                 node = node[part]
             del node[last]
+        if self.adapter is None:
+            del tree["adapter"]  # as the plans of runs before there were adapters
         return tree
 
     def differences(self, other: "Plan") -> list[str]:
@@ -278,6 +307,7 @@ def plan(
     axes.check(recipe, architecture, mesh, accumulation)
     stretched.check(recipe, architecture)
     objective.check(recipe, mesh)
+    adapting.check(recipe, architecture, mesh)
     tokens_per_step = train.batch * train.sequence
     steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)
     phases.check(recipe.schedule, steps)
@@ -297,8 +327,9 @@ def plan(
         mesh=mesh,
         engine=recipe.engine,
         kernels={choice.op: choice.kernel for choice in kernels},
-        documents=recipe.data.packing != "document",
+        documents=recipe.documents,
         fused=frozenset(fusion.name for fusion in chosen if fusion.on),
+        adapter=recipe.adapter,
     )
     memory = objective.with_teacher(recipe, memory, microbatch * accumulation)
     if recipe.tokenizer.train and recipe.tokenizer.train.vocab > architecture.vocab:
@@ -337,7 +368,7 @@ def plan(
         engine=recipe.engine,
         profile=recipe.profile,
         architecture=architecture,
-        source=None if recipe.model.fresh or recipe.optim.source is not None else recipe.model.source,
+        source=None if recipe.model.fresh or (recipe.optim.source is not None and recipe.adapter is None) else recipe.model.source,
         init=recipe.model.init,
         tokenizer=recipe.tokenizer,
         data=recipe.data,
@@ -351,9 +382,11 @@ def plan(
         tokens=steps * tokens_per_step,
         precision=train.precision,
         fp8=low,
+        adapter=recipe.adapter,
         seed=train.seed,
         recompute=train.recompute,
         dropout=train.dropout,
+        neftune=train.neftune,
         compile=train.compile,
         deterministic=train.deterministic,
         max_bad_steps=train.max_bad_steps,
@@ -374,7 +407,12 @@ def plan(
         kernels=kernels,
         fusions=chosen,
         parameters=architecture.parameters(),
-        flops_per_token=architecture.flops_per_token(train.sequence),
+        flops_per_token=objective.flops_per_token(recipe.objective, architecture, train.sequence)
+        + (
+            adapting.flops_per_token(architecture, recipe.adapter, train.sequence)
+            if recipe.adapter is not None and isinstance(architecture, Architecture)
+            else architecture.flops_per_token(train.sequence)
+        ),
         memory=memory,
     )
     if (why := objective.unknown(recipe)) is not None:
@@ -527,7 +565,7 @@ def _attended(recipe: Recipe, site: Site, architecture: Architecture) -> attenti
     asks = {
         "values": values != architecture.head_dim,
         "single": train.precision == "fp32",
-        "documents": recipe.data.packing != "document",
+        "documents": recipe.documents,
         "window": any((window := architecture.window_of(i)) and window < train.sequence for i in range(architecture.layers)),
         "softcap": architecture.attention_softcap is not None,
         "sinks": getattr(architecture, "sinks", False),

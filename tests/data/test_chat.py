@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gigatrain.data import chat
 from gigatrain.data.chat import Changed, Unmarkable
-from gigatrain.data.tokenizer import Tokenizer
+from gigatrain.data.tokenizer import Tokenizer, load
 from gigatrain.errors import DataError
 
 SHAPES = list(chatshapes.TEMPLATES)
@@ -33,9 +33,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
     def of(shape: str, swallows: bool = False) -> tuple[Tokenizer, Tokenizer]:
         if (shape, swallows) not in made:
             folder = tmp_path_factory.mktemp(shape)
-            made[shape, swallows] = tuple(
-                chatshapes.made(folder / str(marks), shape, marks=marks, swallows=swallows) for marks in (True, False)
-            )  # type: ignore[assignment]
+            marking, plain = (chatshapes.made(folder / str(marks), shape, marks=marks, swallows=swallows) for marks in (True, False))
+            made[shape, swallows] = marking, plain
         return made[shape, swallows]
 
     return of
@@ -165,29 +164,56 @@ def test_forged_ends_and_others_that_are_refused(both: Both, tmp_path: Path) -> 
     def with_template(text: str) -> Tokenizer:
         chatshapes.made(tmp_path, "chatml", marks=False)
         (tmp_path / "chat_template.jinja").write_text(text)
-        from gigatrain.data import tokenizer
+        return load(str(tmp_path))
 
-        return tokenizer.load(str(tmp_path))
-
-    alpaca = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}"
+    alpaca = (
+        "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}"
+    )
     with pytest.raises(Unmarkable, match="no special token ends turn 1"):
         chat.render(turns("a", "b"), with_template(alpaca))
     other = chatshapes.template("chatml", marks=False).replace("assistant\\n' }}{%- endif", "assistant\\n<think>' }}{%- endif")
     with pytest.raises(Unmarkable, match="the generation prompt before turn 1 is not how the template writes"):
         chat.render(turns("a", "b"), with_template(other))
+    astride = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{{ 'wor' }}{% generation %}{{ m.content }}"
+    astride += "{% endgeneration %}{% endif %}"
     with pytest.raises(Unmarkable, match="across the edge"):
-        chat.render(turns("a", "b"), with_template("{% for m in messages %}{% generation %}{{ m.content[:1] + '|im_' }}{% endgeneration %}{{ 'end|' }}{% endfor %}".replace("'|im_'", "' wor'").replace("'end|'", "'ld'")))
-    with pytest.raises(Unmarkable, match=r'tokenizer\.date'):
+        chat.render(turns("a", "ld"), with_template(astride + "{% endfor %}"))
+    with pytest.raises(Unmarkable, match=r"tokenizer\.date"):
         chat.render(turns("a", "b"), with_template("{{ strftime_now('%Y') }}"))
     with pytest.raises(DataError, match="does not parse"):
         chat.render(turns("a", "b"), with_template("{% for %}"))
     with pytest.raises(Unmarkable, match="unsafe"):
         chat.render(turns("a", "b"), with_template("{{ ''.__class__.__mro__ }}{{ messages.__class__.__base__.__subclasses__() }}"))
+    deaf = chatshapes.template("chatml", marks=True).replace(
+        "message.content }}{% for call", "message.content.split('</think>')[-1] }}{% for call"
+    )
+    with pytest.raises(Unmarkable, match="leaves out something of turn 1: '<think>hm</think>b' is not in 'b<|im_end|>'"):
+        chat.render(turns("a", "<think>hm</think>b"), with_template(deaf))
     (tmp_path / "chat_template.jinja").unlink()
-    from gigatrain.data import tokenizer as tokenizers_
-
     with pytest.raises(DataError, match='tokenizer.template = "chatml"'):
-        chat.render(turns("a", "b"), tokenizers_.load(str(tmp_path)))
+        chat.render(turns("a", "b"), load(str(tmp_path)))
+
+
+def test_templates_that_open_a_thought_or_close_the_text(tmp_path: Path) -> None:
+    """What a template asks for is told by variables; one that ends every text that no prompt follows, as Phi-3's, has turns that change."""
+    chatshapes.made(tmp_path, "chatml", marks=False)
+    plain = chatshapes.template("chatml", marks=False)
+    thought = "{%- if think | default(true) %}{{- '<think>\\n' }}{% else %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    opening = plain.removesuffix("{%- endif %}") + thought + "{%- endif %}"
+    opening = opening.replace("assistant\\n' }}{{- message.content", "assistant\\n<think>\\n\\n</think>\\n\\n' }}{{- message.content")
+    (tmp_path / "chat_template.jinja").write_text(opening)
+    told = load(str(tmp_path), variables={"think": False})
+    assert said(told, chat.render(turns("a", "b"), told)) == ["b<|im_end|>"]
+    with pytest.raises(Unmarkable, match="across the edge|tokenizer.variables"):
+        chat.render(turns("a", "b"), load(str(tmp_path)))
+    for marks in (True, False):
+        closing = chatshapes.template("chatml", marks=marks).removesuffix("{%- endif %}") + "{%- else %}{{- eos_token }}{%- endif %}"
+        (tmp_path / "chat_template.jinja").write_text(closing)
+        closes = load(str(tmp_path))
+        with pytest.raises(Changed):
+            chat.render(turns("a", "b", "c", "d"), closes)
+        runs = [said(closes, one) for one in chat.samples(turns("a", "b", "c", "d"), closes)]
+        assert [run[0].split("<|im_end|>")[0] for run in runs] == ["b", "d"]
 
 
 def test_a_prompt_is_what_precedes_the_answer(both: Both) -> None:
@@ -204,8 +230,15 @@ TEXTS = st.text(st.sampled_from("ab It is\n\t. für日🙂\u0301<|>[]/ 4"), max_
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(st.sampled_from(SHAPES), st.lists(TEXTS.filter(lambda text: text.strip() != ""), min_size=2, max_size=6), st.none() | TEXTS, st.booleans())
-def test_whatever_is_said_the_trained_tokens_are_the_answers(both: Both, shape: str, texts: list[str], system: str | None, swallows: bool) -> None:
+@given(
+    st.sampled_from(SHAPES),
+    st.lists(TEXTS.filter(lambda text: text.strip() != ""), min_size=2, max_size=6),
+    st.none() | TEXTS,
+    st.booleans(),
+)
+def test_whatever_is_said_the_trained_tokens_are_the_answers(
+    both: Both, shape: str, texts: list[str], system: str | None, swallows: bool
+) -> None:
     """The trained runs decode to the answers and their ends, nothing else; markers or not."""
     marking, plain = both(shape, swallows)
     messages = turns(*(texts if len(texts) % 2 == 0 else texts[:-1]), system=system)

@@ -136,6 +136,23 @@ def test_scale_soft_cap_and_bias_are_measured():
     assert Auto(config("gptj")).head.bias
 
 
+@pytest.mark.parametrize("kind", ["cohere", "phi"])  # a scale, and a bias
+def test_log_probabilities_of_labels_are_those_of_the_logits(kind):
+    """What losses of pairs are made of, with their gradient; 0 without a label."""
+    auto = ours(theirs(config(kind)), config(kind))
+    tokens_bt, labels_bt = drawn()
+    labels_bt[0, :5] = -100
+    found = auto.logprobs(tokens_bt, labels_bt)
+    wanted = torch.log_softmax(auto.logits(tokens_bt).float(), -1).gather(-1, labels_bt.clamp(min=0)[..., None])[..., 0]
+    wanted = wanted * (labels_bt >= 0)
+    assert found.shape == labels_bt.shape
+    assert error(found, wanted) < 1e-5
+    parameters = list(auto.parameters())
+    both = (torch.autograd.grad(one.square().sum(), parameters) for one in (found, wanted))
+    for mine, peer in zip(*both, strict=True):
+        assert error(mine, peer) < 1e-4
+
+
 @pytest.mark.parametrize("kind", TINY)
 def test_padding_at_the_end_is_seen_by_no_token(kind):
     auto = ours(theirs(config(kind)), config(kind))

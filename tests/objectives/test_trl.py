@@ -13,6 +13,7 @@ from gigatrain.objectives import figures
 pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
 TOLERANCE = 1e-6
+pytestmark = pytest.mark.long  # TRL's import alone takes 5 s
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gigatrain.errors import GigatrainError, PowerError
-from gigatrain.observe import beside, logs, watch
+from gigatrain.observe import beside, evals, logs, watch
 from gigatrain.observe.report.figures import SLACK, against, finite, known
 from gigatrain.observe.report.ranges import ranged
 from gigatrain.planning.watts import Watts
@@ -34,8 +34,11 @@ POWERED = ("power budget", "power schedule", "power ramp", "power follows", "pow
 NONE = "none"
 RANKS = 64  # whose traces are read
 WITHIN_STEP = ("data", "forward", "backward", "reduce", "optimizer", "rest")  # the other phases lie between steps
+JUDGED = ("accuracy", "reward_chosen", "reward_rejected")  # of runs whose objective is of pairs
 PHASES = (*WITHIN_STEP[:-1], "validation", "checkpoint", "paced", "profile", "rest")
+SETS, ROWS = 40, 200  # validation sets, and rows of evaluations, that are shown
 LONGEST_S = 1e9  # of a phase of a step: thirty years
+SAMPLES = 8  # answers that are shown
 SHOWN = 4000  # characters of a failure
 CHANGES = 500  # of a limit that are drawn
 CARRIED_S = 1.0  # a cost of more seconds than its process has stepped was taken over from a checkpoint
@@ -108,7 +111,14 @@ def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any
             "val_loss": thinned([(row["step"], finite(row.get("val_loss"))) for row in validations]),
             "tokens_per_s": thinned([(row["step"], finite(row.get("tokens_per_s"))) for row in windows]),
             "grad_norm": thinned([(row["step"], finite(row.get("grad_norm"))) for row in windows]),
+            **{name: thinned([(row["step"], finite(row[name])) for row in windows if name in row]) for name in JUDGED},
+            **{
+                f"val_{name}": thinned([(row["step"], finite(row[f"val_{name}"])) for row in validations if f"val_{name}" in row])
+                for name in JUDGED
+            },
         },
+        "sets": _sets(validations),
+        "evals": _evals(folder),
         "mfu_per_token_per_s": mfu_per_token,
         "refused_steps": finite(seen["bad_steps"]),
         "step_s": steps,
@@ -121,6 +131,7 @@ def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any
         ],
         "memory": _memory(plan, summary),
         "energy": {name: said for name, said in energy.items() if name != "windows"},  # they are in `watts`, thinned
+        "samples": _samples(folder),
         "budget": _budget(folder, plan, energy, began_s),
         "summary_differs": _differs(energy, summary),
         "watts": _watts(energy, began_s),
@@ -143,6 +154,13 @@ def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any
         value["watts"]["planned"][boundary] = watts
         value["watts"]["planned_tokens_per_s_mw"][boundary] = rate / watts * 1e6 if rate and watts else None
     return _clean(value)
+
+
+def _samples(folder: Path) -> list[dict[str, str]]:
+    """Prompts of held-out conversations, what was held out and what the model wrote."""
+    rows = watch.Tail(folder / "samples.jsonl").rows()[0][:SAMPLES]
+    names = ("prompt", "held_out", "written")
+    return [{name: row[name][-SHOWN:] for name in names} for row in rows if all(isinstance(row.get(name), str) for name in names)]
 
 
 def thinned(points: Sequence[Point], limit: int = POINTS) -> list[list[float | None]]:
@@ -177,6 +195,43 @@ def _windows(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             elif "tokens" in row:
                 windows[step] = row
     return [windows[step] for step in sorted(windows)], [validations[step] for step in sorted(validations)]
+
+
+def _sets(validations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each validation set at the last validation, with the curve of its loss; nothing of a run that has but one."""
+    said = validations[-1].get("val_sets") if validations else None
+    found = []
+    for name, last in list(said.items())[:SETS] if isinstance(said, Mapping) else ():
+        if isinstance(last, Mapping):
+            rows = [
+                (row["step"], finite(one.get("loss")))
+                for row in validations
+                if isinstance(sets := row.get("val_sets"), Mapping) and isinstance(one := sets.get(name), Mapping)
+            ]
+            figures = {key: finite(last.get(key)) for key in ("loss", "perplexity", "bits_per_byte", "targets")}
+            found.append({"name": _word(name), "step": finite(validations[-1]["step"]), **figures, "curve": thinned(rows)})
+    return found
+
+
+def _evals(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What `gigatrain eval` found of this run: the newest of each task and of each text."""
+    tasks = [
+        {
+            "task": _word(task),
+            "metric": _word(name),
+            "value": finite(one.get("value")),
+            "stderr": finite(one.get("stderr")),
+            **{key: finite(row.get(key)) for key in ("few_shot", "samples", "limit", "step")},
+        }
+        for task, row in evals.latest(folder).items()
+        for name, one in row["metrics"].items()
+    ]
+    texts = [
+        {"text": _word(row["text"])}
+        | {key: finite(row.get(key)) for key in ("bits_per_byte", "loss", "bytes", "tokens", "context", "step")}
+        for row in evals.texts(folder)
+    ]
+    return {"tasks": tasks[:ROWS], "texts": texts[:ROWS]}
 
 
 def _traced(path: Path, most: int) -> Iterator[tuple[dict[str, float], bool]]:

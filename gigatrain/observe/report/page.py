@@ -223,6 +223,8 @@ def _body(value: Value, tag: str) -> str:
             tag, "Tokens/s", f"While it trained. {flops}{note}", [Curve("tokens/s", curves["tokens_per_s"], label="")],
             Axes("step", zero=True, marks=marks), "no window with a speed yet",
         ),
+        *_judged(tag, value, marks),
+        *_quality(tag, value),
         *_power(tag, value),
         _waterfall(tag, value),
         column(_phases(tag, value), _restarts(tag, value)),
@@ -230,10 +232,75 @@ def _body(value: Value, tag: str) -> str:
         _plan(tag, value),
         *_metered(tag, value),
         _memory(tag, value),
+        *_samples(tag, value),
         _settings(tag, value),
         _identity(tag, value),
     ]  # fmt: skip
     return f"{_tiles(value)}<div class=cards>{''.join(cards)}</div>"
+
+
+def _judged(tag: str, value: Value, marks: Any) -> list[str]:
+    """Of a run whose objective is of pairs: how many are in the right order, and what either answer is worth to the model."""
+    curves = value["curves"]
+    if not curves["accuracy"]:
+        return []
+    return [
+        lines(
+            tag, "Pairs in the right order", "Share of a window's pairs, and of the held-out ones, whose preferred answer has the higher reward.",
+            [Curve("training", curves["accuracy"]), Curve("validation", curves["val_accuracy"], 1, dots=True)],
+            Axes("step", zero=True, marks=marks), "no window yet",
+        ),
+        lines(
+            tag, "Rewards", "Mean of each window: beta times the log-probability of an answer over the reference's (orpo, simpo: times its mean).",
+            [Curve("preferred", curves["reward_chosen"]), Curve("refused", curves["reward_rejected"], 1)],
+            Axes("step", shown=lambda it: f"{it:.4g}", marks=marks), "no window yet",
+        ),
+    ]  # fmt: skip
+
+
+def _quality(tag: str, value: Value) -> list[str]:
+    """Validation sets and evaluations; nothing of a run that has neither."""
+    found = []
+    sets, tasks, texts = value["sets"], value["evals"]["tasks"], value["evals"]["texts"]
+
+    def shown(one: float | None, digits: int = 4) -> str:
+        return unknown("") if one is None else cell(f"{one:.{digits}f}" if abs(one) < 1e6 else number(one))
+
+    if sets:
+        rows = [
+            head(one["name"])
+            + shown(one["loss"])
+            + shown(one["perplexity"], 2)
+            + shown(one["bits_per_byte"], 3)
+            + cell(exact(one["targets"] or 0))
+            for one in sets
+        ]
+        names = ("set", "loss", "perplexity", "bits per byte", "tokens")
+        text = f"On documents that were not trained on, at step {number(sets[0]['step'] or 0, 9)}; loss and perplexity are of a token."
+        behind = scrolled("Validation sets", table(names, rows, right=(1, 2, 3, 4)))
+        found.append(card(tag, "Validation sets", text, behind, wide=True))
+    if tasks:
+        rows = [
+            head(f"{one['task']}", one["metric"].removesuffix(",none")) + shown(one["value"]) + shown(one["stderr"])
+            + "".join(cell(exact(one[key] or 0)) for key in ("few_shot", "samples", "step"))
+            for one in tasks
+        ]  # fmt: skip
+        names = ("task", "value", "standard error", "few-shot", "samples", "step")
+        limited = " Of some tasks only the first documents were asked." if any(one["limit"] for one in tasks) else ""
+        text = f"By lm-evaluation-harness; the newest of each task.{limited}"
+        found.append(card(tag, "Evaluations", text, scrolled("Evaluations", table(names, rows, right=(1, 2, 3, 4, 5))), wide=True))
+    if texts:
+        rows = [
+            head(one["text"])
+            + shown(one["bits_per_byte"])
+            + shown(one["loss"])
+            + "".join(cell(exact(one[key] or 0)) for key in ("bytes", "tokens", "context", "step"))
+            for one in texts
+        ]
+        names = ("text", "bits per byte", "loss of a token", "bytes", "tokens", "context", "step")
+        text = "Bits per byte compare models whatever their tokenizers."
+        found.append(card(tag, "Texts", text, scrolled("Texts", table(names, rows, right=(1, 2, 3, 4, 5, 6))), wide=True))
+    return found
 
 
 def _power(tag: str, value: Value) -> list[str]:
@@ -471,6 +538,29 @@ def _waterfall(tag: str, value: Value) -> str:
     rows.append(("=\u00a0training", CLASSES["training"], 0.0, found["share"], 2, span(spent["training"]), per_cent(found["share"])))
     text = "Every second of wall-clock is in one class; they add up to it."
     return card(tag, "Goodput", text, bars(("class", "of wall-clock", "time", "share"), rows), wide=True)
+
+
+def _samples(tag: str, value: Value) -> list[str]:
+    """Answers to held-out conversations, beside what was held out; nothing where the run wrote none."""
+    if not value["samples"]:
+        return []
+    text = "What the model wrote when the run ended, in the template's format, and what stood there."
+    rows = [
+        "".join(
+            f"<td><pre>{'<br>'.join(escaped(line, 2000) for line in one[name].split(chr(10)))}</pre></td>"
+            for name in ("prompt", "written", "held_out")
+        )
+        for one in value["samples"]
+    ]
+    return [
+        card(
+            tag,
+            "Held-out conversations",
+            text,
+            scrolled("Held-out conversations", table(("prompt", "written", "held out"), rows)),
+            wide=True,
+        )
+    ]
 
 
 def _phases(tag: str, value: Value) -> str:
