@@ -620,6 +620,13 @@ def _data_show(options: argparse.Namespace) -> None:
     print("\n".join(shown.lines(corpus, options.count, sequence=recipe.train.sequence, packing=recipe.data.packing, colour=colour)))
 
 
+def _data_teach(options: argparse.Namespace) -> None:
+    from gigatrain.teaching import taught
+
+    for line in taught(options.recipe, options.set, options.teacher):
+        print(line)
+
+
 def _export(options: argparse.Namespace) -> None:
     from gigatrain.export import export
     from gigatrain.observe.display import Display
@@ -1010,14 +1017,17 @@ def _parser() -> argparse.ArgumentParser:
     sites.add_argument("--json", action="store_true", help="as JSON, for programs")
 
     data = commands.add_parser("data", help="prepare data", description="Prepare data ahead of a run.")
-    of_data = data.add_subparsers(metavar="COMMAND", required=True)
-    build = command("build", _data_build, "tokenise a recipe's data ahead", _DATA, of_data)
+    prepare = data.add_subparsers(metavar="COMMAND", required=True)
+    teach = command("teach", _data_teach, "keep what a teacher says of a recipe's samples beside its data", _TEACH, prepare)
+    recipe_arguments(teach)
+    teach.add_argument("--teacher", metavar="DIR", help="the teacher's folder (default: objective.teacher)")
+    build = command("build", _data_build, "tokenise a recipe's data ahead", _DATA, prepare)
     recipe_arguments(build)
     build.add_argument("--site", metavar="SITE", help="where `gigatrain launch` with this --site will look: in the site's paths.cache")
     build.add_argument("--account", metavar="A", help="with --site: stands for $SBATCH_ACCOUNT in its paths")
     build.add_argument("--json", action="store_true", help="the manifest as JSON")
 
-    showed = command("show", _data_show, "documents as the run sees them, what is trained of them marked", _DATA_SHOW, of_data)
+    showed = command("show", _data_show, "documents as the run sees them, what is trained of them marked", _DATA_SHOW, prepare)
     recipe_arguments(showed)
     showed.add_argument("-n", "--count", type=int, default=2, metavar="N", help="documents of each source (default: 2)")
 
@@ -1293,6 +1303,13 @@ The machines that runs are planned for and launched on. Every number is measured
   gigatrain sites my-site.toml --json
 
 A site of your own is one TOML file: copy the nearest of them (its path is shown), and give it as --site FILE."""
+_TEACH = """
+Compute a teacher's likeliest tokens and their log-probabilities for every training sample of a recipe, once, and keep them beside its shards, hashed. A run
+with [objective] kind = "distil" reads them. A command that was ended goes on where it was.
+
+  gigatrain data teach my.toml --teacher models/large
+  gigatrain train my.toml --set objective.kind=distil --set objective.teacher=models/large
+"""
 _DATA = """\
 Tokenise a recipe's data into Megatron .bin/.idx shards, in parallel; a build that is killed goes on where it was.
 A later `gigatrain train` of the same data and tokenizer finds them.

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from gigatrain.architectures import Architecture
+from gigatrain.architectures import Architecture, Rope
 
 Count = Annotated[int, Field(ge=1, le=1 << 50)]  # steps, tokens and bytes; beyond it is a slip of the finger
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -46,6 +46,11 @@ class Model(Section):
         default=None, description="Context length of the weights of `from`, in tokens; default: what their config.json declares."
     )
     fresh: bool = Field(default=False, description="Take only the numbers of `from`, and draw the weights anew.")
+    rope: Rope | None = Field(
+        default=None,
+        description="Position embedding in the place of the architecture's, for samples longer than those that the weights were trained on, for instance "
+        '{ kind = "yarn", theta = 1e6, factor = 4.0, original_positions = 32768 }.',
+    )
     init: Init = Init()
 
     @model_validator(mode="after")
@@ -206,6 +211,28 @@ class Loss(Section):
         return self.router_aux > 0 or self.router_z > 0 or self.router_bias_rate > 0
 
 
+class Phase(Section):
+    """A stretch of the run with samples of its own length, or sources in other shares; what it leaves out is train's."""
+
+    steps: Count | None = Field(default=None, description="Optimizer updates of this phase. Exactly one of `steps` and `tokens`.")
+    tokens: Count | None = Field(default=None, description="Training tokens of this phase; the plan turns them into steps, rounding up.")
+    sequence: Annotated[int, Field(ge=2)] | None = Field(default=None, description="Tokens of one sample.")
+    batch: Count | None = Field(default=None, description="Samples of one step, over all ranks.")
+    microbatch: Count | None = Field(default=None, description="Samples that one rank computes at a time.")
+    weights: tuple[NonNegative, ...] | None = Field(
+        default=None,
+        description="Share of the samples of each of data.sources, in their order; 0 leaves one out. Default: the sources' own.",
+    )
+
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("needs exactly one of `steps` and `tokens`")
+        if self.weights is not None and not any(self.weights):
+            raise ValueError("`weights` leaves out every source; make one of them positive")
+        return self
+
+
 class Objective(Section):
     """What is minimised: the cross entropy of the next token, or one of the losses of pairs of answers (gigatrain/objectives/ has the formulas)."""
 
@@ -232,6 +259,16 @@ class Objective(Section):
     margin: NonNegative = Field(default=0.5, description="simpo: gamma, by which the preferred answer should lead.")
     desirable: Positive = Field(default=1.0, description="kto: weight of good answers.")
     undesirable: Positive = Field(default=1.0, description="kto: weight of the others.")
+    teacher: str | None = Field(default=None, description="distil: folder or hub name of the teacher, of the same tokenizer.")
+    online: bool = Field(
+        default=False,
+        description="distil: the teacher computes in every step, whole on every rank; else what `gigatrain data teach` kept beside the corpus is read.",
+    )
+    top_k: Annotated[int, Field(ge=1, le=65536)] = Field(
+        default=32, description="distil: how many of the teacher's likeliest tokens count one by one; all others count as one."
+    )
+    temperature: Positive = Field(default=1.0, description="distil: T, by which both models' logits are divided (arXiv:1503.02531).")
+    weight: Fraction = Field(default=0.5, description="distil: share of T^2 times the divergence in the loss; the rest is cross entropy.")
 
     @property
     def pairs(self) -> bool:
@@ -259,6 +296,12 @@ class Objective(Section):
             raise ValueError(f"`reference` is of dpo, ipo and kto; {self.kind} has none: leave it out")
         if self.label_smoothing and self.kind not in ("dpo", "simpo"):
             raise ValueError(f"`label_smoothing` is of dpo and simpo, not of {self.kind}; [loss] has that of the next token")
+        own = type(self).model_fields
+        distils = [name for name in ("teacher", "online", "top_k", "temperature", "weight") if getattr(self, name) != own[name].default]
+        if distils and self.kind != "distil":
+            raise ValueError(f"`{distils[0]}` is of distil; {self.kind} has none: leave it out")
+        if self.kind == "distil" and self.teacher is None:
+            raise ValueError("`distil` needs `teacher`, a folder or hub name")
         if self.robust and (self.kind != "dpo" or not self.label_smoothing):
             raise ValueError("`robust` is of dpo with a `label_smoothing` above 0")
         return self
@@ -267,11 +310,16 @@ class Objective(Section):
 class Train(Section):
     """The size of a step and of the run."""
 
-    steps: Count | None = Field(default=None, description="Optimizer updates. Exactly one of `steps` and `tokens`.")
+    steps: Count | None = Field(
+        default=None, description="Optimizer updates. Exactly one of `steps` and `tokens`, and neither with `phases`."
+    )
     tokens: Count | None = Field(default=None, description="Training tokens; the plan turns them into steps, rounding up.")
     sequence: Annotated[int, Field(ge=2)] = Field(description="Tokens of one sample.")
     batch: Count = Field(description="Samples of one step, over all ranks.")
     microbatch: Count | None = Field(default=None, description="Samples that one rank computes at a time; default: all of its share.")
+    phases: tuple[Phase, ...] = Field(
+        default=(), description="The run in stretches, one after the other: sequence-length curriculum, data mixture phases. Default: one."
+    )
     precision: Literal["bf16", "fp32", "fp8"] = Field(
         "bf16",
         description="bf16: bf16 weights and activations, fp32 master weights, gradient sums and losses. fp8: as bf16, with the layers' products in the low "
@@ -323,7 +371,9 @@ class Train(Section):
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
-        if (self.steps is None) == (self.tokens is None):
+        if self.phases and (self.steps is not None or self.tokens is not None):
+            raise ValueError("with `phases`, whose own `steps` and `tokens` add up, leave out `steps` and `tokens`")
+        if not self.phases and (self.steps is None) == (self.tokens is None):
             raise ValueError("needs exactly one of `steps` and `tokens`")
         if self.microbatch is not None and self.microbatch > self.batch:
             raise ValueError(f"`microbatch` {self.microbatch} is above `batch` {self.batch}; lower it, or leave it out")
@@ -468,6 +518,11 @@ class Optim(Section):
     """AdamW (arXiv:1711.05101), or Muon for the layers' matrices with AdamW for the rest."""
 
     name: Literal["adamw", "muon"] = "adamw"
+    source: str | None = Field(
+        default=None,
+        alias="from",
+        description="A run's folder, or one of its checkpoints (RUN/checkpoints/step-00001000), whose fp32 weights and optimizer state this run begins with.",
+    )
     lr: Positive = Field(description="Peak learning rate of AdamW's share.")
     muon_lr: Positive = Field(default=0.02, description="Peak learning rate of Muon's share, in units of the update's spectral norm.")
     muon_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
@@ -502,10 +557,40 @@ class Optim(Section):
 class Schedule(Section):
     """The learning rate as a function of the step alone."""
 
-    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    warmup: Annotated[int, Field(ge=0)] = Field(default=0, description="Steps of linear warm-up from 0.")
-    decay: Fraction = Field(default=0.2, description="`wsd`: share of the run, at its end, over which the rate falls linearly.")
+    kind: Literal["cosine", "linear", "wsd", "constant", "infinite"] = "cosine"
+    warmup: Annotated[int, Field(ge=0)] = Field(default=0, description="Steps of linear warm-up from `start`.")
+    start: Fraction = Field(
+        default=0.0, description="Share of the peak that the warm-up rises from: to warm up again from a checkpoint's rate, that rate's."
+    )
+    from_step: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="The step at which this schedule begins, warm-up first: of a run that goes on from its checkpoint of that step under another schedule.",
+    )
+    decay: Fraction = Field(
+        default=0.2,
+        description="`wsd`, `infinite`: share of the schedule's steps, at its end, over which the rate falls linearly to `floor`.",
+    )
     floor: Fraction = Field(default=0.1, description="The rate at the last step, as a share of the peak.")
+    cycles: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        default=1, description="`cosine`: falls to `floor` so many times, each time from the peak (warm restarts, arXiv:1608.03983)."
+    )
+    cooldown: Fraction = Field(
+        default=0.2,
+        description="`infinite`: share of the schedule's steps, after the warm-up, over which the rate falls to `level` as a cosine.",
+    )
+    level: Fraction = Field(
+        default=0.5, description="`infinite`: the rate between cool-down and decay, as a share of the peak (arXiv:2503.02844)."
+    )
+
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        if self.start and not self.warmup:
+            raise ValueError("`start` is where the warm-up begins, and there is none; set `warmup`")
+        if self.cycles > 1 and self.kind != "cosine":
+            raise ValueError(f"`cycles` are of `kind` cosine, and it is {self.kind}")
+        if self.kind == "infinite" and self.cooldown + self.decay > 1.0:
+            raise ValueError(f"`cooldown` {self.cooldown:g} and `decay` {self.decay:g} are shares of the same steps, and together above 1")
+        return self
 
 
 class ValidationSet(Source):

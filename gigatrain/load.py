@@ -131,13 +131,23 @@ def architecture(model: Model, measure: Callable[[Mapping[str, Any]], Foreign] |
     A family that is not ours is measured by `measure` (models/autonumbers.py's `numbers`, which imports torch); without it, it is refused.
     """
     if model.architecture is not None:
-        return model.architecture
+        return _stretched(model.architecture, model)
     assert model.source is not None
     config = config_json(model.source)
     if measure is None or foreign.native(config):
-        return architectures.from_hf_config(config)
+        return _stretched(architectures.from_hf_config(config), model)
     foreign.refuse(config)
     return measure(config)
+
+
+def _stretched(found: Architecture, model: Model) -> Architecture:
+    """With the recipe's own position embedding, checked against the other numbers. Raises RecipeError."""
+    if model.rope is None:
+        return found
+    try:
+        return Architecture.model_validate_json(found.model_copy(update={"rope": model.rope}).model_dump_json())
+    except ValidationError as failure:
+        raise RecipeError("model.rope: " + "; ".join(one["msg"].removeprefix("Value error, ") for one in failure.errors())) from None
 
 
 def positions(model: Model) -> int:

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from gigatrain import engines, export, floors, leaving, objectives, run
 from gigatrain.checkpoint import PASSING, Checkpoints, Intervals, Near, Saving, Timed, fill, weights_sha256, write_text
-from gigatrain.data import build, shown
+from gigatrain.data import build, shown, taught
+from gigatrain.data.course import Phase
 from gigatrain.data.held import Held, build_sets
 from gigatrain.data.held import figures as held_figures
 from gigatrain.data.held import held as held_of
@@ -31,7 +32,7 @@ from gigatrain.exporting.card import keep_data
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
-from gigatrain.objectives import figures, reference
+from gigatrain.objectives import figures, reference, teacher
 from gigatrain.observe import hang, prometheus, stragglers, trace, watch
 from gigatrain.observe.budget import Budget
 from gigatrain.observe.display import Display
@@ -144,7 +145,7 @@ def _steps(
     # An adapter's checkpoints name the weights that it stands beside.
     base = None if plan.adapter is None else ranks.first(mesh, lambda: source.base_of(plan))
     named = {} if base is None else {"base": base}
-    engine = engines.make(plan, mesh, device, fresh=not resumes)
+    engine = engines.make(plan, mesh, device, fresh=not resumes and plan.optim.source is None)
     reader, readers = mesh.data
     held = _held_out(plan, corpus, mesh, device)
     asked = plan.checkpoint
@@ -165,16 +166,25 @@ def _steps(
             rank=reader,
             ranks=readers,
             device=device,
+            phases=[Phase(one.steps, one.sequence, one.batch, one.microbatch, one.weights) for one in plan.stretches],
             form=objectives.form(plan.objective),
         )
         stack.callback(batches.close)
         for line in batches.packed():
             say(f"  packed   {line}")
+        if plan.objective.kind == "distil":
+            _teach(plan, batches, corpus, device, mesh)
+        if plan.optim.source is not None and not resumes:
+            with progress.spent("restore"):
+                for line in run.begin_from(plan, engine, batches, mesh):
+                    display.line(f"  begins   {line}")
         if reference.asked(plan.objective):
             with progress.spent("reference"):
                 _refer(plan, folder, engine, batches, held, resumes, mesh, display, log)
         with progress.spent("restore"):
             kept, power = _resume(near, engine, batches, this, display, base) if resumes else ({}, {})
+            if resumes:
+                _check_ahead(plan, this)
         lives = stack.enter_context(replicated.joined(plan, mesh, engine, batches, display.line))
         engine = lives.engine
         found = lives.enter(lambda: {"run": this.state(), "data": batches.state(), "metrics": kept, "power": power})
@@ -326,6 +336,21 @@ def _steps(
             return None
         this.elapsed_s, energy.complete = before, True
         return _summary(plan, this, saves, saving, corpus, metrics, mesh) | {"saving": intervals.summary() | near.summary()}
+
+
+def _teach(plan: Plan, batches: Batches, corpus: build.Corpus, device: torch.device, mesh: Mesh) -> None:
+    """Let a teacher's words come with every microbatch: its own, or those kept beside the corpus. A resume then compares whose they are."""
+    if plan.objective.online:
+        compute = torch.bfloat16 if plan.compute == "bf16" else torch.float32
+        found = teacher.Teacher(plan.objective, vocab=plan.architecture.vocab, ids=corpus.vocab, compute=compute, device=device)
+        batches.teacher, batches.reference = found, ranks.first(mesh, found.sha256)
+        return
+    lengths = sorted({phase.sequence for phase in plan.stretches})
+    with agreed(mesh, DataError, str):
+        batches.taught = {
+            length: taught.Taught(corpus, plan.objective, length, plan.data.packing, check=mesh.rank == 0) for length in lengths
+        }
+    batches.reference = " ".join(one.sha256 for one in batches.taught.values())
 
 
 def _refer(
@@ -482,6 +507,19 @@ def _resume(
         + (f" ({why})" if why else " (an older one: the newer are damaged)" if refused else "")
     )
     return state["metrics"], state.get("power", {})
+
+
+def _check_ahead(plan: Plan, this: run.Run) -> None:
+    """Raise RunError where a checkpoint lies behind the plan's end, or before its schedule begins."""
+    if this.step > plan.steps:
+        raise RunError(
+            f"the newest checkpoint is of step {this.step:,}, and train.steps is {plan.steps:,}; raise it to what the run is to reach"
+        )
+    if this.step < plan.schedule.from_step:
+        raise RunError(
+            f"schedule.from_step {plan.schedule.from_step:,} lies ahead of the newest checkpoint, step {this.step:,}; go on under the schedule so far until "
+            f"then, or set schedule.from_step = {this.step}"
+        )
 
 
 def _state(engine: Engine, mesh: Mesh, device: torch.device) -> State:

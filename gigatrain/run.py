@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from gigatrain import floors
-from gigatrain.checkpoint import Checkpoints, sync_folder, write_text, writing
+from gigatrain.checkpoint import PASSING, Checkpoints, fill, sync_folder, write_text, writing
+from gigatrain.data.loader import Batches
+from gigatrain.engines import Engine
 from gigatrain.errors import CheckpointError, RunError
 from gigatrain.parallel import ranks
 from gigatrain.parallel.mesh import Mesh
@@ -153,6 +156,41 @@ def checkpoints(folder: Path) -> Checkpoints:
     """The checkpoints of the run in a folder, to read."""
     record = identity(folder)
     return Checkpoints(folder, run=record["id"], plan_sha256=record["meaning"], keep=1)
+
+
+def begin_from(plan: Plan, engine: Engine, batches: Batches, mesh: Mesh) -> list[str]:
+    """Fill a fresh engine with weights and optimizer of the checkpoint that `optim.from` names, whatever mesh and engine saved it; lines for a reader.
+
+    Counts of refused steps and the window that spikes are measured by stay this run's own. Where data, their order and the length of samples are the other
+    run's, its samples are passed over, so that this run reads on behind them. Collective. Raises RunError and CheckpointError.
+    """
+    assert plan.optim.source is not None
+    named = Path(plan.optim.source).expanduser()
+    step = int(match[1]) if (match := re.fullmatch(r"step-(\d{8,})", named.name)) else None
+    folder = named if step is None else named.parent.parent
+    record = ranks.first(mesh, lambda: identity(folder))
+    saves = Checkpoints(folder, run=record["id"], plan_sha256=record["meaning"], keep=1, mesh=mesh)
+    found = saves.latest()[0] if step is None else saves.at(step)
+    live = {group: dict(pieces) for group, pieces in engine.state().items() if group in ("weights", "optimizer")}
+    for name in ("bad", "steps"):
+        del live["optimizer"][name]
+    kept = {
+        group: {name: stored for name, stored in named.items() if (group, name) not in (("optimizer", "bad"), ("optimizer", "steps"))}
+        for group, named in found.table.items()
+        if group in live
+    }
+    said = fill(dataclasses.replace(found, table=kept), live, mesh, passing=PASSING)
+    engine.restored()
+    before, mine = found.state["data"], batches.state()
+    alike = [name for name in ("seed", "corpus", "weights", "sequence", "packing") if before.get(name) != mine[name]]
+    if alike or before.get("phases"):
+        why = f"{', '.join(alike)} of the data differ" if alike else "it went through phases"
+        said.append(f"data begin anew: {why}")
+    else:
+        seen = batches.stream_of(before)
+        batches.passed = [(0, seen), *((start, stop) for start, stop in map(tuple, before.get("passed", ())) if start >= seen)]
+        said.append(f"data go on behind the {before['position']:,} samples that it read")
+    return [f"weights and optimizer of {found.folder}, step {found.step}", *said]
 
 
 def newest(root: Path, name: str) -> Path:

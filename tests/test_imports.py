@@ -25,7 +25,7 @@ LEVELS = [
     ["objectives"],
     ["engines", "observe", "checkpoint", "bench", "preflight"],
     ["run"],
-    ["export", "exporting", "importing"],
+    ["export", "exporting", "importing", "teaching"],
     ["generate", "evaluate"],
     ["loop"],
     ["cli"],

@@ -103,7 +103,7 @@ def test_a_named_architecture_can_be_changed_in_part(path):
         (["train.batch=0"], "train.batch: input should be greater than or equal to 1 (it is 0)"),
         (["train.microbatch=5"], "`microbatch` 5 is above `batch` 4"),
         (["train.tokens=100"], "train: needs exactly one of `steps` and `tokens`"),
-        (["schedule.kind=cosin"], "schedule.kind: input should be 'cosine', 'linear', 'wsd' or 'constant'"),
+        (["schedule.kind=cosin"], "schedule.kind: input should be 'cosine', 'linear', 'wsd', 'constant' or 'infinite'"),
         (["data.sources=[]"], "data.sources"),
         (['data.sources=[{kind="jsonl"}]'], "`jsonl` needs `path`"),
         (["model.architecture.heads=5"], "model.architecture"),

@@ -197,6 +197,16 @@ class Checkpoints:
         failure.shared = True
         raise failure
 
+    def at(self, step: int) -> Found:
+        """The checkpoint of a step, if it is whole. Raises CheckpointError on every rank, naming the steps that there are."""
+        known = told(self.mesh, self.steps() if self._first else None)
+        if step not in known:
+            said = ", ".join(f"{one:,}" for one in known[-8:]) or "none"
+            failure = CheckpointError(f"{self.folder} holds no checkpoint of step {step:,}; there are {said}")
+            failure.shared = True
+            raise failure
+        return self._open(step)
+
     def forget(self, step: int) -> None:
         """The run went back to `step`: what was saved of later ones is no longer its own, and is saved anew."""
         self._whole = {one for one in self._whole if one <= step}

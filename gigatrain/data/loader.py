@@ -1,7 +1,8 @@
 """Batches for the loop: position -> samples -> tensors, read ahead by one thread.
 
-Global position p = step * batch + slot. A rank owns consecutive slots, so the ranks' rows one after the other are the batch of a single
-rank. What comes next depends on the seed and the position alone; reading ahead changes when a batch is made, never which.
+Global position p = step * batch + slot, counted over the phases of a run that has several (course.py). A rank owns consecutive slots, so the ranks'
+rows one after the other are the batch of a single rank. What comes next depends on the seed and the position alone; reading ahead changes when a batch is
+made, never which.
 
 A run may pass over samples (observe/numerics.py). Then the positions of the stream are counted without the ranges that are passed over, and these are part
 of the state: the stream stays a function of (seed, ranges, position), on any number of ranks and after any resume.
@@ -13,20 +14,21 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import ceil
 from queue import Empty, Full, Queue
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gigatrain.data.build import Corpus
+from gigatrain.data.course import AnySamples, Course, Packing, Phase, samples_of, without
 from gigatrain.data.mixture import Mixture
-from gigatrain.data.pack import IGNORED, Sample, Samples
+from gigatrain.data.pack import IGNORED, Sample
 from gigatrain.data.packs import Packs
-from gigatrain.data.pairs import Form, Pairs, alike
+from gigatrain.data.pairs import Form, Pairs
+from gigatrain.data.taught import Taught
 from gigatrain.errors import DataError
 
-Packing = Literal["stream", "document", "packed"]
 COUNTED = 1 << 28  # labels whose bytes are added up when a run begins, on every rank: some seconds
 
 
@@ -59,33 +61,6 @@ class Batch:
     targets: int
     tokens: int
     positions: Sequence[int]
-
-
-Rows = Samples | Packs | Pairs
-
-
-def samples_of(
-    corpus: Corpus, split: str, sequence: int, packing: Packing, *, partial: bool = False, form: Form | None = None
-) -> list[Rows]:
-    """The samples of every source of a split; validation (`partial`) keeps its last, partial ones. With `form` they are of pairs."""
-    if form is not None:
-        pairs = [
-            Pairs(
-                corpus.stream(number, split), sequence=sequence, eos=corpus.eos, form=form, packed=packing == "packed", name=source["name"]
-            )
-            for number, source in enumerate(corpus.manifest["sources"])
-        ]
-        alike(pairs)
-        return [*pairs]
-    found: list[Rows] = []
-    for number, source in enumerate(corpus.manifest["sources"]):
-        eos_opens = source["ends_with_eos"] and not source["starts_with_bos"]
-        stream, too_long = corpus.stream(number, split), source.get("too_long", "truncate")
-        if packing == "packed":
-            found.append(Packs(stream, sequence=sequence, eos=corpus.eos, too_long=too_long, name=source["name"]))
-            continue
-        found.append(Samples(stream, sequence=sequence, packing=packing, eos=corpus.eos, eos_opens=eos_opens, partial=partial))
-    return found
 
 
 def stack(
@@ -128,7 +103,7 @@ def moved(microbatch: Microbatch, device: torch.device) -> Microbatch:
     return Microbatch(there(microbatch.tokens), there(microbatch.labels), there(microbatch.positions), documents, given)
 
 
-def blank_of(samples: Sequence[Rows]) -> dict[str, np.ndarray] | None:
+def blank_of(samples: Sequence[AnySamples]) -> dict[str, np.ndarray] | None:
     """What a row gives beside its tokens, filled with nothing; None where rows are text."""
     return samples[0].blank() if isinstance(samples[0], Pairs) else None
 
@@ -143,7 +118,8 @@ class Batches:
     """An endless iterator of steps. `state()` is O(1), and `load` continues exactly after the last batch that was handed out.
 
     batch: samples of one step over all `ranks`, and a multiple of them. microbatch: rows a rank computes at a time; its last may be
-    smaller. prefetch: batches read ahead by a thread; 0 reads in the caller. position: samples consumed so far, over all ranks.
+    smaller. prefetch: batches read ahead by a thread; 0 reads in the caller. position: samples consumed so far, over all ranks. phases: in the place of
+    sequence, batch and microbatch, each with its own.
     """
 
     def __init__(
@@ -160,38 +136,57 @@ class Batches:
         device: str | torch.device = "cpu",
         prefetch: int = 2,
         position: int = 0,
+        phases: Sequence[Phase] = (),
         form: Form | None = None,
     ) -> None:
-        if batch % ranks:
-            raise DataError(f"a batch of {batch} samples does not divide by {ranks} ranks; make it a multiple")
-        self.corpus, self.sequence, self.packing, self.batch, self.seed = corpus, sequence, packing, batch, seed
+        phases = phases or (Phase(0, sequence, batch, microbatch, tuple(corpus.weights)),)
+        for phase in phases:
+            if phase.batch % ranks:
+                raise DataError(f"a batch of {phase.batch} samples does not divide by {ranks} ranks; make it a multiple")
+        sequence, batch, microbatch = phases[0].sequence, phases[0].batch, phases[0].microbatch
+        self.corpus, self.sequence, self.packing, self.seed = corpus, sequence, packing, seed
+        self.rank, self.ranks = rank, ranks
         self.share = range(rank * (batch // ranks), (rank + 1) * (batch // ranks))
         self.rows = len(self.share)  # of a step; those beyond the share have no labels
         self.microbatch = min(microbatch or len(self.share), len(self.share))
         self.device, self.prefetch = torch.device(device), prefetch
-        self.samples = samples_of(corpus, "train", sequence, packing, form=form)
+        self.course = Course(corpus, phases, packing, seed, form)
         self.form = form
         self.reference: str | None = None  # SHA-256 of what a reference says of the rows, where one is asked
-        for name, samples in zip(corpus.sources, self.samples, strict=True):
-            if not len(samples):
-                if isinstance(samples, Pairs):
-                    raise DataError(
-                        f"source {name} has no pair that fits: {samples.long:,} are longer than train.sequence {sequence:,}, which both answers share; raise it"
-                    )
-                raise DataError(
-                    f"source {name} has {samples.stream.tokens:,} training tokens, fewer than one sample of {sequence:,}; "
-                    "add documents, or lower `train.sequence`"
-                    if packing != "packed"
-                    else f"source {name} has no document left to train on ({samples.stream.documents:,} before `too_long`); raise train.sequence"
-                )
-        self.mixture = Mixture([len(samples) for samples in self.samples], corpus.weights, seed)
+        self.teacher: Callable[[Microbatch], Mapping[str, Tensor]] | None = (
+            None  # what it says of a microbatch on the device is given with it
+        )
+        self.taught: Mapping[int, Taught] = {}  # or what it said ahead, by the length of samples
         self.position = position
-        self.passed: list[tuple[int, int]] = []  # ranges of the stream that are passed over, in the order in which they were found
         self.thread: threading.Thread | None = None
 
     @property
+    def batch(self) -> int:
+        """Samples of the next step."""
+        return self.course.phases[self.course.phase(self.position)].batch
+
+    @property
+    def samples(self) -> list[AnySamples]:
+        """Those of every source, in the phase of the next step."""
+        return self.course.samples[self.course.phase(self.position)]
+
+    @property
+    def mixture(self) -> Mixture:
+        """The order of samples in the phase of the next step."""
+        return self.course.mixtures[self.course.phase(self.position)]
+
+    @property
+    def passed(self) -> list[tuple[int, int]]:
+        """Ranges of the stream that are passed over, in the order in which they were found."""
+        return self.course.passed
+
+    @passed.setter
+    def passed(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self.course.passed = list(ranges)
+
+    @property
     def dropped(self) -> int:
-        """Tokens at the ends of the streams that make no full sample, and are never trained on."""
+        """Tokens at the ends of the streams that make no full sample, and are not trained on in this phase."""
         return sum(samples.dropped for samples in self.samples)
 
     def packed(self) -> list[str]:
@@ -205,11 +200,7 @@ class Batches:
     @property
     def epochs(self) -> float:
         """How often the smallest-lasting source has been gone through at this position."""
-        turns = [
-            self.stream(self.position, 1)[0] / self.mixture.cycle * count / size
-            for count, size in zip(self.mixture.counts, self.mixture.sizes, strict=True)
-        ]
-        return max(turns)
+        return self.course.epochs(self.position)
 
     def __iter__(self) -> "Batches":
         return self
@@ -224,14 +215,18 @@ class Batches:
                 raise found
         else:
             found = self.make(self.position)
-        self.position += self.batch
+        self.position += len(found.positions)
         return self._moved(found)
 
     def _moved(self, found: Batch) -> Batch:
-        return replace(found, microbatches=tuple(moved(part, self.device) for part in found.microbatches))
+        parts = tuple(moved(part, self.device) for part in found.microbatches)
+        if self.teacher is not None:
+            parts = tuple(replace(part, given={**(part.given or {}), **self.teacher(part)}) for part in parts)
+        return replace(found, microbatches=parts)
 
     def cut(self, slots: range, rank: int, ranks: int) -> None:
         """From the next batch that is made on, this rank's share is the `rank`-th of `ranks` equal parts of `slots`; rows without labels fill the last."""
+        assert len(self.course.phases) == 1, "the plan refuses replicas of their own where the batch changes"
         each = max(1, -(-len(slots) // ranks))
         start = min(slots.start + rank * each, slots.stop)
         share = range(start, min(start + each, slots.stop))
@@ -245,67 +240,86 @@ class Batches:
 
     def at(self, position: int, shift: int = 0) -> Batch:
         """The batch of the step that starts at a position, on the device; with `shift` the share of the reader that comes so many later."""
-        found = self.make(position, shift)
-        return Batch(tuple(moved(part, self.device) for part in found.microbatches), found.targets, found.tokens, found.positions)
+        return self._moved(self.make(position, shift))
 
     def back(self, steps: int) -> None:
         """The last `steps` batches come once more."""
         self.close()
-        self.position -= steps * self.batch
+        self.position = self.course.position(self.course.step(self.position) - steps)
 
     def pass_over(self, first: int, count: int) -> tuple[int, int]:
-        """From now on, leave out what lies from position `first` on in the next `count` samples; returns this range of the stream."""
+        """From now on, leave out what lies from position `first` on in the next `count` samples of its phase; returns this range of the stream."""
         self.close()
-        found = self.stream(first, count)
-        self.passed.append((found[0], found[-1] + 1))
+        left = self.course.left(first)
+        found = self.stream(first, count if left is None else min(count, left))
+        self.passed = [*self.passed, (found[0], found[-1] + 1)]
         return self.passed[-1]
 
     def stream(self, position: int, count: int) -> Sequence[int]:
         """Where `count` samples from a position on lie in the stream from which nothing is left out."""
-        if not self.passed:
-            return range(position, position + count)
-        found: list[int] = []
-        at = position
-        for start, stop in _merged(self.passed):
-            if at < start:
-                found += range(at, min(start, at + count - len(found)))
-                if len(found) == count:
-                    return found
-                at = stop
-            else:
-                at += stop - start
-        return [*found, *range(at, at + count - len(found))]
+        return self.course.stream(position, count)
+
+    @staticmethod
+    def stream_of(state: Mapping[str, Any]) -> int:
+        """Where the stream of a run of one phase goes on, of which `state` was kept: what lies before it was read or passed over."""
+        return without([(start, stop) for start, stop in state.get("passed", ())], int(state["position"]), 1)[0]
+
+    def begins(self, step: int) -> int:
+        """The position at which a step begins."""
+        return self.course.position(step)
+
+    def step(self, step: int) -> Sequence[int]:
+        """Where the samples of a step lie in the stream."""
+        position = self.begins(step)
+        return self.stream(position, self.course.phases[self.course.phase(position)].batch)
 
     def make(self, position: int, shift: int = 0) -> Batch:
         """This rank's share of the step that starts at a global position, on the CPU; or that of the reader `shift` later."""
-        positions, begin = self.stream(position, self.batch), (self.share.start + shift * len(self.share)) % self.batch
-        places = self.mixture.many(positions[begin : begin + len(self.share)])
-        rows: list[tuple[Rows, int] | None] = [(self.samples[source], sample) for source, _, sample in places]
-        rows += [None] * (self.rows - len(rows))
+        phase = self.course.phases[self.course.phase(position)]
+        share, count, microbatch = self._mine(phase)
+        positions, begin = self.stream(position, phase.batch), (share.start + shift * len(share)) % phase.batch
+        rows: list[tuple[AnySamples, int] | None] = [*self.course.many(positions[begin : begin + len(share)])]
+        rows += [None] * (count - len(rows))
+        blank = blank_of(self.course.samples[self.course.phase(position)])
         parts = tuple(
-            stack(rows[start : start + self.microbatch], self.sequence, self.corpus.eos, self.device, blank_of(self.samples))
-            for start in range(0, len(rows), self.microbatch)
+            stack(rows[start : start + microbatch], phase.sequence, self.corpus.eos, self.device, blank)
+            for start in range(0, len(rows), microbatch)
         )
+        if self.taught:
+            number = {id(one): source for source, one in enumerate(self.course.samples[self.course.phase(position)])}
+            known = [None if row is None else (number[id(row[0])], row[1]) for row in rows]
+            words = self.taught[phase.sequence]
+            cuts = (known[start : start + microbatch] for start in range(0, len(rows), microbatch))
+            parts = tuple(
+                replace(part, given=words.given(cut, pinned=self.device.type == "cuda")) for part, cut in zip(parts, cuts, strict=True)
+            )
         targets = sum(targets_of(part) for part in parts)
-        return Batch(parts, targets, self.batch * self.sequence, positions)
+        return Batch(parts, targets, phase.batch * phase.sequence, positions)
+
+    def _mine(self, phase: Phase) -> tuple[range, int, int]:
+        """Of a step of a phase: this rank's slots, how many rows it has, and of a microbatch."""
+        if len(self.course.phases) == 1:
+            return self.share, self.rows, self.microbatch
+        each = phase.batch // self.ranks
+        return range(self.rank * each, (self.rank + 1) * each), each, min(phase.microbatch or each, each)
 
     def state(self) -> dict[str, Any]:
         """All that a resume needs: what decides the order, and how far it went."""
         return {
             "seed": self.seed,
             "corpus": self.corpus.sha256,
-            "weights": list(self.corpus.weights),
+            "weights": list(self.course.phases[0].weights),
             "sequence": self.sequence,
             "packing": self.packing,
             **{name: one for name, one in (("form", self.form), ("reference", self.reference)) if one is not None},
             "position": self.position,
             "passed": [list(one) for one in self.passed],
-        }
+        } | ({"phases": begun} if (begun := self.course.begun(self.position)) else {})
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; DataError names what differs.
 
-        The batch and the number of ranks may differ: positions count samples.
+        The batch and the number of ranks may differ, and phases that begin at the position or later: positions count samples.
         """
         mine = self.state()
         for name in ("seed", "corpus", "weights", "sequence", "packing", "form", "reference"):
@@ -314,19 +328,20 @@ class Batches:
                     f"the saved data position is for {name} {state.get(name)!r}, and this run has {mine.get(name)!r}: "
                     "other samples would follow; resume with the same data and seed, or start a new run"
                 )
+        begun = self.course.begun(int(state["position"]))
+        if state.get("phases", []) != begun:
+            raise DataError(
+                f"the saved data position {state['position']:,} lies behind other phases than this run's: phases that begin at [sample, step], with sequence, "
+                f"batch and weights: {state.get('phases', [])}, and here {begun}. Phases behind a checkpoint are the run's past: give them as they were, and "
+                "change those ahead"
+            )
         self.close()
         self.position = int(state["position"])
         self.passed = [(int(start), int(stop)) for start, stop in state.get("passed", ())]
 
     def describe(self, positions: Sequence[int]) -> list[str]:
         """For each global position: its source, epoch and sample, and the file, byte and document where its labels start."""
-        found = []
-        for position in positions:
-            source, epoch, sample = self.mixture.at(position)
-            start, _ = self.samples[source].span(sample)
-            place = self.samples[source].stream.locate(start)
-            found.append(f"position {position:,}: source {self.corpus.sources[source]}, epoch {epoch}, sample {sample:,}: {place}")
-        return found
+        return [self.course.describe(position) for position in positions]
 
     def _start(self) -> None:
         # The thread holds its own queue, stop flag and position, so one that is late to stop cannot disturb its successor.
@@ -351,7 +366,7 @@ class Batches:
                     continue
             if isinstance(found, BaseException):
                 return
-            position += self.batch
+            position += len(found.positions)
 
     def close(self) -> None:
         """Stop reading ahead; the next batch, if one is asked for, starts again at the same position."""
@@ -362,17 +377,6 @@ class Batches:
             self.queue.get_nowait()  # wakes a thread that waits for room
         self.thread.join()
         self.thread = None
-
-
-def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same numbers in ranges that are apart and ascend."""
-    found: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], stop))
-        else:
-            found.append((start, stop))
-    return found
 
 
 class Validation:
@@ -412,7 +416,7 @@ class Validation:
             end = int(ends[source])
             chosen = [index for index in chosen if end - len(self.samples[source]) <= index < end]
             count = len(chosen)
-        self.mine: list[tuple[Rows, int] | None] = []
+        self.mine: list[tuple[AnySamples, int] | None] = []
         for index in chosen[rank::ranks]:
             self.mine.append(self._place(index, ends))
         self.mine += [None] * (-(-count // ranks) - len(self.mine))
@@ -427,7 +431,7 @@ class Validation:
         if self.text_bytes is None and 0 < count * sequence <= COUNTED and (sizes := token_bytes()) is not None:
             self.text_bytes = sum(self._bytes(index, ends, sizes) for index in chosen)
 
-    def _place(self, index: int, ends: np.ndarray) -> tuple[Rows, int]:
+    def _place(self, index: int, ends: np.ndarray) -> tuple[AnySamples, int]:
         """Which source's sample the `index`-th of all is, and the how manyth there."""
         source = int(np.searchsorted(ends, index, "right"))
         return self.samples[source], index - int(ends[source]) + len(self.samples[source])

@@ -107,14 +107,29 @@ class Mixture:
 
     Sources are in exact proportion within each cycle of slots, and every sample of a source comes once per epoch of it. The cycle's slots
     are permuted anew in each cycle, a source's samples in each of its epochs. sizes: samples of each source. weights: their shares.
+
+    Of a phase (course.py): sources, the numbers of those that it reads; came, how many samples of each came before; cycles and kind tell the orders of cycles
+    and of samples apart from those of other phases.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        seed: int,
+        *,
+        sources: Sequence[int] | None = None,
+        came: Sequence[int] | None = None,
+        cycles: int = 0,
+        kind: int = 0,
+    ) -> None:
         if len(sizes) != len(weights) or not sizes:
             raise DataError(f"{len(sizes)} sources and {len(weights)} weights")
         if min(sizes) < 1:
             raise DataError(f"source {list(sizes).index(min(sizes))} has {min(sizes)} samples; a mixture needs at least one of each")
         self.sizes, self.seed = tuple(sizes), seed
+        self.sources, self.came = tuple(sources or range(len(sizes))), tuple(came or [0] * len(sizes))
+        self._cycles, self._kind = (cycles,) if cycles else (), (kind,) if kind else ()
         counts = slot_counts(weights)
         self.counts = [count * -(-SHORTEST_CYCLE // sum(counts)) for count in counts]
         self.cycle = sum(self.counts)
@@ -128,7 +143,7 @@ class Mixture:
         """
         last = self.last  # once, as another thread may replace it meanwhile
         if last is None or last[0] != cycle:
-            places = permute_many(np.arange(self.cycle), self.cycle, round_keys(self.seed, "slots", cycle))
+            places = permute_many(np.arange(self.cycle), self.cycle, round_keys(self.seed, "slots", cycle, *self._cycles))
             owner = np.searchsorted(self.ends, places, "right")
             earlier = np.empty_like(owner)
             for source in range(len(self.counts)):
@@ -141,16 +156,27 @@ class Mixture:
         """(source, epoch of that source, sample of that source) at a global position."""
         source, ordinal = self._turn(position)
         epoch, index = divmod(ordinal, self.sizes[source])
-        return source, epoch, permute(index, self.sizes[source], round_keys(self.seed, "epoch", source, epoch))
+        return self.sources[source], epoch, permute(index, self.sizes[source], self._keys(source, epoch))
+
+    def _keys(self, source: int, epoch: int) -> tuple[int, ...]:
+        return round_keys(self.seed, "epoch", self.sources[source], epoch, *self._kind)
+
+    def used(self, position: int) -> list[int]:
+        """Samples of each source before a position."""
+        if len(self.counts) == 1:
+            return [position]
+        cycle, slot = divmod(position, self.cycle)
+        owner, _ = self._slots(cycle)
+        return [cycle * count + int((owner[:slot] == source).sum()) for source, count in enumerate(self.counts)]
 
     def _turn(self, position: int) -> tuple[int, int]:
         """(source, how many samples of it came before)."""
         if len(self.counts) == 1:
-            return 0, position
+            return 0, self.came[0] + position
         cycle, slot = divmod(position, self.cycle)
         owner, earlier = self._slots(cycle)
         source = int(owner[slot])
-        return source, cycle * self.counts[source] + int(earlier[slot])
+        return source, self.came[source] + cycle * self.counts[source] + int(earlier[slot])
 
     def many(self, positions: Sequence[int]) -> list[tuple[int, int, int]]:
         """`at` of many positions, vectorised over each source and epoch."""
@@ -161,9 +187,9 @@ class Mixture:
         found: list[tuple[int, int, int]] = [(0, 0, 0)] * len(turns)
         for (source, epoch), rows in groups.items():
             indices = [turns[row][1] % self.sizes[source] for row in rows]
-            key, size = round_keys(self.seed, "epoch", source, epoch), self.sizes[source]
+            key, size = self._keys(source, epoch), self.sizes[source]
             few = len(rows) < FEW
             samples = [permute(index, size, key) for index in indices] if few else permute_many(np.array(indices), size, key).tolist()
             for row, sample in zip(rows, samples, strict=True):
-                found[row] = source, epoch, sample
+                found[row] = self.sources[source], epoch, sample
         return found

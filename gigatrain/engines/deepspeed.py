@@ -40,6 +40,7 @@ from gigatrain.engines.judge import Judge
 from gigatrain.errors import RunError
 from gigatrain.kernels import adamw, ops
 from gigatrain.kernels.ops import OPERATIONS
+from gigatrain.models import hf
 from gigatrain.models.automodel import Auto
 from gigatrain.models.decoder import Decoder
 from gigatrain.objectives import figures
@@ -246,20 +247,35 @@ class DeepSpeed:
 
     @torch.no_grad()
     def _fill(self, fresh: bool) -> None:
-        """Every rank's ranges of the master weights, from whole tensors one at a time; then the weights that compute, rounded from them."""
+        """Every rank's ranges of the master weights, from the rows that they touch, a parameter at a time; then the weights that compute, rounded.
+
+        What is frozen, and with an adapter all, comes whole.
+        """
         frozen = {name: parameter for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
         if fresh or frozen:
-            for name, tensor in self._values():
+            adapts = self.plan.adapter is not None
+            boxes = {} if adapts else {name: self._rows_of(name) for name in self._shapes if name not in frozen}
+            shapes = self._shapes | {name: tuple(tensor.shape) for name, tensor in self._corrections.items()}
+            for name, tensor in source.values(self.plan, self.model, shapes, self.device, boxes=boxes):
                 if name in self._corrections:
                     self._corrections[name].copy_(tensor)
+                    continue
                 flattened = tensor.reshape(-1)
+                began = boxes[name][0][0] * math.prod(self._shapes[name][1:]) if name in boxes else 0
                 if name in frozen:
                     self._freeze(frozen[name], flattened)
                 if not fresh:
                     continue
                 for share in self._parts.shares.get(name, ()):
-                    share.of(self._parts.flats).copy_(flattened[share.start : share.start + share.count])
+                    share.of(self._parts.flats).copy_(flattened[share.start - began : share.start - began + share.count])
         self._parts.publish()
+
+    def _rows_of(self, name: str) -> hf.Box:
+        """The box of a parameter's rows that this rank's ranges of it touch."""
+        shape, shares = self._shapes[name], self._parts.shares.get(name, ())
+        row = math.prod(shape[1:])
+        first, last = (shares[0].start // row, -(-(shares[-1].start + shares[-1].count) // row)) if shares else (0, 0)
+        return (first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:])
 
     def _freeze(self, parameter: Any, flattened: Tensor) -> None:
         """What this rank holds of a parameter that is in no partition of the optimizer: all of it, or in ZeRO-3 an equal stretch, the last ones padded."""
@@ -269,10 +285,6 @@ class DeepSpeed:
         each = parameter.partition_numel()
         mine = flattened[self.mesh.rank * each : (self.mesh.rank + 1) * each]
         parameter.ds_tensor[: mine.numel()].copy_(mine)
-
-    def _values(self) -> Iterator[tuple[str, Tensor]]:
-        shapes = self._shapes | {name: tuple(tensor.shape) for name, tensor in self._corrections.items()}
-        yield from source.values(self.plan, self.model, shapes, self.device)
 
     @torch.no_grad()
     def state(self) -> State:

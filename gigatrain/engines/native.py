@@ -232,9 +232,9 @@ class Native:
                 if name in self.corrections:
                     self.corrections[name].copy_(tensor)
                 elif name in frozen:
-                    frozen[name].copy_(self.places[name].of(tensor))
+                    frozen[name].copy_(tensor)
                 elif fresh:
-                    self._box(name, found[name]).copy_(self.places[name].of(tensor))
+                    self._box(name, found[name]).copy_(tensor)
         return found
 
     def _frozen_storage(self) -> dict[str, Tensor]:
@@ -249,16 +249,18 @@ class Native:
         return found
 
     def _values(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's whole first value, one at a time: drawn from the seed, or read from `model.from`."""
+        """This rank's box of every parameter's first value, one at a time: drawn from the seed, or read from `model.from`."""
         if self.plan.adapter is not None:
-            yield from source.values(self.plan, self.model, {}, self.device)
+            for name, value in source.values(self.plan, self.model, {}, self.device, boxes={}):
+                yield name, self.places[name].of(value) if name in self.places and name not in self.corrections else value
             return
         known = {self._canonical(name): name for name in names}
         shapes = {
             name: self.corrections[mine].shape if mine in self.corrections else self.places[mine].shape for name, mine in known.items()
         }
+        boxes = {name: (self.places[mine].start, self.places[mine].size) for name, mine in known.items() if mine not in self.corrections}
         model = next(iter(self.stages.values()))
-        for name, value in source.values(self.plan, model, shapes, self.device, part=self.pipelined):
+        for name, value in source.values(self.plan, model, shapes, self.device, boxes=boxes, part=self.pipelined):
             yield known[name], value
 
     @property

@@ -5,8 +5,8 @@ changes (weights, moments, counts of updates and of refused ones) is changed in 
 a recording is right for every step. Dropout's seeds follow from the count of updates, on the device.
 
 On a GPU the first steps run as they are, on a side stream, where libraries set themselves up and caches fill; then one is recorded, which computes nothing,
-and played at once. Samples with documents are another step than samples without, and recorded apart; both share one pool of memory, since they are never
-played together. On a CPU the step runs from the same buffers as it is.
+and played at once. Samples with documents are another step than samples without, and those of another phase, with their own shape, another again: each is
+recorded apart, and all share one pool of memory, since they are never played together. On a CPU the step runs from the same buffers as it is.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ class Recorded:
         self.step, self.targets, self.device = step, targets, device
         self.rate = torch.zeros((), dtype=torch.float64, device=device)
         self.capture = capture or (self._record if device.type == "cuda" else None)
-        self._kinds: dict[bool, _One] = {}
+        self._kinds: dict[tuple[Any, ...], _One] = {}
         self._pool: Any = None
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -62,16 +62,16 @@ class Recorded:
         """The step of the batch's kind, with the batch in its buffers."""
         documents = any(part.documents is not None for part in batch.microbatches)
         given = [_with_documents(part) if documents else part for part in batch.microbatches]
-        one = self._kinds.get(documents)
+        kind = (documents, *(tuple(part.tokens.shape) for part in given))
+        one = self._kinds.get(kind)
         if one is None:
-            one = self._kinds[documents] = _One(tuple(map(_copied, given)))
+            one = self._kinds[kind] = _One(tuple(map(_copied, given)))
             return one
-        assert len(given) == len(one.parts), "the plan refuses steps of several shapes"
         for buffers, part in zip(one.parts, given, strict=True):
             for buffer, tensor in zip(_tensors(buffers), _tensors(part), strict=True):
                 if buffer is not None:
                     assert tensor is not None, "both say whether there are documents"
-                    assert buffer.shape == tensor.shape, "the plan refuses steps of several shapes"
+                    assert buffer.shape == tensor.shape, "what an objective is given has the shape of its samples"
                     buffer.copy_(tensor)
         return one
 

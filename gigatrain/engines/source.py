@@ -51,22 +51,41 @@ def terms(plan: Plan) -> dict[str, float]:
 
 
 def values(
-    plan: Plan, model: Model, shapes: Mapping[str, tuple[int, ...]], device: torch.device, *, part: bool = False
+    plan: Plan,
+    model: Model,
+    shapes: Mapping[str, tuple[int, ...]],
+    device: torch.device,
+    *,
+    boxes: Mapping[str, hf.Box],
+    part: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of `shapes`, whole, one at a time: drawn from the seed, or read from `model.from`; with `part`, the model has others too. With an
-    adapter all of the model's, as they are kept."""
+    """Of every parameter of `shapes` its box, if it has one, else all: drawn from the seed, or read from `model.from`; with `part`, the model has others too.
+    With an adapter all of the model's, whole, as they are kept.
+
+    One at a time. Of what is read nothing but the boxes is; what is drawn is drawn whole, and cut.
+    """
     arch = plan.architecture
     if plan.adapter is not None:
         assert isinstance(model, Decoder)
         of_base = adapters.base_shapes(model) | {name: tuple(tensor.shape) for name, tensor in model.corrections().items()}
         yield from adapters.first(model, base(plan, of_base), plan.adapter, plan.seed)
         return
+    if plan.source is None:
+        for name, tensor in _drawn(plan, shapes, device):
+            yield name, tensor[hf.cut_of(*boxes[name])] if name in boxes else tensor
+        return
+    folder = hf.locate(plan.source)
     if isinstance(arch, Foreign):
         assert isinstance(model, Auto)
-        yield from autoweights.fresh(arch.config, plan.seed) if plan.source is None else autoweights.tensors(model, hf.locate(plan.source))
-        return
-    if plan.source is not None:
-        yield from hf.read_weights(arch, shapes, hf.locate(plan.source), part=part)
+        yield from autoweights.tensors(model, folder, boxes)
+    else:
+        yield from hf.read_weights(arch, shapes, folder, part=part, boxes=boxes)
+
+
+def _drawn(plan: Plan, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    arch = plan.architecture
+    if isinstance(arch, Foreign):
+        yield from autoweights.fresh(arch.config, plan.seed)
         return
     for name, shape in shapes.items():
         yield name, initial(name, shape, arch, plan.init.std, plan.init.scale_residual, plan.seed, device)

@@ -16,30 +16,40 @@ from gigatrain.models import hf
 from gigatrain.models.automodel import Auto, build, emptied, initialize, layer_lists, owner_of
 
 
-def tensors(model: Auto, folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of `model`, whole, on the CPU, in the folder's dtype, by name; its persistent buffers are filled on the way.
+def tensors(model: Auto, folder: str | Path, boxes: Mapping[str, hf.Box] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of `model`, whole or its box, on the CPU, in the folder's dtype, by name; its persistent buffers are filled on the way.
 
     One tensor in memory at a time where the folder's names are the model's, with or without its base model's prefix. Where transformers stores a family
     otherwise (experts one by one), it reads the whole model on every rank. Raises CheckpointError for what is missing or of another shape.
     """
-    folder = Path(folder)
+    folder, boxes = Path(folder), boxes or {}
     files = hf._files(folder)
     buffers = model.persistent()
     wanted = model.shapes | {name: tuple(buffer.shape) for name, buffer in buffers.items()}
     prefix = f"{model.model.base_model_prefix}."
     stored = {name: next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in files), None) for name in wanted}
     if any(stored[name] is None for name in model.shapes):
-        found: Iterator[tuple[str, Tensor]] = _loaded(model, folder)
+        found: Iterator[tuple[str, Any]] = _loaded(model, folder)
     else:
         _refuse_untied(model, files, prefix)
-        found = ((name, _read(files[at], at)) for name, at in stored.items() if at is not None)
-    for name, tensor in found:
-        if tuple(tensor.shape) != wanted[name]:
-            raise CheckpointError(f"{name} is {list(tensor.shape)} in {folder}, but {list(wanted[name])} by the model's config.json")
+        found = ((name, _slice(files[at], at)) for name, at in stored.items() if at is not None)
+    for name, stored_tensor in found:
+        shape = tuple(stored_tensor.shape if isinstance(stored_tensor, Tensor) else stored_tensor.get_shape())
+        if shape != wanted[name]:
+            raise CheckpointError(f"{name} is {list(shape)} in {folder}, but {list(wanted[name])} by the model's config.json")
+        start, size = boxes.get(name, ((0,) * len(shape), shape))
+        if 0 in size and 0 not in shape:
+            continue
+        tensor = stored_tensor[hf.cut_of(start, size)] if shape else _read(files[at], at) if (at := stored[name]) else stored_tensor
         if name in buffers:
             model.keep(name, tensor)
         else:
             yield name, tensor
+
+
+def _slice(path: Path, name: str) -> Any:
+    with hf._open(path) as file:
+        return file.get_slice(name)
 
 
 def _read(path: Path, name: str) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gigatrain.architectures import Architecture, Rope
-from gigatrain.kernels import linear_cross_entropy
+from gigatrain.kernels import distillation, linear_cross_entropy
 from gigatrain.kernels.attention import Mask
 from gigatrain.kernels.linear import Linear, several
 from gigatrain.kernels.ops import REFERENCE, Ops, checked
@@ -574,6 +574,51 @@ class Decoder(nn.Module):
             version=self.ops.linear_cross_entropy,
         )
         return found_n.view(labels_bt.shape)
+
+    def distilled(
+        self,
+        tokens_bt: Tensor,
+        labels_bt: Tensor,
+        positions_bt: Tensor | None,
+        documents_bt: Tensor | None,
+        teacher: tuple[Tensor, Tensor],
+        *,
+        weight: float,
+        temperature: float,
+        seed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(loss, ce, kl)` sums over the labels that are not -100, against a teacher's ids [b, t, k] and logprobs [b, t, k + 1]: kernels/distillation.py."""
+        hidden_btd = self.hidden(tokens_bt, positions_bt, documents_bt, seed)
+        ids, logprobs = (one.flatten(0, 1) for one in teacher)
+        return distillation.chunked(
+            hidden_btd.flatten(0, 1),
+            self.lm_head.weight,
+            labels_bt.flatten(),
+            ids.long(),
+            logprobs,
+            weight=weight,
+            temperature=temperature,
+            softcap=self.arch.logit_softcap,
+            scale=1.0 / self.arch.logit_divisor,
+        )
+
+    @torch.no_grad()
+    def top(
+        self, tokens_bt: Tensor, positions_bt: Tensor | None, documents_bt: Tensor | None, k: int, *, temperature: float, vocab: int | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """As a teacher: ids [b, t, k] int32 of the likeliest tokens below `vocab`, and log-probabilities [b, t, k + 1], the last of all others together."""
+        hidden_btd = self.hidden(tokens_bt, positions_bt, documents_bt)
+        found = distillation.top(
+            hidden_btd.flatten(0, 1),
+            self.lm_head.weight,
+            k,
+            temperature=temperature,
+            softcap=self.arch.logit_softcap,
+            scale=1.0 / self.arch.logit_divisor,
+            vocab=vocab,
+        )
+        ids, logprobs = (one.unflatten(0, tuple(tokens_bt.shape)) for one in found)
+        return ids, logprobs
 
     def loss_of(self, hidden_btd: Tensor, labels_bt: Tensor, *, z_loss: float = 0.0, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """The head and the loss, of hidden states after the last norm; as `loss`."""

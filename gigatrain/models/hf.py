@@ -136,12 +136,33 @@ def _names(arch: Architecture, memory: Mapping[str, Any]) -> dict[str, tuple[_So
     return disk
 
 
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # of a parameter: from where on along each dim of the whole, and how many
+
+
 class _Stacks:
     """The tensors of experts while their matrices come in one by one."""
 
     def __init__(self, arch: Architecture) -> None:
         self.arch = arch
         self.begun: dict[str, tuple[Tensor, list[_Source]]] = {}
+        self.cut: dict[str, tuple[Tensor, int]] = {}  # boxes of such tensors, and how many elements they lack
+
+    def filled_box(self, source: _Source, stored: Any, box: Box, rows: int) -> dict[str, Tensor]:
+        """Takes in what one stored matrix, of a slice, holds of a box of the tensor [experts, `rows`, columns]; the box once it has all, else nothing."""
+        assert source.expert is not None
+        (e, r, c), (experts, high, wide) = box
+        count = rows if source.half is None else rows // 2
+        base = count * (source.half or 0)
+        first, last = max(r, base), min(r + high, base + count)
+        if not (e <= source.expert < e + experts and first < last and wide):
+            return {}
+        part = stored[first - base : last - base, c : c + wide]
+        if source.name not in self.cut:
+            self.cut[source.name] = part.new_empty(box[1]), experts * high * wide
+        whole, lacks = self.cut[source.name]
+        whole[source.expert - e, first - r : last - r].copy_(part)
+        self.cut[source.name] = whole, lacks - part.numel()
+        return {source.name: self.cut.pop(source.name)[0]} if lacks == part.numel() else {}
 
     def filled(self, source: _Source, matrix: Tensor) -> dict[str, Tensor]:
         """Takes one matrix in; the whole tensor by its name once it has all, else nothing."""
@@ -328,9 +349,16 @@ def load_weights(model: Decoder, folder: str | os.PathLike[str]) -> None:
 
 
 def read_weights(
-    arch: Architecture, shapes: Mapping[str, tuple[int, ...]], folder: str | os.PathLike[str], *, part: bool = False
+    arch: Architecture,
+    shapes: Mapping[str, tuple[int, ...]],
+    folder: str | os.PathLike[str],
+    *,
+    part: bool = False,
+    boxes: Mapping[str, Box] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """`(name in memory, whole tensor)` of every parameter in `shapes`, one in memory at a time; with `part`, the folder may hold others too.
+
+    Of a parameter in `boxes` only its box is read and given; nothing is of one that is empty.
 
     DeepSeek's files have layers behind the last one, of multi-token prediction: they are passed over, as transformers does.
 
@@ -363,13 +391,16 @@ def read_weights(
                     expected = (sum(p[0] for p in parts), *parts[0][1:])
                     if shape != expected:
                         raise CheckpointError(f"{name} is {list(shape)} in {path}, but {list(expected)} by the architecture's numbers")
-    stacks = _Stacks(arch)
+    stacks, boxes = _Stacks(arch), boxes or {}
     for path, names in by_file.items():
         with _open(path) as file:
             for name in names:
                 if name not in wanted:
                     if name.endswith(tuple(_CONSTANTS)):
                         _check_constant(name, file.get_tensor(name))
+                    continue
+                if all(s.name in boxes for s in wanted[name]):
+                    yield from _boxed(file, name, wanted[name], shapes, boxes, stacks)
                     continue
                 sources, tensor = wanted[name], file.get_tensor(name)
                 if sources[0].expert is not None:
@@ -378,6 +409,32 @@ def read_weights(
                     yield sources[0].name, sources[0].back(tensor)
                 else:
                     yield from zip((s.name for s in sources), tensor.split([shapes[s.name][0] for s in sources]), strict=True)
+
+
+def _boxed(
+    file: Any, name: str, sources: Sequence[_Source], shapes: Mapping[str, tuple[int, ...]], boxes: Mapping[str, Box], stacks: _Stacks
+) -> Iterator[tuple[str, Tensor]]:
+    """The boxes that a stored tensor holds, read alone. One that is stored in another form is cut along its experts, and then within them."""
+    stored, at = file.get_slice(name), 0
+    for source in sources:
+        start, size = boxes[source.name]
+        if source.expert is not None:
+            yield from stacks.filled_box(source, stored, boxes[source.name], shapes[source.name][1]).items()
+        elif 0 in size:
+            pass
+        elif not size:
+            yield source.name, file.get_tensor(name)
+        elif source.form:
+            found = source.back(stored[start[0] : start[0] + size[0]])
+            yield source.name, found[(slice(None), *(slice(a, a + b) for a, b in zip(start[1:], size[1:], strict=True)))]
+        else:
+            yield source.name, stored[cut_of((at + start[0], *start[1:]), size)]
+        at += shapes[source.name][0] if shapes[source.name] else 0
+
+
+def cut_of(start: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+    """A box as slices."""
+    return tuple(slice(first, first + count) for first, count in zip(start, size, strict=True))
 
 
 def reader(arch: Architecture, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> Callable[[str], Tensor]:

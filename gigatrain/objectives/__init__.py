@@ -7,6 +7,7 @@ So an objective's sum is over whatever `Batch.targets` counts: labels of `langua
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gigatrain.config import Objective
@@ -26,6 +27,11 @@ def compute(objective: Objective, model: Any, part: Microbatch, positions: Tenso
     """
     if objective.pairs:
         return preference.compute(objective, model, part, positions, **terms)
+    if objective.kind == "distil" and part.given is not None:
+        teacher = part.given["teacher_ids_bt"], part.given["teacher_logprobs_bt"]
+        how = {"weight": objective.weight, "temperature": objective.temperature, "seed": terms.get("seed")}
+        loss, ce, kl = model.distilled(part.tokens, part.labels, positions, part.documents, teacher, **how)
+        return loss, torch.stack([ce, (part.labels >= 0).sum().to(ce.dtype), kl])
     return model.loss(part.tokens, part.labels, positions, part.documents, **terms)
 
 

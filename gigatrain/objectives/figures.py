@@ -11,6 +11,7 @@ SUMS: dict[str, tuple[str, ...]] = {
     "simpo": _PAIRS,
     "orpo": (*_PAIRS, "nll"),
     "kto": (*_PAIRS, "good", "kl"),
+    "distil": ("tokens", "kl"),
 }
 
 
@@ -26,6 +27,8 @@ def said(objective: Objective, sums: Sequence[float], targets: float) -> dict[st
     if not names:
         return {}
     found = dict(zip(names, sums, strict=True))
+    if objective.kind == "distil":  # held-out samples are taught nothing, and their divergence is not known
+        return {"kl": found["kl"] / targets} if found["kl"] and targets else {}
     good = found.get("good", targets)
     other = targets - good if "good" in found else targets
 

@@ -103,6 +103,8 @@ class Display:
             + (f", in {plan.accumulation} microbatches of {plan.microbatch}" if plan.accumulation > 1 else "")
             + f"; {plan.steps:,} steps = {plan.tokens:,} tokens; {plan.optim.name}, {plan.schedule.kind}, peak lr {plan.optim.lr:g}"
         )
+        for number, phase in enumerate(plan.phases):
+            self.line(f"  phase {number}  {phase.text()}")
         chosen = ", ".join(f"{choice.op} {choice.kernel}" for choice in plan.kernels if choice.kernel != "reference") or "all reference"
         if plan.ranks > 1:
             axes = plan.mesh.model_dump(include={"replicate", "shard", "expert", "context", "tensor", "pipeline"})

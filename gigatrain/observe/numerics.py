@@ -239,7 +239,7 @@ class Numerics:
         random = torch.get_rng_state()
         on_device = torch.cuda.get_rng_state() if self.mesh.device.type == "cuda" else None
         with self.engine.judge.again(step):
-            self.engine.forward_backward(self.batches.at(step * self.batches.batch, shift))
+            self.engine.forward_backward(self.batches.at(self.batches.begins(step), shift))
             self.engine.step(0.0)
             loss, norm, mine = self.engine.judge.numbers.tolist()
         torch.set_rng_state(random)
@@ -250,11 +250,7 @@ class Numerics:
     def _told(self, one: Refused, kind: str, ranks: list[dict[str, Any]]) -> None:
         """One refused step, in the log and in the file."""
         why = [word for bit, word in WHY.items() if one.why & bit]
-        of = (
-            self.batches.describe(self.batches.stream(one.step * self.batches.batch, self.batches.batch)[:NAMED])
-            if self.mesh.rank == 0
-            else []
-        )
+        of = self.batches.describe(self.batches.step(one.step)[:NAMED]) if self.mesh.rank == 0 else []
         hosts = sorted({each["host"] for each in ranks})
         row = {
             name: value if math.isfinite(value) else str(value)
@@ -277,7 +273,7 @@ class Numerics:
 
     def _pass_over(self, this: Position, longest: int, began: int) -> None:
         most = self.plan.numerics.rollbacks
-        if len(self.batches.passed) >= most:
+        if _rollbacks(self.batches) >= most:
             raise _shared(
                 RunError(
                     f"{longest} steps in a row, from step {began}, were refused, and {most} rollbacks have passed over samples already "
@@ -286,8 +282,8 @@ class Numerics:
                 )
             )
         step, passed = this.step, list(self.batches.passed)
-        count = self.plan.numerics.pass_over * self.batches.batch
-        found = self.batches.pass_over(began * self.batches.batch, count)
+        first, last = (self.batches.begins(one) for one in (began, began + self.plan.numerics.pass_over))
+        found = self.batches.pass_over(first, last - first)
         self._back(this)
         self.batches.close()
         self.batches.passed = [*passed, found]
@@ -295,7 +291,7 @@ class Numerics:
         self._write("rollback", step, to=this.step, passed=list(found))
         self._say(
             f"ROLLED BACK from step {step} to {this.step}: {longest} steps in a row were refused from step {began} on; "
-            f"samples {found[0]:,} to {found[1] - 1:,} of the stream are passed over ({len(self.batches.passed)} of at most {most} rollbacks)"
+            f"samples {found[0]:,} to {found[1] - 1:,} of the stream are passed over ({_rollbacks(self.batches)} of at most {most} rollbacks)"
         )
 
     def _back(self, this: Position) -> None:
@@ -316,9 +312,14 @@ class Numerics:
             self.say(text)
 
 
+def _rollbacks(batches: Batches) -> int:
+    """Ranges that rollbacks passed over; one from 0 on is what a run before this one read (`optim.from`)."""
+    return sum(start > 0 for start, _ in batches.passed)
+
+
 def samples(batches: Batches, step: int) -> str:
     """Files and offsets of what step `step` read, a line each."""
-    names = batches.describe(batches.stream(step * batches.batch, batches.batch))
+    names = batches.describe(batches.step(step))
     return "".join(f"\n    {name}" for name in names[:NAMED]) + (f"\n    and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 

@@ -1,12 +1,13 @@
 """A run's legs: what a resume changed of the plan, and whether it may.
 
-A run is one meaning (`Plan.meaning`: model, data and their order, batch, optimizer, schedule, loss) from its first step to its last. Where and how it is
+A run is one meaning (`Plan.meaning`: model, data and their order, batch, optimizer, loss) from its first step to its last. Where and how it is
 computed may change on the way, and each stretch under one plan is a leg, which run.json keeps:
 
     what changes                                        a resume                                    why
     ranks, mesh, engine, what is watched or kept        goes on                                     other order of sums, by rounding errors
     site, device, kernels, compile, recompute           goes on, and says so                        the same formulas, rounded elsewhere
     precision, the states' forms, numerics              only with --other-numbers, and says so      an undisturbed run would have other numbers
+    steps, schedule, phases that lie ahead              only with --other-numbers, and says so      the same run so far, and another from here on
     anything else                                       is refused                                  it would be another run
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 
 from gigatrain import load
 from gigatrain.errors import CheckpointError, RunError
-from gigatrain.planning.plan import ARITHMETIC, NUMBERS, OPERATIONAL, Plan
+from gigatrain.planning.plan import AHEAD, ARITHMETIC, NUMBERS, OPERATIONAL, Plan
 
 WAYS = ("ranks", "mesh", "engine", "microbatch", "accumulation")  # operational, and worth a word in a leg
 _SHOWN = 6  # values in one line
@@ -56,7 +57,7 @@ def changes(before: Plan, now: Plan) -> Changes:
     kernels = {one.op: one.kernel for one in before.kernels}
     chosen = [f"kernels.{one.op}: {kernels.get(one.op)} -> {one.kernel}" for one in now.kernels if kernels.get(one.op) != one.kernel]
     scaled = [plan.fp8 is not None and plan.fp8.scaling == "tensorwise" for plan in (before, now)]
-    numbers = (*NUMBERS, "microbatch") if all(scaled) else NUMBERS  # such scales are of one microbatch
+    numbers = (*NUMBERS, *AHEAD, *(("microbatch",) if all(scaled) else ()))  # such scales are of one microbatch
     return Changes(
         numbers=tuple(one for one in found if _under(one, numbers)),
         arithmetic=(*(one for one in found if _under(one, ARITHMETIC) and not _under(one, ("kernels",))), *chosen),

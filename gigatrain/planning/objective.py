@@ -2,12 +2,14 @@
 
 from typing import Any
 
-from gigatrain.architectures import Architecture
+from gigatrain import load
+from gigatrain.architectures import Architecture, from_hf_config
 from gigatrain.config import Mesh, Objective, Recipe
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
+from gigatrain.planning import cost
 
-READY = ("language", "dpo", "ipo", "orpo", "simpo", "kto")  # kinds of objective that are computed
+READY = ("language", "dpo", "ipo", "orpo", "simpo", "kto", "distil")  # kinds of objective that are computed
 
 
 def check(recipe: Recipe, mesh: Mesh) -> None:
@@ -16,6 +18,8 @@ def check(recipe: Recipe, mesh: Mesh) -> None:
     kind = objective.kind
     if kind not in READY:
         raise PlanError(f'objective.kind "{kind}" is not computed yet; choose one of {", ".join(READY)}')
+    if kind == "distil":
+        _check_distil(recipe, mesh)
     if not objective.pairs:
         for source in (*data.sources, *recipe.validation.sets):
             if source.format == "preference":
@@ -105,3 +109,49 @@ def flops_per_token(objective: Objective, architecture: Architecture | Foreign, 
 def flops_before(objective: Objective, architecture: Architecture | Foreign, sequence: int, tokens: int) -> float:
     """Of the reference before the first step, over at most as many tokens as the run reads: a corpus that is read several times needs less."""
     return passes_before(objective) * architecture.flops_per_token(sequence) / 3 * tokens
+
+
+def with_teacher(recipe: Recipe, memory: cost.Memory, samples: int) -> cost.Memory:
+    """Memory of a rank whose step also holds a teacher, whole, and its words for the `samples` of a step. Exact for weights."""
+    objective, train = recipe.objective, recipe.train
+    if objective.kind != "distil":
+        return memory
+    words = samples * train.sequence * 4 * (2 * objective.top_k + 1)
+    weights = 0
+    if objective.online:
+        assert objective.teacher is not None
+        weights = from_hf_config(load.config_json(objective.teacher)).parameters() * (2 if train.compute == "bf16" else 4)
+    return memory.model_copy(update={"weights": memory.weights + weights, "workspace": memory.workspace + words})
+
+
+def unknown(recipe: Recipe) -> str | None:
+    """Why nothing is expected of a step's seconds."""
+    if recipe.objective.kind == "distil" and recipe.objective.online:
+        return "a teacher's forward within a step is in no table; with objective.online = false it is no part of the step"
+    return None
+
+
+def _check_distil(recipe: Recipe, mesh: Mesh) -> None:
+    objective = recipe.objective
+    for axis, why in (
+        ("tensor", "each rank would have some of the tokens that a teacher chose from all"),
+        ("pipeline", "a teacher's words and what is reported beside the loss would have to pass through its stages"),
+    ):
+        if getattr(mesh, axis) > 1:
+            raise PlanError(f'mesh.{axis} {getattr(mesh, axis)} cannot be used with objective.kind "distil": {why}; set mesh.{axis} = 1')
+    if mesh.context > 1 and objective.online:
+        raise PlanError(
+            f"objective.online: a teacher reads whole samples, and mesh.context {mesh.context} cuts them because they are long; let `gigatrain data teach` "
+            "keep its words, and set objective.online = false"
+        )
+    loss: dict[str, Any] = {
+        name: getattr(recipe.loss, name) for name in ("z_loss", "label_smoothing", "router_aux", "router_z", "router_bias_rate")
+    }
+    for name, value in loss.items():
+        if value:
+            raise PlanError(f'loss.{name} {value} is not added to objective.kind "distil"; set loss.{name} = 0.0')
+    if recipe.recovery.replicas != "none":
+        raise PlanError(
+            f'recovery.replicas "{recipe.recovery.replicas}" hands over what a step reports as two numbers, and objective.kind "distil" reports more; set it '
+            'to "none"'
+        )

@@ -1,6 +1,7 @@
 """Recipe x Site -> Plan: every number concrete, and what cannot work refused before anything is allocated."""
 
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -33,10 +34,25 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import adapting, attention, axes, budget, cost, fusions, hardware, objective, products, replicas, watts
+from gigatrain.planning import (
+    adapting,
+    attention,
+    axes,
+    budget,
+    cost,
+    fusions,
+    hardware,
+    objective,
+    phases,
+    products,
+    replicas,
+    stretched,
+    watts,
+)
 from gigatrain.planning.expect import expect
 from gigatrain.planning.expected import Expected
 from gigatrain.planning.fusions import Fusion, Name
+from gigatrain.planning.phases import Stretch
 from gigatrain.planning.watts import Watts
 from gigatrain.site import Site
 
@@ -107,6 +123,8 @@ OPERATIONAL = (
 ARITHMETIC = ("site", "device", "kernels", "compile", "recompute", "deterministic")
 # What a resume changes only where it is told to (--other-numbers): what numbers are kept or computed in, and what is done about those that cannot be right.
 NUMBERS = ("precision", "fp8", "optim.master", "optim.moments", "optim.rounding", "numerics")
+# And what lies ahead of its checkpoint: how far the run goes, at which rate, in which phases. Those behind it are the run's past (data/loader.py compares).
+AHEAD = ("steps", "tokens", "schedule", "phases", "sequence", "positions", "batch", "tokens_per_step", "flops_per_token")
 
 
 class Choice(Section):
@@ -142,6 +160,7 @@ class Plan(Section):
     steps: int
     tokens_per_step: int
     tokens: int
+    phases: tuple[Stretch, ...] = ()
     precision: Literal["bf16", "fp32", "fp8"]
     fp8: products.Products | None = None
     adapter: Adapter | None = None
@@ -179,6 +198,11 @@ class Plan(Section):
         return "fp32" if self.precision == "fp32" else "bf16"
 
     @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """The phases; of a run without any the run as one."""
+        return self.phases or (phases.stretch(self, 0, tuple(source.weight for source in self.data.sources)),)
+
+    @property
     def documents(self) -> bool:
         """Whether rows hold several documents, which attention keeps apart."""
         return self.data.packing != "document" or self.objective.joins
@@ -211,6 +235,7 @@ class Plan(Section):
     def identity(self) -> str:
         """SHA-256 of what decides the run's numbers: all but what is only watched, kept or written (OPERATIONAL), which a resume may change."""
         tree = self._without(OPERATIONAL)
+        tree["phases"] = [phase.identity for phase in self.phases]
         # Reasons are words; which attention a rank calls, and what quantises for whom, follow from the heads and matrices that it has on its mesh.
         tree["kernels"] = [[one["op"], one["kernel"]] for one in tree["kernels"] if one["op"] != "attention"]
         if self.fp8 is not None:
@@ -222,8 +247,9 @@ class Plan(Section):
 
     @property
     def meaning(self) -> str:
-        """SHA-256 of what the run is: model, data and their order, batch, optimizer, schedule, loss. No resume changes it, and checkpoints are bound to it."""
-        tree = self._without((*OPERATIONAL, *ARITHMETIC, *NUMBERS))
+        """SHA-256 of what the run is: model, data and their order, first batch, optimizer, loss. No resume changes it, and checkpoints are bound to it."""
+        tree = self._without((*OPERATIONAL, *ARITHMETIC, *NUMBERS, *AHEAD))
+        tree["first"] = [self.stretches[0].sequence, self.stretches[0].batch]
         if self.loss.router_aux or self.loss.router_z:
             tree["microbatch"] = self.microbatch
         return _sha256(tree)
@@ -272,16 +298,21 @@ def plan(
     Raises PlanError for what cannot work: a memory need beyond the site's, watts beyond a budget, a tokenizer beyond the model's vocabulary, a mesh that
     divides nothing.
     """
+    if recipe.train.phases:
+        alone = functools.partial(plan, site=site, ranks=ranks, measure=measure, constants=constants, fits=fits, forecast=forecast)
+        return phases.joined(recipe, alone)
     architecture = load.architecture(recipe.model, measure)
     train = recipe.train
     mesh = axes.resolve(recipe, ranks)
     ranks = axes.count(mesh)
     microbatch, accumulation = axes.share(recipe, mesh)
     axes.check(recipe, architecture, mesh, accumulation)
+    stretched.check(recipe, architecture)
     objective.check(recipe, mesh)
     adapting.check(recipe, architecture, mesh)
     tokens_per_step = train.batch * train.sequence
     steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)
+    phases.check(recipe.schedule, steps)
     low = products.resolve(recipe, site, architecture, mesh)
     kernels = _kernels(recipe, site, architecture, low)
     chosen = fusions.choose(recipe, site, architecture, mesh, microbatch, accumulation, {choice.op: choice.kernel for choice in kernels})
@@ -302,6 +333,7 @@ def plan(
         fused=frozenset(fusion.name for fusion in chosen if fusion.on),
         adapter=recipe.adapter,
     )
+    memory = objective.with_teacher(recipe, memory, microbatch * accumulation)
     if recipe.tokenizer.train and recipe.tokenizer.train.vocab > architecture.vocab:
         raise PlanError(
             f"tokenizer.train.vocab {recipe.tokenizer.train.vocab} is above model.architecture.vocab {architecture.vocab}; "
@@ -338,7 +370,7 @@ def plan(
         engine=recipe.engine,
         profile=recipe.profile,
         architecture=architecture,
-        source=None if recipe.model.fresh else recipe.model.source,
+        source=None if recipe.model.fresh or (recipe.optim.source is not None and recipe.adapter is None) else recipe.model.source,
         init=recipe.model.init,
         tokenizer=recipe.tokenizer,
         data=recipe.data,
@@ -385,6 +417,8 @@ def plan(
         ),
         memory=memory,
     )
+    if (why := objective.unknown(recipe)) is not None:
+        return found.model_copy(update={"expected": Expected(unknown={"step_s": why})})
     return found.model_copy(update={"expected": expect(found, site, constants)}) if forecast else found
 
 
