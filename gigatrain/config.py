@@ -152,6 +152,59 @@ class Loss(Section):
         return self.router_aux > 0 or self.router_z > 0 or self.router_bias_rate > 0
 
 
+class Objective(Section):
+    """What is minimised: the cross entropy of the next token, or one of the losses of pairs of answers (gigatrain/objectives/ has the formulas)."""
+
+    kind: Literal["language", "dpo", "ipo", "orpo", "simpo", "kto", "distil"] = Field(
+        default="language",
+        description="language: the next token. Of a preferred and a refused answer: dpo (arXiv:2305.18290), ipo (arXiv:2310.12036), orpo (arXiv:2403.07691), "
+        "simpo (arXiv:2405.14734); of single answers that are good or not: kto (arXiv:2402.01306). distil: a teacher's probabilities.",
+    )
+    beta: Positive | None = Field(
+        default=None,
+        description="How strongly a preference counts: dpo's, kto's and simpo's beta, ipo's tau, orpo's lambda. Default: 0.1, of simpo 2.0.",
+    )
+    reference: Literal["start", "adapter"] | None = Field(
+        default=None,
+        description="dpo, ipo, kto: whose log-probabilities are subtracted; start: the weights the run starts from, computed once before its first step and "
+        "kept in the run's folder; adapter: the model with its adapters off, in every step. Default: start. orpo and simpo have none.",
+    )
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
+        default=0.0, description="dpo, simpo: share of the pairs whose order is taken to be wrong."
+    )
+    robust: bool = Field(
+        default=False, description="dpo: the loss is unbiased if so many pairs are wrong (arXiv:2403.00409), instead of conservative."
+    )
+    margin: NonNegative = Field(default=0.5, description="simpo: gamma, by which the preferred answer should lead.")
+    desirable: Positive = Field(default=1.0, description="kto: weight of good answers.")
+    undesirable: Positive = Field(default=1.0, description="kto: weight of the others.")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a sample is a pair of answers, or a labelled one, and not a stretch of text."""
+        return self.kind in ("dpo", "ipo", "orpo", "simpo", "kto")
+
+    @property
+    def refers(self) -> bool:
+        """Whether log-probabilities of a reference are subtracted."""
+        return self.kind in ("dpo", "ipo", "kto")
+
+    @property
+    def strength(self) -> float:
+        """`beta`, or its default."""
+        return self.beta or (2.0 if self.kind == "simpo" else 0.1)
+
+    @model_validator(mode="after")
+    def fits(self) -> Self:
+        if self.reference is not None and not self.refers:
+            raise ValueError(f"`reference` is of dpo, ipo and kto; {self.kind} has none: leave it out")
+        if self.label_smoothing and self.kind not in ("dpo", "simpo"):
+            raise ValueError(f"`label_smoothing` is of dpo and simpo, not of {self.kind}; [loss] has that of the next token")
+        if self.robust and (self.kind != "dpo" or not self.label_smoothing):
+            raise ValueError("`robust` is of dpo with a `label_smoothing` above 0")
+        return self
+
+
 class Train(Section):
     """The size of a step and of the run."""
 
@@ -566,6 +619,7 @@ class Recipe(Section):
     fp8: FP8 = FP8()
     schedule: Schedule = Schedule()
     loss: Loss = Loss()
+    objective: Objective = Objective()
     mesh: Mesh = Mesh()
     engine: Engine = Engine()
     profile: Profile = Profile()

@@ -21,6 +21,7 @@ LEVELS = [
     ["power"],
     ["kernels", "data", "parallel"],
     ["models", "optim", "tune"],
+    ["objectives"],
     ["engines", "observe", "checkpoint", "bench", "preflight"],
     ["run"],
     ["export", "importing"],

@@ -8,7 +8,7 @@ of the state: the stream stays a function of (seed, ranges, position), on any nu
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import ceil
@@ -32,13 +32,15 @@ class Microbatch:
     """Rows [B, T]: tokens, labels (-100: none) and positions int64, documents int32.
 
     documents: the segment's number within the row, ascending; None if every row is one segment that starts at position 0, so plain causal
-    attention is right.
+    attention is right. given: further tensors of the rows, [B, ...], that an objective asks for; those with a dim of tokens, [B, T, ...], have `_bt` in
+    their name.
     """
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor
     documents: Tensor | None
+    given: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,13 @@ def moved(microbatch: Microbatch, device: torch.device) -> Microbatch:
     """The microbatch on `device`; from pinned memory the copy does not wait."""
     if device.type == "cpu":
         return microbatch
-    tokens, labels, positions = (
-        part.to(device, non_blocking=True) for part in (microbatch.tokens, microbatch.labels, microbatch.positions)
-    )
-    return Microbatch(
-        tokens, labels, positions, None if microbatch.documents is None else microbatch.documents.to(device, non_blocking=True)
-    )
+
+    def there(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    documents = None if microbatch.documents is None else there(microbatch.documents)
+    given = None if microbatch.given is None else {name: there(tensor) for name, tensor in microbatch.given.items()}
+    return Microbatch(there(microbatch.tokens), there(microbatch.labels), there(microbatch.positions), documents, given)
 
 
 class Batches:

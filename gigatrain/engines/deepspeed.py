@@ -32,6 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from gigatrain import objectives
+from gigatrain.config import Objective
 from gigatrain.data.loader import Batch, Microbatch
 from gigatrain.engines import source
 from gigatrain.engines.judge import Judge
@@ -114,7 +116,7 @@ class DeepSpeed:
         if isinstance(model, Decoder):
             model.place(self.device)
         self._corrections = model.corrections() if isinstance(model, Decoder) else {}
-        engine, *_ = library.initialize(model=_Training(model), optimizer=flat, config=config, dist_init_required=False)
+        engine, *_ = library.initialize(model=_Training(model, plan.objective), optimizer=flat, config=config, dist_init_required=False)
         zero = engine.optimizer
         assert getattr(zero, "loss_scale", 1.0) == 1.0, "no stage and precision of ours scales the loss"
         _silence_norm(zero)
@@ -156,7 +158,7 @@ class DeepSpeed:
         """Without documents every row counts from 0, and one table of positions serves all rows; ranks of `context` begin elsewhere."""
         part = context.cut(part, self.mesh, self.plan.mesh.exchange)
         counts = part.documents is None and self.mesh.size("context") == 1
-        return self._engine(part.tokens, part.labels, None if counts else part.positions, part.documents, **terms)
+        return self._engine(part.tokens, part.labels, None if counts else part.positions, part.documents, part.given, **terms)
 
     def _seed(self, microbatch: int) -> Tensor | None:
         """As the native engine's: a function of the run's seed, the step, the microbatch and who reads it, counted on the device."""
@@ -289,13 +291,22 @@ class DeepSpeed:
 class _Training(nn.Module):
     """What DeepSpeed's forward calls: the model with its loss, since the head and the loss are one operation."""
 
-    def __init__(self, decoder: source.Model) -> None:
+    def __init__(self, decoder: source.Model, objective: Objective) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.objective = decoder, objective
 
-    def forward(self, *inputs: Any, **terms: Any) -> tuple[Tensor, Tensor]:
-        loss, cross_entropy = self.decoder.loss(*inputs, **terms)
-        return loss, cross_entropy.detach()
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        given: Mapping[str, Tensor] | None = None,
+        **terms: Any,
+    ) -> tuple[Tensor, Tensor]:
+        part = Microbatch(tokens, labels, positions if positions is not None else tokens, documents, given)
+        loss, reported = objectives.compute(self.objective, self.decoder, part, positions, **terms)
+        return loss, reported.detach()
 
 
 class Flat(torch.optim.Optimizer):

@@ -440,7 +440,8 @@ class Native:
     def _compute(self, module: Any, part: Microbatch, carried: Tensor | None, seed: Tensor | None) -> Any:
         """A stage on a microbatch. Whole samples without documents count from 0 in every row, and one table of positions serves all rows."""
         terms = self._terms if module.training else {}
-        return compute(module, part, carried, seed, positions=part.documents is not None or self.mesh.size("context") > 1, **terms)
+        positions = part.documents is not None or self.mesh.size("context") > 1
+        return compute(module, part, carried, seed, objective=self.plan.objective, positions=positions, **terms)
 
     def _seed(self, microbatch: int) -> Tensor | None:
         """Of a microbatch's dropout masks: a function of the run's seed, the step, the microbatch and who reads it, counted on the device."""

@@ -10,7 +10,7 @@ played together. On a CPU the step runs from the same buffers as it is.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class Recorded:
         given = [_with_documents(part) if documents else part for part in batch.microbatches]
         one = self._kinds.get(documents)
         if one is None:
-            one = self._kinds[documents] = _One(tuple(Microbatch(*(_copied(x) for x in _tensors(part))) for part in given))
+            one = self._kinds[documents] = _One(tuple(map(_copied, given)))
             return one
         assert len(given) == len(one.parts), "the plan refuses steps of several shapes"
         for buffers, part in zip(one.parts, given, strict=True):
@@ -100,15 +100,18 @@ class Recorded:
 
 
 def _tensors(part: Microbatch) -> tuple[Tensor | None, ...]:
-    return part.tokens, part.labels, part.positions, part.documents
+    given = part.given or {}
+    return part.tokens, part.labels, part.positions, part.documents, *(given[name] for name in sorted(given))
 
 
-def _copied(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tensor.clone()
+def _copied(part: Microbatch) -> Microbatch:
+    documents = None if part.documents is None else part.documents.clone()
+    given = None if part.given is None else {name: one.clone() for name, one in part.given.items()}
+    return Microbatch(part.tokens.clone(), part.labels.clone(), part.positions.clone(), documents, given)
 
 
 def _with_documents(part: Microbatch) -> Microbatch:
     """Rows of one document each say so, where others of the step have several."""
     if part.documents is not None:
         return part
-    return Microbatch(part.tokens, part.labels, part.positions, torch.zeros_like(part.tokens, dtype=torch.int32))
+    return replace(part, documents=torch.zeros_like(part.tokens, dtype=torch.int32))

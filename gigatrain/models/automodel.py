@@ -201,11 +201,37 @@ class Auto(nn.Module):
         hidden_btd = self.forward(tokens_bt, positions_bt, documents_bt)  # not by a call: its hooks would let go of the head's weights
         return self.loss_of(hidden_btd, labels_bt, **terms)
 
+    def logprobs(
+        self,
+        tokens_bt: Tensor,
+        labels_bt: Tensor,
+        positions_bt: Tensor | None = None,
+        documents_bt: Tensor | None = None,
+        *,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        """Log-probabilities [b, t] of the labels, which are already shifted, in fp32 with their gradient; 0 where a label is -100. `seed` is not read."""
+        if not self.head.separate:
+            logits_btv = self.forward(tokens_bt, positions_bt, documents_bt, logits=True)
+            losses_n = cast(Any, cross_entropy.reference(logits_btv.flatten(0, -2), labels_bt.flatten(), reduction="none"))[0]
+        else:
+            hidden_btd = self.forward(tokens_bt, positions_bt, documents_bt)
+            losses_n = self._head_module(hidden_btd, labels_bt, reduction="none")[0]
+        return -losses_n.view(labels_bt.shape)
+
     def loss_of(self, hidden_btd: Tensor, labels_bt: Tensor, *, z_loss: float = 0.0, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """The head and the loss of hidden states; as `loss`. A call of the head's own module, whose hooks gather its weights where they are sharded."""
         return self._head_module(hidden_btd, labels_bt, z_loss=z_loss, label_smoothing=label_smoothing)
 
-    def _headed(self, hidden_btd: Tensor, labels_bt: Tensor | None = None, *, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Any:
+    def _headed(
+        self,
+        hidden_btd: Tensor,
+        labels_bt: Tensor | None = None,
+        *,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "sum",
+    ) -> Any:
         """The head's forward: logits as ever, and the loss where labels are given.
 
         A bias is the weight of a channel that is 1; 7 more of 0 keep the products' width a multiple of 8.
@@ -227,6 +253,7 @@ class Auto(nn.Module):
             scale=self.head.scale,
             z_loss=z_loss,
             label_smoothing=label_smoothing,
+            reduction=reduction,
         )
 
     @torch.no_grad()

@@ -529,6 +529,28 @@ class Decoder(nn.Module):
             loss = loss + (labels_bt >= 0).sum() * balance(self.ops, self.arch, seen, router_aux, router_z)
         return loss, cross_entropy
 
+    def logprobs(
+        self,
+        tokens_bt: Tensor,
+        labels_bt: Tensor,
+        positions_bt: Tensor | None = None,
+        documents_bt: Tensor | None = None,
+        *,
+        seed: Tensor | None = None,
+        carried: tuple[Tensor | None, Tensor] | None = None,
+    ) -> Tensor:
+        """Log-probabilities [b, t] of the labels, which are already shifted, in fp32 with their gradient; 0 where a label is -100."""
+        hidden_btd = self.hidden(tokens_bt, positions_bt, documents_bt, seed, carried)
+        found_n = linear_cross_entropy.logprobs(
+            hidden_btd.flatten(0, 1),
+            self.lm_head.weight,
+            labels_bt.flatten(),
+            softcap=self.arch.logit_softcap,
+            scale=1.0 / self.arch.logit_divisor,
+            version=self.ops.linear_cross_entropy,
+        )
+        return found_n.view(labels_bt.shape)
+
     def loss_of(self, hidden_btd: Tensor, labels_bt: Tensor, *, z_loss: float = 0.0, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """The head and the loss, of hidden states after the last norm; as `loss`."""
         return self.ops.linear_cross_entropy(

@@ -38,7 +38,13 @@ def cut(microbatch: Microbatch, mesh: Mesh, exchange: Exchange) -> Microbatch:
     if mesh.size("context") == 1:
         return microbatch
     pieces = chunks(microbatch.tokens.shape[1], mesh.index("context"), mesh.size("context"), exchange)
-    mine = {name: torch.cat([getattr(microbatch, name)[:, piece] for piece in pieces], 1) for name in ("tokens", "labels", "positions")}
+
+    def cut_one(whole: Tensor) -> Tensor:
+        return torch.cat([whole[:, piece] for piece in pieces], 1)
+
+    mine: dict[str, Any] = {name: cut_one(getattr(microbatch, name)) for name in ("tokens", "labels", "positions")}
+    if microbatch.given is not None:
+        mine["given"] = {name: cut_one(one) if "_bt" in name else one for name, one in microbatch.given.items()}
     return replace(microbatch, **mine)
 
 

@@ -309,7 +309,8 @@ def _add(found: Sequence[tuple[Tensor | None, Tensor]], summed: set[int]) -> Non
 def _blank(part: Microbatch) -> Microbatch:
     """One row of a microbatch, without labels."""
     documents = None if part.documents is None else part.documents[:1]
-    return Microbatch(part.tokens[:1], torch.full_like(part.labels[:1], -100), part.positions[:1], documents)
+    given = None if part.given is None else {name: one[:1] for name, one in part.given.items()}
+    return Microbatch(part.tokens[:1], torch.full_like(part.labels[:1], -100), part.positions[:1], documents, given)
 
 
 # ---- Weight gradients apart from the others ----

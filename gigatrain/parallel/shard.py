@@ -60,7 +60,8 @@ def apply(model: nn.Module, mesh: Mesh, places: Places, engine: config.Engine, *
         options.pop("shard_placement_fn", None)
     options["reshard_after_forward"] = False
     fully_shard(model, mesh=together, **options)  # the head's backward follows its forward at once
-    register_fsdp_forward_method(model, "loss")
+    for method in ("loss", "logprobs"):
+        register_fsdp_forward_method(model, method)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -17,6 +17,7 @@ from gigatrain.config import (
     Loss,
     Mesh,
     Numerics,
+    Objective,
     Optim,
     Power,
     Profile,
@@ -31,7 +32,7 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import attention, axes, budget, cost, fusions, hardware, products, replicas, watts
+from gigatrain.planning import attention, axes, budget, cost, fusions, hardware, objective, products, replicas, watts
 from gigatrain.planning.expect import expect
 from gigatrain.planning.expected import Expected
 from gigatrain.planning.fusions import Fusion, Name
@@ -151,6 +152,7 @@ class Plan(Section):
     optim: Optim
     schedule: Schedule
     loss: Loss
+    objective: Objective = Objective()
     validation: Validation
     checkpoint: Checkpoint
     recovery: Recovery = Recovery()
@@ -259,6 +261,7 @@ def plan(
     ranks = axes.count(mesh)
     microbatch, accumulation = axes.share(recipe, mesh)
     axes.check(recipe, architecture, mesh, accumulation)
+    objective.check(recipe, mesh)
     tokens_per_step = train.batch * train.sequence
     steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)
     low = products.resolve(recipe, site, architecture, mesh)
@@ -339,6 +342,7 @@ def plan(
         optim=recipe.optim,
         schedule=recipe.schedule,
         loss=recipe.loss,
+        objective=recipe.objective,
         validation=recipe.validation,
         checkpoint=recipe.checkpoint,
         recovery=recipe.recovery,
