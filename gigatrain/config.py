@@ -266,6 +266,40 @@ class Train(Section):
         return self
 
 
+class Adapter(Section):
+    """Fine-tuning by matrices of low rank beside frozen ones (models/adapters.py): y = W x + s B A dropout(x), with s = alpha / rank."""
+
+    kind: Literal["lora", "dora"] = Field(
+        default="lora",
+        description="lora (arXiv:2106.09685); dora (arXiv:2402.09353) also trains the length of each of the matrix's rows.",
+    )
+    rank: Annotated[int, Field(ge=1, le=65536)] = Field(default=16, description="Rows of A and columns of B.")
+    alpha: Positive = Field(default=32.0, description="What is added counts alpha / rank.")
+    rslora: bool = Field(default=False, description="It counts alpha / sqrt(rank), which keeps its size at high ranks (arXiv:2312.03732).")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="Share of A's inputs that is dropped; masks follow from the seed, the step and the matrix."
+    )
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        default="all-linear",
+        description="Ends of the names of the layers' matrices that get one, for instance q_proj or self_attn.o_proj; all-linear: every one but "
+        "head, router and experts.",
+    )
+    train_embeddings: bool = Field(default=False, description="The embedding is trained too, as a whole.")
+    train_head: bool = Field(default=False, description="The head is trained too, as a whole; where both are tied they are one matrix.")
+    quantise: Literal["none", "nf4"] = Field(
+        default="none",
+        description="How the layers' frozen matrices are kept: nf4, 4 bits and an fp32 scale for 64 neighbours (QLoRA, arXiv:2305.14314).",
+    )
+    source: str | None = Field(
+        default=None, alias="from", description="Folder of an adapter that peft wrote, of the same kind, rank and targets, to start from."
+    )
+
+    @property
+    def scale(self) -> float:
+        """What B A counts."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
 class FP8(Section):
     """The products of the layers where train.precision is fp8 (kernels/fp8_linear.py has the formulas and their sources)."""
 
@@ -617,6 +651,9 @@ class Recipe(Section):
     train: Train
     optim: Optim
     fp8: FP8 = FP8()
+    adapter: Adapter | None = Field(
+        default=None, description="Train an adapter beside the frozen weights of `model.from`; default: train the weights."
+    )
     schedule: Schedule = Schedule()
     loss: Loss = Loss()
     objective: Objective = Objective()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from gigatrain import load
 from gigatrain.architectures import Architecture
 from gigatrain.config import (
+    Adapter,
     Checkpoint,
     Data,
     Engine,
@@ -143,6 +144,7 @@ class Plan(Section):
     tokens: int
     precision: Literal["bf16", "fp32", "fp8"]
     fp8: products.Products | None = None
+    adapter: Adapter | None = None
     seed: int
     recompute: cost.Recompute
     dropout: float
@@ -223,6 +225,8 @@ class Plan(Section):
             for part in parents:
                 node = node[part]
             del node[last]
+        if self.adapter is None:
+            del tree["adapter"]  # as the plans of runs before there were adapters
         return tree
 
     def differences(self, other: "Plan") -> list[str]:
@@ -333,6 +337,7 @@ def plan(
         tokens=steps * tokens_per_step,
         precision=train.precision,
         fp8=low,
+        adapter=recipe.adapter,
         seed=train.seed,
         recompute=train.recompute,
         dropout=train.dropout,
