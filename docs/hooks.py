@@ -45,7 +45,7 @@ def prose(text: str, change: Callable[[str], str]) -> str:
     return "".join([*parts, change(text[at:])])
 
 
-def on_site(source: str) -> str | None:
+def placed(source: str) -> str | None:
     """The site's path of a file of the repository (`docs/how/slurm.md`, `POWER.md`); None for one that only is copied."""
     if source in LONG:
         return LONG[source]
@@ -62,14 +62,14 @@ def target(source: str, link: str) -> tuple[str, str]:
 
 def site_links(source: str, text: str, copied: set[str]) -> str:
     """The page with its links turned to the site's; files that are not pages are added to `copied`, and lie on the site under `files/`."""
-    here = on_site(source)
+    here = placed(source)
     assert here is not None
 
     def turned(match: re.Match[str]) -> str:
         if re.match(r"[a-z]+:", match["target"]):
             return match[0]
         path, anchor = target(source, match["target"])
-        page = on_site(path)
+        page = placed(path)
         if path == "docs/reference/index.md" and anchor:
             page, anchor = f"reference/{anchor}.md", ""
         if page is None:
@@ -145,10 +145,17 @@ def pages() -> tuple[dict[str, str], set[str]]:
     sources |= {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").rglob("*.md"))}
     found = {}
     for source, text in sources.items():
-        here = on_site(source)
+        here = placed(source)
         assert here is not None
         found[here] = named(here, site_links(source, lists(text), copied), known)
     return found | {name: named(name, text, known) for name, text in made.reference().items()}, copied
+
+
+def outer() -> list[tuple[str, str]]:
+    """`(page, address)` of every link that leaves the site. They are listed and not asked: that would need a network."""
+    found, _ = pages()
+    addresses = ((page, address) for page, text in sorted(found.items()) for address in re.findall(r"https?://[^\s)>\]`\"]+", text))
+    return list(dict.fromkeys(addresses))
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -163,3 +170,8 @@ def on_files(files: Any, config: Any) -> Any:
     for name in sorted(copied):
         files.append(File.generated(config, f"files/{name}", abs_src_path=str(ROOT / name)))
     return files
+
+
+if __name__ == "__main__":
+    for one, where in outer():
+        print(f"{one:28} {where}")
