@@ -129,7 +129,7 @@ def kind(schema: Schema) -> str:
         for key, word in (("minimum", "at least"), ("exclusiveMinimum", "above"), ("maximum", "at most"), ("exclusiveMaximum", "below"))
         if key in schema and abs(schema[key]) < 1 << 40  # beyond it is a slip of the finger, not a limit that anyone meets
     ]
-    return ", ".join([{"boolean": "true or false"}.get(what, what), *limits])
+    return ", ".join(["true or false" if what == "boolean" else str(what), *limits])
 
 
 def _number(value: float) -> str:
@@ -159,7 +159,12 @@ def _keys(of: str, title: str, text: str) -> str:
         lines += [cell(section.text.split("\n\nRaises")[0]), "", "| key | type | default | what it does |", "|---|---|---|---|"]
         for key, schema, required in section.keys:
             at = f"{section.path}.{key}".lstrip(".")
-            row = (f"`{key}`" if at in tables else f'<span id="{at}">`{key}`</span>', kind(schema), _default(schema, required), schema.get("description", ""))
+            row = (
+                f"`{key}`" if at in tables else f'<span id="{at}">`{key}`</span>',
+                kind(schema),
+                _default(schema, required),
+                schema.get("description", ""),
+            )
             lines.append("| " + " | ".join(cell(part) for part in row) + " |")
         lines.append("")
     return "\n".join(lines)
@@ -220,13 +225,22 @@ def commands() -> str:
 
 def codes() -> dict[str, tuple[str, str]]:
     """Code -> (name in `gigatrain.errors` or elsewhere, what it says), in the order of the codes."""
-    found = {"0": ("", "It is done."), "1": ("", "Something else: no memory on this machine, a file system that fails, or a mistake of ours.")}
+    found = {
+        "0": ("", "It is done."),
+        "1": ("", "Something else: no memory on this machine, a file system that fails, or a mistake of ours."),
+    }
     kinds = [one for _, one in inspect.getmembers(errors, inspect.isclass) if issubclass(one, errors.GigatrainError)]
     for one in sorted(kinds, key=lambda one: one.exit_code):
         if one is not errors.GigatrainError:
             found[str(one.exit_code)] = (one.__name__, inspect.getdoc(one) or "")
-    found[str(errors.REQUEUE)] = ("REQUEUE", "It was asked to leave and is saved: start the same command again, with --resume or --continue.")
-    found[str(restart.NO_PROGRESS)] = ("NO_PROGRESS", "Restarts in place gained no step: do not start it again as it is; the log says what to mend.")
+    found[str(errors.REQUEUE)] = (
+        "REQUEUE",
+        "It was asked to leave and is saved: start the same command again, with --resume or --continue.",
+    )
+    found[str(restart.NO_PROGRESS)] = (
+        "NO_PROGRESS",
+        "Restarts in place gained no step: do not start it again as it is; the log says what to mend.",
+    )
     found["130"] = ("", "Ctrl-C, where there was nothing to save.")
     found["128 + N"] = ("", "Signal N ended it: 137 is SIGKILL, mostly the kernel's for want of memory.")
     return found
@@ -274,7 +288,9 @@ def sites() -> str:
         row = (
             f"`{site.name}`",
             site.country,
-            f"{_count(site.accelerators.value)} {f'`{site.accelerator}`' if site.accelerator else '?'}" if site.device == "cuda" else "none",
+            f"{_count(site.accelerators.value)} {f'`{site.accelerator}`' if site.accelerator else '?'}"
+            if site.device == "cuda"
+            else "none",
             _count(site.h100e.value),
             f"{total / 1e6:,.1f}" if total else "?",
             f"{site.power.pue.value:g}" if site.power.pue.value else "?",
@@ -311,14 +327,26 @@ def models() -> str:
         tokens = train.tokens or (train.steps or 0) * train.batch * train.sequence
         shape = recipe.model.architecture
         lines.append(f"| `{name}` | {f'{shape.parameters():,}' if shape else 'of its source'} | {tokens:,} | {cell(recipe.summary)} |")
-    lines += ["", "## Named architectures", "", "A recipe takes one by `model.architecture`, and changes a number of it beside `base`. ", ""]
+    lines += [
+        "",
+        "## Named architectures",
+        "",
+        "A recipe takes one by `model.architecture`, and changes a number of it beside `base`. ",
+        "",
+    ]
     lines += ["| name | family | parameters | active for a token | layers | hidden | vocabulary |", "|---|---|---|---|---|---|---|"]
     for name in sorted(architectures.named()):
         shape = Architecture.model_validate_json(json.dumps(architectures.resolve(name)))
         numbers = (shape.parameters(), shape.active_parameters(), shape.layers, shape.hidden, shape.vocab)
         lines.append(f"| `{name}` | {shape.family} | " + " | ".join(f"{number:,}" for number in numbers) + " |")
     families = load.schema("recipe")["$defs"]["Architecture"]["properties"]["family"]["enum"]
-    lines += ["", "## Families", "", "Checked against transformers in float64: " + ", ".join(f"`{family}`" for family in families) + ".", ""]
+    lines += [
+        "",
+        "## Families",
+        "",
+        "Checked against transformers in float64: " + ", ".join(f"`{family}`" for family in families) + ".",
+        "",
+    ]
     return "\n".join([*lines, "Any other causal model of transformers trains by its own code, by `model.from`.", ""])
 
 
@@ -329,8 +357,16 @@ def kernels() -> str:
     chosen = set(ops.available())
     lines = ["# Kernels and their versions", "", "The plan chooses one version per operation and prints why. A recipe overrules it by", ""]
     lines += ["```toml", 'kernels = { attention = "sdpa" }   # or "reference" for all', "```", ""]
-    lines += ["*Judged* versions compute the same numbers as `reference`, to rounding; *narrow* ones compute in low precision and are only taken where a recipe asks."]
-    lines += ["", MADE.format("`gigatrain/kernels`"), "", "| operation | file | judged versions | narrow | not on |", "|---|---|---|---|---|"]
+    lines += [
+        "*Judged* versions compute the same numbers as `reference`, to rounding; *narrow* ones compute in low precision and are only taken where a recipe asks."
+    ]
+    lines += [
+        "",
+        MADE.format("`gigatrain/kernels`"),
+        "",
+        "| operation | file | judged versions | narrow | not on |",
+        "|---|---|---|---|---|",
+    ]
     for module in ops.MODULES:
         file = Path(inspect.getfile(module)).name
         for name, operation in module.OPERATIONS.items():

@@ -1,7 +1,7 @@
 """What mkdocs does to the pages: the generated reference and the long pages of the repository become pages of the site, and links work on both.
 
-A page is written for the repository's own view: it links to files by their place there. For the site those links are turned to the page that the file became, or
-to a copy of the file. `docs/reference/index.md#recipe` stands for the generated `reference/recipe.md`, which the repository does not have.
+A page is written for the repository's own view: it links to files by their place there. For the site those links are turned to the page that the file
+became, or to a copy of the file. `docs/reference/index.md#recipe` stands for the generated `reference/recipe.md`, which the repository does not have.
 """
 
 import importlib.util
@@ -30,7 +30,8 @@ _CODE = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)", re.DOTALL)
 def generate() -> Any:
     """docs/generate.py, which is no package."""
     spec = importlib.util.spec_from_file_location("gigatrain_docs_generate", ROOT / "docs" / "generate.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     return made
@@ -91,7 +92,10 @@ def named(here: str, text: str, places: Mapping[str, str]) -> str:
 
     def outside(part: str) -> str:
         parts, at = [], 0
-        taken = sorted([*((m.start(), m.end(), None) for m in LINK.finditer(part)), *((m.start(), m.end(), m) for m in _CODE.finditer(part))], key=lambda one: one[:2])
+        taken = sorted(
+            [*((m.start(), m.end(), None) for m in LINK.finditer(part)), *((m.start(), m.end(), m) for m in _CODE.finditer(part))],
+            key=lambda one: one[:2],
+        )
         for begin, end, code in taken:
             if begin < at:
                 continue
