@@ -3,6 +3,7 @@
 A recipe says what is wanted, a site (site.py) says what the machines are. Both are read by `gigatrain.load`; nobody reads them after `plan()`.
 """
 
+from datetime import date as Day
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -65,11 +66,22 @@ class Tokenizer(Section):
 
     source: str | None = Field(default=None, alias="from", description="Folder, tokenizer.json or hub name of a Hugging Face tokenizer.")
     train: TokenizerTraining | None = None
+    template: str | None = Field(
+        default=None,
+        description="Chat template in place of the tokenizer's own: chatml, or a jinja file. The special tokens of chatml are added where they are missing.",
+    )
+    special: tuple[str, ...] = Field(default=(), description="Special tokens that are added where they are missing, for a template of your own.")
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
+        default=None,
+        description="The day that a chat template is told when it asks; default: none, and templates write what they write without one.",
+    )
 
     @model_validator(mode="after")
     def one_of(self) -> Self:
         if (self.source is None) == (self.train is None):
             raise ValueError("needs exactly one of `from` (a folder, file or hub name) and `train` (a table)")
+        if self.date is not None:
+            Day.fromisoformat(self.date)
         return self
 
 
@@ -81,7 +93,25 @@ class Source(Section):
         default=None, description="File, folder or glob; `hub`: dataset name or folder; `megatron`: prefix of .bin and .idx."
     )
     pattern: str = Field(default="**/*", description="`text` in a folder: which files.")
-    field: str = Field(default="text", description="`jsonl`, `parquet`, `hub`: the column that holds the text.")
+    format: Literal["text", "chat", "sharegpt", "alpaca", "completion", "preference"] = Field(
+        default="text",
+        description="What a record of `jsonl`, `parquet` or `hub` is. chat: messages of role and content (and tools); sharegpt: conversations of from and "
+        "value; alpaca: instruction, input, output; completion: prompt and completion; preference: chosen and rejected. Of these only what the assistant "
+        "writes is trained.",
+    )
+    field: str = Field(
+        default="text",
+        description="`jsonl`, `parquet`, `hub`: the column that holds the text; of chat and sharegpt, if set, the turns (default: messages, conversations).",
+    )
+    too_long: Literal["truncate", "truncate_left", "drop", "refuse"] = Field(
+        default="truncate",
+        description="A document of more than `train.sequence` targets, where packing is packed: cut at its end or its beginning, left out, or refused by name.",
+    )
+    history: Literal["split", "skip", "refuse"] = Field(
+        default="split",
+        description="A conversation whose earlier turns the template writes in another way than when they were last (thinking that is dropped): one sample a "
+        "turn, each as the model sees it then; or left out; or refused by name.",
+    )
     subset: str | None = Field(default=None, description="`hub`: the dataset's configuration.")
     split: str = Field(default="train", description="`hub`: which split.")
     revision: str | None = Field(default=None, description="`hub`: commit or tag to pin.")
@@ -91,6 +121,8 @@ class Source(Section):
     def has_path(self) -> Self:
         if (self.kind == "stdlib") != (self.path is None):
             raise ValueError("`stdlib` takes no `path`" if self.path else f"`{self.kind}` needs `path`")
+        if self.format != "text" and self.kind not in ("jsonl", "parquet", "hub"):
+            raise ValueError(f"`format` {self.format!r} is of records, and `{self.kind}` has none; use jsonl, parquet or hub")
         return self
 
 
@@ -102,6 +134,9 @@ class BadDocuments(Section):
     short: Literal["keep", "skip", "refuse"] = Field(default="keep", description="Fewer than `min_tokens` tokens.")
     long: Literal["keep", "skip", "truncate", "refuse"] = Field(default="keep", description="More than `max_tokens` tokens.")
     unparsable: Literal["skip", "refuse"] = Field(default="skip", description="A JSON line or record that is not one, or lacks the field.")
+    unmarkable: Literal["skip", "refuse"] = Field(
+        default="skip", description="A conversation whose trained tokens cannot be proved, such as one that holds a special token as text."
+    )
     min_tokens: Count = 2
     max_tokens: Count = 100_000_000
 
@@ -114,13 +149,21 @@ class Data(Section):
     validation: Annotated[float, Field(ge=0.0, le=0.5)] = Field(
         default=0.005, description="Share of the documents held out, by a hash of their names (files) or of their text (records)."
     )
-    packing: Literal["stream", "document"] = Field(
+    packing: Literal["stream", "document", "packed"] = Field(
         default="stream",
-        description="`stream`: documents end to end, cut every `sequence` tokens; `document`: one a sample, cut or padded.",
+        description="`stream`: documents end to end, cut every `sequence` tokens; `document`: one a sample, cut or padded; `packed`: whole documents, as many "
+        "as fit best, each seeing itself alone.",
     )
     bad: BadDocuments = BadDocuments()
     workers: Annotated[int, Field(ge=0, le=256)] = Field(default=0, description="Processes that tokenise; 0 means one per core.")
     shard_bytes: Count = Field(default=1 << 26, description="Source bytes that go into one shard.")
+
+    @model_validator(mode="after")
+    def packs(self) -> Self:
+        for source in self.sources:
+            if source.too_long != "truncate" and self.packing != "packed":
+                raise ValueError(f'`too_long` {source.too_long!r} is of whole documents; set `packing` = "packed", or leave it out')
+        return self
 
 
 class Loss(Section):

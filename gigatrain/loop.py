@@ -26,6 +26,7 @@ from gigatrain.errors import DataError, RunError
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify
+from gigatrain.objectives import figures
 from gigatrain.observe import hang, prometheus, stragglers, trace, watch
 from gigatrain.observe.budget import Budget
 from gigatrain.observe.display import Display
@@ -158,6 +159,8 @@ def _steps(
             device=device,
         )
         stack.callback(batches.close)
+        for line in batches.packed():
+            say(f"  packed   {line}")
         with progress.spent("restore"):
             kept, power = _resume(near, engine, batches, this, display) if resumes else ({}, {})
         lives = stack.enter_context(replicated.joined(plan, mesh, engine, batches, display.line))
@@ -237,7 +240,7 @@ def _steps(
         def validate() -> None:
             if held is not None and _validates_at(plan, this.step) and metrics.validated < this.step:
                 with times.phase("validation"), progress.spent("validation"), energy.during("validation"):
-                    found = _validate(engine, held, health, times)
+                    found = _validate(plan, engine, held, health, times)
                 if found is not None:
                     metrics.validated = this.step
                     metrics.write({"step": this.step} | found)
@@ -380,7 +383,7 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
         device,
         torch.bfloat16 if plan.compute == "bf16" else torch.float32,
         sequence=plan.sequence,
-        packed=plan.data.packing == "stream",
+        packed=plan.data.packing != "document",
         ranks=shared,
     )
     if worst:
@@ -450,7 +453,7 @@ def _validates_at(plan: Plan, step: int) -> bool:
     return step == plan.steps or (plan.validation.every > 0 and step > 0 and step % plan.validation.every == 0)
 
 
-def _validate(engine: Engine, held: Validation, health: Health, times: trace.Trace) -> dict[str, Any] | None:
+def _validate(plan: Plan, engine: Engine, held: Validation, health: Health, times: trace.Trace) -> dict[str, Any] | None:
     """Loss per target on the held-out documents, and bits per byte of their text where the bytes are known; None when a signal cut it short."""
 
     def until_signal() -> Iterator[Any]:
@@ -460,11 +463,12 @@ def _validate(engine: Engine, held: Validation, health: Health, times: trace.Tra
             times.alive()
             yield part
 
-    nats, targets = engine.evaluate(until_signal()).tolist()
+    nats, targets, *sums = engine.evaluate(until_signal()).tolist()
     if health.wants_out:
         return None
     bits = nats / (0.6931471805599453 * held.text_bytes) if held.text_bytes else None
-    return {"val_loss": nats / targets, "val_targets": int(targets), "val_bits_per_byte": bits}
+    found = {f"val_{name}": number for name, number in figures.said(plan.objective, sums, targets).items()}
+    return {"val_loss": nats / targets, "val_targets": int(targets), "val_bits_per_byte": bits} | found
 
 
 def _summary(

@@ -36,7 +36,7 @@ import numpy as np
 
 import gigatrain
 from gigatrain import config
-from gigatrain.data import shards, sources, tokenizer
+from gigatrain.data import messages, shards, sources, templates, tokenizer
 from gigatrain.data.mixture import slot_counts
 from gigatrain.errors import DataError
 
@@ -93,7 +93,7 @@ class Corpus:
         if len(corpus.weights) != len(manifest["sources"]):
             raise DataError(f"{len(corpus.weights)} weights for the {len(manifest['sources'])} sources of {folder}")
         for prefix, record in corpus.shards():
-            for suffix in ("bin", "idx"):
+            for suffix in shards.files(record):
                 shards.check_size(prefix.with_name(f"{prefix.name}.{suffix}"), record[suffix]["bytes"])
         return corpus
 
@@ -128,7 +128,7 @@ class Corpus:
 
     def tokenizer(self) -> tokenizer.Tokenizer:
         """The tokenizer that made the corpus."""
-        return tokenizer.load(str(self.folder / "tokenizer"))
+        return tokenizer.load(str(self.folder / "tokenizer"), self.manifest["tokenizer"].get("date"))
 
     def describe(self) -> list[str]:
         """The corpus in a few lines, for people."""
@@ -137,6 +137,8 @@ class Corpus:
             for split in SPLITS:
                 found = source["splits"][split]
                 text = "" if found["text_bytes"] is None else f" of {found['text_bytes']:,} bytes of text"
+                if "trained" in found:
+                    text += f", {found['trained']:,} of them trained"
                 lines.append(f"source {source['name']}, {split}: {found['documents']:,} documents, {found['tokens']:,} tokens{text}")
             lines += [f"source {source['name']}, {kind}: {source[kind]}" for kind in ("skipped", "mended") if source[kind]]
         named = self.folder / "skipped.jsonl"
@@ -171,6 +173,8 @@ def build(data: config.Data, spec: config.Tokenizer, *, progress: Progress | Non
     folder = Path(data.folder).expanduser().absolute() / key
     if (folder / "manifest.json").is_file():
         return _opened(folder, weights, data, check)
+    if asks := [source for source in data.sources if source.format == "preference"]:
+        raise DataError(f"source {asks[0].path} holds pairs (preference), which no objective of this recipe reads; set another `format`")
     report = progress or (lambda *_: None)
     try:
         for below in ("shards", "parts"):
@@ -239,15 +243,22 @@ def _identity(data: config.Data, spec: config.Tokenizer, existing: tokenizer.Tok
             inputs.update(json.dumps([part.source, part.number, piece.name, place, piece.start, piece.stop, piece.stamp]).encode())
     return {
         "format": FORMAT,
-        "sources": [source.model_dump(mode="json", exclude={"weight"}) for source in data.sources],
+        "sources": [_meaning(source, {"format", "too_long", "history"}, {"weight"}) for source in data.sources],
         "tokenizer": [existing.sha256, existing.bos, existing.eos]
         if existing
-        else spec.model_dump(mode="json") | {"pieces": tokenizer.PIECES},
-        "bad": data.bad.model_dump(mode="json"),
+        else _meaning(spec, {"template", "special", "date"}) | {"pieces": tokenizer.PIECES},
+        **({"template": found} if (found := templates.identity(spec, existing, data.sources)) else {}),
+        "bad": _meaning(data.bad, {"unmarkable"}),
         "validation": data.validation,
         "shard_bytes": data.shard_bytes,
         "inputs": inputs.hexdigest(),
     }
+
+
+def _meaning(section: config.Section, later: set[str], never: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
+    """A section as it decides the tokens; of keys that came `later` only those that are set, so that older corpora keep their names."""
+    plain = {name for name in later if getattr(section, name) == type(section).model_fields[name].default}
+    return section.model_dump(mode="json", exclude=never | plain)
 
 
 @contextmanager
@@ -327,6 +338,12 @@ def documents(data: config.Data, part: sources.Part) -> Iterator[Usable]:
 def _refuse(bad: config.BadDocuments, reason: str, where: str, source: config.Source) -> None:
     """DataError if the policy for `reason` is "refuse"."""
     name = reason.partition(":")[0]
+    if name == "history":
+        if source.history == "refuse":
+            raise DataError(
+                f"{source.path}: document {where}: {reason.partition(': ')[2]}; set `history` of the source to \"split\": one sample a turn, or \"skip\""
+            )
+        return
     key = "unparsable" if name == "corrupt" else name
     if getattr(bad, key) == "refuse":
         raise DataError(f"{source.path or source.kind}: document {where} is {reason}; mend it, or set `data.bad.{key}` to 'skip'")
@@ -348,7 +365,7 @@ def _tokenizer(job: Job) -> tokenizer.Tokenizer:
     """The tokenizer in the corpus's own folder: copied there, or trained on a sample of the training documents."""
     place, temporary = job.folder / "tokenizer", job.folder / "tokenizer.tmp"
     if place.is_dir():
-        return tokenizer.load(str(place))
+        return tokenizer.load(str(place), job.spec.date)
     shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed
     try:
         temporary.mkdir()
@@ -362,15 +379,17 @@ def _tokenizer(job: Job) -> tokenizer.Tokenizer:
                     f"no training document to train a tokenizer on, in {len(job.data.sources)} sources; {_empty_hint(job.data)}"
                 )
             job.report("train tokenizer", 0, 1)
-            tokenizer.train(texts, job.spec.train.vocab, temporary)
+            tokenizer.train(texts, job.spec.train.vocab, temporary, templates.asked(job.spec)[1])
             job.report("train tokenizer", 1, 1)
+        templates.install(temporary, job.spec)
+        templates.fits(tokenizer.load(str(temporary)), job.data.sources)
         for path in temporary.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         temporary.rename(place)
     except OSError as error:
         raise shards.full_disk(error, place) from error
-    return tokenizer.load(str(place))
+    return tokenizer.load(str(place), job.spec.date)
 
 
 def _sample(job: Job, max_bytes: int) -> list[str]:
@@ -387,7 +406,8 @@ def _sample(job: Job, max_bytes: int) -> list[str]:
         for document in documents(job.data, part):
             if document.skipped or document.validation:
                 continue
-            text = document.text[:max_bytes]
+            source = job.data.sources[part.source]
+            text = (document.text if source.format == "text" else messages.words(document.text))[:max_bytes]
             size = len(text.encode())
             digest = hashlib.blake2b(f"{part.source}/{document.where}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
             heapq.heappush(heap, (-int.from_bytes(digest, "big"), len(heap), size, text))
@@ -440,7 +460,7 @@ def _record(folder: Path, part: sources.Part) -> dict[str, Any] | None:
     record = json.loads(path.read_text(encoding="utf-8"))
     for split in record["splits"].values():
         for shard in split["shards"]:
-            for suffix in ("bin", "idx"):
+            for suffix in shards.files(shard):
                 shards.check_size(folder / f"{shard['prefix']}.{suffix}", shard[suffix]["bytes"])
     return record
 
@@ -475,7 +495,7 @@ def _parallel(
     environment = dict(os.environ, TOKENIZERS_PARALLELISM="false")  # one core each
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(gigatrain.__path__[0]).parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-P", "-m", "gigatrain.data.build"]  # -P: nothing is imported from the current folder
-    header = json.dumps({"data": job.data.model_dump_json(), "tokenizer": str(ready.folder), "folder": str(job.folder)})
+    header = json.dumps({"data": job.data.model_dump_json(), "tokenizer": str(ready.folder), "date": ready.date, "folder": str(job.folder)})
     processes: list[subprocess.Popen[str]] = []
     stopped = threading.Event()
 
@@ -543,7 +563,7 @@ def _worker() -> None:
     """
     try:
         header = json.loads(sys.stdin.readline())
-        data, ready = config.Data.model_validate_json(header["data"]), tokenizer.load(header["tokenizer"])
+        data, ready = config.Data.model_validate_json(header["data"]), tokenizer.load(header["tokenizer"], header["date"])
         listed: dict[int, list[sources.Part]] = {}
         for line in sys.stdin:
             source, number = json.loads(line)
@@ -571,15 +591,16 @@ def _adopt(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part) ->
     shard = shards.Shard(prefix)
     ends = shard.check(ready.vocab)
     files = {}
-    for suffix, path in (("bin", shard.bin), ("idx", shard.idx)):
+    for suffix in ("bin", "idx", *(("mask",) if shard.marks is not None else ())):
+        path = prefix.with_name(f"{prefix.name}.{suffix}")
         files[suffix] = {"bytes": path.stat().st_size, "sha256": shards.file_sha256(path)}
     cut = shard.documents - round(shard.documents * data.validation)
     splits = {}
     for split, first, stop in (("train", 0, cut), ("validation", cut, shard.documents)):
         start, end = shard.starts(first, first + 1)[0], shard.starts(stop, stop + 1)[0]
-        found = (
-            [{"prefix": str(prefix), "first": first, "documents": stop - first, "tokens": int(end - start), **files}] if end > start else []
-        )
+        marks = {} if shard.marks is None else {"trained": int(np.count_nonzero(shard.marks[start:end]))}
+        one = {"prefix": str(prefix), "first": first, "documents": stop - first, "tokens": int(end - start), **marks, **files}
+        found = [one] if end > start else []
         splits[split] = {"shards": found, "text_bytes": None if found else 0}
     bos = ready.bos is not None and ends["opens"] == ready.bos
     return {
@@ -595,7 +616,8 @@ def _adopt(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part) ->
 def _write(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part, folder: Path) -> dict[str, Any]:
     """Tokenise the documents of a part into one shard a split."""
     bad, source = data.bad, data.sources[part.source]
-    writers = {split: shards.ShardWriter(folder / "shards" / f"{part.name}.{split}", ready.vocab) for split in SPLITS}
+    chats = source.format != "text"
+    writers = {split: shards.ShardWriter(folder / "shards" / f"{part.name}.{split}", ready.vocab, marked=chats) for split in SPLITS}
     text_bytes = dict.fromkeys(SPLITS, 0)
     skipped: Counter[str] = Counter()
     mended: Counter[str] = Counter()
@@ -608,7 +630,33 @@ def _write(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part, fo
         if len(named) < NAMED:
             named.append({"source": source.path or source.kind, "document": where, "reason": reason})
 
+    def converse(document: Usable) -> None:
+        """Store the samples of a conversation; how many bytes of its text are trained, nobody counts."""
+        found = messages.samples(source, document.text, ready)
+        if isinstance(found, str):
+            _refuse(bad, found, document.where, source)
+            skip(document.where, found)
+            return
+        if len(found) > 1:
+            mended["split by turn"] += 1
+        for ids, trained in found:
+            reason = ""
+            if len(ids) > bad.max_tokens and bad.long != "keep":
+                reason = f"long: {len(ids)} tokens, and the most is {bad.max_tokens}"
+            elif len(ids) < bad.min_tokens and bad.short != "keep":
+                reason = f"short: {len(ids)} tokens, and the least is {bad.min_tokens}"
+            if reason and not (reason.startswith("long") and bad.long == "truncate" and trained[1 : bad.max_tokens].any()):
+                _refuse(bad, reason, document.where, source)
+                skip(document.where, reason)
+                continue
+            mended.update(["truncated"] if reason else [document.mended] if document.mended else [])
+            writers[SPLITS[document.validation]].add(*((ids[: bad.max_tokens], trained[: bad.max_tokens]) if reason else (ids, trained)))
+
     def flush(batch: list[Usable]) -> None:
+        if chats:
+            for document in batch:
+                converse(document)
+            return
         for document, ids in zip(batch, ready.documents([document.text for document in batch]), strict=True):
             count, text, stored = len(ids) - extra, document.text.encode(), ids
             split = SPLITS[document.validation]
@@ -649,7 +697,7 @@ def _write(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part, fo
         for split in SPLITS:
             shard = writers[split].finish()
             found = [{"prefix": f"shards/{part.name}.{split}", **shard}] if shard else []
-            splits[split] = {"shards": found, "text_bytes": text_bytes[split]}
+            splits[split] = {"shards": found, "text_bytes": None if chats and found else text_bytes[split]}
         if 0 < text_bytes["validation"] <= XZ_BYTES:
             shards.write_atomically(_heldout(folder, part.name), b"".join(heldout))
     finally:
@@ -658,7 +706,7 @@ def _write(data: config.Data, ready: tokenizer.Tokenizer, part: sources.Part, fo
     return {
         "splits": splits,
         "starts_with_bos": ready.bos is not None,
-        "ends_with_eos": True,
+        "ends_with_eos": not chats,  # a template ends a conversation as it likes
         "skipped": dict(sorted(skipped.items())),
         "mended": dict(sorted(mended.items())),
         "named": named,
@@ -686,8 +734,11 @@ def _finish(job: Job, ready: tokenizer.Tokenizer, records: list[dict[str, Any]],
                 "text_bytes": sum(record["text_bytes"] for record in held) if known else None,
                 "shards": entries,
             }
+            if any("trained" in shard for shard in entries):
+                splits[split]["trained"] = sum(shard.get("trained", shard["tokens"]) for shard in entries)
         found.append(
             {
+                "too_long": source.too_long,
                 "name": f"{number} ({source.kind}{f' {source.path}' if source.path else ''})",
                 "starts_with_bos": all(record["starts_with_bos"] for record in mine),
                 "ends_with_eos": all(record["ends_with_eos"] for record in mine),
@@ -726,7 +777,7 @@ def _finish(job: Job, ready: tokenizer.Tokenizer, records: list[dict[str, Any]],
         "vocab": ready.vocab,
         "eos": ready.eos,
         "starts_with_bos": ready.bos is not None,
-        "tokenizer": {"sha256": ready.sha256},
+        "tokenizer": {"sha256": ready.sha256} | ({} if ready.date is None else {"date": ready.date}),
         "sources": found,
         "totals": totals,
         "skipped": dict(sorted(skipped.items())),
@@ -735,9 +786,10 @@ def _finish(job: Job, ready: tokenizer.Tokenizer, records: list[dict[str, Any]],
     order = [
         [source["starts_with_bos"], source["ends_with_eos"]]
         + [
-            [[s["bin"]["sha256"], s["idx"]["sha256"], s.get("first", 0), s["tokens"]] for s in source["splits"][split]["shards"]]
+            [[*(s[name]["sha256"] for name in shards.files(s)), s.get("first", 0), s["tokens"]] for s in source["splits"][split]["shards"]]
             for split in SPLITS
         ]
+        + ([source["too_long"]] if source["too_long"] != "truncate" else [])
         for source in found
     ]
     manifest["sha256"] = _digest([FORMAT, ready.sha256, ready.vocab, ready.eos, order])

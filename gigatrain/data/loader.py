@@ -22,9 +22,10 @@ from torch import Tensor
 from gigatrain.data.build import Corpus
 from gigatrain.data.mixture import Mixture
 from gigatrain.data.pack import IGNORED, Sample, Samples
+from gigatrain.data.packs import Packs
 from gigatrain.errors import DataError
 
-Packing = Literal["stream", "document"]
+Packing = Literal["stream", "document", "packed"]
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,22 @@ class Batch:
     positions: Sequence[int]
 
 
-def samples_of(corpus: Corpus, split: str, sequence: int, packing: Packing) -> list[Samples]:
+def samples_of(corpus: Corpus, split: str, sequence: int, packing: Packing) -> list[Samples | Packs]:
     """The samples of every source of a split; validation keeps its last, partial ones."""
-    found = []
+    found: list[Samples | Packs] = []
     for number, source in enumerate(corpus.manifest["sources"]):
         eos_opens = source["ends_with_eos"] and not source["starts_with_bos"]
-        stream = corpus.stream(number, split)
+        stream, too_long = corpus.stream(number, split), source.get("too_long", "truncate")
+        if packing == "packed":
+            found.append(Packs(stream, sequence=sequence, eos=corpus.eos, too_long=too_long, name=source["name"]))
+            continue
         found.append(
             Samples(stream, sequence=sequence, packing=packing, eos=corpus.eos, eos_opens=eos_opens, partial=split == "validation")
         )
     return found
 
 
-def stack(rows: list[tuple[Samples, int] | None], sequence: int, eos: int, device: torch.device) -> Microbatch:
+def stack(rows: list[tuple[Samples | Packs, int] | None], sequence: int, eos: int, device: torch.device) -> Microbatch:
     """(samples, index) pairs as one microbatch on the CPU, in pinned memory if it will go to a GPU; None is a row without labels."""
     pinned = device.type == "cuda"
     tensors = [
@@ -135,6 +139,8 @@ class Batches:
                 raise DataError(
                     f"source {name} has {samples.stream.tokens:,} training tokens, fewer than one sample of {sequence:,}; "
                     "add documents, or lower `train.sequence`"
+                    if packing != "packed"
+                    else f"source {name} has no document left to train on ({samples.stream.documents:,} before `too_long`); raise train.sequence"
                 )
         self.mixture = Mixture([len(samples) for samples in self.samples], corpus.weights, seed)
         self.position = position
@@ -145,6 +151,14 @@ class Batches:
     def dropped(self) -> int:
         """Tokens at the ends of the streams that make no full sample, and are never trained on."""
         return sum(samples.dropped for samples in self.samples)
+
+    def packed(self) -> list[str]:
+        """What packing whole documents came to, one line a source; [] where they are not packed."""
+        return [
+            samples.counts.words(name, self.sequence)
+            for name, samples in zip(self.corpus.sources, self.samples, strict=True)
+            if isinstance(samples, Packs)
+        ]
 
     @property
     def epochs(self) -> float:
@@ -224,7 +238,7 @@ class Batches:
         """This rank's share of the step that starts at a global position, on the CPU; or that of the reader `shift` later."""
         positions, begin = self.stream(position, self.batch), (self.share.start + shift * len(self.share)) % self.batch
         places = self.mixture.many(positions[begin : begin + len(self.share)])
-        rows: list[tuple[Samples, int] | None] = [(self.samples[source], sample) for source, _, sample in places]
+        rows: list[tuple[Samples | Packs, int] | None] = [(self.samples[source], sample) for source, _, sample in places]
         rows += [None] * (self.rows - len(rows))
         parts = tuple(
             stack(rows[start : start + self.microbatch], self.sequence, self.corpus.eos, self.device)
@@ -345,7 +359,7 @@ class Validation:
         count = min(total, max_samples or total)
         # A subset is spread evenly over all documents.
         chosen = [index * total // count for index in range(count)]
-        self.mine: list[tuple[Samples, int] | None] = []
+        self.mine: list[tuple[Samples | Packs, int] | None] = []
         for index in chosen[rank::ranks]:
             source = int(np.searchsorted(ends, index, "right"))
             self.mine.append((self.samples[source], index - int(ends[source]) + len(self.samples[source])))

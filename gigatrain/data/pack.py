@@ -87,6 +87,8 @@ class Samples:
         sample.tokens[max(count, 1 - before) :] = self.eos
         sample.labels[:count] = read[before:]
         sample.labels[count:] = IGNORED
+        if (trained := self.stream.trained(start, stop)) is not None:
+            sample.labels[:count][~trained] = IGNORED
         sample.positions[:] = np.arange(self.sequence)
         sample.documents[:] = 0
         if self.packing == "document":

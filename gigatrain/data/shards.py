@@ -3,7 +3,7 @@
 Layout of `.idx`, little endian: `MMIDIDX\\0\\0`, version u64 = 1, type code u8, S = sequences u64, D = document marks u64 (documents + 1),
 then S int32 lengths in tokens, S int64 byte offsets into `.bin`, D int64 sequence numbers, the first 0 and the last S. `.bin` is the tokens
 alone. Source: NVIDIA/Megatron-LM, megatron/core/datasets/indexed_dataset.py. Our writer makes a document one sequence; the reader takes any
-number.
+number. `.mask`, which only we have, is one byte a token of `.bin`: 1 where the token is trained, 0 where it is context. Without it all are trained.
 """
 
 import errno
@@ -78,15 +78,17 @@ def file_sha256(path: Path) -> str:
 class ShardWriter:
     """Writes one shard under temporary names; nobody sees it before `finish`, and nothing stays of it after `abort`."""
 
-    def __init__(self, prefix: Path, vocab: int) -> None:
+    def __init__(self, prefix: Path, vocab: int, *, marked: bool = False) -> None:
         self.prefix, self.vocab, self.dtype = prefix, vocab, np.dtype(dtype_for(vocab))
+        self.marks: list[bytes] | None = [] if marked else None
         self.sizes: list[int] = []
         self.hash = hashlib.sha256()  # of what was meant to be written, so that a disk's error is seen too
         self.temporary = prefix.with_name(f"{prefix.name}.bin.{os.getpid()}.tmp")
         self.file: Any = None
 
-    def add(self, ids: np.ndarray) -> None:
-        """Append one document, ids [n]; DataError if one is not below the vocabulary's size."""
+    def add(self, ids: np.ndarray, trained: np.ndarray | None = None) -> None:
+        """Append one document, ids [n], and of a marked shard which of them are trained; DataError if one is not below the vocabulary's size."""
+        assert (trained is None) == (self.marks is None), "all documents of a shard have marks, or none"
         if ids.size and (int(ids.max()) >= self.vocab or int(ids.min()) < 0):
             raise DataError(
                 f"a document for {self.prefix} has token id {ids.max()} (lowest {ids.min()}), and the vocabulary is {self.vocab}"
@@ -103,6 +105,10 @@ class ShardWriter:
             raise full_disk(error, self.prefix) from error
         self.hash.update(data)
         self.sizes.append(ids.size)
+        if self.marks is not None:
+            assert trained is not None
+            assert trained.shape == ids.shape
+            self.marks.append(trained.astype(np.uint8).tobytes())
 
     def finish(self) -> dict[str, Any] | None:
         """Publish the shard and return its record, or None if it has no document.
@@ -123,10 +129,16 @@ class ShardWriter:
             os.replace(self.temporary, self.prefix.with_name(self.prefix.name + ".bin"))
         except OSError as error:
             raise full_disk(error, self.prefix) from error
+        marks = {}
+        if self.marks is not None:
+            content = b"".join(self.marks)
+            write_atomically(self.prefix.with_name(self.prefix.name + ".mask"), content)
+            marks = {"trained": content.count(1), "mask": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
         write_atomically(self.prefix.with_name(self.prefix.name + ".idx"), index)
         return {
             "documents": len(sizes),
             "tokens": int(ends[-1]),
+            **marks,
             "bin": {"bytes": int(ends[-1]) * self.dtype.itemsize, "sha256": self.hash.hexdigest()},
             "idx": {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()},
         }
@@ -183,6 +195,10 @@ class Shard:
         if int(self.marks[0]) != 0 or int(self.marks[-1]) != self.sequences:
             raise DataError(f"{self.idx} has documents from sequence {self.marks[0]} to {self.marks[-1]}, and there are {self.sequences}")
         self.tokens = np.asarray(np.memmap(self.bin, self.dtype, "r")) if bin_bytes else np.empty(0, self.dtype)
+        self.marks: np.ndarray | None = None
+        if (mask := prefix.with_name(prefix.name + ".mask")).is_file():
+            check_size(mask, len(self.tokens))
+            self.marks = np.asarray(np.memmap(mask, np.uint8, "r")) if bin_bytes else np.empty(0, np.uint8)
         # A document of one sequence each is what we and most others write; else the marks say which sequences open a document.
         self.plain = self.documents == self.sequences
 
@@ -322,6 +338,25 @@ class Stream:
             rows.append(tokens)
         return (np.concatenate(rows) if len(rows) != 1 else rows[0]).astype(np.int64) if rows else np.empty(0, np.int64)
 
+    def trained(self, start: int, stop: int) -> np.ndarray | None:
+        """Which tokens of [start, stop) are trained, bool; None: all."""
+        rows, some = [], False
+        for number, first, last in self._pieces(start, stop):
+            shard, base = self.shard(number)
+            marks = shard.marks if "mask" in self.records[number] else None  # one that came beside a shard later is not the corpus's
+            some |= marks is not None
+            rows.append(np.ones(last - first, bool) if marks is None else marks[base + first : base + last] != 0)
+        return (np.concatenate(rows) if len(rows) != 1 else rows[0]) if some else None
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of every document, int64, in order; reads the index of every shard."""
+        rows = [np.empty(0, np.int64)]
+        for number, record in enumerate(self.records):
+            shard, _ = self.shard(number)
+            first = record.get("first", 0)
+            rows.append(np.diff(shard.starts(first, first + record["documents"] + 1)))
+        return np.concatenate(rows)
+
     def boundaries(self, start: int, stop: int) -> np.ndarray:
         """Offsets in [start, stop) at which a document starts, ascending int64; O(log documents) and the documents found."""
         rows = []
@@ -346,9 +381,14 @@ class Stream:
         return f"{shard.bin} at byte {offset * shard.dtype.itemsize:,} (token {offset:,}, document {shard.document_at(offset):,})"
 
 
+def files(record: dict[str, Any]) -> list[str]:
+    """Suffixes of a shard's files."""
+    return [suffix for suffix in ("bin", "idx", "mask") if suffix in record]
+
+
 def verify(prefix: Path, record: dict[str, Any]) -> None:
     """Compare a shard's sizes and SHA-256 with its record; DataError names the file."""
-    for suffix in ("bin", "idx"):
+    for suffix in files(record):
         path = prefix.with_name(f"{prefix.name}.{suffix}")
         check_size(path, record[suffix]["bytes"])
         found = file_sha256(path)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gigatrain.config import Source
+from gigatrain.data import messages
 from gigatrain.errors import DataError
 
 # Of the standard library: tests and vendored or installed packages, then text that a program wrote: help topics and tables of character
@@ -241,6 +242,8 @@ def _record(source: Source, where: str, line: bytes) -> Raw:
         value = _replaced(line)
         if value is None:
             return Raw(where, None, bad="unparsable: neither UTF-8 nor JSON")
+        if source.format != "text":
+            return _conversation(source, where, value)
         text = value.get(source.field) if isinstance(value, dict) else None
         # Found bad, but kept as bytes so that `undecodable = "replace"` can have the text.
         if not isinstance(text, str):
@@ -248,10 +251,20 @@ def _record(source: Source, where: str, line: bytes) -> Raw:
         return Raw(where, b"".join(c.encode("utf-8", "surrogateescape" if "\udc80" <= c <= "\udcff" else "surrogatepass") for c in text))
     except (ValueError, RecursionError) as error:
         return Raw(where, None, bad=f"unparsable: {error}")
+    if source.format != "text":
+        return _conversation(source, where, value)
     text = value.get(source.field) if isinstance(value, dict) else None
     if not isinstance(text, str):
         return Raw(where, None, bad=f"unparsable: no text in field {source.field!r}")
     return Raw(where, text)
+
+
+def _conversation(source: Source, where: str, value: Any) -> Raw:
+    """A record that is no plain text, as the text of its columns."""
+    try:
+        return Raw(where, messages.text_of(source, value))
+    except messages.Unparsable as error:
+        return Raw(where, None, bad=f"unparsable: {error}")
 
 
 def _replaced(line: bytes) -> Any:
@@ -320,19 +333,27 @@ def _row_groups(source: Source, path: Path, name: str, stamp: str, shard_bytes: 
         metadata = arrow.parquet.ParquetFile(path).metadata
     except (arrow.ArrowException, OSError):
         return [Piece(name, str(path), 0, 1, path.stat().st_size, stamp)]
-    if source.field not in metadata.schema.to_arrow_schema().names:
-        raise DataError(
-            f"{path} has no column {source.field!r}; its columns are {metadata.schema.to_arrow_schema().names}: set `field` of the source"
-        )
-    column = metadata.schema.to_arrow_schema().names.index(source.field)
+    names = metadata.schema.to_arrow_schema().names
+    _columns(source, names, str(path))
+    column = names.index(source.field) if source.format == "text" else len(names)
     found, start, size = [], 0, 0
     for group in range(metadata.num_row_groups):
         row_group = metadata.row_group(group)
-        size += row_group.column(column).total_uncompressed_size if column < row_group.num_columns else row_group.total_byte_size
+        nested = source.format != "text" or column >= row_group.num_columns
+        size += row_group.total_byte_size if nested else row_group.column(column).total_uncompressed_size
         if size >= shard_bytes or group == metadata.num_row_groups - 1:
             found.append(Piece(name, str(path), start, group + 1, size, stamp))
             start, size = group + 1, 0
     return found
+
+
+def _columns(source: Source, names: list[str], place: str) -> list[str]:
+    """The columns of `names` that a source reads; DataError if one that it needs is missing."""
+    needed, optional = ((source.field,), ()) if source.format == "text" else messages.columns(source)
+    for name in needed:
+        if name not in names:
+            raise DataError(f"{place} has no column {name!r}; its columns are {names}: set `field` of the source, or another `format`")
+    return [name for name in (*needed, *optional) if name in names]
 
 
 def _parquet(source: Source, piece: Piece) -> Iterator[Raw]:
@@ -341,13 +362,32 @@ def _parquet(source: Source, piece: Piece) -> Iterator[Raw]:
     try:
         file = arrow.parquet.ParquetFile(piece.path)
         row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-        for batch in file.iter_batches(1024, row_groups=range(piece.start, piece.stop), columns=[source.field]):
+        columns = _columns(source, file.schema_arrow.names, piece.path)
+        for batch in file.iter_batches(1024, row_groups=range(piece.start, piece.stop), columns=columns):
+            if source.format != "text":
+                for record in _rows_of(batch):
+                    where = f"{piece.name}:row {row}"
+                    yield _conversation(source, where, record) if record is not None else Raw(where, None, bad="undecodable: not UTF-8")
+                    row += 1
+                continue
             for value in _texts(arrow, batch.column(0), source, piece):
                 where = f"{piece.name}:row {row}"
                 yield Raw(where, value, bad="" if value is not None else f"unparsable: null in column {source.field!r}")
                 row += 1
     except (arrow.ArrowException, OSError) as error:
         yield Raw(f"{piece.name}:row {row}", None, bad=f"corrupt: {str(error).splitlines()[0]}")
+
+
+def _rows_of(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """The records of an Arrow batch, None for one whose texts are not UTF-8."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:  # raised before the first is yielded
+        for row in range(batch.num_rows):
+            try:
+                yield batch.slice(row, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield None
 
 
 def _texts(arrow: Any, column: Any, source: Source, piece: Piece) -> list[bytes | None]:
@@ -384,8 +424,7 @@ def _dataset(source: Source) -> Any:
     except Exception as error:  # offline, unknown, gated, damaged: the library has a type for each, and its first line says which
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise DataError(f"source hub {source.path!r} did not load: {reason[0]}; check `path`, `subset`, `split` and the network") from error
-    if source.field not in found.column_names:
-        raise DataError(f"source hub {source.path!r} has no column {source.field!r}; its columns are {found.column_names}: set `field`")
+    _columns(source, found.column_names, f"source hub {source.path!r}")
     return found
 
 
@@ -405,7 +444,12 @@ def _rows(source: Source, shard_bytes: int) -> list[Piece]:
 
 
 def _hub(source: Source, piece: Piece) -> Iterator[Raw]:
-    dataset = _dataset(source).select_columns([source.field])
+    dataset = _dataset(source)
+    dataset = dataset.select_columns(_columns(source, dataset.column_names, piece.name))
+    if source.format != "text":
+        for row in range(piece.start, piece.stop):
+            yield _conversation(source, f"{piece.name}:row {row}", dataset[row])
+        return
     for start in range(piece.start, piece.stop, 1000):
         texts = dataset[start : min(piece.stop, start + 1000)][source.field]
         for row, text in enumerate(texts, start):

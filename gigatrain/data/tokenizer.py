@@ -6,9 +6,11 @@ eos, and the eos of one document is the bos of the next.
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ class Tokenizer:
     bos: int | None
     eos: int
     sha256: str  # of tokenizer.json
+    date: str | None = None  # the day that a chat template is told (ISO 8601); None: it is told none
 
     @property
     def folder(self) -> Path:
@@ -67,21 +70,72 @@ class Tokenizer:
         """The text of ids, special tokens left out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    @cached_property
+    def templates(self) -> dict[str, str]:
+        """Its chat templates by name, as transformers reads them; {} without one."""
+        if (file := self.folder / "chat_template.jinja").is_file():
+            return {"default": file.read_text(encoding="utf-8")}
+        found = _settings(self.folder).get("chat_template")
+        if isinstance(found, list):
+            return {one["name"]: one["template"] for one in found if isinstance(one, dict) and {"name", "template"} <= one.keys()}
+        return {"default": found} if isinstance(found, str) else {}
 
-def train(texts: Iterable[str], vocab: int, folder: Path) -> Tokenizer:
+    def template_for(self, tools: bool) -> str | None:
+        """The chat template for conversations with or without tools; None if there is none."""
+        return self.templates.get("tool_use") if tools and "tool_use" in self.templates else self.templates.get("default")
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """What a chat template is told: `bos_token`, `eos_token` and their kin."""
+        settings = _settings(self.folder)
+        names = {key: _token(settings, key) for key in settings if key.endswith("_token") and isinstance(settings[key], str | dict)}
+        found = {key: name for key, name in names.items() if name is not None}
+        return {"eos_token": self.backend.id_to_token(self.eos)} | found
+
+    @cached_property
+    def marked(self) -> Backend:
+        """The encoder of what a chat template wrote: special tokens in the text are themselves, and offsets are those of the characters."""
+        content = json.loads(self.file.read_text(encoding="utf-8"))
+        # Of byte-level tokenizers it cuts blanks off the offsets, and without special tokens it does nothing else.
+        found = Backend.from_str(json.dumps(content | {"post_processor": None}))
+        found.no_truncation()
+        found.no_padding()
+        return found
+
+    @cached_property
+    def unmarked(self) -> Backend:
+        """As `marked`, with special tokens in the text being text."""
+        found = Backend.from_str(self.marked.to_str())
+        found.encode_special_tokens = True
+        return found
+
+    @cached_property
+    def specials(self) -> dict[int, str]:
+        """Special tokens by id."""
+        return {number: token.content for number, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
+    def special(self) -> re.Pattern[str]:
+        """Finds a special token in a text, the longest first."""
+        names = sorted(self.specials.values(), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+
+def train(texts: Iterable[str], vocab: int, folder: Path, special: tuple[str, ...] = ()) -> Tokenizer:
     """Train a byte-level tokenizer of at most `vocab` ids on `texts` and save it so that transformers' AutoTokenizer loads `folder`.
 
-    Deterministic: the same texts in any order give the same file. DataError if `vocab` cannot hold the 256 bytes and the special token.
+    special: further special tokens, for a chat template. Deterministic: the same texts in any order give the same file. DataError if `vocab` cannot hold
+    the 256 bytes and the special tokens.
     """
-    if vocab < 257:
-        raise DataError(f"tokenizer.train.vocab is {vocab}, and the 256 bytes and {END} need 257")
+    if vocab < 257 + len(special):
+        raise DataError(f"tokenizer.train.vocab is {vocab}, and the 256 bytes and {', '.join([END, *special])} need {257 + len(special)}")
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=[END], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=vocab, special_tokens=[END, *special], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
     backend.post_processor = processors.TemplateProcessing(
@@ -101,7 +155,7 @@ def train(texts: Iterable[str], vocab: int, folder: Path) -> Tokenizer:
     return load(str(folder))
 
 
-def load(source: str) -> Tokenizer:
+def load(source: str, date: str | None = None) -> Tokenizer:
     """Load a Hugging Face tokenizer from a folder, a tokenizer.json or a hub name; DataError says what is missing and where."""
     path = Path(source).expanduser()
     if path.is_file():
@@ -127,7 +181,7 @@ def load(source: str) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
-    return Tokenizer(backend, file, vocab, bos, eos, hashlib.sha256(content).hexdigest())
+    return Tokenizer(backend, file, vocab, bos, eos, hashlib.sha256(content).hexdigest(), date)
 
 
 def keep(ready: Tokenizer, folder: Path) -> Tokenizer:

@@ -34,7 +34,8 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, microbatches: Iterable[Microbatch]) -> Tensor:
-        """Sum of cross entropies in nats and count of targets over all ranks, as two fp64 numbers on the device."""
+        """What the objective reports (the sum of its losses, of language cross entropies in nats), summed over all ranks, fp64 on the device: that sum, the
+        count of targets, and the sums that objectives/figures.py names."""
         ...
 
     def state(self) -> State:

@@ -25,7 +25,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ from gigatrain.kernels import adamw, ops
 from gigatrain.kernels.ops import OPERATIONS
 from gigatrain.models.automodel import Auto
 from gigatrain.models.decoder import Decoder
+from gigatrain.objectives import figures
 from gigatrain.observe.metrics import Update
 from gigatrain.observe.trace import OFF
 from gigatrain.parallel import context
@@ -75,6 +76,7 @@ class DeepSpeed:
         self._fill(fresh)
         home = self._parts.flats[0].device
         self._nats, self._targets = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+        self._beside = torch.zeros(figures.count(plan.objective), dtype=torch.float64, device=device)
         self.loss = torch.zeros((), device=device)
         self.judge = Judge(plan.numerics.window, plan.numerics.sigma, device)
         self._updates = self.judge.updates
@@ -82,6 +84,7 @@ class DeepSpeed:
         self._masks = int.from_bytes(hashlib.sha256(f"{plan.seed}/dropout".encode()).digest()[:5], "little")
         self._terms = source.terms(plan)
         self._taken: State | None = None
+        self._known: dict[str, Tensor] = {}  # what the objective was told of the whole step
 
     def _initialize(self, library: Any, kernels: Mapping[str, str]) -> tuple[Any, "Flat"]:
         """DeepSpeed's engine around a model of undefined weights, whose parameters are flattened and partitioned."""
@@ -134,16 +137,18 @@ class DeepSpeed:
         """Gradients of the mean loss per target over all ranks, however the step is cut."""
         self._taken = None
         self._nats.zero_()
+        self._beside.zero_()
         self.loss.zero_()
         self._targets.fill_(batch.targets)
         work = None
         if (group := self.mesh.group(*DATA)) is not None:
             work = distributed.all_reduce(self._targets, group=group, async_op=True)  # behind the first forward
         share: Tensor | None = None
+        self._look_ahead(batch.microbatches)
         for index, part in enumerate(batch.microbatches):
             self.trace.mark("forward")
             self._engine.set_gradient_accumulation_boundary(index == len(batch.microbatches) - 1)
-            loss, cross_entropy = self._loss(part, **self._terms, seed=self._seed(index))
+            loss, reported = self._loss(part, **self._terms, seed=self._seed(index))
             if share is None:
                 if work is not None:
                     work.wait()
@@ -151,14 +156,33 @@ class DeepSpeed:
             loss = loss * share
             self.trace.mark("backward")
             self._engine.backward(loss * self.mesh.count, scale_wrt_gas=False)
-            self._nats += cross_entropy
+            self._report(reported, self._nats)
             self.loss += loss.detach()
 
-    def _loss(self, part: Microbatch, **terms: Any) -> tuple[Tensor, Tensor]:
+    def _report(self, reported: Tensor, total: Tensor) -> None:
+        """Add what an objective reports of a microbatch to `total` and to the sums beside it."""
+        if reported.ndim:
+            total += reported[0]
+            self._beside += reported[1:]
+        else:
+            total += reported
+
+    @torch.no_grad()
+    def _look_ahead(self, parts: Sequence[Microbatch]) -> None:
+        """What an objective must know of the whole step before its first loss, over all ranks and on the device."""
+        if objectives.looks_ahead(self.plan.objective):
+            sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+            for part in parts:
+                sums += self._loss(part, ahead=True)  # type: ignore[arg-type]
+            self._known = {"known": objectives.known(self.mesh.sum(sums, *DATA))}
+
+    def _loss(self, part: Microbatch, **terms: Any) -> Any:
         """Without documents every row counts from 0, and one table of positions serves all rows; ranks of `context` begin elsewhere."""
         part = context.cut(part, self.mesh, self.plan.mesh.exchange)
         counts = part.documents is None and self.mesh.size("context") == 1
-        return self._engine(part.tokens, part.labels, None if counts else part.positions, part.documents, part.given, **terms)
+        return self._engine(
+            part.tokens, part.labels, None if counts else part.positions, part.documents, part.given, **self._known, **terms
+        )
 
     def _seed(self, microbatch: int) -> Tensor | None:
         """As the native engine's: a function of the run's seed, the step, the microbatch and who reads it, counted on the device."""
@@ -177,14 +201,18 @@ class DeepSpeed:
         assert self._engine.was_step_applied(), "DeepSpeed refused what it was not asked to judge"
         self.judge.count()
         self.trace.mark("rest")
-        return Update(self._nats, self._targets, norm, self.judge.fate)
+        return Update(self._nats, self._targets, norm, self.judge.fate, self._beside if len(self._beside) else None)
 
     def _judge(self) -> tuple[Tensor, Tensor, Tensor]:
         """`(norm, scale, skip)` over all ranks, of which each holds another partition; the sum of the cross entropies travels with the squares."""
         clip = self.plan.optim.clip
         mine = self._norm(self._parts.gradients())[0].to(self.device).double().square()
         own = self._nats
-        squares, self._nats, loss = self.mesh.sum(torch.stack([mine, self._nats, self.loss.double()])).unbind()
+        squares, self._nats, loss, *beside = self.mesh.sum(
+            torch.cat([torch.stack([mine, self._nats, self.loss.double()]), self._beside])
+        ).unbind()
+        if beside:
+            self._beside = torch.stack(beside)
         norm = squares.sqrt().float()
         skip = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         scale = torch.ones_like(norm) if clip is None else clip / torch.clamp(norm, min=clip)
@@ -192,15 +220,18 @@ class DeepSpeed:
 
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[Microbatch]) -> Tensor:
-        """Cross entropy in nats and targets, summed in fp64 over held-out microbatches of all ranks; each must have as many, since ZeRO-3 gathers."""
+        """What the objective reports of held-out microbatches of all ranks, the targets behind its first number; each must have as many, since ZeRO-3
+        gathers."""
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._beside.zero_()
         self._engine.eval()
+        if objectives.looks_ahead(self.plan.objective):
+            self._look_ahead(microbatches := list(microbatches))
         for part in microbatches:
-            _, cross_entropy = self._loss(part)
-            targets = (part.labels >= 0).sum().double() * float(self.mesh.at["context"] == 0)
-            total += torch.stack([cross_entropy.double(), targets])
+            self._report(self._loss(part)[1], total[0])
+            total[1] += objectives.targets(self.plan.objective, part) * float(self.mesh.at["context"] == 0)
         self._engine.train()
-        return self.mesh.sum(total)
+        return self.mesh.sum(torch.cat([total, self._beside]))
 
     # ---- What a checkpoint keeps ----
 
@@ -302,9 +333,13 @@ class _Training(nn.Module):
         positions: Tensor | None,
         documents: Tensor | None,
         given: Mapping[str, Tensor] | None = None,
+        *,
+        ahead: bool = False,
         **terms: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Any:
         part = Microbatch(tokens, labels, positions if positions is not None else tokens, documents, given)
+        if ahead:
+            return objectives.ahead(self.objective, self.decoder, part)
         loss, reported = objectives.compute(self.objective, self.decoder, part, positions, **terms)
         return loss, reported.detach()
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from gigatrain import objectives
 from gigatrain.architectures import Architecture
 from gigatrain.data.loader import Batch, Microbatch
 from gigatrain.engines import low, source
@@ -29,6 +30,7 @@ from gigatrain.kernels.router import bias_update
 from gigatrain.models import fused
 from gigatrain.models.automodel import Auto
 from gigatrain.models.decoder import LAYOUT, Decoder, Part, kind_of
+from gigatrain.objectives import figures
 from gigatrain.observe.metrics import Update
 from gigatrain.observe.trace import OFF
 from gigatrain.optim.adamw import AdamW, Flat, views
@@ -161,7 +163,7 @@ class Native:
             self.grads = {}  # there are none between two steps, and only `_release` knows them within one
         self._sums = self._sum_in_products() if plan.fuses("main_grads") else {}  # by the names of the weights
         if isinstance(only := next(iter(self.stages.values())), Auto) and fresh:
-            only.verify(documents=plan.data.packing == "stream", device=device)
+            only.verify(documents=plan.data.packing != "document", device=device)
         self._stretches = self._by_weight()
         self._copies = Copies(mesh, [(group.grads.buffer, group.grads.views) for group in self.groups]) if self._sums_copies else None
         self._sends = False
@@ -174,6 +176,9 @@ class Native:
         self.loss = torch.zeros((), device=device)
         self._nats = torch.zeros((), dtype=torch.float64, device=device)
         self._targets = torch.zeros((), dtype=torch.float64, device=device)
+        # Sums that an objective reports behind its loss, and what it was told of the whole step.
+        self._beside = torch.zeros(figures.count(plan.objective), dtype=torch.float64, device=device)
+        self._known: Tensor | None = None
         numerics = plan.numerics
         self.judge = Judge(numerics.window, numerics.sigma, self.home, repeats=not self._delayed)
         self._bad, self._updates = self.judge.bad, self.judge.updates
@@ -397,6 +402,7 @@ class Native:
     def _backward(self, microbatches: Sequence[Microbatch], rate: float | Tensor = 0.0) -> None:
         """Gradients of a step whose count of targets is there; with release, which needs the rate, also the updates."""
         self._nats.zero_()
+        self._beside.zero_()
         self.loss.zero_()
         for one in self._sums.values():
             one.begun = False
@@ -413,23 +419,43 @@ class Native:
                 self._copies.begin()
             return
         share = None
+        self._look_ahead(parts)
         for index, part in enumerate(parts):
             self.trace.mark("forward")
-            loss, cross_entropy = self._compute(self.model, part, None, self._seed(index))
+            loss, reported = self._compute(self.model, part, None, self._seed(index))
+            reported = reported.detach()
             share = self._share(work) if share is None else share
             loss = loss * share
             self.trace.mark("backward")
             if self._release is not None:
                 assert len(parts) == 1, "refused by the plan"
-                self._release.begin(rate, loss.detach(), *self._beforehand(cross_entropy.detach()))
+                self._release.begin(rate, loss.detach(), *self._beforehand(reported if reported.ndim == 0 else reported[0]))
                 loss.backward()
             elif self._copies is not None and index == len(parts) - 1:
                 self._backward_and_send(loss, first=index == 0)
             else:
                 loss.backward()
                 self._sum_gradients(first=index == 0)
-            self._nats += cross_entropy.detach()
+            self._report(reported, self._nats)
             self.loss += loss.detach()
+
+    def _report(self, reported: Tensor, total: Tensor) -> None:
+        """Add what an objective reports of a microbatch to `total` and to the sums beside it."""
+        if reported.ndim:
+            total += reported[0]
+            self._beside += reported[1:]
+        else:
+            total += reported
+
+    def _look_ahead(self, parts: Sequence[Microbatch]) -> None:
+        """What an objective must know of the whole step before its first loss, over all ranks and on the device."""
+        objective = self.plan.objective
+        if not objectives.looks_ahead(objective):
+            return
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for part in parts:
+            sums += objectives.ahead(objective, self.model, part)
+        self._known = objectives.known(self.mesh.sum(sums, *DATA))
 
     def _share(self, work: Any) -> Tensor:
         """What a loss counts in the step's: one over the targets of all ranks (0-d, fp32)."""
@@ -441,6 +467,8 @@ class Native:
         """A stage on a microbatch. Whole samples without documents count from 0 in every row, and one table of positions serves all rows."""
         terms = self._terms if module.training else {}
         positions = part.documents is not None or self.mesh.size("context") > 1
+        if self._known is not None:
+            terms = {**terms, "known": self._known}
         return compute(module, part, carried, seed, objective=self.plan.objective, positions=positions, **terms)
 
     def _seed(self, microbatch: int) -> Tensor | None:
@@ -505,6 +533,10 @@ class Native:
         self._targets.fill_(batch.targets)
         return self._whole(batch.microbatches, rate)
 
+    @property
+    def _sums_beside(self) -> Tensor | None:
+        return self._beside if len(self._beside) else None
+
     def _whole(self, microbatches: Sequence[Microbatch], rate: float | Tensor) -> Update:
         """A step from its microbatches to its update: what is recorded."""
         self._backward(microbatches, rate)
@@ -515,7 +547,7 @@ class Native:
         self._rescale()
         self.judge.count()
         self.trace.mark("rest")
-        return Update(self._nats, self._targets, norm, self.judge.fate)
+        return Update(self._nats, self._targets, norm, self.judge.fate, self._sums_beside)
 
     def _unmarked(self, microbatches: Sequence[Microbatch], rate: float | Tensor) -> Update:
         """As `_whole`, as one phase: a mark within a recording would be one of the graph's events."""
@@ -537,7 +569,7 @@ class Native:
         self._rescale()
         self.judge.count()
         self.trace.mark("rest")
-        return Update(self._nats, self._targets, norm, self.judge.fate)
+        return Update(self._nats, self._targets, norm, self.judge.fate, self._sums_beside)
 
     def _mean(self, nats: Tensor) -> Tensor:
         """Cross entropy per target, of all ranks where `nats` is."""
@@ -572,8 +604,10 @@ class Native:
         mine = float(self.mesh.at["tensor"] == 0)
         sums = torch.stack([squares / self.mesh.size("replicate"), self._nats * mine, self.loss.double() * mine])
         own = self._nats.clone()
-        squares, nats, loss = self.mesh.sum(sums).unbind()
+        squares, nats, loss, *beside = self.mesh.sum(torch.cat([sums, self._beside * mine]) if len(self._beside) else sums).unbind()
         self._nats.copy_(nats)  # in place: a recorded step reads and writes one tensor
+        if beside:
+            self._beside.copy_(torch.stack(beside))
         norm = squares.sqrt().float()
         skip = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         scale = torch.ones_like(norm) if clip is None else clip / torch.clamp(norm, min=clip)
@@ -617,14 +651,16 @@ class Native:
 
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[Microbatch]) -> Tensor:
-        """Cross entropy in nats and targets, summed in fp64 over held-out microbatches of all ranks; the weights' dtype is the run's."""
+        """What the objective reports of held-out microbatches of all ranks, the targets behind its first number; the weights' dtype is the run's."""
+        objective = self.plan.objective
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._beside.zero_()
 
         def counted() -> Iterator[Microbatch]:
             for whole_part in microbatches:
                 part = context.cut(whole_part, self.mesh, self.plan.mesh.exchange)
                 if self.mesh.at["pipeline"] == 0:
-                    total[1] += (part.labels >= 0).sum()
+                    total[1] += objectives.targets(objective, part)
                 yield part
 
         for model in self.stages.values():
@@ -632,11 +668,14 @@ class Native:
         if self.pipeline is not None:
             total[0] += self.pipeline.evaluate(counted())
         else:
-            for part in counted():
-                total[0] += self._compute(self.model, part, None, None)[1]
+            parts: Iterable[Microbatch] = counted()
+            if objectives.looks_ahead(objective):
+                self._look_ahead(parts := list(parts))
+            for part in parts:
+                self._report(self._compute(self.model, part, None, None)[1], total[0])
         for model in self.stages.values():
             model.train()
-        return self.mesh.sum(total * float(self.mesh.at["tensor"] == 0))
+        return self.mesh.sum(torch.cat([total, self._beside]) * float(self.mesh.at["tensor"] == 0))
 
     # ---- What a checkpoint keeps ----
 

@@ -29,7 +29,9 @@ def blank(plan: Plan, ops: Ops, *, part: Part | None = None, dtype: torch.dtype 
 
 
 def terms(plan: Plan) -> dict[str, float]:
-    """The weights of the losses beside the cross entropy; those of routers only where there are some."""
+    """The weights of the losses beside the cross entropy; those of routers only where there are some. None where the loss is of pairs."""
+    if plan.objective.pairs:
+        return {}
     routers = {"router_aux": plan.loss.router_aux, "router_z": plan.loss.router_z}
     return {"z_loss": plan.loss.z_loss, "label_smoothing": plan.loss.label_smoothing} | {
         name: weight for name, weight in routers.items() if weight

@@ -11,14 +11,41 @@ from torch import Tensor
 
 from gigatrain.config import Objective
 from gigatrain.data.loader import Microbatch
+from gigatrain.objectives import preference
 
 LANGUAGE = Objective()
 
 
 def compute(objective: Objective, model: Any, part: Microbatch, positions: Tensor | None, **terms: Any) -> tuple[Tensor, Tensor]:
-    """`(loss_sum, reported_sum)` of a microbatch; only the first has a gradient.
+    """`(loss_sum, reported)` of a microbatch; only the first has a gradient.
 
     model: a `Decoder` with its last layer, or an `Auto`, in training or not; `terms` are its loss's (engines/source.py's), with `seed` and `carried` of a
-    decoder. reported_sum is 0-d, what a report divides by the targets and calls the loss.
+    decoder, and `known`, what `ahead` found out. reported is 0-d, what a report divides by the targets and calls the loss, or a vector that begins with it
+    and goes on with the sums that figures.py names.
     """
+    if objective.pairs:
+        return preference.compute(objective, model, part, positions, **terms)
     return model.loss(part.tokens, part.labels, positions, part.documents, **terms)
+
+
+def looks_ahead(objective: Objective) -> bool:
+    """Whether a loss needs a number of the whole step, all ranks and microbatches, which is made without gradients before its first forward."""
+    return objective.kind == "kto"
+
+
+def ahead(objective: Objective, model: Any, part: Microbatch) -> Tensor:
+    """What is summed over a step for `known`, of one microbatch: fp64 [2]."""
+    return preference.foreign(objective, model, part)
+
+
+def known(sums: Tensor) -> Tensor:
+    """The number that `compute` is given, of the sums of `ahead` over all ranks."""
+    return (sums[0] / sums[1].clamp(min=1.0)).clamp(min=0.0).float()
+
+
+def targets(objective: Objective, part: Microbatch) -> Tensor:
+    """How many targets a microbatch has, on its device."""
+    if objective.pairs:
+        assert part.given is not None
+        return part.given["there_bp"].sum()
+    return (part.labels >= 0).sum()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gigatrain.checkpoint import write_text
 from gigatrain.errors import RunError
+from gigatrain.objectives import figures
 from gigatrain.observe.lines import Lines
 from gigatrain.planning.plan import Plan
 
@@ -26,6 +27,7 @@ class Update(NamedTuple):
     targets: Tensor  # how many they are, fp64
     grad_norm: Tensor  # global, before clipping
     fate: Tensor | None = None  # 0: applied, 1: refused, 2: held, to be made again (engines/judge.py)
+    beside: Tensor | None = None  # sums that the objective reports behind its loss (objectives/figures.py), fp64; the first is of tokens
 
 
 class Clock:
@@ -67,6 +69,9 @@ class Metrics:
         self.sums = torch.zeros(
             6, dtype=torch.float64, device=device
         )  # nats, targets, norms, updates, largest norm; targets of the run, refused too
+        self.beside = torch.zeros(
+            figures.count(plan.objective), dtype=torch.float64, device=device
+        )  # what the objective reports behind its loss
         self.unseen = torch.zeros((), dtype=torch.float64, device=device)  # targets of refused steps that the host has not looked at
         self.clock = Clock(device)
         self.step_s = array("d")
@@ -125,6 +130,7 @@ class Metrics:
         nats, targets, norm = (number.double() for number in update[:3])
         numbers = torch.stack([nats, targets, norm, torch.ones_like(norm), norm])
         applied = torch.isfinite(numbers).all()
+        beside, targets = (None, targets) if update.beside is None else (update.beside, update.beside[0])  # tokens, where targets are pairs
         if update.fate is not None:
             fate = update.fate.to(targets.device, non_blocking=True)
             applied, targets = applied & (fate == 0), torch.where(fate == 2, 0.0, targets)
@@ -133,6 +139,8 @@ class Metrics:
         self.sums[:4] += numbers[:4]
         self.sums[4] = torch.maximum(self.sums[4], numbers[4])
         self.sums[5] += targets
+        if beside is not None:
+            self.beside += torch.where(applied, beside, 0.0)
         self.clock.mark()
 
     def looked(self, taken_back: bool) -> None:
@@ -144,7 +152,8 @@ class Metrics:
     def report(self, step: int, rate: float, bad: Tensor, beside: Callable[[int], Mapping[str, float | None]] | None = None) -> list[int]:
         """The one synchronisation of a window: writes and shows its numbers, and what `beside` says of its tokens; returns the engine's counts of refused
         updates."""
-        nats, targets, norms, updates, largest, tokens, *counts = torch.cat([self.sums, bad.double()]).tolist()
+        nats, targets, norms, updates, largest, tokens, *rest = torch.cat([self.sums, self.beside, bad.double()]).tolist()
+        beside_them, counts = rest[: len(self.beside)], rest[len(self.beside) :]
         durations = self.clock.take_s()
         seconds = self.window_s = sum(durations)
         self.window_steps = len(durations)
@@ -155,21 +164,26 @@ class Metrics:
         timed = self.tokens - self.untimed
         self.untimed = self.tokens
         self.timed = (self.timed[0] + timed, self.timed[1] + seconds)
-        window = {
-            "step": step,
-            "loss": nats / targets if targets else None,
-            "grad_norm": norms / updates if updates else None,
-            "grad_norm_max": largest if updates else None,
-            "lr": self.plan.optim.lr * rate,
-            "tokens": self.tokens,
-            "tokens_per_s": timed / seconds if seconds else None,
-            "step_s": seconds / len(durations) if durations else None,
-            "bad_steps": int(counts[0]),
-        } | dict(beside(self.tokens) if beside else {})
+        window = (
+            {
+                "step": step,
+                "loss": nats / targets if targets else None,
+                "grad_norm": norms / updates if updates else None,
+                "grad_norm_max": largest if updates else None,
+                "lr": self.plan.optim.lr * rate,
+                "tokens": self.tokens,
+                "tokens_per_s": timed / seconds if seconds else None,
+                "step_s": seconds / len(durations) if durations else None,
+                "bad_steps": int(counts[0]),
+            }
+            | figures.said(self.plan.objective, beside_them, targets)
+            | dict(beside(self.tokens) if beside else {})
+        )
         if self.clock.cuda:  # of this rank, since it began; the host has these numbers, so nobody waits
             window |= {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
         self.write(window)
         self.sums[:5].zero_()
+        self.beside.zero_()
         return [int(count) for count in counts]
 
     def tokens_per_s(self) -> float | None:
@@ -190,14 +204,15 @@ class Metrics:
         """The open window, so that a resumed run reports the numbers of an undisturbed one; waits for the device."""
         sums = self.sums.tolist()
         self.tokens = int(sums[5])
-        return {"sums": sums, "last": self.last, "timed": list(self.timed), "validated": self.validated} | (
-            {"waiting": self.file.waiting} if self.file is not None and self.file.waiting else {}
-        )
+        kept = {"sums": sums, "last": self.last, "timed": list(self.timed), "validated": self.validated}
+        kept |= {"beside": self.beside.tolist()} if len(self.beside) else {}
+        return kept | ({"waiting": self.file.waiting} if self.file is not None and self.file.waiting else {})
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Back into the window in which `state` was taken; an empty state is a new run's."""
         if state:
             self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+            self.beside.copy_(torch.tensor(state.get("beside", []), dtype=torch.float64))
             self.unseen.zero_()  # nothing is saved before it was looked at
             self.last, self.timed = dict(state["last"]), (state["timed"][0], state["timed"][1])
             self.validated = state["validated"]

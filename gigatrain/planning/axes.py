@@ -171,9 +171,9 @@ def _check_routers(recipe: Recipe, architecture: Architecture | Foreign, mesh: M
             f'loss.router_bias_rate {loss.router_bias_rate} is an update of the native engine\'s, and engine.name is "deepspeed"; set it to 0.0, or '
             'engine.name = "native"'
         )
-    if recipe.data.packing == "document":
+    if recipe.data.packing != "stream":
         raise PlanError(
-            f'loss.{name} {value} balances what routers see, and data.packing "document" shows them padding too, all of which visits the same experts; '
+            f'loss.{name} {value} balances what routers see, and data.packing "{recipe.data.packing}" shows them padding too, all of which visits the same experts; '
             f'set data.packing = "stream", or loss.{name} = 0.0'
         )
     if mesh.pipeline > 1 and (loss.router_aux or loss.router_z):
@@ -192,9 +192,9 @@ def _check_foreign(recipe: Recipe, model: Foreign, mesh: Mesh) -> None:
                 f"mesh.{axis} {getattr(mesh, axis)} cuts our own decoders, and {kind!r} runs by transformers' code; set mesh.{axis} = 1, and share it by "
                 "mesh.shard and mesh.replicate"
             )
-    if recipe.data.packing == "stream" and not model.isolates:
+    if recipe.data.packing != "document" and not model.isolates:
         raise PlanError(
-            f'data.packing "stream" puts several documents in a row, which {kind!r} cannot keep apart; set data.packing = "document" (one a row)'
+            f'data.packing "{recipe.data.packing}" puts several documents in a row, which {kind!r} cannot keep apart; set data.packing = "document" (one a row)'
         )
     if train.recompute == "lean":
         raise PlanError(f'train.recompute "lean" is for our own decoders, and {kind!r} is transformers\'; set "full" or "selective"')

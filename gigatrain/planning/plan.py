@@ -284,7 +284,7 @@ def plan(
         mesh=mesh,
         engine=recipe.engine,
         kernels={choice.op: choice.kernel for choice in kernels},
-        documents=recipe.data.packing == "stream",
+        documents=recipe.data.packing != "document",
         fused=frozenset(fusion.name for fusion in chosen if fusion.on),
     )
     if recipe.tokenizer.train and recipe.tokenizer.train.vocab > architecture.vocab:
@@ -512,7 +512,7 @@ def _attended(recipe: Recipe, site: Site, architecture: Architecture) -> attenti
     asks = {
         "values": values != architecture.head_dim,
         "single": train.precision == "fp32",
-        "documents": recipe.data.packing == "stream",
+        "documents": recipe.data.packing != "document",
         "window": any((window := architecture.window_of(i)) and window < train.sequence for i in range(architecture.layers)),
         "softcap": architecture.attention_softcap is not None,
         "sinks": getattr(architecture, "sinks", False),

@@ -1,0 +1,249 @@
+"""Conversations as people store them, read into transformers' messages; and records into samples of tokens. Free of torch.
+
+    chat         {"messages": [{"role", "content", "tool_calls"?, …}], "tools"?}      OpenAI's
+    sharegpt     {"conversations": [{"from", "value"}], "system"?, "tools"?}
+    alpaca       {"instruction", "input"?, "output", "system"?, "history"?}
+    completion   {"prompt", "completion"}: two texts, or two lists of messages
+    preference   {"prompt"?, "chosen", "rejected"}: lists of messages, or texts
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gigatrain import config
+from gigatrain.data import chat
+from gigatrain.data.chat import Message
+from gigatrain.data.tokenizer import Tokenizer
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "bing": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function": "tool",
+    "function_call": "call",
+    "tool_call": "call",
+}
+# What a record must have, and what it may have, besides the column that `field` can rename.
+COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "chat": ((), ("tools",)),
+    "sharegpt": ((), ("system", "tools")),
+    "alpaca": (("instruction", "output"), ("input", "system", "history")),
+    "completion": (("prompt", "completion"), ("tools",)),
+    "preference": (("chosen", "rejected"), ("prompt", "tools", "label")),
+}
+TURNS = {"chat": "messages", "sharegpt": "conversations"}
+
+
+class Unparsable(ValueError):
+    """A record that is no conversation; the message says what it lacks."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages as transformers takes them, or two plain texts, of which the second is trained."""
+
+    messages: tuple[Message, ...] = ()
+    tools: tuple[Any, ...] | None = None
+    texts: tuple[str, str] | None = None
+    after: int = 0  # messages before it are context: nothing of them is trained
+
+
+def turns_of(source: config.Source) -> str | None:
+    """The column that holds the turns of a chat or sharegpt source."""
+    name = TURNS.get(source.format)
+    return source.field if name is not None and "field" in source.model_fields_set else name
+
+
+def columns(source: config.Source) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(needed, also read) of a record that is no plain text."""
+    needed, optional = COLUMNS[source.format]
+    turns = turns_of(source)
+    return (*needed, *((turns,) if turns else ())), optional
+
+
+def text_of(source: config.Source, record: Any) -> str:
+    """A record's columns as one text, the same for the same conversation whatever else its record holds. Unparsable if one is missing."""
+    if not isinstance(record, dict):
+        raise Unparsable("not a record")
+    needed, optional = columns(source)
+    if lacking := [name for name in needed if record.get(name) is None]:
+        raise Unparsable(f"no {', '.join(lacking)}")
+    kept = {name: _plain(record[name]) for name in (*needed, *optional) if record.get(name) is not None}
+    return json.dumps(kept, ensure_ascii=False, sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    """Nested data without the keys that hold nothing, as Parquet gives every struct all keys."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.ndarray):
+        return [_plain(each) for each in value.tolist()]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise Unparsable(f"a value of type {type(value).__name__}")
+
+
+def words(text: str) -> str:
+    """What a record's text says: its strings without keys and brackets, for a tokenizer to be trained on."""
+
+    def strings(value: Any) -> list[str]:
+        if isinstance(value, str):
+            return [value]
+        return [found for each in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()) for found in strings(each)]
+
+    return "\n".join(strings(json.loads(text)))
+
+
+def parse(source: config.Source, text: str) -> Conversation:
+    """The conversation of a record's text; Unparsable says what is wrong with it."""
+    record = json.loads(text)
+    tools = _tools(record.get("tools"))
+    if source.format == "alpaca":
+        return Conversation(_alpaca(record))
+    if source.format == "completion":
+        prompt, completion = record["prompt"], record["completion"]
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return Conversation(texts=(prompt, completion))
+        before, answer = messages_of(prompt), messages_of(completion)
+        return Conversation((*before, *answer), tools, after=len(before))
+    turns = record[turns_of(source) or "messages"]
+    found = messages_of(turns)
+    if isinstance(system := record.get("system"), str) and system and found[0]["role"] != "system":
+        found = ({"role": "system", "content": system}, *found)
+    return Conversation(found, tools)
+
+
+def messages_of(turns: Any) -> tuple[Message, ...]:
+    """Turns of either naming (role and content, from and value) as messages; Unparsable names the turn that is none."""
+    if isinstance(turns, str):  # some datasets hold JSON within a text column
+        try:
+            turns = json.loads(turns)
+        except ValueError:
+            raise Unparsable("its turns are a text, and not a list") from None
+    if not isinstance(turns, list) or not turns:
+        raise Unparsable("its turns are no list, or an empty one")
+    return tuple(_message(number, turn) for number, turn in enumerate(turns))
+
+
+def _message(number: int, turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise Unparsable(f"turn {number} is no object")
+    role = turn.get("role", turn.get("from"))
+    if role not in ROLES:
+        raise Unparsable(f"turn {number} has role {str(role)[:40]!r}; known are {', '.join(ROLES)}")
+    content = turn.get("content", turn.get("value"))
+    if isinstance(content, list):
+        content = "".join(_part(number, part) for part in content)
+    if not isinstance(content, str | None):
+        raise Unparsable(f"turn {number} holds a {type(content).__name__} and no text")
+    others = {key: value for key, value in turn.items() if key not in ("role", "from", "content", "value", "weight", "train")}
+    if ROLES[role] == "call":
+        return {"role": "assistant", "content": "", "tool_calls": _calls(number, content)}
+    found: Message = {"role": ROLES[role], "content": content or "", **others}
+    if "tool_calls" in found:
+        found["tool_calls"] = [_call(number, call) for call in found["tool_calls"] or ()]
+        if not found["tool_calls"]:
+            del found["tool_calls"]
+    if content is None and "tool_calls" not in found:
+        raise Unparsable(f"turn {number} has neither content nor tool_calls")
+    return found
+
+
+def _part(number: int, part: Any) -> str:
+    if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise Unparsable(f"turn {number} holds {kind!r}, and only text is trained")
+
+
+def _call(number: int, call: Any) -> Message:
+    """A tool call with its arguments as an object: templates write them as JSON, and a text of JSON would be quoted twice."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Unparsable(f"turn {number} calls a tool without a name")
+    given = function.get("arguments", {})
+    if isinstance(given, str):
+        try:
+            given = json.loads(given) if given.strip() else {}
+        except ValueError:
+            raise Unparsable(f"turn {number} calls {function['name']} with arguments that are no JSON: {given[:40]!r}") from None
+    rest = {key: value for key, value in call.items() if key not in ("function", "name", "arguments")} if call is not function else {}
+    return {"type": "function", **rest, "function": {"name": function["name"], "arguments": given}}
+
+
+def _calls(number: int, text: str | None) -> list[Message]:
+    try:
+        found = json.loads(text or "")
+    except ValueError:
+        raise Unparsable(f"turn {number} is a function_call and no JSON") from None
+    return [_call(number, one) for one in (found if isinstance(found, list) else [found])]
+
+
+def _tools(value: Any) -> tuple[Any, ...] | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError:
+            raise Unparsable("its tools are a text that is no JSON") from None
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list):
+        raise Unparsable("its tools are no list")
+    return tuple(json.loads(one) if isinstance(one, str) else one for one in value)
+
+
+def _alpaca(record: dict[str, Any]) -> tuple[Message, ...]:
+    if not all(isinstance(record.get(name, ""), str) for name in ("instruction", "input", "output", "system")):
+        raise Unparsable("instruction, input, output or system is no text")
+    if not record["output"].strip():
+        raise Unparsable("its output is empty")
+    found: list[Message] = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    for pair in record.get("history") or ():
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, str) for one in pair)):
+            raise Unparsable("its history is no list of pairs")
+        found += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    given = record.get("input") or ""
+    question = record["instruction"] + (f"\n\n{given}" if given.strip() else "")
+    return (*found, {"role": "user", "content": question}, {"role": "assistant", "content": record["output"]})
+
+
+Tokens = tuple[np.ndarray, np.ndarray]
+
+
+def samples(source: config.Source, text: str, ready: Tokenizer) -> list[Tokens] | str:
+    """A record's samples as (ids [n] int64, trained [n] bool), or why it has none: "unparsable: …", "unmarkable: …" or "history: …"."""
+    try:
+        one = parse(source, text)
+        found = _encoded(one, source, ready)
+    except Unparsable as error:
+        return f"unparsable: {error}"
+    except chat.Changed as error:
+        return f"history: {error}"
+    except chat.Unmarkable as error:
+        return f"unmarkable: {error}"
+    return [(np.array(ids, np.int64), np.array(trained, bool)) for ids, trained in found]
+
+
+def _encoded(one: Conversation, source: config.Source, ready: Tokenizer) -> Sequence[tuple[list[int], list[bool]]]:
+    if one.texts is not None:
+        return [chat.continued(*one.texts, ready)]
+    if one.after or source.history != "split":
+        return [chat.render(one.messages, ready, tools=one.tools, after=one.after)]
+    return chat.samples(one.messages, ready, tools=one.tools)
