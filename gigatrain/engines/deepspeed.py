@@ -91,7 +91,7 @@ class DeepSpeed:
         plan, mesh = self.plan, self.mesh
         chosen = context.ops(ops.choose(kernels), mesh, plan.mesh.exchange)
         model = source.blank(plan, chosen, dtype=torch.bfloat16 if plan.compute == "bf16" else torch.float32)
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
         dtype = torch.bfloat16 if plan.compute == "bf16" else torch.float32
         config = settings(plan, self.device)
         if isinstance(model, Auto):
@@ -102,7 +102,8 @@ class DeepSpeed:
             model.to(dtype).to_empty(device=self.device)
         optim, groups = plan.optim, {"decayed": [], "plain": []}
         for name, parameter in model.named_parameters():
-            groups[source.group_of(plan, model, name)].append(parameter)
+            if parameter.requires_grad:
+                groups[source.group_of(plan, model, name)].append(parameter)
         flat = Flat(
             [
                 {
@@ -187,7 +188,7 @@ class DeepSpeed:
     def _seed(self, microbatch: int) -> Tensor | None:
         """As the native engine's: a function of the run's seed, the step, the microbatch and who reads it, counted on the device."""
         rank, ranks = self.mesh.data
-        return self._masks + ((self._updates * self.plan.accumulation + microbatch) * ranks + rank) if self.plan.dropout else None
+        return self._masks + ((self._updates * self.plan.accumulation + microbatch) * ranks + rank) if self.plan.drops else None
 
     @torch.no_grad()
     def step(self, rate: float) -> Update:
@@ -238,14 +239,28 @@ class DeepSpeed:
     @torch.no_grad()
     def _fill(self, fresh: bool) -> None:
         """Every rank's ranges of the master weights, from whole tensors one at a time; then the weights that compute, rounded from them."""
-        if fresh:
+        frozen = {name: parameter for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        if fresh or frozen:
             for name, tensor in self._values():
                 if name in self._corrections:
                     self._corrections[name].copy_(tensor)
                 flattened = tensor.reshape(-1)
+                if name in frozen:
+                    self._freeze(frozen[name], flattened)
+                if not fresh:
+                    continue
                 for share in self._parts.shares.get(name, ()):
                     share.of(self._parts.flats).copy_(flattened[share.start : share.start + share.count])
         self._parts.publish()
+
+    def _freeze(self, parameter: Any, flattened: Tensor) -> None:
+        """What this rank holds of a parameter that is in no partition of the optimizer: all of it, or in ZeRO-3 an equal stretch, the last ones padded."""
+        if not hasattr(parameter, "ds_tensor"):
+            parameter.data.copy_(flattened.view(parameter.shape))
+            return
+        each = parameter.partition_numel()
+        mine = flattened[self.mesh.rank * each : (self.mesh.rank + 1) * each]
+        parameter.ds_tensor[: mine.numel()].copy_(mine)
 
     def _values(self) -> Iterator[tuple[str, Tensor]]:
         shapes = self._shapes | {name: tuple(tensor.shape) for name, tensor in self._corrections.items()}
@@ -256,7 +271,8 @@ class DeepSpeed:
         """fp32 master weights; moments and counts: rows of the parameters as copies on the host, until the next step. All ranks call it together."""
         if self._taken is None:
             weights = {name: self._rows(name, self._parts.flats) for name in self._shapes}
-            weights |= {name: self._mark(tensor) for name, tensor in self._corrections.items()}
+            if self.plan.adapter is None:  # else they are the base's
+                weights |= {name: self._mark(tensor) for name, tensor in self._corrections.items()}
             optimizer = self.judge.counts(writes=self.mesh.rank == 0)
             for moment in ("exp_avg", "exp_avg_sq"):
                 flats = [getattr(self.flat.kept[flat], moment) for flat in self._parts.flats]

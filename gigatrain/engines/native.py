@@ -27,7 +27,7 @@ from gigatrain.kernels import linear, ops
 from gigatrain.kernels.adamw import Rates
 from gigatrain.kernels.ops import OPERATIONS
 from gigatrain.kernels.router import bias_update
-from gigatrain.models import fused
+from gigatrain.models import adapters, fused
 from gigatrain.models.automodel import Auto
 from gigatrain.models.decoder import LAYOUT, Decoder, Part, kind_of
 from gigatrain.objectives import figures
@@ -96,6 +96,8 @@ def _finish(plan: Plan, mesh: Mesh, model: source.Model, places: Places) -> None
     if shard.shards(mesh):
         bf16, stored = plan.compute == "bf16", _stored(plan, mesh)
         model.to(stored)
+        if plan.adapter is not None:
+            adapters.settle(model, torch.bfloat16 if bf16 else torch.float32)  # type: ignore[arg-type]
         engine = plan.engine.model_copy(update={"reshard": False}) if mesh.size("pipeline") > 1 else plan.engine
         shard.apply(model, mesh, places, engine, compute=torch.bfloat16 if bf16 else torch.float32, stored=stored)
 
@@ -141,6 +143,8 @@ class Native:
             model.to_empty(device=self.home)
             model.place(device)
             self.parameters |= model.named_parameters()
+        self.frozen = {name: parameter for name, parameter in self.parameters.items() if not parameter.requires_grad}
+        self.parameters = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         # What is no parameter and yet part of the model, in fp32 and whole on every rank of a stage.
         decoders = [model for model in self.stages.values() if isinstance(model, Decoder)]
         self.corrections = {name: tensor for model in decoders for name, tensor in model.corrections().items()}
@@ -221,16 +225,34 @@ class Native:
             if not (self.alias and name == HEAD):
                 shape = self.sharded[name].padded if name in self.sharded else parameter.shape
                 found[name] = torch.zeros(shape, device=self.home)
-        if fresh:
+        frozen = self._frozen_storage()
+        # No checkpoint has what is frozen. Of fake tensors (planning/dryrun.py) nobody reads the values.
+        if fresh or (frozen and isinstance(self.around, contextlib.nullcontext)):
             for name, tensor in self._values([*found, *self.corrections]):
                 if name in self.corrections:
                     self.corrections[name].copy_(tensor)
-                else:
+                elif name in frozen:
+                    frozen[name].copy_(self.places[name].of(tensor))
+                elif fresh:
                     self._box(name, found[name]).copy_(self.places[name].of(tensor))
+        return found
+
+    def _frozen_storage(self) -> dict[str, Tensor]:
+        """This rank's box of every parameter that is not trained, in the form that computes. It is in no group and in no checkpoint."""
+        found = {}
+        for name, parameter in self.frozen.items():
+            if name in self.sharded:
+                unit = self.sharded[name]
+                found[name] = unit.keep(torch.zeros(unit.padded, dtype=parameter.dtype, device=self.home))
+            else:
+                found[name] = parameter.data
         return found
 
     def _values(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Every parameter's whole first value, one at a time: drawn from the seed, or read from `model.from`."""
+        if self.plan.adapter is not None:
+            yield from source.values(self.plan, self.model, {}, self.device)
+            return
         known = {self._canonical(name): name for name in names}
         shapes = {
             name: self.corrections[mine].shape if mine in self.corrections else self.places[mine].shape for name, mine in known.items()
@@ -473,7 +495,7 @@ class Native:
 
     def _seed(self, microbatch: int) -> Tensor | None:
         """Of a microbatch's dropout masks: a function of the run's seed, the step, the microbatch and who reads it, counted on the device."""
-        if not self.plan.dropout:
+        if not self.plan.drops:
             return None
         rank, ranks = self.mesh.data
         updates = self._updates.to(self.device, non_blocking=True)
@@ -696,7 +718,8 @@ class Native:
                 else:
                     optimizer[f"{kind}.{self._canonical(parameter)}"] = self._piece(parameter, held)
         writes = self.mesh.index(*(axis for axis in AXES if axis != "pipeline")) == 0
-        weights |= {name: Piece.whole(tensor, writes=writes) for name, tensor in self.corrections.items()}
+        if self.plan.adapter is None:  # else they are the base's
+            weights |= {name: Piece.whole(tensor, writes=writes) for name, tensor in self.corrections.items()}
         if self._release is not None:
             optimizer |= {name: self._mark(count) for name, count in self._release.counts.items()}
         return {"weights": weights, "optimizer": optimizer} | self.judge.window(writes=self.mesh.rank == 0)
@@ -737,6 +760,9 @@ class Native:
                 for name, held in views(buffer, group.grads.shapes).items():
                     place = self.places[name]
                     yield Replica(f"{kind} of {self._canonical(name)}", self._box(name, held), ("replicate", *place.partial, *place.copied))
+        for name, parameter in self.frozen.items():
+            place = self.places[name]
+            yield Replica(f"frozen {name}", shard.local(parameter.detach()), ("replicate", *place.partial, *place.copied))
         for name, correction in self.corrections.items():
             yield Replica(name, correction, tuple(axis for axis in AXES if axis != "pipeline"))
         yield from self.judge.replicas()

@@ -8,7 +8,7 @@ from torch import Tensor
 from gigatrain.engines import low
 from gigatrain.foreign import Foreign
 from gigatrain.kernels.ops import Ops
-from gigatrain.models import autoweights, hf
+from gigatrain.models import adapters, autoweights, hf
 from gigatrain.models.automodel import Auto
 from gigatrain.models.decoder import Decoder, Part, decays, initial, kind_of
 from gigatrain.planning.plan import Plan
@@ -25,6 +25,8 @@ def blank(plan: Plan, ops: Ops, *, part: Part | None = None, dtype: torch.dtype 
         model = Decoder(plan.architecture, ops, recompute=plan.recompute, dropout=plan.dropout, part=part, watched=plan.loss.watches)
     if plan.fp8 is not None:
         low.lower(model, plan.fp8, plan.recompute, {choice.op: choice.kernel for choice in plan.kernels}["quantise"])
+    if plan.adapter is not None:
+        adapters.adapt(model, plan.adapter, torch.bfloat16 if plan.compute == "bf16" else torch.float32)
     return model
 
 
@@ -41,8 +43,14 @@ def terms(plan: Plan) -> dict[str, float]:
 def values(
     plan: Plan, model: Model, shapes: Mapping[str, tuple[int, ...]], device: torch.device, *, part: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of `shapes`, whole, one at a time: drawn from the seed, or read from `model.from`; with `part`, the model has others too."""
+    """Every parameter of `shapes`, whole, one at a time: drawn from the seed, or read from `model.from`; with `part`, the model has others too. With an
+    adapter all of the model's, as they are kept."""
     arch = plan.architecture
+    if plan.adapter is not None:
+        assert isinstance(model, Decoder)
+        of_base = adapters.base_shapes(model) | {name: tuple(tensor.shape) for name, tensor in model.corrections().items()}
+        yield from adapters.first(model, base(plan, of_base), plan.adapter, plan.seed)
+        return
     if isinstance(arch, Foreign):
         assert isinstance(model, Auto)
         yield from autoweights.fresh(arch.config, plan.seed) if plan.source is None else autoweights.tensors(model, hf.locate(plan.source))
@@ -52,6 +60,16 @@ def values(
         return
     for name, shape in shapes.items():
         yield name, initial(name, shape, arch, plan.init.std, plan.init.scale_residual, plan.seed, device)
+
+
+def base(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """The frozen weights that an adapter stands beside, whole, one at a time: of `model.from`, or drawn, on the CPU whatever the run is on."""
+    arch = plan.decoder
+    if plan.source is not None:
+        yield from hf.read_weights(arch, shapes, hf.locate(plan.source))
+        return
+    for name, shape in shapes.items():
+        yield name, initial(name, shape, arch, plan.init.std, plan.init.scale_residual, plan.seed, "cpu")
 
 
 def group_of(plan: Plan, model: Model, name: str) -> str:

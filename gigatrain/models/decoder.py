@@ -65,6 +65,8 @@ def kind_of(name: str) -> Kind:
         return "sink"
     if name.endswith(".bias"):
         return "bias"
+    if name.endswith(".lora_growth"):
+        return "scalar"
     return "scalar" if "act_fn" in name else "matrix"
 
 
@@ -369,6 +371,8 @@ class Decoder(nn.Module):
     `watched`: routers also say what the losses of balance need, and how often each expert was visited is summed in `visits`.
     """
 
+    adapter_seed: Any = None  # models/adapters.py's `Seed`, of a decoder that has adapters
+
     def __init__(
         self,
         arch: Architecture,
@@ -446,6 +450,8 @@ class Decoder(nn.Module):
         `positions_bt` counts within each document ([1, t] is broadcast; None: 0, 1, ...); `documents_bt` int, each token's document in its row (None:
         each row is one document); `seed` int64 on the device, of this call's dropout masks; `watch` receives what each router saw.
         """
+        if self.adapter_seed is not None and self.training:
+            self.adapter_seed.take(seed)
         delta, stream = (None, self.embedded(tokens_bt)) if carried is None else carried
         arch, tokens, dtype, device = self.arch, tokens_bt.shape[1], stream.dtype, stream.device
         if positions_bt is None:

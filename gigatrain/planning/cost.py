@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 from typing import Literal
 
 from gigatrain.architectures import Architecture
-from gigatrain.config import Engine, Mesh, Optim, Section
+from gigatrain.config import Adapter, Engine, Mesh, Optim, Section
 from gigatrain.foreign import Foreign
-from gigatrain.planning import layout
+from gigatrain.planning import adapting, layout
 
 Recompute = Literal["none", "lean", "selective", "full"]
 
@@ -100,17 +100,25 @@ def optimizer_bytes(architecture: Architecture, precision: Literal["bf16", "fp32
     muon = architecture.matrix_parameters(routed=False) if optim.name == "muon" else 0
     decayed = matrices - muon + (embeddings if optim.decay_embeddings else 0)
     groups = (decayed, architecture.parameters() - muon - decayed)
+    return _adamw_bytes(groups, precision, optim) + (8 if precision == "bf16" else 4) * muon
+
+
+def _adamw_bytes(groups: tuple[int, int], precision: Literal["bf16", "fp32"], optim: Optim) -> int:
     master = {"fp32": 4, "bf16+16": 2, "bf16+8": 1}[optim.master] if precision == "bf16" else 0
     moments = {"fp32": 8, "bf16": 4, "int8": 2}[optim.moments]
     scales = sum(8 * -(-count // 128) for count in groups) if optim.moments == "int8" else 0
-    return (master + moments) * sum(groups) + scales + (8 if precision == "bf16" else 4) * muon
+    return (master + moments) * sum(groups) + scales
 
 
-def checkpoint_bytes(architecture: Architecture | Foreign, precision: Literal["bf16", "fp32"], optim: Optim, *, masters: bool) -> int:
+def checkpoint_bytes(
+    architecture: Architecture | Foreign, precision: Literal["bf16", "fp32"], optim: Optim, *, masters: bool, adapter: Adapter | None = None
+) -> int:
     """Bytes of a checkpoint: every parameter's weights, master weights and moments once, however many ranks hold a copy of it.
 
-    `masters`: the weights that are kept are the fp32 masters themselves (FSDP2), so that there are no others.
+    `masters`: the weights that are kept are the fp32 masters themselves (FSDP2), so that there are no others. With an adapter: of what is trained, in fp32.
     """
+    if adapter is not None and isinstance(architecture, Architecture):
+        return 12 * adapting.trained(architecture, adapter)
     size = 2 if precision == "bf16" else 4
     twice = 2 if masters and size == 2 and optim.master == "fp32" else 0  # bf16 weights beside their masters
     if isinstance(architecture, Foreign):
@@ -154,6 +162,7 @@ def memory(
     mesh: Mesh,
     engine: Engine,
     fused: Collection[str] = (),
+    adapter: Adapter | None = None,
 ) -> Memory:
     """Memory of the fullest rank.
 
@@ -173,6 +182,8 @@ def memory(
 
     Workspace: the loss holds one chunk of logits (2^21 on a CPU, 2^29 on a GPU), 2 B each where the kernel is fused and else 14, and the head's gradient
     in fp32 and rounded; Muon's update holds what `muon_workspace` says.
+
+    With an adapter weights are the frozen ones, in what computes or in 4 bits, and what is trained; the head has no gradient (planning/adapting.py).
     """
     if isinstance(architecture, Foreign):
         return _foreign_memory(architecture, device, precision, microbatch, sequence, recompute, optim, kernels, mesh, engine)
@@ -194,13 +205,20 @@ def memory(
     each = mesh.stages or 1
     live = layout.live(mesh.schedule, 0, mesh.pipeline, each, accumulation) if mesh.pipeline > 1 else 1
     held = -(-architecture.layers // (mesh.pipeline * each)) * live  # layers times microbatches whose activations are there at once
-    states = _states(architecture, precision, optim, accumulation, mesh, engine, sequence, fused)
+    head = (4 + size) * vocab * hidden
+    if adapter is None:
+        states = _states(architecture, precision, optim, accumulation, mesh, engine, sequence, fused)
+    else:
+        states = _adapted_states(architecture, precision, optim, accumulation, mesh, engine, adapter)
+        beside = tokens * adapting.kept_bytes(architecture, adapter, size)
+        kept, whole = kept + (beside if recompute in ("none", "lean") else 0), whole + beside
+        head = (head if adapting.learns_head(architecture, adapter) else 0) + adapting.restoring_bytes(architecture, adapter, size)
     return Memory(
         weights=states[0],
         gradients=states[1],
         optimizer=states[2],
         activations=held * kept + (whole if recompute in ("selective", "full") else 0) + masks + 4 * tokens * hidden * size // mesh.tensor,
-        workspace=per_logit * chunk + (4 + size) * vocab * hidden + states[3] + (muon_workspace(architecture) if muon else 0),
+        workspace=per_logit * chunk + head + states[3] + (muon_workspace(architecture) if muon else 0),
     )
 
 
@@ -308,6 +326,38 @@ def _states(
     sums = dense + experts if mesh.pipeline > 1 else max(layer, ends)
     reduced = size * max(layer, ends) + {"fp32": 4, "bf16": 2}[engine.reduce] * sums
     return stored * mine, math.ceil((4 + stored - 2 * (narrow > 0)) * mine), math.ceil(beside * mine / total), size * gathered + reduced
+
+
+def _adapted_states(
+    architecture: Architecture,
+    precision: Literal["bf16", "fp32"],
+    optim: Optim,
+    accumulation: int,
+    mesh: Mesh,
+    engine: Engine,
+    adapter: Adapter,
+) -> tuple[int, int, int, int]:
+    """As `_states`, of frozen weights and the few that are trained, which alone have gradients, masters and moments."""
+    size, count, shards = 2 if precision == "bf16" else 4, adapting.trained(architecture, adapter), (mesh.shard or 1) * mesh.context
+    frozen, ends = adapting.frozen_bytes(architecture, adapter, size), architecture.vocab * architecture.hidden
+    optimizer = _adamw_bytes(adapting.groups(architecture, adapter, decay_embeddings=optim.decay_embeddings), precision, optim)
+    layer = adapting.layer_bytes(architecture, adapter, size)
+    if engine.name == "deepspeed":
+        weights, gradients, states, around = _zero_states(count, size, optimizer, mesh, engine, 0, 0)
+        if engine.zero == 3:
+            around += max(2 * layer + 2 * size * ends, min(size * LIVE_ELEMENTS, frozen))
+            frozen = 0 if engine.offload else -(-frozen // shards)
+        return weights + frozen, gradients, states, around
+    lean = optim.master != "fp32" and precision == "bf16"
+    narrow = lean and accumulation == 1
+    if shards == 1:
+        return frozen + size * count, (4 + size - 2 * narrow) * count, optimizer, 0
+    mine, stored = -(-count // shards), 2 if lean else 4
+    beside = optimizer - (4 * count if precision == "bf16" and not lean else 0)
+    gathered = frozen + size * count if not engine.reshard else (2 + engine.prefetch) * layer + 2 * size * ends
+    whole = adapting.trained(architecture, adapter) - adapting.low_rank(architecture, adapter)
+    reduced = (size + {"fp32": 4, "bf16": 2}[engine.reduce]) * max(whole, -(-adapting.low_rank(architecture, adapter) // architecture.layers))
+    return -(-frozen // shards) + stored * mine, (4 + stored - 2 * narrow) * mine, math.ceil(beside * mine / count), gathered + reduced
 
 
 # Elements of a bucket in which engines/deepspeed.py lets DeepSpeed reduce and prefetch; and DeepSpeed's default of gathered ones that ZeRO 3 keeps (its

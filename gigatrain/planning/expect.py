@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gigatrain.architectures import Architecture
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import budget, cost, hardware
+from gigatrain.planning import adapting, budget, cost, hardware
 from gigatrain.planning.estimate import energy
 from gigatrain.planning.estimate.cluster import Cluster, Level
 from gigatrain.planning.estimate.estimate import estimate
@@ -95,6 +95,9 @@ def workload_of(plan: Plan) -> Workload:
         offload=engine.offload,
         chunked_loss=kernels.get("linear_cross_entropy") in ("chunked", "fused"),
         optimizer=plan.optim.name,
+        frozen=plan.adapter is not None,
+        adapter_rank=plan.adapter.rank if plan.adapter is not None else 0,
+        adapter_parameters=adapting.trained(plan.decoder, plan.adapter) if plan.adapter is not None else 0,
         lean=tuple(sorted(fused | {op for op, kernel in kernels.items() if kernel not in ("reference", "foreach", "sdpa", "chunked")})),
     )
 
@@ -119,13 +122,17 @@ def _states(plan: Plan, zero: int) -> States:
         stored, master = 4.0, 0.0
     if plan.engine.name == "deepspeed" and size == 4.0:
         master = 4.0  # its partition of the weights is a copy
+    if plan.adapter is not None:  # frozen weights are no masters; of 4 bits they are as wide as their mean
+        frozen = adapting.frozen_bytes(plan.decoder, plan.adapter, int(size))
+        stored = frozen / plan.decoder.parameters()
+        master = 4.0 if size == 2.0 and plan.optim.master == "fp32" else master
     return States(
         weights=stored,
         gradients=4.0,
         master=master,
         moments=moments,
         reduced={"fp32": 4.0, "bf16": 2.0}[plan.engine.reduce],
-        gathered=size,
+        gathered=stored if plan.adapter is not None else size,
     )
 
 
@@ -233,7 +240,7 @@ def prospect(plan: Plan, site: Site, constants: Mapping[str, float] | None = Non
 def _case(plan: Plan, site: Site, cluster: Cluster, found: Estimate, workload: Workload) -> tuple[Case, tuple[str, ...]]:
     """The run as the recipe saves; a checkpoint has every parameter once."""
     copies = plan.mesh.replicate
-    whole = cost.checkpoint_bytes(plan.architecture, plan.compute, plan.optim, masters=not workload.states.master)
+    whole = cost.checkpoint_bytes(plan.architecture, plan.compute, plan.optim, masters=not workload.states.master, adapter=plan.adapter)
     days = plan.steps * found.step_s / 86_400
     every, write, nodes = plan.checkpoint.every, site.storage.write_gbyte_s.value, budget.whole(site)
     left = None if nodes is None else nodes - -(-cluster.accelerators // cluster.per_node)

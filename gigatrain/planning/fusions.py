@@ -75,6 +75,8 @@ def _of_layers(recipe: Recipe, architecture: Architecture | Foreign, mesh: Mesh)
         return f"{architecture.model_type!r} runs by transformers' code, whose layers are not ours", "choose a model of our families"
     if recipe.engine.name == "deepspeed":
         return "DeepSpeed flattens and partitions weights and gradients itself", 'set engine.name = "native"'
+    if recipe.adapter is not None:
+        return "weights beside an adapter are frozen: they have no gradient to sum, and products of their own", "leave [adapter] out"
     if (mesh.shard or 1) * mesh.context > 1:
         return (
             f"weights are sharded over {(mesh.shard or 1) * mesh.context} ranks, and FSDP2 gathers each parameter into storage of its own and reduces its "

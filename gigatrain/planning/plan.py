@@ -33,7 +33,7 @@ from gigatrain.config import (
 )
 from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
-from gigatrain.planning import attention, axes, budget, cost, fusions, hardware, objective, products, replicas, watts
+from gigatrain.planning import adapting, attention, axes, budget, cost, fusions, hardware, objective, products, replicas, watts
 from gigatrain.planning.expect import expect
 from gigatrain.planning.expected import Expected
 from gigatrain.planning.fusions import Fusion, Name
@@ -178,6 +178,11 @@ class Plan(Section):
         return "fp32" if self.precision == "fp32" else "bf16"
 
     @property
+    def drops(self) -> bool:
+        """Whether a step draws masks."""
+        return self.dropout > 0 or (self.adapter is not None and self.adapter.dropout > 0)
+
+    @property
     def decoder(self) -> Architecture:
         """The architecture of a plan for one of our own decoders."""
         assert isinstance(self.architecture, Architecture)
@@ -266,6 +271,7 @@ def plan(
     microbatch, accumulation = axes.share(recipe, mesh)
     axes.check(recipe, architecture, mesh, accumulation)
     objective.check(recipe, mesh)
+    adapting.check(recipe, architecture, mesh)
     tokens_per_step = train.batch * train.sequence
     steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)
     low = products.resolve(recipe, site, architecture, mesh)
@@ -286,6 +292,7 @@ def plan(
         kernels={choice.op: choice.kernel for choice in kernels},
         documents=recipe.data.packing != "document",
         fused=frozenset(fusion.name for fusion in chosen if fusion.on),
+        adapter=recipe.adapter,
     )
     if recipe.tokenizer.train and recipe.tokenizer.train.vocab > architecture.vocab:
         raise PlanError(
@@ -361,7 +368,9 @@ def plan(
         kernels=kernels,
         fusions=chosen,
         parameters=architecture.parameters(),
-        flops_per_token=architecture.flops_per_token(train.sequence),
+        flops_per_token=adapting.flops_per_token(architecture, recipe.adapter, train.sequence)
+        if recipe.adapter is not None and isinstance(architecture, Architecture)
+        else architecture.flops_per_token(train.sequence),
         memory=memory,
     )
     return found.model_copy(update={"expected": expect(found, site, constants)}) if forecast else found

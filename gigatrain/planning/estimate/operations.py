@@ -157,6 +157,8 @@ def trained(workload: Workload, dense: float, experts: float) -> tuple[float, fl
     shape = workload.shape
     if not workload.adapter_rank:
         return 0.0, 0.0
+    if workload.adapter_parameters:
+        return workload.adapter_parameters / workload.layout.pipeline / workload.layout.tensor, 0.0
     inputs_outputs = 2 * shape.hidden + (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
     total = shape.layers * workload.adapter_rank * inputs_outputs
     return total / workload.layout.pipeline / workload.layout.tensor, 0.0

@@ -122,6 +122,7 @@ class Workload:
     offload: bool = False  # optimizer states and its update are in host memory
     frozen: bool = False  # LoRA and its like: no weight gradient of the layers' matrices, no state of theirs
     adapter_rank: int = 0  # of LoRA
+    adapter_parameters: int = 0  # trained ones, where they are counted: not only attention's
     documents: int = 0  # mean tokens of a packed document; 0: a sample is one
     balanced: bool = True  # tokens are spread evenly over experts: forced, or in the mean
     chunked_loss: bool = False  # logits never exist whole

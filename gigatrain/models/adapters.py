@@ -1,0 +1,375 @@
+"""Adapters: matrices of low rank trained beside a decoder's frozen weights: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353),
+and LoRA over weights of 4 bits (QLoRA, arXiv:2305.14314). Formulas, first values and files are those of peft.
+
+    LoRA    y = x W^T + b + s u B^T        u = dropout(x) A^T, s = alpha / rank, or alpha / sqrt(rank)
+    DoRA    y = c (x W^T + s u B^T) + b    c = m / ||W + s B A||, rows' norms, of which no gradient is taken
+
+Legend: x_ni inputs, W_oi the frozen matrix, A_ri, B_or, m_o lengths of rows. What is trained of m is its growth, m - ||W||: it begins at 0, so that rounding
+it to bf16 does not round m, and its gradient is m's. Names in memory: A, B and growth of `NAME.weight` are `NAME.lora_A`, `NAME.lora_B`, `NAME.lora_growth`;
+everything else keeps its name, and a quantised weight is two tensors, `NAME.codes` and `NAME.scales`.
+
+One function computes product and adapter: u is all that it makes on the way, and both sums (of y, and of x's gradient) are made by the second product itself,
+so that four passes over activations are spared, and x is kept once. Its backward has no product for W. Norms of W + s B A come from ||W||, A W^T and A A^T:
+no matrix of W's size is made.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gigatrain.config import Adapter
+from gigatrain.errors import CheckpointError
+from gigatrain.kernels import dropout_add
+from gigatrain.kernels.linear import Linear
+from gigatrain.models import nf4
+from gigatrain.models.decoder import Decoder
+from gigatrain.planning.adapting import targeted
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's files
+_PREFIX = "base_model.model."  # of peft's names
+_LENGTH = "lora_magnitude_vector"
+
+
+class Seed:
+    """The seed of this microbatch's masks, an int64 on the device that every matrix of a model reads."""
+
+    def __init__(self) -> None:
+        self.tensor: Tensor | None = None
+
+    def take(self, seed: Tensor | None) -> None:
+        """Of the forward that begins."""
+        if seed is not None:
+            self.tensor = seed if self.tensor is None else self.tensor.copy_(seed)
+
+
+class Frozen(Linear):
+    """A layer's matrix that is not trained, perhaps of 4 bits."""
+
+    def __init__(self, of: Linear, quantise: str) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.product = of.in_features, of.out_features, of.product
+        self.bias, self.narrow = of.bias, quantise == "nf4"
+        if self.narrow:
+            outputs, inputs, device = of.out_features, of.in_features, of.weight.device
+            self.codes = nn.Parameter(torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=device), requires_grad=False)
+            # Bits of fp32 numbers, as integers: whoever casts a model's weights leaves them.
+            self.scales = nn.Parameter(torch.empty(outputs, inputs // nf4.BLOCK, dtype=torch.int32, device=device), requires_grad=False)
+        else:
+            self.weight = of.weight
+
+    def _kept(self) -> tuple[Tensor, Tensor | None]:
+        return (self.codes, self.scales) if self.narrow else (self.weight, None)
+
+    def forward(self, x_nd: Tensor) -> Tensor:
+        if not self.narrow:
+            return self.product(x_nd, self.weight, self.bias)
+        return _Product.apply(x_nd, *self._kept(), self.bias, None, None, 1.0)  # type: ignore[return-value]
+
+
+class Adapted(Frozen):
+    """A frozen matrix with an adapter."""
+
+    off = False  # whether it computes as the frozen matrix alone
+
+    def __init__(self, of: Linear, adapter: Adapter, seed: Seed, number: int) -> None:
+        super().__init__(of, adapter.quantise)
+        self.adapter, self.scale, self.seed, self.number = adapter, adapter.scale, seed, number
+        device = next(self.parameters()).device
+        self.lora_A = nn.Parameter(torch.empty(adapter.rank, of.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.empty(of.out_features, adapter.rank, device=device))
+        if adapter.kind == "dora":
+            self.lora_growth = nn.Parameter(torch.empty(of.out_features, device=device))
+
+    def forward(self, x_nd: Tensor) -> Tensor:
+        if self.off:
+            return super().forward(x_nd)
+        kept, a, b, s = self._kept(), self.lora_A, self.lora_B, self.scale
+        dropped = self._dropped(x_nd) if self.training and self.adapter.dropout else None
+        if self.adapter.kind == "lora":
+            if dropped is None:
+                return _product(x_nd, *kept, self.bias, a, b, s)
+            return super().forward(x_nd) + s * F.linear(F.linear(dropped, a), b)
+        share_o = self._share(*kept, x_nd.dtype)
+        if dropped is None:
+            y = _product(x_nd, *kept, None, a, b, s) * share_o
+            return y if self.bias is None else y + self.bias
+        # As peft: what the frozen matrix makes of all inputs, and what adapter and lengths change of the ones that are left.
+        plain = _product(dropped, *kept, None, None, None, 1.0)
+        return super().forward(x_nd) + (share_o - 1) * plain + share_o * s * F.linear(F.linear(dropped, a), b)
+
+    def _dropped(self, x_nd: Tensor) -> Tensor:
+        assert self.seed.tensor is not None, "the engine gives a seed where the adapter has dropout"
+        p, seed = self.adapter.dropout, self.seed.tensor * (1 << 16) + self.number
+        return x_nd * (dropout_add.kept(x_nd.shape, p, seed).to(x_nd.dtype) / (1 - p))
+
+    def _share(self, weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """c of DoRA, [o] in `dtype`; its gradient is that of the growth alone."""
+        with torch.no_grad():
+            w = _dense(weight, scales, dtype)
+            length = torch.linalg.vector_norm(w, dim=1, dtype=torch.float32)
+            a, b, s = self.lora_A.float(), self.lora_B.float(), self.scale
+            across = (self.lora_A.to(w.dtype) @ w.t()).float()
+            square = length**2 + 2 * s * (b * across.t()).sum(1) + s**2 * ((b @ (a @ a.t())) * b).sum(1)
+            inverse = square.clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
+            # Without an adapter the share is 1, whatever a root of a square rounds to.
+            inverse = torch.where(square == length**2, 1.0 / length, inverse)
+        return ((length + self.lora_growth.float()) * inverse).to(dtype)
+
+
+def _dense(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return weight if scales is None else nf4.restored(weight, scales.view(torch.float32), dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b + s (x A^T) B^T, or without an adapter x W^T + b; W has no gradient, and codes of 4 bits are kept instead of it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_nd: Tensor, weight: Tensor, scales: Tensor | None, bias_o: Tensor | None, a: Tensor | None, b: Tensor | None, s: float
+    ) -> Tensor:
+        y_no, u_nr = F.linear(x_nd, _dense(weight, scales, x_nd.dtype), bias_o), None
+        ctx.s = s
+        if a is not None and b is not None:
+            u_nr = F.linear(x_nd, a).flatten(0, -2)
+            y_no = torch.addmm(y_no.flatten(0, -2), u_nr, b.t(), alpha=s).view(y_no.shape)
+            ctx.save_for_backward(x_nd, weight, scales, a, b, u_nr)
+        else:
+            ctx.save_for_backward(None, weight, scales, None, None, None)
+        return y_no
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_no: Tensor) -> Any:
+        x, weight, scales, a, b, u_nr = ctx.saved_tensors
+        dy = dy_no.flatten(0, -2)
+        dx = dy @ _dense(weight, scales, dy.dtype) if ctx.needs_input_grad[0] else None
+        if a is None:
+            return None if dx is None else dx.view(*dy_no.shape[:-1], -1), None, None, None, None, None, None
+        du_nr = (dy @ b).mul_(ctx.s)
+        da = du_nr.t() @ x.flatten(0, -2) if ctx.needs_input_grad[4] else None
+        db = (dy.t() @ u_nr).mul_(ctx.s) if ctx.needs_input_grad[5] else None
+        dx = None if dx is None else dx.addmm_(du_nr, a).view(x.shape)
+        return dx, None, None, None, da, db, None
+
+
+def _product(
+    x_nd: Tensor, weight: Tensor, scales: Tensor | None, bias_o: Tensor | None, a: Tensor | None, b: Tensor | None, s: float
+) -> Tensor:
+    """As `_Product`; a compiler gets what it is made of."""
+    if torch.compiler.is_compiling():
+        y_no = F.linear(x_nd, _dense(weight, scales, x_nd.dtype), bias_o)
+        return y_no if a is None or b is None else y_no + s * F.linear(F.linear(x_nd, a), b)
+    return _Product.apply(x_nd, weight, scales, bias_o, a, b, s)  # type: ignore[return-value]
+
+
+# ---- A decoder with adapters ----
+
+
+def adapt(model: Decoder, adapter: Adapter, dtype: torch.dtype) -> None:
+    """Freeze a decoder, its weights in `dtype`, and give the matrices that `adapter` targets one each. On meta, or with weights that are kept."""
+    seed = model.adapter_seed = Seed()
+    for number, (name, module) in enumerate(list(model.named_modules())):
+        if type(module) is not Linear:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        if targeted(name, adapter.targets):
+            setattr(model.get_submodule(owner), leaf, Adapted(module, adapter, seed, number))
+        elif adapter.quantise != "none":
+            setattr(model.get_submodule(owner), leaf, Frozen(module, adapter.quantise))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains(name, adapter))
+    if adapter.train_head and model.part.last:
+        model.lm_head.weight.requires_grad_()
+    settle(model, dtype)
+
+
+def trains(name: str, adapter: Adapter) -> bool:
+    """Whether a parameter is trained; a tied head goes by its embedding's name."""
+    if name.startswith("model.embed_tokens."):
+        return adapter.train_embeddings
+    return ".lora_" in name or (name.startswith("lm_head.") and adapter.train_head)
+
+
+def settle(model: Decoder, dtype: torch.dtype) -> None:
+    """Let frozen weights be kept in `dtype`, whatever the trained ones are kept in."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad and parameter.is_floating_point() and parameter.dtype != dtype:
+                setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+    model._tie()
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within it the model computes as the frozen base alone (a reference model that costs no memory). Embedding and head must be frozen."""
+    adapted = [module for module in model.modules() if isinstance(module, Adapted)]
+    assert adapted, "there is no adapter to turn off"
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".lora_" not in name), "the base itself is trained"
+    before = [module.off for module in adapted]
+    for module in adapted:
+        module.off = True
+    try:
+        yield
+    finally:
+        for module, was in zip(adapted, before, strict=True):
+            module.off = was
+
+
+# ---- First values ----
+
+
+def base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the base's parameters, whatever they are kept as."""
+    found = {}
+    for name, module in model.named_modules():
+        at = f"{name}." if name else ""
+        for leaf, parameter in module.named_parameters(recurse=False):
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves none in place
+            if leaf == "codes":
+                found[f"{at}weight"] = (shape[0], 2 * shape[1])
+            elif leaf != "scales" and not leaf.startswith("lora_"):
+                found[f"{at}{leaf}"] = shape
+    if getattr(getattr(model, "arch", None), "tied", False) and "model.embed_tokens.weight" in found:
+        found.pop("lm_head.weight", None)
+    return found
+
+
+def kept(model: nn.Module, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What a base's weight is kept as: itself, or its codes and scales."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf == "weight" and isinstance(module, Frozen) and module.narrow:
+        codes, scales = nf4.quantised(weight)
+        yield f"{owner}.codes", codes
+        yield f"{owner}.scales", scales.view(torch.int32)
+    else:
+        yield name, weight
+
+
+def first(model: nn.Module, base: Iterator[tuple[str, Tensor]], adapter: Adapter, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter's whole first value, one at a time: the base's, then the adapters': A uniform within 1 / sqrt(inputs), B and growth 0, as peft, or
+    what the folder `adapter.from` has. Drawn on the CPU: the same on every device."""
+    start = None if adapter.source is None else Stored(Path(adapter.source), adapter)
+    lengths: dict[str, Tensor] = {}
+    for name, weight in base:
+        owner, _, leaf = name.rpartition(".")
+        if start is not None and adapter.kind == "dora" and leaf == "weight" and isinstance(module := model.get_submodule(owner), Adapted):
+            lengths[owner] = row_lengths(weight, _dtype(module), narrow=module.narrow)
+        yield from kept(model, name, weight)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+    if start is not None:
+        start.check(found)
+    for name, module in found.items():
+        if start is not None:
+            yield f"{name}.lora_A", start.tensor(f"{name}.lora_A.weight")
+            yield f"{name}.lora_B", start.tensor(f"{name}.lora_B.weight")
+            if adapter.kind == "dora":
+                yield f"{name}.lora_growth", start.tensor(f"{name}.{_LENGTH}") - lengths[name].cpu()
+            continue
+        digest = hashlib.sha256(f"{seed}/{name}.lora_A".encode()).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        bound = 1 / math.sqrt(module.in_features)
+        yield f"{name}.lora_A", torch.empty(adapter.rank, module.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
+        yield f"{name}.lora_B", torch.zeros(module.out_features, adapter.rank, device="cpu")
+        if adapter.kind == "dora":
+            yield f"{name}.lora_growth", torch.zeros(module.out_features, device="cpu")
+
+
+def _dtype(module: Frozen) -> torch.dtype:
+    return torch.float32 if module.narrow else module.weight.dtype
+
+
+def row_lengths(weight: Tensor, dtype: torch.dtype, *, narrow: bool) -> Tensor:
+    """||W|| of each row, fp32, of the weight as it is kept: rounded to `dtype`, or quantised."""
+    w = nf4.restored(*nf4.quantised(weight), torch.float32) if narrow else weight.to(dtype)
+    return torch.linalg.vector_norm(w, dim=1, dtype=torch.float32)
+
+
+class Stored:
+    """An adapter folder that peft wrote. Raises CheckpointError for one that is not what the recipe says."""
+
+    def __init__(self, folder: Path, adapter: Adapter) -> None:
+        self.folder, self.adapter = folder.expanduser(), adapter
+        path = self.folder / CONFIG
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                raise ValueError("it is no table")
+        except (OSError, ValueError, RecursionError) as failure:
+            raise CheckpointError(f"adapter.from {str(folder)!r}: {path} cannot be read: {str(failure)[:200]}") from None
+        theirs = {
+            "peft_type": (config.get("peft_type"), "LORA"),
+            "use_dora": (bool(config.get("use_dora")), adapter.kind == "dora"),
+            "r": (config.get("r"), adapter.rank),
+            "lora_alpha": (config.get("lora_alpha"), adapter.alpha),
+            "use_rslora": (bool(config.get("use_rslora")), adapter.rslora),
+            "bias": (config.get("bias", "none"), "none"),
+            "rank_pattern": (config.get("rank_pattern") or {}, {}),
+            "alpha_pattern": (config.get("alpha_pattern") or {}, {}),
+        }
+        if differ := [f"{key} {has!r}, here {wants!r}" for key, (has, wants) in theirs.items() if has != wants]:
+            raise CheckpointError(f"adapter.from {str(folder)!r} is another adapter than the recipe's: {'; '.join(differ)}; set [adapter] to it")
+        try:
+            with safe_open(self.folder / WEIGHTS, framework="pt", device="cpu") as file:
+                self.names = {name.removeprefix(_PREFIX): name for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError) as failure:
+            raise CheckpointError(f"adapter.from: {self.folder / WEIGHTS} cannot be read: {str(failure)[:200]}") from None
+
+    def check(self, modules: Mapping[str, Adapted]) -> None:
+        """Whether its matrices are those that are adapted here."""
+        parts = ["lora_A.weight", "lora_B.weight", *([_LENGTH] if self.adapter.kind == "dora" else [])]
+        wanted = {f"{name}.{part}" for name in modules for part in parts}
+        if lacking := sorted(wanted - self.names.keys()):
+            raise CheckpointError(f"adapter.from: {self.folder} lacks {lacking[0]} ({len(lacking)} of {len(wanted)}); set adapter.targets to its own")
+        if more := sorted(self.names.keys() - wanted):
+            raise CheckpointError(f"adapter.from: {self.folder} holds {more[0]}, for which there is no place here; set adapter.targets to its own")
+
+    def tensor(self, name: str) -> Tensor:
+        """One of its tensors, fp32."""
+        with safe_open(self.folder / WEIGHTS, framework="pt", device="cpu") as file:
+            return file.get_tensor(self.names[name]).float()
+
+
+# ---- The base ----
+
+
+def folder_sha256(folder: Path) -> str:
+    """SHA-256 over the names and SHA-256s of a model folder's *.safetensors, hashed side by side."""
+    names = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    if not names:
+        raise CheckpointError(f"{folder} holds no *.safetensors")
+    with ThreadPoolExecutor(min(16, len(names))) as pool:
+        each = list(pool.map(_file_sha256, names))
+    whole = hashlib.sha256()
+    for path, digest in zip(names, each, strict=True):
+        whole.update(f"{path.name} {digest}\n".encode())
+    return whole.hexdigest()
+
+
+_known: dict[tuple[str, int, int], str] = {}
+_lock = threading.Lock()
+
+
+def _file_sha256(path: Path) -> str:
+    """Of one file, once a process and state of it."""
+    stat = path.stat()
+    key = str(path.resolve()), stat.st_size, stat.st_mtime_ns
+    with _lock:
+        if key in _known:
+            return _known[key]
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    with _lock:
+        _known[key] = found
+    return found
