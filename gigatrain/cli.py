@@ -543,33 +543,30 @@ def _site(name: str | None) -> tuple[Any, str]:
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    from gigatrain import load
-    from gigatrain.architectures import Architecture
+    from gigatrain import shelf
 
-    rows = []
-    for name, path in load.recipes().items():
-        recipe = load.recipe(path)
-        shape = load.architecture(recipe.model)
-        train = recipe.train
-        tokens = train.tokens or (train.steps or 0) * train.batch * train.sequence
-        rows.append(
-            {
-                "name": name,
-                "summary": recipe.summary,
-                "family": getattr(shape, "family", "transformers"),
-                "parameters": shape.parameters(),
-                "active": shape.active_parameters() if isinstance(shape, Architecture) else shape.parameters(),
-                "tokens": tokens,
-            }
-        )
-    if options.json:
-        print(json.dumps(rows, indent=2))
-        return
-    for row in rows:
-        active = f" ({row['active']:,} a token)" if row["active"] != row["parameters"] else ""
-        print(
-            f"{row['name']:24} {row['family']:10} {row['parameters']:>18,} parameters{active} {row['tokens']:>20,} tokens  {row['summary']}"
-        )
+    found = shelf.rows()
+    print(json.dumps(found, indent=2) if options.json else "\n".join(shelf.table(found)))
+
+
+def _recipes_search(options: argparse.Namespace) -> None:
+    from gigatrain import shelf
+
+    found = shelf.searched(options.words)
+    print(json.dumps(found, indent=2) if options.json else "\n".join(shelf.lines(found)))
+
+
+def _recipes_copy(options: argparse.Namespace) -> None:
+    from gigatrain import shelf
+
+    print(shelf.copied(options.name, Path(options.path) if options.path else None))
+
+
+def _recipes_from_hub(options: argparse.Namespace) -> None:
+    from gigatrain import shelf
+
+    path, numbers = shelf.from_hub(options.source, options.task, Path(options.out) if options.out else None, measure=_measured)
+    print(f"{path}: {getattr(numbers, 'family', None) or numbers.class_name}, {numbers.parameters():,} parameters")
 
 
 def _sites(options: argparse.Namespace) -> None:
@@ -927,8 +924,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     planned.add_argument("--json", action="store_true", help="the whole plan as JSON")
 
-    recipes = command("recipes", _recipes, "list the shipped recipes", "List the shipped recipes, with the numbers that tell them apart.")
+    recipes = command("recipes", _recipes, "list, search and copy the shipped recipes", _RECIPES)
     recipes.add_argument("--json", action="store_true", help="as JSON, for programs")
+    of_recipes = recipes.add_subparsers(metavar="COMMAND")
+    command("list", _recipes, "a line for each model", _RECIPES, of_recipes).add_argument("--json", action="store_true", help="as JSON")
+    search = command("search", _recipes_search, "those that have every word", _RECIPES, of_recipes)
+    search.add_argument("words", metavar="WORD", nargs="+", help="of a name, a task, a maker, a country, a licence or a family")
+    search.add_argument("--json", action="store_true", help="as JSON")
+    copy = command("copy", _recipes_copy, "start a recipe of your own", _RECIPES, of_recipes)
+    copy.add_argument("name", metavar="NAME", help="a shipped recipe, or with -tiny its twin")
+    copy.add_argument("path", metavar="PATH", nargs="?", help="the file to write (default: NAME.toml here)")
+    from_hub = command("from-hub", _recipes_from_hub, "write one for any config.json", _RECIPES, of_recipes)
+    from_hub.add_argument("source", metavar="PATH", help="a folder with config.json, or a hub name")
+    from_hub.add_argument("--task", choices=("pretrain", "continue", "sft", "lora", "dpo"), default="sft", help="default: sft")
+    from_hub.add_argument("-o", "--out", metavar="FILE", help="the file to write (default: MODEL-TASK.toml here)")
 
     sites = command("sites", _sites, "the machines: what is known of them, and how surely", _SITES)
     sites.add_argument("name", nargs="?", metavar="NAME", help="a site or its file: all of it; else a word that those listed have")
@@ -1163,6 +1172,17 @@ watts at four boundaries, goodput, days, euros, CO2, each with its 90 % interval
   gigatrain plan --calibrate runs/a runs/b -o mine.json ; gigatrain plan my.toml --calibration mine.json
   gigatrain plan --predict rows.jsonl -o answers.jsonl        published measurements, predicted
   gigatrain plan my.toml --json | jq .expected"""
+_RECIPES = """\
+The shipped recipes: of each open model pretrain, continue, sft, lora and dpo, and a -tiny twin of each that runs on a laptop.
+
+  gigatrain recipes                                           a line for each model
+  gigatrain recipes search french sft                         those that have every word: a country, a maker, a licence, a family, a task
+  gigatrain recipes copy lucie-7b/sft my.toml                 a recipe of your own, with its comments
+  gigatrain recipes copy lucie-7b/sft-tiny                    its twin as a file
+  gigatrain recipes from-hub ~/models/mine --task lora        of any config.json, here or on the hub
+  gigatrain train lucie-7b/pretrain-tiny
+
+A model's own page is recipes/MODEL/README.md: sources, licence, and what each task takes on four sites."""
 _SITES = """\
 The machines that runs are planned for and launched on. Every number is measured, declared by its operator or maker, assumed with a reason, or unknown by name.
 

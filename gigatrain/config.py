@@ -42,6 +42,9 @@ class Model(Section):
         alias="from",
         description="Folder or hub name whose weights (and, without `architecture`, numbers) the run starts from.",
     )
+    positions: Count | None = Field(
+        default=None, description="Context length of the weights of `from`, in tokens; default: what their config.json declares."
+    )
     fresh: bool = Field(default=False, description="Take only the numbers of `from`, and draw the weights anew.")
     init: Init = Init()
 

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import pynvml
 from pydantic import BaseModel, ValidationError
 
-from gigatrain import architectures, foreign
+from gigatrain import architectures, catalog, foreign, twin
 from gigatrain.architectures import Architecture
 from gigatrain.config import Model, Recipe, Section
 from gigatrain.errors import GigatrainError, RecipeError, RunError, SiteError
@@ -31,9 +31,27 @@ def shipped(kind: str) -> Path:
 
 
 def recipes() -> dict[str, Path]:
-    """Name -> file of every shipped recipe; `llama3-8b/pretrain.toml` is called `llama3-8b/pretrain`."""
+    """Name -> file of every recipe that is one; those of open models are made of what is known of each (catalog.py)."""
     root = shipped("recipes")
-    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.toml"))}
+    return {
+        path.relative_to(root).with_suffix("").as_posix(): path
+        for path in sorted(root.rglob("*.toml"))
+        if path.stem != "model" and path.parent.name != "tasks"
+    }
+
+
+def known() -> list[str]:
+    """Every name that `recipe` takes, but for the `-tiny` twin that each of an open model has."""
+    return sorted({*recipes(), *catalog.names(shipped("recipes"))})
+
+
+def recipe_text(name: str) -> str:
+    """The text of a shipped recipe, with its comments. Raises RecipeError for a name that is none."""
+    files = recipes()
+    found = files[name].read_text(encoding="utf-8") if name in files else catalog.text(shipped("recipes"), name)
+    if found is None:
+        raise RecipeError(f"no shipped recipe is called {name!r}{nearest(name, known())} `gigatrain recipes` lists them.")
+    return found
 
 
 def sites() -> dict[str, Path]:
@@ -44,10 +62,11 @@ def sites() -> dict[str, Path]:
 def recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe: a path (TOML, or the JSON that a job keeps of it), or the name of a shipped one; `overrides` are `dotted.key=value` as given to --set.
 
+    A shipped recipe's name with `-tiny` behind it is its twin: the same shape of everything, small (twin.py).
+
     Raises RecipeError for a missing file, bad TOML, an unknown key, a wrong type, a value out of range or a contradiction.
     """
-    path = _find(source, recipes(), "recipe", RecipeError)
-    tree = _toml(path, RecipeError)
+    tree, path = _recipe(source)
     for override in overrides:
         _override(tree, override)
     _refuse_secrets(tree, path, RecipeError)
@@ -122,7 +141,9 @@ def architecture(model: Model, measure: Callable[[Mapping[str, Any]], Foreign] |
 
 
 def positions(model: Model) -> int:
-    """Context length that the weights' own config.json declares; 0 for fresh weights."""
+    """Context length of the weights: the recipe's `model.positions`, else what their config.json declares; 0 for fresh weights."""
+    if model.positions is not None:
+        return model.positions
     declared = config_json(model.source).get("max_position_embeddings") if model.source else None
     return declared if isinstance(declared, int) else 0
 
@@ -191,6 +212,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean "x"?` for the likeliest of `known`, else a full stop."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f'; did you mean "{close[0]}"?' if close else "."
+
+
+def _recipe(source: str | Path) -> tuple[dict[str, Any], Path]:
+    """A recipe's tree and where it was read: a file, else a shipped name, else a twin."""
+    name = str(source).removesuffix(".toml")
+    path = Path(source).expanduser()
+    if not path.is_file() and not path.is_dir() and name not in recipes():
+        if (made := catalog.text(shipped("recipes"), name)) is not None:
+            return tomllib.loads(made), Path(name)
+        if name.endswith(catalog.TWIN) and (base := name.removesuffix(catalog.TWIN)) in known():
+            tree, _ = _recipe(base)
+            _expand_architecture(tree)
+            return twin.tree(tree, shipped("recipes") / "tasks"), Path(name)
+        raise RecipeError(
+            f"no recipe file and no shipped recipe is called {str(source)!r}{nearest(name, known())} `gigatrain recipes` lists the shipped ones."
+        )
+    path = _find(source, recipes(), "recipe", RecipeError)
+    return _toml(path, RecipeError), path
 
 
 def _find(source: str | Path, known: Mapping[str, Path], what: str, error: type[GigatrainError]) -> Path:

@@ -146,7 +146,7 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
         RecipeError, match=r"no architecture is called 'llama3-8b'; did you mean .*llama-3\.1-8b.* as a table \[model\.architecture\]"
     ):
         resolve("llama3-8b")
-    with pytest.raises(RecipeError, match=r"no architecture is called 'zzz'; there are apertus-8b, deepseek-v3, gemma-2-2b"):
+    with pytest.raises(RecipeError, match=r"no architecture is called 'zzz'; there are apertus-70b, apertus-8b, deepseek-v3, eurollm-22b"):
         resolve("zzz")
 
 
