@@ -326,7 +326,17 @@ def _corpus(plan: Plan, this: run.Run, resumes: bool, mesh: Mesh, display: Displ
         if resumes and before is not None and (before / "manifest.json").is_file():
             corpus = build.Corpus.open(before, weights, check=True)
         else:
-            corpus = build.build(plan.data, plan.tokenizer, progress=shown)
+            if before is not None:
+                display.line(f"  corpus   {before} is not there: built again from the recipe's sources, and compared by its hash")
+            try:
+                corpus = build.build(plan.data, plan.tokenizer, progress=shown)
+            except DataError as failure:
+                if before is None:
+                    raise
+                raise DataError(
+                    f"{failure}\nThis run goes on with its corpus {before.name} and no other, and it is not in {before.parent}: copy that folder "
+                    "from where the run began (its data.folder), or make the sources reachable here"
+                ) from None
         if corpus.vocab > plan.architecture.vocab:
             raise RunError(
                 f"the tokenizer has {corpus.vocab} ids and the model embeds {plan.architecture.vocab}; "

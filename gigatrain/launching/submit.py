@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -65,7 +66,7 @@ class Prepared:
     changes: tuple[tuple[str, ...], ...]  # of each run of the sweep: its own overrides
     files: dict[str, str]  # of RUN/launch: the scheduler's own
     resumed: bool = False
-    notes: tuple[str, ...] = ()  # on power, for a reader
+    notes: tuple[str, ...] = ()  # on power and on where it comes from, for a reader
 
     @property
     def runs(self) -> list[Path]:
@@ -161,8 +162,9 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
         hosts=tuple(host.name for host in hosts),
         form="trainjob" if request.form == "trainjob" else "jobset",
     )
-    if request.resume and (folder / "launch" / "job.json").is_file():
-        made = made.model_copy(update={"excluded_in": jobs.load(folder).excluded_in})
+    before = jobs.load(folder) if request.resume and (folder / "launch" / "job.json").is_file() else None
+    if before is not None and before.excluded_in and Path(before.excluded_in).is_dir():  # a folder that was moved has left its sweep
+        made = made.model_copy(update={"excluded_in": before.excluded_in})
     made = made.model_copy(update={"exclude": tuple(restart.excluded_nodes(made.excluded))})
     if site.scheduler.kind == "kubernetes":
         made = kubernetes.in_pods(made)
@@ -171,7 +173,7 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
     if taken and not request.resume:
         raise RunError(f"{folder} already holds something; go on with the run there with --resume, or name another folder with --run")
     if request.resume:
-        _resumable(folder, made, plans, other_numbers=request.other_numbers)
+        notes += _resumable(folder, made, before, plans, other_numbers=request.other_numbers)
     return Prepared(made, large, plans, recipes, changes, files, resumed=taken, notes=tuple(dict.fromkeys(notes)))
 
 
@@ -179,7 +181,7 @@ def launch(prepared: Prepared) -> Launched:
     """Freeze recipe and site in RUN/launch, hand the job in, and write down that it was. What a refusal leaves of a new run folder is removed."""
     made, folder = prepared.job, Path(prepared.job.run)
     new = not folder.exists()
-    if prepared.resumed and (before := _in_cluster(folder)) is not None:
+    if prepared.resumed and (before := _in_cluster(folder)) is not None and before.site.name == made.site.name:
         kubernetes.delete(before, wait=True)  # it has ended, and the cluster would take the same manifest for nothing new
     try:
         for index, run in enumerate(prepared.runs):
@@ -399,8 +401,8 @@ def _python(site: Site) -> str:
     return os.path.abspath(sys.executable)
 
 
-def _resumable(folder: Path, made: Job, plans: Sequence[Plan], *, other_numbers: bool) -> None:
-    """Whether the run there can go on: it is launched or trained, it is this plan's, and no job of it is in the queue."""
+def _resumable(folder: Path, made: Job, before: Job | None, plans: Sequence[Plan], *, other_numbers: bool) -> tuple[str, ...]:
+    """Whether the run there can go on: it is launched or trained, it is this plan's, and no job of it is in the queue. What there is to say of that."""
     if made.sweep:
         raise RunError("--resume goes on with one run; name one of the sweep's folders with --run, without --sweep")
     record = folder / "run.json"
@@ -408,26 +410,42 @@ def _resumable(folder: Path, made: Job, plans: Sequence[Plan], *, other_numbers:
         raise CheckpointError(f"{folder} holds no run, so there is nothing to resume; leave out --resume")
     if record.is_file() and (said := _identity(record)) != plans[0].identity:
         try:
-            before = legs.stored(folder, {"identity": said, **json.loads(record.read_text(encoding="utf-8"))})
+            under = legs.stored(folder, {"identity": said, **json.loads(record.read_text(encoding="utf-8"))})
         except RunError as failure:
             raise CheckpointError(
                 f"{folder} was started under another plan ({said[:12]}, this is {plans[0].identity[:12]}), and which one is unknown: {failure}; "
                 "name another folder with --run"
             ) from None
-        legs.agree(folder, before, plans[0], other_numbers=other_numbers)
+        legs.agree(folder, under, plans[0], other_numbers=other_numbers)
+    if before is not None and before.site.name != made.site.name:
+        return _left(folder, before, made)
     last = next((event for event in reversed(jobs.history(folder)) if event["event"] == "submitted"), None)
     if last and made.site.scheduler.kind in ("none", "ssh") and (pid := ssh.alive(folder)):
         raise RunError(f"the job of this run, process {pid}, is alive; wait for it, or end it with: gigatrain cancel {folder}")
-    if (before := _in_cluster(folder)) is not None and (whole := kubernetes.found(before)) is not None:
+    if (there := _in_cluster(folder)) is not None and (whole := kubernetes.found(there)) is not None:
         state, why = kubernetes.state(whole)
         if state in ("running", "queued"):
             raise RunError(
-                f"{kubernetes.name(before)} of this run is {state}{f' ({why})' * bool(why)}; wait for it, or end it with: gigatrain cancel {folder}"
+                f"{kubernetes.name(there)} of this run is {state}{f' ({why})' * bool(why)}; wait for it, or end it with: gigatrain cancel {folder}"
             )
     if last and made.site.scheduler.kind == "slurm" and shutil.which("squeue"):
         alive = [one for one in slurm.queued(str(last["job"]), *last.get("chain", [])) if one.state in slurm.ALIVE]
         if alive:
             raise RunError(f"job {alive[0].id} of this run is {alive[0].state}; wait for it, or end it with: gigatrain cancel {folder}")
+    return ()
+
+
+def _left(folder: Path, before: Job, made: Job) -> tuple[str, ...]:
+    """Of a run that comes from another site, whose scheduler is not asked: a number of its jobs may be anybody's here. A job that is alive is refused where
+    this machine can see it."""
+    found = ssh.process_of(folder)
+    if found is not None and found["host"] == socket.gethostname() and (pid := ssh.alive(folder)):
+        raise RunError(f"the job of this run on {before.site.name}, process {pid}, is alive; wait for it, or end it with: gigatrain cancel {folder}")
+    moved = f"the run comes from {before.site.name}, goes on on {made.site.name} and is a new leg there"
+    last = next((event for event in reversed(jobs.history(folder)) if event["event"] in ("submitted", "judged", "cancelled", "ended")), None)
+    if last is not None and last["event"] == "submitted":
+        moved += f"; job {last.get('job')} there has not said that it ended, and {made.site.name} cannot ask: see that it has"
+    return (moved,)
 
 
 def _in_cluster(folder: Path) -> Job | None:
@@ -520,7 +538,7 @@ def summary(prepared: Prepared) -> list[str]:
     lines += [
         f"  power    {text}" for text in dict.fromkeys(one.draw.text() for one in prepared.plans if one.draw.budget_watts is not None)
     ]
-    lines += [f"  power    {text}" for text in prepared.notes]
+    lines += [f"  {'moves' if text.startswith('the run comes') else 'power':8} {text}" for text in prepared.notes]
     if made.exclude:
         lines.append(f"  excludes {len(made.exclude)} node{'s' * (len(made.exclude) > 1)} ({made.excluded})")
         has = made.site.nodes.value

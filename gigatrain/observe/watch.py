@@ -2,12 +2,6 @@
 
 `Reader.seen()` is the one reading: `gigatrain watch` draws it and observe/prometheus.py serves it. Files may grow meanwhile, end in half a line, or be
 replaced by a resume; what the folder does not say is None, never guessed.
-
-Goodput is the time of the steps that the run kept over the wall-clock since its first process had the folder. The rest of that time, by class: `redone`,
-steps that a restart did again; `data`, waited for a batch (of a GPU, which computes meanwhile, only the trace knows it); `compile`, kernels made and judged,
-and what a process's first step takes beyond its others; `validation`; `checkpoint`; `restore`, a checkpoint read; `paced`, waited to keep to a power budget;
-`starting`, the rest from having the folder to the first step;
-`stopped`, from a process's last word to the next one's first, with what a killed one did after its last report; `other`, what is left.
 """
 
 import contextlib
@@ -27,9 +21,17 @@ from pydantic import ValidationError
 from gigatrain import load
 from gigatrain.errors import GigatrainError, RunError
 from gigatrain.observe import beside, logs
+from gigatrain.observe.goodput import CLASSES, classes
+from gigatrain.observe.goodput import began_of as _began
+from gigatrain.observe.goodput import goodput_of as _goodput
+from gigatrain.observe.goodput import number as _number
+from gigatrain.observe.goodput import sessions_of as _sessions
+from gigatrain.observe.legs import NAMED, leg_words, legs_of, si, span
 from gigatrain.planning.watts import Watts
 from gigatrain.power.live import Live
 from gigatrain.power.reading import BOUNDARIES
+
+__all__ = ["CLASSES", "Reader", "Tail", "classes", "lines", "si", "span", "watch"]
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -41,11 +43,7 @@ KEPT_S = 15.0  # what ranks left is read again after so long, or at once where t
 TRACED = 256  # ranks whose steps are looked at
 SPARKS = "▁▂▃▄▅▆▇█"
 SHOWN = 12  # lines of a failure
-LARGEST = 1e100  # beyond it a number is damage
 ASKED_S = 20.0  # between two questions to the scheduler
-NAMED = {"device": "devices", "node": "nodes", "it": "IT"}
-CLASSES = ("training", "redone", "data", "compile", "validation", "checkpoint", "restore", "paced", "starting", "stopped", "other")
-TOLD = ("data", "compile", "validation", "checkpoint", "restore", "paced")  # which a run says by name
 
 
 SUSPICIONS = {  # of metrics.jsonl, from observe/numerics.py
@@ -114,6 +112,7 @@ class Reader:
         self._job: list[dict[str, Any]] = []
         self._tokens_s = [0.0, 0.0]
         self._scheduler: tuple[float, dict[str, Any] | None] = (-ASKED_S, None)
+        self._power_by_leg: tuple[float, list[dict[str, Any]]] = (0.0, [])
         self._left: tuple[tuple[Any, ...], float, dict[str, Any]] = ((), 0.0, {})
 
     def seen(self) -> dict[str, Any]:
@@ -165,6 +164,7 @@ class Reader:
             "eta_s": _eta_s(events, step, steps, window) if state == "running" else None,
             "goodput": goodput,
             "restarts": _restarts(events, self._job),
+            "legs": self._moved(record, events, now if state == "running" else None),
             "slowest_ranks": slow,
             "slowest_why": unknown,
             "checkpoint": self._checkpoint(now),
@@ -308,6 +308,20 @@ class Reader:
                 found.append((int(path.parent.name.removeprefix("step-")), path.stat().st_mtime))
         return {"step": max(found)[0], "age_s": round(max(0.0, now - max(found)[1]), 1), **cost, "not_saved": why} if found else None
 
+    def _moved(self, record: Mapping[str, Any], events: list[list[dict[str, Any]]], now: float | None) -> list[dict[str, Any]]:
+        """The run's legs; where there are several also what each drew, which is read again when that has cost a fiftieth of the time since."""
+        legs = legs_of(self.run, record, events, now)
+        if len(legs) < 2:
+            return legs
+        begin = time.monotonic()
+        if begin >= self._power_by_leg[0]:
+            told: list[dict[str, Any]] = []
+            with contextlib.suppress(GigatrainError):
+                told = importlib.import_module("gigatrain.power.account").account(self.run)["legs"]
+            spent_s = time.monotonic() - begin
+            self._power_by_leg = (begin + max(KEPT_S, 50 * spent_s), told)
+        return [leg | {"power": drew} for leg, drew in zip(legs, [*self._power_by_leg[1], *[None] * len(legs)], strict=False)]
+
     def _saving(self) -> dict[str, Any] | None:
         """How often the newest process saves and why, where that was decided by what a save costs; None where a recipe says it."""
         said = next(
@@ -352,66 +366,6 @@ class Reader:
         if not rate:
             return None, f"the rate of {name} is unknown"
         return flops * speed / (ranks * rate * 1e12 / getattr(chip, "devices", 1)), ""
-
-
-def _sessions(events: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Events by process, up to the one that finished the run: what only looked at it later is no part of it."""
-    found: dict[Any, list[dict[str, Any]]] = {}
-    for event in events:
-        found.setdefault(event.get("process"), []).append(event)
-        if event["event"] == "end" and event.get("why") == "finished":
-            break
-    return list(found.values())
-
-
-def _began(session: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Its first step's event; None if it never came to one."""
-    return next((event for event in session if event["event"] == "steps" and _number(event, "step") is not None), None)
-
-
-def _goodput(sessions: list[list[dict[str, Any]]], now: float | None) -> dict[str, Any] | None:
-    """Seconds by class since the first process had the folder, until `now` (None: the last event), and the share that was kept."""
-    if not sessions:
-        return None
-    seconds = dict.fromkeys(CLASSES, 0.0)
-    for index, session in enumerate(sessions):
-        later = [began["step"] for began in map(_began, sessions[index + 1 :]) if began]
-        cut = min(later, default=float("inf"))  # what lies behind it was done again
-        began = _began(session)
-        at = began["step"] if began else 0
-        starting = (began or session[-1])["time_s"] - session[0]["time_s"]
-        for event in session:
-            spent = event.get("seconds")
-            spent = spent if isinstance(spent, dict) else {}
-            for what in TOLD:
-                seconds[what] += _number(spent, what) or 0.0
-            if event is began:
-                starting -= sum(_number(spent, what) or 0.0 for what in spent)
-            if event["event"] == "report" and (step := _number(event, "step")) is not None:
-                trained = _number(spent, "training") or 0.0
-                kept = min(1.0, max(0.0, (cut - at) / (step - at))) if step > at else 0.0
-                seconds["training"] += trained * kept
-                seconds["redone"] += trained * (1 - kept)
-                at = step
-        seconds["starting"] += max(0.0, starting)
-        if index:
-            seconds["stopped"] += max(0.0, session[0]["time_s"] - sessions[index - 1][-1]["time_s"])
-    end = sessions[-1][-1]["time_s"]
-    wall_s = max(0.0, max(now or end, end) - sessions[0][0]["time_s"])
-    if (told_s := sum(seconds.values())) > wall_s:  # a clock was set back meanwhile: shares are kept
-        seconds = {what: spent * wall_s / told_s for what, spent in seconds.items()}
-    seconds["other"] = max(0.0, wall_s - sum(seconds.values()))
-    return {
-        "wall_s": round(wall_s, 3),
-        "share": min(1.0, seconds["training"] / wall_s) if wall_s else None,
-        "seconds": {what: round(spent, 3) for what, spent in seconds.items()},
-    }
-
-
-def classes(events: list[dict[str, Any]], now: float | None = None) -> dict[str, float]:
-    """Seconds by class (CLASSES) of the events of a logs/progress.jsonl; they add up to the wall-clock that they span. Nothing of no events."""
-    found = _goodput(_sessions(events), now)
-    return dict(found["seconds"]) if found else {}
 
 
 def _restarts(sessions: list[list[dict[str, Any]]], job: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -490,12 +444,6 @@ def _json(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _number(row: Mapping[str, Any], key: str) -> Any:
-    """A number of a row; what is missing or something else, or not finite, or too large to be of a run, is None."""
-    value = row.get(key)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST else None
-
-
 def _utc(time_s: float) -> str:
     with contextlib.suppress(OverflowError, ValueError, OSError):  # a damaged one
         return datetime.datetime.fromtimestamp(time_s, datetime.UTC).isoformat(timespec="seconds")
@@ -511,16 +459,6 @@ def spark(values: list[Any], width: int = 48) -> str:
     low, high = min(numbers), max(numbers)
     scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
     return "".join(SPARKS[round((value - low) * scale)] if isinstance(value, (int, float)) else " " for value in shown)
-
-
-def span(seconds: float | None) -> str:
-    """A duration as people say it."""
-    if seconds is None:
-        return "unknown"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h" if minutes < 2880 else f"{minutes / 1440:.1f} days"
 
 
 def lines(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -586,6 +524,8 @@ def lines(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         shown = ", ".join(f"rank {row['rank']} {row['own_s'] * 1e3:.1f} ms" for row in seen["slowest_ranks"])
         if (seen["ranks"] or 2) > 1:
             add("slowest", f"{shown} of data and forward{some}" if shown else seen["slowest_why"])
+    for one in seen["legs"][-4:] if len(seen["legs"]) > 1 else ():
+        add(f"leg {one['number']}", leg_words(one))
     if seen["checkpoint"]:
         newest = seen["checkpoint"]
         cost = (
@@ -631,14 +571,6 @@ def _power_lines(seen: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if one and _number(one, "tokens_per_s_mw") is not None:
         name, joules = str(one.get("boundary")), _number(one, "joules") or 0.0
         yield "energy", f"{one['tokens_per_s_mw']:,.0f} tokens/s/MW at the {NAMED.get(name, name)} over the whole run, {si(joules)}J"
-
-
-def si(value: float) -> str:
-    """A number before its unit, three digits of it: `8 k`, `1.23 M`."""
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m")):
-        if abs(value) >= size:
-            return f"{value / size:.0f} {prefix}" if abs(value) >= 100 * size else f"{value / size:.3g} {prefix}"
-    return f"{value:.3g} "
 
 
 def drawn(seen: Mapping[str, Any]) -> "Group":

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import ValidationError
-
 from gigatrain.architectures import Architecture
 from gigatrain.errors import PowerError, RunError
 from gigatrain.launching import job
 from gigatrain.planning.watts import Watts
+from gigatrain.power import legs
 from gigatrain.power import schedule as schedules
-from gigatrain.power.boundary import Boundary, boundaries, disagreement, look, nodes_of, unknown, widest
+from gigatrain.power.boundary import Boundary, boundaries, disagreement, unknown, widest
 from gigatrain.power.live import over
 from gigatrain.power.reading import BIN_S, BOUNDARIES, Taken
 from gigatrain.power.spans import MOST, Session, Spans, number_of, one_object, plus, retained, sessions_of, taken_of, times, until_of
@@ -63,26 +62,25 @@ def account(run: Path, *, schedule: Schedule | None = None, until: float | None 
     `gap_share` of the accelerators' time; `capped_share`, `thermal_share`, `brake_share` of that for which their meters gave reasons; `cpu_joules`; `ramp`
     {max_watts_per_10s, at_s, boundary}; `windows` [{time_s, event (starting, steps, held), process, step, seconds, tokens, redone, watts, tokens_per_s_mw,
     provenance, capped_share}]; `meters`; `sources` [{what, value, basis, source}];
-    `nodes`, `accelerators`, `processes`, `rows`, `notes`.
+    `legs` [{number, site, seconds, joules, watts, unknown, boundary, provenance, mix, eur, kg_co2e, processes}], each by its own plan's site, whose sums the
+    run's figures are; `nodes`, `accelerators`, `processes`, `rows`, `notes`.
 
     Raises RunError where there is no folder.
     """
     if not run.is_dir():
         raise RunError(f"{run} is no folder; a run's is what `gigatrain train` prints last, or --run names")
     plan = one_object(run / "plan.json")
-    watts, notes = _watts(plan)
-    if schedule is None:
-        schedule = _planned(plan, notes)
     rows, events = until_of(run / "energy.jsonl", until), until_of(run / "logs" / "progress.jsonl", until)
     sessions = sessions_of(events, rows)
-    nodes = max([nodes_of(watts), *(row.taken.nodes for session in sessions for row in session.rows)], default=0) or 1
-    devices = max([watts.accelerators, *(row.taken.devices for session in sessions for row in session.rows)], default=0)
-    spans = Spans(nodes, devices, job.history(run) if (run / "launch" / "history.jsonl").is_file() else [])
-    for index, session in enumerate(sessions):
-        spans.take(session, sessions[index - 1] if index else None, sessions[index + 1] if index + 1 < len(sessions) else None)
-    taken, wall_s = spans.sum, spans.seconds
+    parts, notes = legs.cut(run, plan, sessions), list[str]()
+    for part in parts:
+        notes += [f"{part.name}: {note}" if len(parts) > 1 else note for note in part.notes]
+        part.prices = _planned(part.plan, notes) if schedule is None else schedule
+    legs.measure(parts, job.history(run) if (run / "launch" / "history.jsonl").is_file() else [])
+    watts, spans = parts[-1].watts, legs.together(parts)
+    taken, wall_s, nodes, devices = spans.sum, spans.seconds, spans.nodes, spans.devices
     notes += spans.notes
-    found, why = look(taken, watts, wall_s)
+    found, why = legs.look(parts)
     if not sessions:
         why |= dict.fromkeys(BOUNDARIES, "the run has no rows in energy.jsonl and no progress")
     elif not any(session.rows for session in sessions):
@@ -90,13 +88,17 @@ def account(run: Path, *, schedule: Schedule | None = None, until: float | None 
         found.update(dict.fromkeys(BOUNDARIES))
     tokens = retained(sessions, run)
     chunks = _chunks(sessions, spans, plan, wall_s)
-    windows = [chunk.told(watts) for chunk in chunks]
+    where = {session.process: part for part in parts for session in part.sessions}
+    windows = [chunk.told(where[chunk.process].watts) for chunk in chunks]
     joules = {name: one.joules if one else None for name, one in found.items()}
     per_joule = {name: tokens / one.joules if one and tokens is not None and one.joules else None for name, one in found.items()}
     flops, active = number_of(plan, "flops_per_token"), _active(plan)
     off = disagreement(taken)
     device_ms = taken.device_ms + taken.device_unknown_ms
-    costs = _costs(chunks, watts, found["facility"], schedule)
+    shares = [
+        _costs([one for one in chunks if where[one.process] is part], part.watts, part.look()[0]["facility"], part.prices) for part in parts
+    ]
+    costs = shares[-1] if len(parts) == 1 else _summed(shares, parts, found["facility"])
     return {
         "tokens": tokens,
         "wall_s": round(wall_s, 3),
@@ -116,7 +118,7 @@ def account(run: Path, *, schedule: Schedule | None = None, until: float | None 
         "model_flop_per_joule": {name: times(value, flops) for name, value in per_joule.items()},
         "flop6n_per_joule": {name: times(value, 6 * active if active is not None else None) for name, value in per_joule.items()},
         "phases": _phases(rows, sessions),
-        "held": spans.told(watts, found),
+        "held": legs.held(parts, spans, found),
         "disagreement": off,
         "gap_share": taken.gap_ms / device_ms if device_ms else None,
         "capped_share": taken.held_down(taken.power_capped_ms) if watts.accelerators else None,
@@ -127,6 +129,7 @@ def account(run: Path, *, schedule: Schedule | None = None, until: float | None 
         "windows": windows,
         "meters": _meters(rows),
         "sources": _sources(watts, found, wall_s, nodes, costs["words"], spans),
+        "legs": [legs.told(part, share) for part, share in zip(parts, shares, strict=True)],
         "nodes": nodes,
         "accelerators": devices,
         "processes": len(sessions),
@@ -166,15 +169,6 @@ def _planned(plan: Mapping[str, Any], notes: list[str]) -> Schedule | None:
     except PowerError as failure:
         notes.append(f"the run's schedule cannot be read: {failure}; prices and carbon are the site's")
         return None
-
-
-def _watts(plan: Mapping[str, Any]) -> tuple[Watts, list[str]]:
-    try:
-        return Watts.model_validate(plan.get("watts") or {}), [] if plan.get("watts") else [
-            "plan.json does not say what the site's watts are"
-        ]
-    except ValidationError as failure:
-        return Watts(), [f"plan.json's watts cannot be read: {failure.errors()[0]['msg']}"]
 
 
 def _active(plan: Mapping[str, Any]) -> float | None:
@@ -339,6 +333,18 @@ def _costs(chunks: list[_Chunk], watts: Watts, facility: Boundary | None, schedu
             found["words"][attribute] = (value, basis, how)
         if facility is not None and value is not None:
             found[key] = facility.joules * value * per_joule
+    return found
+
+
+def _summed(shares: list[dict[str, Any]], parts: list[legs.Leg], facility: Boundary | None) -> dict[str, Any]:
+    """Of several legs: euro and carbon where each leg's are known, and what each took them from."""
+    found: dict[str, Any] = {"words": {}}
+    drew = [share for share, part in zip(shares, parts, strict=True) if part.sessions]
+    for key in ("eur", "kg_co2e"):
+        known = [share[key] for share in drew]
+        found[key] = None if facility is None or None in known else sum(known)
+    for share, part in zip(shares, parts, strict=True):
+        found["words"] |= {f"{what} of {part.name}": said for what, said in share["words"].items()}
     return found
 
 

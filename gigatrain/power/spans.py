@@ -261,10 +261,8 @@ class Spans:
         self.stretches: list[Stretch] = []
         self.notes: list[str] = []
 
-    def take(self, session: Session, before: Session | None, after: Session | None) -> None:
+    def take(self, session: Session, after: Session | None) -> None:
         """A process's own time: its rows, and what lies at its edges and between two looks."""
-        if before is not None:
-            self._between(before, session)
         self._lost(session)
         answered = [row for row in session.rows if row.taken.nodes]
         # What the next process recovered begins where this one's last row ends: from there on no rule is needed.
@@ -333,7 +331,7 @@ class Spans:
         plus(self.sum, made)
         return made
 
-    def _between(self, before: Session, after: Session) -> None:
+    def between(self, before: Session, after: Session) -> None:
         """From a process's last word to the next one's first: held, as far as the job's history says so or meters went on, or queued."""
         met, since_s, model = after.recovered, before.told_s if after.recovered else before.last_s, _last(before.rows)
         gap_s = max(0.0, after.begin_s - since_s)

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from gigatrain.errors import GigatrainError, PowerError
 from gigatrain.observe import beside, logs, watch
+from gigatrain.observe.legs import place_words
 from gigatrain.observe.report.figures import SLACK, against, finite, known
 from gigatrain.observe.report.ranges import ranged
 from gigatrain.planning.watts import Watts
@@ -119,6 +120,7 @@ def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any
             | {"why": _word(one["why"]) or "unknown"}
             for one in seen["restarts"]
         ],
+        "legs": _legs(seen["legs"], energy, lacking),
         "memory": _memory(plan, summary),
         "energy": {name: said for name, said in energy.items() if name != "windows"},  # they are in `watts`, thinned
         "budget": _budget(folder, plan, energy, began_s),
@@ -312,6 +314,40 @@ def _headline(energy: Mapping[str, Any], lacking: str) -> dict[str, Any]:
     found = {"tokens_per_s_mw": speed, "mwh": spent}
     for name in ("eur", "kg_co2e"):
         found[name] = known(energy.get(name), lacking or _unknown(energy, name) or _uncounted(energy, name))
+    return found
+
+
+def _legs(legs: Sequence[Mapping[str, Any]], energy: Mapping[str, Any], lacking: str) -> list[dict[str, Any]]:
+    """Each stretch under one plan, with figures; joules are by its own site, and tokens/s/MW are its own tokens over them."""
+    told, found = energy.get("legs"), []
+    drawn = told if isinstance(told, list) and len(told) == len(legs) else [None] * len(legs)
+    for leg, power in zip(legs, drawn, strict=True):
+        whole = _goodput(leg["goodput"])
+        name = power.get("boundary") if isinstance(power, Mapping) else None
+        name, unknown = name if name in BOUNDARIES else None, _of(power or {}, "unknown", "node") or _of(power or {}, "unknown", "device")
+        why = f"not measured: {lacking or _word(unknown) or 'no boundary of it is known'}"
+        joules = finite(_of(power or {}, "joules", name)) if name is not None else None
+        tokens = finite(leg["tokens"])
+        found.append(
+            {key: _word(leg[key]) for key in ("site", "device", "engine", "precision", "states", "began")}
+            | {"number": leg["number"], "ranks": finite(leg["ranks"]), "mesh": leg["mesh"], "place": _word(place_words(leg))}
+            | {"changed": [_word(text) for text in leg["changed"]], "processes": leg["processes"], "stood_s": finite(leg["stood_s"])}
+            | {"step": finite(leg["step"]), "until": finite(leg["until"]), "tokens": known(tokens, "no report of it")}
+            | {
+                "tokens_per_s": known(finite(leg["tokens_per_s"]), "no window of it was reported"),
+                "goodput": known(whole.get("share"), whole.get("unknown", "")),
+                "wall_s": known(whole.get("wall_s"), whole.get("unknown", "")),
+                "watts": known(finite(_of(power or {}, "watts", name)) if name is not None else None, why),
+                "kwh": known(None if joules is None else joules / 3.6e6, why),
+                "tokens_per_s_mw": known(tokens / joules * 1e6 if tokens is not None and joules else None, why),
+                "eur": known(finite(power.get("eur")) if isinstance(power, Mapping) else None, "no price, or no joules at its facility"),
+                "kg_co2e": known(
+                    finite(power.get("kg_co2e")) if isinstance(power, Mapping) else None, "no carbon, or no joules at its facility"
+                ),
+                "boundary": name,
+                "provenance": _shares(power.get("provenance")) if isinstance(power, Mapping) else {},
+            }
+        )
     return found
 
 

@@ -64,7 +64,8 @@ PALETTE = {
 RANKS = 8  # whose step times are shown
 LEAST = 0.005  # of the whole: a thinner layer is no layer
 ROOM = 3.0  # a limit that is so many times what was drawn is told and not drawn
-LATEST = 20  # restarts that are shown
+LATEST = 20  # restarts, and legs, that are shown
+SHOWN = 6  # changes of a leg
 
 
 def page(values: Sequence[Value]) -> str:
@@ -223,6 +224,7 @@ def _body(value: Value, tag: str) -> str:
             tag, "Tokens/s", f"While it trained. {flops}{note}", [Curve("tokens/s", curves["tokens_per_s"], label="")],
             Axes("step", zero=True, marks=marks), "no window with a speed yet",
         ),
+        *_legs(tag, value),
         *_power(tag, value),
         _waterfall(tag, value),
         column(_phases(tag, value), _restarts(tag, value)),
@@ -234,6 +236,35 @@ def _body(value: Value, tag: str) -> str:
         _identity(tag, value),
     ]  # fmt: skip
     return f"{_tiles(value)}<div class=cards>{''.join(cards)}</div>"
+
+
+def _legs(tag: str, value: Value) -> list[str]:
+    """Where a run that moved has been, and what each stretch was; nothing of one that stayed."""
+    if len(value["legs"]) < 2:
+        return []
+
+    def told(found: Value, shown: Shown, note: str = "") -> str:
+        return unknown(found["unknown"]) if found["value"] is None else cell(shown(found["value"]), note)
+
+    rows = []
+    for one in value["legs"][-LATEST:]:
+        stood = "" if not one["stood_s"] else f"nobody had the run for {span(one['stood_s'])} before it"
+        until = "unknown" if one["until"] is None else number(one["until"], 9)
+        at = f"{WITHIN[one['boundary']]}: {provenance(one['provenance'])}" if one["boundary"] else ""
+        rows.append(
+            head(f"{one['number']}. {one['place']}", stood)
+            + cell(f"{number(one['step'] or 0, 9)} to {until}")
+            + told(one["tokens_per_s"], number)
+            + told(one["goodput"], per_cent, "" if one["wall_s"]["value"] is None else f"of {span(one['wall_s']['value'])}")
+            + told(one["watts"], words.watts, at)
+            + told(one["kwh"], lambda it: words.energy(it * 3.6e6))
+            + told(one["tokens_per_s_mw"], number)
+            + sentence("; ".join(one["changed"][:SHOWN]) + f"; and {len(one['changed']) - SHOWN} more" * (len(one["changed"]) > SHOWN))
+        )
+    named = ("leg", "steps", "tokens/s", "goodput", "draw", "energy", "tokens/s/MW", "what changed")
+    more = f" The last {LATEST} of {len(value['legs']):,}." if len(value["legs"]) > LATEST else ""
+    text = f"Each stretch of the run under one plan. Joules are by the leg's own site; time between legs is no leg's.{more}"
+    return [card(tag, "Legs", text, scrolled("Legs", table(named, rows, kind="plain", right=range(1, 7))), wide=True)]
 
 
 def _power(tag: str, value: Value) -> list[str]:
