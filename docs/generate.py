@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from gigatrain import architectures, cli, errors, load  # noqa: E402
+from gigatrain import architectures, cli, errors, load, shelf  # noqa: E402
 from gigatrain.architectures import Architecture  # noqa: E402
 from gigatrain.launching import restart  # noqa: E402
 from gigatrain.observe import prometheus  # noqa: E402
@@ -186,7 +186,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 
 def _parsers(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
     groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    if not groups:
+    if not any(group.required for group in groups):
         yield parser.prog, parser
     for group in groups:
         for inner in group.choices.values():
@@ -203,7 +203,7 @@ def commands() -> str:
             lines += [f"## {name}", "", "```text", parser.format_usage().strip(), "```", ""]
             lines += ["```text", (parser.description or "").strip(), "```", "", "| argument | what it does |", "|---|---|"]
             for action in parser._actions:
-                if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
+                if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction | argparse._SubParsersAction):
                     continue
                 takes = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
                 takes = "|".join(map(str, action.choices)) if action.choices and action.metavar is None else takes
@@ -318,22 +318,29 @@ def _count(value: float | None) -> str:
 
 
 def models() -> str:
-    """Named architectures with their counts, and the shipped recipes."""
-    lines = ["# Models and recipes", "", "## Shipped recipes", "", MADE.format("`gigatrain recipes`"), ""]
-    lines += ["| name | parameters | tokens | what |", "|---|---|---|---|"]
-    for name, path in load.recipes().items():
-        recipe = load.recipe(path)
-        train = recipe.train
-        tokens = train.tokens or (train.steps or 0) * train.batch * train.sequence
-        shape = recipe.model.architecture
-        lines.append(f"| `{name}` | {f'{shape.parameters():,}' if shape else 'of its source'} | {tokens:,} | {cell(recipe.summary)} |")
+    """Shipped recipes by model, named architectures with their counts, and families."""
+    lines = ["# Models and recipes", "", "## Shipped recipes", ""]
     lines += [
-        "",
-        "## Named architectures",
-        "",
-        "A recipe takes one by `model.architecture`, and changes a number of it beside `base`. ",
+        "`MODEL/TASK` is a recipe: `gigatrain train llama-3.1-8b/sft`; with `-tiny` behind it, its twin of the same shape, small enough for a laptop.",
         "",
     ]
+    lines += [
+        MADE.format("`gigatrain recipes`"),
+        "",
+        "| model | by | licence | parameters | active for a token | tasks |",
+        "|---|---|---|---|---|---|",
+    ]
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for row in shelf.rows():
+        by_model.setdefault(row["name"].partition("/")[0], []).append(row)
+    for name, several in by_model.items():
+        first = several[0]
+        page = f"recipes/{name}/README.md"
+        named = f"[`{name}`](../recipes/{name}.md)" if (ROOT / page).is_file() else f"`{name}`"
+        tasks = ", ".join(f"`{row['task']}`" for row in several) if "/" in first["name"] else first["summary"]
+        row = (named, f"{first['maker']} {first['country']}", first["licence"], f"{first['parameters']:,}", f"{first['active']:,}", tasks)
+        lines.append("| " + " | ".join(cell(part.strip()) for part in row) + " |")
+    lines += ["", "## Named architectures", "", "A recipe takes one by `model.architecture`, and changes a number of it beside `base`.", ""]
     lines += ["| name | family | parameters | active for a token | layers | hidden | vocabulary |", "|---|---|---|---|---|---|---|"]
     for name in sorted(architectures.named()):
         shape = Architecture.model_validate_json(json.dumps(architectures.resolve(name)))

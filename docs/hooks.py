@@ -52,6 +52,8 @@ def placed(source: str) -> str | None:
         return LONG[source]
     if source == "README.md":
         return "index.md"
+    if recipe := re.fullmatch(r"recipes/([^/]+)/README\.md", source):
+        return f"recipes/{recipe[1]}.md"
     return source.removeprefix("docs/") if source.startswith("docs/") and source.endswith(".md") else None
 
 
@@ -141,12 +143,17 @@ def lists(text: str) -> str:
     return prose(text, spaced)
 
 
+def written() -> list[str]:
+    """Every page that someone or some program wrote into the repository."""
+    found = (*sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "recipes").glob("*/README.md")))
+    return [*LONG, *(path.relative_to(ROOT).as_posix() for path in found)]
+
+
 def pages() -> tuple[dict[str, str], set[str]]:
     """Site path -> Markdown of every page, and the files of the repository that pages link to and the site copies."""
     made, copied = generate(), set()
     known = places(made)
-    sources = {name: (ROOT / name).read_text(encoding="utf-8") for name in LONG}
-    sources |= {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").rglob("*.md"))}
+    sources = {name: (ROOT / name).read_text(encoding="utf-8") for name in written()}
     found = {}
     for source, text in sources.items():
         here = placed(source)
