@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 # Long pages that live elsewhere in the repository: where -> the page's path on the site.
 LONG = {
+    "README.md": "overview.md",
     "ENGINES.md": "engines.md",
     "PLANNER.md": "planner.md",
     "POWER.md": "power.md",
@@ -50,8 +51,6 @@ def placed(source: str) -> str | None:
     """The site's path of a file of the repository (`docs/how/slurm.md`, `POWER.md`); None for one that only is copied."""
     if source in LONG:
         return LONG[source]
-    if source == "README.md":
-        return "index.md"
     if recipe := re.fullmatch(r"recipes/([^/]+)/README\.md", source):
         return f"recipes/{recipe[1]}.md"
     return source.removeprefix("docs/") if source.startswith("docs/") and source.endswith(".md") else None

@@ -33,7 +33,7 @@ def _hooks():
 
 HOOKS = _hooks()
 MADE = HOOKS.generate()
-SOURCES = ["README.md", *HOOKS.written()]
+SOURCES = HOOKS.written()
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in SOURCES}
 # The log tells what was typed and measured at its time; all else is of today.
 TODAY = [name for name in SOURCES if name != "benchmarks/LOG.md"]
