@@ -608,7 +608,12 @@ def _export(options: argparse.Namespace) -> None:
     from gigatrain.observe.display import Display
 
     step = export(
-        Path(options.run_folder), Path(options.folder), shard_bytes=options.shard_size, processes=options.processes, display=Display()
+        Path(options.run_folder),
+        Path(options.folder),
+        shard_bytes=options.shard_size,
+        processes=options.processes,
+        adapter=options.adapter,
+        display=Display(),
     )
     print(f"step {step} of {options.run_folder} exported to {options.folder}")
 
@@ -975,6 +980,9 @@ def _parser() -> argparse.ArgumentParser:
         "--max-shard-size", dest="shard_size", metavar="BYTES", type=_bytes, default=5e9, help="of one file, as 5GB or 500MB (default: 5GB)"
     )
     exported.add_argument("--processes", metavar="N", type=_processes, default=1, help="that write files side by side (default: 1)")
+    whole = exported.add_mutually_exclusive_group()
+    whole.add_argument("--adapter", action="store_true", help="the run's adapter alone, as peft loads it")
+    whole.add_argument("--merge", action="store_true", help="the adapter merged into its base (the default)")
 
     imported = command("import", _import, "take up a checkpoint of DeepSpeed, torch DCP or torch.save", _IMPORT)
     imported.add_argument("source", metavar="SOURCE", help="its folder or file")

@@ -15,10 +15,13 @@ from gigatrain import architectures, run
 from gigatrain.architectures import Architecture
 from gigatrain.checkpoint import Found, sync_folder, write_text
 from gigatrain.data.tokenizer import Tokenizer
+from gigatrain.engines import source
 from gigatrain.errors import RunError
 from gigatrain.foreign import Foreign
 from gigatrain.models import autoweights, hf
 from gigatrain.models.decoder import kind_of
+from gigatrain.models.merged import Merged, write_peft
+from gigatrain.models.streamed import Rows
 from gigatrain.observe.display import Display
 
 MARK = "gigatrain.json"  # which run, step and plan an export is of
@@ -32,15 +35,28 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         shutil.copyfile(tokenizer.folder / name, target / name)
 
 
-def export(folder: Path, target: Path, *, shard_bytes: float = 5e9, processes: int = 1, display: Display | None = None) -> int:
+def export(
+    folder: Path,
+    target: Path,
+    *,
+    shard_bytes: float = 5e9,
+    processes: int = 1,
+    adapter: bool = False,
+    display: Display | None = None,
+) -> int:
     """Write the newest whole checkpoint of the run in `folder` to `target`, in the precision that the run computed in; returns its step.
 
     Files of at most `shard_bytes` are written straight from the checkpoint's boxes, each by one of `processes`, which holds some 16 MiB of the model (or one
-    expert's matrices) at a time. `target` is whole or as it was: all is written beside it and renamed. Raises CheckpointError without a whole checkpoint,
+    expert's matrices) at a time. A run with an adapter is merged into its base, one matrix at a time, or, if `adapter`, written as peft has it, without the
+    base. `target` is whole or as it was: all is written beside it and renamed. Raises CheckpointError without a whole checkpoint or beside another base,
     RunError when `target` holds something that we did not export.
     """
     plan = run.stored_plan(folder)
+    if adapter and plan.adapter is None:
+        raise RunError(f"{folder} has no adapter: its recipe has no [adapter], and trained the weights; export without --adapter")
     found, refused = run.checkpoints(folder).latest()
+    if plan.adapter is not None:
+        source.check_base(found.state.get("base", {}), source.base_of(plan))
     target = target.absolute()
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / MARK).is_file())):
         raise RunError(f"{target} holds something that gigatrain did not export, and would be lost; name another folder")
@@ -53,7 +69,13 @@ def export(folder: Path, target: Path, *, shard_bytes: float = 5e9, processes: i
         written.mkdir()
         dtype = torch.bfloat16 if plan.compute == "bf16" else torch.float32
         weights, tokens = _Rounded(found, dtype, foreign=isinstance(plan.architecture, Foreign)), _special_tokens(folder / "tokenizer")
-        if isinstance(plan.architecture, Foreign):
+        if plan.adapter is not None:
+            weights = Merged(plan, found.tensors("weights"), dtype)
+        if adapter:
+            assert isinstance(weights, Merged)
+            write_peft(weights, written)
+        elif isinstance(plan.architecture, Foreign):
+            assert isinstance(weights, _Rounded)
             numbered = {f"{key}_token_id": value for key, value in tokens.items()}
             autoweights.save(weights, plan.architecture, written, dtype=dtype, tokens=numbered)
         else:
@@ -63,7 +85,8 @@ def export(folder: Path, target: Path, *, shard_bytes: float = 5e9, processes: i
             )
             write_text(written / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         ids = {f"{key}_token_id": value for key, value in tokens.items() if value is not None}
-        write_text(written / "generation_config.json", json.dumps(ids, indent=2) + "\n")
+        if not adapter:
+            write_text(written / "generation_config.json", json.dumps(ids, indent=2) + "\n")
         for path in (folder / "tokenizer").iterdir():
             shutil.copyfile(path, written / path.name)
         write_text(written / MARK, json.dumps({"run": found.manifest["run"], "step": found.step, "plan_sha256": plan.sha256}) + "\n")
@@ -74,7 +97,7 @@ def export(folder: Path, target: Path, *, shard_bytes: float = 5e9, processes: i
     return found.step
 
 
-def _write(weights: "_Rounded", arch: Architecture, folder: Path, shard_bytes: float, processes: int) -> None:
+def _write(weights: Rows, arch: Architecture, folder: Path, shard_bytes: float, processes: int) -> None:
     """All files, the index last. Which tensors a file holds follows from shapes, so that its writer needs to know of no other's."""
     files = hf.shards(weights, arch, shard_bytes)
     processes = min(processes, len(files))
@@ -98,7 +121,7 @@ def _start(*arguments: Any) -> Any:
     return process
 
 
-def _write_part(weights: "_Rounded", arch: Architecture, folder: Path, shard_bytes: float, part: int, parts: int) -> None:
+def _write_part(weights: Rows, arch: Architecture, folder: Path, shard_bytes: float, part: int, parts: int) -> None:
     files = hf.shards(weights, arch, shard_bytes)
     for number in range(part, len(files), parts):
         hf.write_shard(files, number, folder)

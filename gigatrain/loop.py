@@ -21,7 +21,7 @@ from gigatrain import engines, export, floors, leaving, run
 from gigatrain.checkpoint import PASSING, Checkpoints, Intervals, Near, Saving, Timed, fill, weights_sha256, write_text
 from gigatrain.data import build
 from gigatrain.data.loader import Batches, Validation
-from gigatrain.engines import Engine, low, replicated
+from gigatrain.engines import Engine, low, replicated, source
 from gigatrain.errors import DataError, RunError
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
@@ -136,6 +136,9 @@ def _steps(
     if device.type == "cuda":
         with progress.spent("compile"):
             _verify(plan, device, display)
+    # An adapter's checkpoints name the weights that it stands beside.
+    base = None if plan.adapter is None else ranks.first(mesh, lambda: source.base_of(plan))
+    named = {} if base is None else {"base": base}
     engine = engines.make(plan, mesh, device, fresh=not resumes)
     reader, readers = mesh.data
     held = _held_out(plan, corpus, mesh, device)
@@ -162,7 +165,7 @@ def _steps(
         for line in batches.packed():
             say(f"  packed   {line}")
         with progress.spent("restore"):
-            kept, power = _resume(near, engine, batches, this, display) if resumes else ({}, {})
+            kept, power = _resume(near, engine, batches, this, display, base) if resumes else ({}, {})
         lives = stack.enter_context(replicated.joined(plan, mesh, engine, batches, display.line))
         engine = lives.engine
         found = lives.enter(lambda: {"run": this.state(), "data": batches.state(), "metrics": kept, "power": power})
@@ -190,7 +193,7 @@ def _steps(
 
         def again() -> None:
             saving.end()  # what is being written is of steps that are made again
-            kept, _ = _resume(near, engine, batches, this, display)
+            kept, _ = _resume(near, engine, batches, this, display, base)
             saves.forget(this.step)
             metrics.rewind(this.step, kept)
             near.begin()
@@ -219,7 +222,7 @@ def _steps(
             this.elapsed_s = before + time.monotonic() - began
             kept = metrics.state()
             this.tokens = metrics.tokens
-            return {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state()}
+            return {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state(), **named}
 
         lives.offer = kept_now
 
@@ -401,9 +404,16 @@ def _verify(plan: Plan, device: torch.device, display: Display) -> None:
         display.line(f"  verified fused kernels on {torch.cuda.get_device_name(device)}, error over what is allowed: {found}")
 
 
-def _resume(near: Near, engine: Engine, batches: Batches, this: run.Run, display: Display) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fill everything from the newest step that is whole on either tier; says which ones were not whole. Returns what metrics and power budget kept."""
+def _resume(
+    near: Near, engine: Engine, batches: Batches, this: run.Run, display: Display, base: dict[str, str] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fill everything from the newest step that is whole on either tier; says which ones were not whole. Returns what metrics and power budget kept.
+
+    Of an adapter it must have been trained beside `base`.
+    """
     found, refused, why = near.latest()
+    if base is not None:
+        source.check_base(found.state.get("base", {}), base)
     for reason in refused:
         display.line(f"CHECKPOINT REFUSED: {reason}")
     random = _random_state(batches.device)

@@ -1,14 +1,16 @@
 """Where an engine's model and its first weights come from: our decoder, or any other model of transformers behind the same methods."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from gigatrain.engines import low
+from gigatrain.errors import CheckpointError
 from gigatrain.foreign import Foreign
 from gigatrain.kernels.ops import Ops
-from gigatrain.models import adapters, autoweights, hf
+from gigatrain.models import adapters, autoweights, hf, merged
 from gigatrain.models.automodel import Auto
 from gigatrain.models.decoder import Decoder, Part, decays, initial, kind_of
 from gigatrain.planning.plan import Plan
@@ -60,6 +62,27 @@ def values(
         return
     for name, shape in shapes.items():
         yield name, initial(name, shape, arch, plan.init.std, plan.init.scale_residual, plan.seed, device)
+
+
+def base_of(plan: Plan) -> dict[str, str]:
+    """What an adapter's checkpoints say of its base: where it is, and the SHA-256 of its weights. Reads them all."""
+    if plan.source is not None:
+        folder = hf.locate(plan.source)
+        return {"from": plan.source, "sha256": adapters.folder_sha256(folder)}
+    whole = hashlib.sha256()
+    for name, tensor in base(plan, merged.shapes(plan)):
+        whole.update(name.encode())
+        whole.update(tensor.numpy().tobytes())
+    return {"from": f"seed {plan.seed}", "sha256": whole.hexdigest()}
+
+
+def check_base(kept: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises CheckpointError where the base is not the one that a checkpoint, which says `kept`, was made beside."""
+    if kept.get("sha256") != now["sha256"]:
+        raise CheckpointError(
+            f"the adapter was trained beside the weights of {kept.get('from')} with SHA-256 {str(kept.get('sha256'))[:12]}, and those of {now['from']} "
+            f"have {now['sha256'][:12]} now; put the base back as it was"
+        )
 
 
 def base(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:

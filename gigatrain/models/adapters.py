@@ -319,7 +319,9 @@ class Stored:
             "alpha_pattern": (config.get("alpha_pattern") or {}, {}),
         }
         if differ := [f"{key} {has!r}, here {wants!r}" for key, (has, wants) in theirs.items() if has != wants]:
-            raise CheckpointError(f"adapter.from {str(folder)!r} is another adapter than the recipe's: {'; '.join(differ)}; set [adapter] to it")
+            raise CheckpointError(
+                f"adapter.from {str(folder)!r} is another adapter than the recipe's: {'; '.join(differ)}; set [adapter] to it"
+            )
         try:
             with safe_open(self.folder / WEIGHTS, framework="pt", device="cpu") as file:
                 self.names = {name.removeprefix(_PREFIX): name for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -331,9 +333,13 @@ class Stored:
         parts = ["lora_A.weight", "lora_B.weight", *([_LENGTH] if self.adapter.kind == "dora" else [])]
         wanted = {f"{name}.{part}" for name in modules for part in parts}
         if lacking := sorted(wanted - self.names.keys()):
-            raise CheckpointError(f"adapter.from: {self.folder} lacks {lacking[0]} ({len(lacking)} of {len(wanted)}); set adapter.targets to its own")
+            raise CheckpointError(
+                f"adapter.from: {self.folder} lacks {lacking[0]} ({len(lacking)} of {len(wanted)}); set adapter.targets to its own"
+            )
         if more := sorted(self.names.keys() - wanted):
-            raise CheckpointError(f"adapter.from: {self.folder} holds {more[0]}, for which there is no place here; set adapter.targets to its own")
+            raise CheckpointError(
+                f"adapter.from: {self.folder} holds {more[0]}, for which there is no place here; set adapter.targets to its own"
+            )
 
     def tensor(self, name: str) -> Tensor:
         """One of its tensors, fp32."""

@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +42,7 @@ _RENAMED: dict[str, dict[str, str]] = {
     "apertus": {"input_layernorm": "attention_layernorm", "post_attention_layernorm": "feedforward_layernorm"},
     "gpt_oss": {"mlp.gate": "mlp.router"},
 }
-_FUSED: dict[str, dict[str, tuple[str, ...]]] = {
+FUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "phi3": {
         "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
@@ -98,7 +98,7 @@ def _sources(arch: Architecture, name: str) -> tuple[_Source, ...]:
         stacked = _EXPERT_TENSOR.fullmatch(name)
         return (_Source(name, form=_FORMS.get(arch.family, {}).get(stacked[1], ()) if stacked else ()),)
     layer, module, kind = match.groups()
-    if module in (fused := _FUSED.get(arch.family, {})):
+    if module in (fused := FUSED.get(arch.family, {})):
         return tuple(_Source(f"{layer}{part}.{kind}") for part in fused[module])
     if arch.family in _MOE:
         block, names = _MOE[arch.family]
@@ -116,7 +116,7 @@ def _sources(arch: Architecture, name: str) -> tuple[_Source, ...]:
 def _names(arch: Architecture, memory: Mapping[str, Any]) -> dict[str, tuple[_Source, ...]]:
     """Every name on disk, and what in memory it is made of."""
     forward = _RENAMED.get(arch.family, _RENAMED[arch.placement])
-    fused = {part: whole for whole, parts in _FUSED.get(arch.family, {}).items() for part in parts}
+    fused = {part: whole for whole, parts in FUSED.get(arch.family, {}).items() for part in parts}
     block, parts = _MOE.get(arch.family, ("", ("", "", "")))
     if arch.family in _MOE:
         forward = {**forward, "mlp.gate": f"{block}.gate"}
@@ -342,6 +342,25 @@ def read_weights(
                     yield sources[0].name, sources[0].back(tensor)
                 else:
                     yield from zip((s.name for s in sources), tensor.split([shapes[s.name][0] for s in sources]), strict=True)
+
+
+def reader(arch: Architecture, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> Callable[[str], Tensor]:
+    """What gives any one tensor of `shapes` from a folder, by its name in memory. Raises `CheckpointError` for what the folder lacks."""
+    files, parts = _files(folder), {}
+    for disk, sources in _names(arch, shapes).items():
+        for source in sources:
+            parts.setdefault(source.name, {})[disk] = None
+
+    def whole(name: str) -> Tensor:
+        found = {}
+        for disk in parts[name]:
+            if disk not in files:
+                raise CheckpointError(f"{folder} lacks {disk}")
+            with _open(files[disk]) as file:
+                found[disk] = file.get_tensor(disk)
+        return from_hf(found, arch)[name]
+
+    return whole
 
 
 def _some(names: list[str]) -> str:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from gigatrain.foreign import Foreign
 from gigatrain.launching.size import shown
 from gigatrain.observe.logs import Log
-from gigatrain.planning import cost
+from gigatrain.planning import adapting, cost
 from gigatrain.planning.plan import Plan, gib
 
 
@@ -112,6 +112,8 @@ class Display:
             inner += f"; {plan.mesh.exchange}" if plan.mesh.context > 1 else ""
             zero = f" ZeRO-{plan.engine.zero}" if plan.engine.name == "deepspeed" else ""
             self.line(f"  mesh     {plan.ranks:,} ranks: {shown}{inner}; engine {plan.engine.name}{zero}")
+        if plan.adapter is not None:
+            self.line(f"  adapter  {adapting.describe(plan.decoder, plan.adapter)}")
         self.line(f"  site     {plan.site} ({why}); {plan.precision} on {plan.device}, about {gib(plan.memory.total)}")
         if plan.draw.text():
             self.line(f"  power    {plan.draw.text()}")

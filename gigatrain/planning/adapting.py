@@ -34,6 +34,19 @@ def trained(architecture: Architecture, adapter: Adapter) -> int:
     return low_rank(architecture, adapter) + _whole(architecture, adapter)
 
 
+def describe(architecture: Architecture, adapter: Adapter) -> str:
+    """One line for a reader: the form, where it stands, and what is trained."""
+    kind = adapter.kind.replace("lora", "rsLoRA" if adapter.rslora else "LoRA").replace("dora", "DoRA")
+    names = [name.rpartition(".")[2] for name in matrices(architecture) if targeted(name, adapter.targets)]
+    count, whole = trained(architecture, adapter), architecture.parameters()
+    more = [name for name, on in (("embedding", adapter.train_embeddings), ("head", adapter.train_head)) if on]
+    base = "4 bits (nf4)" if adapter.quantise == "nf4" else "as they compute"
+    return (
+        f"{kind} of rank {adapter.rank}, alpha {adapter.alpha:g}, on {', '.join(dict.fromkeys(names))}{' and all of ' + ', '.join(more) if more else ''}; "
+        f"trains {count:,} parameters, {100 * count / whole:.3g} % of {whole:,}; frozen weights {base}"
+    )
+
+
 def low_rank(architecture: Architecture, adapter: Adapter) -> int:
     """Parameters of the adapters: A and B, and of DoRA a length per row."""
     each = [
@@ -54,7 +67,9 @@ def _whole(architecture: Architecture, adapter: Adapter) -> int:
 
 def frozen_bytes(architecture: Architecture, adapter: Adapter, size: int) -> int:
     """Bytes of the frozen weights, `size` an element where they are not quantised."""
-    narrow = sum(outputs * inputs * layers for outputs, inputs, layers in matrices(architecture).values()) if adapter.quantise == "nf4" else 0
+    narrow = (
+        sum(outputs * inputs * layers for outputs, inputs, layers in matrices(architecture).values()) if adapter.quantise == "nf4" else 0
+    )
     return round(NF4_BYTES * narrow) + size * (architecture.parameters() - narrow - _whole(architecture, adapter))
 
 
@@ -75,7 +90,9 @@ def learns_head(architecture: Architecture, adapter: Adapter) -> bool:
 def layer_bytes(architecture: Architecture, adapter: Adapter, size: int) -> int:
     """Bytes of a layer's frozen weights and adapters, as they are gathered: the mean of layers, the last norm included."""
     ends = architecture.vocab * architecture.hidden * (1 if architecture.tied else 2)
-    narrow = sum(outputs * inputs * layers for outputs, inputs, layers in matrices(architecture).values()) if adapter.quantise == "nf4" else 0
+    narrow = (
+        sum(outputs * inputs * layers for outputs, inputs, layers in matrices(architecture).values()) if adapter.quantise == "nf4" else 0
+    )
     wide = architecture.parameters() - ends - narrow + low_rank(architecture, adapter)
     return math.ceil((NF4_BYTES * narrow + size * wide) / architecture.layers)
 
@@ -148,7 +165,10 @@ def _nearest(target: str, known: Iterable[str]) -> str:
 def _refused(recipe: Recipe, adapter: Adapter, mesh: Mesh) -> tuple[str, str] | None:
     """`(why, the way out)`."""
     if mesh.tensor > 1:
-        return f"mesh.tensor {mesh.tensor} would cut A and B with their matrix, which is not done", "share the weights by mesh.shard instead"
+        return (
+            f"mesh.tensor {mesh.tensor} would cut A and B with their matrix, which is not done",
+            "share the weights by mesh.shard instead",
+        )
     if mesh.pipeline > 1:
         return (
             f"mesh.pipeline {mesh.pipeline}: torch's schedules ask every stage for gradients that frozen layers do not have",
@@ -161,7 +181,10 @@ def _refused(recipe: Recipe, adapter: Adapter, mesh: Mesh) -> tuple[str, str] | 
     if recipe.optim.name == "muon":
         return 'optim.name "muon" is for whole matrices, and A and B are factors of one', 'set optim.name = "adamw"'
     if recipe.train.dropout:
-        return f"train.dropout {recipe.train.dropout:g} drops blocks' outputs, of which the base was trained with all", "set adapter.dropout instead"
+        return (
+            f"train.dropout {recipe.train.dropout:g} drops blocks' outputs, of which the base was trained with all",
+            "set adapter.dropout instead",
+        )
     if recipe.train.release:
         return "train.release frees gradients of weights that have none here", "leave train.release out"
     if recipe.loss.router_bias_rate:

@@ -35,7 +35,10 @@ def accelerators(
     """
     found: list[Option] = []
     architecture = load.architecture(recipe.model, measure)
-    states = [float(cost.checkpoint_bytes(architecture, recipe.train.compute, recipe.optim, masters=own, adapter=recipe.adapter)) for own in (False, True)]
+    states = [
+        float(cost.checkpoint_bytes(architecture, recipe.train.compute, recipe.optim, masters=own, adapter=recipe.adapter))
+        for own in (False, True)
+    ]
     blocks: dict[tuple[int | None, ...], tuple[Workload, Cluster]] = {}  # accelerators that hold and join as many take the same layout
     for name in chips:
         try:

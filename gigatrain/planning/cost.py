@@ -356,7 +356,9 @@ def _adapted_states(
     beside = optimizer - (4 * count if precision == "bf16" and not lean else 0)
     gathered = frozen + size * count if not engine.reshard else (2 + engine.prefetch) * layer + 2 * size * ends
     whole = adapting.trained(architecture, adapter) - adapting.low_rank(architecture, adapter)
-    reduced = (size + {"fp32": 4, "bf16": 2}[engine.reduce]) * max(whole, -(-adapting.low_rank(architecture, adapter) // architecture.layers))
+    reduced = (size + {"fp32": 4, "bf16": 2}[engine.reduce]) * max(
+        whole, -(-adapting.low_rank(architecture, adapter) // architecture.layers)
+    )
     return -(-frozen // shards) + stored * mine, (4 + stored - 2 * narrow) * mine, math.ceil(beside * mine / count), gathered + reduced
 
 

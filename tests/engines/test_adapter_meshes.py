@@ -12,7 +12,13 @@ from gigatrain.planning.plan import plan
 
 LORA = (*BASE, "adapter.rank=4", "adapter.alpha=8.0", "adapter.dropout=0.1")
 DORA = (*LORA, "adapter.kind=dora", "adapter.targets=['q_proj','mlp.up_proj','o_proj']", "adapter.train_head=true")
-NF4 = (*LORA, "adapter.quantise=nf4", "model.architecture.hidden=64", "model.architecture.intermediate=64", "model.architecture.head_dim=16")
+NF4 = (
+    *LORA,
+    "adapter.quantise=nf4",
+    "model.architecture.hidden=64",
+    "model.architecture.intermediate=64",
+    "model.architecture.head_dim=16",
+)
 STEPS = 6
 
 
@@ -52,7 +58,7 @@ def test_every_mesh_and_engine_gives_the_run_of_one_process(tiny, single, ranks,
     torch.testing.assert_close(torch.tensor(found[0][2]), torch.tensor(held), rtol=2e-5, atol=0)
     whole = joined([one for _, one, _ in found])
     assert whole.keys() == pieces.keys()
-    assert all(".lora_" in name or (name.startswith("model.embed") and base[:len(DORA)] == DORA) for name in whole)
+    assert all(".lora_" in name or (name.startswith("model.embed") and base[: len(DORA)] == DORA) for name in whole)
     for name, (_, tensor) in pieces.items():
         assert (whole[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, name
 

@@ -9,8 +9,7 @@ import transformers
 
 from gigatrain import architectures
 from gigatrain.config import Adapter
-from gigatrain.errors import CheckpointError
-from gigatrain.models import adapters, hf, nf4
+from gigatrain.models import adapters, hf
 from gigatrain.models.decoder import Decoder
 
 peft = pytest.importorskip("peft")
