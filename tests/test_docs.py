@@ -337,6 +337,13 @@ def test_the_reference_has_every_key_command_code_metric_site_model_and_kernel(t
         assert all(len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1 for table in tables), name
 
 
+def test_every_key_says_what_it_does():
+    silent = [f"{of}: {key}" for of, there in KEYS.items() for key, schema in there.items() if schema and not schema.get("description")]
+    tables = [f"{of}: {one.path}" for of in KEYS for one in MADE.sections(of) if not one.text]
+    assert set(silent) <= {"recipe: optim.name", "recipe: schedule.kind"}, silent
+    assert not tables, "give it a Field(description=...), a class a docstring: the reference is made of them"
+
+
 def test_a_keys_row_tells_its_type_limits_and_default():
     page = MADE.reference()["reference/recipe.md"]
     assert '| <span id="optim.lr">`lr`</span> | number, above 0 | required |' in page
