@@ -692,10 +692,10 @@ class Power(Section):
 class Sample(Section):
     """The text that is printed when the run ends; no prompt, no sample."""
 
-    prompt: str | None = Field(default=None, description="The text to continue.")
-    tokens: Count = Field(default=100, description="At most so many new ones.")
-    temperature: NonNegative = Field(default=0.8, description="0 takes the likeliest token each time.")
-    top_k: Count | None = Field(default=50, description="Draw among so many likeliest tokens.")
+    prompt: str | None = None
+    tokens: Count = 100
+    temperature: NonNegative = 0.8
+    top_k: Count | None = 50
 
 
 class Recipe(Section):
