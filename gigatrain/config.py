@@ -94,7 +94,7 @@ class Source(Section):
     """One corpus of a mixture."""
 
     kind: Literal["stdlib", "text", "jsonl", "parquet", "hub", "megatron"] = Field(
-        description="stdlib: the source text of Python's own library; text: files; jsonl, parquet, hub: records; megatron: shards of token ids, read as they lie."
+        description="stdlib: Python's own library; text: files; jsonl, parquet, hub: records; megatron: shards of token ids, read as they lie."
     )
     path: str | None = Field(
         default=None, description="File, folder or glob; `hub`: dataset name or folder; `megatron`: prefix of .bin and .idx."
