@@ -48,7 +48,7 @@ def prose(text: str, change: Callable[[str], str]) -> str:
 
 
 def placed(source: str) -> str | None:
-    """The site's path of a file of the repository (`docs/how/slurm.md`, `POWER.md`); None for one that only is copied."""
+    """The site's path of a file of the repository (`docs/howto/slurm.md`, `POWER.md`); None for one that only is copied."""
     if source in LONG:
         return LONG[source]
     if recipe := re.fullmatch(r"recipes/([^/]+)/README\.md", source):

@@ -92,7 +92,13 @@ SHOWN = sorted(set(shown()))
 
 def test_there_are_commands_to_check():
     assert len(SHOWN) > 150
-    assert {name for name, _ in SHOWN} >= {"README.md", "docs/how/slurm.md", "docs/how/fine-tune.md", "ENGINES.md", "gigatrain plan --help"}
+    assert {name for name, _ in SHOWN} >= {
+        "README.md",
+        "docs/howto/slurm.md",
+        "docs/howto/fine-tune.md",
+        "ENGINES.md",
+        "gigatrain plan --help",
+    }
 
 
 @pytest.mark.parametrize("page", sorted({name for name, _ in SHOWN}))
@@ -265,14 +271,14 @@ def test_every_link_leads_somewhere_on_the_site_and_every_page_is_in_its_menu():
 def test_links_and_names_are_turned_to_the_places_of_the_site():
     copied: set[str] = set()
     text = "[a](../../POWER.md#definition) [b](../reference/index.md#recipe) [c](../../launch/torchrun.sh) [d](../../tests) [e](https://x.eu) `[f](g.md)`"
-    turned = HOOKS.site_links("docs/how/slurm.md", text, copied)
+    turned = HOOKS.site_links("docs/howto/slurm.md", text, copied)
     assert (
         turned == "[a](../power.md#definition) [b](../reference/recipe.md) [c](../files/launch/torchrun.sh) d [e](https://x.eu) `[f](g.md)`"
     )
     assert copied == {"launch/torchrun.sh"}
     places = {"train.steps": "reference/recipe.md#train.steps"}
     named = HOOKS.named(
-        "how/slurm.md", "# `train.steps`\nPOWER.md: `train.steps = 4`, [`train.steps`](x.md)\n```\n`train.steps`\n```", places
+        "howto/slurm.md", "# `train.steps`\nPOWER.md: `train.steps = 4`, [`train.steps`](x.md)\n```\n`train.steps`\n```", places
     )
     assert named == (
         "# `train.steps`\n[POWER.md](../power.md): [`train.steps = 4`](../reference/recipe.md#train.steps), [`train.steps`](x.md)\n```\n`train.steps`\n```"
