@@ -170,7 +170,7 @@ def test_generate_refuses_pickles_and_broken_folders(tiny, tmp_path, capsys):
 def test_recipes_and_sites_for_people_and_programs(capsys):
     assert "quickstart" in printed(capsys, "recipes")
     rows = json.loads(printed(capsys, "recipes", "--json"))
-    assert {"name", "parameters", "active", "tokens", "family", "summary"} == set(rows[0])
+    assert {"name", "model", "task", "parameters", "active", "tokens", "licence", "maker", "country", "family", "summary"} == set(rows[0])
     assert "laptop" in printed(capsys, "sites")
     assert {"cpu", "cuda"} == {row["device"] for row in json.loads(printed(capsys, "sites", "--json"))}
 
