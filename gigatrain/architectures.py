@@ -247,7 +247,7 @@ class Architecture(_Numbers):
     )
     vocab: Count = Field(description="Rows of the embedding and of the head.")
     hidden: Count = Field(description="Width of the residual stream.")
-    layers: Count
+    layers: Count = Field(description="Blocks of attention and feed-forward.")
     heads: Count = Field(description="Query heads.")
     kv_heads: Count = Field(
         default_factory=lambda seen: seen.get("heads", 1), description="Key and value heads; divides `heads`. Default: `heads`."

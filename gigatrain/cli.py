@@ -1225,7 +1225,7 @@ From a recipe and a site to a job in its queue: planned, checked, submitted; it 
   gigatrain launch my.toml --site jupiter --nodes 16 --time 06:00:00
   gigatrain launch my.toml --site jupiter --nodes 16 --spares 2 --dry-run      print the script, submit nothing
   gigatrain launch my.toml --site jupiter --megawatts 0.5                       as many nodes as that feeds, and the run keeps to it
-  gigatrain launch my.toml --site leonardo --nodes 4 --run $WORK/mine --resume go on in a new job
+  gigatrain launch my.toml --site leonardo --nodes 4 --run $WORK/mine --resume  go on in a new job
   gigatrain launch my.toml --site lumi --nodes 1 --sweep optim.lr=1e-3,2e-3,4e-3
   gigatrain launch quickstart --site laptop                                    in the background of this machine
   gigatrain launch my.toml --site my-site.toml --hosts hosts.txt               on each host through ssh, without a scheduler

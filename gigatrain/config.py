@@ -27,8 +27,8 @@ class Section(BaseModel):
 class Init(Section):
     """How fresh weights are drawn: normal with `std`, and, if `scale_residual`, the two writers to the residual stream by std / sqrt(2 layers) (GPT-2)."""
 
-    std: Positive = 0.02
-    scale_residual: bool = True
+    std: Positive = Field(default=0.02, description="Deviation of the normal distribution.")
+    scale_residual: bool = Field(default=True, description="Writers to the residual stream are drawn smaller, by sqrt(2 layers).")
 
 
 class Model(Section):
@@ -65,7 +65,7 @@ class Model(Section):
 class TokenizerTraining(Section):
     """A byte-level byte-pair tokenizer, trained on the run's own training documents."""
 
-    vocab: Annotated[int, Field(ge=258, le=1_000_000)] = 4096
+    vocab: Annotated[int, Field(ge=258, le=1_000_000)] = Field(default=4096, description="Tokens, the 256 bytes and special ones included.")
     max_bytes: Count = Field(default=1 << 28, description="It is trained on at most this many bytes, taken evenly over the documents.")
 
 
@@ -101,7 +101,9 @@ class Tokenizer(Section):
 class Source(Section):
     """One corpus of a mixture."""
 
-    kind: Literal["stdlib", "text", "jsonl", "parquet", "hub", "megatron"]
+    kind: Literal["stdlib", "text", "jsonl", "parquet", "hub", "megatron"] = Field(
+        description="stdlib: Python's own library; text: files; jsonl, parquet, hub: records; megatron: shards of token ids, read as they lie."
+    )
     path: str | None = Field(
         default=None, description="File, folder or glob; `hub`: dataset name or folder; `megatron`: prefix of .bin and .idx."
     )
@@ -146,21 +148,23 @@ class BadDocuments(Section):
     """What happens to a document that cannot be used: skipped and counted, or refused by name."""
 
     undecodable: Literal["skip", "refuse", "replace"] = Field(default="skip", description="Bytes that are not UTF-8 (`replace`: U+FFFD).")
-    empty: Literal["skip", "refuse"] = "skip"
+    empty: Literal["skip", "refuse"] = Field(default="skip", description="A document without text.")
     short: Literal["keep", "skip", "refuse"] = Field(default="keep", description="Fewer than `min_tokens` tokens.")
     long: Literal["keep", "skip", "truncate", "refuse"] = Field(default="keep", description="More than `max_tokens` tokens.")
     unparsable: Literal["skip", "refuse"] = Field(default="skip", description="A JSON line or record that is not one, or lacks the field.")
     unmarkable: Literal["skip", "refuse"] = Field(
         default="skip", description="A conversation whose trained tokens cannot be proved, such as one that holds a special token as text."
     )
-    min_tokens: Count = 2
-    max_tokens: Count = 100_000_000
+    min_tokens: Count = Field(default=2, description="Fewer are `short`.")
+    max_tokens: Count = Field(default=100_000_000, description="More are `long`.")
 
 
 class Data(Section):
     """What is read, how it is cut into samples, and what is held out."""
 
-    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)] = Field(
+        description="The corpora that samples are drawn from, by their `weight`."
+    )
     folder: str = Field(default="~/.cache/gigatrain/data", description="Where tokenised shards are kept; `~` is the user's home.")
     validation: Annotated[float, Field(ge=0.0, le=0.5)] = Field(
         default=0.005, description="Share of the documents held out, by a hash of their names (files) or of their text (records)."
@@ -325,7 +329,7 @@ class Train(Section):
         description="bf16: bf16 weights and activations, fp32 master weights, gradient sums and losses. fp8: as bf16, with the layers' products in the low "
         "precision of `[fp8]`: other numbers, not the same ones faster.",
     )
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(default=0, description="Of fresh weights, of the order of the data, of dropout.")
     recompute: Literal["none", "lean", "selective", "full"] = Field(
         default="none",
         description="Activation checkpointing: lean drops what one element-wise pass makes again (norm outputs, the activation), selective keeps "
@@ -525,15 +529,19 @@ class Optim(Section):
     )
     lr: Positive = Field(description="Peak learning rate of AdamW's share.")
     muon_lr: Positive = Field(default=0.02, description="Peak learning rate of Muon's share, in units of the update's spectral norm.")
-    muon_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    muon_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.95, description="Share of the last step's momentum that stays."
+    )
     muon_scaling: Literal["spectral", "rms"] = Field(
         default="spectral",
         description="Size of an orthogonal update: spectral, sqrt(max(1, rows / columns)); rms, 0.2 sqrt(max(rows, columns)), as far as AdamW's "
         "(arXiv:2502.16982), so that `muon_lr` may be AdamW's rate.",
     )
-    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.95)
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.1
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(
+        default=(0.9, 0.95), description="Shares of AdamW's first and second moment that stay at each step."
+    )
+    eps: Positive = Field(default=1e-8, description="Added to the root of AdamW's second moment.")
+    weight_decay: NonNegative = Field(default=0.1, description="Each step takes lr * weight_decay of a weight away.")
     decay_embeddings: bool = Field(default=False, description="Whether embeddings and the head decay too; norms and biases never do.")
     clip: Annotated[Positive | None, BeforeValidator(lambda value: None if value is False else value)] = Field(
         default=1.0, description="Global gradient norm above which gradients are scaled down; false: never."
@@ -753,7 +761,9 @@ class Report(Section):
         description="Port of rank 0's node that serves Prometheus metrics while the run lives; `gigatrain watch --serve` is the same.",
     )
     prometheus_host: str = Field(default="127.0.0.1", description="The interface that serves them; each asks for a bearer token.")
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        default=("tensorboard",), description="What also receives the numbers of metrics.jsonl, by accelerate."
+    )
     project: str = Field(default="gigatrain", description="The trackers' project name.")
 
 
@@ -821,8 +831,8 @@ class Sample(Section):
 class Recipe(Section):
     """What is wanted: a model, its data and how it is trained."""
 
-    name: Name
-    summary: str = ""
+    name: Name = Field(description="What runs, jobs and exports are called.")
+    summary: str = Field(default="", description="One line for a reader.")
     model: Model
     tokenizer: Tokenizer
     data: Data

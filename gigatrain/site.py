@@ -100,10 +100,10 @@ class Network(Section):
 class Storage(Section):
     """What runs and data lie on."""
 
-    filesystem: str = "unknown"
+    filesystem: str = Field(default="unknown", description="For instance Lustre.")
     bytes: Known = Field(default=UNKNOWN, description="Usable capacity.")
-    read_gbyte_s: Known = UNKNOWN
-    write_gbyte_s: Known = UNKNOWN
+    read_gbyte_s: Known = Field(default=UNKNOWN, description="Of the whole file system.")
+    write_gbyte_s: Known = Field(default=UNKNOWN, description="Of the whole file system.")
 
 
 class Power(Section):
@@ -136,15 +136,15 @@ class Scheduler(Section):
     source: str = Field(default="", description="Where this was read.")
     partition: str | None = Field(default=None, description="Slurm partition; several, by commas, are heterogeneous.")
     account: str | None = Field(default=None, description="What is billed; else --account or SBATCH_ACCOUNT.")
-    qos: str | None = None
-    constraint: str | None = None
+    qos: str | None = Field(default=None, description="--qos of sbatch.")
+    constraint: str | None = Field(default=None, description="--constraint of sbatch.")
     gpus: Literal["gres", "gpus-per-node", "none"] = Field(
         default="gres", description="How accelerators are asked for; none: nodes come whole."
     )
     gpu_type: str | None = Field(
         default=None, description="The type in --gres=gpu:TYPE:N; of Kubernetes the resource, such as nvidia.com/gpu."
     )
-    exclusive: bool = True
+    exclusive: bool = Field(default=True, description="A job has its nodes to itself.")
     cpus_per_task: bool = Field(
         default=False, description="Ask for node.cores shared over the tasks of a node; some sites bind to one core else."
     )
@@ -161,7 +161,7 @@ class Scheduler(Section):
     requeue: bool = Field(default=True, description="Whether jobs may requeue themselves.")
     options: tuple[str, ...] = Field(default=(), description='Other options of sbatch, one each: "--hint=nomultithread".')
     modules: tuple[str, ...] = Field(default=(), description="Loaded in the job, in this order.")
-    container: Literal["none", "apptainer", "pyxis"] = "none"
+    container: Literal["none", "apptainer", "pyxis"] = Field(default="none", description="What starts the ranks within `image`.")
     image: str | None = Field(default=None, description="The container's image; may name an environment variable.")
     namespace: str | None = Field(default=None, description="Of Kubernetes; else that of kubectl's context.")
     claim: str | None = Field(default=None, description="The PersistentVolumeClaim that holds paths.runs; every pod mounts it.")
@@ -172,7 +172,7 @@ class Scheduler(Section):
 class Paths(Section):
     """Where things lie, by environment variables: \"$SCRATCH/runs\"; resolved when a job is submitted, an unset variable is an error."""
 
-    runs: str = "runs"
+    runs: str = Field(default="runs", description="Where run folders are made.")
     cache: str | None = Field(default=None, description="Corpora and compiled kernels.")
     local: str | None = Field(default=None, description="Node-local scratch, resolved on the node.")
 
@@ -180,13 +180,15 @@ class Paths(Section):
 class Site(Section):
     """The machines: what a plan may count on."""
 
-    name: Name
-    summary: str
-    kind: Literal["local", "generic", "gigafactory", "aifactory", "national", "cloud"] = "local"
-    country: Annotated[str, Field(pattern=r"^([A-Z]{2})?$")] = ""
+    name: Name = Field(description="What --site calls it.")
+    summary: str = Field(description="One line for a reader.")
+    kind: Literal["local", "generic", "gigafactory", "aifactory", "national", "cloud"] = Field(
+        default="local", description="local: one machine, which has no fabric, storage or cooling of its own."
+    )
+    country: Annotated[str, Field(pattern=r"^([A-Z]{2})?$")] = Field(default="", description="Two letters, as FR.")
     status: str = Field(default="", description="operational, announced, ..., with its date.")
     source: str = Field(default="", description="Where the system is described.")
-    notes: str = ""
+    notes: str = Field(default="", description="What whoever runs there should know.")
     device: Literal["cpu", "cuda"] = Field(description="What torch calls it; ROCm's devices are `cuda` too.")
     memory_bytes: Count | None = Field(
         default=None,
