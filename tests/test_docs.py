@@ -38,6 +38,7 @@ TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in SOURCES}
 # The log tells what was typed and measured at its time; all else is of today.
 TODAY = [name for name in SOURCES if name != "benchmarks/LOG.md"]
 KEYS = {of: MADE.keys(of) for of in ("recipe", "site")}
+TABLES = {of: load.schema(of)["$defs"] for of in KEYS}
 FREE = ("kernels.", "environment.")  # tables whose keys are the user's
 FENCE = re.compile(r"^ {0,3}```(\w*)[^\n]*\n(.*?)^ {0,3}```[ ]*$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(?:^|\s|/)gigatrain\s+(?P<rest>.*)$")
@@ -200,7 +201,7 @@ def test_every_key_named_within_a_line_exists_and_takes_the_value_that_is_named(
                 except tomllib.TOMLDecodeError as failure:
                     wrong.append(f"{name}: {code}: {failure}")
                     continue
-                schema = KEYS[of][match["key"]] | {"$defs": load.schema(of)["$defs"]}
+                schema = KEYS[of][match["key"]] | {"$defs": TABLES[of]}
                 problem = next(jsonschema.Draft202012Validator(schema).iter_errors(value), None)
                 wrong += [f"{name}: {code}: {problem.message}"] if problem else []
     assert seen > 80
@@ -353,13 +354,14 @@ def test_every_key_says_what_it_does():
 
 
 def test_a_keys_row_tells_its_type_limits_and_default():
-    page = MADE.reference()["reference/recipe.md"]
+    made = MADE.reference()
+    page = made["reference/recipe.md"]
     assert '| <span id="optim.lr">`lr`</span> | number, above 0 | required |' in page
     assert '| <span id="train.precision">`precision`</span> | `"bf16"`, `"fp32"`, `"fp8"` | `"bf16"` |' in page
     assert '| <span id="recovery.restarts">`restarts`</span> | integer, at least 0, at most 1,000 | `3` |' in page
     assert '| <span id="checkpoint.every">`every`</span> | integer, at least 1 or `"auto"` | `500` |' in page
     assert "## `[[data.sources]]` { #data.sources }" in page
-    site = MADE.reference()["reference/site.md"]
+    site = made["reference/site.md"]
     assert '| <span id="power.pue">`pue`</span> | figure or `"unknown"` | unknown |' in site
 
 
