@@ -189,7 +189,7 @@ class DeepSpeed:
     def _seed(self, microbatch: int) -> Tensor | None:
         """As the native engine's: a function of the run's seed, the step, the microbatch and who reads it, counted on the device."""
         rank, ranks = self.mesh.data
-        return self._masks + ((self._updates * self.plan.accumulation + microbatch) * ranks + rank) if self.plan.drops else None
+        return self._masks + ((self._updates * self.plan.turns + microbatch) * ranks + rank) if self.plan.drops else None
 
     @torch.no_grad()
     def step(self, rate: float) -> Update:

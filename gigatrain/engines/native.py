@@ -314,7 +314,7 @@ class Native:
             moments=optim.moments,
             copy=plan.compute == "bf16" and not lean and self._adamw != "foreach" and not self.sharded,
             version=self._adamw,
-            gradients=torch.bfloat16 if lean and plan.accumulation == 1 else torch.float32,
+            gradients=torch.bfloat16 if lean and plan.turns == 1 else torch.float32,
             # Stochastic rounding is alike where ranks hold the same box, or copies would drift apart.
             seed=plan.seed ^ (name == "decayed") << 62 ^ self.mesh.index("pipeline", *WEIGHTS) << 20 ^ self._number(start) << 40,
         )
@@ -501,7 +501,7 @@ class Native:
             return None
         rank, ranks = self.mesh.data
         updates = self._updates.to(self.device, non_blocking=True)
-        return self._masks + ((updates * self.plan.accumulation + microbatch) * ranks + rank)
+        return self._masks + ((updates * self.plan.turns + microbatch) * ranks + rank)
 
     def _backward_and_send(self, loss: Tensor, *, first: bool) -> None:
         """The last backward of a step whose sums are added over copies: each gradient joins its sum as it arrives, and full buckets leave at once."""

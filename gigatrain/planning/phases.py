@@ -1,9 +1,9 @@
 """The stretches of a run: a sequence-length curriculum, or sources in other shares, one phase after the other.
 
-Each phase of `train.phases` is planned as a run of its own: its share of the batch, what the mesh can cut, its memory, its seconds. The plan's own `sequence`,
-`batch` and `microbatch` are those of the longest samples: what kernels are chosen and verified for, what validation reads throughout, so that its loss is one
-curve, and, of phases with equally long samples, the one that needs the most memory. `accumulation` is the largest of any phase, `memory` that of the phase
-that needs the most, `steps` and `tokens` are all phases'. What is expected of a step or a second spans the phases; days, energy and cost add up over them.
+Each phase of `train.phases` is planned as a run of its own: its share of the batch, what the mesh can cut, its memory, its seconds. The plan's own
+`sequence`, `batch`, `microbatch` and `accumulation` are those of the longest samples: what kernels are chosen and verified for, what validation reads
+throughout, so that its loss is one curve, and, of phases with equally long samples, the one that needs the most memory. `memory` is that of the phase that
+needs the most, `steps` and `tokens` are all phases'. What is expected of a step or a second spans the phases; days, energy and cost add up over them.
 """
 
 from __future__ import annotations
@@ -93,7 +93,6 @@ def joined(recipe: Recipe, alone: Callable[[Recipe], Plan]) -> Plan:
         update={
             "schedule": recipe.schedule,
             "positions": max(one.positions for one in each),
-            "accumulation": max(one.accumulation for one in each),
             "memory": max((one.memory for one in each), key=lambda memory: memory.total),
             "steps": steps,
             "tokens": sum(one.tokens for one in each),

@@ -198,6 +198,11 @@ class Plan(Section):
         return "fp32" if self.precision == "fp32" else "bf16"
 
     @property
+    def turns(self) -> int:
+        """Microbatches of a step, of the phase that has the most."""
+        return max(phase.accumulation for phase in self.stretches)
+
+    @property
     def stretches(self) -> tuple[Stretch, ...]:
         """The phases; of a run without any the run as one."""
         return self.phases or (phases.stretch(self, 0, tuple(source.weight for source in self.data.sources)),)
