@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TABLE ?= benchmarks/results/compiled.csv
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: train test long slurm compiled check lint types install clean
+.PHONY: train test long slurm compiled check lint types docs install clean
 
 train: $(VENV)/installed
 	$(BIN)/gigatrain train recipes/quickstart.toml
@@ -24,6 +24,10 @@ slurm: $(VENV)/tested
 # Every fused kernel for GPUs that are not here: registers, spills, shared memory, 16-byte loads.
 compiled: $(VENV)/tested
 	$(BIN)/python -m gigatrain.kernels.compiled --csv $(TABLE)
+
+# Pages of docs/, README and the rest as one site, with the reference made of the code; refuses dead links.
+docs: $(VENV)/tested
+	$(BIN)/mkdocs build --strict --quiet
 
 check: lint types test
 
