@@ -521,7 +521,9 @@ class Profile(Section):
 class Optim(Section):
     """AdamW (arXiv:1711.05101), or Muon for the layers' matrices with AdamW for the rest."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw", description="`adamw` for all, or `muon` for the layers' matrices and `adamw` for the rest."
+    )
     source: str | None = Field(
         default=None,
         alias="from",
@@ -565,7 +567,11 @@ class Optim(Section):
 class Schedule(Section):
     """The learning rate as a function of the step alone."""
 
-    kind: Literal["cosine", "linear", "wsd", "constant", "infinite"] = "cosine"
+    kind: Literal["cosine", "linear", "wsd", "constant", "infinite"] = Field(
+        default="cosine",
+        description="After the warm-up: half a cosine or a line to `floor`; `wsd` stays at the peak and falls over `decay`; `constant`; "
+        "`infinite` cools to `level`, stays there and falls over `decay`.",
+    )
     warmup: Annotated[int, Field(ge=0)] = Field(default=0, description="Steps of linear warm-up from `start`.")
     start: Fraction = Field(
         default=0.0, description="Share of the peak that the warm-up rises from: to warm up again from a checkpoint's rate, that rate's."
@@ -818,14 +824,14 @@ class Power(Section):
 class Sample(Section):
     """What the model writes when the run ends, printed and kept in samples.jsonl; no prompt and no held-out conversation, no sample."""
 
-    prompt: str | None = None
+    prompt: str | None = Field(default=None, description="The text that it continues.")
     held_out: Annotated[int, Field(ge=0, le=64)] = Field(
         default=0,
         description="So many held-out conversations are answered, in the template's format, for the report; beside them stands what was held out.",
     )
-    tokens: Count = 100
-    temperature: NonNegative = 0.8
-    top_k: Count | None = 50
+    tokens: Count = Field(default=100, description="At most so many tokens.")
+    temperature: NonNegative = Field(default=0.8, description="Divides the logits; 0 takes the likeliest token each time.")
+    top_k: Count | None = Field(default=50, description="Only the so many likeliest tokens are drawn from.")
 
 
 class Recipe(Section):

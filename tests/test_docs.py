@@ -347,10 +347,7 @@ def test_the_reference_has_every_key_command_code_metric_site_model_and_kernel(t
 def test_every_key_says_what_it_does():
     silent = [f"{of}: {key}" for of, there in KEYS.items() for key, schema in there.items() if schema and not schema.get("description")]
     tables = [f"{of}: {one.path}" for of in KEYS for one in MADE.sections(of) if not one.text]
-    assert set(silent) <= {
-        f"recipe: {key}" for key in ("optim.name", "schedule.kind", "sample.prompt", "sample.tokens", "sample.temperature", "sample.top_k")
-    }, silent
-    assert not tables, "give it a Field(description=...), a class a docstring: the reference is made of them"
+    assert not silent and not tables, "give it a Field(description=...), a class a docstring: the reference is made of them"
 
 
 def test_a_keys_row_tells_its_type_limits_and_default():
