@@ -355,15 +355,21 @@ def cached(recipe: Recipe, site: Site) -> Recipe:
 
 
 def _sources(recipes: Sequence[Recipe]) -> tuple[str, ...]:
-    """Folders of the texts that the recipes read, as far as they are here: a glob or a prefix is in one."""
+    """Folders of all that the recipes read, as far as it is here: a container sees no other. A glob or a prefix is in one; a hub's name is none."""
     found: dict[str, None] = {}
-    for source in (source for recipe in recipes for source in recipe.data.sources if source.path):
-        path = Path(os.path.abspath(os.path.expanduser(source.path or "")))
-        while source.kind != "hub" and not path.exists():
-            path = path.parent
-        folder = path if path.is_dir() else path.parent
-        if path.exists() and folder != Path("/"):
-            found[str(folder)] = None
+    for recipe in recipes:
+        sources = (*recipe.data.sources, *recipe.validation.sets)
+        texts = [source.path for source in sources if source.path and source.kind != "hub"]
+        perhaps = [source.path for source in sources if source.kind == "hub"]
+        perhaps += [recipe.model.source, recipe.tokenizer.source, recipe.tokenizer.template, recipe.optim.source, recipe.objective.teacher]
+        perhaps += [recipe.adapter.source if recipe.adapter else None, recipe.power.schedule]
+        for name in texts + [name for name in perhaps if name and Path(os.path.expanduser(name)).exists()]:
+            path = Path(os.path.abspath(os.path.expanduser(name)))
+            while not path.exists():
+                path = path.parent
+            folder = path if path.is_dir() else path.parent
+            if folder != Path("/"):
+                found[str(folder)] = None
     return tuple(found)
 
 

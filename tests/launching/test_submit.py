@@ -192,6 +192,24 @@ def test_shards_are_in_the_sites_cache_unless_the_recipe_says_where(tiny, site, 
     assert prepared(tiny, str(where)).recipes[0].data.folder == load.recipe(tiny).data.folder
 
 
+def test_a_container_sees_all_that_the_recipe_reads(tiny, site, tmp_path):
+    names = ("weights", "words", "templates", "held", "plans")
+    for name in names:
+        (tmp_path / name).mkdir()
+    (tmp_path / "templates" / "mine.jinja").write_text("{{ messages }}")
+    (tmp_path / "plans" / "prices.csv").write_text("time,megawatts\n")
+    (tmp_path / "held" / "some.txt").write_text("text")
+    recipe = load.recipe(
+        tiny,
+        [
+            f"model.from={tmp_path}/weights", f"tokenizer={{from=\"{tmp_path}/words\",template=\"{tmp_path}/templates/mine.jinja\"}}",
+            f'validation.sets=[{{name="held",kind="text",path="{tmp_path}/held/*.txt"}}]', f"power.schedule={tmp_path}/plans/prices.csv",
+        ],
+    )  # fmt: skip
+    seen = submit._sources([recipe, load.recipe(tiny, ['tokenizer={from="maker/model-7b",template="chatml"}'])])
+    assert set(seen) == {str(tmp_path / name) for name in names} | {str(Path(source.path or "")) for source in recipe.data.sources}
+
+
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
     """Commands of Slurm as scripts of the test's own, each of which writes down what it was asked."""
