@@ -31,7 +31,8 @@ def check(recipe: Recipe, mesh: Mesh) -> None:
     for source in (*data.sources, *recipe.validation.sets):
         if source.format != "preference" and source.kind != "megatron":
             raise PlanError(
-                f'objective.kind "{kind}" reads answers that somebody judged, and {source.path or source.kind} is {source.format!r}; set its format = "preference"'
+                f'objective.kind "{kind}" reads answers that somebody judged, and {source.path or source.kind} is {source.format!r}; '
+                'set its format = "preference"'
             )
     if data.packing == "stream" or (data.packing == "packed" and kind == "kto"):
         several = "" if kind == "kto" else ', or "packed" (as many as fit)'
