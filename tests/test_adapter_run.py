@@ -150,7 +150,9 @@ def test_a_killed_run_resumes_bitwise_and_only_beside_its_base(tiny, base, tmp_p
     first, second = ((tmp_path / f"{name}-adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "killed"))
     assert first == second
     elsewhere = mine.rename(tmp_path / "elsewhere")  # a base is known by its hash
-    assert loop.train(made(tiny, elsewhere, *overrides), tmp_path / "killed", start="resume", display=quiet())["steps"] == 6
+    again = loop.train(made(tiny, elsewhere, *overrides), tmp_path / "killed", start="resume", display=quiet())
+    assert again is not None
+    assert again["steps"] == 6
     elsewhere.rename(mine)
     weights = load_file(mine / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] + 1e-3

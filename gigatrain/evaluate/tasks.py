@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gigatrain.errors import RunError
 
@@ -39,14 +39,14 @@ def chosen(names: Sequence[str], include: Sequence[Path]) -> Any:
     with _quiet():
         from lm_eval.tasks import TaskManager
 
-        paths = [str(path.absolute()) for path in include]
+        paths: list[str | Path] = [str(path.absolute()) for path in include]
         try:
             # The index of the harness's own 15,000 files takes seconds; tasks of one's own do not need it.
             manager = TaskManager(include_path=paths, include_defaults=False) if include else TaskManager()
             if include and set(names) - set(manager.all_tasks):
                 manager = TaskManager(include_path=paths)
         except Exception as failure:  # a YAML file of a user's may be anything
-            raise RunError(f"the tasks in {', '.join(paths)} cannot be read: {_first(failure)}") from None
+            raise RunError(f"the tasks in {', '.join(map(str, paths))} cannot be read: {_first(failure)}") from None
         found: dict[str, Any] = {"tasks": {}, "groups": {}}
         for name in names:
             if name not in manager.all_tasks:
@@ -73,10 +73,11 @@ def run(
     if chat and not tokenizer.chat_template:
         raise RunError("--chat asks in the model's chat template, and its tokenizer has none; leave --chat out")
     with _quiet():
-        from lm_eval import simple_evaluate
+        from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        asked: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        # Its decorator is not typed, and says that the class is a bare `LM`.
+        asked = cast(Any, HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=batch)
         if not sys.stderr.isatty():  # bars that it would draw into a log
             for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                 setattr(asked, kind, functools.partial(getattr(asked, kind), disable_tqdm=True))
@@ -86,7 +87,7 @@ def run(
                 tasks=list(names),
                 num_fewshot=few_shot,
                 limit=limit,
-                task_manager=_Loaded(manager, found),  # type: ignore[arg-type]
+                task_manager=cast(Any, _Loaded(manager, found)),
                 apply_chat_template=chat,
                 random_seed=seed,
                 numpy_random_seed=seed,

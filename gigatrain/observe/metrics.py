@@ -222,7 +222,9 @@ class Metrics:
 
     def write(self, window: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, the display and the trackers; a number that is not finite is written as null."""
-        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in window.items()}
+        clean: dict[str, Any] = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in window.items()
+        }
         self.last |= clean
         if self.file is None:
             return

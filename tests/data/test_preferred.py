@@ -28,6 +28,13 @@ def documents(made, record):
     return preferred.documents(made[0].data.sources[0], json.dumps(record), made[1].tokenizer())
 
 
+def both(made, record):
+    """The documents of a record that is a pair."""
+    found = documents(made, record)
+    assert not isinstance(found, str), found
+    return found
+
+
 def text(made, ids):
     return made[1].tokenizer().backend.decode(ids.tolist(), skip_special_tokens=False)
 
@@ -43,14 +50,14 @@ def text(made, ids):
     ids=["prompt", "prefix", "twice", "text"],
 )
 def test_every_form_of_a_pair_is_the_same_two_documents(made, record):
-    found = documents(made, record)
+    found = both(made, record)
     for (ids, trained), answer in zip(found, ("one two", "two one"), strict=True):
         assert text(made, ids[~trained]).startswith("<|im_start|>user\nCount!<|im_end|>\n<|im_start|>assistant\n")
         assert text(made, ids[trained]) == f"{answer}<|im_end|>"
 
 
 def test_texts_go_without_a_template(made):
-    (ids, trained), (other, _) = documents(made, {"prompt": "1 2", "chosen": " 3", "rejected": " 9"})
+    (ids, trained), (other, _) = both(made, {"prompt": "1 2", "chosen": " 3", "rejected": " 9"})
     assert text(made, ids[trained]).startswith(" 3")
     assert trained[-1]
     assert ids[-1] == made[1].eos == other[-1]
@@ -59,14 +66,14 @@ def test_texts_go_without_a_template(made):
 
 def test_several_turns_after_the_prompt_are_trained_and_those_before_are_not(made):
     before = [*ASKED, {"role": "assistant", "content": "zero"}, {"role": "user", "content": "More!"}]
-    ids, trained = documents(made, {"prompt": before, "chosen": GOOD, "rejected": BAD})[0]
+    ids, trained = both(made, {"prompt": before, "chosen": GOOD, "rejected": BAD})[0]
     assert "zero" in text(made, ids[~trained])
     assert text(made, ids[trained]) == "one two<|im_end|>"
 
 
 @pytest.mark.parametrize("label", [True, False])
 def test_an_answer_that_was_judged_alone_has_an_empty_side(made, label):
-    found = documents(made, {"prompt": ASKED, "completion": GOOD, "label": label})
+    found = both(made, {"prompt": ASKED, "completion": GOOD, "label": label})
     assert [len(ids) > 0 for ids, _ in found] == [label, not label]
     assert text(made, found[not label][0][found[not label][1]]) == "one two<|im_end|>"
 

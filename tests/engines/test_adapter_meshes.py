@@ -68,13 +68,14 @@ def test_every_mesh_and_engine_gives_the_run_of_one_process(tiny, single, ranks,
 
 def started(rank, recipe, overrides, ranks):
     made = plan(load.recipe(recipe, overrides), load.site("laptop"), ranks)
-    return engines.make(made, Mesh(made.mesh, rank) if ranks > 1 else alone(), torch.device("cpu"), fresh=True)
+    engine = engines.make(made, Mesh(made.mesh, rank) if ranks > 1 else alone(), torch.device("cpu"), fresh=True)
+    assert isinstance(engine, Native)
+    return engine
 
 
 @pytest.mark.parametrize("overrides", [(), ("train.precision=bf16",)])
 def test_frozen_weights_have_no_gradient_no_master_and_no_moment(tiny, overrides):
     engine = started(0, tiny, (*LORA, *overrides), 1)
-    assert isinstance(engine, Native)
     assert engine.frozen.keys() & engine.grads.keys() == set()
     size = 2 if overrides else 4
     assert all(parameter.element_size() == size for parameter in engine.frozen.values())

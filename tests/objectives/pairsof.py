@@ -44,10 +44,11 @@ def document(prompt: list[int], answer: list[int]) -> tuple[np.ndarray, np.ndarr
     return np.array(prompt + answer), np.array([False] * len(prompt) + [True] * len(answer))
 
 
-def row(documents: list[Any], *, answer: bool = False) -> tuple[Sample, np.ndarray | None]:
+def row(documents: list[Any], *, answer: bool = False) -> tuple[Sample, np.ndarray]:
+    """A row, and with `answer` which of its tokens are the answer's; else none is marked."""
     sample = Sample(*(np.empty(T, kind) for kind in (np.int64, np.int64, np.int64, np.int32)))
-    marks = np.empty(T, np.bool_) if answer else None
-    lay(documents, sample, EOS, answer=marks)
+    marks = np.zeros(T, np.bool_)
+    lay(documents, sample, EOS, answer=marks if answer else None)
     return sample, marks
 
 

@@ -125,7 +125,7 @@ def test_a_step_is_the_same_however_it_is_cut_and_filled(objective):
         parts.append(Microbatch(cut[0], cut[1], cut[2], documents, given))
     terms = {}
     if known is not None:
-        again = objectives.known(sum(objectives.ahead(objective, policy, part) for part in parts))
+        again = objectives.known(torch.stack([objectives.ahead(objective, policy, part) for part in parts]).sum(0))
         torch.testing.assert_close(again, known, rtol=1e-6, atol=0)
         terms = {"known": again}
     targets = sum(objectives.targets(objective, part) for part in parts)
@@ -148,8 +148,10 @@ def test_a_row_may_hold_several_pairs():
         assert room([len(ids) for ids, _ in documents]) <= length
         lay(documents, sample, EOS)
         rows.append(sample)
-    tensors = [torch.from_numpy(np.stack([getattr(one, name) for one in rows])) for name in ("tokens", "labels", "positions", "documents")]
-    part = Microbatch(*tensors, {"there_bp": torch.tensor([[1.0, 1.0], [1.0, 0.0]])})
+    tokens, labels, positions, segments = (
+        torch.from_numpy(np.stack([getattr(one, name) for one in rows])) for name in ("tokens", "labels", "positions", "documents")
+    )
+    part = Microbatch(tokens, labels, positions, segments, {"there_bp": torch.tensor([[1.0, 1.0], [1.0, 0.0]])})
     torch.testing.assert_close(loss(Objective(kind="simpo"), policy, part)[0], apart, rtol=1e-9, atol=0)
 
 
@@ -158,6 +160,7 @@ def test_a_certain_answer_has_finite_odds():
     odds = preference.log_odds(certain)
     odds.sum().backward()
     assert torch.isfinite(odds).all()
+    assert certain.grad is not None
     assert torch.isfinite(certain.grad).all()
     assert float(odds[2]) == pytest.approx(-0.1 - math.log(1 - math.exp(-0.1)), rel=1e-5)
 

@@ -99,6 +99,13 @@ def theirs(trainer, batch):
     return found.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+def gradients(policy):
+    """Of all our weights, by transformers' names: a weight without one is told here."""
+    found = {name: parameter.grad for name, parameter in policy.named_parameters() if parameter.grad is not None}
+    assert len(found) == len(list(policy.parameters()))
+    return hf.to_hf(found, policy.arch)
+
+
 def ours(objective, models, examples):
     """Our loss, gradients by transformers' names, and figures."""
     policy, reference = decoder(models[0]), decoder(models[1])
@@ -107,7 +114,7 @@ def ours(objective, models, examples):
         part = microbatch(objective.kind, examples, logprobs(reference, part))
     found, reported, known = loss(objective, policy.train(), part)
     found.backward()
-    grads = hf.to_hf({name: parameter.grad for name, parameter in policy.named_parameters()}, policy.arch)
+    grads = gradients(policy)
     return found.detach(), grads, figures.said(objective, reported[1:].tolist(), float(len(examples))), known
 
 
@@ -191,7 +198,7 @@ def test_conservative_dpo_is_trls_sigmoid_with_smoothing(models, tokenizer, tmp_
     policy = decoder(models[0])
     found, *_ = loss(Objective(kind="dpo", label_smoothing=0.2), policy, microbatch("dpo", examples, torch.zeros(6, 1, 2)))
     found.backward()
-    grads = hf.to_hf({name: parameter.grad for name, parameter in policy.named_parameters()}, policy.arch)
+    grads = gradients(policy)
     compare((found.detach(), grads), theirs(trainer, concatenated(trainer, examples)))
 
 
@@ -223,6 +230,7 @@ def test_kto_is_trls(models, tokenizer, tmp_path, beta):
     )
     mine = ours(Objective(kind="kto", beta=beta, desirable=1.2, undesirable=0.8), models, examples)
     compare(mine, theirs(trainer, batch))
+    assert mine[3] is not None
     assert mine[3] > 0.01  # else it would have been clamped
     assert float(mine[3]) == pytest.approx(trainer._metrics["train"]["kl"][-1], abs=1e-5)
     assert mine[2]["kl"] == pytest.approx(float(mine[3]), abs=1e-6)

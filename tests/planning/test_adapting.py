@@ -7,9 +7,11 @@ import torch
 
 from gigatrain import architectures, engines, load
 from gigatrain.config import Adapter
+from gigatrain.engines.native import Native
 from gigatrain.errors import PlanError
 from gigatrain.kernels.linear import Linear
 from gigatrain.models.decoder import Decoder
+from gigatrain.optim.adamw import AdamW
 from gigatrain.parallel.mesh import alone
 from gigatrain.planning import adapting
 from gigatrain.planning.plan import plan
@@ -51,6 +53,8 @@ def test_counts_of_known_models():
 def test_the_plans_bytes_are_the_engines(tiny, overrides):
     chosen = made(tiny, *RANK, *overrides)
     engine = engines.make(chosen, alone(), torch.device("cpu"), fresh=True)
+    assert isinstance(engine, Native)
+    assert chosen.adapter is not None
     count = sum(p.numel() for p in engine.parameters.values())
     assert count == adapting.trained(chosen.decoder, chosen.adapter)
     frozen = sum(p.numel() * p.element_size() for p in engine.frozen.values())
@@ -58,6 +62,7 @@ def test_the_plans_bytes_are_the_engines(tiny, overrides):
     assert chosen.memory.weights == frozen + size * count
     states = 0
     for group in engine.groups:
+        assert isinstance(group, AdamW)
         kept = {key: value for key, value in vars(group.bucket).items() if isinstance(value, torch.Tensor) and value.dim()}
         states += sum(tensor.numel() * tensor.element_size() for key, tensor in kept.items() if key not in ("weight", "copy"))
         states += group.bucket.weight.numel() * 4 if chosen.compute == "bf16" and chosen.optim.master == "fp32" else 0
