@@ -228,7 +228,7 @@ NAMED: dict[str, dict[str, Any]] = {
         "family": "llama", "vocab": 128000, "hidden": 4096, "layers": 42, "heads": 32, "kv_heads": 8, "intermediate": 12288, "norm_eps": 1e-5,
         "rope": {"theta": 10_000.0},
     },
-    # huggingface.co/utter-project/EuroLLM-22B-2512's card; its 56 layers are 54 by its own 22.639 G parameters and by arXiv:2602.05879; 22,637,328,384
+    # huggingface.co/utter-project/EuroLLM-22B-2512's card; its 56 layers are 54 by arXiv:2602.05879 (two reviews of it: 54, 22.639 G); 22,637,328,384
     "eurollm-22b": {
         "family": "llama", "vocab": 128000, "hidden": 6144, "layers": 54, "heads": 48, "kv_heads": 8, "intermediate": 16384, "norm_eps": 1e-5,
         "rope": {"theta": 1_000_000.0},
