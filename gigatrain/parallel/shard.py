@@ -60,7 +60,7 @@ def apply(model: nn.Module, mesh: Mesh, places: Places, engine: config.Engine, *
         options.pop("shard_placement_fn", None)
     options["reshard_after_forward"] = False
     fully_shard(model, mesh=together, **options)  # the head's backward follows its forward at once
-    for method in ("loss", "logprobs", "distilled"):
+    for method in (name for name in ("loss", "logprobs", "distilled") if hasattr(model, name)):
         register_fsdp_forward_method(model, method)
     for module in model.modules():
         if isinstance(module, FSDPModule):
