@@ -1,8 +1,9 @@
 """A plan at its real size without its machines: the real engine, on the real mesh, of every distinct role, over a process group that only pretends.
 
 A role is a pipeline rank with the first or the last of the shards: ranks between them have as much as the first, ranks along `tensor`, `replicate` and
-`expert` hold boxes of equal shapes. Each role is a process of its own (the pretended group is torch's "fake" backend, one per process), in which the native
-engine is built, makes one step on fake tensors (shapes without values), and is looked at: boxes, bytes, and every collective with its size and group.
+`expert` hold boxes of equal shapes. Each role is a process of its own (the pretended group is torch's "fake" backend, one per process; all are forked from
+one that has imported torch), in which the native engine is built, makes one step on fake tensors (shapes without values), and is looked at: boxes, bytes,
+and every collective with its size and group.
 
 Layers are alike, so a stage is built with two layers and with three, and what the third adds is what every further one adds. Where layers differ (windows,
 experts in some, positions in some) all of them are built. Fused kernels are replaced by plain ones, which ranks exchange the same data around.
@@ -10,10 +11,12 @@ experts in some, positions in some) all of them are built. Fused kernels are rep
 
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -104,13 +107,16 @@ def dry_run(plan: Plan) -> DryRun:
         stages = layout.held(axes.schedule, rank, axes.pipeline, each) if count > 1 else (0,)
         shape = tuple((len(cuts[stage]), stage == 0, stage == count - 1) for stage in stages)
         alike.setdefault(shape if _uniform(arch) else (*shape, rank), []).append(rank)
+    ends = (False, True) if shards > 1 else (False,)
+    trials = [_Trial.of(plan, cuts, members, last=last, shards=shards) for members in alike.values() for last in ends]
+    answers = iter(_answers(plan, [(trial.rank, size) for trial in trials for size in trial.sizes]))
     whole = 0
-    for members in alike.values():
-        for last in (False, True) if shards > 1 else (False,):
-            role, used = _tried(plan, cuts, members, last=last, shards=shards)
-            found.append(role)
-            peak = max(peak, used)
-        whole += found[-1].whole * len(members)
+    for trial in trials:
+        answered = [next(answers) for _ in trial.sizes]
+        found.append(trial.role(plan, answered, shards))
+        peak = max(peak, *(answer["peak_bytes"] for answer in answered))
+        if trial.last == ends[-1]:
+            whole += found[-1].whole * len(trial.members)
     whole -= arch.vocab * arch.hidden * (arch.tied and count > 1)  # the copy on the last stage
     if whole != plan.parameters:
         raise PlanError(
@@ -123,50 +129,62 @@ def _uniform(arch: Architecture) -> bool:
     return not (arch.window_layers or arch.rope_layers or arch.moe_layers)
 
 
-def _tried(plan: Plan, cuts: tuple[range, ...], members: list[int], *, last: bool, shards: int) -> tuple[Role, int]:
-    """One role, from two sizes of it where layers are alike; and the memory that it took."""
-    arch, axes = plan.architecture, plan.mesh
-    each, pipeline = axes.stages or 1, members[0]
-    count = axes.pipeline * each
-    stages = layout.held(axes.schedule, pipeline, axes.pipeline, each) if count > 1 else (0,)
-    layers = sum(len(cuts[stage]) for stage in stages)
-    assert isinstance(arch, Architecture)
-    sizes = (ALIKE - 1, ALIKE) if _uniform(arch) and min(len(cuts[stage]) for stage in stages) > ALIKE else (0,)
-    answers = []
-    for size in sizes:
-        rank = pipeline * (plan.ranks // axes.pipeline)
-        if last:  # the last of `outer`, `expert` and `context`
-            rank += (shards - 1) * axes.tensor
-        job = {"plan": plan.text(), "rank": rank, "size": size}
-        done = subprocess.run(
-            [sys.executable, "-m", "gigatrain.planning.dryrun"], input=json.dumps(job), capture_output=True, text=True, check=False
+@dataclass(frozen=True)
+class _Trial:
+    """One role: the rank that stands for it, and the sizes in which it is built: two where layers are alike, of which all others follow."""
+
+    members: list[int]  # ranks of the pipeline
+    last: bool  # of the shards
+    rank: int
+    stages: tuple[int, ...]
+    layers: int
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, plan: Plan, cuts: tuple[range, ...], members: list[int], *, last: bool, shards: int) -> "_Trial":
+        arch, axes = plan.architecture, plan.mesh
+        assert isinstance(arch, Architecture)
+        each, pipeline = axes.stages or 1, members[0]
+        stages = layout.held(axes.schedule, pipeline, axes.pipeline, each) if axes.pipeline * each > 1 else (0,)
+        sizes = (ALIKE - 1, ALIKE) if _uniform(arch) and min(len(cuts[stage]) for stage in stages) > ALIKE else (0,)
+        rank = pipeline * (plan.ranks // axes.pipeline) + (shards - 1) * axes.tensor * last  # the last of `outer`, `expert` and `context`
+        return cls(members, last, rank, stages, sum(len(cuts[stage]) for stage in stages), sizes)
+
+    def role(self, plan: Plan, answers: list[dict[str, Any]], shards: int) -> Role:
+        axes, stages = plan.mesh, len(self.stages)
+        more = self.layers - self.sizes[-1] * stages if len(self.sizes) == 2 else 0
+
+        def full(one: dict[str, Any], key: str, kind: str | None = None) -> int:
+            values = [answer[key] if kind is None else answer[key].get(kind, 0) for answer in answers]
+            step = values[-1] - values[0]
+            assert step % stages == 0, (key, kind, values)
+            return values[-1] + more * step // stages
+
+        one = answers[-1]
+        name = f"pipeline {_span(self.members)}, " if axes.pipeline > 1 else ""
+        where = "" if shards == 1 else "last shard" if self.last else f"shards 0 to {shards - 2}" if shards > 2 else "shard 0"
+        numbers = {key: full(one, key) for key in ("parameters", "whole", "weights", "gradients", "optimizer")}
+        return Role(
+            name=(name + where).rstrip(", ") or "every rank",
+            ranks=len(self.members) * axes.replicate * axes.tensor * (1 if self.last or shards == 1 else shards - 1),
+            layers=self.layers,
+            calls={kind: full(one, "calls", kind) for kind in one["calls"]},
+            sent={kind: full(one, "sent", kind) for kind in one["sent"]},
+            **numbers,
         )
-        if done.returncode:
-            said = done.stderr.strip().splitlines()
-            raise PlanError(f"rank {rank} of {plan.ranks} cannot be built: {said[-1] if said else f'exit code {done.returncode}'}")
-        answers.append(json.loads(done.stdout.splitlines()[-1]))
-    more = layers - sizes[-1] * len(stages) if len(sizes) == 2 else 0
 
-    def full(one: dict[str, Any], key: str, kind: str | None = None) -> int:
-        values = [answer[key] if kind is None else answer[key].get(kind, 0) for answer in answers]
-        step = values[-1] - values[0]
-        assert step % len(stages) == 0, (key, kind, values)
-        return values[-1] + more * step // len(stages)
 
-    one = answers[-1]
-    name = f"pipeline {_span(members)}, " if axes.pipeline > 1 else ""
-    where = "" if shards == 1 else "last shard" if last else f"shards 0 to {shards - 2}" if shards > 2 else "shard 0"
-    numbers = {key: full(one, key) for key in ("parameters", "whole", "weights", "gradients", "optimizer")}
-    across = len(members) * axes.replicate * axes.tensor * (1 if last or shards == 1 else shards - 1)
-    role = Role(
-        name=(name + where).rstrip(", ") or "every rank",
-        ranks=across,
-        layers=layers,
-        calls={kind: full(one, "calls", kind) for kind in one["calls"]},
-        sent={kind: full(one, "sent", kind) for kind in one["sent"]},
-        **numbers,
-    )
-    return role, max(answer["peak_bytes"] for answer in answers)
+def _answers(plan: Plan, tries: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """What `_played` says of each (rank, size). Raises PlanError for one that cannot be built."""
+    job = json.dumps({"plan": plan.text(), "tries": tries})
+    done = subprocess.run([sys.executable, "-m", "gigatrain.planning.dryrun"], input=job, capture_output=True, text=True, check=False)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        rank = tries[len(found)][0]
+        raise PlanError(f"rank {rank} of {plan.ranks} cannot be built: {said[-1] if said else f'exit code {done.returncode}'}")
+    assert len(found) == len(tries), done.stdout
+    return found
 
 
 def _span(members: list[int]) -> str:
@@ -182,7 +200,27 @@ def _span(members: list[int]) -> str:
 # ---- Within a role's process ----
 
 
-def _played(job: dict[str, Any]) -> dict[str, Any]:
+def _play(job: dict[str, Any]) -> int:
+    """A line of JSON for each of the job's tries, each in a process of its own; the exit code of the first that fails."""
+    import gigatrain.engines.native  # noqa: F401 - once for all
+
+    for rank, size in job["tries"]:
+        child = os.fork()
+        if not child:
+            try:
+                print(json.dumps(_played(job["plan"], rank, size)), flush=True)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code:
+            return code if code > 0 else 128 - code
+    return 0
+
+
+def _played(text: str, rank: int, size: int) -> dict[str, Any]:
     """Build the engine of one rank, make a step on fake tensors, and tell what there was."""
     import torch
     from torch import distributed
@@ -195,8 +233,8 @@ def _played(job: dict[str, Any]) -> dict[str, Any]:
     from gigatrain.parallel import shard
     from gigatrain.parallel.mesh import Mesh
 
-    plan = Plan.model_validate_json(job["plan"])
-    arch, size = plan.architecture, job["size"]
+    plan = Plan.model_validate_json(text)
+    arch = plan.architecture
     count = plan.mesh.pipeline * (plan.mesh.stages or 1)
     cuts = None
     if size:
@@ -210,9 +248,9 @@ def _played(job: dict[str, Any]) -> dict[str, Any]:
     fusions = tuple(fusion.model_copy(update={"on": fusion.on and fusion.name != "release"}) for fusion in plan.fusions)
     plan = plan.model_copy(update={"fusions": fusions})
     plan = plan.model_copy(update={"engine": plan.engine.model_copy(update={"async_tensor": False, "offload": False})})
-    distributed.init_process_group("fake", rank=job["rank"], world_size=plan.ranks, store=FakeStore())
+    distributed.init_process_group("fake", rank=rank, world_size=plan.ranks, store=FakeStore())
     _unasked()
-    mesh = Mesh(plan.mesh, job["rank"])
+    mesh = Mesh(plan.mesh, rank)
     record = _recorder()
     engine = Native(plan, mesh, torch.device("cpu"), fresh=False, cuts=cuts, around=FakeTensorMode(allow_non_fake_inputs=True))
     with engine.around:
@@ -321,4 +359,4 @@ def _recorder() -> Any:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_played(json.load(sys.stdin))))
+    sys.exit(_play(json.load(sys.stdin)))
