@@ -41,6 +41,7 @@ from gigatrain.data.mixture import slot_counts
 from gigatrain.errors import DataError
 
 FORMAT = 1  # raise it when the same inputs would give other tokens
+RECORDS = 2  # the same of records that are no plain text, so that corpora of text keep their names. 2: keys stay in their order; turns may be context
 SPLITS: tuple[Literal["train"], Literal["validation"]] = ("train", "validation")
 NAMED = 10_000  # skipped documents that are named; all are counted
 XZ_BYTES = 64_000_000  # of held-out text that is compressed for comparison: xz -9 takes about a second a megabyte
@@ -250,6 +251,7 @@ def _identity(data: config.Data, spec: config.Tokenizer, existing: tokenizer.Tok
         "validation": data.validation,
         "shard_bytes": data.shard_bytes,
         "inputs": inputs.hexdigest(),
+        **({"records": RECORDS} if any(source.format != "text" for source in data.sources) else {}),
     }
 
 

@@ -4,6 +4,7 @@ A source is listed once (`pieces`), in a fixed order, and the pieces are grouped
 one process, so parts are what is done in parallel and what a resumed build need not do again. Nothing here executes or unpickles anything of a file's.
 """
 
+import codecs
 import glob
 import gzip
 import hashlib
@@ -234,9 +235,10 @@ def _lines(source: Source, piece: Piece) -> Iterator[Raw]:
                 return
             if not line:
                 return
+            begins = offset == 0  # where some write a byte order mark
             offset += len(line)
             if line.strip():
-                yield _record(source, where, line)
+                yield _record(source, where, line.removeprefix(codecs.BOM_UTF8) if begins else line)
 
 
 def _record(source: Source, where: str, line: bytes) -> Raw:
@@ -266,7 +268,8 @@ def _record(source: Source, where: str, line: bytes) -> Raw:
 def _conversation(source: Source, where: str, value: Any) -> Raw:
     """A record that is no plain text, as the text of its columns."""
     try:
-        return Raw(where, messages.text_of(source, value))
+        text = messages.text_of(source, value)
+        return Raw(where, text, messages.key_of(text))
     except messages.Unparsable as error:
         return Raw(where, None, bad=f"unparsable: {error}")
 
