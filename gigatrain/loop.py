@@ -342,7 +342,7 @@ def _teach(plan: Plan, batches: Batches, corpus: build.Corpus, device: torch.dev
     """Let a teacher's words come with every microbatch: its own, or those kept beside the corpus. A resume then compares whose they are."""
     if plan.objective.online:
         compute = torch.bfloat16 if plan.compute == "bf16" else torch.float32
-        found = teacher.Teacher(plan.objective, vocab=plan.architecture.vocab, ids=corpus.vocab, compute=compute, device=device)
+        found = teacher.Teacher(plan.objective, vocab=plan.architecture.vocab, tokenizer=corpus.tokenizer(), compute=compute, device=device)
         batches.teacher, batches.reference = found, ranks.first(mesh, found.sha256)
         return
     lengths = sorted({phase.sequence for phase in plan.stretches})

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from distributed import together
 from test_loop import planned, same_state, trained
 
@@ -14,6 +15,7 @@ from gigatrain.data import taught
 from gigatrain.data.build import Corpus
 from gigatrain.data.loader import Batches
 from gigatrain.errors import DataError, PlanError, RecipeError, RunError
+from gigatrain.models import autonumbers
 from gigatrain.objectives.teacher import Teacher
 from gigatrain.parallel.mesh import Mesh, alone
 from gigatrain.planning.plan import plan
@@ -99,7 +101,9 @@ def stepped(rank, recipe, overrides, ranks, folder):
         corpus, sequence=48, packing="stream", batch=4, microbatch=made.microbatch, seed=0, rank=reader, ranks=readers, prefetch=0
     )
     if made.objective.online:
-        batches.teacher = Teacher(made.objective, vocab=320, ids=corpus.vocab, compute=torch.float32, device=torch.device("cpu"))
+        batches.teacher = Teacher(
+            made.objective, vocab=320, tokenizer=corpus.tokenizer(), compute=torch.float32, device=torch.device("cpu")
+        )
     else:
         batches.taught = {48: taught.Taught(corpus, made.objective, 48, "stream", check=False)}
     numbers = []
@@ -149,6 +153,52 @@ def test_phases_are_taught_each_at_its_length(tiny, learns, tmp_path):
 def test_what_cannot_be_is_refused(tiny, learns, overrides, said):
     with pytest.raises(PlanError, match=said):
         planned(tiny, *learns, *overrides)
+
+
+def test_a_student_of_transformers_own_code_is_refused(tiny, learns, tmp_path):
+    transformers.GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64).save_pretrained(tmp_path)
+    text = tiny.read_text()
+    start, end = text.index("[model.architecture]"), text.index("[tokenizer.train]")
+    (tmp_path / "own.toml").write_text(text[:start] + f'[model]\nfrom = "{tmp_path}"\nfresh = true\n' + text[end:])
+    overrides = [one for one in learns if not one.startswith("model.")] + ["data.packing=document"]
+    with pytest.raises(PlanError, match="GPT2LMHeadModel is transformers' own code; choose a student of one of our families"):
+        plan(load.recipe(tmp_path / "own.toml", overrides), load.site("laptop"), 1, measure=autonumbers.numbers)
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_teacher_of_another_tokenizer_is_refused(tiny, learns, kept, teacher, tmp_path, online):
+    """Of as many tokens: two exchanged, or none said. One that knows more tokens, as an instruct model beside its base, teaches."""
+
+    def learn(changed):
+        overrides = (*learns, f"objective.teacher={changed}", "train.steps=2")
+        if online:
+            return trained(tiny, tmp_path / changed.name / "run", *overrides, "objective.online=true")
+        return list(teaching.taught(str(tiny), overrides, None))
+
+    def copied(name, act):
+        shutil.copytree(teacher, tmp_path / name)
+        path = tmp_path / name / "tokenizer.json"
+        found = json.loads(path.read_text())
+        act(found)
+        path.write_text(json.dumps(found))
+        return tmp_path / name
+
+    def exchange(found):
+        vocab = found["model"]["vocab"]
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+    def know_more(found):
+        found["added_tokens"].append(found["added_tokens"][0] | {"id": 320, "content": "<|more|>"})
+
+    with pytest.raises(
+        RunError, match=r"2 of 320 tokens have other ids in .*tokenizer.json: \d+ is 'a' here, and 'b' there. .* set tokenizer.from"
+    ):
+        learn(copied("other", exchange))
+    none = copied("none", exchange)
+    (none / "tokenizer.json").unlink()
+    with pytest.raises(RunError, match=r"has no tokenizer.json, so that nothing says whether its ids mean the same tokens; copy the one"):
+        learn(none)
+    learn(copied("more", know_more))
 
 
 def test_contradictions_are_refused(tiny, teacher, tmp_path):

@@ -88,7 +88,7 @@ class _Distilled(torch.autograd.Function):
             if k < v:
                 lse_rest = tempered.scatter(1, ids[c], -torch.inf).logsumexp(1, keepdim=True)
                 kl += p[:, k:] * (logp[:, k:] - lse_rest + lse)
-                # All tokens as if they were of the rest, q_j total - p_rest q_j / q_rest, then the k, of which that may be infinite, as they are: q_j total - p_j.
+                # All tokens as if they were of the rest, q_j total - p_rest q_j / q_rest; then the k, of which that may be infinite: q_j total - p_j.
                 g = qs * total - p[:, k:] * torch.exp(tempered - lse_rest)
                 g.scatter_(1, ids[c], qs.gather(1, ids[c]) * total - p[:, :k])
             else:
