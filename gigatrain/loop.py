@@ -173,7 +173,7 @@ def _steps(
         for line in batches.packed():
             say(f"  packed   {line}")
         if plan.objective.kind == "distil":
-            _teach(plan, batches, corpus, device, mesh)
+            _teach(plan, batches, corpus, device, mesh, log)
         if plan.optim.source is not None and not resumes:
             with progress.spent("restore"):
                 for line in run.begin_from(plan, engine, batches, mesh):
@@ -338,19 +338,27 @@ def _steps(
         return _summary(plan, this, saves, saving, corpus, metrics, mesh) | {"saving": intervals.summary() | near.summary()}
 
 
-def _teach(plan: Plan, batches: Batches, corpus: build.Corpus, device: torch.device, mesh: Mesh) -> None:
+def _teach(plan: Plan, batches: Batches, corpus: build.Corpus, device: torch.device, mesh: Mesh, log: Log) -> None:
     """Let a teacher's words come with every microbatch: its own, or those kept beside the corpus. A resume then compares whose they are."""
     if plan.objective.online:
         compute = torch.bfloat16 if plan.compute == "bf16" else torch.float32
         found = teacher.Teacher(plan.objective, vocab=plan.architecture.vocab, tokenizer=corpus.tokenizer(), compute=compute, device=device)
         batches.teacher, batches.reference = found, ranks.first(mesh, found.sha256)
         return
-    lengths = sorted({phase.sequence for phase in plan.stretches})
+
+    def alive() -> None:
+        log.pulse.beats += 1
+
+    share: dict[str, Any] = {
+        "rank": mesh.rank,
+        "ranks": mesh.count,
+        "alive": alive,
+    }  # of what is hashed: each as much, so that none waits long for another
     with agreed(mesh, DataError, str):
         batches.taught = {
-            length: taught.Taught(corpus, plan.objective, length, plan.data.packing, check=mesh.rank == 0) for length in lengths
+            length: taught.Taught(corpus, plan.objective, length, plan.data.packing, check=True, **share)
+            for length in sorted({phase.sequence for phase in plan.stretches})
         }
-    batches.reference = " ".join(one.sha256 for one in batches.taught.values())
 
 
 def _refer(

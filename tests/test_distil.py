@@ -91,6 +91,24 @@ def test_what_was_kept_is_checked(tiny, learns, kept, tmp_path):
     (kept / "index.json").write_text(index)
 
 
+def test_ranks_share_what_is_checked(tiny, learns, kept):
+    parts = sorted(kept.glob("train-*"))
+    assert len(parts) > 3
+    before = parts[3].read_bytes()
+    damaged = bytearray(before)
+    damaged[-3] ^= 1
+    parts[3].write_bytes(damaged)
+    corpus, objective, refused, alive = Corpus.open(kept.parent), load.recipe(tiny, learns).objective, [], []
+    for rank in range(3):
+        try:
+            taught.Taught(corpus, objective, 48, "stream", check=True, rank=rank, ranks=3, alive=lambda rank=rank: alive.append(rank))
+        except DataError as error:
+            refused.append((rank, parts[3].name in str(error)))
+    parts[3].write_bytes(before)
+    assert refused == [(0, True)]  # 3 is the second of the first rank's
+    assert [alive.count(rank) for rank in range(3)] == [1, *(len(range(rank, len(parts), 3)) for rank in (1, 2))]
+
+
 def stepped(rank, recipe, overrides, ranks, folder):
     made = plan(load.recipe(recipe, overrides), load.site("laptop"), ranks)
     mesh = Mesh(made.mesh, rank) if ranks > 1 else alone()
@@ -139,6 +157,18 @@ def test_phases_are_taught_each_at_its_length(tiny, learns, tmp_path):
     phased = (*learns, "train.phases=[{steps=2},{steps=2,sequence=64,batch=2}]")
     assert len(list(teaching.taught(str(recipe), phased, None))) == 2
     assert trained(recipe, tmp_path / "run", *phased)["steps"] == 4
+
+
+def test_a_phase_of_another_length_may_be_added(tiny, learns, tmp_path):
+    """Words of lengths that the run has not come to are none of its past; those that it learnt from are."""
+    recipe, one, two = tmp_path / "phased.toml", "train.phases=[{steps=2}]", "train.phases=[{steps=2},{steps=2,sequence=56,batch=2}]"
+    recipe.write_text(tiny.read_text().replace("steps = 12\n", ""))
+    list(teaching.taught(str(recipe), (*learns, one), None))
+    trained(recipe, tmp_path / "run", *learns, one)
+    with pytest.raises(DataError, match="no teacher's words lie beside .* sequence 56.*gigatrain data teach"):
+        trained(recipe, tmp_path / "run", *learns, two, start="other-numbers")
+    list(teaching.taught(str(recipe), (*learns, two), None))
+    assert trained(recipe, tmp_path / "run", *learns, two, start="other-numbers")["steps"] == 4
 
 
 @pytest.mark.parametrize(
