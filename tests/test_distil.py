@@ -159,6 +159,7 @@ def test_phases_are_taught_each_at_its_length(tiny, learns, tmp_path):
     assert trained(recipe, tmp_path / "run", *phased)["steps"] == 4
 
 
+@pytest.mark.long
 def test_a_phase_of_another_length_may_be_added(tiny, learns, tmp_path):
     """Words of lengths that the run has not come to are none of its past; those that it learnt from are."""
     recipe, one, two = tmp_path / "phased.toml", "train.phases=[{steps=2}]", "train.phases=[{steps=2},{steps=2,sequence=56,batch=2}]"
