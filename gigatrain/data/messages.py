@@ -11,7 +11,7 @@ every key in every row, are keys left out that hold nothing. A turn with `"weigh
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,22 @@ COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 TURNS = {"chat": "messages", "sharegpt": "conversations"}
 
 
+# Columns by which a record can be read in another way than it was asked to be: those of turns, then those of forms.
+_TURNS = ("messages", "conversations", "conversation", "turns", "dialogue", "dialog", "chat")
+_FORMS = (
+    ("preference", {"chosen", "rejected"}),
+    ("preference", {"prompt", "completion", "label"}),
+    ("completion", {"prompt", "completion"}),
+    ("alpaca", {"instruction", "output"}),
+)
+
+
 class Unparsable(ValueError):
-    """A record that is no conversation; the message says what it lacks."""
+    """A record that is no conversation; the message says what it lacks. `keys`: what it has, where that is a column."""
+
+    def __init__(self, why: str, keys: Iterable[Any] = ()) -> None:
+        super().__init__(why)
+        self.keys = tuple(map(str, keys))
 
 
 @dataclass(frozen=True)
@@ -80,13 +94,25 @@ def columns(source: config.Source) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return (*needed, *((turns,) if turns else ())), optional
 
 
+def way(source: config.Source, keys: Collection[str]) -> str | None:
+    """Which key of a source would have records with these columns read, as KEY=VALUE; None where their names do not tell."""
+    turns, given = next((name for name in _TURNS if name in keys), None), source.field != type(source).model_fields["field"].default
+    if turns is not None:
+        if source.format in TURNS and (given or turns not in TURNS.values()):
+            return f"field={turns}"
+        return next((f"format={form}" for form, name in TURNS.items() if name == turns), None)
+    return next((f"format={form}" for form, names in _FORMS if form != source.format and names <= set(keys)), None)
+
+
 def text_of(source: config.Source, record: Any) -> str:
     """A record's columns as one text, in the record's own order of keys. Unparsable if one is missing."""
     if not isinstance(record, dict):
         raise Unparsable("not a record")
     needed, optional = columns(source)
     if lacking := [name for name in needed if record.get(name) is None]:
-        raise Unparsable(f"no {', '.join(lacking)}")
+        raise Unparsable(f"no {', '.join(lacking)}", record)
+    if source.format == "preference" and all(record.get(name) is None for name in ("chosen", "rejected", "completion")):
+        raise Unparsable("no chosen and rejected", record)
     structs = source.kind in ("parquet", "hub")
     return json.dumps(
         {name: _plain(record[name], nulls=not structs) for name in (*needed, *optional) if record.get(name) is not None}, ensure_ascii=False

@@ -443,3 +443,77 @@ def test_a_byte_order_mark_loses_no_record(tmp_path: Path, own: config.Tokenizer
         corpus = build(data(tmp_path, source(tmp_path / name, form), packing="document", shard_bytes=100), own)
         assert corpus.manifest["skipped"] == {}
         assert corpus.totals("train")["documents"] == 3
+
+
+TEXTS = {"prompt": "a", "completion": "b"}
+TURN = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("form", "field", "record", "lacks", "way"),
+    [
+        ("chat", "text", {"conversations": TURN, "id": 1}, "no messages; it has conversations, id", "format=sharegpt"),
+        ("sharegpt", "text", {"messages": TURN}, "no conversations; it has messages", "format=chat"),
+        ("sharegpt", "conversations", {"id": 1, "messages": TURN}, "no conversations; it has id, messages", "field=messages"),
+        ("chat", "messages", {"conversations": TURN}, "no messages; it has conversations", "field=conversations"),
+        ("chat", "text", {"dialogue": TURN}, "no messages; it has dialogue", "field=dialogue"),
+        ("chat", "text", TEXTS, "no messages; it has prompt, completion", "format=completion"),
+        ("alpaca", "text", TEXTS, "no instruction, output; it has prompt, completion", "format=completion"),
+        ("completion", "text", {"instruction": "a", "output": "b"}, "no prompt, completion; it has instruction, output", "format=alpaca"),
+        ("preference", "text", {"messages": TURN}, "no chosen and rejected; it has messages", "format=chat"),
+        ("text", "text", {"messages": TURN}, "no text in field 'text'; it has messages", "format=chat"),
+    ],
+)
+def test_a_file_of_which_nothing_can_be_read_says_why_and_how_it_could_be(
+    tmp_path: Path, own: config.Tokenizer, form: str, field: str, record: Any, lacks: str, way: str
+) -> None:
+    """The first record by file and line, what it lacks and has, and the key of the source that reads it: which then does."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n\n" + (json.dumps(record) + "\n") * 30)
+    sources = (source(jsonl(tmp_path / "b.jsonl", [{"messages": CHATS[0]}])), source(path, form, field=field))
+    said = rf"30 were skipped \{{'unparsable': 30\}}; the first, line 3 of {path}, is unparsable: {lacks}: --set data\.sources\.1\.{way}$"
+    with pytest.raises(DataError, match=said):
+        build(data(tmp_path, *sources), own)
+    fresh = config.Tokenizer(train=config.TokenizerTraining(vocab=300), template="chatml")
+    said = rf"no training document to train a tokenizer on, in 1 sources; the first, line 3 of {path}, is .*--set data\.sources\.0\.{way}$"
+    with pytest.raises(DataError, match=said):
+        build(data(tmp_path, sources[1]), fresh)
+    key, _, value = way.partition("=")
+    corpus = build(data(tmp_path, sources[1].model_copy(update={key: value})), own)
+    assert corpus.totals("train")["documents"] == 30
+
+
+def test_reasons_where_no_column_is_missing(tmp_path: Path, own: config.Tokenizer) -> None:
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = (json.dumps({"messages": [{"role": "narrator", "content": "x"}]}) + "\n") * 3
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(('{"messages": [\n' + rows).encode()))
+    with pytest.raises(DataError, match=rf"4 were skipped .*; the first, line 1 of {path}, is unparsable: Expecting value"):
+        build(data(tmp_path, source(path)), own)
+    path.write_bytes(gzip.compress(("\n" + rows).encode()))
+    with pytest.raises(
+        DataError, match=rf"the first, line 2 of {path}, is unparsable: turn 0 has role 'narrator'; known are .*function_call, tool_call$"
+    ):
+        build(data(tmp_path, source(path)), own)
+    short = config.BadDocuments(short="skip", min_tokens=1000)
+    path = jsonl(tmp_path / "b.jsonl", [{"messages": chat} for chat in CHATS])
+    with pytest.raises(DataError, match=rf"the first, line 1 of {path}, is short: .*; add documents, loosen `data\.bad`"):
+        build(data(tmp_path, source(path), bad=short), own)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": CHATS[0]}]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"no column 'conversations'; its columns are \['messages'\]: set format=chat of the source"):
+        build(data(tmp_path, source(tmp_path / "a.parquet", "sharegpt", kind="parquet")), own)
+
+
+def test_a_validation_set_names_its_own_key(tmp_path: Path, own: config.Tokenizer) -> None:
+    from gigatrain.data.held import build_sets
+
+    made = data(tmp_path, source(jsonl(tmp_path / "a.jsonl", [{"messages": chat} for chat in CHATS])))
+    corpus = build(made, own)
+    path = jsonl(tmp_path / "b.jsonl", [{"conversations": TURN}])
+    sets = config.ValidationSet(name="held", kind="jsonl", path=str(path), format="chat")
+    with pytest.raises(DataError, match=r"--set validation\.sets\.0\.format=sharegpt$"):
+        build_sets(corpus, made, (sets,))
