@@ -384,8 +384,8 @@ def _tokenizer(job: Job) -> tokenizer.Tokenizer:
             assert job.spec.train is not None
             texts = _sample(job, job.spec.train.max_bytes)
             if not texts:
-                rows = ((part, one.where, one.skipped) for part in job.parts for one in documents(job.data, part) if one.skipped)
-                skipped = next(rows, None)
+                read = (part for part in job.parts if job.data.sources[part.source].kind != "megatron")
+                skipped = next(((part, one.where, one.skipped) for part in read for one in documents(job.data, part) if one.skipped), None)
                 raise DataError(
                     f"no training document to train a tokenizer on, in {len(job.data.sources)} sources{_empty_hint(job, skipped)}"
                 )
