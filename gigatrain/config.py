@@ -301,9 +301,15 @@ class Objective(Section):
         if self.label_smoothing and self.kind not in ("dpo", "simpo"):
             raise ValueError(f"`label_smoothing` is of dpo and simpo, not of {self.kind}; [loss] has that of the next token")
         own = type(self).model_fields
-        distils = [name for name in ("teacher", "online", "top_k", "temperature", "weight") if getattr(self, name) != own[name].default]
-        if distils and self.kind != "distil":
-            raise ValueError(f"`{distils[0]}` is of distil; {self.kind} has none: leave it out")
+        for kinds, names in (
+            (("distil",), ("teacher", "online", "top_k", "temperature", "weight")),
+            (("dpo", "ipo", "orpo", "simpo", "kto"), ("beta",)),
+            (("simpo",), ("margin",)),
+            (("kto",), ("desirable", "undesirable")),
+        ):
+            for name in names if self.kind not in kinds else ():
+                if getattr(self, name) != own[name].default:
+                    raise ValueError(f"`{name}` is of {', '.join(kinds)}; {self.kind} has none: leave it out")
         if self.kind == "distil" and self.teacher is None:
             raise ValueError("`distil` needs `teacher`, a folder or hub name")
         if self.robust and (self.kind != "dpo" or not self.label_smoothing):

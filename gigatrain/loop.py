@@ -81,6 +81,8 @@ def _train(
             stack.enter_context(prometheus.served(folder, plan.report.prometheus_host, plan.report.prometheus, display.line))
         say = display.line if mesh.rank == 0 else print  # into the rank's log
         energy = stack.enter_context(Energy(plan, mesh, folder, this.id, progress=progress, say=say))
+        if not resumes and plan.recovery.replicas == "none":  # a replica may be given the steps of another
+            _check_ahead(plan, this)
         log.pulse.mark("corpus")
         corpus = _corpus(plan, this, resumes, mesh, display, log)
         train_on, held = corpus.totals("train"), corpus.totals("validation")
@@ -173,7 +175,7 @@ def _steps(
         for line in batches.packed():
             say(f"  packed   {line}")
         if plan.objective.kind == "distil":
-            _teach(plan, batches, corpus, device, mesh)
+            _teach(plan, batches, corpus, device, mesh, log)
         if plan.optim.source is not None and not resumes:
             with progress.spent("restore"):
                 for line in run.begin_from(plan, engine, batches, mesh):
@@ -183,13 +185,12 @@ def _steps(
                 _refer(plan, folder, engine, batches, held, resumes, mesh, display, log)
         with progress.spent("restore"):
             kept, power = _resume(near, engine, batches, this, display, base) if resumes else ({}, {})
-            if resumes:
-                _check_ahead(plan, this)
         lives = stack.enter_context(replicated.joined(plan, mesh, engine, batches, display.line))
         engine = lives.engine
         found = lives.enter(lambda: {"run": this.state(), "data": batches.state(), "metrics": kept, "power": power})
         if found is not None:  # of a replica that is further on
             kept, power = _taken(found, batches, this, display)
+        _check_ahead(plan, this)
         if this.step == plan.steps and (folder / "summary.json").is_file():
             return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if mesh.rank == 0:
@@ -338,19 +339,27 @@ def _steps(
         return _summary(plan, this, saves, saving, corpus, metrics, mesh) | {"saving": intervals.summary() | near.summary()}
 
 
-def _teach(plan: Plan, batches: Batches, corpus: build.Corpus, device: torch.device, mesh: Mesh) -> None:
+def _teach(plan: Plan, batches: Batches, corpus: build.Corpus, device: torch.device, mesh: Mesh, log: Log) -> None:
     """Let a teacher's words come with every microbatch: its own, or those kept beside the corpus. A resume then compares whose they are."""
     if plan.objective.online:
         compute = torch.bfloat16 if plan.compute == "bf16" else torch.float32
-        found = teacher.Teacher(plan.objective, vocab=plan.architecture.vocab, ids=corpus.vocab, compute=compute, device=device)
+        found = teacher.Teacher(plan.objective, vocab=plan.architecture.vocab, tokenizer=corpus.tokenizer(), compute=compute, device=device)
         batches.teacher, batches.reference = found, ranks.first(mesh, found.sha256)
         return
-    lengths = sorted({phase.sequence for phase in plan.stretches})
+
+    def alive() -> None:
+        log.pulse.beats += 1
+
+    share: dict[str, Any] = {
+        "rank": mesh.rank,
+        "ranks": mesh.count,
+        "alive": alive,
+    }  # of what is hashed: each as much, so that none waits long for another
     with agreed(mesh, DataError, str):
         batches.taught = {
-            length: taught.Taught(corpus, plan.objective, length, plan.data.packing, check=mesh.rank == 0) for length in lengths
+            length: taught.Taught(corpus, plan.objective, length, plan.data.packing, check=True, **share)
+            for length in sorted({phase.sequence for phase in plan.stretches})
         }
-    batches.reference = " ".join(one.sha256 for one in batches.taught.values())
 
 
 def _refer(
@@ -514,6 +523,11 @@ def _check_ahead(plan: Plan, this: run.Run) -> None:
     if this.step > plan.steps:
         raise RunError(
             f"the newest checkpoint is of step {this.step:,}, and train.steps is {plan.steps:,}; raise it to what the run is to reach"
+        )
+    if this.step < plan.schedule.from_step and this.step == 0:
+        raise RunError(
+            f"schedule.from_step {plan.schedule.from_step:,} is where another schedule goes on in a run that got there, and this one begins at step 0; leave "
+            "schedule.from_step out, or resume the run that is meant: --resume --other-numbers --run DIR"
         )
     if this.step < plan.schedule.from_step:
         raise RunError(

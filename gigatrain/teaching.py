@@ -24,7 +24,7 @@ def taught(source: str, overrides: Sequence[str], teacher: str | None) -> Iterat
         made = plan(recipe, site, 1, fits=False, forecast=False)
         device = torch.device(made.device)
         compute = torch.bfloat16 if made.compute == "bf16" else torch.float32
-        model = Teacher(recipe.objective, vocab=made.architecture.vocab, ids=corpus.vocab, compute=compute, device=device)
+        model = Teacher(recipe.objective, vocab=made.architecture.vocab, tokenizer=corpus.tokenizer(), compute=compute, device=device)
         found = teach(made, corpus, model, progress=display.advance)
     for folder, size in found:
         yield f"{folder}: the {made.objective.top_k} likeliest tokens of {made.objective.teacher} at every position, {size / 1e6:,.1f} MB"

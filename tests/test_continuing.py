@@ -31,6 +31,12 @@ def begun(tiny, tmp_path_factory):
     return folder
 
 
+def test_a_schedule_that_goes_on_from_a_step_begins_no_run(tiny, tmp_path):
+    with pytest.raises(RunError, match=r"from_step 2 is where another schedule goes on .* begins at step 0; leave schedule.from_step out, or resume"):
+        trained(tiny, tmp_path / "run", *QUIET, "schedule.from_step=2")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def test_a_finished_run_warms_up_again_and_goes_on(tiny, begun, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(begun, folder)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from distributed import together
 from test_loop import planned, same_state, trained
 
@@ -14,6 +15,7 @@ from gigatrain.data import taught
 from gigatrain.data.build import Corpus
 from gigatrain.data.loader import Batches
 from gigatrain.errors import DataError, PlanError, RecipeError, RunError
+from gigatrain.models import autonumbers
 from gigatrain.objectives.teacher import Teacher
 from gigatrain.parallel.mesh import Mesh, alone
 from gigatrain.planning.plan import plan
@@ -89,6 +91,24 @@ def test_what_was_kept_is_checked(tiny, learns, kept, tmp_path):
     (kept / "index.json").write_text(index)
 
 
+def test_ranks_share_what_is_checked(tiny, learns, kept):
+    parts = sorted(kept.glob("train-*"))
+    assert len(parts) > 3
+    before = parts[3].read_bytes()
+    damaged = bytearray(before)
+    damaged[-3] ^= 1
+    parts[3].write_bytes(damaged)
+    corpus, objective, refused, alive = Corpus.open(kept.parent), load.recipe(tiny, learns).objective, [], []
+    for rank in range(3):
+        try:
+            taught.Taught(corpus, objective, 48, "stream", check=True, rank=rank, ranks=3, alive=lambda rank=rank: alive.append(rank))
+        except DataError as error:
+            refused.append((rank, parts[3].name in str(error)))
+    parts[3].write_bytes(before)
+    assert refused == [(0, True)]  # 3 is the second of the first rank's
+    assert [alive.count(rank) for rank in range(3)] == [1, *(len(range(rank, len(parts), 3)) for rank in (1, 2))]
+
+
 def stepped(rank, recipe, overrides, ranks, folder):
     made = plan(load.recipe(recipe, overrides), load.site("laptop"), ranks)
     mesh = Mesh(made.mesh, rank) if ranks > 1 else alone()
@@ -99,7 +119,9 @@ def stepped(rank, recipe, overrides, ranks, folder):
         corpus, sequence=48, packing="stream", batch=4, microbatch=made.microbatch, seed=0, rank=reader, ranks=readers, prefetch=0
     )
     if made.objective.online:
-        batches.teacher = Teacher(made.objective, vocab=320, ids=corpus.vocab, compute=torch.float32, device=torch.device("cpu"))
+        batches.teacher = Teacher(
+            made.objective, vocab=320, tokenizer=corpus.tokenizer(), compute=torch.float32, device=torch.device("cpu")
+        )
     else:
         batches.taught = {48: taught.Taught(corpus, made.objective, 48, "stream", check=False)}
     numbers = []
@@ -137,6 +159,19 @@ def test_phases_are_taught_each_at_its_length(tiny, learns, tmp_path):
     assert trained(recipe, tmp_path / "run", *phased)["steps"] == 4
 
 
+@pytest.mark.long
+def test_a_phase_of_another_length_may_be_added(tiny, learns, tmp_path):
+    """Words of lengths that the run has not come to are none of its past; those that it learnt from are."""
+    recipe, one, two = tmp_path / "phased.toml", "train.phases=[{steps=2}]", "train.phases=[{steps=2},{steps=2,sequence=56,batch=2}]"
+    recipe.write_text(tiny.read_text().replace("steps = 12\n", ""))
+    list(teaching.taught(str(recipe), (*learns, one), None))
+    trained(recipe, tmp_path / "run", *learns, one)
+    with pytest.raises(DataError, match="no teacher's words lie beside .* sequence 56.*gigatrain data teach"):
+        trained(recipe, tmp_path / "run", *learns, two, start="other-numbers")
+    list(teaching.taught(str(recipe), (*learns, two), None))
+    assert trained(recipe, tmp_path / "run", *learns, two, start="other-numbers")["steps"] == 4
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -149,6 +184,52 @@ def test_phases_are_taught_each_at_its_length(tiny, learns, tmp_path):
 def test_what_cannot_be_is_refused(tiny, learns, overrides, said):
     with pytest.raises(PlanError, match=said):
         planned(tiny, *learns, *overrides)
+
+
+def test_a_student_of_transformers_own_code_is_refused(tiny, learns, tmp_path):
+    transformers.GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64).save_pretrained(tmp_path)
+    text = tiny.read_text()
+    start, end = text.index("[model.architecture]"), text.index("[tokenizer.train]")
+    (tmp_path / "own.toml").write_text(text[:start] + f'[model]\nfrom = "{tmp_path}"\nfresh = true\n' + text[end:])
+    overrides = [one for one in learns if not one.startswith("model.")] + ["data.packing=document"]
+    with pytest.raises(PlanError, match="GPT2LMHeadModel is transformers' own code; choose a student of one of our families"):
+        plan(load.recipe(tmp_path / "own.toml", overrides), load.site("laptop"), 1, measure=autonumbers.numbers)
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_teacher_of_another_tokenizer_is_refused(tiny, learns, kept, teacher, tmp_path, online):
+    """Of as many tokens: two exchanged, or none said. One that knows more tokens, as an instruct model beside its base, teaches."""
+
+    def learn(changed):
+        overrides = (*learns, f"objective.teacher={changed}", "train.steps=2")
+        if online:
+            return trained(tiny, tmp_path / changed.name / "run", *overrides, "objective.online=true")
+        return list(teaching.taught(str(tiny), overrides, None))
+
+    def copied(name, act):
+        shutil.copytree(teacher, tmp_path / name)
+        path = tmp_path / name / "tokenizer.json"
+        found = json.loads(path.read_text())
+        act(found)
+        path.write_text(json.dumps(found))
+        return tmp_path / name
+
+    def exchange(found):
+        vocab = found["model"]["vocab"]
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+    def know_more(found):
+        found["added_tokens"].append(found["added_tokens"][0] | {"id": 320, "content": "<|more|>"})
+
+    with pytest.raises(
+        RunError, match=r"2 of 320 tokens have other ids in .*tokenizer.json: \d+ is 'a' here, and 'b' there. .* set tokenizer.from"
+    ):
+        learn(copied("other", exchange))
+    none = copied("none", exchange)
+    (none / "tokenizer.json").unlink()
+    with pytest.raises(RunError, match=r"has no tokenizer.json, so that nothing says whether its ids mean the same tokens; copy the one"):
+        learn(none)
+    learn(copied("more", know_more))
 
 
 def test_contradictions_are_refused(tiny, teacher, tmp_path):

@@ -41,6 +41,7 @@ from gigatrain.data.mixture import slot_counts
 from gigatrain.errors import DataError
 
 FORMAT = 1  # raise it when the same inputs would give other tokens
+RECORDS = 2  # the same of records that are no plain text, so that corpora of text keep their names. 2: keys stay in their order; turns may be context
 SPLITS: tuple[Literal["train"], Literal["validation"]] = ("train", "validation")
 NAMED = 10_000  # skipped documents that are named; all are counted
 XZ_BYTES = 64_000_000  # of held-out text that is compressed for comparison: xz -9 takes about a second a megabyte
@@ -250,6 +251,7 @@ def _identity(data: config.Data, spec: config.Tokenizer, existing: tokenizer.Tok
         "validation": data.validation,
         "shard_bytes": data.shard_bytes,
         "inputs": inputs.hexdigest(),
+        **({"records": RECORDS} if any(source.format != "text" for source in data.sources) else {}),
     }
 
 
@@ -327,10 +329,19 @@ def documents(data: config.Data, part: sources.Part) -> Iterator[Usable]:
             if not reason and not text.strip():
                 reason = "empty"
         if reason:
+            if raw.keys:
+                reason += _instead(part.source, source, raw.keys)
             _refuse(bad, reason, raw.where, source)
             yield Usable(raw.where, "", skipped=reason)
         else:
             yield Usable(raw.where, text, held_out(text if raw.key is None else raw.key, data.validation), mended)
+
+
+def _instead(number: int, source: config.Source, keys: tuple[str, ...]) -> str:
+    """What a record that lacks a column has, and which key would have it read."""
+    way = messages.way(source, keys)
+    has = f"; it has {', '.join(keys[:12])}{', …' if len(keys) > 12 else ''}"
+    return f"{has}: --set data.sources.{number}.{way}" if way else f"{has}: set data.sources.{number}.field, or its format"
 
 
 def _refuse(bad: config.BadDocuments, reason: str, where: str, source: config.Source) -> None:
@@ -373,8 +384,10 @@ def _tokenizer(job: Job) -> tokenizer.Tokenizer:
             assert job.spec.train is not None
             texts = _sample(job, job.spec.train.max_bytes)
             if not texts:
+                read = (part for part in job.parts if job.data.sources[part.source].kind != "megatron")
+                skipped = next(((part, one.where, one.skipped) for part in read for one in documents(job.data, part) if one.skipped), None)
                 raise DataError(
-                    f"no training document to train a tokenizer on, in {len(job.data.sources)} sources; {_empty_hint(job.data)}"
+                    f"no training document to train a tokenizer on, in {len(job.data.sources)} sources{_empty_hint(job, skipped)}"
                 )
             job.report("train tokenizer", 0, 1)
             tokenizer.train(texts, job.spec.train.vocab, temporary, templates.asked(job.spec)[1])
@@ -784,12 +797,16 @@ def _finish(job: Job, ready: tokenizer.Tokenizer, records: list[dict[str, Any]],
             None if any(value["text_bytes"] is None for value in values) else sum(value["text_bytes"] for value in values)
         )
         totals[split]["xz_bytes"] = None
-    for source in found:
+    for number, source in enumerate(found):
         if not source["splits"]["train"]["tokens"]:
             held, left_out = source["splits"]["validation"]["documents"], sum(source["skipped"].values())
+            rows = (
+                (part, row) for part, record in zip(job.parts, records, strict=True) if part.source == number for row in record["named"]
+            )
+            first = next(((part, row["document"], row["reason"]) for part, row in rows), None)
             raise DataError(
                 f"source {source['name']} has no training token: {held:,} documents are held out and {left_out:,} were skipped "
-                f"{source['skipped'] or ''}; {_empty_hint(job.data)}"
+                f"{source['skipped'] or ''}{_empty_hint(job, first)}"
             )
     _refuse_unvalidated(job.data, totals)
     if _compresses([totals["validation"]["text_bytes"]]):
@@ -837,8 +854,14 @@ def _refuse_unvalidated(data: config.Data, totals: dict[str, Any]) -> None:
         )
 
 
-def _empty_hint(data: config.Data) -> str:
-    return f"add documents, loosen `data.bad`, or lower `data.validation` (now {data.validation})"
+def _empty_hint(job: Job, skipped: tuple[sources.Part, str, str] | None) -> str:
+    """The way out where nothing is left to train on: the first document that was skipped, with its reason, or what else takes documents away."""
+    hint = f"; add documents, loosen `data.bad`, or lower `data.validation` (now {job.data.validation})"
+    if skipped is None:
+        return hint
+    part, where, reason = skipped
+    loose = reason.partition(":")[0] in ("short", "long", "empty", "undecodable")
+    return f"; the first, {sources.place(job.data.sources[part.source], part, where)}, is {reason}{hint if loose else ''}"
 
 
 if __name__ == "__main__":

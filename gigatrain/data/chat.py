@@ -11,7 +11,7 @@ the ranges itself; both ways give the same marks where both apply (tests/data/te
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NoReturn
@@ -131,24 +131,26 @@ def _aliased(message: Message) -> Message:
 
 
 def render(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Any] | None = None, after: int = 0
+    messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Any] | None = None, after: int = 0, context: Collection[int] = ()
 ) -> tuple[list[int], list[bool]]:
-    """Ids of a conversation, and which of them are the assistant's and so trained; those of `messages[:after]` are context.
+    """Ids of a conversation, and which of them are the assistant's and so trained; `messages[:after]` and those whose numbers are in `context` are not.
 
     messages: {"role", "content", …} as transformers takes them (messages.py reads other forms). Raises Changed if the template writes a trained
     turn in another way because of what follows it (then `samples` gives one sample a turn), Unmarkable if the marks cannot be proved.
     """
-    text, ranges = spans(messages, tokenizer, tools=tools, after=after)
+    text, ranges = spans(messages, tokenizer, tools=tools, after=after, context=context)
     return encode(text, ranges, tokenizer)
 
 
-def samples(messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Any] | None = None) -> list[tuple[list[int], list[bool]]]:
+def samples(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Any] | None = None, context: Collection[int] = ()
+) -> list[tuple[list[int], list[bool]]]:
     """The conversation as one sample; or, where the template changes earlier turns, one for each turn of the assistant, as it is written when it is
     the last: what the model sees when it writes it."""
     try:
-        return [render(messages, tokenizer, tools=tools)]
+        return [render(messages, tokenizer, tools=tools, context=context)]
     except Changed:
-        turns = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
+        turns = [number for number, message in enumerate(messages) if message.get("role") == "assistant" and number not in context]
         return [render(messages[: turn + 1], tokenizer, tools=tools, after=turn) for turn in turns]
 
 
@@ -159,12 +161,13 @@ def prompt(messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence
 
 
 def spans(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Any] | None = None, after: int = 0
+    messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Any] | None = None, after: int = 0, context: Collection[int] = ()
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation and the ranges of characters in it that are trained, ascending; raises as `render`."""
-    turns = [number for number, message in enumerate(messages) if message.get("role") == "assistant" and number >= after]
+    mine = [number for number, message in enumerate(messages) if message.get("role") == "assistant" and number >= after]
+    turns = [number for number in mine if number not in context]
     if not turns:
-        raise Unmarkable("it has no turn of the assistant, so nothing in it is trained")
+        raise Unmarkable(f"it has no turn of the assistant{' that is not marked as context' if mine else ''}, so nothing in it is trained")
     refuse_forged((messages, tools), tokenizer)
     text, marked = write(messages, tokenizer, tools=tools)
     template = tokenizer.template_for(tools is not None)
@@ -176,14 +179,14 @@ def spans(
         upto, its = (text, marked) if last else write(messages[: turn + 1], tokenizer, tools=tools)
         if not text.startswith(upto):
             raise Changed(f"the template writes turn {turn} in another way once others follow it ({_differs(upto, text)})")
-        mine = (
+        ranges = (
             _marked(messages[:turn], upto, its, turn, tokenizer, tools)
             if itself
             else [_turn(messages[:turn], upto, turn, tokenizer, tools)]
         )
-        _refuse_lost(messages[turn], "".join(upto[start:stop] for start, stop in mine), turn)
-        found += mine
-    if itself and after == 0 and found != marked:
+        _refuse_lost(messages[turn], "".join(upto[start:stop] for start, stop in ranges), turn)
+        found += ranges
+    if itself and after == 0 and turns == mine and found != marked:
         raise Unmarkable("the template marks other ranges of the conversation than of its turns one by one")
     return text, found
 

@@ -13,6 +13,7 @@ from gigatrain.data import build
 from gigatrain.data.build import Corpus, Progress
 from gigatrain.data.loader import Packing, Validation
 from gigatrain.data.pairs import Form
+from gigatrain.errors import DataError
 
 NATS_PER_BIT = 0.6931471805599453
 
@@ -41,10 +42,17 @@ def build_sets(
 ) -> dict[str, Corpus]:
     """A corpus for each set, tokenised as `corpus` is, beside it; nothing of it is held out. Raises DataError."""
     found = {}
-    for one in sets:
+    for number, one in enumerate(sets):
         source = config.Source(**{key: value for key, value in one if key != "name"})
         alone = data.model_copy(update={"sources": (source,), "validation": 0.0})
-        found[one.name] = build.build(alone, config.Tokenizer.model_validate({"from": str(corpus.folder / "tokenizer")}), progress=progress)
+        try:
+            found[one.name] = build.build(
+                alone, config.Tokenizer.model_validate({"from": str(corpus.folder / "tokenizer")}), progress=progress
+            )
+        except DataError as failure:
+            if (key := "data.sources.0.") not in str(failure):
+                raise
+            raise DataError(str(failure).replace(key, f"validation.sets.{number}.")) from None
     return found
 
 

@@ -303,15 +303,23 @@ class Batches:
         each = phase.batch // self.ranks
         return range(self.rank * each, (self.rank + 1) * each), each, min(phase.microbatch or each, each)
 
+    def _referred(self, position: int) -> str | None:
+        """`reference`, or the SHA-256 of what a teacher said ahead, of the lengths of samples that came before a position."""
+        if not self.taught:
+            return self.reference
+        lengths = {self.course.phases[0].sequence, *(one.sequence for one in self.course.phases[1 : 1 + len(self.course.begun(position))])}
+        return " ".join(self.taught[length].sha256 for length in sorted(lengths))
+
     def state(self) -> dict[str, Any]:
         """All that a resume needs: what decides the order, and how far it went."""
+        reference = self._referred(self.position)
         return {
             "seed": self.seed,
             "corpus": self.corpus.sha256,
             "weights": list(self.course.phases[0].weights),
             "sequence": self.sequence,
             "packing": self.packing,
-            **{name: one for name, one in (("form", self.form), ("reference", self.reference)) if one is not None},
+            **{name: one for name, one in (("form", self.form), ("reference", reference)) if one is not None},
             "position": self.position,
             "passed": [list(one) for one in self.passed],
         } | ({"phases": begun} if (begun := self.course.begun(self.position)) else {})
@@ -321,7 +329,7 @@ class Batches:
 
         The batch and the number of ranks may differ, and phases that begin at the position or later: positions count samples.
         """
-        mine = self.state()
+        mine = self.state() | {"reference": self._referred(int(state["position"]))}
         for name in ("seed", "corpus", "weights", "sequence", "packing", "form", "reference"):
             if state.get(name) != mine.get(name):
                 raise DataError(

@@ -21,6 +21,7 @@ from gigatrain.data.shards import Stream
 from gigatrain.errors import DataError
 
 Document = tuple[np.ndarray, np.ndarray]  # ids [n], and which of them are the answer's [n]
+STRETCH = 1 << 24  # tokens whose marks are looked at together
 Form = Literal["pair", "whole", "single"]  # two answers; the same with every token a label (orpo); one answer (kto)
 
 
@@ -67,9 +68,11 @@ class Pairs:
         sides = lengths.reshape(-1, 2)
         if form == "single":
             self.entries = np.flatnonzero(lengths)  # numbers of documents
+            self.begins = self._measured(lengths)
             sizes = lengths[self.entries] - 1
             if len(self.entries):
-                sizes = np.maximum(sizes, [self._foreign_length(entry) - 1 for entry in range(len(self.entries))])
+                others = self.entries[self._others(np.arange(len(self.entries)))]
+                sizes = np.maximum(sizes, self.begins[self.entries] + lengths[others] - self.begins[others] - 1)
         else:
             alone = int((sides == 0).any(1).sum())
             if alone:
@@ -118,20 +121,34 @@ class Pairs:
         trained = self.stream.trained(start, stop)
         return self.stream.read(start, stop), np.ones(stop - start, np.bool_) if trained is None else trained
 
+    def _measured(self, lengths: np.ndarray) -> np.ndarray:
+        """How many tokens of every document precede its answer, int64 [documents]; reads the marks once, a stretch of whole documents at a time."""
+        found, starts, first = lengths.copy(), self.ends - lengths, 0
+        while first < len(lengths):
+            stop = max(first + 1, int(np.searchsorted(self.ends, starts[first] + STRETCH, "right")))
+            begin, rows = int(starts[first]), slice(first, stop)
+            trained = self.stream.trained(begin, int(self.ends[stop - 1]))
+            if trained is None:
+                found[rows] = 0
+            elif len(marks := begin + np.flatnonzero(trained)):
+                nearest = np.append(marks, self.ends[-1])[np.searchsorted(marks, starts[rows])]
+                found[rows] = np.minimum(nearest - starts[rows], lengths[rows])
+            first = stop
+        return found
+
     def _begins(self, document: int) -> int:
         """How many tokens of a document precede its answer."""
-        trained = self._read(document)[1]
-        return int(np.argmax(trained)) if trained.any() else len(trained)
+        return int(self.begins[document])
 
     def _other(self, entry: int) -> int:
         """The nearest entry before it (of the first, the last) that answers another prompt: whose answer is foreign to this one."""
-        before = (entry - 1) % len(self.entries)
-        return (entry - 2) % len(self.entries) if self.entries[before] // 2 == self.entries[entry] // 2 else before
+        return int(self._others(np.array([entry]))[0])
 
-    def _foreign_length(self, entry: int) -> int:
-        mine, other = (int(self.entries[one]) for one in (entry, self._other(entry)))
-        start, stop = self._offsets(other)
-        return self._begins(mine) + stop - start - self._begins(other)
+    def _others(self, places: np.ndarray) -> np.ndarray:
+        """`_other` of several."""
+        before = (places - 1) % len(self.entries)
+        alike = self.entries[before] // 2 == self.entries[places] // 2
+        return np.where(alike, (places - 2) % len(self.entries), before)
 
     def _foreign(self, entry: int) -> Document:
         """An entry's prompt with another's answer."""

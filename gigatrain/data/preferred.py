@@ -13,7 +13,7 @@ import numpy as np
 from gigatrain import config
 from gigatrain.data import chat
 from gigatrain.data.chat import Message
-from gigatrain.data.messages import Tokens, Unparsable, messages_of, tools_of
+from gigatrain.data.messages import Tokens, Unparsable, messages_of, refuse_silent, tools_of, turns_read
 from gigatrain.data.tokenizer import Tokenizer
 
 EMPTY: Tokens = (np.empty(0, np.int64), np.empty(0, np.bool_))
@@ -56,8 +56,9 @@ def _document(answer: Any, record: dict[str, Any], answers: list[Any], ready: To
         if prompt is None:
             raise Unparsable("its answers are texts, and there is no prompt")
         turns: tuple[Message, ...] = ({"role": "assistant", "content": answer},)
+        context: frozenset[int] = frozenset()
     else:
-        turns = messages_of(answer)
+        turns, context = turns_read(answer)
     if prompt is None:
         both = [messages_of(one) for one in answers]
         after = next((at for at, (a, b) in enumerate(zip(*both, strict=False)) if a != b), min(map(len, both)))
@@ -69,7 +70,9 @@ def _document(answer: Any, record: dict[str, Any], answers: list[Any], ready: To
     found = (*before, *turns)
     if not any(message["role"] == "assistant" for message in found[after:]):
         raise Unparsable("an answer has no turn of the assistant")
-    return _arrays(chat.render(found, ready, tools=tools_of(record.get("tools")), after=after))
+    context = frozenset(len(before) + number for number in context)
+    refuse_silent(found, after, context)
+    return _arrays(chat.render(found, ready, tools=tools_of(record.get("tools")), after=after, context=context))
 
 
 def _arrays(found: tuple[list[int], list[bool]]) -> Tokens:

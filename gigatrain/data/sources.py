@@ -4,6 +4,7 @@ A source is listed once (`pieces`), in a fixed order, and the pieces are grouped
 one process, so parts are what is done in parallel and what a resumed build need not do again. Nothing here executes or unpickles anything of a file's.
 """
 
+import codecs
 import glob
 import gzip
 import hashlib
@@ -12,6 +13,7 @@ import json
 import sysconfig
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from itertools import pairwise
@@ -83,6 +85,7 @@ class Raw:
     data: str | bytes | None
     key: str | None = None  # None: the text itself
     bad: str = ""
+    keys: tuple[str, ...] = ()  # of a record that lacks a column: those that it has
 
 
 def parts(number: int, source: Source, shard_bytes: int) -> list[Part]:
@@ -218,9 +221,8 @@ def _lines(source: Source, piece: Piece) -> Iterator[Raw]:
     """Records of a .jsonl, plain (those that start in the piece's bytes) or compressed (all)."""
     offset, stop = piece.start, piece.stop
     with open(piece.path, "rb") as raw:
-        file: Any = raw
+        file = _content(raw, piece.name)
         if piece.name.endswith(COMPRESSED):
-            file = io.BufferedReader(_Zst(raw), 1 << 20) if piece.name.endswith(".zst") else gzip.GzipFile(fileobj=raw)
             stop = 1 << 62
         elif offset:
             raw.seek(offset - 1)
@@ -234,9 +236,33 @@ def _lines(source: Source, piece: Piece) -> Iterator[Raw]:
                 return
             if not line:
                 return
+            begins = offset == 0  # where some write a byte order mark
             offset += len(line)
             if line.strip():
-                yield _record(source, where, line)
+                yield _record(source, where, line.removeprefix(codecs.BOM_UTF8) if begins else line)
+
+
+def _content(raw: io.BufferedReader, name: str) -> Any:
+    """A file's text, of a compressed one what it holds."""
+    if name.endswith(".zst"):
+        return io.BufferedReader(_Zst(raw), 1 << 20)
+    return gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
+
+
+def place(source: Source, part: Part, where: str) -> str:
+    """A Raw's `where` for people: the file's path, and of JSON lines the number of the line, from 1. Reads the file up to there."""
+    name, _, at = where.rpartition(":")
+    piece = next((piece for piece in part.pieces if piece.name == name), None)
+    if piece is None or not piece.path:
+        return where
+    if source.kind != "jsonl" or not at.isdecimal():
+        return f"{piece.path}:{at}"
+    line, left = 1, int(at)
+    with suppress(OSError, EOFError, zlib.error, _Torn), open(piece.path, "rb") as raw:
+        file = _content(raw, name)
+        while left > 0 and (read := file.read(min(left, 1 << 20))):
+            line, left = line + read.count(b"\n"), left - len(read)
+    return f"line {line:,} of {piece.path}"
 
 
 def _record(source: Source, where: str, line: bytes) -> Raw:
@@ -251,7 +277,7 @@ def _record(source: Source, where: str, line: bytes) -> Raw:
         text = value.get(source.field) if isinstance(value, dict) else None
         # Found bad, but kept as bytes so that `undecodable = "replace"` can have the text.
         if not isinstance(text, str):
-            return Raw(where, None, bad=f"unparsable: no text in field {source.field!r}")
+            return _textless(source, where, value)
         return Raw(where, b"".join(c.encode("utf-8", "surrogateescape" if "\udc80" <= c <= "\udcff" else "surrogatepass") for c in text))
     except (ValueError, RecursionError) as error:
         return Raw(where, None, bad=f"unparsable: {error}")
@@ -259,16 +285,22 @@ def _record(source: Source, where: str, line: bytes) -> Raw:
         return _conversation(source, where, value)
     text = value.get(source.field) if isinstance(value, dict) else None
     if not isinstance(text, str):
-        return Raw(where, None, bad=f"unparsable: no text in field {source.field!r}")
+        return _textless(source, where, value)
     return Raw(where, text)
+
+
+def _textless(source: Source, where: str, value: Any) -> Raw:
+    keys = tuple(value) if isinstance(value, dict) and source.field not in value else ()
+    return Raw(where, None, bad=f"unparsable: no text in field {source.field!r}", keys=keys)
 
 
 def _conversation(source: Source, where: str, value: Any) -> Raw:
     """A record that is no plain text, as the text of its columns."""
     try:
-        return Raw(where, messages.text_of(source, value))
+        text = messages.text_of(source, value)
+        return Raw(where, text, messages.key_of(text))
     except messages.Unparsable as error:
-        return Raw(where, None, bad=f"unparsable: {error}")
+        return Raw(where, None, bad=f"unparsable: {error}", keys=error.keys)
 
 
 def _replaced(line: bytes) -> Any:
@@ -356,7 +388,9 @@ def _columns(source: Source, names: list[str], place: str) -> list[str]:
     needed, optional = ((source.field,), ()) if source.format == "text" else messages.columns(source)
     for name in needed:
         if name not in names:
-            raise DataError(f"{place} has no column {name!r}; its columns are {names}: set `field` of the source, or another `format`")
+            way = messages.way(source, names)
+            how = "set `field` of the source, or another `format`" if way is None else f"set {way} of the source"
+            raise DataError(f"{place} has no column {name!r}; its columns are {names}: {how}")
     return [name for name in (*needed, *optional) if name in names]
 
 

@@ -9,7 +9,7 @@ Training adds up probabilities, so what fp16 rounds is divided by their sum agai
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,22 @@ def part_name(source: int, part: int) -> str:
 class Taught:
     """The teachings of samples of one length, opened: `given` of rows."""
 
-    def __init__(self, corpus: Corpus, objective: Objective, sequence: int, packing: str, *, check: bool) -> None:
-        """check: compare every part's SHA-256. Raises DataError where nothing was taught, or a part is not what it was."""
+    def __init__(
+        self,
+        corpus: Corpus,
+        objective: Objective,
+        sequence: int,
+        packing: str,
+        *,
+        check: bool,
+        rank: int = 0,
+        ranks: int = 1,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
+        """check: compare the SHA-256 of this rank's share of the parts, every `ranks`-th, as all of them may be terabytes; `alive` is called after each.
+
+        Raises DataError where nothing was taught, or a part is not what it was: then on this rank alone.
+        """
         of = made_of(objective, corpus, sequence, packing)
         self.folder, self.sequence, self.k = folder_of(corpus, of), sequence, objective.top_k
         path = self.folder / "index.json"
@@ -70,10 +84,11 @@ class Taught:
         except (ValueError, KeyError, TypeError, OSError, RecursionError) as failure:
             raise DataError(f"{path} is damaged: {failure}; delete {self.folder} and run `gigatrain data teach` again") from None
         self.sha256 = hashlib.sha256(json.dumps([index["teacher_sha256"], self.parts], sort_keys=True).encode()).hexdigest()
-        for name, expected in self.parts.items() if check else ():
+        for name in sorted(self.parts)[rank::ranks] if check else ():
             part = self.folder / name
-            if not part.is_file() or file_sha256(part) != expected:
+            if not part.is_file() or file_sha256(part) != self.parts[name]:
                 raise DataError(f"{part} is missing or not what was taught (SHA-256); delete it and run `gigatrain data teach` again")
+            alive()
         self._open: dict[str, Any] = {}
 
     def row(self, source: int, sample: int, ids: Tensor, logprobs: Tensor) -> None:

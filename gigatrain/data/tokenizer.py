@@ -214,6 +214,29 @@ def keep(ready: Tokenizer, folder: Path) -> Tokenizer:
     return load(str(folder))
 
 
+def differs(ready: Tokenizer, folder: Path) -> str | None:
+    """Why a model with its tokenizer in `folder` does not mean by every id what this tokenizer means; None where it does, whatever else it knows.
+
+    Sizes that agree prove nothing. Without tokenizer.json, a tokenizer.model of the same bytes does.
+    """
+    file, models = folder / "tokenizer.json", [place / "tokenizer.model" for place in (ready.folder, folder)]
+    if not file.is_file():
+        if all(path.is_file() for path in models) and models[0].read_bytes() == models[1].read_bytes():
+            return None
+        return f"{folder} has no tokenizer.json, so that nothing says whether its ids mean the same tokens; copy the one it was trained with there"
+    try:
+        there = Backend.from_str(file.read_text(encoding="utf-8")).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the Rust side raises bare Exception
+        return f"{file} is not a tokenizer that `tokenizers` can read: {error}"
+    here = ready.backend.get_vocab(with_added_tokens=True)
+    others = sorted((number, text) for text, number in here.items() if there.get(text) != number)
+    if not others:
+        return None
+    number, text = others[0]
+    theirs = next((repr(name) for name, one in there.items() if one == number), "no token")
+    return f"{len(others):,} of {len(here):,} tokens have other ids in {file}: {number} is {text!r} here, and {theirs} there"
+
+
 def _download(name: str) -> Path:
     """tokenizer.json of a hub name, with what lies beside it, in the hub's own cache."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

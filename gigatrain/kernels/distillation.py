@@ -88,8 +88,8 @@ class _Distilled(torch.autograd.Function):
             if k < v:
                 lse_rest = tempered.scatter(1, ids[c], -torch.inf).logsumexp(1, keepdim=True)
                 kl += p[:, k:] * (logp[:, k:] - lse_rest + lse)
-                # All tokens as if they were of the rest, then the k as they are: q_j (total - p_rest / q_rest), and q_j total - p_j.
-                g = qs * (total - p[:, k:] * torch.exp(lse - lse_rest))
+                # All tokens as if they were of the rest, q_j total - p_rest q_j / q_rest; then the k, of which that may be infinite: q_j total - p_j.
+                g = qs * total - p[:, k:] * torch.exp(tempered - lse_rest)
                 g.scatter_(1, ids[c], qs.gather(1, ids[c]) * total - p[:, :k])
             else:
                 g = (qs * total).scatter_add(1, ids[c], -p[:, :k])

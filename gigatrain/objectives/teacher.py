@@ -22,6 +22,7 @@ from gigatrain.data.build import Corpus
 from gigatrain.data.course import samples_of
 from gigatrain.data.loader import Microbatch, moved, stack
 from gigatrain.data.shards import file_sha256, write_atomically
+from gigatrain.data.tokenizer import Tokenizer, differs
 from gigatrain.errors import DataError, RunError
 from gigatrain.kernels import ops
 from gigatrain.models import hf
@@ -32,8 +33,8 @@ from gigatrain.planning.plan import Plan
 class Teacher:
     """`objective.teacher`, loaded; called with a microbatch on its device, it gives what objectives.compute is `given`."""
 
-    def __init__(self, objective: Objective, *, vocab: int, ids: int, compute: torch.dtype, device: torch.device) -> None:
-        """vocab: rows of the student's head; ids: of the corpus's tokenizer. Raises RunError for a model that is not ours or has another vocabulary."""
+    def __init__(self, objective: Objective, *, vocab: int, tokenizer: Tokenizer, compute: torch.dtype, device: torch.device) -> None:
+        """vocab: rows of the student's head; tokenizer: the corpus's. Raises RunError for a model that is not ours or reads by another tokenizer."""
         assert objective.teacher is not None
         self.objective, self.folder, self.device = objective, hf.locate(objective.teacher), device
         config = hf.read_config(self.folder)
@@ -42,9 +43,12 @@ class Teacher:
                 f"objective.teacher {objective.teacher}: {config.get('model_type')!r} is none of our families, and only these teach; choose another"
             )
         self.arch = from_hf_config(config)
-        if self.arch.vocab < ids:
+        if (why := differs(tokenizer, self.folder)) is None and self.arch.vocab < tokenizer.vocab:
+            why = f"it has {self.arch.vocab:,} tokens, and the corpus {tokenizer.vocab:,}"
+        if why is not None:
             raise RunError(
-                f"objective.teacher {objective.teacher} has {self.arch.vocab:,} tokens, and the corpus {ids:,}: it reads by another tokenizer"
+                f"objective.teacher {objective.teacher}: {why}. A teacher's words are ids, so that both read by one tokenizer: set tokenizer.from to the "
+                "teacher's folder, or choose a teacher of the student's family"
             )
         self.vocab = min(vocab, self.arch.vocab)  # rows beyond pad a head, and are no tokens
         if objective.top_k > self.vocab:

@@ -12,14 +12,14 @@ from gigatrain.planning import cost
 READY = ("language", "dpo", "ipo", "orpo", "simpo", "kto", "distil")  # kinds of objective that are computed
 
 
-def check(recipe: Recipe, mesh: Mesh) -> None:
-    """Raises PlanError for an objective that cannot be kept to with this data or on this mesh."""
+def check(recipe: Recipe, mesh: Mesh, architecture: Architecture | Foreign) -> None:
+    """Raises PlanError for an objective that cannot be kept to with this data or model, or on this mesh."""
     objective, data = recipe.objective, recipe.data
     kind = objective.kind
     if kind not in READY:
         raise PlanError(f'objective.kind "{kind}" is not computed yet; choose one of {", ".join(READY)}')
     if kind == "distil":
-        _check_distil(recipe, mesh)
+        _check_distil(recipe, mesh, architecture)
     if not objective.pairs:
         for source in (*data.sources, *recipe.validation.sets):
             if source.format == "preference":
@@ -133,8 +133,13 @@ def unknown(recipe: Recipe) -> str | None:
     return None
 
 
-def _check_distil(recipe: Recipe, mesh: Mesh) -> None:
+def _check_distil(recipe: Recipe, mesh: Mesh, architecture: Architecture | Foreign) -> None:
     objective = recipe.objective
+    if isinstance(architecture, Foreign):
+        raise PlanError(
+            f'objective.kind "distil" compares a teacher with hidden states and a head of ours, and {architecture.class_name} is transformers\' own code; '
+            'choose a student of one of our families, or objective.kind = "language"'
+        )
     for axis, why in (
         ("tensor", "each rank would have some of the tokens that a teacher chose from all"),
         ("pipeline", "a teacher's words and what is reported beside the loss would have to pass through its stages"),

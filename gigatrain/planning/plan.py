@@ -313,7 +313,7 @@ def plan(
     microbatch, accumulation = axes.share(recipe, mesh)
     axes.check(recipe, architecture, mesh, accumulation)
     stretched.check(recipe, architecture)
-    objective.check(recipe, mesh)
+    objective.check(recipe, mesh, architecture)
     adapting.check(recipe, architecture, mesh)
     tokens_per_step = train.batch * train.sequence
     steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)

@@ -305,3 +305,215 @@ def test_showing(tmp_path: Path, own: config.Tokenizer) -> None:
     assert shown.asked(corpus, 1000)[0] == shown.asked(corpus, 1)[0]
     with pytest.raises(DataError, match="no train document 99"):
         shown.document(corpus, 0, "train", 99)
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Now.",
+        "parameters": {
+            "type": "object",
+            "properties": {"unit": {"type": "string", "default": None, "enum": ["C", None]}, "city": {"type": "string"}},
+            "required": ["unit", "city"],
+        },
+    },
+}
+
+
+def test_tools_are_written_as_transformers_writes_the_record(tmp_path: Path, own: config.Tokenizer) -> None:
+    """Keys in the record's order, and those that hold null: of schemas and of arguments, which are an object or a text of JSON."""
+    import transformers
+
+    arguments = {"unit": None, "city": "Bern", "at": {"z": 1, "a": [None, {"y": None, "b": 0}]}}
+    records = []
+    for given in (arguments, json.dumps(arguments)):
+        call = {"id": "1", "type": "function", "function": {"arguments": given, "name": "weather"}}
+        turns: list[Any] = [
+            {"role": "user", "content": "Cold?"},
+            {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+            {"content": "3", "role": "tool"},
+            {"role": "assistant", "content": "Yes."},
+        ]
+        records.append({"messages": turns, "tools": [TOOL]})
+    corpus = build(data(tmp_path, source(jsonl(tmp_path / "a.jsonl", records)), packing="document"), own)
+    theirs: Any = transformers.AutoTokenizer.from_pretrained(corpus.folder / "tokenizer")
+    asked: list[Any] = [turn | {"content": turn["content"] or ""} for turn in records[0]["messages"]]
+    wanted = theirs.apply_chat_template(asked, tools=[TOOL], tokenize=False)
+    assert (
+        '"parameters": {"type": "object", "properties": {"unit": {"type": "string", "default": null, "enum": ["C", null]}, "city"' in wanted
+    )
+    assert '{"arguments": {"unit": null, "city": "Bern", "at": {"z": 1, "a": [null, {"y": null, "b": 0}]}}, "name": "weather"}' in wanted
+    assert ["".join(text for text, _ in document) for document in documents(corpus)] == [wanted] * 2
+    turn = [
+        {"from": "human", "value": "Cold?"},
+        {"from": "function_call", "value": json.dumps({"arguments": arguments, "name": "weather"})},
+    ]
+    (called,) = parsed("sharegpt", {"conversations": turn}).messages[1]["tool_calls"]
+    assert json.dumps(called["function"]) == json.dumps({"arguments": arguments, "name": "weather"})
+
+
+def test_order_and_nulls_do_not_decide_what_is_held_out(tmp_path: Path, own: config.Tokenizer) -> None:
+    """The same conversations of Parquet, whose structs have every key, and of JSON lines with their keys in another order, are held out alike."""
+    import pyarrow
+    import pyarrow.parquet
+
+    named = [*CHATS, [turn | {"name": "x"} for turn in CHATS[0]]]
+    jsonl(tmp_path / "a.jsonl", [{"messages": [dict(reversed(turn.items())) for turn in chat]} for chat in named])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": chat} for chat in named]), tmp_path / "a.parquet")
+    held = [
+        sorted(str(one) for one in documents(build(data(tmp_path, one, validation=0.3), own), "validation"))
+        for one in (source(tmp_path / "a.jsonl"), source(tmp_path / "a.parquet", kind="parquet"))
+    ]
+    assert held[0] == held[1]
+    assert 0 < len(held[0]) < len(CHATS)
+
+
+@pytest.mark.parametrize("marks", [True, False])
+def test_turns_that_say_they_are_not_trained_are_context(tmp_path: Path, marks: bool) -> None:
+    """OpenAI's `weight` and `train`: written as ever, and the marks are off; in every format of turns, also behind a system's text and where turns split."""
+    chatshapes.made(tmp_path / "t", "chatml", marks=marks)
+    spec = config.Tokenizer(source=str(tmp_path / "t"))  # type: ignore[call-arg]
+    user, no, yes = {"role": "user", "content": "a"}, {"role": "assistant", "content": "no"}, {"role": "assistant", "content": "yes"}
+    for said in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 0, "train": False}):
+        path = jsonl(tmp_path / "a.jsonl", [{"messages": [user, no | said, user, yes | {"weight": 1, "train": None}]}])
+        found = documents(build(data(tmp_path, source(path), packing="document"), spec))[0]
+        assert [text for text, one in found if one] == ["yes<|im_end|>"]
+        assert "no<|im_end|>" in "".join(text for text, _ in found)
+    turns = [
+        {"from": "human", "value": "a"},
+        {"from": "gpt", "value": "no", "train": False},
+        {"from": "human", "value": "b"},
+        {"from": "gpt", "value": "yes"},
+    ]
+    path = jsonl(tmp_path / "b.jsonl", [{"conversations": turns, "system": "S"}])
+    found = documents(build(data(tmp_path, source(path, "sharegpt"), packing="document"), spec))[0]
+    assert [text for text, one in found if one] == ["yes<|im_end|>"]
+    path = jsonl(tmp_path / "c.jsonl", [{"prompt": [user], "completion": [no | {"weight": 0}, user, yes]}])
+    found = documents(build(data(tmp_path, source(path, "completion"), packing="document"), spec))[0]
+    assert [text for text, one in found if one] == ["yes<|im_end|>"]
+    path = jsonl(
+        tmp_path / "d.jsonl", [{"chosen": [user, no | {"weight": 0}, user, yes], "rejected": [user, no, user, yes | {"content": "mm"}]}]
+    )
+    pair = documents(build(data(tmp_path, source(path, "preference"), packing="document"), spec))
+    assert [[text for text, one in document if one] for document in pair] == [["yes<|im_end|>"], ["mm<|im_end|>"]]
+    chatshapes.made(tmp_path / "thinks", "thinking", marks=marks)
+    path = jsonl(tmp_path / "e.jsonl", [{"messages": [user, no | {"thinking": "hm", "weight": 0}, user, yes]}])
+    thinks = config.Tokenizer(source=str(tmp_path / "thinks"))  # type: ignore[call-arg]
+    split = documents(build(data(tmp_path, source(path), packing="document"), thinks))
+    assert [[text[-14:] for text, one in document if one] for document in split] == [["\nyes<|im_end|>"]]
+
+
+@pytest.mark.parametrize(
+    ("turn", "why"),
+    [
+        ({"weight": 0.5}, r"turn 1 has weight 0\.5; 0 and 1 are known"),
+        ({"weight": True}, "turn 1 has weight true; 0 and 1"),
+        ({"weight": "0"}, 'turn 1 has weight "0"; 0 and 1'),
+        ({"train": 0}, "turn 1 has train 0; true and false are known"),
+        ({"train": "no"}, 'turn 1 has train "no"'),
+        ({"train": False, "weight": 1}, "turn 1 has weight 1 and train false, which contradict each other"),
+        ({"role": "user", "train": True}, r"turn 1 of the user is to be trained \(train\), and only what the assistant writes can be"),
+        ({"content": " \n"}, 'turn 1 of the assistant is empty; mend it, or give it "weight": 0'),
+        ({"content": ""}, "turn 1 of the assistant is empty"),
+        ({"content": "", "tool_calls": []}, "turn 1 of the assistant is empty"),
+    ],
+)
+def test_marks_and_answers_that_mean_nothing(turn: dict[str, Any], why: str) -> None:
+    with pytest.raises(Unparsable, match=why):
+        parsed("chat", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"} | turn]})
+
+
+def test_what_says_nothing_and_is_not_trained_may_stay() -> None:
+    user, empty = {"role": "user", "content": "", "weight": 0, "train": False}, {"role": "assistant", "content": ""}
+    call = {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    assert len(parsed("chat", {"messages": [user, empty | call, empty | {"reasoning_content": "hm"}, empty | {"weight": 0}]}).messages) == 4
+    assert parsed("completion", {"prompt": [user, empty], "completion": [{"role": "assistant", "content": "b"}]}).after == 2
+    with pytest.raises(Unparsable, match="turn 2 of the assistant is empty"):
+        parsed("completion", {"prompt": [user, empty], "completion": [empty]})
+
+
+@pytest.mark.parametrize("form", ["chat", "text"])
+def test_a_byte_order_mark_loses_no_record(tmp_path: Path, own: config.Tokenizer, form: str) -> None:
+    import gzip
+
+    rows = "".join(json.dumps({"messages": chat, "text": str(chat)}) + "\n" for chat in CHATS[:3]).encode()
+    for name, content in (("a.jsonl", b"\xef\xbb\xbf" + rows), ("b.jsonl", rows), ("c.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + rows))):
+        (tmp_path / name).write_bytes(content)
+        corpus = build(data(tmp_path, source(tmp_path / name, form), packing="document", shard_bytes=100), own)
+        assert corpus.manifest["skipped"] == {}
+        assert corpus.totals("train")["documents"] == 3
+
+
+TEXTS = {"prompt": "a", "completion": "b"}
+TURN = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("form", "field", "record", "lacks", "way"),
+    [
+        ("chat", "text", {"conversations": TURN, "id": 1}, "no messages; it has conversations, id", "format=sharegpt"),
+        ("sharegpt", "text", {"messages": TURN}, "no conversations; it has messages", "format=chat"),
+        ("sharegpt", "conversations", {"id": 1, "messages": TURN}, "no conversations; it has id, messages", "field=messages"),
+        ("chat", "messages", {"conversations": TURN}, "no messages; it has conversations", "field=conversations"),
+        ("chat", "text", {"dialogue": TURN}, "no messages; it has dialogue", "field=dialogue"),
+        ("chat", "text", TEXTS, "no messages; it has prompt, completion", "format=completion"),
+        ("alpaca", "text", TEXTS, "no instruction, output; it has prompt, completion", "format=completion"),
+        ("completion", "text", {"instruction": "a", "output": "b"}, "no prompt, completion; it has instruction, output", "format=alpaca"),
+        ("preference", "text", {"messages": TURN}, "no chosen and rejected; it has messages", "format=chat"),
+        ("text", "text", {"messages": TURN}, "no text in field 'text'; it has messages", "format=chat"),
+    ],
+)
+def test_a_file_of_which_nothing_can_be_read_says_why_and_how_it_could_be(
+    tmp_path: Path, own: config.Tokenizer, form: str, field: str, record: Any, lacks: str, way: str
+) -> None:
+    """The first record by file and line, what it lacks and has, and the key of the source that reads it: which then does."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n\n" + (json.dumps(record) + "\n") * 30)
+    sources = (source(jsonl(tmp_path / "b.jsonl", [{"messages": CHATS[0]}])), source(path, form, field=field))
+    said = rf"30 were skipped \{{'unparsable': 30\}}; the first, line 3 of {path}, is unparsable: {lacks}: --set data\.sources\.1\.{way}$"
+    with pytest.raises(DataError, match=said):
+        build(data(tmp_path, *sources), own)
+    fresh = config.Tokenizer(train=config.TokenizerTraining(vocab=300), template="chatml")
+    said = rf"no training document to train a tokenizer on, in 1 sources; the first, line 3 of {path}, is .*--set data\.sources\.0\.{way}$"
+    with pytest.raises(DataError, match=said):
+        build(data(tmp_path, sources[1]), fresh)
+    key, _, value = way.partition("=")
+    corpus = build(data(tmp_path, sources[1].model_copy(update={key: value})), own)
+    assert corpus.totals("train")["documents"] == 30
+
+
+def test_reasons_where_no_column_is_missing(tmp_path: Path, own: config.Tokenizer) -> None:
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = (json.dumps({"messages": [{"role": "narrator", "content": "x"}]}) + "\n") * 3
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(('{"messages": [\n' + rows).encode()))
+    with pytest.raises(DataError, match=rf"4 were skipped .*; the first, line 1 of {path}, is unparsable: Expecting value"):
+        build(data(tmp_path, source(path)), own)
+    path.write_bytes(gzip.compress(("\n" + rows).encode()))
+    with pytest.raises(
+        DataError, match=rf"the first, line 2 of {path}, is unparsable: turn 0 has role 'narrator'; known are .*function_call, tool_call$"
+    ):
+        build(data(tmp_path, source(path)), own)
+    short = config.BadDocuments(short="skip", min_tokens=1000)
+    path = jsonl(tmp_path / "b.jsonl", [{"messages": chat} for chat in CHATS])
+    with pytest.raises(DataError, match=rf"the first, line 1 of {path}, is short: .*; add documents, loosen `data\.bad`"):
+        build(data(tmp_path, source(path), bad=short), own)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": CHATS[0]}]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"no column 'conversations'; its columns are \['messages'\]: set format=chat of the source"):
+        build(data(tmp_path, source(tmp_path / "a.parquet", "sharegpt", kind="parquet")), own)
+
+
+def test_a_validation_set_names_its_own_key(tmp_path: Path, own: config.Tokenizer) -> None:
+    from gigatrain.data.held import build_sets
+
+    made = data(tmp_path, source(jsonl(tmp_path / "a.jsonl", [{"messages": chat} for chat in CHATS])))
+    corpus = build(made, own)
+    path = jsonl(tmp_path / "b.jsonl", [{"conversations": TURN}])
+    sets = config.ValidationSet(name="held", kind="jsonl", path=str(path), format="chat")
+    with pytest.raises(DataError, match=r"--set validation\.sets\.0\.format=sharegpt$"):
+        build_sets(corpus, made, (sets,))

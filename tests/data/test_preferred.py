@@ -1,6 +1,7 @@
 """Judged answers of every form as pairs of documents: what is trained, what is refused, and that no pair is torn apart."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pairsrecipe
@@ -152,3 +153,19 @@ def test_a_foreign_answer_is_that_of_another_prompt(made):
         assert ids[: samples._begins(entry)].tolist() == mine[: samples._begins(entry)].tolist()
         assert ids[trained].tolist() == theirs[its].tolist()
         assert answer.any()
+
+
+@pytest.mark.parametrize("stretch", [1, 300, 1 << 24])
+def test_prompts_are_measured_without_reading_documents(made, monkeypatch, stretch):
+    """Of kto: every answer's prompt is as long as its marks say, whatever is looked at together, and no token is read for it."""
+    found, corpus = made
+    monkeypatch.setattr(pairs, "STRETCH", stretch)
+    stream = corpus.stream(0)
+    read = []
+    monkeypatch.setattr(stream, "read", lambda *place: read.append(place))
+    samples = Pairs(stream, sequence=found.sequence, eos=corpus.eos, form="single", packed=False, name="x")
+    assert not read
+    bounds = np.concatenate([[0], samples.ends]).tolist()
+    marks = [stream.trained(start, stop) for start, stop in pairwise(bounds)]
+    assert samples.begins.tolist() == [int(np.argmax(one)) if one is not None and one.any() else 0 for one in marks]
+    assert samples.begins.min() > 0

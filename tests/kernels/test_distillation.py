@@ -111,3 +111,22 @@ def test_no_full_logits_of_either_exist():
         graded(distillation.chunked, given, weight=0.5)
         distillation.top(given[0].detach(), given[1].detach(), 4)
     assert sizes.largest < n * v / 8
+
+
+@pytest.mark.parametrize(("v", "k"), [(31, 5), (31, 1), (31, 31)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [distillation.chunked, distillation.reference])
+def test_a_low_temperature_overflows_nothing(form, dtype, v, k):
+    """At T = 0.1 a sure student's rest is e^-400 of the whole, and of some rows, whose logits are even, it is nearly all."""
+    how = {"weight": 0.5, "temperature": 0.1}
+    hidden, weight, labels, ids, logprobs = case(150, 8, v, k, dtype, 0.1)
+    with torch.no_grad():
+        hidden.mul_(6)[::3] *= 1e-3
+    given = hidden, weight, labels, ids, logprobs
+    exact = graded(distillation.reference, [*(one.detach().double().requires_grad_() for one in given[:2]), *given[2:]], **how)
+    with chunked_finely():
+        found = graded(form, given, **how)
+    coarse = 16 * torch.finfo(dtype).eps  # sums of logits of some 60, in fp32 of a bf16 product
+    for one, true in zip(found, exact, strict=True):
+        assert one.isfinite().all()
+        assert (one.double() - true).norm() <= coarse * true.norm()

@@ -181,6 +181,12 @@ def test_figures_are_means_over_what_they_are_of():
         ({"kind": "ipo", "label_smoothing": 0.1}, "not of ipo"),
         ({"kind": "dpo", "robust": True}, "above 0"),
         ({"kind": "dpo", "label_smoothing": 0.5}, "less than 0.5"),
+        ({"kind": "kto", "margin": 0.7}, "`margin` is of simpo; kto has none"),
+        ({"kind": "dpo", "desirable": 2.0}, "`desirable` is of kto; dpo has none"),
+        ({"kind": "simpo", "undesirable": 2.0}, "`undesirable` is of kto; simpo has none"),
+        ({"beta": 0.1}, "`beta` is of dpo, ipo, orpo, simpo, kto; language has none"),
+        ({"kind": "distil", "teacher": "x", "beta": 0.1}, "`beta` is of dpo.*; distil has none"),
+        ({"kind": "dpo", "top_k": 4}, "`top_k` is of distil; dpo has none"),
     ],
 )
 def test_numbers_of_another_objective_are_refused(numbers, says):
