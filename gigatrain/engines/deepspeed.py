@@ -26,7 +26,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -39,7 +39,7 @@ from gigatrain.engines import source
 from gigatrain.engines.judge import Judge
 from gigatrain.errors import RunError
 from gigatrain.kernels import adamw, ops
-from gigatrain.kernels.ops import OPERATIONS
+from gigatrain.kernels.ops import OPERATIONS, Ops
 from gigatrain.models import hf
 from gigatrain.models.automodel import Auto
 from gigatrain.models.decoder import Decoder
@@ -91,6 +91,8 @@ class DeepSpeed:
         """DeepSpeed's engine around a model of undefined weights, whose parameters are flattened and partitioned."""
         plan, mesh = self.plan, self.mesh
         chosen = context.ops(ops.choose(kernels), mesh, plan.mesh.exchange)
+        if plan.engine.zero == 3 and plan.adapter is not None:
+            chosen = _with_gradient(chosen)
         model = source.blank(plan, chosen, dtype=torch.bfloat16 if plan.compute == "bf16" else torch.float32)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
         dtype = torch.bfloat16 if plan.compute == "bf16" else torch.float32
@@ -588,6 +590,17 @@ def _partition(library: Any, model: nn.Module, config: dict[str, Any], device: t
                 first = new
             else:
                 first.convert_to_zero_parameters(param_list=[new])
+
+
+def _with_gradient(chosen: Ops) -> Ops:
+    """Operations whose embedding has a gradient, though its weights be frozen: ZeRO-3 drops a layer's weights once its inputs have theirs, and where none has
+    one, before its backward. Costs the first layer's products for that gradient."""
+
+    def embedding(tokens_bt: Tensor, weight_vd: Tensor) -> Tensor:
+        x_btd = chosen.embedding(tokens_bt, weight_vd)
+        return x_btd.requires_grad_() if torch.is_grad_enabled() else x_btd
+
+    return replace(chosen, embedding=embedding)
 
 
 def _join(library: Any, mesh: Mesh, device: torch.device) -> None:

@@ -32,7 +32,7 @@ CASES = [
     (2, LORA, on(shard=2)),
     (2, NF4, on(shard=2)),
     (2, LORA, (ZERO, "engine.zero=2")),
-    (2, DORA, (ZERO, "engine.zero=3")),
+    (2, LORA, (ZERO, "engine.zero=3")),  # nothing before the first layer has a gradient
     (1, LORA, ("train.recompute=full",)),
     *(
         pytest.param(*case, marks=pytest.mark.long)
@@ -42,6 +42,8 @@ CASES = [
             (2, (*LORA, *MOE), on(shard=2)),
             (2, LORA, on(shard=1, context=2)),
             (2, DORA, (ZERO, "engine.zero=1")),
+            (2, DORA, (ZERO, "engine.zero=3")),
+            (2, (*LORA, "model.architecture.tied=false"), (ZERO, "engine.zero=3", "train.recompute=full")),
             (1, DORA, ("train.recompute=selective",)),
             (1, LORA, ("train.recompute=lean",)),
         )
