@@ -231,16 +231,21 @@ def settle(model: Decoder, dtype: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within it the model computes as the frozen base alone (a reference model that costs no memory). Embedding and head must be frozen."""
+    """Within it the model computes as the frozen base alone (a reference model that costs no memory), and draws nothing. Embedding and head must be frozen.
+
+    It takes no seeds: those of a forward before it are in the graph that its backward will read, in the place that stays.
+    """
     adapted = [module for module in model.modules() if isinstance(module, Adapted)]
     assert adapted, "there is no adapter to turn off"
     assert not any(p.requires_grad for name, p in model.named_parameters() if ".lora_" not in name), "the base itself is trained"
-    before = [module.off for module in adapted]
+    before, training = [module.off for module in adapted], model.training
+    model.eval()
     for module in adapted:
         module.off = True
     try:
         yield
     finally:
+        model.train(training)
         for module, was in zip(adapted, before, strict=True):
             module.off = was
 

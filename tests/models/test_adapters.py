@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import transformers
 from gigatrain import architectures
 from gigatrain.config import Adapter
 from gigatrain.errors import CheckpointError
+from gigatrain.kernels import dropout_add
+from gigatrain.kernels.ops import REFERENCE
 from gigatrain.models import adapters, hf, nf4
 from gigatrain.models.decoder import Decoder
 
@@ -123,6 +126,52 @@ def test_a_new_adapter_changes_nothing_yet_and_is_drawn_as_pefts(kind, tmp_path)
         if "lora_A" in name:
             bound = parameter.shape[1] ** -0.5
             assert 0.8 * bound < parameter.abs().max() <= bound
+
+
+class SavesItsSeed(torch.autograd.Function):
+    """As the fused dropout: its mask is drawn again in the backward, of a seed that is kept in its place."""
+
+    @staticmethod
+    def forward(ctx, x, residual, p, seed):
+        ctx.p = p
+        ctx.save_for_backward(seed)
+        return dropout_add.reference(x, residual, p, seed)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (seed,) = ctx.saved_tensors
+        return dropout_add.reference(dy, torch.zeros_like(dy), ctx.p, seed), dy, None, None
+
+
+def test_the_base_alone_draws_nothing_and_leaves_the_seeds_of_the_forward_before_it():
+    """A reference model in the same step (dpo): no mask, no noise, and the policy's backward finds its seeds as they were."""
+    arch = architectures.Architecture(family="llama", vocab=67, hidden=32, layers=2, heads=2, intermediate=48)
+
+    def gradients(between):
+        ops = replace(REFERENCE, dropout_add=SavesItsSeed.apply)
+        model = Decoder(arch, ops, neftune=5.0)
+        model.init_weights(0.2, False, 0)
+        adapters.adapt(model, Adapter(rank=4, dropout=0.3), torch.float32)
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        tokens = torch.randint(67, (2, 12), generator=torch.Generator().manual_seed(0))
+        found, sums = [], torch.tensor(0.0)
+        for seed in (5, 6):
+            loss = model.logprobs(tokens, tokens.roll(-1, 1), seed=torch.tensor(seed)).sum()
+            if between:
+                with torch.no_grad(), adapters.disabled(model):
+                    found.append(model.logprobs(tokens, tokens.roll(-1, 1), seed=torch.tensor(seed)))
+                assert all(module.training for module in model.modules())
+            sums = sums + loss.detach()
+            loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, found, sums
+
+    (alone, _, one), (beside, found, other) = gradients(between=False), gradients(between=True)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(one, other)
+    assert alone.keys() == beside.keys() != set()
+    assert all(torch.equal(alone[name], beside[name]) for name in alone)
 
 
 def test_four_bits_are_those_of_bitsandbytes():
