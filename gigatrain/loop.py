@@ -176,7 +176,7 @@ def _steps(
             _teach(plan, batches, corpus, device, mesh)
         if plan.optim.source is not None and not resumes:
             with progress.spent("restore"):
-                for line in run.begin_from(plan, engine, batches, mesh):
+                for line in run.begin_from(plan, engine, batches, mesh, base):
                     display.line(f"  begins   {line}")
         if reference.asked(plan.objective):
             with progress.spent("reference"):
