@@ -143,7 +143,7 @@ def _steps(
         with progress.spent("compile"):
             _verify(plan, device, display)
     # An adapter's checkpoints name the weights that it stands beside.
-    base = None if plan.adapter is None else ranks.first(mesh, lambda: source.base_of(plan))
+    base = None if plan.adapter is None else source.base_of(plan, mesh)
     named = {} if base is None else {"base": base}
     engine = engines.make(plan, mesh, device, fresh=not resumes and plan.optim.source is None)
     reader, readers = mesh.data

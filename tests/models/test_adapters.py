@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 from dataclasses import replace
 
 import pytest
@@ -126,6 +127,48 @@ def test_a_new_adapter_changes_nothing_yet_and_is_drawn_as_pefts(kind, tmp_path)
         if "lora_A" in name:
             bound = parameter.shape[1] ** -0.5
             assert 0.8 * bound < parameter.abs().max() <= bound
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("quantise", ["none", "nf4"])
+def test_first_values_by_the_box_are_those_of_the_whole(kind, quantise, tmp_path):
+    """Whatever a rank's share is: of 4 bits whole rows are read, of a growth that an adapter's folder has the rows that its lengths are of; no more."""
+    reference = with_peft(theirs("llama", tied=True), KINDS[kind])
+    reference.save_pretrained(tmp_path / "adapter")
+    theirs("llama", tied=True).save_pretrained(tmp_path / "base")
+    arch = architectures.from_hf_config(json.loads((tmp_path / "base" / "config.json").read_text()))
+    for source in (None, str(tmp_path / "adapter")):
+        adapter = KINDS[kind].model_copy(update={"quantise": quantise, "source": source})
+        model = Decoder(arch)
+        adapters.adapt(model, adapter, torch.float32)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        of_base = adapters.base_shapes(model)
+        whole = {
+            name: value.clone() for name, value in adapters.first(model, hf.read_weights(arch, of_base, tmp_path / "base"), adapter, 3)
+        }
+        assert whole.keys() == shapes.keys()
+        for seed in range(3):
+            random_, boxes = random.Random(seed), {}
+            for name, shape in shapes.items():
+                first = random_.randrange(shape[0])
+                boxes[name] = (first, *(0,) * (len(shape) - 1)), (random_.randrange(shape[0] - first + 1), *shape[1:])
+            for name in shapes:
+                if name.endswith(".scales"):
+                    boxes[name] = (
+                        boxes[name.replace(".scales", ".codes")][0],
+                        (boxes[name.replace(".scales", ".codes")][1][0], shapes[name][1]),
+                    )
+            for trained in (True, False):
+                read = adapters.base_boxes(model, boxes, adapter, trained=trained)
+                base = hf.read_weights(arch, of_base, tmp_path / "base", boxes=read)
+                found = dict(adapters.first(model, base, adapter, 3, boxes, trained=trained))
+                there = {name for name, (_, size) in boxes.items() if 0 not in size and (trained or ".lora_" not in name)}
+                assert there <= found.keys()
+                for name, value in found.items():
+                    assert torch.equal(value, whole[name][hf.cut_of(*boxes[name])]), (source, seed, name)
+                rows = sum(size[0] for name, (_, size) in read.items() if name.endswith("_proj.weight"))
+                most = sum(size[0] for name, (_, size) in boxes.items() if name.endswith(("_proj.weight", ".codes")))
+                assert rows == most or (kind == "dora" and source is not None and trained)
 
 
 class SavesItsSeed(torch.autograd.Function):
