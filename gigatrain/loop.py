@@ -145,7 +145,7 @@ def _steps(
         with progress.spent("compile"):
             _verify(plan, device, display)
     # An adapter's checkpoints name the weights that it stands beside.
-    base = None if plan.adapter is None else ranks.first(mesh, lambda: source.base_of(plan))
+    base = None if plan.adapter is None else source.base_of(plan, mesh)
     named = {} if base is None else {"base": base}
     engine = engines.make(plan, mesh, device, fresh=not resumes and plan.optim.source is None)
     reader, readers = mesh.data
@@ -178,7 +178,7 @@ def _steps(
             _teach(plan, batches, corpus, device, mesh, log)
         if plan.optim.source is not None and not resumes:
             with progress.spent("restore"):
-                for line in run.begin_from(plan, engine, batches, mesh):
+                for line in run.begin_from(plan, engine, batches, mesh, base):
                     display.line(f"  begins   {line}")
         if reference.asked(plan.objective):
             with progress.spent("reference"):

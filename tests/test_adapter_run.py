@@ -163,6 +163,37 @@ def test_a_killed_run_resumes_bitwise_and_only_beside_its_base(tiny, base, tmp_p
         export(tmp_path / "whole", tmp_path / "model")
 
 
+def test_another_run_begins_with_an_adapter_of_its_form_beside_its_base(tiny, base, tmp_path):
+    """`optim.from`: refused by name for another form, another base, and where only one of both has an adapter."""
+    mine, few = tmp_path / "base", (*LORA, "train.steps=2")
+    shutil.copytree(base, mine)
+    loop.train(made(tiny, mine, *few), tmp_path / "first", display=quiet())
+
+    def begun(name, *overrides):
+        screen = io.StringIO()
+        loop.train(
+            made(tiny, mine, f"optim.from={tmp_path / 'first'}", *overrides),
+            tmp_path / name,
+            display=Display(Console(file=screen, width=400)),
+        )
+        return screen.getvalue()
+
+    assert "weights and optimizer of" in begun("again", *few)
+    with pytest.raises(CheckpointError) as raised:
+        begun("other", *few, "adapter.alpha=4.0", "adapter.rslora=true", "adapter.kind=dora", "adapter.rank=8")
+    assert "kind 'lora', here 'dora'; rank 4, here 8; alpha 8.0, here 4.0; rslora False, here True; set [adapter]" in str(raised.value)
+    narrow = made(tiny, mine, *few, "adapter.quantise=nf4")
+    assert run._same_form(narrow, tmp_path / "first") == ["adapter was trained beside weights of quantise none, here nf4"]
+    whole = [one for one in few if not one.startswith("adapter.")]
+    with pytest.raises(CheckpointError, match="the recipe has none"):
+        begun("whole", *whole)
+    weights = load_file(mine / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 1e-3
+    save_file(weights, mine / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        begun("elsewhere", *few)
+
+
 def test_a_run_without_an_adapter_has_none_to_export(tiny, tmp_path):
     loop.train(
         plan(load.recipe(tiny, ["train.steps=1", "validation.every=0", "export=false"]), load.site("laptop")),

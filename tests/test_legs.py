@@ -125,4 +125,15 @@ def test_meaning_and_numbers_are_apart(tiny):
     for override in ("train.precision=bf16", "optim.moments=int8", "kernels=reference", "train.deterministic=true", "train.recompute=full"):
         other = planned(tiny, override)
         assert (other.meaning == first.meaning, other.identity == first.identity) == (True, False), override
+    narrow = (
+        "adapter.rank=4",
+        "adapter.quantise=nf4",
+        "model.architecture.hidden=64",
+        "model.architecture.intermediate=64",
+        "model.architecture.head_dim=16",
+    )
+    first_narrow, other = planned(tiny, *narrow), planned(tiny, *narrow, "adapter.restore=bitsandbytes")
+    assert (other.meaning == first_narrow.meaning, other.identity == first_narrow.identity) == (True, False)
+    assert legs.changes(first_narrow, other).arithmetic == ("adapter.restore: torch -> bitsandbytes",)
+    assert planned(tiny, *narrow, "adapter.alpha=3.0").meaning != first_narrow.meaning
     assert legs.changes(first, planned(tiny, "engine.name=deepspeed")).ways == ("engine.name: native -> deepspeed",)

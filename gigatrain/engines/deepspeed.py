@@ -26,7 +26,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -39,7 +39,7 @@ from gigatrain.engines import source
 from gigatrain.engines.judge import Judge
 from gigatrain.errors import RunError
 from gigatrain.kernels import adamw, ops
-from gigatrain.kernels.ops import OPERATIONS
+from gigatrain.kernels.ops import OPERATIONS, Ops
 from gigatrain.models import hf
 from gigatrain.models.automodel import Auto
 from gigatrain.models.decoder import Decoder
@@ -91,6 +91,8 @@ class DeepSpeed:
         """DeepSpeed's engine around a model of undefined weights, whose parameters are flattened and partitioned."""
         plan, mesh = self.plan, self.mesh
         chosen = context.ops(ops.choose(kernels), mesh, plan.mesh.exchange)
+        if plan.engine.zero == 3 and plan.adapter is not None:
+            chosen = _with_gradient(chosen)
         model = source.blank(plan, chosen, dtype=torch.bfloat16 if plan.compute == "bf16" else torch.float32)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
         dtype = torch.bfloat16 if plan.compute == "bf16" else torch.float32
@@ -249,21 +251,22 @@ class DeepSpeed:
     def _fill(self, fresh: bool) -> None:
         """Every rank's ranges of the master weights, from the rows that they touch, a parameter at a time; then the weights that compute, rounded.
 
-        What is frozen, and with an adapter all, comes whole.
+        What is frozen comes whole below stage 3.
         """
-        frozen = {name: parameter for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        frozen: dict[str, Any] = {name: parameter for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
         if fresh or frozen:
-            adapts = self.plan.adapter is not None
-            boxes = {} if adapts else {name: self._rows_of(name) for name in self._shapes if name not in frozen}
+            boxes = {name: self._rows_of(name) for name in self._shapes}
+            if self.plan.adapter is not None and self.plan.engine.zero == 3:
+                boxes |= {name: _touched(tuple(one.ds_shape), *self._stretch(one)) for name, one in frozen.items()}
             shapes = self._shapes | {name: tuple(tensor.shape) for name, tensor in self._corrections.items()}
-            for name, tensor in source.values(self.plan, self.model, shapes, self.device, boxes=boxes):
+            for name, tensor in source.values(self.plan, self.model, shapes, self.device, boxes=boxes, trained=fresh):
                 if name in self._corrections:
                     self._corrections[name].copy_(tensor)
                     continue
                 flattened = tensor.reshape(-1)
-                began = boxes[name][0][0] * math.prod(self._shapes[name][1:]) if name in boxes else 0
+                began = boxes[name][0][0] * math.prod(boxes[name][1][1:]) if name in boxes else 0
                 if name in frozen:
-                    self._freeze(frozen[name], flattened)
+                    self._freeze(frozen[name], flattened, began)
                 if not fresh:
                     continue
                 for share in self._parts.shares.get(name, ()):
@@ -272,19 +275,22 @@ class DeepSpeed:
 
     def _rows_of(self, name: str) -> hf.Box:
         """The box of a parameter's rows that this rank's ranges of it touch."""
-        shape, shares = self._shapes[name], self._parts.shares.get(name, ())
-        row = math.prod(shape[1:])
-        first, last = (shares[0].start // row, -(-(shares[-1].start + shares[-1].count) // row)) if shares else (0, 0)
-        return (first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:])
+        shares = self._parts.shares.get(name, ())
+        return _touched(self._shapes[name], *((shares[0].start, shares[-1].start + shares[-1].count) if shares else (0, 0)))
 
-    def _freeze(self, parameter: Any, flattened: Tensor) -> None:
-        """What this rank holds of a parameter that is in no partition of the optimizer: all of it, or in ZeRO-3 an equal stretch, the last ones padded."""
+    def _stretch(self, parameter: Any) -> tuple[int, int]:
+        """Where this rank's elements of a parameter of ZeRO-3 begin and end: equal stretches, the last ones padded."""
+        each = parameter.partition_numel()
+        start = min(parameter.ds_numel, self.mesh.rank * each)
+        return start, min(parameter.ds_numel, start + each)
+
+    def _freeze(self, parameter: Any, flattened: Tensor, began: int) -> None:
+        """What this rank holds of a parameter that is in no partition of the optimizer, of its elements from `began` on: all, or in ZeRO-3 its stretch."""
         if not hasattr(parameter, "ds_tensor"):
             parameter.data.copy_(flattened.view(parameter.shape))
             return
-        each = parameter.partition_numel()
-        mine = flattened[self.mesh.rank * each : (self.mesh.rank + 1) * each]
-        parameter.ds_tensor[: mine.numel()].copy_(mine)
+        start, stop = self._stretch(parameter)
+        parameter.ds_tensor[: stop - start].copy_(flattened[start - began : stop - began])
 
     @torch.no_grad()
     def state(self) -> State:
@@ -523,6 +529,13 @@ def _padded_shares(names: Mapping[int, str], members: list[list[Any]], mesh: Mes
     return shares
 
 
+def _touched(shape: tuple[int, ...], start: int, stop: int) -> hf.Box:
+    """The box of the rows that elements `start` to `stop` of a flattened parameter touch."""
+    row = math.prod(shape[1:])
+    first, last = (start // row, -(-stop // row)) if start < stop else (0, 0)
+    return (first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:])
+
+
 # ---- DeepSpeed itself ----
 
 
@@ -588,6 +601,17 @@ def _partition(library: Any, model: nn.Module, config: dict[str, Any], device: t
                 first = new
             else:
                 first.convert_to_zero_parameters(param_list=[new])
+
+
+def _with_gradient(chosen: Ops) -> Ops:
+    """Operations whose embedding has a gradient, though its weights be frozen: ZeRO-3 drops a layer's weights once its inputs have theirs, and where none has
+    one, before its backward. Costs the first layer's products for that gradient."""
+
+    def embedding(tokens_bt: Tensor, weight_vd: Tensor) -> Tensor:
+        x_btd = chosen.embedding(tokens_bt, weight_vd)
+        return x_btd.requires_grad_() if torch.is_grad_enabled() else x_btd
+
+    return replace(chosen, embedding=embedding)
 
 
 def _join(library: Any, mesh: Mesh, device: torch.device) -> None:

@@ -228,7 +228,7 @@ class Native:
         frozen = self._frozen_storage()
         # No checkpoint has what is frozen. Of fake tensors (planning/dryrun.py) nobody reads the values.
         if fresh or (frozen and isinstance(self.around, contextlib.nullcontext)):
-            for name, tensor in self._values([*found, *self.corrections]):
+            for name, tensor in self._values([*found, *self.corrections], trained=fresh):
                 if name in self.corrections:
                     self.corrections[name].copy_(tensor)
                 elif name in frozen:
@@ -248,11 +248,12 @@ class Native:
                 found[name] = parameter.data
         return found
 
-    def _values(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """This rank's box of every parameter's first value, one at a time: drawn from the seed, or read from `model.from`."""
+    def _values(self, names: Iterable[str], *, trained: bool) -> Iterator[tuple[str, Tensor]]:
+        """This rank's box of every parameter's first value, one at a time: drawn from the seed, or read from `model.from`. Of an adapter's model also what is
+        frozen, without `trained` that alone."""
         if self.plan.adapter is not None:
-            for name, value in source.values(self.plan, self.model, {}, self.device, boxes={}):
-                yield name, self.places[name].of(value) if name in self.places and name not in self.corrections else value
+            boxes = {name: (place.start, place.size) for name, place in self.places.items()}
+            yield from source.values(self.plan, self.model, {}, self.device, boxes=boxes, trained=trained)
             return
         known = {self._canonical(name): name for name in names}
         shapes = {

@@ -13,6 +13,9 @@ from gigatrain.kernels.ops import Ops
 from gigatrain.models import adapters, autoweights, hf, merged
 from gigatrain.models.automodel import Auto
 from gigatrain.models.decoder import Decoder, Part, decays, initial, kind_of
+from gigatrain.parallel import ranks
+from gigatrain.parallel.agree import agreed, gathered, told
+from gigatrain.parallel.mesh import Mesh, alone
 from gigatrain.planning.plan import Plan
 
 Model = Decoder | Auto
@@ -58,9 +61,10 @@ def values(
     *,
     boxes: Mapping[str, hf.Box],
     part: bool = False,
+    trained: bool = True,
 ) -> Iterator[tuple[str, Tensor]]:
     """Of every parameter of `shapes` its box, if it has one, else all: drawn from the seed, or read from `model.from`; with `part`, the model has others too.
-    With an adapter all of the model's, whole, as they are kept.
+    With an adapter all of the model's, as they are kept, without `trained` only the frozen ones; what is kept in 4 bits is read by whole rows.
 
     One at a time. Of what is read nothing but the boxes is; what is drawn is drawn whole, and cut.
     """
@@ -68,7 +72,8 @@ def values(
     if plan.adapter is not None:
         assert isinstance(model, Decoder)
         of_base = adapters.base_shapes(model) | {name: tuple(tensor.shape) for name, tensor in model.corrections().items()}
-        yield from adapters.first(model, base(plan, of_base), plan.adapter, plan.seed)
+        read = adapters.base_boxes(model, boxes, plan.adapter, trained=trained)
+        yield from adapters.first(model, base(plan, of_base, read), plan.adapter, plan.seed, boxes, trained=trained)
         return
     if plan.source is None:
         for name, tensor in _drawn(plan, shapes, device):
@@ -91,16 +96,24 @@ def _drawn(plan: Plan, shapes: Mapping[str, tuple[int, ...]], device: torch.devi
         yield name, initial(name, shape, arch, plan.init.std, plan.init.scale_residual, plan.seed, device)
 
 
-def base_of(plan: Plan) -> dict[str, str]:
-    """What an adapter's checkpoints say of its base: where it is, and the SHA-256 of its weights. Reads them all."""
-    if plan.source is not None:
-        folder = hf.locate(plan.source)
-        return {"from": plan.source, "sha256": adapters.folder_sha256(folder)}
-    whole = hashlib.sha256()
-    for name, tensor in base(plan, merged.shapes(plan)):
-        whole.update(name.encode())
-        whole.update(tensor.numpy().tobytes())
-    return {"from": f"seed {plan.seed}", "sha256": whole.hexdigest()}
+def base_of(plan: Plan, mesh: Mesh | None = None) -> dict[str, str]:
+    """What an adapter's checkpoints say of its base: where it is, and the SHA-256 of its weights. Raises CheckpointError.
+
+    Reads them all. Collective: every rank a share of the files, so that none waits for another by more than they differ; a collective ends after minutes,
+    in which one rank alone does not read a terabyte.
+    """
+    mesh, source = mesh or alone(), plan.source
+    shapes = merged.shapes(plan) if source is None else {}
+    names = ranks.first(mesh, lambda: list(shapes) if source is None else adapters.files(hf.locate(source)))
+    mine = names[mesh.rank :: mesh.count]
+    with agreed(mesh, CheckpointError, str):
+        if source is None:
+            drawn = base(plan, {name: shapes[name] for name in mine})
+            each = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in drawn}
+        else:
+            each = adapters.files_sha256(hf.locate(source), mine)
+    every = {name: digest for some in gathered(mesh, each) for name, digest in some.items()}
+    return {"from": source or f"seed {plan.seed}", "sha256": told(mesh, adapters.whole_sha256(every))}
 
 
 def check_base(kept: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -112,14 +125,17 @@ def check_base(kept: Mapping[str, str], now: Mapping[str, str]) -> None:
         )
 
 
-def base(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
-    """The frozen weights that an adapter stands beside, whole, one at a time: of `model.from`, or drawn, on the CPU whatever the run is on."""
-    arch = plan.decoder
+def base(plan: Plan, shapes: Mapping[str, tuple[int, ...]], boxes: Mapping[str, hf.Box] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The frozen weights that an adapter stands beside, one at a time, of one in `boxes` its box: of `model.from`, or drawn, on the CPU whatever the run is
+    on. Nothing of a box that is empty."""
+    arch, boxes = plan.decoder, boxes or {}
     if plan.source is not None:
-        yield from hf.read_weights(arch, shapes, hf.locate(plan.source))
+        yield from hf.read_weights(arch, shapes, hf.locate(plan.source), boxes=boxes)
         return
     for name, shape in shapes.items():
-        yield name, initial(name, shape, arch, plan.init.std, plan.init.scale_residual, plan.seed, "cpu")
+        if name not in boxes or 0 not in boxes[name][1]:
+            tensor = initial(name, shape, arch, plan.init.std, plan.init.scale_residual, plan.seed, "cpu")
+            yield name, tensor[hf.cut_of(*boxes[name])] if name in boxes else tensor
 
 
 def group_of(plan: Plan, model: Model, name: str) -> str:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -231,16 +231,21 @@ def settle(model: Decoder, dtype: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within it the model computes as the frozen base alone (a reference model that costs no memory). Embedding and head must be frozen."""
+    """Within it the model computes as the frozen base alone (a reference model that costs no memory), and draws nothing. Embedding and head must be frozen.
+
+    It takes no seeds: those of a forward before it are in the graph that its backward will read, in the place that stays.
+    """
     adapted = [module for module in model.modules() if isinstance(module, Adapted)]
     assert adapted, "there is no adapter to turn off"
     assert not any(p.requires_grad for name, p in model.named_parameters() if ".lora_" not in name), "the base itself is trained"
-    before = [module.off for module in adapted]
+    before, training = [module.off for module in adapted], model.training
+    model.eval()
     for module in adapted:
         module.off = True
     try:
         yield
     finally:
+        model.train(training)
         for module, was in zip(adapted, before, strict=True):
             module.off = was
 
@@ -276,33 +281,89 @@ def kept(model: nn.Module, name: str, weight: Tensor) -> Iterator[tuple[str, Ten
         yield name, weight
 
 
-def first(model: nn.Module, base: Iterator[tuple[str, Tensor]], adapter: Adapter, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter's whole first value, one at a time: the base's, then the adapters': A uniform within 1 / sqrt(inputs), B and growth 0, as peft, or
-    what the folder `adapter.from` has. Drawn on the CPU: the same on every device."""
-    start = None if adapter.source is None else Stored(hf.locate(adapter.source), adapter)
+def base_boxes(model: nn.Module, boxes: Mapping[str, hf.Box], adapter: Adapter, *, trained: bool = True) -> dict[str, hf.Box]:
+    """What must be read of each of the base's weights for `boxes` of the parameters that are kept; a weight that is not named is read whole.
+
+    Of a weight of 4 bits whole rows, in which its blocks lie; with them, where `adapter.from` has lengths of rows, the rows whose growth is in its box.
+    Without `trained` nothing of what is trained.
+    """
+    found = {}
+    for name, shape in base_shapes(model).items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        narrow = leaf == "weight" and isinstance(module, Frozen) and module.narrow
+        parts = [f"{owner}.codes", f"{owner}.scales"] if narrow else [name]
+        if trained and adapter.source is not None and adapter.kind == "dora" and leaf == "weight" and isinstance(module, Adapted):
+            parts.append(f"{owner}.lora_growth")
+        if not trained and trains(name, adapter):
+            found[name] = (0,) * len(shape), (0,) * len(shape)
+        elif parts == [name] and name in boxes:
+            found[name] = boxes[name]
+        elif all(part in boxes for part in parts):
+            rows = [(start[0], start[0] + size[0]) for start, size in (boxes[part] for part in parts) if 0 not in size]
+            low, high = (min(row for row, _ in rows), max(row for _, row in rows)) if rows else (0, 0)
+            found[name] = (low, *(0,) * (len(shape) - 1)), (high - low, *shape[1:])
+    return found
+
+
+def first(
+    model: nn.Module,
+    base: Iterator[tuple[str, Tensor]],
+    adapter: Adapter,
+    seed: int,
+    boxes: Mapping[str, hf.Box] | None = None,
+    *,
+    trained: bool = True,
+) -> Iterator[tuple[str, Tensor]]:
+    """The first value of every parameter, or of its box, one at a time: the base's, then the adapters': A uniform within 1 / sqrt(inputs), B and growth 0,
+    as peft, or what the folder `adapter.from` has. Drawn on the CPU: the same on every device. Without `trained` only what is frozen.
+
+    base: of each weight what `base_boxes` says, or all; only what is read is quantised.
+    """
+    boxes = boxes or {}
+    read = base_boxes(model, boxes, adapter, trained=trained)
+    start = None if adapter.source is None or not trained else Stored(hf.locate(adapter.source), adapter)
     lengths: dict[str, Tensor] = {}
     for name, weight in base:
+        assert name not in read or tuple(weight.shape) == read[name][1], (name, weight.shape, read[name])
         owner, _, leaf = name.rpartition(".")
         if start is not None and adapter.kind == "dora" and leaf == "weight" and isinstance(module := model.get_submodule(owner), Adapted):
             lengths[owner] = row_lengths(weight, _dtype(module), narrow=module.narrow)
-        yield from kept(model, name, weight)
+        for kept_name, tensor in kept(model, name, weight):
+            yield kept_name, _cut(tensor, boxes.get(kept_name), read.get(name))
+    if not trained:
+        return
     found = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
     if start is not None:
         start.check(found)
     for name, module in found.items():
-        if start is not None:
-            yield f"{name}.lora_A", start.tensor(f"{name}.lora_A.weight")
-            yield f"{name}.lora_B", start.tensor(f"{name}.lora_B.weight")
-            if adapter.kind == "dora":
-                yield f"{name}.lora_growth", start.tensor(f"{name}.{_LENGTH}") - lengths[name].cpu()
-            continue
-        digest = hashlib.sha256(f"{seed}/{name}.lora_A".encode()).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        bound = 1 / math.sqrt(module.in_features)
-        yield f"{name}.lora_A", torch.empty(adapter.rank, module.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
-        yield f"{name}.lora_B", torch.zeros(module.out_features, adapter.rank, device="cpu")
-        if adapter.kind == "dora":
-            yield f"{name}.lora_growth", torch.zeros(module.out_features, device="cpu")
+        for leaf, whole in _begun(name, module, adapter, seed) if start is None else start.parts(name):
+            box = boxes.get(f"{name}.{leaf}")
+            if box is not None and 0 in box[1]:
+                continue
+            part = _cut(whole, box, None)
+            if start is not None and leaf == "lora_growth":
+                yield f"{name}.{leaf}", part - _cut(lengths[name].cpu(), box, read.get(f"{name}.weight"))
+            else:
+                yield f"{name}.{leaf}", part
+
+
+def _cut(tensor: Tensor, box: hf.Box | None, within: hf.Box | None) -> Tensor:
+    """A parameter's box (None: all) out of what is at hand, its box `within` (None: all); of both only the rows matter where they have other columns."""
+    if box is None:
+        return tensor
+    starts = (0,) * tensor.ndim if within is None else within[0]
+    return tensor[hf.cut_of([at - low for at, low in zip(box[0], starts, strict=False)], box[1])]
+
+
+def _begun(name: str, module: Adapted, adapter: Adapter, seed: int) -> Iterator[tuple[str, Tensor]]:
+    digest = hashlib.sha256(f"{seed}/{name}.lora_A".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    bound = 1 / math.sqrt(module.in_features)
+    yield "lora_A", torch.empty(adapter.rank, module.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
+    yield "lora_B", torch.zeros(module.out_features, adapter.rank, device="cpu")
+    if adapter.kind == "dora":
+        yield "lora_growth", torch.zeros(module.out_features, device="cpu")
 
 
 def _dtype(module: Frozen) -> torch.dtype:
@@ -360,6 +421,13 @@ class Stored:
                 f"adapter.from: {self.folder} holds {more[0]}, for which there is no place here; set adapter.targets to its own"
             )
 
+    def parts(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """What a matrix's adapter is made of, whole; `lora_growth` are the lengths themselves."""
+        yield "lora_A", self.tensor(f"{name}.lora_A.weight")
+        yield "lora_B", self.tensor(f"{name}.lora_B.weight")
+        if self.adapter.kind == "dora":
+            yield "lora_growth", self.tensor(f"{name}.{_LENGTH}")
+
     def tensor(self, name: str) -> Tensor:
         """One of its tensors, fp32."""
         with safe_open(self.folder / WEIGHTS, framework="pt", device="cpu") as file:
@@ -369,17 +437,22 @@ class Stored:
 # ---- The base ----
 
 
-def folder_sha256(folder: Path) -> str:
-    """SHA-256 over the names and SHA-256s of a model folder's *.safetensors, hashed side by side."""
-    names = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-    if not names:
+def files(folder: Path) -> list[str]:
+    """Names of a model folder's *.safetensors."""
+    if not (names := sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())):
         raise CheckpointError(f"{folder} holds no *.safetensors")
-    with ThreadPoolExecutor(min(16, len(names))) as pool:
-        each = list(pool.map(_file_sha256, names))
-    whole = hashlib.sha256()
-    for path, digest in zip(names, each, strict=True):
-        whole.update(f"{path.name} {digest}\n".encode())
-    return whole.hexdigest()
+    return names
+
+
+def files_sha256(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """SHA-256s of files by name, hashed side by side."""
+    with ThreadPoolExecutor(min(16, max(1, len(names)))) as pool:
+        return dict(zip(names, pool.map(_file_sha256, [folder / name for name in names]), strict=True))
+
+
+def whole_sha256(each: Mapping[str, str]) -> str:
+    """SHA-256 over names and their SHA-256s, sorted."""
+    return hashlib.sha256("".join(f"{name} {each[name]}\n" for name in sorted(each)).encode()).hexdigest()
 
 
 _known: dict[tuple[str, int, int], str] = {}

@@ -224,7 +224,7 @@ class Numerics:
         if (not _alike(before[:2], straight[:2])) if exact else not _suspicious(one, straight):
             mine = None if _alike(before[2:], straight[2:]) or not exact else {"rank": self.mesh.rank, "host": socket.gethostname()}
             return "transient", told(self.mesh, [each for each in gathered(self.mesh, mine) if each])
-        if self.mesh.data[1] == 1 or self.plan.dropout or self.plan.neftune or self.mesh.size("expert") > 1:
+        if self.mesh.data[1] == 1 or self.plan.drops or self.mesh.size("expert") > 1:
             return "data", []  # nobody else computes the same
         other = self._make(one.step, 1)
         where = [index for axis, index in self.mesh.at.items() if axis not in DATA]

@@ -120,7 +120,7 @@ OPERATIONAL = (
     "expected",
 )
 # What a resume may change too, and says: the same formulas in the same precision, summed or rounded elsewhere, as on another mesh.
-ARITHMETIC = ("site", "device", "kernels", "compile", "recompute", "deterministic")
+ARITHMETIC = ("site", "device", "kernels", "compile", "recompute", "deterministic", "adapter.restore")
 # What a resume changes only where it is told to (--other-numbers): what numbers are kept or computed in, and what is done about those that cannot be right.
 NUMBERS = ("precision", "fp8", "optim.master", "optim.moments", "optim.rounding", "numerics")
 # And what lies ahead of its checkpoint: how far the run goes, at which rate, in which phases. Those behind it are the run's past (data/loader.py compares).
@@ -265,8 +265,8 @@ class Plan(Section):
             *parents, last = path.split(".")
             node = tree
             for part in parents:
-                node = node[part]
-            del node[last]
+                node = node[part] or {}  # a section that may be left out
+            node.pop(last, None)
         if self.adapter is None:
             del tree["adapter"]  # as the plans of runs before there were adapters
         else:

@@ -32,7 +32,7 @@ CASES = [
     (2, LORA, on(shard=2)),
     (2, NF4, on(shard=2)),
     (2, LORA, (ZERO, "engine.zero=2")),
-    (2, DORA, (ZERO, "engine.zero=3")),
+    (2, LORA, (ZERO, "engine.zero=3")),  # nothing before the first layer has a gradient
     (1, LORA, ("train.recompute=full",)),
     *(
         pytest.param(*case, marks=pytest.mark.long)
@@ -42,6 +42,8 @@ CASES = [
             (2, (*LORA, *MOE), on(shard=2)),
             (2, LORA, on(shard=1, context=2)),
             (2, DORA, (ZERO, "engine.zero=1")),
+            (2, DORA, (ZERO, "engine.zero=3")),
+            (2, (*LORA, "model.architecture.tied=false"), (ZERO, "engine.zero=3", "train.recompute=full")),
             (1, DORA, ("train.recompute=selective",)),
             (1, LORA, ("train.recompute=lean",)),
         )
@@ -102,3 +104,23 @@ def widths(rank, recipe, overrides):
         update = engine.step(1.0)
         losses.append(float(update.nats / update.targets))
     return losses, [str(parameter.dtype) for parameter in engine.frozen.values()]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", [(), ("adapter.kind=dora", "train.recompute=selective")], ids=["lora", "dora"])
+def test_compiled_layers_with_adapters_are_those_of_eager(tiny, monkeypatch, more):
+    """One graph a layer, forward and backward, in which the adapter is plain products; the graphs run by eager's operations."""
+    compiled, backends = torch.nn.Module.compile, []
+
+    def traced(self, **named):
+        backends.append(named)
+        return compiled(self, backend="aot_eager", **named)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    base = (*BASE, "adapter.rank=4", "adapter.alpha=8.0", "model.architecture.layers=2", "train.microbatch=8", *more)
+    (numbers, pieces, held), (found, same, alike) = (trained(0, tiny, (*base, *also), 1, 3) for also in ((), ("train.compile=true",)))
+    assert backends == [{"fullgraph": True}] * 2
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(numbers), rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(alike), torch.tensor(held), rtol=2e-5, atol=0)
+    for name, (_, tensor) in pieces.items():
+        assert (same[name][1] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, name

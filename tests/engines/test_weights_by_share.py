@@ -6,15 +6,20 @@ GIGATRAIN_SHARE_MB=200 measures a model of that size (in bf16 files); by default
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from distributed import together
 
 from gigatrain import engines, load
-from gigatrain.architectures import to_hf_config
-from gigatrain.models import hf
+from gigatrain.architectures import from_hf_config, to_hf_config
+from gigatrain.engines import source
+from gigatrain.engines.deepspeed import DeepSpeed
+from gigatrain.engines.native import Native
+from gigatrain.models import adapters, hf, nf4
 from gigatrain.models.decoder import initial
+from gigatrain.parallel import shard
 from gigatrain.parallel.mesh import Mesh
 from gigatrain.planning.plan import plan
 
@@ -74,14 +79,20 @@ def folder(tmp_path_factory, tiny):
     return path, state
 
 
+def of_folder(tiny, path):
+    """The recipe without numbers of its own: those of `model.from` hold."""
+    text = tiny.read_text()
+    recipe = path / "recipe.toml"
+    recipe.write_text(text[: text.index("[model.architecture]")] + text[text.index("[tokenizer.train]") :])
+    return recipe
+
+
 @pytest.mark.parametrize("how", ["native", *(pytest.param(zero, marks=pytest.mark.long) for zero in ("zero3", "zero2"))])
 def test_a_rank_reads_its_share(tiny, folder, how):
     path, state = folder
     engine = ("engine.name=native",) if how == "native" else ("engine.name=deepspeed", f"engine.zero={how[-1]}")
     overrides = (f"model.from={path}", "train.batch=2", "tokenizer.train.vocab=320", *engine)
-    text = tiny.read_text()
-    recipe = path / "recipe.toml"
-    recipe.write_text(text[: text.index("[model.architecture]")] + text[text.index("[tokenizer.train]") :])
+    recipe = of_folder(tiny, path)
     found = together(2, begun, recipe, overrides, 2)
     size = sum(2 * tensor.numel() for tensor in state.values())
     rows: dict = {}
@@ -100,3 +111,91 @@ def test_a_rank_reads_its_share(tiny, folder, how):
     assert all(one["peak"] < one["held"] + 2 * largest + 8e6 for one in found)
     if how == "native":
         assert all(one["peak"] < 4 * size / 2 / 2 + 2 * largest + 8e6 for one in found)
+
+
+def adapted(rank, recipe, overrides, ranks):
+    """How many bytes a rank read of the base, and what it holds of it."""
+    made = plan(load.recipe(recipe, overrides), load.site("laptop"), ranks)
+    mesh, read, whole_read = Mesh(made.mesh, rank), [], hf.read_weights
+
+    def counted(*args, **kwargs):
+        for name, tensor in whole_read(*args, **kwargs):
+            read.append(tensor.numel() * tensor.element_size())
+            yield name, tensor
+
+    hf.read_weights = counted
+    rows: list[int] = []
+    quantised = nf4.quantised
+    nf4.quantised = lambda weight: rows.append(weight.numel()) or quantised(weight)
+    engine = engines.make(made, mesh, torch.device("cpu"), fresh=rank == 0)  # a resume reads what is frozen too
+    if isinstance(engine, Native):
+        held = {name: (engine.places[name], shard.local(one.detach()).clone()) for name, one in engine.frozen.items()}
+    else:
+        assert isinstance(engine, DeepSpeed)
+        frozen: dict[str, Any] = {name: one for name, one in engine.model.named_parameters() if not one.requires_grad}
+        held = {name: one.ds_tensor.detach().clone() for name, one in frozen.items()}
+    return {"read": sum(read), "largest": max(read), "held": held, "quantised": sum(rows)}
+
+
+@pytest.mark.parametrize("how", ["lora", "qlora", pytest.param("zero3", marks=pytest.mark.long)])
+def test_a_rank_reads_and_quantises_its_share_of_a_frozen_base(tiny, folder, how):
+    path, state = folder
+    more = {"lora": (), "qlora": ("adapter.quantise=nf4",), "zero3": ("engine.name=deepspeed", "engine.zero=3")}[how]
+    recipe = of_folder(tiny, path)
+    overrides = (f"model.from={path}", "train.batch=2", "tokenizer.train.vocab=320", "adapter.rank=4", *more)
+    found = together(2, adapted, recipe, overrides, 2)
+    size = sum(2 * tensor.numel() for tensor in state.values())
+    matrices = sum(tensor.numel() for name, tensor in state.items() if name.endswith("_proj.weight"))
+    for one in found:
+        print(how, one["read"] / 1e6, "MB read of", size / 1e6, "quantised", one["quantised"] / 1e6, "of", matrices / 1e6, "M elements")
+        assert one["read"] < 0.5 * size + one["largest"] + 1e5
+        assert one["quantised"] == (matrices / 2 if how == "qlora" else 0)
+    kept: dict = {}
+    for name, tensor in state.items():
+        if how == "qlora" and name.endswith("_proj.weight"):
+            owner = name.removesuffix(".weight")
+            kept[f"{owner}.codes"], scales = nf4.quantised(tensor)
+            kept[f"{owner}.scales"] = scales.view(torch.int32)
+        else:
+            kept[name] = tensor
+    assert {name for one in found for name in one["held"]} == kept.keys()
+    for name, tensor in kept.items():
+        if how == "zero3":
+            flat = torch.cat([one["held"][name] for one in found])[: tensor.numel()]
+            assert torch.equal(flat, tensor.float().flatten()), name
+            continue
+        whole = torch.full(tensor.shape, -1.0).to(found[0]["held"][name][1].dtype)
+        for one in found:
+            place, piece = one["held"][name]
+            place.of(whole).copy_(piece.view(place.size))
+        assert torch.equal(whole, tensor.to(whole.dtype)), name
+
+
+def hashed(rank, recipe, overrides, ranks):
+    """What is said of the base, and the files that this rank read for it."""
+    mine, file_sha256 = [], adapters._file_sha256
+    adapters._file_sha256 = lambda path: mine.append(path.name) or file_sha256(path)
+    made = plan(load.recipe(recipe, overrides), load.site("laptop"), ranks)
+    return source.base_of(made, Mesh(made.mesh, rank) if ranks > 1 else None), mine
+
+
+def test_ranks_share_the_hashing_of_a_base(tiny, folder, tmp_path):
+    """None waits in a collective while another reads the whole; and a file that only one cannot read is every rank's error."""
+    path, state = folder
+    recipe, base = of_folder(tiny, tmp_path), tmp_path / "base"
+    files = hf.save_weights(state, from_hf_config(hf.read_config(path)), base, max_shard_bytes=3e6)[:-1]
+    (base / "config.json").write_bytes((path / "config.json").read_bytes())
+    overrides = (f"model.from={base}", "train.batch=2", "tokenizer.train.vocab=320", "adapter.rank=4")
+    found = together(2, hashed, recipe, overrides, 2)
+    names = sorted(one.name for one in files)
+    assert [mine for _, mine in found] == [names[::2], names[1::2]]
+    assert len(names) > 3
+    whole, mine = hashed(0, recipe, overrides, 1)
+    assert mine == names
+    assert [said for said, _ in found] == [whole, whole]
+    drawn = ("train.batch=2", "adapter.rank=4")
+    assert together(2, hashed, tiny, drawn, 2)[1][0] == hashed(0, tiny, drawn, 1)[0]
+    (base / names[1]).unlink()
+    (base / names[1]).symlink_to("/proc/self/mem")  # it is a file, and cannot be read
+    with pytest.raises(AssertionError, match="CheckpointError: rank 1 of 2"):
+        together(2, hashed, recipe, overrides, 2)

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import transformers
 from gigatrain import architectures
 from gigatrain.config import Adapter
 from gigatrain.errors import CheckpointError
+from gigatrain.kernels import dropout_add
+from gigatrain.kernels.ops import REFERENCE
 from gigatrain.models import adapters, hf, nf4
 from gigatrain.models.decoder import Decoder
 
@@ -123,6 +127,94 @@ def test_a_new_adapter_changes_nothing_yet_and_is_drawn_as_pefts(kind, tmp_path)
         if "lora_A" in name:
             bound = parameter.shape[1] ** -0.5
             assert 0.8 * bound < parameter.abs().max() <= bound
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("quantise", ["none", "nf4"])
+def test_first_values_by_the_box_are_those_of_the_whole(kind, quantise, tmp_path):
+    """Whatever a rank's share is: of 4 bits whole rows are read, of a growth that an adapter's folder has the rows that its lengths are of; no more."""
+    reference = with_peft(theirs("llama", tied=True), KINDS[kind])
+    reference.save_pretrained(tmp_path / "adapter")
+    theirs("llama", tied=True).save_pretrained(tmp_path / "base")
+    arch = architectures.from_hf_config(json.loads((tmp_path / "base" / "config.json").read_text()))
+    for source in (None, str(tmp_path / "adapter")):
+        adapter = KINDS[kind].model_copy(update={"quantise": quantise, "source": source})
+        model = Decoder(arch)
+        adapters.adapt(model, adapter, torch.float32)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        of_base = adapters.base_shapes(model)
+        whole = {
+            name: value.clone() for name, value in adapters.first(model, hf.read_weights(arch, of_base, tmp_path / "base"), adapter, 3)
+        }
+        assert whole.keys() == shapes.keys()
+        for seed in range(3):
+            random_, boxes = random.Random(seed), {}
+            for name, shape in shapes.items():
+                first = random_.randrange(shape[0])
+                boxes[name] = (first, *(0,) * (len(shape) - 1)), (random_.randrange(shape[0] - first + 1), *shape[1:])
+            for name in shapes:
+                if name.endswith(".scales"):
+                    boxes[name] = (
+                        boxes[name.replace(".scales", ".codes")][0],
+                        (boxes[name.replace(".scales", ".codes")][1][0], shapes[name][1]),
+                    )
+            for trained in (True, False):
+                read = adapters.base_boxes(model, boxes, adapter, trained=trained)
+                base = hf.read_weights(arch, of_base, tmp_path / "base", boxes=read)
+                found = dict(adapters.first(model, base, adapter, 3, boxes, trained=trained))
+                there = {name for name, (_, size) in boxes.items() if 0 not in size and (trained or ".lora_" not in name)}
+                assert there <= found.keys()
+                for name, value in found.items():
+                    assert torch.equal(value, whole[name][hf.cut_of(*boxes[name])]), (source, seed, name)
+                rows = sum(size[0] for name, (_, size) in read.items() if name.endswith("_proj.weight"))
+                most = sum(size[0] for name, (_, size) in boxes.items() if name.endswith(("_proj.weight", ".codes")))
+                assert rows == most or (kind == "dora" and source is not None and trained)
+
+
+class SavesItsSeed(torch.autograd.Function):
+    """As the fused dropout: its mask is drawn again in the backward, of a seed that is kept in its place."""
+
+    @staticmethod
+    def forward(ctx, x, residual, p, seed):
+        ctx.p = p
+        ctx.save_for_backward(seed)
+        return dropout_add.reference(x, residual, p, seed)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (seed,) = ctx.saved_tensors
+        return dropout_add.reference(dy, torch.zeros_like(dy), ctx.p, seed), dy, None, None
+
+
+def test_the_base_alone_draws_nothing_and_leaves_the_seeds_of_the_forward_before_it():
+    """A reference model in the same step (dpo): no mask, no noise, and the policy's backward finds its seeds as they were."""
+    arch = architectures.Architecture(family="llama", vocab=67, hidden=32, layers=2, heads=2, intermediate=48)
+
+    def gradients(between):
+        ops = replace(REFERENCE, dropout_add=SavesItsSeed.apply)
+        model = Decoder(arch, ops, neftune=5.0)
+        model.init_weights(0.2, False, 0)
+        adapters.adapt(model, Adapter(rank=4, dropout=0.3), torch.float32)
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        tokens = torch.randint(67, (2, 12), generator=torch.Generator().manual_seed(0))
+        found, sums = [], torch.tensor(0.0)
+        for seed in (5, 6):
+            loss = model.logprobs(tokens, tokens.roll(-1, 1), seed=torch.tensor(seed)).sum()
+            if between:
+                with torch.no_grad(), adapters.disabled(model):
+                    found.append(model.logprobs(tokens, tokens.roll(-1, 1), seed=torch.tensor(seed)))
+                assert all(module.training for module in model.modules())
+            sums = sums + loss.detach()
+            loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, found, sums
+
+    (alone, _, one), (beside, found, other) = gradients(between=False), gradients(between=True)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(one, other)
+    assert alone.keys() == beside.keys() != set()
+    assert all(torch.equal(alone[name], beside[name]) for name in alone)
 
 
 def test_four_bits_are_those_of_bitsandbytes():

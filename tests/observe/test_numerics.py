@@ -275,6 +275,25 @@ def test_a_rank_that_is_always_wrong_differs_from_another(tiny, tmp_path):
     assert [(one["step"], one["class"], one["ranks"]) for one in events(tmp_path / "run")] == [(13, "persistent", [0, 1])]  # of two
 
 
+def bad_data(patch, rank):
+    """Every rank finds the gradients of step 13 too large, whenever it is asked."""
+
+    def spoiled(engine, batch, turn):
+        if batch.positions[0] == 13 * 4:
+            for grad in engine.grads.values():
+                grad.mul_(1e12)
+
+    spoil(patch, spoiled)
+
+
+@pytest.mark.long
+def test_nobody_is_blamed_where_an_adapter_drops_by_who_reads(tiny, tmp_path):
+    """Another reader draws other masks, so that what it computes of the same samples says nothing of the machine."""
+    more = (*DDP, "adapter.rank=4", "adapter.dropout=0.1", "train.steps=16")
+    assert not isinstance(together(2, among, tiny, tmp_path / "run", bad_data, more)[0], str)
+    assert [(one["step"], one["class"], one["ranks"]) for one in events(tmp_path / "run")] == [(13, "data", [])]
+
+
 def test_who_is_contradicted_by_two_is_blamed():
     own = {0: "a", 1: "wrong", 2: "c", 3: "d"}
     other = {0: "b", 1: "wrong too", 2: "d", 3: "a"}  # of the next reader
