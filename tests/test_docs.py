@@ -17,7 +17,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from gigatrain import cli, errors, load
+from gigatrain import cli, errors, load, shelf
 from gigatrain.launching import restart
 from gigatrain.observe import prometheus
 from gigatrain.planning import legs
@@ -127,6 +127,11 @@ def test_every_command_shown_is_one_that_can_be_typed(page, capsys):
 
 def _meant(options):
     """What argparse does not see: recipes, sites and keys that are not there, values that a key cannot have."""
+    if isinstance(words := getattr(options, "words", None), list):
+        try:
+            shelf.searched(words)
+        except errors.RecipeError as failure:
+            yield str(failure)
     recipe = getattr(options, "recipe", None) or "quickstart"
     shipped = recipe.removesuffix("-tiny") in load.known()
     if not (shipped or recipe.isupper() or recipe.endswith((".toml", ".json"))):
@@ -342,7 +347,7 @@ QUICK = ("train.steps=20", "checkpoint.every=10")
 CHANGES = {  # row of docs/howto/resume.md's table, by its first words -> what makes such a change
     "ranks, mesh": ("train.nproc=2", "train.microbatch=2", "sample.temperature=0.5", "report.every=7"),
     "site, device": ("kernels=reference", "train.recompute=full", "train.compile=true"),
-    "precision, forms": ("train.precision=fp32", "optim.moments=bf16", "optim.master=fp32", "numerics.action=rollback"),
+    "precision, forms": ("train.precision=fp32", "optim.moments=bf16", "optim.master=bf16+8", "numerics.action=rollback"),
     "what lies": ("train.steps=40", "schedule.kind=linear", "schedule.warmup=3"),
     "anything else": ("train.seed=9", "data.validation=0.2", "train.batch=16", "optim.lr=1e-4", "loss.z_loss=1e-4"),
 }

@@ -25,6 +25,7 @@ from gigatrain.evaluate import tasks as harness
 from gigatrain.evaluate import texts
 from gigatrain.export import export
 from gigatrain.exporting import readers
+from gigatrain.exporting.card import card as of_run
 from gigatrain.exporting.generation import ends_of_turn, generation_config
 from gigatrain.generate import conversation, generate
 from gigatrain.models import hf
@@ -191,6 +192,9 @@ def test_a_fine_tuned_model_draws_as_its_base_did_and_says_whose_adapter_it_is(r
     assert named == str(tmp_path / "base")
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert f"is where that lay, `{tmp_path / 'base'}`: name its place on the hub before you publish." in card
+    shutil.copytree(tmp_path / "base", tmp_path / "mine" / "export")
+    made = made.model_copy(update={"source": str(tmp_path / "mine" / "export")})
+    assert "It started from `mine/export`; the licence of that model: unknown" in of_run(tmp_path / "run", made, step=1, chat=True)
     assert "is where that lay" not in (tmp_path / "merged" / "README.md").read_text()
 
 
@@ -385,7 +389,7 @@ def test_a_card_knows_the_licence_of_a_base_of_the_hub(run, tmp_path, monkeypatc
     assert (named["license"], named["license_name"]) == ("other", "DeepSeek Model License")
     text = made("someone/unheard-of")
     assert "license" not in front_matter(text)
-    assert "unknown: no card that says it lies beside its weights" in text
+    assert "unknown: no card beside its weights names one" in text
     place = _hub(tmp_path, "someone/unheard-of")
     (place / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
     assert hf.kept("someone/unheard-of") == place
@@ -478,6 +482,8 @@ def test_what_cannot_be_evaluated_is_named(run, own, tmp_path):
         harness.chosen(["gt_broken"], [broken])
     with pytest.raises(RunError, match="is no folder"):
         harness.chosen(["a"], [tmp_path / "nowhere"])
+    absent = ModuleNotFoundError("No module named 'langdetect'", name="langdetect")
+    assert "needs the package langdetect, which is not installed here; pip install langdetect" in harness._unloaded("ifeval", absent)
 
 
 def test_without_lm_eval_the_way_out_is_said(run, tmp_path):

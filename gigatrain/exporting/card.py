@@ -103,7 +103,9 @@ def _base(plan: Plan) -> dict[str, Any] | None:
     if folder.is_dir():  # a folder that was downloaded from the hub may say whose it is, as its config.json does
         said = _object(folder / "config.json").get("_name_or_path")
         name = said if isinstance(said, str) and HUB_NAME.match(said) and not Path(said).exists() else ""
-    found = {"name": name or folder.resolve().name, "hub": name, "folder": "" if name == plan.source else str(folder.absolute())}
+    place = folder.resolve()  # of an export/ the run's name tells more
+    called = f"{place.parent.name}/{place.name}" if place.name == "export" else place.name
+    found = {"name": name or called, "hub": name, "folder": "" if name == plan.source else str(folder.absolute())}
     if front.get("license"):
         return found | {"licence": front["license"], "licence_name": front.get("license_name", ""), "basis": "the card beside its weights"}
     if known := _shipped(name):
@@ -279,7 +281,7 @@ def _what(plan: Plan, source: Mapping[str, Any] | None, step: int, tokens: int, 
         )
     else:
         name = f"[{source['hub']}](https://huggingface.co/{source['hub']})" if source["hub"] else _code(source["name"])
-        unknown = "unknown: no card that says it lies beside its weights, and no shipped recipe is of it"
+        unknown = "unknown: no card beside its weights names one, and no shipped recipe is of it"
         licence = f"{_code(source['licence_name'] or source['licence'])} (by {source['basis']})" if source["licence"] else unknown
         lines.append(f"It started from {name}; the licence of that model: {licence}.")
     if plan.adapter is not None:
