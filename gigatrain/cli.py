@@ -687,7 +687,7 @@ def _generate(options: argparse.Namespace) -> None:
         options.prompt,
         tokens=options.tokens,
         temperature=options.temperature,
-        top_k=options.top_k or None,
+        top_k=options.top_k,
         seed=options.seed,
         messages=messages,
         stream=stream,
@@ -1083,8 +1083,8 @@ def _parser() -> argparse.ArgumentParser:
         "--messages", metavar="FILE", help="or answer a conversation: JSON of roles and contents; - reads it from standard input"
     )
     generated.add_argument("--tokens", type=_count, default=100, help="at most so many new tokens (default: 100)")
-    generated.add_argument("--temperature", type=_temperature, default=0.8, help="0 takes the likeliest token each time (default: 0.8)")
-    generated.add_argument("--top-k", type=_count, default=50, help="draw among so many likeliest tokens; 0: all (default: 50)")
+    generated.add_argument("--temperature", type=_temperature, help="0 takes the likeliest token each time (default: the model's own)")
+    generated.add_argument("--top-k", type=_count, help="draw among so many likeliest tokens; 0: all (default: the model's own)")
     generated.add_argument("--seed", type=_count, default=0, help="of the drawing (default: 0)")
     generated.add_argument("--json", action="store_true", help="prompt and text as JSON")
 
@@ -1287,7 +1287,7 @@ _RECIPES = """\
 The shipped recipes: of each open model pretrain, continue, sft, lora and dpo, and a -tiny twin of each that runs on a laptop.
 
   gigatrain recipes                                           a line for each model
-  gigatrain recipes search french sft                         those that have every word: a country, a maker, a licence, a family, a task
+  gigatrain recipes search FR sft                             those that have every word: a country, a maker, a licence, a family, a task
   gigatrain recipes copy lucie-7b/sft my.toml                 a recipe of your own, with its comments
   gigatrain recipes copy lucie-7b/sft-tiny                    its twin as a file
   gigatrain recipes from-hub ~/models/mine --task lora        of any config.json, here or on the hub

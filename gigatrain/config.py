@@ -836,8 +836,15 @@ class Sample(Section):
         description="So many held-out conversations are answered, in the template's format, for the report; beside them stands what was held out.",
     )
     tokens: Count = Field(default=100, description="At most so many tokens.")
-    temperature: NonNegative = Field(default=0.8, description="Divides the logits; 0 takes the likeliest token each time.")
-    top_k: Count | None = Field(default=50, description="Only the so many likeliest tokens are drawn from.")
+    temperature: NonNegative | None = Field(
+        default=None,
+        description="Divides the logits; 0 takes the likeliest token each time. The export's generation_config.json says it too. Default: what the model of "
+        "`model.from` says there; of fresh weights 0.8.",
+    )
+    top_k: Annotated[int, Field(ge=0, le=1 << 31)] | None = Field(
+        default=None,
+        description="Only the so many likeliest tokens are drawn from; 0: all. Default: as of `temperature`; of fresh weights 50.",
+    )
 
 
 class Recipe(Section):

@@ -74,7 +74,7 @@ def export(
         turns, why = ends_of_turn(folder / "tokenizer")
         if why and display:
             display.line(f"  export   generation_config.json names no end of a turn: {why}")
-        generation = generation_config(tokens, turns, plan.sample, Path(plan.source).expanduser() if plan.source else None)
+        generation = generation_config(tokens, turns, plan.sample, hf.kept(plan.source) if plan.source else None)
         if plan.adapter is not None:
             weights = Merged(plan, found.tensors("weights"), dtype)
         if adapter:

@@ -20,15 +20,16 @@ def generate(
     prompt: str | None,
     *,
     tokens: int,
-    temperature: float,
+    temperature: float | None = None,
     top_k: int | None = None,
     seed: int = 0,
     device: str = "cpu",
     messages: Sequence[dict[str, Any]] | None = None,
     stream: bool = False,
 ) -> str:
-    """Continue `prompt`, or answer `messages` in the model's chat template, by at most `tokens` tokens; temperature 0 takes the likeliest.
+    """Continue `prompt`, or answer `messages` in the model's chat template, by at most `tokens` tokens.
 
+    Temperature 0 takes the likeliest, top_k 0 draws among all; None: as the model's own generation_config.json says.
     `folder` is a run or an export; a run without export/ is exported from its newest checkpoint first. Of a prompt the whole text is returned, of
     messages the answer alone. `stream`: tokens are printed as they come. Raises RunError for a folder that is neither, and for a model without a template.
     """
@@ -39,7 +40,7 @@ def generate(
 
         inputs = _asked(place, tokenizer, prompt, messages).to(device)
         torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature > 0 else _GREEDY
+        sampling = _drawing(temperature, top_k)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         shown = transformers.TextStreamer(tokenizer, skip_prompt=messages is not None, skip_special_tokens=True) if stream else None
         with torch.inference_mode():
@@ -53,7 +54,7 @@ def answers(
     asked: Sequence[tuple[Sequence[int], int]],
     *,
     tokens: int,
-    temperature: float,
+    temperature: float | None = None,
     top_k: int | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -65,7 +66,7 @@ def answers(
 
         known = model.generation_config.eos_token_id
         stops = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature > 0 else _GREEDY
+        sampling = _drawing(temperature, top_k)
         found = []
         for prompt, end in asked:
             torch.manual_seed(seed)
@@ -85,6 +86,15 @@ def answers(
 
 # Draws of the export's generation_config.json, which a greedy answer does not read and would be warned of.
 _GREEDY = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+
+
+def _drawing(temperature: float | None, top_k: int | None) -> dict[str, Any]:
+    """What `generate` is given above the model's own generation_config.json, which has the word on what is None."""
+    if temperature == 0:
+        return _GREEDY
+    asked = {"temperature": temperature, "top_k": top_k}
+    found = {name: value for name, value in asked.items() if value is not None}
+    return found | ({"do_sample": True} if found else {})
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The documentation: what it shows can be typed, its keys exist, its links lead somewhere on both views, its messages are printed, its reference is whole."""
 
+import csv
 import importlib.util
 import itertools
 import json
@@ -16,8 +17,11 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from gigatrain import cli, errors, load
+from gigatrain import cli, errors, load, shelf
+from gigatrain.launching import restart
 from gigatrain.observe import prometheus
+from gigatrain.planning import legs
+from gigatrain.planning.plan import plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,6 +127,11 @@ def test_every_command_shown_is_one_that_can_be_typed(page, capsys):
 
 def _meant(options):
     """What argparse does not see: recipes, sites and keys that are not there, values that a key cannot have."""
+    if isinstance(words := getattr(options, "words", None), list):
+        try:
+            shelf.searched(words)
+        except errors.RecipeError as failure:
+            yield str(failure)
     recipe = getattr(options, "recipe", None) or "quickstart"
     shipped = recipe.removesuffix("-tiny") in load.known()
     if not (shipped or recipe.isupper() or recipe.endswith((".toml", ".json"))):
@@ -290,6 +299,10 @@ def test_links_and_names_are_turned_to_the_places_of_the_site():
 # Messages.
 
 
+KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.GigatrainError)]
+CODES = {0, errors.REQUEUE, restart.NO_PROGRESS, *(kind.exit_code for kind in KINDS)}
+
+
 def told():
     """(page, command, what it is shown to print) of every command that is shown with a refusal."""
     for name in TODAY:
@@ -304,9 +317,10 @@ def test_messages_shown_are_those_that_are_printed(page, command, said, tmp_path
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         cli.main(_words(command))
-    assert ended.value.code in {
-        kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.GigatrainError)
-    }
+    assert ended.value.code in {kind.exit_code for kind in KINDS}
+    before = TEXT[page].partition(f"$ {command}\n")[0].rpartition("```")[0].rstrip().rpartition("\n\n")[2]
+    if shown := re.search(r"\((?:code )?(\d+)\):", before):  # the sentence above it
+        assert ended.value.code == int(shown[1]), f"{page}: {before}"
     printed = " ".join(capsys.readouterr().err.replace(f"{ROOT}/", "").split())
     pattern = r".*".join(re.escape(part) for part in " ".join(said.split()).split("…"))
     assert re.fullmatch(pattern, printed), f"{page}: {command} printed\n{printed}"
@@ -314,6 +328,87 @@ def test_messages_shown_are_those_that_are_printed(page, command, said, tmp_path
 
 def test_there_are_messages_to_check():
     assert len(list(told())) >= 8
+
+
+def test_every_exit_code_named_is_one_that_a_process_leaves_with():
+    pattern = re.compile(
+        r"\b(?:code|codes|left with|leaves with|leave with) \[?(\d+)\b|^\| [^|]*\((\d)\) \||^\| (\d+) (?:\||from)", re.MULTILINE
+    )
+    found = {(name, int(next(filter(None, match.groups())))) for name in TODAY for match in pattern.finditer(TEXT[name])}
+    assert {("docs/howto/failures.md", code) for code in (2, 7, 9, errors.REQUEUE, restart.NO_PROGRESS)} <= found
+    assert ("docs/howto/move.md", errors.REQUEUE) in found
+    known = {name: code for name, code in found if code not in CODES}
+    assert not known
+
+
+# What may change within a run.
+
+QUICK = ("train.steps=20", "checkpoint.every=10")
+CHANGES = {  # row of docs/howto/resume.md's table, by its first words -> what makes such a change
+    "ranks, mesh": ("train.nproc=2", "train.microbatch=2", "sample.temperature=0.5", "report.every=7"),
+    "site, device": ("kernels=reference", "train.recompute=full", "train.compile=true"),
+    "precision, forms": ("train.precision=fp32", "optim.moments=bf16", "optim.master=bf16+8", "numerics.action=rollback"),
+    "what lies": ("train.steps=40", "schedule.kind=linear", "schedule.warmup=3"),
+    "anything else": ("train.seed=9", "data.validation=0.2", "train.batch=16", "optim.lr=1e-4", "loss.z_loss=1e-4"),
+}
+
+
+def _planned(*overrides):
+    return plan(load.recipe("quickstart", [*QUICK, *overrides]), load.site("laptop"))
+
+
+def test_the_one_table_of_what_may_change_is_the_one_that_resumes_obey():
+    page = TEXT["docs/howto/resume.md"]
+    rows = re.findall(r"^\| (?!what changes|-)([^|]+) \| ([^|]+) \|$", page, re.MULTILINE)
+    assert len(rows) == len(CHANGES)
+    before = _planned()
+    for (changed, outcome), (first, overrides) in zip(rows, CHANGES.items(), strict=True):
+        assert changed.startswith(first)
+        for override in overrides:
+            found = legs.changes(before, _planned(override))
+            assert before.sha256 != _planned(override).sha256, override
+            assert bool(found.meaning) == ("is refused" in outcome), override
+            assert bool(found.numbers) == ("--other-numbers" in outcome), override
+            assert found.numbers or bool(found.arithmetic) == ("the same formulas" in outcome), override
+    assert not [name for name in TODAY if name != "docs/howto/resume.md" and "| what changes |" in TEXT[name]], "one table"
+
+
+def test_the_refusal_shown_of_other_numbers_is_the_one_that_is_printed():
+    page = TEXT["docs/howto/resume.md"]
+    steps = ("train.steps=40", "schedule.kind=linear")
+    with pytest.raises(errors.CheckpointError) as refused:
+        legs.agree(Path("runs/longer"), _planned(), _planned(*steps), other_numbers=False)
+    shown = " ".join(next(body for _, body in FENCE.findall(page) if body.startswith("gigatrain: ")).split())
+    assert shown == " ".join(f"gigatrain: {refused.value}".split())
+    assert legs.agree(Path("runs/longer"), _planned(), _planned(*steps), other_numbers=True).numbers
+
+
+# Figures.
+
+
+def test_figures_of_fine_tuning_are_rows_that_were_measured():
+    with (ROOT / "benchmarks" / "results" / "tune.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    measured = {
+        tuple(round(float(row[key]), 2 if key == "ratio_to_trl" else None) for key in
+              ("tokens_per_s", "tokens_per_s_p20", "tokens_per_s_p80", "ratio_to_trl", "peak_mib"))
+        for row in rows
+    }  # fmt: skip
+    table = TEXT["docs/peers.md"].partition("**Supervised fine-tuning on two cores**")[2].partition("\n\nLosses")[0]
+    shown = {
+        tuple(float(one.replace(",", "")) for one in (row[0], *row[1].split("-"), *row[2:]))
+        for row in re.findall(r"^\| (?:fp32|bf16)[^|]*\| ([\d,]+) \| ([\d,]+-[\d,]+) \| ([\d.]+) \| ([\d,]+) \|$", table, re.MULTILINE)
+    }
+    assert len(shown) == 6
+    assert shown <= measured
+    assert "Not measured on a GPU" in TEXT["docs/peers.md"]
+    assert not any("cuda" in row["device"].lower() or "NVIDIA" in row["device"] for row in rows), "then the page should say so"
+
+
+def test_every_benchmark_is_named_by_a_page():
+    named = " ".join(text for name, text in TEXT.items() if name != "benchmarks/LOG.md")
+    for name in ("tune.py", "answers.py", "step.py", "gpu.py"):
+        assert f"benchmarks/{name}" in named
 
 
 # The reference.
@@ -347,7 +442,7 @@ def test_the_reference_has_every_key_command_code_metric_site_model_and_kernel(t
 def test_every_key_says_what_it_does():
     silent = [f"{of}: {key}" for of, there in KEYS.items() for key, schema in there.items() if schema and not schema.get("description")]
     tables = [f"{of}: {one.path}" for of in KEYS for one in MADE.sections(of) if not one.text]
-    assert not silent and not tables, "give it a Field(description=...), a class a docstring: the reference is made of them"
+    assert not [*silent, *tables], "give it a Field(description=...), a class a docstring: the reference is made of them"
 
 
 def test_a_keys_row_tells_its_type_limits_and_default():

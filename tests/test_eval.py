@@ -17,7 +17,7 @@ import transformers
 import yaml
 from rich.console import Console
 
-from gigatrain import cli, evaluate, load, loop
+from gigatrain import cli, config, evaluate, load, loop
 from gigatrain.data import tokenizer
 from gigatrain.data.build import Corpus
 from gigatrain.errors import RecipeError, RunError
@@ -25,6 +25,7 @@ from gigatrain.evaluate import tasks as harness
 from gigatrain.evaluate import texts
 from gigatrain.export import export
 from gigatrain.exporting import readers
+from gigatrain.exporting.card import card as of_run
 from gigatrain.exporting.generation import ends_of_turn, generation_config
 from gigatrain.generate import conversation, generate
 from gigatrain.models import hf
@@ -145,11 +146,56 @@ def test_ends_and_draws_of_other_recipes(run, tmp_path):
         "do_sample": False,
         "eos_token_id": [2, 7, 9],
     }
+    # What the base says of its answers stays, but for what the recipe sets.
+    ids = {"bos_token_id": 4, "pad_token_id": 5, "eos_token_id": 9, "transformers_version": "4.1"}
+    own = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(ids | own))
+    unsaid = config.Sample(prompt="def")
+    expected = {"bos_token_id": 1, "eos_token_id": [2, 9]}
+    assert generation_config({"bos": 1, "eos": 2}, [], unsaid, tmp_path) == expected | own
+    warmer = unsaid.model_copy(update={"temperature": 1.2})
+    assert generation_config({"bos": 1, "eos": 2}, [], warmer, tmp_path) == expected | own | {"temperature": 1.2}
+    fewer = unsaid.model_copy(update={"top_k": 0})
+    assert generation_config({"bos": 1, "eos": 2}, [], fewer, tmp_path) == expected | own | {"top_k": 0}
+    assert generation_config({"bos": 1, "eos": 2}, [], greedy, tmp_path) == expected | {"do_sample": False, "repetition_penalty": 1.1}
+    (tmp_path / "generation_config.json").write_text("[")
+    assert generation_config({"eos": 2}, [], unsaid, tmp_path) == {"eos_token_id": 2, "do_sample": True, "temperature": 0.8, "top_k": 50}
     shutil.copytree(run / "tokenizer", tmp_path / "bare")
     (tmp_path / "bare" / "chat_template.jinja").write_text("{% for m in messages %}{{ raise_exception('no talk') }}{% endfor %}")
     assert ends_of_turn(tmp_path / "bare") == ([], "the chat template does not take a question and its answer: no talk")
     (tmp_path / "bare" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     assert ends_of_turn(tmp_path / "bare")[1] == "the chat template puts no token of its own behind an answer"
+
+
+def test_a_fine_tuned_model_draws_as_its_base_did_and_says_whose_adapter_it_is(run, tmp_path, monkeypatch):
+    """Of the run's own export, whose file is changed as a maker's; named by a path that holds only where the training ran."""
+    shutil.copytree(run / "export", tmp_path / "base")
+    path = tmp_path / "base" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.1}))
+    monkeypatch.chdir(tmp_path)
+    overrides = ["model.from=base", "adapter.rank=2", "train.steps=1", "export=false", "report.trackers=[]", "validation.sets=[]"]
+    made = plan(load.recipe(run.parent / "tinychat.toml", overrides), load.site("laptop"))
+    loop.train(made, tmp_path / "run", display=Display(Console(file=io.StringIO(), force_terminal=False)))
+    export(tmp_path / "run", tmp_path / "merged")
+    export(tmp_path / "run", tmp_path / "adapter", adapter=True)
+    kept = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert [kept[key] for key in ("temperature", "top_p", "top_k", "repetition_penalty")] == [0.6, 0.95, 20, 1.1]
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(
+        transformers.GenerationMixin, "_sample", lambda self, ids, generation_config, **_: drawn.update(generation_config.to_dict()) or ids
+    )
+    generate(tmp_path / "merged", "It", tokens=1)
+    assert (drawn["do_sample"], drawn["temperature"], drawn["top_p"], drawn["top_k"]) == (True, 0.6, 0.95, 20)
+    generate(tmp_path / "merged", "It", tokens=1, top_k=3)
+    assert (drawn["temperature"], drawn["top_k"]) == (0.6, 3)
+    named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(tmp_path / "base")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert f"is where that lay, `{tmp_path / 'base'}`: name its place on the hub before you publish." in card
+    shutil.copytree(tmp_path / "base", tmp_path / "mine" / "export")
+    made = made.model_copy(update={"source": str(tmp_path / "mine" / "export")})
+    assert "It started from `mine/export`; the licence of that model: unknown" in of_run(tmp_path / "run", made, step=1, chat=True)
+    assert "is where that lay" not in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_greedy_answers_are_those_of_our_decoder(run, capsys):
@@ -231,6 +277,13 @@ def test_the_card_is_of_the_run(run):
         if json.loads(path.read_text())["sha256"] == data["sha256"]
     )
     assert f"{corpus.totals('train')['tokens']:,} tokens in all" in text
+    totals = corpus.manifest["sources"][0]["splits"]["train"]
+    share = f"{totals['trained']:,} of {totals['tokens']:,} tokens ({100 * totals['trained'] / totals['tokens']:.3g} %) have a loss"
+    assert 0 < totals["trained"] < totals["tokens"]
+    assert f"It was trained on the assistant's turns of conversations. {share}; the others are only read." in text
+    assert "next token of its documents" not in text
+    done = value["headline"]["tokens"]["value"]
+    assert f"of which those with a loss were read {done / totals['trained']:.2f} times" in text
     code = text.partition("```python\n")[2].partition("```")[0]
     names = {}
     exec(code.replace('"."', repr(str(run / "export"))).replace("max_new_tokens=100", "max_new_tokens=2"), names)  # noqa: S102 (what a reader would run)
@@ -262,6 +315,100 @@ def test_a_card_names_the_base_its_licence_and_measured_energy(run, tmp_path, mo
     assert "| energy | 12.3 kWh | at the boundary “facility”; " in text
     assert "2.5 kg CO2e | the facility's energy times 203 g CO2e/kWh (declared: the operator \\| 2025) |" in text
     assert "someone/base-7b](https://huggingface.co/someone/base-7b); the licence of that model: `apache-2.0`" in text
+
+
+@pytest.mark.parametrize(
+    ("objective", "formats", "expected"),
+    [
+        ({}, ["text"], "the next token of its documents."),
+        ({}, ["chat", "completion"], "the assistant's turns of conversations and the completions of prompts. "),
+        (
+            {"kind": "dpo"},
+            ["preference"],
+            "pairs of a preferred and a refused answer, by DPO, strength 0.1, against the weights it started from.",
+        ),
+        ({"kind": "simpo"}, ["preference"], "pairs of a preferred and a refused answer, by SIMPO, strength 2."),
+        (
+            {"kind": "kto", "reference": "adapter"},
+            ["preference"],
+            "single answers that are good or not, by KTO, strength 0.1, against the model without its adapter.",
+        ),
+        (
+            {"kind": "distil", "teacher": "mistralai/Big", "temperature": 2.0},
+            ["text"],
+            "the probabilities of a teacher, [mistralai/Big](https://huggingface.co/mistralai/Big) (50 % of the loss, at temperature 2; the rest is cross "
+            "entropy, of the next token of its documents), whose licence may bind what is made with it.",
+        ),
+    ],
+)
+def test_the_card_says_what_was_learned_of_what(run, tmp_path, objective, formats, expected):
+    from gigatrain import run as runs
+    from gigatrain.exporting import card
+
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "export"))
+    record = json.loads((tmp_path / "run" / "data.json").read_text())
+    if formats == ["text"]:  # of which no corpus keeps marks
+        for one in record["sources"]:
+            one["train"].pop("trained", None)
+    (tmp_path / "run" / "data.json").write_text(json.dumps(record))
+    made = runs.stored_plan(run)
+    several = tuple(made.data.sources[0].model_copy(update={"format": one}) for one in formats)
+    changes = {"objective": config.Objective(**objective), "data": made.data.model_copy(update={"sources": several})}
+    text = card.card(tmp_path / "run", made.model_copy(update=changes), step=6, chat=True)
+    assert f" It was trained on {expected}" in text
+    assert ("| loss, nats an answer or pair | " in text) == changes["objective"].pairs
+    assert (" have a loss; the others are only read." in text) == (formats[0] == "chat")
+
+
+def _hub(home, name):
+    """A snapshot as the hub's own client keeps it, with a card and without weights."""
+    folder = home / "hub" / f"models--{name.replace('/', '--')}"
+    place = folder / "snapshots" / ("0" * 40)
+    place.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    return place
+
+
+def test_a_card_knows_the_licence_of_a_base_of_the_hub(run, tmp_path, monkeypatch):
+    """As its card says, which is fetched with its weights; else as the shipped recipes do."""
+    from huggingface_hub import constants
+
+    from gigatrain import run as runs
+    from gigatrain.exporting import card
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def made(name):
+        return card.card(run, runs.stored_plan(run).model_copy(update={"source": name}), step=6, chat=True)
+
+    text = made("meta-llama/Llama-3.1-8B-Instruct")
+    assert front_matter(text)["license"] == "llama3.1"
+    assert "the licence of that model: `llama3.1` (by gigatrain's recipes of llama-3.1-8b; its card on the hub has the last word)." in text
+    named = front_matter(made("deepseek-ai/DeepSeek-V3"))
+    assert (named["license"], named["license_name"]) == ("other", "DeepSeek Model License")
+    text = made("someone/unheard-of")
+    assert "license" not in front_matter(text)
+    assert "unknown: no card beside its weights names one" in text
+    place = _hub(tmp_path, "someone/unheard-of")
+    (place / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    assert hf.kept("someone/unheard-of") == place
+    assert front_matter(made("someone/unheard-of"))["license"] == "cc-by-4.0"
+    assert hf.kept("../nowhere") is None
+    fetched: dict[str, Any] = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: fetched.update(how) or str(place))
+    hf.locate("someone/unheard-of")
+    assert "README.md" in fetched["allow_patterns"]
+
+
+def test_every_shipped_licence_has_its_name_on_the_hub():
+    from gigatrain import catalog
+    from gigatrain.exporting import card
+
+    root = load.shipped("recipes")
+    called = {catalog.facts(root, model).licence for model in catalog.models(root)}
+    assert set(card.IDENTIFIERS) <= called
+    assert called - set(card.IDENTIFIERS) == {"CC BY-SA 4.0, Gemma Terms", "DeepSeek Model License"}  # "other", by their names
 
 
 # lm-eval.
@@ -335,6 +482,8 @@ def test_what_cannot_be_evaluated_is_named(run, own, tmp_path):
         harness.chosen(["gt_broken"], [broken])
     with pytest.raises(RunError, match="is no folder"):
         harness.chosen(["a"], [tmp_path / "nowhere"])
+    absent = ModuleNotFoundError("No module named 'langdetect'", name="langdetect")
+    assert "needs the package langdetect, which is not installed here; pip install langdetect" in harness._unloaded("ifeval", absent)
 
 
 def test_without_lm_eval_the_way_out_is_said(run, tmp_path):

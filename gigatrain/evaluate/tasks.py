@@ -170,6 +170,9 @@ def _unloaded(name: str, failure: BaseException) -> str:
             f"task {name!r} needs data from the hub, which cannot be had here ({type(failure).__name__}: {_first(failure)}); run it once where there is a "
             "network with the same HF_HOME, or evaluate on local data by a task of your own (--include FOLDER)"
         )
+    absent = next((one.name for one in chain if isinstance(one, ModuleNotFoundError) and one.name), None)
+    if absent:
+        return f"task {name!r} needs the package {absent}, which is not installed here; pip install {absent}, or lm_eval with the extra of that task"
     return f"task {name!r} cannot be loaded: {type(failure).__name__}: {_first(failure)}"
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import gigatrain
+from gigatrain import catalog, load
 from gigatrain.checkpoint import write_text
 from gigatrain.data.build import Corpus
 from gigatrain.errors import DataError
 from gigatrain.foreign import Foreign
 from gigatrain.launching import yamltext
+from gigatrain.models import hf
 from gigatrain.observe import evals
 from gigatrain.observe.report import words
 from gigatrain.observe.report.collect import collect
@@ -19,8 +21,14 @@ from gigatrain.observe.report.figures import finite
 from gigatrain.planning.plan import Plan
 
 DATA = "data.json"  # of a run folder: what it read
+KEPT = ("documents", "tokens", "trained", "text_bytes")  # trained: only of a source of which not all is
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+\Z")  # an owner and a repository, as the hub calls a model
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*\Z")  # an identifier of the hub's list
+IDENTIFIERS = {  # of the hub, of the licences as recipes/*/model.toml call them; all others are "other", with their name
+    "Apache 2.0": "apache-2.0",
+    "Llama 3.1 Community License": "llama3.1",
+    "Gemma Terms of Use": "gemma",
+}
 POINTS = 12  # of the loss, in the card's table
 
 
@@ -31,7 +39,7 @@ def keep_data(corpus: Corpus, weights: Sequence[float], folder: Path) -> None:
         {
             "name": source["name"],
             "weight": weight / total,
-            **{split: {key: source["splits"][split][key] for key in ("documents", "tokens", "text_bytes")} for split in source["splits"]},
+            **{split: {key: of[key] for key in KEPT if key in of} for split, of in source["splits"].items()},
         }
         for source, weight in zip(corpus.manifest["sources"], weights, strict=True)
     ]
@@ -44,17 +52,18 @@ def card(folder: Path, plan: Plan, *, step: int, chat: bool, adapter: bool = Fal
     tokens = _tokens_at(folder, step, plan)
     source = _base(plan)
     measured = _measured(folder, step)
+    data = _read(folder, plan)
     front = _front(value, plan, source, adapter=adapter)
     body = [
         f"# {_text(plan.name)}",
         *([_text(plan.summary)] if plan.summary else []),
-        _what(plan, source, step, tokens, adapter=adapter),
+        _what(plan, source, step, tokens, data, adapter=adapter),
         "## How to load it",
         _loading(plan, chat=chat, adapter=adapter),
         "## Training data",
-        _data(folder, plan, tokens),
+        _data(data, tokens),
         "## Results",
-        _results(folder, step, measured),
+        _results(folder, step, measured, pairs=plan.objective.pairs),
         "## Energy",
         _energy(value),
         "## How it was made",
@@ -83,16 +92,34 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) ->
 
 
 def _base(plan: Plan) -> dict[str, Any] | None:
-    """The model that the run started from: its name, the hub's name of it if it has one, and its licence if a card beside it says so."""
+    """The model that the run started from: its name, the hub's name of it if it has one, and its licence: as a card beside its weights says, which came with
+    them from the hub, else as the shipped recipes of that model do. `basis`: which of the two."""
     if plan.source is None:
         return None
+    kept = hf.kept(plan.source)
     folder = Path(plan.source).expanduser()
-    front = _front_of(folder / "README.md") if folder.is_dir() else {}
+    front = _front_of(kept / "README.md") if kept is not None else {}
     name = plan.source if HUB_NAME.match(plan.source) and not folder.is_dir() else ""
     if folder.is_dir():  # a folder that was downloaded from the hub may say whose it is, as its config.json does
         said = _object(folder / "config.json").get("_name_or_path")
         name = said if isinstance(said, str) and HUB_NAME.match(said) and not Path(said).exists() else ""
-    return {"name": name or folder.name, "hub": name, "licence": front.get("license", ""), "licence_name": front.get("license_name", "")}
+    place = folder.resolve()  # of an export/ the run's name tells more
+    called = f"{place.parent.name}/{place.name}" if place.name == "export" else place.name
+    found = {"name": name or called, "hub": name, "folder": "" if name == plan.source else str(folder.absolute())}
+    if front.get("license"):
+        return found | {"licence": front["license"], "licence_name": front.get("license_name", ""), "basis": "the card beside its weights"}
+    if known := _shipped(name):
+        by = f"gigatrain's recipes of {known.name}; its card on the hub has the last word"
+        named = IDENTIFIERS.get(known.licence, "other")
+        return found | {"licence": named, "licence_name": known.licence if named == "other" else "", "basis": by}
+    return found | {"licence": "", "licence_name": "", "basis": ""}
+
+
+def _shipped(name: str) -> catalog.Facts | None:
+    """What is known of the open model that the hub calls `name`."""
+    root = load.shipped("recipes")
+    every = (catalog.facts(root, model) for model in catalog.models(root)) if name else ()
+    return next((one for one in every if name.lower() in (one.weights.lower(), one.chat.lower())), None)
 
 
 def _front_of(path: Path) -> dict[str, str]:
@@ -202,30 +229,70 @@ def _hardware(value: Mapping[str, Any], plan: Plan) -> str:
     return str(named) if named and named != "cpu" else plan.watts.chip or plan.device.upper()
 
 
-def _what(plan: Plan, source: Mapping[str, Any] | None, step: int, tokens: int, *, adapter: bool) -> str:
-    arch, objective = plan.architecture, plan.objective.kind
+def _learned(plan: Plan, data: Mapping[str, Any]) -> str:
+    """What had a loss: of which documents which tokens, or which answers, and by what objective."""
+    objective, formats = plan.objective, {one.format for one in plan.data.sources}
+    names = {
+        "the next token of its documents": {"text"},
+        "the assistant's turns of conversations": {"chat", "sharegpt", "alpaca"},
+        "the completions of prompts": {"completion"},
+    }
+    texts = " and ".join(name for name, of in names.items() if of & formats)
+    if objective.pairs:
+        what = "single answers that are good or not" if objective.kind == "kto" else "pairs of a preferred and a refused answer"
+        against = {"start": "the weights it started from", "adapter": "the model without its adapter", None: ""}
+        reference = against[objective.reference or "start"] if objective.refers else ""
+        how = f"{objective.kind.upper()}, strength {objective.strength:g}" + (f", against {reference}" if reference else "")
+        return f"It was trained on {what}, by {how}."
+    share = ""
+    if formats != {"text"} or any("trained" in one["train"] for one in data.get("sources", ())):
+        trained, total = _trained(data)
+        share = f" {trained:,} of {total:,} tokens ({100 * trained / total:.3g} %) have a loss; the others are only read." if total else ""
+    if objective.kind == "distil":
+        teacher = str(objective.teacher)
+        named = (
+            f"[{teacher}](https://huggingface.co/{teacher})" if HUB_NAME.match(teacher) and not Path(teacher).exists() else _code(teacher)
+        )
+        how = f"{100 * objective.weight:g} % of the loss, at temperature {objective.temperature:g}"
+        rest = f"; the rest is cross entropy, of {texts}" if objective.weight < 1 else f", of {texts}"
+        return (
+            f"It was trained on the probabilities of a teacher, {named} ({how}{rest}), whose licence may bind what is made with it.{share}"
+        )
+    return f"It was trained on {texts}.{share}"
+
+
+def _trained(data: Mapping[str, Any]) -> tuple[int, int]:
+    """Training tokens that have a loss, and all, of the corpus; 0 and 0 where nobody kept that."""
+    of = [one["train"] for one in data.get("sources", ())]
+    return sum(one.get("trained", one["tokens"]) for one in of), sum(one["tokens"] for one in of)
+
+
+def _what(plan: Plan, source: Mapping[str, Any] | None, step: int, tokens: int, data: Mapping[str, Any], *, adapter: bool) -> str:
+    arch = plan.architecture
     kind = arch.class_name if isinstance(arch, Foreign) else arch.family
     what = f"An adapter of a {kind} model" if adapter else f"A {kind} model"
     lines = [
         f"{what} of {plan.parameters:,} parameters, trained by gigatrain {gigatrain.__version__} for {step:,} steps, {tokens:,} tokens."
     ]
-    learned = {"language": "the next token of its documents", "distil": "a teacher's probabilities"}
-    lines.append(f"It was trained on {learned.get(objective, f'preferences, by {objective.upper()}')}.")
+    lines.append(_learned(plan, data))
     if source is None:
         lines.append(
             "Its weights were drawn at random before: there is no base model, and no licence follows from one. State yours before you publish."
         )
     else:
         name = f"[{source['hub']}](https://huggingface.co/{source['hub']})" if source["hub"] else _code(source["name"])
-        licence = (
-            f"{_code(source['licence_name'] or source['licence'])}" if source["licence"] else "unknown: no card lies beside its weights"
-        )
+        unknown = "unknown: no card beside its weights names one, and no shipped recipe is of it"
+        licence = f"{_code(source['licence_name'] or source['licence'])} (by {source['basis']})" if source["licence"] else unknown
         lines.append(f"It started from {name}; the licence of that model: {licence}.")
     if plan.adapter is not None:
         size = f"{plan.adapter.kind}, rank {plan.adapter.rank}, alpha {plan.adapter.alpha:g}"
         narrow = " in 4 bits (nf4)" if plan.adapter.quantise == "nf4" else ""
         lines.append(f"Only an adapter was trained ({size}), beside the base's frozen weights{narrow}.")
         lines.append("This folder holds it alone: the base model is needed too." if adapter else "Here it is merged into them.")
+        if adapter and source is not None and source["folder"]:
+            lines.append(
+                f"`base_model_name_or_path` in adapter_config.json is where that lay, {_code(source['folder'])}: name its place on the hub before you publish."
+            )
     return " ".join(lines)
 
 
@@ -249,34 +316,40 @@ def _loading(plan: Plan, *, chat: bool, adapter: bool) -> str:
     return f"{text}\n\nWeights are {dtype}; the context is {plan.positions:,} tokens."
 
 
-def _data(folder: Path, plan: Plan, tokens: int) -> str:
-    data = _object(folder / DATA)
+def _read(folder: Path, plan: Plan) -> dict[str, Any]:
+    """The record of what the run read; of a run that is older than such records it is its corpus's, and nothing if that is not here."""
+    if data := _object(folder / DATA):
+        return data
+    try:
+        corpus = Corpus.open(Path(plan.data.folder).expanduser() / str(_object(folder / "run.json").get("corpus")))
+    except DataError:
+        return {}
+    weights = [one.weight for one in plan.data.sources]
+    rows = [
+        {"name": one["name"], "weight": weight / sum(weights), **one["splits"]}
+        for one, weight in zip(corpus.manifest["sources"], weights, strict=True)
+    ]
+    return {"sources": rows, "sha256": corpus.sha256}
+
+
+def _data(data: Mapping[str, Any], tokens: int) -> str:
     if not data:
-        try:
-            corpus = Corpus.open(Path(plan.data.folder).expanduser() / str(_object(folder / "run.json").get("corpus")))
-            weights = [one.weight for one in plan.data.sources]
-            rows = [
-                {"name": one["name"], "weight": weight / sum(weights), **one["splits"]}
-                for one, weight in zip(corpus.manifest["sources"], weights, strict=True)
-            ]
-            data = {"sources": rows, "sha256": corpus.sha256}
-        except DataError:
-            return "Unknown: the run is older than the record of its data, and its corpus is not here."
+        return "Unknown: the run is older than the record of its data, and its corpus is not here."
     rows = [
         [
-            _code(one["name"]), f"{one['train']['documents']:,}", f"{one['train']['tokens']:,}", f"{one['weight'] * 100:.4g} %",
-            f"{one['weight'] * tokens:,.0f}",
+            _code(one["name"]), f"{one['train']['documents']:,}", f"{one['train']['tokens']:,}", f"{_trained({'sources': [one]})[0]:,}",
+            f"{one['weight'] * 100:.4g} %", f"{one['weight'] * tokens:,.0f}",
         ]
         for one in data["sources"]
     ]  # fmt: skip
-    total = sum(one["train"]["tokens"] for one in data["sources"])
+    trained, total = _trained(data)
     held = sum(one["validation"]["documents"] for one in data["sources"])
-    text = _table(("source", "documents", "tokens", "share of the samples", "tokens trained on, about"), rows)
-    said = f"{total:,} tokens in all, read {tokens / total:.2f} times; {held:,} documents were held out."
+    text = _table(("source", "documents", "tokens", "that have a loss", "share of the samples", "tokens trained on, about"), rows)
+    said = f"{total:,} tokens in all, of which those with a loss were read {tokens / max(1, trained):.2f} times; {held:,} documents were held out."
     return f"{text}\n\n{said} SHA-256 of the corpus: {_code(data['sha256'])}."
 
 
-def _results(folder: Path, step: int, measured: Mapping[str, Any]) -> str:
+def _results(folder: Path, step: int, measured: Mapping[str, Any], *, pairs: bool) -> str:
     rows = [row for row in _rows(folder) if row["step"] <= step]
     windows = [row for row in rows if "tokens" in row and finite(row.get("loss")) is not None]
     parts = []
@@ -301,7 +374,8 @@ def _results(folder: Path, step: int, measured: Mapping[str, Any]) -> str:
             for name, one in sets.items()
         ]
         parts.append(f"On documents that were not trained on, at step {measured['step']:,}:")
-        parts.append(_table(("set", "loss, nats a token", "perplexity", "bits per byte", "tokens"), table))
+        of = ("loss, nats an answer or pair", "answers or pairs") if pairs else ("loss, nats a token", "tokens")
+        parts.append(_table(("set", of[0], "perplexity", "bits per byte", of[1]), table))
     found = evals.latest(folder)
     if not found:
         parts.append("No task was evaluated; `gigatrain eval RUN --tasks …` does so, and an export after it has the results.")

@@ -8,6 +8,17 @@ from typing import Any
 from gigatrain import config
 
 ANSWER = "gigatrain's answer"  # a text that no template holds
+TEMPERATURE, TOP_K = 0.8, 50  # of a model that was trained from nothing
+_LEFT = ("_token_id", "transformers_version")  # ends of keys that are of the source's own tokenizer or writer
+_DRAWN = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)  # which mean nothing where nothing is drawn
 
 
 def model_class(folder: Path) -> Any:
@@ -51,26 +62,41 @@ def ends_of_turn(folder: Path) -> tuple[list[int], str]:
 
 
 def generation_config(tokens: Mapping[str, int | None], turns: list[int], sample: config.Sample, source: Path | None) -> dict[str, Any]:
-    """generation_config.json. `source`: the folder that the run's weights are from, whose own ends are ends here too.
+    """generation_config.json. `source`: the folder that the run's weights are from, whose own ends are ends here too, and which draws as it did.
 
-    An answer of a chat ends with its template's token, a text with the tokenizer's eos: both are named, since a generation stops at any of them.
+    An answer of a chat ends with its template's token, a text with the tokenizer's eos: both are named, since a generation stops at any of them. What the
+    recipe's `sample` sets stands above what the source says; other numbers of tokens are this tokenizer's.
     """
-    ends = [number for number in (tokens.get("eos"), *turns, *_ends_of(source)) if number is not None]
+    said = _said(source)
+    ends = [number for number in (tokens.get("eos"), *turns, *_ends_of(said or {})) if number is not None]
     ends = list(dict.fromkeys(ends))
-    found: dict[str, Any] = {f"{name}_token_id": tokens[name] for name in ("bos", "pad") if tokens.get(name) is not None}
+    found = {} if said is None else {key: value for key, value in said.items() if not key.startswith("_") and not key.endswith(_LEFT)}
+    found |= {f"{name}_token_id": tokens[name] for name in ("bos", "pad") if tokens.get(name) is not None}
     if ends:
         found["eos_token_id"] = ends[0] if len(ends) == 1 else ends
-    if sample.temperature > 0:
-        found |= {"do_sample": True, "temperature": sample.temperature}
-        found |= {"top_k": sample.top_k} if sample.top_k else {"top_k": 0}  # transformers' own default is 50
-    else:
-        found["do_sample"] = False
+    if sample.temperature == 0:
+        found = {key: value for key, value in found.items() if key not in _DRAWN} | {"do_sample": False}
+    elif said is None or sample.temperature is not None or sample.top_k is not None:
+        found |= {
+            "do_sample": True,
+            "temperature": found.get("temperature", TEMPERATURE) if sample.temperature is None else sample.temperature,
+            "top_k": found.get("top_k", TOP_K) if sample.top_k is None else sample.top_k,
+        }
     return dict(sorted(found.items()))
 
 
-def _ends_of(source: Path | None) -> list[int]:
+def _said(source: Path | None) -> dict[str, Any] | None:
+    """The file of the weights' folder, if it has one that is an object."""
     path = source / "generation_config.json" if source is not None else None
     if path is None or not path.is_file():
-        return []
-    said = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    return [said] if isinstance(said, int) else [one for one in said or [] if isinstance(one, int)]
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _ends_of(said: Mapping[str, Any]) -> list[int]:
+    ends = said.get("eos_token_id")
+    return [one for one in (ends if isinstance(ends, list) else [ends]) if type(one) is int]

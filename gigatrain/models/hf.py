@@ -237,6 +237,9 @@ def _check_constant(name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"{name} is {tensor.flatten().tolist()}, but only {value} is implemented")
 
 
+_FETCHED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]  # the last says the licence
+
+
 def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The folder that holds a model: an existing folder, else the hub's snapshot of that name (`revision`: commit or tag), downloaded if need be.
 
@@ -253,9 +256,22 @@ def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) ->
     except ImportError as error:
         raise CheckpointError(f"there is no folder {name}; to fetch it from the hub: pip install huggingface_hub") from error
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_FETCHED))
     except Exception as error:  # the hub's own errors, of any transport: all mean that there is no model
         raise CheckpointError(f"there is no folder {name}, and the hub gives no model of that name: {error}") from error
+
+
+def kept(name_or_path: str | os.PathLike[str]) -> Path | None:
+    """The folder that holds a model, if it is here: what `locate` would give, but nothing is fetched."""
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(os.fspath(name_or_path), allow_patterns=_FETCHED, local_files_only=True))
+    except (ImportError, OSError, ValueError):  # the hub's own, of a name that is none or was never fetched, are of these
+        return None
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -122,7 +122,10 @@ def write_peft(merged: Merged, folder: Path) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": plan.source or "",
+        # A folder by its whole path: whoever loads the adapter stands elsewhere.
+        "base_model_name_or_path": str(place.absolute())
+        if plan.source and (place := Path(plan.source).expanduser()).is_dir()
+        else plan.source or "",
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
         "lora_dropout": adapter.dropout,

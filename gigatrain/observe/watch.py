@@ -580,7 +580,12 @@ def drawn(seen: Mapping[str, Any]) -> "Group":
     from rich.console import Group
     from rich.text import Text
 
-    return Group(*(Text.assemble((f"{title:<11}", "bold"), (text, style)) for title, text, style in lines(seen)))
+    return Group(*(Text.assemble((led(title), "bold"), (text, style)) for title, text, style in lines(seen)))
+
+
+def led(title: str) -> str:
+    """What stands before a line's text: the title, and at least one space, since a run's name may be of any length."""
+    return f"{title:<10} "
 
 
 def watch(run: Path, *, once: bool = False, as_json: bool = False, every_s: float = 1.0) -> None:
@@ -595,7 +600,7 @@ def watch(run: Path, *, once: bool = False, as_json: bool = False, every_s: floa
         return
     if once or not console.is_terminal:
         for title, text, _ in lines(seen):
-            print(f"{title:<11}{text}")
+            print(led(title) + text)
         return
     with Live(drawn(seen), console=console, auto_refresh=False, vertical_overflow="crop") as live:
         while seen["state"] not in ("finished",):

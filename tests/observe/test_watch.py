@@ -67,6 +67,18 @@ def test_the_command_for_people_and_programs(finished):
     assert json.loads(ended.stdout)["step"] == 12
 
 
+def test_a_long_name_does_not_run_into_its_state(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    path = folder / "plan.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"name": "ministral-3-14b-base-tiny"}))
+    watch.watch(folder, once=True)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("ministral-3-14b-base-tiny finished, 2 ranks; ")
+    assert str(watch.drawn(Reader(folder).seen()).renderables[0]).startswith("ministral-3-14b-base-tiny finished")
+    assert all(line[10] == " " for line in printed[1:] if not line.startswith(" "))
+
+
 def test_metrics_and_the_watched_folder_stay_as_they_were(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
