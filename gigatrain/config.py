@@ -260,6 +260,11 @@ class Objective(Section):
     robust: bool = Field(
         default=False, description="dpo: the loss is unbiased if so many pairs are wrong (arXiv:2403.00409), instead of conservative."
     )
+    nll: NonNegative = Field(
+        default=0.0,
+        description="dpo, ipo, simpo: weight of the preferred answer's negative log-probability a token beside the loss, against answers that all become less "
+        "likely (Llama 3 takes 0.2, arXiv:2407.21783, 4.1.4); orpo has it in its formula.",
+    )
     margin: NonNegative = Field(default=0.5, description="simpo: gamma, by which the preferred answer should lead.")
     desirable: Positive = Field(default=1.0, description="kto: weight of good answers.")
     undesirable: Positive = Field(default=1.0, description="kto: weight of the others.")
@@ -304,6 +309,7 @@ class Objective(Section):
         for kinds, names in (
             (("distil",), ("teacher", "online", "top_k", "temperature", "weight")),
             (("dpo", "ipo", "orpo", "simpo", "kto"), ("beta",)),
+            (("dpo", "ipo", "simpo"), ("nll",)),
             (("simpo",), ("margin",)),
             (("kto",), ("desirable", "undesirable")),
         ):

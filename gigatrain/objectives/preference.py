@@ -8,6 +8,7 @@
     orpo    nll_c - b L(log odds_c - log odds_j),  odds = p / (1 - p), p = exp(m)      arXiv:2403.07691
     kto     w (1 - sigmoid(b (r - z)))  of a good answer, w (1 - sigmoid(b (z - r))) of another, z = max(0, mean of r over foreign answers)     arXiv:2402.01306
 
+With `nll` n, dpo, ipo and simpo add - n m_c (arXiv:2407.21783, 4.1.4; arXiv:2404.19733, eq. 1).
 Rewards are b r (orpo: b m, simpo: b m). A row of a microbatch holds pairs end to end: document 2 k is the preferred answer of its k-th pair behind its
 prompt, document 2 k + 1 the refused one, so that both are always in one microbatch. Of kto a row holds one answer.
 
@@ -45,6 +46,13 @@ def losses(
     objective: Objective, sums_ps: Tensor, counts_ps: Tensor, reference_ps: Tensor | None, nll_p: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`(loss_p, rewards_ps)` of pairs, of which s is the preferred and the refused answer; counts are tokens, 1 at least."""
+    loss_p, rewards_ps = _compared(objective, sums_ps, counts_ps, reference_ps, nll_p)
+    return (loss_p - objective.nll * (sums_ps / counts_ps)[..., 0] if objective.nll else loss_p), rewards_ps
+
+
+def _compared(
+    objective: Objective, sums_ps: Tensor, counts_ps: Tensor, reference_ps: Tensor | None, nll_p: Tensor | None
+) -> tuple[Tensor, Tensor]:
     b, e = objective.strength, objective.label_smoothing
     means_ps = sums_ps / counts_ps
     if objective.kind in ("orpo", "simpo"):

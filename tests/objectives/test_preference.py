@@ -27,8 +27,10 @@ KINDS = [
     Objective(kind="simpo", label_smoothing=0.1),
     Objective(kind="orpo", beta=0.4),
     Objective(kind="kto", beta=0.5, desirable=1.3, undesirable=0.7),
+    Objective(kind="dpo", nll=0.2),
+    Objective(kind="simpo", nll=1.0),
 ]
-IDS = ["dpo", "conservative", "robust", "ipo", "simpo", "smoothed", "orpo", "kto"]
+IDS = ["dpo", "conservative", "robust", "ipo", "simpo", "smoothed", "orpo", "kto", "dpo and nll", "simpo and nll"]
 
 
 def model(seed=0, dtype=torch.float64):
@@ -61,6 +63,7 @@ def formula(objective, policy, reference, examples):
     z = torch.stack(foreign).mean().clamp(min=0)
     for number, one in enumerate(examples):
         (c, rc, nc, nll), (j, rj, nj, _) = sums[number, "chosen"], sums[number, "rejected"]
+        total = total - objective.nll * c / nc
         if kind == "dpo":
             d = b * ((c - rc) - (j - rj))
             hit, miss = -logsigmoid(d), -logsigmoid(-d)
