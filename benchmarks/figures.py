@@ -7,7 +7,7 @@ figures.toml has three kinds. A `part` is rows of one file: `where` chooses them
 sentences that pages make of them, without the numbers: these are filled in from the rows, and the whole must then stand on the page. `let` names a number of a
 sentence: `a.x / b.x` (of the rows labelled a and b), `most:x`, `least:x`, `only:x` (of all rows, or of those that the sentence's own `where` chooses). A `hand`
 has no row: its sentences must stand on its page, and `entry` in the log under the heading `log`. An `open` is not measured; its command measures it.
-In the sections named by `covered` every number has to be one of these.
+In the sections named by `covered` every number outside of code has to be one of these, or `given`: a setting.
 """
 
 import argparse
@@ -18,13 +18,14 @@ import operator
 import re
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PAGE = HERE / "README.md"
+FIGURES: dict[str, Any] = tomllib.loads((HERE / "figures.toml").read_text(encoding="utf-8"))
 KEPT = ("commit", "op", "size", "mode", "date", "device", "versions", "load")
 NO_PEERS = (
     "gigatrain lean",
@@ -34,6 +35,7 @@ NO_PEERS = (
 )  # our own for CPUs, and products alone, which are not the same work
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*\.\d+|\d[\d,]*(?= ?(?:%|tokens/s|times|[GMk]B\b|[GM]iB\b|ms\b|us\b|s\b|W\b))|\d{1,3}(?:,\d{3})+")
 OPERATORS = {"*": operator.mul, "/": operator.truediv, "-": operator.sub}
+FLOAT = re.compile(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE)
 NOT_VERSIONS = ("cores", "threads", "gigatrain")
 Row = dict[str, Any]
 
@@ -42,24 +44,11 @@ class Unsupported(Exception):
     """A figure that no row supports; the text says which and why."""
 
 
-def listed() -> dict[str, Any]:
-    """figures.toml."""
-    return tomllib.loads((HERE / "figures.toml").read_text(encoding="utf-8"))
-
-
-def read(cell: str) -> Any:
-    """A cell as a float where it is one."""
-    try:
-        return float(cell)
-    except ValueError:
-        return cell
-
-
 @functools.cache
 def rows_of(file: str) -> tuple[Row, ...]:
     """The rows of a file in results/, in its order."""
     with (HERE / "results" / file).open(newline="") as lines:
-        return tuple({key: read(cell) for key, cell in row.items()} for row in csv.DictReader(lines))
+        return tuple({key: float(cell) if FLOAT.fullmatch(cell) else cell for key, cell in row.items()} for row in csv.DictReader(lines))
 
 
 def plain(cell: Any) -> str:
@@ -80,20 +69,20 @@ def beside(rows: Iterable[Row]) -> list[Row]:
     """Rows of kernels.csv by operation, size and mode: microseconds of each provider, of ours and of the fastest other; `ratio` above 1: ours is faster."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["commit"], row["op"], row["size"], row["mode"]), []).append(row)
+        groups.setdefault(tuple(row[key] for key in KEPT[:4]), []).append(row)
     found = []
     for group in groups.values():
         timed = {row["provider"]: row for row in group if isinstance(row["us"], float)}
         if not timed:
-            continue
+            continue  # refused, not installed, or out of time
         ours = timed.pop("gigatrain fused", None)
-        peers = {name: row for name, row in timed.items() if name not in NO_PEERS}
-        fastest = min(peers, key=lambda name: peers[name]["us"])
+        peers = [row for name, row in timed.items() if name not in NO_PEERS]
+        peer = min(peers, key=lambda row: row["us"])
         made = {"us": "", "pct": "", "mib": "", "ratio": ""} | {key: group[0][key] for key in KEPT}
-        made |= {name: row["us"] for name, row in timed.items()} | {f"{name} MiB": row["peak_mib"] for name, row in timed.items()}
-        made |= {"peer": fastest, "peer_us": timed[fastest]["us"], "peer_mib": timed[fastest]["peak_mib"]}
+        made |= {name: row["us"] for name, row in timed.items()}
+        made |= {"peer": peer["provider"], "peer_us": peer["us"], "peer_mib": peer["peak_mib"]}
         if ours:
-            made |= {"us": ours["us"], "pct": ours["pct"], "mib": ours["peak_mib"], "ratio": timed[fastest]["us"] / ours["us"]}
+            made |= {"us": ours["us"], "pct": ours["pct"], "mib": ours["peak_mib"], "ratio": peer["us"] / ours["us"]}
         found.append(made)
     return found
 
@@ -106,7 +95,7 @@ def part_rows(part: Mapping[str, Any]) -> list[Row]:
 
 def value(term: str, rows: list[Row], labelled: Mapping[str, Row]) -> Any:
     """What a term of `let` or `columns` stands for: a number, `least:x`, `most:x` or `only:x` of the rows, `label.x`, or a column of the first row."""
-    if re.fullmatch(r"\d+(\.\d+)?", term):
+    if FLOAT.fullmatch(term):
         return float(term)
     how, _, column = term.partition(":")
     if how in ("least", "most", "only") and column:
@@ -115,10 +104,10 @@ def value(term: str, rows: list[Row], labelled: Mapping[str, Row]) -> Any:
             raise Unsupported(f"{term}: {len(cells)} rows")
         return min(cells) if how == "least" else max(cells)
     label, _, column = term.rpartition(".")
-    try:
-        return (labelled[label] if label else rows[0])[column]
-    except KeyError as error:
-        raise Unsupported(f"{term}: no row or column is called {error}") from None
+    row = labelled.get(label, {}) if label else rows[0]
+    if column not in row:
+        raise Unsupported(f"no row or column is called {term}")
+    return row[column]
 
 
 def arithmetic(text: str, rows: list[Row], labelled: Mapping[str, Row]) -> Any:
@@ -177,8 +166,9 @@ def problems(figures: Mapping[str, Any]) -> list[str]:
     found += [f"{page} does not say, as {source} has it: {text}" for page, text, source in claims if text not in flat(page_text(page))]
     for page, heading in ((page, heading) for page, headings in figures["covered"].items() for heading in headings):
         left = flat(section(page, heading)) or "0.0 (there is no such section)"
-        for text in sorted((text for where, text, _ in claims if where == page), key=len, reverse=True):
+        for text in sorted((*figures["given"], *(text for where, text, _ in claims if where == page)), key=len, reverse=True):
             left = left.replace(text, " … ")
+        left = re.sub(r"```.*?```|`[^`]*`", " ", left)
         near = [left[max(0, match.start() - 40) : match.end() + 20] for match in NUMBER.finditer(left)]
         found += [f"{page}, {heading}: no row and no entry for … {text} …" for text in near]
     return found
@@ -197,15 +187,14 @@ def conditions(rows: list[Row]) -> str:
     return "; ".join(words)
 
 
-def code(text: str) -> str:
-    """As code, on one line."""
-    return f"`{flat(text).strip('| ').replace('`', '')}`"
+def quoted(text: str) -> str:
+    """A sentence of a page, without its marks."""
+    return f'"{re.sub(r"[*`]", "", flat(text)).strip("| ")}"'
 
 
-def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+def table(headings: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
     """Lines of a table in Markdown."""
-    heads = list(headings)
-    lines = (heads, ["---"] * len(heads), *([cell.replace("|", "\\|") for cell in row] for row in rows))
+    lines = (headings, ["---"] * len(headings), *([cell.replace("|", "\\|") for cell in row] for row in rows))
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
@@ -221,30 +210,26 @@ def shown(part: Mapping[str, Any]) -> Iterator[str]:
     """A part as Markdown."""
     rows = part_rows(part)
     yield from (f"## {part['title']}", "", f"**Measured on {part['measured']}.** {flat(part['text'])}", "")
-    if told := conditions(rows):
-        yield from (f"{told}.", "")
+    yield from (f"{conditions(rows)}.", "")
     where = ", ".join(f"{key} = {pattern}" for key, pattern in part.get("where", {}).items())
     yield f"Rows: [results/{part['file']}](results/{part['file']}){f', {where}' if where else ''}. Again: `{part['again']}`"
-    yield from ("", *table(part["columns"], ([cell(text, row) for text in part["columns"].values()] for row in rows)), "")
+    yield from ("", *table([*part["columns"]], ([cell(text, row) for text in part["columns"].values()] for row in rows)), "")
     said = list(sentences(part))
-    if pages := dict.fromkeys(page for page, _ in said):
-        yield f"Said in {', '.join(pages)}{'' if all(text.startswith('|') for _, text in said) else ', of it:'}"
-    yield from ("", *(f"* {page}: {code(text)}" for page, text in said if not text.startswith("|")), "")
+    yield f"Said in: {', '.join(dict.fromkeys(page for page, _ in said)) or 'no page yet'}."
+    yield from ("", *(f"* {page}: {quoted(text)}" for page, text in said if not text.startswith("|")), "")
 
 
 def written(figures: Mapping[str, Any]) -> str:
     """benchmarks/README.md."""
-    lines = ["# Numbers", "", figures["intro"].strip(), ""]
-    for part in figures["part"]:
-        lines += shown(part)
+    lines = ["# Numbers", "", figures["intro"].strip(), "", *(line for part in figures["part"] for line in shown(part))]
     lines += ["## By hand", "", figures["by_hand"].strip(), ""]
     hands = [
-        ("; ".join(code(text) for text in one["text"]), one["page"], one.get("log", "none"), one["measured"], code(one["again"]))
+        ("; ".join(quoted(text) for text in one["text"]), one["page"], one.get("log", "none"), one["measured"], f"`{one['again']}`")
         for one in figures["hand"]
     ]
     lines += [*table(("figure", "said in", "entry of the log", "measured on", "again"), hands), ""]
     lines += ["## Not yet measured", "", figures["not_measured"].strip(), ""]
-    lines += table(("what", "why not yet", "measures it"), ((one["what"], one["why"], code(one["again"])) for one in figures["open"]))
+    lines += table(("what", "why not yet", "measures it"), ((one["what"], one["why"], f"`{one['again']}`") for one in figures["open"]))
     return "\n".join(lines) + "\n"
 
 
@@ -254,11 +239,10 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="what it does anyway")
     parser.add_argument("--write", action="store_true", help="benchmarks/README.md, whatever is wrong elsewhere")
     options = parser.parse_args()
-    figures = listed()
     if options.write:
-        PAGE.write_text(written(figures), encoding="utf-8")
-    found = problems(figures)
-    if PAGE.read_text(encoding="utf-8") != written(figures):
+        PAGE.write_text(written(FIGURES), encoding="utf-8")
+    found = problems(FIGURES)
+    if PAGE.read_text(encoding="utf-8") != written(FIGURES):
         found.append("benchmarks/README.md is not what python benchmarks/figures.py --write makes")
     print("\n".join(found) or "every figure has its row or its entry")
     return int(bool(found))

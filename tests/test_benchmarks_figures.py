@@ -31,11 +31,11 @@ def pages(figures, monkeypatch):
 
 
 def test_every_figure_of_the_pages_is_that_of_its_row(figures):
-    assert figures.problems(figures.listed()) == []
+    assert figures.problems(figures.FIGURES) == []
 
 
 def test_the_page_is_the_one_that_the_program_writes(figures):
-    assert figures.PAGE.read_text(encoding="utf-8") == figures.written(figures.listed())
+    assert figures.PAGE.read_text(encoding="utf-8") == figures.written(figures.FIGURES)
 
 
 @pytest.mark.parametrize(
@@ -52,19 +52,19 @@ def test_the_page_is_the_one_that_the_program_writes(figures):
 def test_another_number_on_a_page_is_found(figures, pages, page, true, false):
     assert true in figures.page_text(page)
     pages[page] = figures.page_text(page).replace(true, false)
-    assert any(page in problem for problem in figures.problems(figures.listed()))
+    assert any(page in problem for problem in figures.problems(figures.FIGURES))
 
 
 def test_a_number_that_nothing_stands_for_is_found(figures, pages):
     for said in ("gigatrain is 3.1 times as fast.", "It takes 70 % of that.", "It makes 123,456 of them."):
         pages["docs/peers.md"] = figures.page_text("docs/peers.md") + f"\n{said}\n"
-        assert [problem for problem in figures.problems(figures.listed()) if "docs/peers.md, Figures: no row" in problem]
+        assert [problem for problem in figures.problems(figures.FIGURES) if "docs/peers.md, Figures: no row" in problem]
     pages["docs/peers.md"] = figures.page_text("docs/peers.md").replace("## Figures", "## Numbers")
-    assert any("docs/peers.md, Figures" in problem for problem in figures.problems(figures.listed()))
+    assert any("docs/peers.md, Figures" in problem for problem in figures.problems(figures.FIGURES))
 
 
 def test_a_row_that_is_not_there_and_rows_that_cannot_be_told_apart_are_found(figures):
-    part = next(part for part in figures.listed()["part"] if part["file"] == "step.csv")
+    part = next(part for part in figures.FIGURES["part"] if part["file"] == "step.csv")
     with pytest.raises(figures.Unsupported, match="no row"):
         list(figures.sentences(part | {"where": {"date": "1999*"}}))
     with pytest.raises(figures.Unsupported, match="several rows"):
@@ -97,7 +97,7 @@ def test_kernels_stand_beside_the_fastest_other_version_that_does_the_same(figur
 
 
 def test_every_program_and_file_that_measures_again_is_there(figures):
-    listed = figures.listed()
+    listed = figures.FIGURES
     for one in (*listed["part"], *listed["hand"], *listed["open"]):
         for path in re.findall(r"(?:benchmarks|tests)/[\w/]+(?:\.py)?", one["again"]):
             assert (ROOT / path).exists(), one["again"]
