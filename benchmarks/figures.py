@@ -36,7 +36,6 @@ NO_PEERS = (
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*\.\d+|\d[\d,]*(?= ?(?:%|tokens/s|times|[GMk]B\b|[GM]iB\b|ms\b|us\b|s\b|W\b))|\d{1,3}(?:,\d{3})+")
 OPERATORS = {"*": operator.mul, "/": operator.truediv, "-": operator.sub}
 FLOAT = re.compile(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE)
-NOT_VERSIONS = ("cores", "threads", "gigatrain")
 Row = dict[str, Any]
 
 
@@ -67,18 +66,16 @@ def chosen(rows: Iterable[Row], where: Mapping[str, str]) -> list[Row]:
 
 def beside(rows: Iterable[Row]) -> list[Row]:
     """Rows of kernels.csv by operation, size and mode: microseconds of each provider, of ours and of the fastest other; `ratio` above 1: ours is faster."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in KEPT[:4]), []).append(row)
+        if isinstance(row["us"], float):  # else refused, not installed, or out of time
+            groups.setdefault(tuple(row[key] for key in KEPT[:4]), {})[row["provider"]] = row
     found = []
-    for group in groups.values():
-        timed = {row["provider"]: row for row in group if isinstance(row["us"], float)}
-        if not timed:
-            continue  # refused, not installed, or out of time
+    for timed in groups.values():
         ours = timed.pop("gigatrain fused", None)
         peers = [row for name, row in timed.items() if name not in NO_PEERS]
         peer = min(peers, key=lambda row: row["us"])
-        made = {"us": "", "pct": "", "mib": "", "ratio": ""} | {key: group[0][key] for key in KEPT}
+        made = {"us": "", "pct": "", "mib": "", "ratio": ""} | {key: peer[key] for key in KEPT}
         made |= {name: row["us"] for name, row in timed.items()}
         made |= {"peer": peer["provider"], "peer_us": peer["us"], "peer_mib": peer["peak_mib"]}
         if ours:
@@ -146,8 +143,7 @@ def page_text(name: str) -> str:
 
 def section(name: str, heading: str) -> str:
     """The text below `## heading`, up to the next one of its level."""
-    match = re.search(rf"^## {re.escape(heading)}$(.*?)(?=^## |\Z)", page_text(name), re.MULTILINE | re.DOTALL)
-    return match[1] if match else ""
+    return "".join(re.findall(rf"^## {re.escape(heading)}$(.*?)(?=^## |\Z)", page_text(name), re.MULTILINE | re.DOTALL))
 
 
 def problems(figures: Mapping[str, Any]) -> list[str]:
@@ -181,10 +177,11 @@ def conditions(rows: list[Row]) -> str:
         cells = [plain(row[key])[: 10 if key == "date" else None] for row in rows if row.get(key, "") != ""]
         if key == "versions":  # "a=1 b=2", "a 1 b 2" or JSON; of all rows, each once
             pairs = [pair for cell in cells for pair in re.findall(r'([\w.-]+)"?[= :]+"?(\d[\w.+-]*)', cell)]
-            cells = [" ".join(pair) for pair in pairs if pair[0] not in NOT_VERSIONS]
-        name = f"{key} " if key in ("threads", "load", "commit") else ""
-        words += [f"{name}{', '.join(dict.fromkeys(cells))}"] if cells else []
-    return "; ".join(words)
+            cells = [" ".join(pair) for pair in pairs if pair[0] not in ("cores", "threads", "gigatrain")]
+        if key == "load" and cells:
+            cells = [" to ".join(dict.fromkeys((min(cells, key=float), max(cells, key=float))))]
+        words += [f"{key} {', '.join(dict.fromkeys(cells))}"] if cells else []
+    return re.sub(r"(?:date|device|cpu|versions) ", "", "; ".join(words))
 
 
 def quoted(text: str) -> str:
@@ -203,7 +200,8 @@ def cell(text: str, row: Row) -> str:
     term, _, form = text.partition(":")
     if row.get(re.split(r" [-*/] ", term)[0], term) == "":
         return ""
-    return format(arithmetic(term, [row], {}), form)
+    found = arithmetic(term, [row], {})
+    return format(found, form) if form else plain(found)
 
 
 def shown(part: Mapping[str, Any]) -> Iterator[str]:
@@ -238,8 +236,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0], epilog="Read the head of this file.")
     parser.add_argument("--check", action="store_true", help="what it does anyway")
     parser.add_argument("--write", action="store_true", help="benchmarks/README.md, whatever is wrong elsewhere")
-    options = parser.parse_args()
-    if options.write:
+    if parser.parse_args().write:
         PAGE.write_text(written(FIGURES), encoding="utf-8")
     found = problems(FIGURES)
     if PAGE.read_text(encoding="utf-8") != written(FIGURES):
