@@ -22,8 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
+ROOT, HERE = Path(__file__).parents[1], Path(__file__).parent
 PAGE = HERE / "README.md"
 FIGURES: dict[str, Any] = tomllib.loads((HERE / "figures.toml").read_text(encoding="utf-8"))
 KEPT = ("commit", "op", "size", "mode", "date", "device", "versions", "load")
@@ -159,7 +158,8 @@ def problems(figures: Mapping[str, Any]) -> list[str]:
         claims += [(hand["page"], flat(text), "figures.toml") for text in hand["text"]]
         if "log" in hand and flat(hand["entry"]) not in flat(section("benchmarks/LOG.md", hand["log"])):
             found.append(f"benchmarks/LOG.md has no entry {hand['log']} with: {hand['entry']}")
-    found += [f"{page} does not say, as {source} has it: {text}" for page, text, source in claims if text not in flat(page_text(page))]
+    pages = {page: flat(page_text(page)) for page in {page for page, _, _ in claims}}
+    found += [f"{page} does not say, as {source} has it: {text}" for page, text, source in claims if text not in pages[page]]
     for page, heading in ((page, heading) for page, headings in figures["covered"].items() for heading in headings):
         left = flat(section(page, heading)) or "0.0 (there is no such section)"
         for text in sorted((*figures["given"], *(text for where, text, _ in claims if where == page)), key=len, reverse=True):
