@@ -21,6 +21,7 @@ LONG = {
     "RELIABILITY.md": "reliability.md",
     "REPLICAS.md": "replicas.md",
     "CONTRIBUTING.md": "contributing.md",
+    "benchmarks/README.md": "figures.md",
     "benchmarks/LOG.md": "log.md",
 }
 LINK = re.compile(r"(?<!\!)\[(?P<text>(?:`[^`]*`|[^\[\]`])+)\]\((?P<target>[^()\s]+)\)")
