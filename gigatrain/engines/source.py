@@ -79,7 +79,7 @@ def values(
         assert isinstance(model, Auto)
         yield from autoweights.tensors(model, folder, boxes)
     else:
-        yield from hf.read_weights(arch, shapes, folder, part=part, boxes=boxes)
+        yield from hf.read_weights(arch, shapes, folder, part=part, boxes=boxes, grow=True)
 
 
 def _drawn(plan: Plan, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> Iterator[tuple[str, Tensor]]:
@@ -116,7 +116,7 @@ def base(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[st
     """The frozen weights that an adapter stands beside, whole, one at a time: of `model.from`, or drawn, on the CPU whatever the run is on."""
     arch = plan.decoder
     if plan.source is not None:
-        yield from hf.read_weights(arch, shapes, hf.locate(plan.source))
+        yield from hf.read_weights(arch, shapes, hf.locate(plan.source), grow=True)
         return
     for name, shape in shapes.items():
         yield name, initial(name, shape, arch, plan.init.std, plan.init.scale_residual, plan.seed, "cpu")
