@@ -596,6 +596,12 @@ class Architecture(_Numbers):
 # ---- Named models: their numbers are in published.py. ----
 
 
+def causes(error: ValidationError) -> list[Any]:
+    """Its problems, without those that only say that a default could not be had because of another one."""
+    found = error.errors(include_url=False)
+    return [one for one in found if one["type"] != "default_factory_not_called"] or found
+
+
 def named() -> dict[str, dict[str, Any]]:
     """The known models by name, each as the table a recipe could hold; a fresh copy."""
     return json.loads(json.dumps(NAMED))
@@ -796,7 +802,7 @@ def from_hf_config(config: Mapping[str, Any], unread: list[str] | None = None) -
     try:
         return Architecture.model_validate_json(json.dumps(numbers))
     except ValidationError as error:
-        details = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'model'}: {e['msg']}" for e in error.errors())
+        details = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'model'}: {e['msg']}" for e in causes(error))
         raise RecipeError(f"config.json describes no {family} that can be built: {details}") from error
 
 

@@ -7,7 +7,7 @@ from gigatrain.data import templates, tokenizer
 
 
 def outside(spec: config.Tokenizer, sources: tuple[config.Source, ...], embedded: int) -> str | None:
-    """What is wrong where an id can occur that is not among the first `embedded`; None where all is well, and for a tokenizer that is trained on the run's data.
+    """What is wrong where an id can occur that is not among the first `embedded`; None where all is well, and for a tokenizer that the run trains.
 
     Text gives every token but special ones (data/tokenizer.py encodes their names as text); the ends of documents, and for conversations the tokens that the
     template names, are special and occur. Others, as Gemma 3's image token (262,144, of 262,144 rows), do not. A token that a template puts together from

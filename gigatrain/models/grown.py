@@ -21,7 +21,7 @@ def rows(stored: Any, wanted: tuple[int, ...], box: tuple[tuple[int, ...], tuple
     (Hewitt, nlp.stanford.edu/~johnhew/vocab-expansion.html). The mean is summed in fp32 by pieces of rows in their order, so every rank has the same.
     """
     (first, column), (count, width) = box or ((0, 0), wanted)
-    have = tuple(stored.get_shape() if hasattr(stored, "get_shape") else stored.shape)[0]
+    have, _ = stored.get_shape() if hasattr(stored, "get_shape") else stored.shape
     columns = slice(column, column + width)
     known = stored[min(first, have) : min(first + count, have), columns]
     if (new := count - known.shape[0]) == 0:

@@ -55,7 +55,9 @@ def check(plan: Plan) -> list[str]:
                 f"model.architecture.vocab is {ours.vocab:,}, and {plan.source} has {theirs.vocab:,}: the adapter leaves the {new:,} new rows as they begin, "
                 "all equal; set adapter.train_embeddings = true and adapter.train_head = true, or start from weights that know these tokens"
             )
-        said.append(f"  weights  {new:,} new rows of the embedding{'' if ours.tied else ' and the head'}: each begins as the mean of the {theirs.vocab:,}")
+        said.append(
+            f"  weights  {new:,} new rows of the embedding{'' if ours.tied else ' and the head'}: each begins as the mean of the {theirs.vocab:,}"
+        )
     return said
 
 

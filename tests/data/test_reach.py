@@ -55,7 +55,7 @@ def test_what_a_template_writes_occurs_in_conversations_alone(own):
 
 
 def test_ends_of_documents_occur(own):
-    folder, count = own
+    folder, _ = own
     ready = tokenizer.load(str(folder))
     last = max(number for number in (ready.bos, ready.eos) if number is not None)
     assert reach.outside(spec(folder), TEXT, last) is not None

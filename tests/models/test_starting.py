@@ -43,7 +43,16 @@ def vocab(folder):
         ({"norm_eps": 3e-4}, r"norm_eps: \S+ in its config.json, 0.0003 in the recipe"),
         ({"rope": {"theta": 123.0}}, r"rope.theta: .* in its config.json, 123.0 in the recipe[\s\S]*model.rope"),
         (
-            {"rope": {"kind": "llama3", "theta": 1e4, "factor": 8.0, "original_positions": 8, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+            {
+                "rope": {
+                    "kind": "llama3",
+                    "theta": 1e4,
+                    "factor": 8.0,
+                    "original_positions": 8,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                }
+            },
             "rope.factor",
         ),
     ],
