@@ -63,16 +63,29 @@ def check(plan: Plan) -> list[str]:
 
 def differences(ours: Architecture, theirs: Architecture) -> Iterator[tuple[str, Any, Any]]:
     """(dotted key, ours, theirs) of every number that differs."""
-    first, second = ours.model_dump(mode="json"), theirs.model_dump(mode="json")
+    first, second = _plain(ours), _plain(theirs)
     for key in first:
         one, other = first[key], second[key]
         if key in _ROPES and isinstance(one, dict) and isinstance(other, dict):
             yield from ((f"{key}.{name}", one[name], other[name]) for name in one if not _same(one[name], other[name]))
-        elif key in ("window_layers", "rope_layers", "moe_layers") and isinstance(one, list) and isinstance(other, list):
-            if one != other:
-                yield key, _shown(one), _shown(other)
         elif not _same(one, other):
             yield key, one, other
+
+
+def _plain(one: Architecture) -> dict[str, Any]:
+    """Its numbers, with what a number means where it is left out: a default that is written and one that is not are equal."""
+    found = one.model_dump(mode="json") | {"attention_scale": one.scale, "expert_intermediate": one.expert_width if one.experts else None}
+    for key in _ROPES:
+        if (rope := found[key]) is not None and rope["kind"] == "yarn":
+            plain = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+            if rope["mscale"] is None and rope["mscale_all_dim"] is None:
+                plain["attention_factor"] = 0.1 * math.log(rope["factor"]) + 1.0
+            found[key] = rope | {name: value for name, value in plain.items() if rope[name] is None}
+    if found["rope_local"] == found["rope"]:
+        found["rope_local"] = None
+    for key in ("window_layers", "rope_layers", "moe_layers"):
+        found[key] = None if found[key] is None or all(found[key]) else _shown(found[key])
+    return found
 
 
 def _wide(one: Architecture, sequence: int) -> bool:

@@ -7,8 +7,8 @@ import torch
 from families import build
 from safetensors.torch import load_file
 
-from gigatrain import load
-from gigatrain.architectures import Architecture, from_hf_config
+from gigatrain import architectures, load
+from gigatrain.architectures import Architecture, from_hf_config, to_hf_config
 from gigatrain.errors import CheckpointError
 from gigatrain.models import grown, hf, starting
 from gigatrain.models.decoder import Decoder
@@ -132,3 +132,30 @@ def test_fewer_rows_than_the_weights_have_are_refused_with_the_number(weights):
         shapes = {name: tuple(one.shape) for name, one in Decoder(arch).named_parameters()}
     with pytest.raises(CheckpointError, match=rf"--set model.architecture.vocab={count}"):
         next(hf.read_weights(arch, shapes, weights, grow=True))
+
+
+@pytest.mark.parametrize("name", architectures.named())
+def test_a_default_that_is_written_and_one_that_is_not_are_equal(name):
+    """Every named architecture against its own config.json, whole and with the defaults of its rope left out."""
+    ours = Architecture.model_validate_json(json.dumps(architectures.resolve(name)))
+    config = to_hf_config(ours, bos=1, eos=2, pad=None, max_positions=4096)
+    assert list(starting.differences(ours, from_hf_config(config))) == []
+    for key in ("rope_parameters", "rope_scaling"):
+        for rope in (config.get(key) or {}, (config.get(key) or {}).get("full_attention", {})):
+            if rope.get("beta_fast") == 32.0 and "mscale" not in rope:
+                for default in ("beta_fast", "beta_slow", "attention_factor"):
+                    rope.pop(default, None)
+    assert list(starting.differences(ours, from_hf_config(config))) == []
+    other = ours.model_copy(update={"norm_eps": ours.norm_eps * 10})
+    assert [key for key, *_ in starting.differences(ours, other)] == ["norm_eps"]
+
+
+def test_the_language_model_of_a_config_that_leaves_its_class_s_defaults_out():
+    """As google/gemma-3-4b-pt's, whose text_config has six keys."""
+    text = {
+        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    }  # fmt: skip
+    theirs = from_hf_config(architectures.language({"model_type": "gemma3", "text_config": text}) or {})
+    ours = Architecture.model_validate_json(json.dumps(architectures.resolve("gemma-3-4b")))
+    assert list(starting.differences(ours, theirs)) == []
