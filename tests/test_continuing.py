@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import together
+from safetensors.torch import load_file
 from test_loop import planned, tensors, trained
 
 from gigatrain import engines, export, load, run
@@ -204,6 +205,11 @@ def test_a_run_gives_new_tokens_rows_and_refuses_weights_of_another_rope(tiny, b
     first = [next(json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines() if "loss" in line)
              for name in ("more", "same")]  # fmt: skip
     assert first[0] == pytest.approx(first[1], abs=0.02)  # three average tokens take little from the known
+    trained(own, tmp_path / "adapted", *start, "model.architecture.vocab=323", "adapter.rank=2", "adapter.train_embeddings=true")
+    export.export(tmp_path / "adapted", tmp_path / "merged")
+    rows = load_file(tmp_path / "merged" / "model.safetensors")["model.embed_tokens.weight"]
+    assert rows.shape[0] == 323
+    assert rows[-3:].std(0).max() < rows[:-3].std(0).max() / 4  # they began alike
     with pytest.raises(CheckpointError, match=r"rope.theta: 10000.0 in its config.json, 777.0 in the recipe"):
         trained(own, tmp_path / "wrong", *start, "model.architecture.rope.theta=777.0")
     assert not list((tmp_path / "wrong").glob("checkpoints/*"))
