@@ -121,10 +121,10 @@ def page(model: str) -> str:
         "## Recipes", "",
         "| recipe | starts from | |", "| --- | --- | --- |",
         *(f"| `{model}/{task}` | {_start(model, task)} | {_what(task)} |" for task in known.tasks), "",
-        "```", f"gigatrain plan {model}/{known.tasks[-1]} --site jupiter --gpus 16", f"gigatrain train {model}/pretrain-tiny",
+        "```", f"gigatrain plan {model}/{known.tasks[-1]} --site jupiter --gpus {_gpus(model, known.tasks[-1])}", f"gigatrain train {model}/pretrain-tiny",
         f"gigatrain recipes copy {model}/{known.tasks[-1]} my.toml", "```", "",
         "## Numbers and their sources", "",
-        f"The architecture's numbers: `{model}` in gigatrain/published.py, with its source. {'; '.join(known.sources)}.", "",
+        f"The architecture's numbers: `{model}` in gigatrain/published.py, with its source; a task's own are in the table. {'; '.join(known.sources)}.", "",
     ]  # fmt: skip
     changes = [
         (task, key, value, why) for task in known.tasks for key, (value, why) in known.changes[task].items() if key != "data.sources"
@@ -161,6 +161,10 @@ def index() -> str:
             f"| [{model}]({model}/README.md) | {known.maker} ({known.country}) | {known.licence} | {known.parameters[0]:,} | {known.tokens} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _gpus(model: str, task: str) -> int:
+    return ranks(load.recipe(f"{model}/{task}"), load.site("jupiter"), task)
 
 
 def _start(model: str, task: str) -> str:

@@ -131,7 +131,10 @@ FAMILIES: dict[str, _Family] = {
         fixed={**_GEMMA, "qk_norm": "head"},
         open=_LAYER_WINDOWS | _BIASES | {"attention_scale", "rope_local", "logit_softcap"},
         default={"tied": True, "window_layers": (True, True, True, True, True, False)},
-        hf={"query_pre_attn_scalar": 256, "sliding_window": 4096, "head_dim": 256},
+        hf={
+            "query_pre_attn_scalar": 256, "sliding_window": 4096, "head_dim": 256, "vocab_size": 262_208, "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+        },
     ),
     "olmo2": _Family(fixed=_OLMO, open=_BIASES, default={"norm_eps": 1e-6}, hf={"rms_norm_eps": 1e-5}),
     "olmo3": _Family(
@@ -593,6 +596,12 @@ class Architecture(_Numbers):
 # ---- Named models: their numbers are in published.py. ----
 
 
+def causes(error: ValidationError) -> list[Any]:
+    """Its problems, without those that only say that a default could not be had because of another one."""
+    found = error.errors(include_url=False)
+    return [one for one in found if one["type"] != "default_factory_not_called"] or found
+
+
 def named() -> dict[str, dict[str, Any]]:
     """The known models by name, each as the table a recipe could hold; a fresh copy."""
     return json.loads(json.dumps(NAMED))
@@ -727,10 +736,11 @@ def language(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return found
 
 
-def from_hf_config(config: Mapping[str, Any]) -> Architecture:
+def from_hf_config(config: Mapping[str, Any], unread: list[str] | None = None) -> Architecture:
     """The numbers of a transformers config.json, of version 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
 
-    Raises `RecipeError` naming the key for an unknown model type or rope type and for any key that is set and that we do not implement.
+    Raises `RecipeError` naming the key for an unknown model type or rope type and for any key that is set and that we do not implement; where there is a
+    list, those of the last kind are put into it instead.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -783,13 +793,16 @@ def from_hf_config(config: Mapping[str, Any]) -> Architecture:
     numbers |= _ropes_from(family, config, numbers.get("window") is not None)
     for key, value in sorted(config.items()):
         if key not in read and value not in (None, False, 0, "", [], {}):
+            if unread is not None:
+                unread.append(f"{key} = {json.dumps(value, default=str)[:60]}")
+                continue
             raise RecipeError(f"config.json: {key} = {value!r} is not implemented for {family}; unset it if the model does not need it")
     if (tp := config.get("pretraining_tp", 1)) not in (0, 1, None):
         raise RecipeError(f"config.json: pretraining_tp = {tp} is not implemented; 1 gives the same model without emulated rounding")
     try:
         return Architecture.model_validate_json(json.dumps(numbers))
     except ValidationError as error:
-        details = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'model'}: {e['msg']}" for e in error.errors())
+        details = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'model'}: {e['msg']}" for e in causes(error))
         raise RecipeError(f"config.json describes no {family} that can be built: {details}") from error
 
 

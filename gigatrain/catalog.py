@@ -120,6 +120,9 @@ def rendered(root: Path, known: Facts, task: str, *, recipe: str) -> str:
     }  # fmt: skip
     for word, value in words.items():
         written = written.replace(f"@{word}@", value)
+    sources = known.changes.get(task, {}).get("data.sources", ([{}], ""))[0]
+    if sources[0].get("field"):  # whoever puts a file of their own in its place has another
+        written = written.replace("data.sources.0.kind=jsonl\n", "data.sources.0.kind=jsonl --set data.sources.0.field=messages\n")
     for key, (value, source) in known.changes.get(task, {}).items():
         written = changed(written, key, value, source)
     return written

@@ -1287,7 +1287,7 @@ _RECIPES = """\
 The shipped recipes: of each open model pretrain, continue, sft, lora and dpo, and a -tiny twin of each that runs on a laptop.
 
   gigatrain recipes                                           a line for each model
-  gigatrain recipes search FR sft                             those that have every word: a country, a maker, a licence, a family, a task
+  gigatrain recipes search french sft                         those that have every word: a country, a maker, a licence, a family, a task
   gigatrain recipes copy lucie-7b/sft my.toml                 a recipe of your own, with its comments
   gigatrain recipes copy lucie-7b/sft-tiny                    its twin as a file
   gigatrain recipes from-hub ~/models/mine --task lora        of any config.json, here or on the hub

@@ -147,7 +147,9 @@ def _stretched(found: Architecture, model: Model) -> Architecture:
     try:
         return Architecture.model_validate_json(found.model_copy(update={"rope": model.rope}).model_dump_json())
     except ValidationError as failure:
-        raise RecipeError("model.rope: " + "; ".join(one["msg"].removeprefix("Value error, ") for one in failure.errors())) from None
+        raise RecipeError(
+            "model.rope: " + "; ".join(one["msg"].removeprefix("Value error, ") for one in architectures.causes(failure))
+        ) from None
 
 
 def positions(model: Model) -> int:
@@ -317,6 +319,15 @@ def _expand_architecture(tree: dict[str, Any]) -> None:
     elif isinstance(given, dict) and "base" in given:
         numbers = dict(given)
         model["architecture"] = architectures.resolve(str(numbers.pop("base"))) | numbers
+    elif isinstance(given, dict) and "family" not in given:
+        whole = (
+            f"; without a table they are those of model.from, and `gigatrain recipes from-hub {model['from']}` writes them out"
+            if model.get("from")
+            else ""
+        )
+        raise RecipeError(
+            f"model.architecture has {', '.join(given) or 'nothing'} and neither `family` nor `base`, which say of what{whole}"
+        )
 
 
 def _validate(model: type[Section], tree: dict[str, Any], where: str, error: type[GigatrainError]) -> Section:
@@ -356,7 +367,7 @@ def _strange(value: Any, key: str = "") -> Iterator[str]:
 def _explain(model: type[BaseModel], failure: ValidationError, where: str) -> str:
     """Every problem on a line: key, what is wrong with which value, and what would be right."""
     lines = []
-    for problem in failure.errors(include_url=False):
+    for problem in architectures.causes(failure):
         path = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             *parents, last = problem["loc"]

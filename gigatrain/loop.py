@@ -5,6 +5,7 @@ parallelism: engines and data do, behind their seams.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from rich.console import Console
 
 from gigatrain import engines, export, floors, leaving, objectives, run
 from gigatrain.checkpoint import PASSING, Checkpoints, Intervals, Near, Saving, Timed, fill, weights_sha256, write_text
-from gigatrain.data import build, shown, taught
+from gigatrain.data import build, reach, shown, taught
 from gigatrain.data.course import Phase
 from gigatrain.data.held import Held, build_sets
 from gigatrain.data.held import figures as held_figures
@@ -31,6 +32,7 @@ from gigatrain.errors import DataError, RunError
 from gigatrain.exporting.card import keep_data
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
+from gigatrain.models import starting
 from gigatrain.models.decoder import verify
 from gigatrain.objectives import figures, reference, teacher
 from gigatrain.observe import hang, prometheus, stragglers, trace, watch
@@ -83,6 +85,8 @@ def _train(
         energy = stack.enter_context(Energy(plan, mesh, folder, this.id, progress=progress, say=say))
         if not resumes and plan.recovery.replicas == "none":  # a replica may be given the steps of another
             _check_ahead(plan, this)
+        for line in [] if resumes else ranks.first(mesh, lambda: starting.check(plan)):
+            display.line(line)
         log.pulse.mark("corpus")
         corpus = _corpus(plan, this, resumes, mesh, display, log)
         train_on, held = corpus.totals("train"), corpus.totals("validation")
@@ -409,6 +413,8 @@ def _corpus(plan: Plan, this: run.Run, resumes: bool, mesh: Mesh, display: Displ
     """The corpus that the run began with, if it is still there; else rank 0 builds it and the others open it. A resume then compares its hash."""
 
     def built() -> str:
+        if (outside := reach.outside(plan.tokenizer, plan.data.sources, plan.architecture.vocab)) is not None:
+            raise RunError(outside)
         before = Path(plan.data.folder).expanduser().absolute() / this.corpus if this.corpus else None
         if resumes and before is not None and (before / "manifest.json").is_file():
             corpus = build.Corpus.open(before, weights, check=True)
@@ -424,11 +430,6 @@ def _corpus(plan: Plan, this: run.Run, resumes: bool, mesh: Mesh, display: Displ
                     f"{failure}\nThis run goes on with its corpus {before.name} and no other, and it is not in {before.parent}: copy that folder "
                     "from where the run began (its data.folder), or make the sources reachable here"
                 ) from None
-        if corpus.vocab > plan.architecture.vocab:
-            raise RunError(
-                f"the tokenizer has {corpus.vocab} ids and the model embeds {plan.architecture.vocab}; "
-                f"--set model.architecture.vocab={corpus.vocab}, or use the model's own tokenizer"
-            )
         return str(corpus.folder)
 
     def shown(*numbers: Any) -> None:
@@ -440,7 +441,7 @@ def _corpus(plan: Plan, this: run.Run, resumes: bool, mesh: Mesh, display: Displ
     this.corpus = folder.name
     with agreed(mesh, DataError, str):
         corpus = build.Corpus.open(folder, weights)
-    return corpus
+    return dataclasses.replace(corpus, embedded=plan.architecture.vocab)
 
 
 def _prepare(plan: Plan) -> None:
@@ -564,7 +565,10 @@ def _held_out(plan: Plan, corpus: build.Corpus, mesh: Mesh, device: torch.device
     names = [one.name for one in plan.validation.sets]
     folders = ranks.first(mesh, built) if names else []
     with agreed(mesh, DataError, str):
-        further = {name: build.Corpus.open(Path(folder)) for name, folder in zip(names, folders, strict=True)}
+        further = {
+            name: dataclasses.replace(build.Corpus.open(Path(folder)), embedded=plan.architecture.vocab)
+            for name, folder in zip(names, folders, strict=True)
+        }
     reader, readers = mesh.data
     return held_of(
         corpus,

@@ -14,6 +14,11 @@ from gigatrain.architectures import Architecture
 from gigatrain.errors import RecipeError
 from gigatrain.foreign import Foreign
 
+# What a country is called, its people, its language: by these too a recipe is found.
+_CALLED = {
+    "FR": "France French Europe European", "DE": "Germany German Europe European", "IT": "Italy Italian Europe European",
+    "CH": "Switzerland Swiss Europe European", "EU": "Europe European", "US": "USA America American", "CN": "China Chinese",
+}  # fmt: skip
 _ALIASES = {"mit": "MIT", "apache-2.0": "Apache 2.0"}
 
 
@@ -68,16 +73,19 @@ def _count(row: Mapping[str, Any]) -> str:
 
 
 def searched(words: list[str]) -> list[dict[str, Any]]:
-    """The recipes that have every word somewhere: in a name, a maker, a country, a licence, a family; one of two letters as a word of its own.
+    """The recipes that have every word somewhere: in a name, a maker, a country (FR, France, French, Europe), a licence, a family; one of two letters as a
+    word of its own.
 
     Raises RecipeError where there is none.
     """
     found = rows()
     kept = [row for row in found if all(_has(row, word.lower()) for word in words)]
     if not kept:
-        known = {str(row[key]).lower() for row in found for key in ("family", "country", "maker", "task")} | {
-            part for row in found for part in row["name"].split("/")
-        }
+        known = (
+            {str(row[key]).lower() for row in found for key in ("family", "country", "maker", "task")}
+            | {part for row in found for part in row["name"].split("/")}
+            | {word.lower() for row in found for word in _CALLED.get(row["country"], "").split()}
+        )
         lacking = [word for word in words if not any(_has(row, word.lower()) for row in found)]
         hint = load.nearest(lacking[0].lower(), known) if lacking else ": each word is somewhere, but not all in one."
         raise RecipeError(f"no shipped recipe has {' '.join(words)!r}{hint} `gigatrain recipes` lists them all.")
@@ -86,6 +94,7 @@ def searched(words: list[str]) -> list[dict[str, Any]]:
 
 def _has(row: Mapping[str, Any], word: str) -> bool:
     values = [str(row[key]).lower() for key in ("name", "model", "task", "licence", "maker", "country", "family", "summary")]
+    values.append(_CALLED.get(row["country"], "").lower())
     return any(word in re.split(r"[^a-z0-9]+", value) if len(word) <= 2 else word in value for value in values)
 
 
@@ -125,6 +134,8 @@ def from_hub(
         positions=held if isinstance(held, int) and held > 0 else 2048, tokens="", parameters=(0, ""), sources=(), notes=(), changes={},
     )  # fmt: skip
     written = catalog.rendered(load.shipped("recipes"), known, task, recipe="my.toml")
+    if known.positions < tomllib.loads(written)["train"]["sequence"]:
+        written = catalog.changed(written, "train.sequence", known.positions, "max_position_embeddings of its config.json")
     written = re.sub(r"^#   gigatrain (plan|train|recipes copy) my\.toml-tiny.*\n", "", written, flags=re.MULTILINE)
     written = re.sub(r"^#   gigatrain recipes copy my\.toml.*\n", "", written, flags=re.MULTILINE)
     written = re.sub(r"; recipes/\S*/README\.md has it for four sites", "", written)

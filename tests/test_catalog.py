@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 import time
 import tomllib
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gigatrain import architectures, catalog, load
-from gigatrain.architectures import Architecture
+from gigatrain.architectures import Architecture, Rope
 from gigatrain.errors import PlanError, RecipeError
 from gigatrain.planning.plan import plan
 
@@ -50,7 +51,13 @@ def test_a_model_is_the_size_that_it_says_and_each_of_its_recipes_is_one(model):
     assert known.sources
     for task in known.tasks:
         recipe = load.recipe(f"{model}/{task}")
-        assert load.architecture(recipe.model) == shape
+        numbers = known.changes[task].get("model.architecture", ({"base": model}, ""))[0]
+        assert numbers["base"] == model
+        assert set(numbers) <= {"base", "vocab", "rope"}
+        assert load.architecture(recipe.model) == shape.model_copy(
+            update={"vocab": numbers.get("vocab", shape.vocab), "rope": Rope.model_validate(numbers.get("rope", shape.rope))}
+        )
+        assert task == "pretrain" or "rope" not in numbers, "weights have the rope that they were released with"
         assert recipe.name == f"{model}-{task}"
         if task != "pretrain":
             assert recipe.model.source in (known.weights, known.chat)
@@ -63,6 +70,60 @@ def test_a_model_is_the_size_that_it_says_and_each_of_its_recipes_is_one(model):
             for part in key.split("."):
                 found = found[part]
             assert found == value
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_counted_in_steps_fits_the_run_and_rates_the_size(model):
+    known, recipes = catalog.facts(ROOT, model), {task: load.recipe(f"{model}/{task}") for task in catalog.facts(ROOT, model).tasks}
+    for task, recipe in recipes.items():
+        steps = recipe.train.steps or math.ceil((recipe.train.tokens or 0) / (recipe.train.batch * recipe.train.sequence))
+        assert recipe.schedule.warmup <= 0.15 * steps, task
+        assert recipe.checkpoint.every == "auto" or recipe.checkpoint.every < steps, task
+        assert recipe.validation.every < steps, task
+    peak, floor = recipes["pretrain"].optim.lr, recipes["pretrain"].schedule.floor
+    assert recipes["continue"].optim.lr <= peak * max(floor, 0.1) * 1.001
+    size = known.parameters[0]
+    for task, most in (
+        ("lora", 1e-4 if size >= 30e9 else 2e-4),
+        ("dpo", 2e-7 if size >= 65e9 else 5e-7),
+        ("sft", 2e-6 if size >= 65e9 else 1e-5),
+    ):
+        assert recipes[task].optim.lr <= most, task
+    assert size < 100e9 or recipes["lora"].optim.lr <= 5e-5
+    assert load.recipe(f"{model}/dpo", ["objective.kind=simpo"]).objective.strength == 2.0
+    assert recipes["dpo"].objective.strength == 0.1
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_commands_of_a_recipes_head_are_recipes(model):
+    for task in catalog.facts(ROOT, model).tasks:
+        for line in load.recipe_text(f"{model}/{task}").splitlines():
+            if line.startswith("#   gigatrain train ") and "--set" in line:
+                given = [one.split()[0] for one in line.split("--set ")[1:]]
+                recipe = load.recipe(f"{model}/{task}", given)
+                if "data.sources.0.kind=jsonl" in given:  # conversations are in `messages`, whatever the dataset of the recipe calls them
+                    assert recipe.data.sources[0].field in ("text", "messages")
+
+
+# Rows of the weights that a task starts from, and the highest id that its tokenizer writes: the template's tokens and ends included. Of config.json and
+# tokenizer files at the hub, where a review or an issue repeats them.
+PAIRS = {
+    "minerva-7b": (51_200, 51_202),  # Minerva-7B-instruct-v1.0: vocab_size 51,264, eos 51,202
+    "gemma-3-1b": (262_144, 262_143),  # the image token, 262,144, is written by nothing: transformers issue 37011
+    "helium-1-2b": (64_000, 64_001),  # 64,000 and chatml's two
+}
+
+
+@pytest.mark.parametrize("model", PAIRS)
+def test_a_chat_tokenizer_has_rows_for_all_that_it_writes(model):
+    rows, highest = PAIRS[model]
+    assert architectures.resolve(model)["vocab"] == rows
+    for task in ("sft", "lora", "dpo"):
+        recipe = load.recipe(f"{model}/{task}")
+        shape = load.architecture(recipe.model)
+        assert shape.vocab > highest
+        grows = shape.vocab > rows
+        assert not grows or recipe.adapter is None or (recipe.adapter.train_embeddings and recipe.adapter.train_head)
 
 
 @pytest.mark.parametrize("model", MODELS)

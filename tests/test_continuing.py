@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import together
+from safetensors.torch import load_file
 from test_loop import planned, tensors, trained
 
-from gigatrain import engines, load, run
+from gigatrain import engines, export, load, run
 from gigatrain.architectures import Architecture
 from gigatrain.config import Schedule
+from gigatrain.data import tokenizer
 from gigatrain.data.build import Corpus
 from gigatrain.data.loader import Batches
 from gigatrain.errors import CheckpointError, PlanError, RecipeError, RunError
@@ -32,7 +34,9 @@ def begun(tiny, tmp_path_factory):
 
 
 def test_a_schedule_that_goes_on_from_a_step_begins_no_run(tiny, tmp_path):
-    with pytest.raises(RunError, match=r"from_step 2 is where another schedule goes on .* begins at step 0; leave schedule.from_step out, or resume"):
+    with pytest.raises(
+        RunError, match=r"from_step 2 is where another schedule goes on .* begins at step 0; leave schedule.from_step out, or resume"
+    ):
         trained(tiny, tmp_path / "run", *QUIET, "schedule.from_step=2")
     assert not (tmp_path / "run" / "run.json").exists()
 
@@ -195,3 +199,33 @@ def test_a_stretched_model_trains_and_its_export_says_so(tiny, weights, tmp_path
     tokens = torch.randint(0, 320, (1, 128), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.allclose(model(tokens).logits, ours.eval().logits(tokens), atol=2e-5)
+
+
+def test_a_run_gives_new_tokens_rows_and_refuses_weights_of_another_rope(tiny, begun, tmp_path):
+    export.export(begun, tmp_path / "weights")
+    text = tiny.read_text()
+    own = tmp_path / "own.toml"
+    own.write_text(text.replace("[tokenizer.train]\nvocab = 320", f'[tokenizer]\nfrom = "{tmp_path / "weights"}"'))
+    start = (*QUIET, f"model.from={tmp_path / 'weights'}", "train.steps=2", "schedule.warmup=0")
+    more = trained(own, tmp_path / "more", *start, "model.architecture.vocab=323")
+    same = trained(own, tmp_path / "same", *start)
+    assert more["steps"] == same["steps"] == 2
+    first = [next(json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines() if "loss" in line)
+             for name in ("more", "same")]  # fmt: skip
+    assert first[0] == pytest.approx(first[1], abs=0.02)  # three average tokens take little from the known
+    trained(own, tmp_path / "adapted", *start, "model.architecture.vocab=323", "adapter.rank=2", "adapter.train_embeddings=true")
+    export.export(tmp_path / "adapted", tmp_path / "merged")
+    rows = load_file(tmp_path / "merged" / "model.safetensors")["model.embed_tokens.weight"]
+    assert rows.shape[0] == 323
+    assert rows[-3:].std(0).max() < rows[:-3].std(0).max() / 4  # they began alike
+    with pytest.raises(CheckpointError, match=r"rope.theta: 10000.0 in its config.json, 777.0 in the recipe"):
+        trained(own, tmp_path / "wrong", *start, "model.architecture.rope.theta=777.0")
+    assert not list((tmp_path / "wrong").glob("checkpoints/*"))
+    with pytest.raises(CheckpointError, match=r"--set model.architecture.vocab=320"):
+        trained(own, tmp_path / "fewer", *start, "model.architecture.vocab=319", "tokenizer.from=" + str(short(tmp_path)))
+
+
+def short(folder):
+    """The tokenizer with fewer ids than rows."""
+    made = tokenizer.train(["some words of text " * 20], 280, folder / "short")
+    return made.folder

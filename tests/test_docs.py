@@ -1,6 +1,7 @@
 """The documentation: what it shows can be typed, its keys exist, its links lead somewhere on both views, its messages are printed, its reference is whole."""
 
 import csv
+import datetime
 import importlib.util
 import itertools
 import json
@@ -123,6 +124,39 @@ def test_every_command_shown_is_one_that_can_be_typed(page, capsys):
         refused = any(command == one for _, one, _ in told())  # and shown to be
         wrong += [] if refused else [f"{command}\n    {problem}" for problem in _meant(options)]
     assert not wrong, "\n".join(wrong)
+
+
+def read_only():
+    """Words of every command shown that needs nothing but what is shipped, and changes nothing but a folder of its own; no refusal that is shown to be one."""
+    for command in sorted({command for _, command in SHOWN} - {command for _, command, _ in told()}):
+        words = _words(command)
+        free = any(word.isupper() or word.endswith((".toml", ".json", ".html")) for word in words[1:] if not word.startswith("-"))
+        elsewhere = {"--dry-run", "--top", "--report", "--decide", "--predict", "--calibrate"} & {*words}
+        listed = words[0] == "recipes" and words[1:2] != ["from-hub"]
+        if listed or (not free and (words[0] in ("sites", "schema") or (words[0] == "plan" and len(words) > 1 and not elsewhere))):
+            yield tuple(words)
+
+
+def test_the_commands_shown_that_only_read_do_what_they_say(tmp_path, monkeypatch, capsys):
+    """In this process, from a folder of their own. A model's page has one of each kind; the kinds are run of a third of the models, which differ by day."""
+    monkeypatch.chdir(tmp_path)
+    wanted, failed = sorted({*read_only()}), []
+    pages = sorted(load.shipped("recipes").glob("*/model.toml"))
+    day = datetime.datetime.now(datetime.UTC).toordinal()
+    left = {path.parent.name for index, path in enumerate(pages) if index % 3 != day % 3}
+    print(f"day {day}")
+    for words in wanted:
+        if len(words) > 2 and words[0] != "recipes" and words[1].partition("/")[0] in left:
+            continue
+        own = [str(tmp_path / f"{len(list(tmp_path.iterdir()))}.toml")] if words[:2] == ("recipes", "copy") else [*words[3:]]
+        try:
+            cli.main([*words[:3], *own])
+        except SystemExit as ended:
+            if ended.code:
+                failed.append(f"gigatrain {' '.join(words)}: {ended.code}: {capsys.readouterr().err.strip()[-300:]}")
+    assert ("recipes", "search", "french", "sft") in wanted
+    assert len(wanted) > 70
+    assert not failed, "\n".join(failed)
 
 
 def _meant(options):

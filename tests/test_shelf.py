@@ -42,6 +42,10 @@ def test_search_takes_every_word(capsys):
     assert "helium-1-2b/pretrain" not in found  # CC BY-SA
     assert "teuken-7b/pretrain" not in found  # of a Fraunhofer institute
     assert {row["family"] for row in json.loads(said(capsys, "search", "qwen3_moe", "--json"))} == {"qwen3_moe"}
+    for words in (("french", "sft"), ("Europe", "lora", "lucie"), ("german", "dpo"), ("swiss", "70b"), ("italian", "pretrain")):
+        assert said(capsys, "search", *words)
+    assert "lucie-7b/sft" in said(capsys, "search", "french", "sft")
+    assert "qwen" not in said(capsys, "search", "europe")
     assert 'did you mean "mixtral' in refused(capsys, "search", "mixtrl")
     assert "not all in one" in refused(capsys, "search", "lucie", "OLMo")
 
@@ -89,6 +93,26 @@ def test_a_config_of_ours_becomes_a_recipe_of_the_same_numbers(capsys, tmp_path,
         assert recipe.adapter is not None
         assert "(Apache 2.0)" in (tmp_path / out).read_text()
     assert tomllib.loads((tmp_path / "named.toml").read_text())["model"]["architecture"] == name
+
+
+def test_a_short_base_gets_short_samples_and_a_wrong_type_one_reason(capsys, tmp_path):
+    numbers = Architecture.model_validate_json(json.dumps(architectures.resolve("lucie-7b") | {"layers": 3}))
+    config = to_hf_config(numbers, bos=1, eos=2, pad=None, max_positions=64)
+    source = folder(tmp_path / "short", config)
+    for task in catalog.TASKS:
+        path, _ = shelf.from_hub(str(source), task, tmp_path / f"{task}.toml")
+        assert load.recipe(path).train.sequence == 64
+    wrong = folder(tmp_path / "wrong", config | {"num_hidden_layers": "three"})
+    said_of_it = refused(capsys, "from-hub", str(wrong), "-o", str(tmp_path / "c.toml"))
+    assert "layers" in said_of_it
+    assert "default factory" not in said_of_it
+    assert len(said_of_it) < 400
+    bare = tmp_path / "bare.toml"
+    bare.write_text((tmp_path / "sft.toml").read_text().partition("[model.architecture]")[0] + "[tokenizer]\nfrom = 'x'\n[data]\n"
+                    "sources = [{ kind = 'stdlib' }]\n[train]\nsteps = 1\nsequence = 8\nbatch = 1\n[optim]\nlr = 1e-3\n")  # fmt: skip
+    assert load.recipe(bare).model.architecture is None
+    with pytest.raises(RecipeError, match=r"has vocab and neither `family` nor `base`.*from-hub .*short. writes them out"):
+        load.recipe(bare, ["model.architecture.vocab=514"])
 
 
 @pytest.mark.parametrize("task", catalog.TASKS)

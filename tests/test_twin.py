@@ -1,6 +1,8 @@
 """The -tiny twins: the same shape of everything by rule, and each family trains, saves, resumes bitwise, and is exported as transformers computes it."""
 
+import datetime
 import json
+import random
 
 import pytest
 import twins
@@ -70,9 +72,34 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_lives(family, tmp_path, data):
-    assert "resumed bitwise" in twins.lives(f"{FAMILIES[family]}/pretrain-tiny", tmp_path, data)
+    assert "resumed bitwise" in twins.lives(f"{FAMILIES[family]}/continue-tiny", tmp_path, data)  # whose rope is stretched
 
 
 @pytest.mark.parametrize("task", ["continue", "sft", "lora", "dpo"])
 def test_a_task_lives(task, tmp_path, data):
     assert "resumed bitwise" in twins.lives(f"qwen3-0.6b/{task}-tiny", tmp_path, data)
+
+
+EACH_DAY = 5  # of all twins, about 3 s each; `python benchmarks/recipes.py --twins` trains every one
+
+
+def of_day(day):
+    """The twins of a day: all of them in an order that mixes models and tasks, five a day, so that every one has its turn within six weeks."""
+    everyone = [f"{model}/{task}{catalog.TWIN}" for model in catalog.models(ROOT) for task in catalog.facts(ROOT, model).tasks]
+    random.Random(0).shuffle(everyone)
+    return [everyone[(EACH_DAY * day + i) % len(everyone)] for i in range(EACH_DAY)]
+
+
+def test_every_twin_has_its_day():
+    everyone = {name for name in load.known() if "/" in name}
+    days = -(-len(everyone) // EACH_DAY)
+    assert days <= 42
+    for first in (0, 739_000):
+        assert {name.removesuffix(catalog.TWIN) for day in range(first, first + days) for name in of_day(day)} == everyone
+
+
+@pytest.mark.long
+def test_the_twins_of_the_day_live(tmp_path, data):
+    day = datetime.datetime.now(datetime.UTC).toordinal()
+    for name in of_day(day):
+        print(f"day {day}: {name}: {twins.lives(name, tmp_path / name.replace('/', '-'), data)}")

@@ -56,12 +56,14 @@ class Corpus:
     """A built corpus, opened: its manifest, the sources' weights, and the streams of tokens. Nothing is read before it is asked for.
 
     check: compare each shard's SHA-256 with the manifest when it is first opened, once (some 1 ms a megabyte, where it is read from).
+    embedded: rows of the embedding that its tokens are for; one that is read and has none is refused, as one that the tokenizer does not have.
     """
 
     folder: Path
     manifest: dict[str, Any]
     weights: tuple[float, ...]
     check: bool = True
+    embedded: int | None = None
     verified: set[str] = field(default_factory=set, repr=False, compare=False)  # prefixes of the shards that were compared
 
     @classmethod
@@ -100,8 +102,8 @@ class Corpus:
 
     @property
     def vocab(self) -> int:
-        """Highest token id + 1."""
-        return self.manifest["vocab"]
+        """Highest token id that a document can have, + 1."""
+        return min(self.manifest["vocab"], self.embedded or self.manifest["vocab"])
 
     @property
     def eos(self) -> int:

@@ -84,7 +84,7 @@ def values(
         assert isinstance(model, Auto)
         yield from autoweights.tensors(model, folder, boxes)
     else:
-        yield from hf.read_weights(arch, shapes, folder, part=part, boxes=boxes)
+        yield from hf.read_weights(arch, shapes, folder, part=part, boxes=boxes, grow=True)
 
 
 def _drawn(plan: Plan, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> Iterator[tuple[str, Tensor]]:
@@ -130,7 +130,7 @@ def base(plan: Plan, shapes: Mapping[str, tuple[int, ...]], boxes: Mapping[str, 
     on. Nothing of a box that is empty."""
     arch, boxes = plan.decoder, boxes or {}
     if plan.source is not None:
-        yield from hf.read_weights(arch, shapes, hf.locate(plan.source), boxes=boxes)
+        yield from hf.read_weights(arch, shapes, hf.locate(plan.source), boxes=boxes, grow=True)
         return
     for name, shape in shapes.items():
         if name not in boxes or 0 not in boxes[name][1]:

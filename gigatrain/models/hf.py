@@ -21,6 +21,7 @@ from torch import Tensor
 from gigatrain.architectures import Architecture
 from gigatrain.errors import CheckpointError
 from gigatrain.kernels import xielu
+from gigatrain.models import grown
 from gigatrain.models.decoder import Decoder
 from gigatrain.models.streamed import Held, Rows, Written, pieces, write
 
@@ -371,10 +372,12 @@ def read_weights(
     *,
     part: bool = False,
     boxes: Mapping[str, Box] | None = None,
+    grow: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """`(name in memory, whole tensor)` of every parameter in `shapes`, one in memory at a time; with `part`, the folder may hold others too.
 
-    Of a parameter in `boxes` only its box is read and given; nothing is of one that is empty.
+    Of a parameter in `boxes` only its box is read and given; nothing is of one that is empty. With `grow` embedding and head may have fewer rows on disk:
+    models/grown.py says what the others are.
 
     DeepSeek's files have layers behind the last one, of multi-token prediction: they are passed over, as transformers does.
 
@@ -393,6 +396,7 @@ def read_weights(
     if not part and (unexpected := sorted(found - set(wanted))):
         raise CheckpointError(f"{folder} holds {_some(unexpected)}, for which a {arch.family} of these numbers has no place")
     by_file: dict[Path, list[str]] = {}
+    fewer: set[str] = set()
     for name, path in files.items():
         by_file.setdefault(path, []).append(name)
     for path, names in by_file.items():
@@ -405,8 +409,12 @@ def read_weights(
                 if name in wanted:
                     parts = [s.shape(shapes[s.name]) for s in wanted[name]]
                     expected = (sum(p[0] for p in parts), *parts[0][1:])
-                    if shape != expected:
-                        raise CheckpointError(f"{name} is {list(shape)} in {path}, but {list(expected)} by the architecture's numbers")
+                    if grow and grown.fits(name, shape, expected):
+                        fewer.add(name)
+                    elif shape != expected:
+                        more = name in grown.NAMES and shape[1:] == expected[1:]
+                        way = f"; --set model.architecture.vocab={shape[0]}" if more else ""
+                        raise CheckpointError(f"{name} is {list(shape)} in {path}, but {list(expected)} by the architecture's numbers{way}")
     stacks, boxes = _Stacks(arch), boxes or {}
     for path, names in by_file.items():
         with _open(path) as file:
@@ -414,6 +422,10 @@ def read_weights(
                 if name not in wanted:
                     if name.endswith(tuple(_CONSTANTS)):
                         _check_constant(name, file.get_tensor(name))
+                    continue
+                if name in fewer:
+                    if 0 not in (box := boxes.get(name, ((0, 0), shapes[name])))[1]:
+                        yield name, grown.rows(file.get_slice(name), shapes[name], box)
                     continue
                 if all(s.name in boxes for s in wanted[name]):
                     yield from _boxed(file, name, wanted[name], shapes, boxes, stacks)
@@ -467,7 +479,8 @@ def reader(arch: Architecture, shapes: Mapping[str, tuple[int, ...]], folder: Pa
                 raise CheckpointError(f"{folder} lacks {disk}")
             with _open(files[disk]) as file:
                 found[disk] = file.get_tensor(disk)
-        return from_hf(found, arch)[name]
+        tensor = from_hf(found, arch)[name]
+        return grown.rows(tensor, shapes[name]) if grown.fits(name, tuple(tensor.shape), shapes[name]) else tensor
 
     return whole
 

@@ -99,6 +99,7 @@ OPERATIONAL = (
     "accumulation",
     "profile",
     "summary",
+    "roped",
     "data.folder",
     "data.workers",
     "max_bad_steps",
@@ -149,6 +150,7 @@ class Plan(Section):
     profile: Profile
     architecture: Architecture | Foreign
     source: str | None
+    roped: bool = False  # model.rope stands for the weights' own
     init: Init
     tokenizer: Tokenizer
     data: Data
@@ -376,6 +378,7 @@ def plan(
         profile=recipe.profile,
         architecture=architecture,
         source=None if recipe.model.fresh or (recipe.optim.source is not None and recipe.adapter is None) else recipe.model.source,
+        roped=recipe.model.rope is not None,
         init=recipe.model.init,
         tokenizer=recipe.tokenizer,
         data=recipe.data,
