@@ -82,7 +82,8 @@ def describe(objective: Objective) -> str:
         "adapter": "its reference is the model without its adapters, in every step",
     }
     reference = whose[objective.reference or "start"] if objective.refers else "no reference"
-    return f"{objective.kind}, beta {objective.strength:g}{f', nll {objective.nll:g}' if objective.nll else ''}; {reference}; {'an answer' if objective.kind == 'kto' else 'a pair'} is one target"
+    strength = f"beta {objective.strength:g}" + (f", nll {objective.nll:g}" if objective.nll else "")
+    return f"{objective.kind}, {strength}; {reference}; {'an answer' if objective.kind == 'kto' else 'a pair'} is one target"
 
 
 def passes(objective: Objective) -> int:
