@@ -132,7 +132,7 @@ def read_only():
         words = _words(command)
         free = any(word.isupper() or word.endswith((".toml", ".json", ".html")) for word in words[1:] if not word.startswith("-"))
         elsewhere = {"--dry-run", "--top", "--report", "--decide", "--predict", "--calibrate"} & {*words}
-        listed = words[0] == "recipes" and words[1:2] != ["from-hub"]
+        listed = words[0] == "recipes" and words[1:2] != ["from-hub"] and not any(word.isupper() for word in words)
         if listed or (not free and (words[0] in ("sites", "schema") or (words[0] == "plan" and len(words) > 1 and not elsewhere))):
             yield tuple(words)
 
