@@ -105,17 +105,15 @@ def _decide(options: argparse.Namespace) -> None:
 
 def _planned(options: argparse.Namespace) -> None:
     from gigatrain import load
-    from gigatrain.launching.size import by_budget, fed, kept, size
+    from gigatrain.launching.size import kept, size, size_of
     from gigatrain.planning import choose, top, words
     from gigatrain.planning.estimate import candidates
     from gigatrain.planning.expect import prospect
     from gigatrain.planning.plan import plan
 
     site, why = given.site(options.site)
-    recipe, asked = given.scheduled(load.recipe(options.recipe, options.set)), (options.nodes, options.gpus, options.megawatts)
-    asked = (by_budget(site, recipe), None, None) if asked == (None, None, None) else asked
-    sized = None if asked == (None, None, None) else size(site, *asked)
-    sized = fed(site, recipe, sized, options.megawatts)
+    recipe = given.scheduled(load.recipe(options.recipe, options.set))
+    sized = size_of(site, recipe, options.nodes, options.gpus, options.megawatts)
     recipe, constants = kept(recipe, options.megawatts), _constants(options.calibration, site)
     found = None
     if options.top or options.pilots:  # the recipe's own layout need not fit: the best one is planned
