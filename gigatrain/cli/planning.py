@@ -106,7 +106,7 @@ def _decide(options: argparse.Namespace) -> None:
 def _planned(options: argparse.Namespace) -> None:
     from gigatrain import load
     from gigatrain.launching.size import kept, size, size_of
-    from gigatrain.planning import choose, top, words
+    from gigatrain.planning import calibrate, choose, top, words
     from gigatrain.planning.estimate import candidates
     from gigatrain.planning.expect import prospect
     from gigatrain.planning.plan import plan
@@ -114,7 +114,8 @@ def _planned(options: argparse.Namespace) -> None:
     site, why = given.site(options.site)
     recipe = given.scheduled(load.recipe(options.recipe, options.set))
     sized = size_of(site, recipe, options.nodes, options.gpus, options.megawatts)
-    recipe, constants = kept(recipe, options.megawatts), _constants(options.calibration, site)
+    recipe = kept(recipe, options.megawatts)
+    constants = calibrate.applied(Path(options.calibration) if options.calibration is not None else None, site)
     found = None
     if options.top or options.pilots:  # the recipe's own layout need not fit: the best one is planned
         ranks = sized.ranks if sized else recipe.train.nproc or 1
@@ -218,17 +219,6 @@ def _calibrate(options: argparse.Namespace) -> None:
     out = options.out or "calibration.json"
     calibrate.write(found, Path(out))
     print(f"{found}\nwritten: {out}; apply it with gigatrain plan RECIPE --calibration {out}")
-
-
-def _constants(path: str | None, site: Any) -> Any:
-    """Of the estimate: as they ship, or on this site's accelerators as `--calibrate` found them."""
-    from gigatrain.planning.estimate.constants import VALUES
-
-    if path is None:
-        return VALUES
-    from gigatrain.planning import calibrate
-
-    return calibrate.constants_of(calibrate.read(Path(path)), site.accelerator or "cpu")
 
 
 PLAN = Command(
