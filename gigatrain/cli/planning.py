@@ -69,10 +69,6 @@ _PLANS = {
         "recipe", "set", "site", "gpus", "nodes", "megawatts", "top", "explain", "report", "pilots", "strict", "calibration", "dry_run", "json",
     },
 }  # fmt: skip
-_PLAN_FLAGS = {
-    "recipe": None, "set": [], "site": None, "gpus": None, "nodes": None, "megawatts": None, "pue": None, "top": None, "explain": False, "report": None,
-    "pilots": None, "decide": None, "strict": False, "calibrate": None, "calibration": None, "predict": None, "out": None, "dry_run": False, "json": False,
-}  # fmt: skip
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -88,7 +84,9 @@ def _plan(options: argparse.Namespace) -> None:
         way, run = "--megawatts without a site", _accelerators
     else:
         way, run = "a plan", _planned
-    said = {name for name, default in _PLAN_FLAGS.items() if getattr(options, name) != default}
+    unsaid = argparse.ArgumentParser()
+    _plan_arguments(unsaid)
+    said = {name for name, default in vars(unsaid.parse_args([])).items() if getattr(options, name) != default}
     if unread := sorted(said - _PLANS[way]):
         names = ", ".join("RECIPE" if name == "recipe" else f"--{name.replace('_', '-')}" for name in unread)
         raise PlanError(
