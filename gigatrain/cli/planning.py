@@ -1,7 +1,6 @@
 """plan, recipes, sites: what a run would do, on which machine, from which recipe; nothing is started."""
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -140,7 +139,7 @@ def _planned(options: argparse.Namespace) -> None:
         asked_for = Request(options.recipe, options.site or site.name, tuple(options.set))
         pilots = short.write(Path(options.pilots), found, asked_for, nodes=sized.nodes, measure=given.measured)
     if options.json:
-        tree = chosen.model_dump(mode="json", by_alias=True) | {"sha256": chosen.sha256, "size": dataclasses.asdict(sized)}
+        tree = chosen.model_dump(mode="json", by_alias=True) | {"sha256": chosen.sha256, "size": _fields(sized)}
         tree |= {"dry_run": tried.json()} if tried else {}
         print(json.dumps(tree | ({"layouts": candidates.tree(found)} if found else {}), indent=2))
         return
@@ -178,7 +177,7 @@ def _arithmetic(options: argparse.Namespace) -> None:
             "name a RECIPE (`gigatrain recipes` lists them); without one: --site S --explain, --predict FILE or --calibrate RUN"
         )
     found = megawatts.explain(load.site(options.site))
-    print(json.dumps(dataclasses.asdict(found), indent=2, default=_tree) if options.json else "\n".join(megawatts.explained(found)))
+    print(json.dumps(_fields(found), indent=2, default=_tree) if options.json else "\n".join(megawatts.explained(found)))
 
 
 def _accelerators(options: argparse.Namespace) -> None:
@@ -189,10 +188,16 @@ def _accelerators(options: argparse.Namespace) -> None:
     recipe = load.recipe(options.recipe, options.set)
     found = choose.accelerators(recipe, options.megawatts, pue, measure=given.measured)
     if options.json:
-        print(json.dumps([dataclasses.asdict(one) for one in found], indent=2, default=_tree))
+        print(json.dumps([_fields(one) for one in found], indent=2, default=_tree))
         return
     print("\n".join(megawatts.report(found, options.megawatts, pue)))
     print(f"the recipe's own step is of {recipe.train.batch:,} samples: a larger one is another recipe, which may learn less of each token")
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    from dataclasses import asdict  # here: with inspect it is a tenth of the start of every command
+
+    return asdict(record)
 
 
 def _tree(value: Any) -> Any:
