@@ -4,7 +4,11 @@ Triton 3.9's interpreter multiplies the bit patterns of bf16 operands in tl.dot,
 carry when it rounds to fp8. Here every cast from or to bf16 and fp8 is torch's, and tl.dot widens its operands first.
 """
 
+import inspect
+import math
 import os
+import types
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
@@ -61,3 +65,85 @@ def create_dot(self, a, b, c, *rest):
 for _name, _replacement in (("cast_impl", cast_impl), ("create_fp_to_fp", create_fp_to_fp), ("create_dot", create_dot)):
     assert hasattr(InterpreterBuilder, _name), f"triton's interpreter has no {_name}: is the correction still needed?"
     setattr(InterpreterBuilder, _name, _replacement)
+
+
+# ---- Faster: what the interpreter does again at every call of a function within a kernel, it does once ----
+
+_plain_patch, _plain_type = interpreter._patch_lang, interpreter._get_np_dtype
+_BOTH = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+_builtins: dict[int, list[tuple[str, object]]] = {}
+_patched: list[bool] = []  # while a kernel runs
+_types: dict[Any, np.dtype] = {}
+_POINTER = np.dtype(np.uint64)
+
+
+class _Scope(interpreter._LangPatchScope):
+    def restore(self) -> None:
+        super().restore()
+        _patched.clear()
+
+
+def _patch_lang(function):
+    """As triton's, but for both modules that kernels and the language's own functions see, and once for a kernel and all that it calls."""
+    if _patched:
+        return interpreter._LangPatchScope()
+    scope = _plain_patch(_BOTH)
+    scope.__class__ = _Scope
+    _patched.append(True)
+    return scope
+
+
+def _patch_builtin(module, builder, scope):
+    found = _builtins.get(id(module))
+    if found is None:
+        found = _builtins[id(module)] = [(name, one) for name, one in inspect.getmembers(module) if tl.core.is_builtin(one)]
+    for name, one in found:
+        interpreter._patch_attr(module, name, one, builder, scope)
+
+
+def _get_np_dtype(type_):
+    if isinstance(type_, tl.block_type):
+        type_ = type_.element_ty
+    if isinstance(type_, tl.pointer_type):
+        return _POINTER
+    found = _types.get(type_.name)
+    if found is None:
+        found = _types[type_.name] = _plain_type(type_)
+    return found
+
+
+# Whether a sum of integers leaves its type is computed with a dozen tensors, and looked at only where the interpreter is told to debug, which it is not.
+assert hasattr(interpreter.interpreter_semantic, "binary_op_sanitize_overflow_impl")
+interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = lambda lhs, rhs, binary_op: None
+
+_plain_block = tl.block_type.__init__
+_blocks: dict[tuple[int, tuple], dict] = {}  # what a type of a block is made of; holds its element's type, so that the key stays its own
+_shapes: dict[tuple[int, ...], tuple] = {}
+
+
+def block_type(self, element_ty, shape):
+    key = (id(element_ty), tuple(shape))
+    found = _blocks.get(key)
+    if found is None:
+        _plain_block(self, element_ty, shape)
+        _blocks[key] = dict(vars(self))
+    else:
+        vars(self).update(found)
+
+
+def tensor(self, handle, type):
+    """As triton's, whose shape and count of elements are made once for each shape."""
+    shape = type.shape if type.is_block() else ()
+    found = _shapes.get(shape)
+    if found is None:
+        found = _shapes[shape] = (tl.core.tuple([tl.constexpr(size) for size in shape]), tl.constexpr(math.prod(shape)))
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = found
+
+
+tl.block_type.__init__ = block_type  # type: ignore[method-assign]
+tl.tensor.__init__ = tensor  # type: ignore[method-assign]
+
+for _name in ("_patch_lang", "_patch_builtin", "_get_np_dtype"):
+    assert hasattr(interpreter, _name), f"triton's interpreter has no {_name}: is it slow still?"
+    setattr(interpreter, _name, globals()[_name])

@@ -54,7 +54,10 @@ def test_text_then_answers_then_which_answer(few, tmp_path, monkeypatch):
     preferred, held = went(
         "quickstart-dpo", tmp_path / "three", *start, "train.steps=20", "report.every=1", "optim.lr=1e-3", "data.validation=0.2"
     )
-    assert preferred[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # of a policy that is its reference: log 2
+    # A policy that is its reference: nothing is preferred, and the loss is log 2 and the recipe's share of the answers' own.
+    assert preferred[0]["reward_chosen"] == pytest.approx(0.0, abs=1e-2)
+    assert preferred[0]["margin"] == pytest.approx(0.0, abs=1e-2)
+    assert preferred[0]["loss"] > 0.6931
     assert preferred[-1]["loss"] < preferred[0]["loss"] - 0.05
     assert preferred[-1]["accuracy"] > 0.7
     assert (tmp_path / "three" / "export" / "model.safetensors").is_file()
