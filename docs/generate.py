@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from gigatrain import architectures, cli, errors, load, shelf  # noqa: E402
+from gigatrain import architectures, errors, load, shelf  # noqa: E402
 from gigatrain.architectures import Architecture  # noqa: E402
+from gigatrain.cli import parser  # noqa: E402
 from gigatrain.launching import restart  # noqa: E402
 from gigatrain.observe import prometheus  # noqa: E402
 from gigatrain.planning import hardware  # noqa: E402
@@ -181,7 +182,7 @@ def cell(text: str) -> str:
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """`gigatrain plan` -> its parser, the groups (`gigatrain bench`) left out."""
-    return dict(_parsers(cli._parser()))
+    return dict(_parsers(parser.build()))
 
 
 def _parsers(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:

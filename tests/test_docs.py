@@ -19,6 +19,7 @@ import jsonschema
 import pytest
 
 from gigatrain import cli, errors, load, shelf
+from gigatrain.cli import parser
 from gigatrain.launching import restart
 from gigatrain.observe import prometheus
 from gigatrain.planning import legs
@@ -60,8 +61,8 @@ def shown():
                 yield from ((name, line) for line in _lines(body))
         for code in re.findall(r"(?<!`)`(gigatrain [^`]+)`", HOOKS.prose(TEXT[name], lambda part: part)):
             yield from ((name, one) for one in _variants(code.replace("\\|", "|")))
-    for name, parser in MADE.parsers().items():
-        yield from ((f"{name} --help", line) for line in _lines(parser.description or ""))
+    for name, command in MADE.parsers().items():
+        yield from ((f"{name} --help", line) for line in _lines(command.description or ""))
 
 
 def _lines(body):
@@ -116,7 +117,7 @@ def test_every_command_shown_is_one_that_can_be_typed(page, capsys):
         if words[0] == "COMMAND" or " ".join(["gigatrain", *words]) in groups:
             continue  # of any command, or the name of one
         try:
-            options = cli._parser().parse_args(words)
+            options = parser.build().parse_args(words)
         except SystemExit as ended:
             said = capsys.readouterr().err.strip().splitlines()
             wrong += [f"{command}\n    {said[-1]}"] if ended.code else []

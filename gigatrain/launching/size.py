@@ -12,7 +12,7 @@ from gigatrain.errors import PlanError, SiteError
 from gigatrain.planning.budget import assumed, node_watts, shown, whole
 from gigatrain.site import Site
 
-__all__ = ["Size", "by_budget", "fed", "kept", "node_watts", "shown", "size", "whole"]
+__all__ = ["Size", "by_budget", "kept", "node_watts", "shown", "size", "size_of", "whole"]
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,16 @@ def by_budget(site: Site, recipe: Recipe) -> int | None:
     return next(fitting, most or None)
 
 
-def fed(site: Site, recipe: Recipe, sized: Size | None, megawatts: float | None) -> Size | None:
-    """The size of a job that was given in megawatts: no more nodes than they feed, and as many as the recipe's batch divides by."""
-    if megawatts is None or sized is None or sized.nodes is None:
+def size_of(site: Site, recipe: Recipe, nodes: int | None = None, gpus: int | None = None, megawatts: float | None = None) -> Size | None:
+    """The size of a run of the recipe: what was asked for, else what its own budget feeds (`by_budget`); None where neither says any.
+
+    Raises SiteError as `size` does. Of a size in megawatts: no more nodes than they feed, and as many as the recipe's batch divides by.
+    """
+    if (nodes, gpus, megawatts) == (None, None, None):
+        nodes = by_budget(site, recipe)
+        return None if nodes is None else size(site, nodes)
+    sized = size(site, nodes, gpus, megawatts)
+    if megawatts is None or sized.nodes is None:
         return sized
     nodes = by_budget(site, kept(recipe, megawatts))
     if nodes is None or nodes >= sized.nodes:

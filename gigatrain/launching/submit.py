@@ -24,7 +24,7 @@ from gigatrain.launching import hosts as ssh
 from gigatrain.launching import job as jobs
 from gigatrain.launching import kubernetes, restart, script, slurm
 from gigatrain.launching.job import Job
-from gigatrain.launching.size import Size, by_budget, fed, kept, shown, size
+from gigatrain.launching.size import Size, kept, shown, size, size_of
 from gigatrain.planning import cost, legs
 from gigatrain.planning.plan import Plan, plan
 from gigatrain.recovery import meeting
@@ -118,10 +118,7 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
     recipes = tuple(cached(load.recipe(request.recipe, [*request.overrides, *change]), site) for change in changes)
     name = recipes[0].name
     nodes, gpus = _here(request, site, recipes[0], hosts) if site.scheduler.kind in ("none", "ssh") else (request.nodes, request.gpus)
-    if (nodes, gpus, request.megawatts) == (None, None, None):
-        nodes = by_budget(site, recipes[0])
-    large = size(site, nodes=nodes, gpus=gpus, megawatts=request.megawatts)
-    large = fed(site, recipes[0], large, request.megawatts) or large
+    large = size_of(site, recipes[0], nodes, gpus, request.megawatts) or size(site)  # which says how to ask
     sized, recipes = recipes, tuple(kept(recipe, request.megawatts) for recipe in recipes)
     notes = tuple(
         f"--megawatts {one.power.megawatts:g} is also power.megawatts of the run, which keeps to it"

@@ -260,3 +260,8 @@ def constants_of(found: Calibration, chip: str, constants: Mapping[str, float] =
     if chip != found.chip:
         raise PlanError(f"the calibration is of runs on {found.chip}, and this plan is for {chip}: calibrate by runs on {chip}")
     return scaled(found.scalars, constants)
+
+
+def applied(path: Path | None, site: Site) -> Mapping[str, float]:
+    """The planner's constants for a site: as they ship, or as the file `path` has them of its accelerators."""
+    return VALUES if path is None else constants_of(read(path), site.accelerator or "cpu")
