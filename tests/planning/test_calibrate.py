@@ -71,6 +71,7 @@ def test_the_scalars_of_a_cluster_are_recovered(runs, tmp_path):
     calibrate.write(found, path)
     assert calibrate.read(path) == found
     constants = calibrate.constants_of(calibrate.read(path), "h100")
+    assert calibrate.applied(path, load.site("dgx-h100")) == constants != calibrate.applied(None, load.site("dgx-h100"))
     assert calibrate.observed(runs[3]).estimated_s(constants) == pytest.approx(found.runs[3].after_s, rel=1e-3)
     assert "communication" in str(found)
     with pytest.raises(PlanError, match="calibrate by runs on h200"):
