@@ -51,7 +51,7 @@ SETS = (
     "recovery.restarts=1000", "recovery.hang_floor_s=60", f"report.every={WINDOW}", 'report.trackers=["tensorboard"]',
 )  # fmt: skip
 EXPERTS = (f"model.architecture.{one}" for one in ("family=mixtral", "experts=4", "experts_per_token=2", "tied=false"))
-MODELS = {"moe": (*SETS, *EXPERTS), "dense": SETS}
+MODELS = {"moe": (*SETS, *EXPERTS, "loss.router_aux=0.02"), "dense": SETS}
 ENGINES = {
     "native": Engine("native", RANKS, (f"train.nproc={RANKS}",)),
     "zero2": Engine("zero2", RANKS, (f"train.nproc={RANKS}", "engine.name=deepspeed", "engine.zero=2")),
@@ -230,7 +230,8 @@ def judged(lab: Lab, calm: Ran, ran: Ran, steps: int) -> Iterator[Check]:
     yield "weights, optimizer, metrics, samples", why or f"{found.weights_sha256[:16]}, {len(found.tensors)} tensors", "bitwise", not why
     told = Counter(row["event"] for row in jsonl(run / "logs" / "restarts.jsonl"))
     again = told["restarted"]
-    yield "kills", f"{ran.kills}, {again} restarts in place", "each end is followed by a start", 0 < again == told["ended"] <= ran.kills
+    words = f"{ran.kills}, {told['ended']} starts ended by one, {again} times training again"
+    yield "kills", words, "in this order", 0 < again <= told["ended"] <= ran.kills
     for unit, most in (("MiB", MOST_MIB), ("files", MOST_FILES)):
         for how, one in (("undisturbed", calm), ("killed", ran)):
             more = gained(one.held[unit])
@@ -262,12 +263,13 @@ def judged(lab: Lab, calm: Ran, ran: Ran, steps: int) -> Iterator[Check]:
     value, text = collect(run), " ".join(Read(out.read_text(encoding="utf-8")).words) if not done.returncode else ""
     lacking = [word for word in ("faults", "goodput", "restart", "joule") if word not in text.lower()]
     why = done.stderr or ", ".join((*lacking, *value["missing"])) or value["summary_differs"]
-    yield "report", why or f"readable, {len(value['restarts'])} restarts", "as many", not why and len(value["restarts"]) == again
+    count = len(value["restarts"])
+    yield "report", why or f"readable, {count} restarts", "readable, as many restarts", not why and again <= count <= told["ended"]
     joules, drawn = json.loads((run / "summary.json").read_bytes())["energy"]["joules"]["device"] or 0.0, WATTS * wall_s
     well = abs(joules / drawn - 1) < 0.03 and joules <= 1.01 * ran.joules
     yield "joules", f"{joules:.0f} of {drawn:.0f} drawn meanwhile", "3 %, no more than from launch to exit", well
     words = ", ".join(f"{name} {sum(said)} of {len(said)}" for name, said in ran.scrapes.items())
-    counted = ran.last.partition("\ngigatrain_restarts{")[2].partition("\n")[0].endswith(f" {float(again)}")
+    counted = ran.last.partition("\ngigatrain_restarts{")[2].partition("\n")[0].endswith(f" {float(count)}")
     well = all(ran.scrapes["watch --serve"]) and any(ran.scrapes["report.prometheus"]) and counted
     yield "scrapers", words, "watch always, the run's own while it lives; restarts", well
     losses = scalars(run)
