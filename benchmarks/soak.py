@@ -51,7 +51,7 @@ SETS = (
     "recovery.restarts=1000", "recovery.hang_floor_s=60", f"report.every={WINDOW}", 'report.trackers=["tensorboard"]',
 )  # fmt: skip
 EXPERTS = (f"model.architecture.{one}" for one in ("family=mixtral", "experts=4", "experts_per_token=2", "tied=false"))
-MODELS = {"moe": (*SETS, *EXPERTS, "loss.router_aux=0.02"), "dense": SETS}
+MODELS = {"moe": (*SETS, *EXPERTS), "dense": SETS}
 ENGINES = {
     "native": Engine("native", RANKS, (f"train.nproc={RANKS}",)),
     "zero2": Engine("zero2", RANKS, (f"train.nproc={RANKS}", "engine.name=deepspeed", "engine.zero=2")),
