@@ -39,7 +39,7 @@ from test_report_page import Read  # noqa: E402
 from gigatrain.bench import faults  # noqa: E402
 from gigatrain.bench.subject import Broken, Engine, Lab, Subject, Undisturbed, committed, jsonl  # noqa: E402
 from gigatrain.launching import agent  # noqa: E402
-from gigatrain.observe import watch  # noqa: E402
+from gigatrain.observe import goodput  # noqa: E402
 from gigatrain.observe.report.collect import collect  # noqa: E402
 
 RANKS, KEEP, WINDOW, WATTS = 4, 2, 5, 40.0
@@ -157,8 +157,8 @@ def gained(series: dict[tuple[str, int], Points]) -> dict[str, float]:
 def prepared(folder: Path, model: str) -> Lab:
     """A lab whose recipe is ours, with bad documents among its files and records."""
     lab = Lab(folder, sets=MODELS[model])
-    lines = [part for path in sorted((folder / "corpus").glob("*.py")) for part in path.read_text().split("\n\n") if part.strip()]
-    records = [json.dumps({"text": part}).encode() for part in lines]
+    paths = sorted(path for path in (folder / "corpus").glob("*.py") if path.name not in BAD_FILES)
+    records = [json.dumps({"text": part}).encode() for path in paths for part in path.read_text().split("\n\n") if part.strip()]
     for number, line in enumerate(BAD_LINES):
         records.insert(100 * (number + 1), line)
     (folder / "records.jsonl").write_bytes(b"\n".join(records) + b"\n")
@@ -245,15 +245,18 @@ def judged(lab: Lab, calm: Ran, ran: Ran, steps: int) -> Iterator[Check]:
     yield "/dev/shm", f"{early:.0f} KiB, then {late:.0f}, {len(left)} left", "not 10 % more, none left", late <= 1.1 * early and not left
     most = 512 + 2 * steps + 64 * (again + 1)
     yield "run folder but checkpoints", f"{rest:.0f} KiB", f"{most} KiB: 512, 2 a step, 64 a start", rest <= most
-    events = ran.subject.events()
-    classes, wall_s = watch.classes(events), events[-1]["time_s"] - events[0]["time_s"]
+    events = [event for session in goodput.sessions_of(ran.subject.events()) for event in session]  # to the end of the one that finished it
+    classes, wall_s = goodput.classes(events), events[-1]["time_s"] - events[0]["time_s"]
     off, other = abs(sum(classes.values()) / wall_s - 1), classes["other"] / wall_s
     words = ", ".join(f"{name} {100 * spent / wall_s:.1f} %" for name, spent in classes.items() if spent > 0.0005 * wall_s)
     well = off <= 1e-3 and other <= MOST_OTHER
     yield "seconds by class", f"off by {100 * off:.3f} %: {words}", f"0.1 %, other {100 * MOST_OTHER:.0f} %", well
     path = next((lab.folder / "cache").rglob("skipped.jsonl"))
     skipped, lines = json.loads(path.with_name("manifest.json").read_bytes())["skipped"], (lab.folder / "records.jsonl").read_bytes()
-    names = {row["document"] for row in jsonl(path)} ^ {*BAD_FILES, *(f"records.jsonl:{lines.index(line)}" for line in BAD_LINES)}
+    names = {row["document"] for row in jsonl(path)} ^ {
+        *(f"{name}:0" for name in BAD_FILES),
+        *(f"records.jsonl:{lines.index(line)}" for line in BAD_LINES),
+    }
     yield "bad documents", f"{skipped}, {len(names)} named wrongly", f"{BAD}", skipped == BAD and not names
     if ran.planted:
         faulty = Counter(row.get("class") for row in jsonl(run / "numerics.jsonl"))
@@ -329,7 +332,7 @@ def main() -> int:
                 out.writerow(COLUMNS)
             for model, name in legs:
                 print(f"{model}, {name}", flush=True)
-                draw, mtbf_s = random.Random(f"soak {options.seed} {model} {name}"), min(options.mtbf, budget_s / 12)
+                draw, mtbf_s = random.Random(f"soak {options.seed} {model} {name}"), min(options.mtbf, budget_s / 8)
                 try:
                     steps, kills, checks = leg(prepared(work / model, model), ENGINES[name], shm / model, tree, budget_s, draw, mtbf_s)
                 except Broken as failure:
