@@ -211,7 +211,7 @@ def trained(
                 nans.pop(0)
                 ran.planted += 1
                 subject.order(draw.randrange(RANKS), do="nan")
-            if now >= due:
+            if now >= due and not subject.finished():
                 ran.kill(draw.randrange(RANKS))
                 due = now + draw.expovariate(1 / mtbf_s)
         time.sleep(0.02)
@@ -245,7 +245,8 @@ def judged(lab: Lab, calm: Ran, ran: Ran, steps: int) -> Iterator[Check]:
     yield "/dev/shm", f"{early:.0f} KiB, then {late:.0f}, {len(left)} left", "not 10 % more, none left", late <= 1.1 * early and not left
     most = 512 + 2 * steps + 64 * (again + 1)
     yield "run folder but checkpoints", f"{rest:.0f} KiB", f"{most} KiB: 512, 2 a step, 64 a start", rest <= most
-    events = [event for session in goodput.sessions_of(ran.subject.events()) for event in session]  # to the end of the one that finished it
+    sessions = goodput.sessions_of(ran.subject.events())  # to the end of the one that finished it: a rank may be killed as it leaves
+    events = [event for session in sessions for event in session]
     classes, wall_s = goodput.classes(events), events[-1]["time_s"] - events[0]["time_s"]
     off, other = abs(sum(classes.values()) / wall_s - 1), classes["other"] / wall_s
     words = ", ".join(f"{name} {100 * spent / wall_s:.1f} %" for name, spent in classes.items() if spent > 0.0005 * wall_s)
@@ -267,7 +268,7 @@ def judged(lab: Lab, calm: Ran, ran: Ran, steps: int) -> Iterator[Check]:
     lacking = [word for word in ("faults", "goodput", "restart", "joule") if word not in text.lower()]
     why = done.stderr or ", ".join((*lacking, *value["missing"])) or value["summary_differs"]
     count = len(value["restarts"])
-    yield "report", why or f"readable, {count} restarts", "readable, as many restarts", not why and again <= count <= told["ended"]
+    yield "report", why or f"readable, {count} restarts", "as progress.jsonl has", not why and count == len(sessions) - 1
     joules, drawn = json.loads((run / "summary.json").read_bytes())["energy"]["joules"]["device"] or 0.0, WATTS * wall_s
     well = abs(joules / drawn - 1) < 0.03 and joules <= 1.01 * ran.joules
     yield "joules", f"{joules:.0f} of {drawn:.0f} drawn meanwhile", "3 %, no more than from launch to exit", well

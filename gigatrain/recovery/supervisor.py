@@ -461,7 +461,7 @@ class Supervisor:
             if last["time_s"] < attempt_s or (last["event"] == "end" and last.get("why") == "finished"):
                 return  # none of these ranks came to a word: the time is of no process; and what follows a finished run's end is no part of it
             row = {name: last[name] for name in ("attempt", "ranks", "process")}
-            line = json.dumps({"time_s": round(time.time(), 3), "event": "end"} | row | {"why": why}) + "\n"
+            line = json.dumps({"time_s": round(time.time(), 3), "event": "end"} | row | {"why": why, "killed": True}) + "\n"
             with path.open("ab") as file:
                 file.write(line.encode())
 

@@ -98,7 +98,9 @@ def test_a_death_is_told_of_the_process_that_it_ended(tmp_path, rows, told):
     one._began_s, one._attempt = 50.0, _Attempt(1, 0, 200.0)
     one._close_session("rank 0 was ended by SIGKILL")
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(row["event"], row.get("why")) for row in found[len(events) :]] == [("end", "rank 0 was ended by SIGKILL")] * told
+    assert [(row["event"], row["why"], row["killed"]) for row in found[len(events) :]] == [
+        ("end", "rank 0 was ended by SIGKILL", True)
+    ] * told
 
 
 def test_a_socket_listens_on_its_address_alone():
