@@ -6,7 +6,7 @@
 A leg is one recipe on four processes, trained twice for the same steps: undisturbed, then with ranks killed (SIGKILL, started again in place) at exponential
 times and, on the native engine, gradients that are no numbers. Both pack documents, of which some are bad, keep checkpoints behind training and in /dev/shm,
 measure a package of 40 W in a tree of files, write TensorBoard, and are scraped by two readers of Prometheus. Memory is what is a process's own (RssAnon,
-RssShmem). A leak is what the straight line through the last two thirds of the looks gains over them. `judged` has all that is promised; the command ends with
+RssShmem), and a leak what it gains once it is WARM_S old, while its allocators fill. `judged` has all that is promised; the command ends with
 9 where one promise is broken, and its folder stays. Moments and ranks are drawn from --seed.
 """
 
@@ -43,7 +43,7 @@ from gigatrain.observe import goodput  # noqa: E402
 from gigatrain.observe.report.collect import collect  # noqa: E402
 
 RANKS, KEEP, WINDOW, WATTS = 4, 2, 5, 40.0
-LOOK_S, SCRAPE_S, AGE_S = 0.5, 2.0, 3.0  # AGE_S: how old ranks of two starts are when they are compared
+LOOK_S, SCRAPE_S, WARM_S, AGE_S = 0.5, 2.0, 40.0, 3.0  # AGE_S: how old ranks of two starts are when they are compared
 PART, TRIAL = 0.36, 40  # of a leg's time for the undisturbed run, the killed one takes longer; steps that tell how long one takes
 MOST_MIB, MOST_FILES, MOST_OTHER = 4.0, 2.0, 0.05
 SETS = (
@@ -106,11 +106,8 @@ class Ran:
                 self.held["MiB"][key].append((now, kib / 1024))
                 self.held["files"][key].append((now, count))
         assert self.subject.command is not None
-        counts = {
-            "children": agent.children(self.subject.command.pid),
-            "checkpoints": committed(run),
-            "near": [*self.near.glob("*/step-*")],
-        }
+        children, near = agent.children(self.subject.command.pid), list(self.near.glob("*/step-*"))
+        counts = {"children": children, "checkpoints": committed(run), "near": near}
         sizes = {"near_kib": kib_of(self.near), "rest_kib": kib_of(run, without="checkpoints")}
         self.folders.append({name: len(found) for name, found in counts.items()} | sizes)
 
@@ -134,10 +131,10 @@ def kib_of(folder: Path, without: str = "") -> float:
 
 
 def grown(points: Points) -> float | None:
-    """What the straight line through the last two thirds gains over them; None of fewer than 8 points."""
-    first, last = points[0][0], points[-1][0]
-    told = [point for point in points if point[0] >= first + (last - first) / 3]
-    return statistics.linear_regression(*zip(*told, strict=True)).slope * (last - told[0][0]) if len(told) >= 8 else None
+    """What points gain from the first to the last, by the median slope of those that are half of them apart; None of fewer than 8."""
+    half = len(points) // 2
+    slopes = [(late - early) / (to - since) for (since, early), (to, late) in zip(points, points[half:], strict=False)]
+    return statistics.median(slopes) * (points[-1][0] - points[0][0]) if half >= 4 else None
 
 
 def gained(series: dict[tuple[str, int], Points]) -> dict[str, float]:
@@ -145,7 +142,8 @@ def gained(series: dict[tuple[str, int], Points]) -> dict[str, float]:
     found: dict[str, float] = {}
     young: dict[str, Points] = defaultdict(list)
     for (name, _), points in series.items():
-        if points[-1][0] - points[0][0] > 20 and (more := grown(points)) is not None:
+        warm = [(x, y) for x, y in points if x >= points[0][0] + WARM_S]
+        if warm and warm[-1][0] - warm[0][0] > 10 and (more := grown(warm)) is not None:
             kind = name.partition(" ")[0]
             found[kind] = max(found.get(kind, more), more)
         if name.startswith("rank ") and (at := next((y for x, y in points if x >= points[0][0] + AGE_S), None)) is not None:
@@ -237,7 +235,9 @@ def judged(lab: Lab, calm: Ran, ran: Ran, steps: int) -> Iterator[Check]:
             more = gained(one.held[unit])
             words = ", ".join(f"{kind} {value:+.2f}" for kind, value in sorted(more.items()))
             yield f"{unit} gained, {how}", words or "too short", f"{most:g}", max(more.values()) <= most if more else None
-    for what, most in (("children", RANKS + 2), ("checkpoints", KEEP + 1), ("near", 3)):
+    late = statistics.median(row["children"] for row in ran.folders[len(ran.folders) // 2 :])
+    yield "children of the supervisor", f"{late:.0f} in the second half", f"{RANKS + 1}, dead ones included", late <= RANKS + 1
+    for what, most in (("checkpoints", KEEP + 1), ("near", 3)):
         largest = max(row[what] for row in ran.folders)
         yield f"{what} at once", f"{largest:.0f}", f"{most}", largest <= most
     near, rest, left = [row["near_kib"] for row in ran.folders], ran.folders[-1]["rest_kib"], [*ran.near.glob("*/*")]
@@ -313,13 +313,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="of all legs together, about (default: %(default)g)")
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--models", choices=(*MODELS, "both"), default="both")
-    parser.add_argument(
-        "--mtbf", type=float, default=20.0, help="seconds between two kills on average; less in the short form (default: %(default)g)"
-    )
+    parser.add_argument("--mtbf", type=float, default=20.0, help="seconds between kills, less in the short form (default: %(default)g)")
     parser.add_argument("--work", type=Path, help="a folder that stays (default: one of /tmp, which goes where all is well)")
-    parser.add_argument(
-        "--csv", type=Path, default=ROOT / "benchmarks" / "results" / "soak.csv", help="rows are appended (default: %(default)s)"
-    )
+    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "soak.csv", help="to which rows are added")
     options = parser.parse_args()
     legs = [(model, name) for model in MODELS for name in ENGINES if options.models in (model, "both")]
     work, shm = (options.work or Path(tempfile.mkdtemp(prefix="gigatrain-soak-"))).absolute(), Path(tempfile.mkdtemp(dir="/dev/shm"))
