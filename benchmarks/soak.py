@@ -6,8 +6,8 @@
 A leg is one recipe on four processes, trained twice for the same steps: undisturbed, then with ranks killed (SIGKILL, started again in place) at exponential
 times and, on the native engine, gradients that are no numbers. Both pack documents, of which some are bad, keep checkpoints behind training and in /dev/shm,
 measure a package of 40 W in a tree of files, write TensorBoard, and are scraped by two readers of Prometheus. Memory is what is a process's own (RssAnon,
-RssShmem), and a leak what it gains once it is WARM_S old, while its allocators fill. `judged` has all that is promised; the command ends with
-9 where one promise is broken, and its folder stays. Moments and ranks are drawn from --seed.
+RssShmem), and a leak what it gains once it is WARM_S old, while its allocators fill. `judged` has all that is promised; the command ends with 9 where one
+promise is broken, and its folder stays. Moments and ranks are drawn from --seed.
 """
 
 import argparse
@@ -235,14 +235,18 @@ def judged(lab: Lab, calm: Ran, ran: Ran, steps: int) -> Iterator[Check]:
             more = gained(one.held[unit])
             words = ", ".join(f"{kind} {value:+.2f}" for kind, value in sorted(more.items()))
             yield f"{unit} gained, {how}", words or "too short", f"{most:g}", max(more.values()) <= most if more else None
-    late = statistics.median(row["children"] for row in ran.folders[len(ran.folders) // 2 :])
-    yield "children of the supervisor", f"{late:.0f} in the second half", f"{RANKS + 1}, dead ones included", late <= RANKS + 1
-    for what, most in (("checkpoints", KEEP + 1), ("near", 3)):
-        largest = max(row[what] for row in ran.folders)
-        yield f"{what} at once", f"{largest:.0f}", f"{most}", largest <= most
-    near, rest, left = [row["near_kib"] for row in ran.folders], ran.folders[-1]["rest_kib"], [*ran.near.glob("*/*")]
-    early, late = (max(part) for part in (near[: len(near) // 2], near[len(near) // 2 :]))
-    yield "/dev/shm", f"{early:.0f} KiB, then {late:.0f}, {len(left)} left", "not 10 % more, none left", late <= 1.1 * early and not left
+    for what, most, of in (("children", RANKS + 1, statistics.median), ("checkpoints", KEEP + 1, max), ("near", 3, max)):
+        count = of([row[what] for row in ran.folders])
+        yield f"{what} at once, {of.__name__}", f"{count:.0f}", f"{most}", count <= most
+    each = [row["near_kib"] / row["near"] for row in ran.folders if row["near"]]  # KiB of a step
+    early, late = (max(part, default=0.0) for part in (each[: len(each) // 2], each[len(each) // 2 :]))
+    rest, left = ran.folders[-1]["rest_kib"], [*ran.near.glob("*/*")]
+    yield (
+        "/dev/shm",
+        f"{early:.0f} KiB a step, then {late:.0f}, {len(left)} left",
+        "not 10 % more, none left",
+        late <= 1.1 * early and not left,
+    )
     most = 512 + 2 * steps + 64 * (again + 1)
     yield "run folder but checkpoints", f"{rest:.0f} KiB", f"{most} KiB: 512, 2 a step, 64 a start", rest <= most
     sessions = goodput.sessions_of(ran.subject.events())  # to the end of the one that finished it: a rank may be killed as it leaves
@@ -254,10 +258,8 @@ def judged(lab: Lab, calm: Ran, ran: Ran, steps: int) -> Iterator[Check]:
     yield "seconds by class", f"off by {100 * off:.3f} %: {words}", f"0.1 %, other {100 * MOST_OTHER:.0f} %", well
     path = next((lab.folder / "cache").rglob("skipped.jsonl"))
     skipped, lines = json.loads(path.with_name("manifest.json").read_bytes())["skipped"], (lab.folder / "records.jsonl").read_bytes()
-    names = {row["document"] for row in jsonl(path)} ^ {
-        *(f"{name}:0" for name in BAD_FILES),
-        *(f"records.jsonl:{lines.index(line)}" for line in BAD_LINES),
-    }
+    places = {f"records.jsonl:{lines.index(line)}" for line in BAD_LINES} | {f"{name}:0" for name in BAD_FILES}
+    names = {row["document"] for row in jsonl(path)} ^ places
     yield "bad documents", f"{skipped}, {len(names)} named wrongly", f"{BAD}", skipped == BAD and not names
     if ran.planted:
         faulty = Counter(row.get("class") for row in jsonl(run / "numerics.jsonl"))
