@@ -241,12 +241,8 @@ def judged(lab: Lab, calm: Ran, ran: Ran, steps: int) -> Iterator[Check]:
     each = [row["near_kib"] / row["near"] for row in ran.folders if row["near"]]  # KiB of a step
     early, late = (max(part, default=0.0) for part in (each[: len(each) // 2], each[len(each) // 2 :]))
     rest, left = ran.folders[-1]["rest_kib"], [*ran.near.glob("*/*")]
-    yield (
-        "/dev/shm",
-        f"{early:.0f} KiB a step, then {late:.0f}, {len(left)} left",
-        "not 10 % more, none left",
-        late <= 1.1 * early and not left,
-    )
+    well = late <= 1.1 * early and not left
+    yield "/dev/shm", f"{early:.0f} KiB a step, then {late:.0f}, {len(left)} left", "not 10 % more, none left", well
     most = 512 + 2 * steps + 64 * (again + 1)
     yield "run folder but checkpoints", f"{rest:.0f} KiB", f"{most} KiB: 512, 2 a step, 64 a start", rest <= most
     sessions = goodput.sessions_of(ran.subject.events())  # to the end of the one that finished it: a rank may be killed as it leaves
