@@ -196,6 +196,8 @@ def _steps(
             kept, power = _taken(found, batches, this, display)
         _check_ahead(plan, this)
         if this.step == plan.steps and (folder / "summary.json").is_file():
+            near.finish()  # the process that finished may have been killed before it had cleaned up
+            energy.complete = True
             return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if mesh.rank == 0:
             run.claim(plan, folder, this)

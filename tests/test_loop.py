@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import distributed
 
 from gigatrain import load, loop, run
 from gigatrain.checkpoint import Checkpoints
@@ -22,6 +23,7 @@ from gigatrain.engines.native import Native
 from gigatrain.errors import CheckpointError, DataError, RunError
 from gigatrain.observe.display import Display
 from gigatrain.planning.plan import plan
+from gigatrain.recovery import meeting
 
 
 def planned(tiny, *overrides):
@@ -553,6 +555,21 @@ def test_no_secret_of_the_environment_is_written(tiny, tmp_path, monkeypatch):
 def test_every_tracker_is_reached_by_name_or_refused_with_a_way_out(tiny, tmp_path):
     with pytest.raises(RunError, match=r"report.trackers.*trackio.*--set report.trackers=\[\]"):
         trained(tiny, tmp_path / "run", 'report.trackers=["trackio"]')
+
+
+def test_trackers_of_a_lone_rank_that_has_a_supervisor_meet_nobody(tiny, tmp_path, monkeypatch):
+    """Its environment names a port, which its supervisor holds: accelerate would listen there, and the run would not start."""
+    from accelerate import PartialState
+
+    with meeting.listening("127.0.0.1") as held:
+        names = ("127.0.0.1", held.getsockname()[1], 0, 0, 1)
+        for name, value in zip(("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"), names, strict=True):
+            monkeypatch.setenv(name, str(value))
+        PartialState._reset_state()  # of a test before this one
+        assert trained(tiny, tmp_path / "run", "train.steps=2", 'report.trackers=["tensorboard"]')
+    assert not distributed.is_initialized()
+    assert os.environ["LOCAL_RANK"] == "0"
+    assert list((tmp_path / "run").rglob("*tfevents*"))
 
 
 def test_tensorboard_holds_the_numbers_of_the_metrics(tiny, tmp_path):

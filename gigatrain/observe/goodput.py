@@ -60,6 +60,11 @@ def goodput_of(
                 seconds["redone"] += trained * (1 - kept)
                 at = step
         seconds["starting"] += max(0.0, starting)
+        if began and session[-1].get("killed"):  # by its supervisor's word: what it did since its own last one is lost
+            lived, ends = ([event for event in session if (event["event"] == "end") is last] for last in (False, True))
+            told = [event["seconds"] for event in ends if isinstance(event.get("seconds"), dict)]
+            said_s = sum(number(spent, what) or 0.0 for spent in told for what in TOLD)
+            seconds["stopped"] += max(0.0, session[-1]["time_s"] - lived[-1]["time_s"] - said_s)
         if index:
             seconds["stopped"] += max(0.0, session[0]["time_s"] - sessions[index - 1][-1]["time_s"])
     end = sessions[-1][-1]["time_s"]

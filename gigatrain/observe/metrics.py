@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from gigatrain.checkpoint import write_text
 from gigatrain.errors import RunError
@@ -241,8 +241,14 @@ def _trackers(plan: Plan, folder: Path, step: int) -> list[Any]:
     """The trackers that the plan names, through accelerate's tracker interface."""
     if not plan.report.trackers:
         return []
-    from accelerate import tracking  # 0.3 s
+    from accelerate import PartialState, tracking  # 0.3 s
 
+    if not distributed.is_initialized():  # else it would meet others by a lone rank's environment, whose port its supervisor holds
+        hidden = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+        try:
+            PartialState(cpu=True)
+        finally:
+            os.environ.update(hidden)
     flat = {"plan_sha256": plan.sha256, "name": plan.name, "site": plan.site, "parameters": plan.parameters, "steps": plan.steps}
     found = []
     for name in plan.report.trackers:

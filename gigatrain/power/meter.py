@@ -23,6 +23,7 @@ from gigatrain.planning.watts import Watts
 from gigatrain.power.parts import Parts, composed, described
 from gigatrain.power.reading import BIN_S, FIELDS, Source, Taken
 from gigatrain.power.track import LOST_S, MICRO, SLOWEST_S, Drawn, Track
+from gigatrain.recovery import board
 
 SETTLE_S = 1.0  # how often looks are added up, if nobody asks
 SAVE_S = 8.0  # how often the carry file is written, if nobody asks
@@ -392,9 +393,10 @@ def _read(path: Path) -> bytes:
 
 
 def _job() -> str | None:
-    """Of this allocation: a job that was queued again keeps its number, and its nodes were others' meanwhile."""
+    """Who holds this node from one process to the next: an allocation (a job that was queued again keeps its number, and its nodes were others' meanwhile),
+    or without one the supervisor that starts ranks again in place. None: nobody."""
     number = os.environ.get("SLURM_JOB_ID")
-    return None if number is None else f"{number}.{os.environ.get('SLURM_RESTART_COUNT') or 0}"
+    return os.environ.get(board.SPAWNED) if number is None else f"{number}.{os.environ.get('SLURM_RESTART_COUNT') or 0}"
 
 
 def _called(source: Source) -> str:

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 BOARD = "GIGATRAIN_BOARD"  # the environment's: the descriptor of the page, of a rank that has a supervisor
-SPAWNED = "GIGATRAIN_SPAWNED"  # tells a rank that its supervisor says for all of them why they failed
+SPAWNED = (
+    "GIGATRAIN_SPAWNED"  # names a rank's supervisor, which says for all of them why they failed, and holds the node from start to start
+)
 LEAVING = "leaving"  # the phase of a rank that has no clock any more
 CELLS = 16
 COPY_S = 0.1

@@ -14,7 +14,7 @@ from pathlib import Path
 from gigatrain.errors import RunError
 
 COLLECTIVE_S = 600.0  # of a collective: a rank that died must not hold the others for torch's half an hour
-TOKEN = "GIGATRAIN_TOKEN"
+TOKEN = "GIGATRAIN_MEETING_TOKEN"  # not GIGATRAIN_TOKEN: who scrapes metrics (observe/prometheus.py) is no rank
 LISTEN = "GIGATRAIN_LISTEN"  # the descriptor of a socket that listens already, which rank 0 takes over
 ROUND = "GIGATRAIN_ROUND"  # starts of the ranks within one attempt of a job, from 0
 _SIOCGIFADDR = 0x8915  # of Linux: the IPv4 address of an interface

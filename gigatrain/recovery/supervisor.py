@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import json
 import os
+import secrets
 import select
 import signal
 import sys
@@ -127,7 +128,7 @@ class Supervisor:
             found.pop(name, None)
         meeting.unset(found)
         return found | {
-            board.SPAWNED: "1",
+            board.SPAWNED: secrets.token_hex(8),
             "MASTER_ADDR": "127.0.0.1",
             meeting.TOKEN: meeting.token(self.orders.run) or meeting.new_token(),
             board.BOARD: str(self._board.descriptor),
@@ -456,10 +457,11 @@ class Supervisor:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
                 rows = [json.loads(line) for line in file.read().splitlines()[-2:] if line.endswith(b"}")]
             last = rows[-1]
-            if last["time_s"] < self._began_s:
-                return
+            attempt_s = self._attempt.began_s if self._attempt else self._began_s
+            if last["time_s"] < attempt_s or (last["event"] == "end" and last.get("why") == "finished"):
+                return  # none of these ranks came to a word: the time is of no process; and what follows a finished run's end is no part of it
             row = {name: last[name] for name in ("attempt", "ranks", "process")}
-            line = json.dumps({"time_s": round(time.time(), 3), "event": "end"} | row | {"why": why}) + "\n"
+            line = json.dumps({"time_s": round(time.time(), 3), "event": "end"} | row | {"why": why, "killed": True}) + "\n"
             with path.open("ab") as file:
                 file.write(line.encode())
 

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 
@@ -113,6 +114,9 @@ def test_a_killed_run_goes_on_from_its_nodes_own_folders_and_ends_bitwise_equal(
     assert summary["resumes"][0] == 10
     assert summary["weights_sha256"] == undisturbed
     assert not list((tmp_path / "near").glob("*/*")), "a run that ends cleans up"
+    assert train(tiny, folder, start="resume")[1] == summary
+    assert not list((tmp_path / "near").glob("*/*")), "and who finds it finished"
+    assert not list(Path(tempfile.gettempdir()).glob(f"gigatrain-energy-{run.identity(folder)['id']}-*"))
 
 
 def test_a_lost_node_costs_no_step_since_its_peer_has_its_pieces(tiny, undisturbed, tmp_path):

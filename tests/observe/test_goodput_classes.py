@@ -54,6 +54,16 @@ def test_they_add_up_wherever_a_kill_cuts_the_file(cut):
     assert min(classes(rows).values()) >= 0
 
 
+def test_what_a_killed_process_did_after_its_last_report_is_stopped_whoever_tells_its_end():
+    killed = row(118.5, "end", why="rank 1 of 4 was ended by SIGKILL", killed=True)
+    failed = row(117.5, "end", why="RuntimeError", seconds={"data": 0.5})
+    assert classes([*ROWS[:4], killed, *ROWS[4:]]) == pytest.approx(classes(ROWS))  # as where nobody tells it
+    found = classes([*ROWS[:4], failed, killed, *ROWS[4:]])
+    assert (found["stopped"], found["data"]) == pytest.approx((13.5, 1.0))
+    alone = classes([row(100.0, "start"), row(103.0, "end", why="rank 0 was ended before its first step", killed=True), *ROWS[4:]])
+    assert (alone["starting"], alone["stopped"]) == pytest.approx((3.0 + 3.0 - 1.25, 27.0))
+
+
 @pytest.mark.parametrize("set_s", [-3600, 3600])
 def test_they_add_up_where_a_clock_was_set(set_s):
     rows = [one | {"time_s": one["time_s"] + set_s * (index > 2)} for index, one in enumerate(ROWS)]

@@ -554,8 +554,11 @@ def test_a_counter_that_went_round_just_before_the_end_is_taken_up_where_it_was_
     assert summed(takes).device_measured_mj == pytest.approx(1000 * 23_000, abs=200)
 
 
-def test_in_a_held_allocation_the_counters_tell_what_was_drawn_meanwhile(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
+@pytest.mark.parametrize("holds", ["SLURM_JOB_ID", "GIGATRAIN_SPAWNED"])
+def test_in_a_held_allocation_the_counters_tell_what_was_drawn_meanwhile(tmp_path, monkeypatch, holds):
+    """By a job, or by the supervisor of a command that starts its ranks again in place."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv(holds, "17")
     clock, carry = Clock(), tmp_path / "carry.json"
     killed = held(clock, carry)
     pass_by(killed, clock, 20)

@@ -10,7 +10,10 @@ import pytest
 from commands import training
 
 from gigatrain import run
+from gigatrain.config import Recovery
+from gigatrain.observe import prometheus
 from gigatrain.recovery import cause, meeting
+from gigatrain.recovery.supervisor import Orders, Supervisor, _Attempt
 
 SETS = ("train.nproc=2", "train.steps=24", "train.batch=8", "validation.every=0", "train.deterministic=true")
 
@@ -60,6 +63,44 @@ def test_a_token_that_others_can_read_is_refused(tmp_path, monkeypatch):
     path.chmod(0o644)
     with pytest.raises(meeting.RunError, match="chmod 600"):
         meeting.token(tmp_path)
+
+
+def supervisor(folder):
+    return Supervisor(Orders(folder, ["train"], 2, "continue", Recovery(standby=False)))
+
+
+def test_who_scrapes_metrics_is_no_rank(tmp_path, monkeypatch):
+    """The ranks' secret is of ranks: the server of a run's metrics takes another, which its user can read."""
+    for name in (meeting.TOKEN, "GIGATRAIN_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (given := supervisor(tmp_path)._environment).items():
+        monkeypatch.setenv(name, value)
+    said, where = prometheus.token(tmp_path)
+    assert where == str(tmp_path / "logs" / "prometheus.token")
+    assert said not in given.values()
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([("start", 201.0), ("steps", 202.0)], True),
+        ([("start", 201.0), ("end", 202.0, "RuntimeError")], True),  # that another is gone: the supervisor knows which
+        ([("start", 101.0), ("end", 103.0, "rank 1 was ended by SIGKILL")], False),  # of the attempt before: these ranks came to no word
+        ([("start", 201.0), ("end", 202.0, "finished")], False),  # what follows is no part of it
+    ],
+)
+def test_a_death_is_told_of_the_process_that_it_ended(tmp_path, rows, told):
+    (tmp_path / "logs").mkdir()
+    path, known = tmp_path / "logs" / "progress.jsonl", {"attempt": 0, "ranks": 2, "process": "a"}
+    events = [{"event": event, "time_s": time_s} | known | ({"why": why[0]} if why else {}) for event, time_s, *why in rows]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    one = supervisor(tmp_path)
+    one._began_s, one._attempt = 50.0, _Attempt(1, 0, 200.0)
+    one._close_session("rank 0 was ended by SIGKILL")
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["event"], row["why"], row["killed"]) for row in found[len(events) :]] == [
+        ("end", "rank 0 was ended by SIGKILL", True)
+    ] * told
 
 
 def test_a_socket_listens_on_its_address_alone():
