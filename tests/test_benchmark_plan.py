@@ -1,30 +1,18 @@
 """The planner's published score: its data have sources, its arithmetic is right, the page shows what is stored, and the model has not got worse than that."""
 
 import csv
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from statistics import median
 
 import pytest
+from programs import program
 
 from gigatrain.planning import predict
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def score():
-    spec = importlib.util.spec_from_file_location("benchmarks_plan", ROOT / "benchmarks" / "plan.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmarks_plan"] = module  # its dataclasses look themselves up
-    sys.path.insert(0, str(ROOT / "benchmarks"))  # where it finds plan_data.py, as a script does
-    spec.loader.exec_module(module)
-    sys.path.remove(str(ROOT / "benchmarks"))
-    return module
+    return program("benchmarks/plan.py")
 
 
 def pair(score, measured_s, predicted_s, width=1.1, **row):

@@ -1,24 +1,17 @@
 """benchmarks/README.md: every figure that a page claims has its row or its entry in the log, and says what that says."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from programs import program
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def figures():
-    spec = importlib.util.spec_from_file_location("benchmarks_figures", ROOT / "benchmarks" / "figures.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return program("benchmarks/figures.py")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import importlib.util
 import json
 import math
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from metered import Tree
+from programs import program
 
 from gigatrain import load
 from gigatrain.planning.plan import plan
@@ -22,13 +22,7 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 @pytest.fixture(scope="module")
 def benchmark():
     sys.path.insert(0, str(FOLDER))  # where it finds step.py, as a script does
-    spec = importlib.util.spec_from_file_location("benchmarks_power", FOLDER / "power.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmarks_power"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    yield module
+    yield program("benchmarks/power.py")
     sys.path.remove(str(FOLDER))
 
 
@@ -180,12 +174,7 @@ def test_what_cannot_be_compared_is_refused(benchmark, tiny, capsys, tmp_path):
 
 @pytest.fixture(scope="module")
 def overhead():
-    spec = importlib.util.spec_from_file_location("benchmarks_meter", FOLDER / "meter.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return program("benchmarks/meter.py")
 
 
 def test_what_measuring_costs_is_of_a_meter_and_without_its_start(overhead, tmp_path, capsys, monkeypatch):

@@ -1,24 +1,16 @@
 """benchmarks/soak.py: a leak that is there is found, and noise is none. Its whole form is a command (minutes), not a test."""
 
-import importlib.util
 import random
-import sys
-from pathlib import Path
 
 import pytest
+from programs import program
 
 from gigatrain import load
 
 
 @pytest.fixture(scope="module")
 def soak():
-    spec = importlib.util.spec_from_file_location("benchmarks_soak", Path(__file__).parents[1] / "benchmarks" / "soak.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmarks_soak"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return program("benchmarks/soak.py")
 
 
 def looks(count, value, begin=0.0):

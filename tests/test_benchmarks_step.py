@@ -1,29 +1,20 @@
 """The step benchmark: that everybody does the same mathematics, that a failure is a line and not the end, and what it refuses. No timing is asserted."""
 
 import csv
-import importlib.util
 import io
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from programs import program
 
 from gigatrain.data.loader import Batches
-
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "step.py"
 
 
 @pytest.fixture(scope="module")
 def step():
-    spec = importlib.util.spec_from_file_location("benchmarks_step", SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmarks_step"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return program("benchmarks/step.py")
 
 
 def run(step, capsys, *words):

@@ -1,14 +1,12 @@
 """The recipes of open models: what is known of each is whole and true, texts keep their comments, and every recipe plans where its page says."""
 
-import importlib.util
 import json
 import math
-import sys
 import time
 import tomllib
-from pathlib import Path
 
 import pytest
+from programs import program
 
 from gigatrain import architectures, catalog, load
 from gigatrain.architectures import Architecture, Rope
@@ -17,20 +15,13 @@ from gigatrain.planning.plan import plan
 
 ROOT = load.shipped("recipes")
 MODELS = list(catalog.models(ROOT))
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "recipes.py"
 # What does not fit on a site, and is shown so on the model's page: an MI250X's half has 64 GiB.
 TOO_LARGE = {("deepseek-v3/pretrain", "lumi"), ("deepseek-v3/lora", "lumi")}
 
 
 @pytest.fixture(scope="module")
 def pages():
-    spec = importlib.util.spec_from_file_location("benchmarks_recipes", SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmarks_recipes"] = module
-    spec.loader.exec_module(module)
-    return module
+    return program("benchmarks/recipes.py")
 
 
 def test_the_models_that_were_asked_for_are_there():

@@ -2,7 +2,6 @@
 
 import csv
 import datetime
-import importlib.util
 import itertools
 import json
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from programs import program
 
 from gigatrain import cli, errors, load, shelf
 from gigatrain.cli import parser
@@ -28,16 +28,7 @@ from gigatrain.planning.plan import plan
 ROOT = Path(__file__).parents[1]
 
 
-def _hooks():
-    spec = importlib.util.spec_from_file_location("gigatrain_docs_hooks", ROOT / "docs" / "hooks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
-
-
-HOOKS = _hooks()
+HOOKS = program("docs/hooks.py")
 MADE = HOOKS.generate()
 SOURCES = HOOKS.written()
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in SOURCES}

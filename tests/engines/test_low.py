@@ -1,12 +1,11 @@
 """The low-precision lane in a whole run: every engine and cut of the model, exact resumption, the start-up check, and losses that follow bf16's."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from distributed import together
+from programs import program
 from test_meshes import BASE, batch, joined, trained
 
 from gigatrain import engines, load, loop
@@ -168,12 +167,7 @@ def test_the_check_at_the_start_passes_and_finds_what_is_wrong(tiny, monkeypatch
 
 
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmarks_fp8", Path(__file__).parents[2] / "benchmarks" / "fp8.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return program("benchmarks/fp8.py")
 
 
 def test_the_benchmark_models_and_compares(capsys):

@@ -1,11 +1,9 @@
 """Watts of a run from its operations: boundaries lie within each other, idling draws less, caps hold, and MLPerf's nodes are met, each without itself."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from programs import program
 
 from gigatrain import load
 from gigatrain.errors import PlanError
@@ -16,7 +14,6 @@ from gigatrain.planning.expected import Range
 from gigatrain.planning.watts import Watts
 from gigatrain.site import UNKNOWN, Figure
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BUSY = {
     "gemm": 6.0,
     "grouped": 0.0,
@@ -168,14 +165,7 @@ def test_a_caps_rate_falls_with_it_within_its_interval_and_work_below_it_keeps_i
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """benchmarks/plan_power.py, which has benchmarks/plan.py and what that needs beside it."""
-    for name in ("plan_data", "plan_memory", "plan", "plan_power"):
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules["plan_power"]
+    return program("benchmarks/plan_power.py")
 
 
 def test_metered_nodes_are_met_by_what_the_other_makers_taught(script: ModuleType) -> None:

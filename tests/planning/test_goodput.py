@@ -1,12 +1,10 @@
 """Goodput in closed form: against formulas that others derived, against published runs, and that what it calls best is best."""
 
-import importlib.util
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from programs import program
 
 from gigatrain.errors import PlanError
 from gigatrain.planning.estimate.failures import DAY_S, KINDS, PUBLISHED, SPREAD, Failures, Kind, counted, elsewhere
@@ -14,18 +12,10 @@ from gigatrain.planning.estimate.goodput import Case, expected, forecast, sensit
 from gigatrain.planning.estimate.goodput_simulation import Saves, poisson, replay
 from gigatrain.planning.estimate.recovery import Restart, Saving, Spares
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "goodput.py"
-
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("benchmarks_goodput", SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmarks_goodput"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return program("benchmarks/goodput.py")
 
 
 def plain(mtbf_s, restart_s, stall_s, **saving):

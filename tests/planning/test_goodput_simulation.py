@@ -1,30 +1,21 @@
 """A run told fault by fault: small ones by hand, drawn ones against the closed form."""
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
+from programs import program
 
 from gigatrain.errors import PlanError
 from gigatrain.planning.estimate.goodput import expected
 from gigatrain.planning.estimate.goodput_simulation import Fault, Saves, poisson, replay, simulate
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "goodput.py"
 ONE = Saves(far_s=100, far_stall_s=10)  # marks at 0, 110, 220, ...
 TWO = Saves(far_s=100, far_stall_s=5, near_s=20, near_stall_s=1)  # near marks every 21, far ones every 110
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("benchmarks_goodput_grid", SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmarks_goodput_grid"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return program("benchmarks/goodput.py")
 
 
 def seconds(faults, saves=ONE, wall_s=500.0, **more):
