@@ -7,18 +7,15 @@ import errno
 import fcntl
 import json
 import os
-import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from gigatrain import floors
-from gigatrain.checkpoint import PASSING, Checkpoints, fill, sync_folder, write_text, writing
-from gigatrain.data.loader import Batches
-from gigatrain.engines import Engine, source
+from gigatrain.checkpoint import Checkpoints, sync_folder, write_text, writing
 from gigatrain.errors import CheckpointError, RunError
 from gigatrain.parallel import ranks
 from gigatrain.parallel.mesh import Mesh
@@ -156,67 +153,6 @@ def checkpoints(folder: Path) -> Checkpoints:
     """The checkpoints of the run in a folder, to read."""
     record = identity(folder)
     return Checkpoints(folder, run=record["id"], plan_sha256=record["meaning"], keep=1)
-
-
-def begin_from(plan: Plan, engine: Engine, batches: Batches, mesh: Mesh, base: Mapping[str, str] | None = None) -> list[str]:
-    """Fill a fresh engine with weights and optimizer of the checkpoint that `optim.from` names, whatever mesh and engine saved it; lines for a reader.
-
-    Counts of refused steps and the window that spikes are measured by stay this run's own. Where data, their order and the length of samples are the other
-    run's, its samples are passed over, so that this run reads on behind them. An adapter must be of the same form, and trained beside `base`. Collective.
-    Raises RunError and CheckpointError.
-    """
-    assert plan.optim.source is not None
-    named = Path(plan.optim.source).expanduser()
-    step = int(match[1]) if (match := re.fullmatch(r"step-(\d{8,})", named.name)) else None
-    folder = named if step is None else named.parent.parent
-    record = ranks.first(mesh, lambda: identity(folder))
-    saves = Checkpoints(folder, run=record["id"], plan_sha256=record["meaning"], keep=1, mesh=mesh)
-    said = ranks.first(mesh, lambda: _same_form(plan, folder))
-    found = saves.latest()[0] if step is None else saves.at(step)
-    if base is not None:
-        source.check_base(found.state.get("base", {}), base)
-    live = {group: dict(pieces) for group, pieces in engine.state().items() if group in ("weights", "optimizer")}
-    for name in ("bad", "steps"):
-        del live["optimizer"][name]
-    kept = {
-        group: {name: stored for name, stored in named.items() if (group, name) not in (("optimizer", "bad"), ("optimizer", "steps"))}
-        for group, named in found.table.items()
-        if group in live
-    }
-    said = [*fill(dataclasses.replace(found, table=kept), live, mesh, passing=PASSING), *said]
-    engine.restored()
-    before, mine = found.state["data"], batches.state()
-    alike = [name for name in ("seed", "corpus", "weights", "sequence", "packing") if before.get(name) != mine[name]]
-    if alike or before.get("phases"):
-        why = f"{', '.join(alike)} of the data differ" if alike else "it went through phases"
-        said.append(f"data begin anew: {why}")
-    else:
-        seen = batches.stream_of(before)
-        batches.passed = [(0, seen), *((start, stop) for start, stop in map(tuple, before.get("passed", ())) if start >= seen)]
-        said.append(f"data go on behind the {before['position']:,} samples that it read")
-    return [f"weights and optimizer of {found.folder}, step {found.step}", *said]
-
-
-def _same_form(plan: Plan, folder: Path) -> list[str]:
-    """Raises CheckpointError where the run in `folder` has another form of adapter than `plan`, or only one of both has one; else lines for a reader."""
-    theirs, mine = stored_plan(folder).adapter, plan.adapter
-    if theirs is None and mine is None:
-        return []
-    if theirs is None or mine is None:
-        has, lacks = ("the recipe", "the run that optim.from names") if theirs is None else ("the run that optim.from names", "the recipe")
-        raise CheckpointError(
-            f"{has} has an [adapter] and {lacks} has none ({folder}); begin from an export of that run by model.from, without optim.from"
-        )
-    forms = [{name: getattr(one, name) for name in ("kind", "rank", "alpha", "rslora")} for one in (theirs, mine)]
-    if differ := [f"{name} {was!r}, here {forms[1][name]!r}" for name, was in forms[0].items() if was != forms[1][name]]:
-        raise CheckpointError(
-            f"optim.from {str(folder)!r} trained another adapter than the recipe's: {'; '.join(differ)}; set [adapter] to it"
-        )
-    return (
-        []
-        if theirs.quantise == mine.quantise
-        else [f"adapter was trained beside weights of quantise {theirs.quantise}, here {mine.quantise}"]
-    )
 
 
 def newest(root: Path, name: str) -> Path:

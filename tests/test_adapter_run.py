@@ -14,7 +14,7 @@ import transformers
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from gigatrain import load, loop, run
+from gigatrain import load, loop, restore, run
 from gigatrain.architectures import to_hf_config
 from gigatrain.errors import CheckpointError, RunError
 from gigatrain.export import export
@@ -183,7 +183,7 @@ def test_another_run_begins_with_an_adapter_of_its_form_beside_its_base(tiny, ba
         begun("other", *few, "adapter.alpha=4.0", "adapter.rslora=true", "adapter.kind=dora", "adapter.rank=8")
     assert "kind 'lora', here 'dora'; rank 4, here 8; alpha 8.0, here 4.0; rslora False, here True; set [adapter]" in str(raised.value)
     narrow = made(tiny, mine, *few, "adapter.quantise=nf4")
-    assert run._same_form(narrow, tmp_path / "first") == ["adapter was trained beside weights of quantise none, here nf4"]
+    assert restore._same_form(narrow, tmp_path / "first") == ["adapter was trained beside weights of quantise none, here nf4"]
     whole = [one for one in few if not one.startswith("adapter.")]
     with pytest.raises(CheckpointError, match="the recipe has none"):
         begun("whole", *whole)

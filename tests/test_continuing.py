@@ -11,7 +11,7 @@ from distributed import together
 from safetensors.torch import load_file
 from test_loop import planned, tensors, trained
 
-from gigatrain import engines, export, load, run
+from gigatrain import engines, export, load, restore, run
 from gigatrain.architectures import Architecture
 from gigatrain.config import Schedule
 from gigatrain.data import tokenizer
@@ -85,7 +85,7 @@ def begun_with(rank, recipe, overrides, ranks):
     record = run.identity(Path(made.optim.source or ""))
     corpus = Corpus.open(Path(made.data.folder).expanduser() / record["corpus"])
     batches = Batches(corpus, sequence=made.sequence, packing="stream", batch=made.batch, seed=made.seed, prefetch=0)
-    said = run.begin_from(made, engine, batches, mesh)
+    said = restore.begin_from(made, engine, batches, mesh)
     state = engine.state()
     return said, {name: (piece.place, piece.tensor.clone()) for name, piece in state["optimizer"].items() if piece.writes}, batches.passed
 

@@ -24,10 +24,10 @@ LEVELS = [
     ["models", "optim", "tune"],
     ["objectives"],
     ["engines", "observe", "checkpoint", "bench", "preflight"],
-    ["run"],
+    ["run", "feed", "restore", "validation"],
     ["export", "exporting", "importing", "teaching"],
     ["generate", "evaluate"],
-    ["loop"],
+    ["loop", "summary"],
     ["cli"],
     ["__init__", "__main__"],
 ]

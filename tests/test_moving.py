@@ -91,8 +91,8 @@ COMPARES = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from gigatrain import loop, run
-resume = loop._resume
+from gigatrain import restore, run
+resume = restore.resume
 def compared(near, engine, batches, this, *more):
     kept = resume(near, engine, batches, this, *more)
     found, same, differ = run.checkpoints(Path(os.environ["TEST_RUN"]))._open(this.step), 0, []
@@ -109,7 +109,7 @@ def compared(near, engine, batches, this, *more):
     Path(os.environ["TEST_RUN"], f"said-{os.environ.get('RANK', '0')}").write_text(said)
     os.kill(os.getpid(), signal.SIGTERM)
     return kept
-loop._resume = compared
+restore.resume = compared
 from gigatrain.cli import main
 main()
 """

@@ -20,6 +20,7 @@ class Engine(Protocol):
 
     trace: Trace  # told the phases of a step
     judge: Judge  # decides whether a step changes anything
+    early: bool  # whether what a checkpoint keeps may change before `step`, within a backward
 
     def forward_backward(self, batch: Batch) -> None:
         """Gradients of one step's batch: of the mean loss per target over all ranks, however the step is cut."""
@@ -35,7 +36,8 @@ class Engine(Protocol):
 
     def evaluate(self, microbatches: Iterable[Microbatch]) -> Tensor:
         """What the objective reports (the sum of its losses, of language cross entropies in nats), summed over all ranks, fp64 on the device: that sum, the
-        count of targets, and the sums that objectives/figures.py names."""
+        count of targets, and the sums that objectives/figures.py names. Read once, or by an objective that looks ahead twice, each time from the first on and
+        one at a time: all of them need not fit on the device."""
         ...
 
     def logprobs(self, part: Microbatch) -> Tensor:

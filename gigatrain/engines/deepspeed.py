@@ -25,7 +25,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ from gigatrain.config import Objective
 from gigatrain.data.loader import Batch, Microbatch
 from gigatrain.engines import source
 from gigatrain.engines.judge import Judge
+from gigatrain.engines.sums import beforehand, report
 from gigatrain.errors import RunError
 from gigatrain.kernels import adamw, ops
 from gigatrain.kernels.ops import OPERATIONS, Ops
@@ -61,6 +62,7 @@ class DeepSpeed:
         assert mesh.size("tensor", "pipeline", "expert", "replicate") == 1, "the plan refuses what ZeRO lacks"
         assert plan.optim.name == "adamw", "the plan refuses what ZeRO lacks"
         self.plan, self.mesh, self.device, self.trace = plan, mesh, device, OFF
+        self.early = True  # what ZeRO does within a backward is its own
         kernels = {choice.op: choice.kernel for choice in plan.kernels}
         self._norm = OPERATIONS["grad_norm"].versions[kernels["grad_norm"]]
         if mesh.count == 1:
@@ -160,25 +162,14 @@ class DeepSpeed:
             loss = loss * share
             self.trace.mark("backward")
             self._engine.backward(loss * self.mesh.count, scale_wrt_gas=False)
-            self._report(reported, self._nats)
+            report(reported, self._nats, self._beside)
             self.loss += loss.detach()
 
-    def _report(self, reported: Tensor, total: Tensor) -> None:
-        """Add what an objective reports of a microbatch to `total` and to the sums beside it."""
-        if reported.ndim:
-            total += reported[0]
-            self._beside += reported[1:]
-        else:
-            total += reported
-
     @torch.no_grad()
-    def _look_ahead(self, parts: Sequence[Microbatch]) -> None:
+    def _look_ahead(self, parts: Iterable[Microbatch]) -> None:
         """What an objective must know of the whole step before its first loss, over all ranks and on the device."""
-        if objectives.looks_ahead(self.plan.objective):
-            sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-            for part in parts:
-                sums += self._loss(part, asks="ahead")
-            self._known = {"known": objectives.known(self.mesh.sum(sums, *DATA))}
+        known = beforehand(self.plan.objective, parts, lambda part: self._loss(part, asks="ahead"), self.mesh)
+        self._known = {} if known is None else {"known": known}
 
     def _loss(self, part: Microbatch, **terms: Any) -> Any:
         """Without documents every row counts from 0, and one table of positions serves all rows; ranks of `context` begin elsewhere."""
@@ -229,10 +220,9 @@ class DeepSpeed:
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._beside.zero_()
         self._engine.eval()
-        if objectives.looks_ahead(self.plan.objective):
-            self._look_ahead(microbatches := list(microbatches))
+        self._look_ahead(microbatches)
         for part in microbatches:
-            self._report(self._loss(part)[1], total[0])
+            report(self._loss(part)[1], total[0], self._beside)
             total[1] += objectives.targets(self.plan.objective, part) * float(self.mesh.at["context"] == 0)
         self._engine.train()
         return self.mesh.sum(torch.cat([total, self._beside]))

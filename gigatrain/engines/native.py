@@ -23,6 +23,7 @@ from gigatrain.engines.judge import Judge
 from gigatrain.engines.recorded import Recorded
 from gigatrain.engines.released import Released, unit_of
 from gigatrain.engines.stage import compute
+from gigatrain.engines.sums import beforehand, report
 from gigatrain.kernels import linear, ops
 from gigatrain.kernels.adamw import Rates
 from gigatrain.kernels.ops import OPERATIONS
@@ -128,6 +129,7 @@ class Native:
         """`cuts` are `build`'s; `around` is entered for all that allocates: planning/dryrun.py's fake tensors."""
         self.around = around or contextlib.nullcontext()
         self.plan, self.mesh, self.device, self.trace = plan, mesh, device, OFF
+        self.early = plan.fp8 is not None or plan.fuses("release")
         built = build(plan, mesh, cuts)
         self.stages, self.places = built.stages, built.places
         with self.around:
@@ -461,26 +463,14 @@ class Native:
             else:
                 loss.backward()
                 self._sum_gradients(first=index == 0)
-            self._report(reported, self._nats)
+            report(reported, self._nats, self._beside)
             self.loss += loss.detach()
 
-    def _report(self, reported: Tensor, total: Tensor) -> None:
-        """Add what an objective reports of a microbatch to `total` and to the sums beside it."""
-        if reported.ndim:
-            total += reported[0]
-            self._beside += reported[1:]
-        else:
-            total += reported
-
-    def _look_ahead(self, parts: Sequence[Microbatch]) -> None:
+    def _look_ahead(self, parts: Iterable[Microbatch]) -> None:
         """What an objective must know of the whole step before its first loss, over all ranks and on the device."""
-        objective = self.plan.objective
-        if not objectives.looks_ahead(objective):
-            return
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for part in parts:
-            sums += objectives.ahead(objective, self.model, part)
-        self._known = objectives.known(self.mesh.sum(sums, *DATA))
+        self._known = beforehand(
+            self.plan.objective, parts, lambda part: objectives.ahead(self.plan.objective, self.model, part), self.mesh
+        )
 
     def _share(self, work: Any) -> Tensor:
         """What a loss counts in the step's: one over the targets of all ranks (0-d, fp32)."""
@@ -681,9 +671,12 @@ class Native:
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._beside.zero_()
 
+        def parts() -> Iterator[Microbatch]:
+            for part in microbatches:
+                yield context.cut(part, self.mesh, self.plan.mesh.exchange)
+
         def counted() -> Iterator[Microbatch]:
-            for whole_part in microbatches:
-                part = context.cut(whole_part, self.mesh, self.plan.mesh.exchange)
+            for part in parts():
                 if self.mesh.at["pipeline"] == 0:
                     total[1] += objectives.targets(objective, part)
                 yield part
@@ -693,11 +686,9 @@ class Native:
         if self.pipeline is not None:
             total[0] += self.pipeline.evaluate(counted())
         else:
-            parts: Iterable[Microbatch] = counted()
-            if objectives.looks_ahead(objective):
-                self._look_ahead(parts := list(parts))
-            for part in parts:
-                self._report(self._compute(self.model, part, None, None)[1], total[0])
+            self._look_ahead(parts())
+            for part in counted():
+                report(self._compute(self.model, part, None, None)[1], total[0], self._beside)
         for model in self.stages.values():
             model.train()
         return self.mesh.sum(torch.cat([total, self._beside]) * float(self.mesh.at["tensor"] == 0))

@@ -25,6 +25,7 @@ from torch import Tensor, distributed
 from gigatrain.data.loader import Batch, Batches
 from gigatrain.engines import Engine
 from gigatrain.engines.native import Native
+from gigatrain.engines.ready import random_state, set_random_state
 from gigatrain.errors import RunError
 from gigatrain.observe.metrics import Update
 from gigatrain.observe.trace import Trace
@@ -127,6 +128,10 @@ class Replicated:
     @trace.setter
     def trace(self, trace: Trace) -> None:
         self.within.trace = trace
+
+    @property
+    def early(self) -> bool:
+        return self.within.early
 
     @property
     def bad(self) -> Tensor:
@@ -291,7 +296,7 @@ class Replicated:
         if not behind:
             return None
         healed, went, why = None, True, ""
-        live = {**self.within.state(), "random": {name: Piece.whole(tensor) for name, tensor in _random(self.mesh.device).items()}}
+        live = {**self.within.state(), "random": {name: Piece.whole(tensor) for name, tensor in random_state(self.mesh.device).items()}}
         try:
             if index in behind:
                 self.whole = False  # until all of it is here
@@ -309,9 +314,7 @@ class Replicated:
         self.between.settle(went)
         if healed is not None:
             self.within.restored()
-            torch.set_rng_state(live["random"]["cpu"].tensor)
-            if "cuda" in live["random"]:
-                torch.cuda.set_rng_state(live["random"]["cuda"].tensor)
+            set_random_state({name: piece.tensor for name, piece in live["random"].items()})
             self.whole = True
         return healed
 
@@ -350,8 +353,3 @@ def _seat(kind: str) -> Callable[..., quorum.Seat]:
 
         return LighthouseSeat
     return quorum.OwnSeat
-
-
-def _random(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    return states | {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else states

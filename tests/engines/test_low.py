@@ -9,7 +9,7 @@ from programs import program
 from test_meshes import BASE, batch, joined, trained
 
 from gigatrain import engines, load, loop
-from gigatrain.engines import low
+from gigatrain.engines import low, ready
 from gigatrain.engines.native import Native
 from gigatrain.errors import KernelError, PlanError, RunError
 from gigatrain.kernels import fp8, fp8_linear, linear
@@ -132,8 +132,8 @@ def test_a_gpu_without_the_format_is_refused_at_the_start(tiny, monkeypatch):
     with pytest.raises(
         RunError, match=r"mxfp8 needs tensor cores with block scales .* NVIDIA H200 has 9.0; choose another, or set fp8.emulate = true"
     ):
-        loop._prepare(gpu)
-    loop._prepare(found.model_copy(update={"device": "cuda"}))  # emulated, it runs
+        ready.prepare(gpu)
+    ready.prepare(found.model_copy(update={"device": "cuda"}))  # emulated, it runs
 
 
 def test_the_check_at_the_start_passes_and_finds_what_is_wrong(tiny, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import weakref
 
 import numpy as np
 import pairsrecipe
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from gigatrain import engines, load, loop, objectives, run
 from gigatrain.data import build
-from gigatrain.data.loader import Batches
+from gigatrain.data.loader import Batches, Validation
 from gigatrain.data.pairs import Pairs
 from gigatrain.engines.native import Native
 from gigatrain.errors import DataError, PlanError, RunError
@@ -75,6 +76,16 @@ def test_the_preferred_answers_win(undisturbed):
     assert held[-1]["val_accuracy"] >= 0.85
     assert held[-1]["val_loss"] < 0.65 < held[0]["val_loss"] + 0.1
     assert held[-1]["val_targets"] < windows[-1]["tokens"]  # pairs, and not tokens
+
+
+def test_a_validation_that_looks_ahead_has_all_targets(recipes, tmp_path):
+    """A run reads what it validates on twice where KTO asks for it."""
+    trained(recipes["kto"], tmp_path / "run", "train.steps=2")
+    held = next(row for row in rows(tmp_path / "run") if "val_loss" in row)
+    made = planned(recipes["kto"])
+    whole = Validation(build.build(made.data, made.tokenizer), sequence=160, packing="document", microbatch=4, form="single")
+    assert held["val_targets"] == sum(int(objectives.targets(made.objective, part)) for part in whole) > 0
+    assert 0 < held["val_loss"] < 1
 
 
 # ---- One step on any mesh ----
@@ -148,6 +159,44 @@ def test_two_processes_are_one(recipes, name, kind):
     same(both[0][0], whole)
     total = both[0][1] if name in ("copies", "tensor") and both[1][1] == 0 else both[0][1] + both[1][1]
     assert total == pytest.approx(weights, rel=1e-6)
+
+
+def evaluated(rank, recipe, ranks, overrides):
+    """What held-out answers give, how many microbatches they are, and the most of them that were there at one moment."""
+    made = planned(recipe, *overrides, ranks=ranks)
+    mesh = Mesh(made.mesh, rank)
+    engine = engines.make(made, mesh, torch.device("cpu"), fresh=True)
+    corpus = build.build(made.data, made.tokenizer)
+    reader, readers = mesh.data
+    held = Validation(
+        corpus, sequence=made.sequence, packing="document", microbatch=1, rank=reader, ranks=readers, form=objectives.form(made.objective)
+    )
+    for pairs in held.samples:
+        assert isinstance(pairs, Pairs)
+        pairs.reference = -20 - np.arange(2.0 * len(pairs.entries), dtype=np.float32).reshape(-1, 2) % 7
+    there, most = weakref.WeakSet(), 0
+
+    class Counted:
+        def __iter__(self):
+            nonlocal most
+            for part in held:
+                there.add(part.tokens)
+                most = max(most, len(there))
+                yield part
+
+    return engine.evaluate(Counted()).tolist(), engine.evaluate(list(held)).tolist(), len(held), most
+
+
+@pytest.mark.parametrize("name", ["alone", "zero2"])
+def test_a_validation_that_looks_ahead_is_not_kept_on_the_device(recipes, name):
+    """KTO reads it twice, one microbatch at a time, to the numbers of one that is there whole."""
+    ranks = 1 if name == "alone" else 2
+    found = together(ranks, evaluated, recipes["kto"], ranks, MESHES.get(name, ()))
+    for streamed, whole, count, most in found:
+        assert streamed == whole
+        assert streamed[1] > 0
+        assert count > 4
+        assert most <= 2
 
 
 def test_packed_rows_are_the_pairs_themselves(recipes):
