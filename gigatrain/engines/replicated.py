@@ -328,8 +328,13 @@ class Replicated:
         """The step that another replica made, as if this one had."""
         last = healed["update"]
         assert last is not None, "one that is a step further on has made one"
-        kinds = (torch.float64, torch.float64, torch.float32, torch.int64)
-        self._last = Update(*(torch.tensor(number, dtype=kind, device=self.mesh.device) for number, kind in zip(last, kinds, strict=True)))
+        kinds = Update(torch.float64, torch.float64, torch.float32, torch.int64, torch.float64)  # type: ignore[arg-type]
+        self._last = Update(
+            *(
+                None if number is None else torch.tensor(number, dtype=kind, device=self.mesh.device)  # type: ignore[arg-type]
+                for number, kind in zip(last, kinds, strict=True)
+            )
+        )
         return self._last
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,9 @@ from gigatrain.data.loader import Batches
 from gigatrain.data.pack import IGNORED
 from gigatrain.engines.native import Native
 from gigatrain.engines.replicated import Replicated
+from gigatrain.observe.metrics import Update
 from gigatrain.parallel import groups, quorum
+from gigatrain.parallel.mesh import alone
 from gigatrain.parallel.quorum import Quorum
 from gigatrain.parallel.replicas import Between
 from gigatrain.planning.plan import plan
@@ -264,6 +267,22 @@ def test_one_is_killed_within_a_step_and_returns(world, undisturbed, tmp_path, w
     here = world()
     _falls_and_returns(here, tmp_path, where, victim)
     _hold(here, undisturbed, 1 - victim)
+
+
+def test_a_step_that_another_made_is_reported_as_it_was_there():
+    """What a replica that is a step ahead hands over of its last step, through the JSON that it travels in."""
+    made = Update(
+        *(torch.tensor(number, dtype=kind) for number, kind in ((12.5, torch.float64), (4.0, torch.float64), (0.75, torch.float32)))
+    )
+    for last in (made, made._replace(fate=torch.tensor(1))):
+        ahead = SimpleNamespace(offer=lambda: {"data": {"position": 24}}, _last=last, past="a")
+        behind = SimpleNamespace(mesh=alone())
+        healed = json.loads(json.dumps(Replicated._given(ahead, 12)))  # type: ignore[arg-type]
+        found = Replicated._taken(behind, healed)  # type: ignore[arg-type]
+        for mine, theirs in zip(found, last, strict=True):
+            assert (mine is None) == (theirs is None)
+            assert mine is None or (mine.dtype == theirs.dtype and torch.equal(mine, theirs))
+        assert healed["kept"]["data"]["position"] == 12
 
 
 @pytest.mark.long
