@@ -1,8 +1,8 @@
 """The ranks of one command on this machine: started, watched, and started again where one dies or hangs. Free of torch.
 
-A rank that dies is known at once, by its descriptor; one that hangs, by the board that all write (board.py, stuck.py). Then the others, which can only wait
-for it, are ended too, and all start again from the newest whole checkpoint: forked from a process that has imported everything (standby.py), at a new
-address, under a prefix that no start before had (parallel/meeting.py). What would only fail again is not tried: launching/restart.py judges.
+A rank that dies is known at once, by its descriptor; one that hangs, by the board that all write (board.py, lookout.py, stuck.py). Then the others, which can
+only wait for it, are ended too, and all start again from the newest whole checkpoint: forked from a process that has imported everything (standby.py), at a
+new address, under a prefix that no start before had (parallel/meeting.py). What would only fail again is not tried: launching/restart.py judges.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from gigatrain.config import Recovery
 from gigatrain.errors import REQUEUE
 from gigatrain.launching import agent, job, restart
 from gigatrain.recovery import board, cause, meeting, stuck, tied
+from gigatrain.recovery.lookout import Lookout, Overdue
 from gigatrain.recovery.ranks import PASSED_ON, READY_S, Rank, Standby, started
 
 START = "GIGATRAIN_START"  # how this start of them begins, whatever the command said
@@ -31,7 +32,6 @@ LOOK_S = 0.1
 LEAVE_S = 30.0  # what the others get to leave too, once one that was asked to has saved
 GRACE_S = 0.5  # what the others get to leave their words, once one was killed: they see its connections close
 WORDS_S = 5.0  # once one has failed by itself, or because of one that has yet to say why
-AWAKE_S = 1.0  # that one look counts for at most
 STACKS_S = 1.0  # what ranks of a run that hangs get to leave their stacks
 MODULES = ("gigatrain.loop", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.pipelining")
 
@@ -57,16 +57,8 @@ class _Attempt:
     number: int
     before: int  # the newest committed step
     began_s: float
+    lookout: Lookout
     ranks: list[Rank] = field(default_factory=list)
-    resumed: int | None = None  # the step it went on from, once all have begun one
-    awake_s: float = 0.0  # that this process was there to look: where it is stopped with its ranks, or gets no core, time does not count
-    looked_s: float = 0.0
-    seen: dict[int, tuple[int, float]] = field(default_factory=dict)  # by rank: beats, and since when they stand, of the time awake
-    heard: dict[int, tuple[int, float]] = field(default_factory=dict)  # the same of its own clock
-    moved: dict[int, tuple[int, float]] = field(default_factory=dict)  # the same of what it read and wrote, in MiB
-    used: dict[int, tuple[float, float, float]] = field(default_factory=dict)  # cores: when, seconds, cores in between
-    stepped: tuple[int, float] = (0, 0.0)
-    slow: bool = True
 
 
 class Supervisor:
@@ -99,7 +91,8 @@ class Supervisor:
             number = 0
             while True:
                 count = self._size()
-                attempt = self._attempt = _Attempt(number, restart.committed(self.orders.run), time.time())
+                lookout = Lookout(self._board, self._pace, hangs=bool(self.orders.recovery.hang_times))
+                attempt = self._attempt = _Attempt(number, restart.committed(self.orders.run), time.time(), lookout)
                 if not self._start(attempt, count):
                     return REQUEUE
                 ended = self._watch(attempt)
@@ -230,79 +223,17 @@ class Supervisor:
                 return self._left(attempt)
             if failed := [rank for rank in attempt.ranks if rank.code]:
                 return self._died(attempt, min(failed, key=lambda rank: rank.ended_s))
-            now = time.monotonic()
-            if now - attempt.looked_s >= LOOK_S:
-                attempt.awake_s += min(now - attempt.looked_s, AWAKE_S)
-                attempt.looked_s = now
-                if hung := self._look(attempt, now):
-                    return hung
+            if (now := time.monotonic()) - attempt.lookout.looked_s >= LOOK_S:
+                overdue = attempt.lookout.look(attempt.ranks, now)
+                if attempt.lookout.resumed is not None:
+                    self._tell(attempt)
+                if overdue is not None:
+                    return self._hung(attempt, overdue)
 
-    def _look(self, attempt: _Attempt, now: float) -> cause.Ended | None:
-        """At the board: how far all are, and whether one is overdue."""
+    def _hung(self, attempt: _Attempt, overdue: Overdue) -> cause.Ended:
+        """All leave their stacks, as far as they can, and are ended."""
         alive = [rank for rank in attempt.ranks if rank.code is None]
-        rows = {rank.rank: self._board.row(rank.rank) for rank in alive}
-        slow = any(row.slow for row in rows.values()) or len(alive) < len(attempt.ranks)
-        if attempt.resumed is None and len(alive) == len(attempt.ranks) and all(row.begun for row in rows.values()):
-            attempt.resumed = (rows[0].step or 0) - rows[0].begun + 1  # it may have done some since
-            self._tell(attempt)
-        begun, since_s = attempt.stepped
-        first = min(row.begun for row in rows.values())
-        if first > begun:
-            if since_s and not slow and not attempt.slow:
-                self._pace.stepped(first - begun, now - since_s)
-            attempt.stepped, attempt.slow = (first, now), False
-        attempt.slow = attempt.slow or slow
-        limit_s, usual_s, slow_s = self._pace.limit_s(slow=slow), self._pace.limit_s(slow=False), self._pace.limit_s(slow=True)
-        overdue: dict[int, float] = {}
-        for rank in alive:
-            row = rows[rank.rank]
-            overdue_s = _since(attempt.seen, rank.rank, row.beats, attempt.awake_s)
-            silent_s = _since(attempt.heard, rank.rank, row.beat_ns, attempt.awake_s)
-            self._use(attempt, rank, now)
-            if not self.orders.recovery.hang_times:
-                continue
-            # No phase is so slow that a rank's own clock stands still in it, once it has begun a step; nothing goes on in a process that is stopped.
-            if silent_s > usual_s and ((row.begun and row.phase != board.LEAVING) or rank.state()[0] in "Tt"):
-                return self._hung(attempt, alive, silent_s, usual_s)
-            if slow:  # a save, an export, a build: whoever moves bytes gets on
-                overdue_s = min(overdue_s, _since(attempt.moved, rank.rank, rank.moved_bytes() >> 20, attempt.awake_s))
-            overdue[rank.rank] = overdue_s
-            if not slow and overdue_s > (
-                slow_s if overdue_s > limit_s and rank.state()[0] == "D" else limit_s
-            ):  # D: its file system stalls
-                return self._hung(attempt, alive, overdue_s, limit_s)
-        if (
-            slow and overdue and self.orders.recovery.hang_times and min(overdue.values()) > limit_s
-        ):  # else the others wait for one that gets on
-            return self._hung(attempt, alive, max(overdue.values()), limit_s)
-        return None
-
-    def _use(self, attempt: _Attempt, rank: Rank, now: float) -> None:
-        """Once a second, what it used of a core since."""
-        at_s, seconds, _ = attempt.used.get(rank.rank, (0.0, 0.0, 0.0))
-        if now - at_s >= 1.0:
-            _, used = rank.state()
-            attempt.used[rank.rank] = now, used, (used - seconds) / (now - at_s) if at_s else 0.0
-
-    def _hung(self, attempt: _Attempt, alive: Sequence[Rank], overdue_s: float, limit_s: float) -> cause.Ended:
-        """Who is to blame; all leave their stacks, as far as they can, and are ended."""
-        views, now = [], time.monotonic_ns()
-        for rank in alive:
-            row = self._board.row(rank.rank)
-            views.append(
-                stuck.View(
-                    rank=rank.rank,
-                    state=rank.state()[0],
-                    silent_s=(now - row.beat_ns) / 1e9 if row.beat_ns else 0.0,
-                    begun=row.begun,
-                    marks=row.marks,
-                    phase=row.phase,
-                    step=row.step,
-                    cores=attempt.used.get(rank.rank, (0.0, 0.0, 0.0))[2],
-                    waits_in=rank.waits_in(),
-                )
-            )
-        blamed, why = stuck.culprit(views)
+        blamed, why, views = attempt.lookout.culprit(alive)
         for rank in alive:
             self._board.ask(rank.rank)
         if blamed is not None and blamed.silent_s > stuck.SILENT_S:
@@ -312,7 +243,7 @@ class Supervisor:
         self._reap()
         view = blamed or min(views, key=lambda view: view.rank)
         usual = f"{self._pace.times:g} x the p99 step of {self._pace.p99_s:.2f} s" if self._pace.p99_s else "before a usual step is known"
-        what = f"{why} (in {view.phase}, for {overdue_s:.1f} s on {os.uname().nodename}; limit {limit_s:.1f} s: {usual})"
+        what = f"{why} (in {view.phase}, for {overdue.seconds:.1f} s on {os.uname().nodename}; limit {overdue.limit_s:.1f} s: {usual})"
         return cause.Ended(view.rank, -signal.SIGKILL, view.step, hung=what, ranks=len(attempt.ranks), began_s=attempt.began_s)
 
     def _left(self, attempt: _Attempt) -> cause.Ended:
@@ -384,9 +315,9 @@ class Supervisor:
             if verdict.word == "stop" and limit:
                 return verdict.code or ended.exit_code
             return self._code(attempt, ended)
-        further = attempt.number > 0 and cause.further(attempt.resumed, self._furthest, attempt.before)
+        further = attempt.number > 0 and cause.further(attempt.lookout.resumed, self._furthest, attempt.before)
         self._stalled = 0 if gained or further else self._stalled + 1
-        self._furthest = max(self._furthest, attempt.resumed or 0)
+        self._furthest = max(self._furthest, attempt.lookout.resumed or 0)
         self._blame(ended, gained)
         self._pending = {
             "words": ended.words(),
@@ -430,14 +361,14 @@ class Supervisor:
             return
         seconds = time.monotonic() - said.pop("died_s")
         without = f"; {self._stalled} of {self.orders.recovery.restarts} without a step gained" if self._stalled else ""
-        where = f"from step {attempt.resumed}" if attempt.resumed is not None else "and finished"
+        where = f"from step {attempt.lookout.resumed}" if attempt.lookout.resumed is not None else "and finished"
         count = f" on {len(attempt.ranks)} of {self.orders.ranks} ranks" if len(attempt.ranks) < self.orders.ranks else ""
         print(
             f"gigatrain: {said['words']}; restarted {where}{count} in {seconds:.1f} s (attempt {attempt.number + 1}{without})",
             file=sys.stderr,
             flush=True,
         )
-        facts = {"attempt": attempt.number, "step": attempt.resumed, "ranks": len(attempt.ranks), "seconds": round(seconds, 3)}
+        facts = {"attempt": attempt.number, "step": attempt.lookout.resumed, "ranks": len(attempt.ranks), "seconds": round(seconds, 3)}
         self._record("restarted", **facts, stalled=self._stalled)
 
     def _record(self, event: str, **facts: Any) -> None:
@@ -490,15 +421,6 @@ class Supervisor:
                 self._lost = dict.fromkeys(lost, 1)  # at the next restart each gets another chance, and is out with its first strike
                 return count
         return self.orders.ranks
-
-
-def _since(known: dict[int, tuple[int, float]], rank: int, value: int, now: float) -> float:
-    """For how long the value of a rank has stood."""
-    last, at_s = known.get(rank, (value - 1, now))
-    if value != last:
-        known[rank] = value, now
-        return 0.0
-    return now - at_s
 
 
 def _job_attempt() -> int:
