@@ -23,6 +23,7 @@ from gigatrain.planning import legs
 from gigatrain.planning.plan import Plan
 
 DYING_S = 3.0  # what the last process in a run folder gets to be gone
+_NAMES = ("id", "name", "created", "identity", "meaning", "corpus")  # without which run.json is nobody's
 Start = Literal["new", "resume", "other-numbers", "auto", "continue"]
 
 
@@ -132,11 +133,14 @@ def claim(plan: Plan, folder: Path, this: Run) -> None:
 
 
 def identity(folder: Path) -> dict[str, Any]:
-    """run.json of a run folder."""
+    """run.json of a run folder; RunError where it is no run's, or lacks what every run writes there."""
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in ("id", "name", "created", "identity")):
-            raise ValueError("it does not say whose folder this is")
+        if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in _NAMES):
+            raise ValueError(f"it does not say whose folder this is, by {', '.join(_NAMES)}")
+        told = record.get("legs", [])
+        if not isinstance(told, list) or not all(isinstance(leg, dict) for leg in told):
+            raise ValueError("its legs are no list of records")
         return record
     except OSError:
         raise RunError(f"{folder} is not a run folder: it has no run.json") from None

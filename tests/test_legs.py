@@ -137,3 +137,22 @@ def test_meaning_and_numbers_are_apart(tiny):
     assert legs.changes(first_narrow, other).arithmetic == ("adapter.restore: torch -> bitsandbytes",)
     assert planned(tiny, *narrow, "adapter.alpha=3.0").meaning != first_narrow.meaning
     assert legs.changes(first, planned(tiny, "engine.name=deepspeed")).ways == ("engine.name: native -> deepspeed",)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"meaning": None}, "whose folder this is, by .*meaning"),
+        ({"corpus": 3}, "by .*corpus"),
+        ({"legs": 3}, "no list"),
+        ({"legs": ["a"]}, "no list of records"),
+    ],
+)
+def test_a_record_that_no_run_writes_is_refused_by_name(begun, tmp_path, change, said):
+    """By whoever reads it: what a resume, its checkpoints and another run's `optim.from` look up is there, or is said to be missing."""
+    record = run.identity(begun)
+    (tmp_path / "run.json").write_text(json.dumps({name: value for name, value in (record | change).items() if value is not None}))
+    shutil.copy(begun / "plan.json", tmp_path)
+    for read in (run.identity, run.stored_plan, run.checkpoints):
+        with pytest.raises(RunError, match=f"run.json is not what a run writes: .*{said}"):
+            read(tmp_path)
