@@ -26,7 +26,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -37,6 +37,7 @@ from gigatrain.config import Objective
 from gigatrain.data.loader import Batch, Microbatch
 from gigatrain.engines import source
 from gigatrain.engines.judge import Judge
+from gigatrain.engines.partitions import Parts, parts_of, touched
 from gigatrain.engines.sums import beforehand, report
 from gigatrain.errors import RunError
 from gigatrain.kernels import adamw, ops
@@ -73,7 +74,7 @@ class DeepSpeed:
             self._engine, self.flat = self._initialize(library, kernels)
             self.model: source.Model = self._engine.module.decoder
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-            self._parts = _parts(self._engine.optimizer, names, mesh)
+            self._parts = parts_of(self._engine.optimizer, names, mesh)
         for flat in self._parts.flats:
             self.flat.keep(flat)
         self._fill(fresh)
@@ -247,7 +248,7 @@ class DeepSpeed:
         if fresh or frozen:
             boxes = {name: self._rows_of(name) for name in self._shapes}
             if self.plan.adapter is not None and self.plan.engine.zero == 3:
-                boxes |= {name: _touched(tuple(one.ds_shape), *self._stretch(one)) for name, one in frozen.items()}
+                boxes |= {name: touched(tuple(one.ds_shape), *self._stretch(one)) for name, one in frozen.items()}
             shapes = self._shapes | {name: tuple(tensor.shape) for name, tensor in self._corrections.items()}
             for name, tensor in source.values(self.plan, self.model, shapes, self.device, boxes=boxes, trained=fresh):
                 if name in self._corrections:
@@ -266,7 +267,7 @@ class DeepSpeed:
     def _rows_of(self, name: str) -> hf.Box:
         """The box of a parameter's rows that this rank's ranges of it touch."""
         shares = self._parts.shares.get(name, ())
-        return _touched(self._shapes[name], *((shares[0].start, shares[-1].start + shares[-1].count) if shares else (0, 0)))
+        return touched(self._shapes[name], *((shares[0].start, shares[-1].start + shares[-1].count) if shares else (0, 0)))
 
     def _stretch(self, parameter: Any) -> tuple[int, int]:
         """Where this rank's elements of a parameter of ZeRO-3 begin and end: equal stretches, the last ones padded."""
@@ -395,7 +396,7 @@ class Flat(torch.optim.Optimizer):
         seed = torch.zeros((), dtype=torch.int64, device=flat.device)
         self.kept[flat] = adamw.State(flat.detach(), None, None, exp_avg, None, exp_avg_sq, None, updates, seed)
 
-    def by_group(self, parts: "Parts") -> dict[str, list[adamw.State]]:
+    def by_group(self, parts: Parts) -> dict[str, list[adamw.State]]:
         """The states of each group's partitions."""
         found: dict[str, list[adamw.State]] = {}
         for flat, group in zip(parts.flats, parts.groups, strict=True):
@@ -419,111 +420,6 @@ class Flat(torch.optim.Optimizer):
                         group["lr"] if self._foreach else torch.full((), group["lr"], device=flat.device)
                     )  # torch's own takes a number in fp64
                     self._update(self.kept[flat], flat.grad.view(-1), lr, self._scale, self._skip, group["rates"])
-
-
-# ---- What is where in DeepSpeed's partitions ----
-
-
-@dataclass(frozen=True)
-class Share:
-    """`count` elements of a flattened parameter from `start` on, which lie in partition `flat` from `at` on."""
-
-    flat: int
-    at: int
-    start: int
-    count: int
-
-    def of(self, flats: list[Tensor]) -> Tensor:
-        """They, as a view."""
-        return flats[self.flat].detach()[self.at : self.at + self.count]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A rank's fp32 partitions, the optimizer's group of each, and the parameters' ranges in them.
-
-    gradients: of all partitions, once the last backward of a step has been reduced. publish: rounds the partitions into the weights that compute.
-    """
-
-    flats: list[Tensor]
-    groups: list[int]
-    shares: dict[str, list[Share]]
-    gradients: Callable[[], list[Tensor]]
-    publish: Callable[[], None]
-
-
-def _parts(zero: Any, names: Mapping[int, str], mesh: Mesh) -> Parts:
-    """Of whichever of DeepSpeed's three classes the stage and the precision led to; `names` by the parameters' identity."""
-    kind = type(zero).__name__
-    if kind == "DeepSpeedZeroOptimizer_Stage3":
-        flats = zero.fp32_partitioned_groups_flat
-        shares = _padded_shares(names, zero.fp16_groups, mesh)
-
-        def publish() -> None:
-            for index in range(len(flats)):
-                zero._reassign_or_swap_out_partitioned_parameters(index)
-
-        def gradients() -> list[Tensor]:
-            return (
-                [flat.grad for flat in flats]
-                if zero.offload_optimizer
-                else [one for some in zero.averaged_gradients.values() for one in some]
-            )
-
-        return Parts(flats, [zero.sub_group_to_group_id[index] for index in range(len(flats))], shares, gradients, publish)
-    if kind == "BF16_Optimizer":
-        flats, members = zero.fp32_groups_flat_partition, zero.bf16_groups
-        return Parts(
-            flats,
-            list(range(len(flats))),
-            _end_to_end(names, members, flats, mesh),
-            lambda: zero.fp32_groups_gradient_flat_partition,
-            zero.update_lp_params,
-        )
-    assert kind == "DeepSpeedZeroOptimizer", kind
-    flats, members = zero.single_partition_of_fp32_groups, zero.bit16_groups
-
-    def found() -> list[Tensor]:
-        return [flat.grad for flat in flats] if zero.cpu_offload else [one for some in zero.averaged_gradients.values() for one in some]
-
-    return Parts(flats, list(range(len(flats))), _end_to_end(names, members, flats, mesh), found, zero.update_lp_params)
-
-
-def _end_to_end(names: Mapping[int, str], members: list[list[Tensor]], flats: list[Tensor], mesh: Mesh) -> dict[str, list[Share]]:
-    """ZeRO-1 and 2: a group's parameters lie end to end, and every rank has an equal stretch of the whole."""
-    shares: dict[str, list[Share]] = {}
-    for index, group in enumerate(members):
-        size, began = flats[index].numel(), 0
-        low = mesh.rank * size
-        for parameter in group:
-            count = parameter.numel()
-            start, end = max(0, low - began), min(count, low + size - began)
-            if start < end:
-                shares.setdefault(names[id(parameter)], []).append(Share(index, began + start - low, start, end - start))
-            began += count
-    return shares
-
-
-def _padded_shares(names: Mapping[int, str], members: list[list[Any]], mesh: Mesh) -> dict[str, list[Share]]:
-    """ZeRO-3: every parameter is cut into equal stretches, the last ones padded, and a rank's stretches lie end to end."""
-    shares: dict[str, list[Share]] = {}
-    for index, group in enumerate(members):
-        at = 0
-        for parameter in group:
-            each = parameter.partition_numel()
-            start = min(parameter.ds_numel, mesh.rank * each)
-            count = min(parameter.ds_numel - start, each)
-            if count:
-                shares.setdefault(names[id(parameter)], []).append(Share(index, at, start, count))
-            at += each
-    return shares
-
-
-def _touched(shape: tuple[int, ...], start: int, stop: int) -> hf.Box:
-    """The box of the rows that elements `start` to `stop` of a flattened parameter touch."""
-    row = math.prod(shape[1:])
-    first, last = (start // row, -(-stop // row)) if start < stop else (0, 0)
-    return (first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:])
 
 
 # ---- DeepSpeed itself ----
