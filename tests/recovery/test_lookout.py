@@ -20,9 +20,8 @@ class Seen:
         self.changes: dict[str, Any] = {}
         self.state, self.moves = "S", False
         self.rows: dict[int, Row] = {}
-        self.lookout = Lookout(
-            SimpleNamespace(row=self.rows.__getitem__), Pace(times=3, floor_s=FLOOR_S, slow_s=SLOW_S, every=2), hangs=hangs
-        )  # type: ignore[arg-type]
+        board: Any = SimpleNamespace(row=self.rows.__getitem__)
+        self.lookout = Lookout(board, Pace(times=3, floor_s=FLOOR_S, slow_s=SLOW_S, every=2), hangs=hangs)
 
     def rank(self, number: int) -> Any:
         state = self.state

@@ -13,6 +13,7 @@ from gigatrain import run
 from gigatrain.config import Recovery
 from gigatrain.observe import prometheus
 from gigatrain.recovery import cause, meeting
+from gigatrain.recovery.lookout import Lookout
 from gigatrain.recovery.supervisor import Orders, Supervisor, _Attempt
 
 SETS = ("train.nproc=2", "train.steps=24", "train.batch=8", "validation.every=0", "train.deterministic=true")
@@ -95,7 +96,7 @@ def test_a_death_is_told_of_the_process_that_it_ended(tmp_path, rows, told):
     events = [{"event": event, "time_s": time_s} | known | ({"why": why[0]} if why else {}) for event, time_s, *why in rows]
     path.write_text("".join(json.dumps(event) + "\n" for event in events))
     one = supervisor(tmp_path)
-    one._began_s, one._attempt = 50.0, _Attempt(1, 0, 200.0)
+    one._began_s, one._attempt = 50.0, _Attempt(1, 0, 200.0, Lookout(one._board, one._pace, hangs=True))
     one._close_session("rank 0 was ended by SIGKILL")
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["event"], row["why"], row["killed"]) for row in found[len(events) :]] == [
