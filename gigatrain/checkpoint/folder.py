@@ -236,7 +236,7 @@ class Folder:
             if lost := sorted(boxes - manifest["files"].keys()):
                 raise ValueError(f"{lost[0]} has no hash")
             return manifest
-        except (ValueError, KeyError, TypeError, AttributeError) as failure:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as failure:
             raise CheckpointError(f"{where} is not a manifest: {failure}") from None
 
     def commit(self, folder: Path, manifest: Mapping[str, Any]) -> bytes:

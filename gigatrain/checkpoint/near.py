@@ -350,7 +350,7 @@ class Near:
             return found
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise CheckpointError(
                 f"{self.run_folder}/near.json is not what an attempt writes, so that no near step can be trusted"
             ) from None

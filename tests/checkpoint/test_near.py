@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -346,6 +347,21 @@ def test_a_part_of_another_run_step_or_attempt_is_refused(tmp_path, key, value):
     folder.commit_text(step, 0, json.dumps(manifest | {key: value}))
     with pytest.raises(CheckpointError, match="manifest-00000.json"):
         folder.part(step, 0, accepts=ACCEPTS)
+
+
+NESTED = "[" * 100_000  # deeper than Python follows, which is no ValueError
+
+
+def test_what_is_nested_too_deep_is_refused_and_leaves_nobody_waiting(tmp_path):
+    """Rank 0 alone reads what says which attempts count: what it cannot read must be its word, and not its end."""
+    folder, step, _ = part(tmp_path / "near", tmp_path)
+    folder.commit_text(step, 0, NESTED)
+    with pytest.raises(CheckpointError, match="manifest-00000.json is not a manifest"):
+        folder.part(step, 0, accepts=ACCEPTS)
+    for content in (NESTED, "{", '{"attempt": "x", "from": null}'):
+        (tmp_path / "near.json").write_text(content)
+        with pytest.raises(CheckpointError, match="near.json is not what an attempt writes"):
+            near.Near._accepts(SimpleNamespace(run_folder=tmp_path))  # type: ignore[arg-type]
 
 
 def test_every_single_bit_of_a_part_counts(tmp_path):
