@@ -128,14 +128,13 @@ def _steps(
     energy: Energy,
 ) -> dict[str, Any] | None:
     """From the first step, or the newest checkpoint, to the last checkpoint; returns the summary, or None after a signal."""
+    # What is trained, on what, and where it is kept.
     log.pulse.mark("build")
     ready.prepare(plan)
     if device.type == "cuda":
         with progress.spent("compile"):
             ready.verify(plan, device, display.line)
-    # An adapter's checkpoints name the weights that it stands beside.
-    base = None if plan.adapter is None else source.base_of(plan, mesh)
-    named = {} if base is None else {"base": base}
+    base = None if plan.adapter is None else source.base_of(plan, mesh)  # an adapter's checkpoints name the weights that it stands beside
     engine = engines.make(plan, mesh, device, fresh=not resumes and plan.optim.source is None)
     held = validation.held_out(plan, corpus, mesh, device)
     asked = plan.checkpoint
@@ -152,6 +151,8 @@ def _steps(
             say(f"  packed   {line}")
         if plan.objective.kind == "distil":
             feed.teach(plan, batches, corpus, device, mesh, log)
+
+        # Where it begins, or goes on from: another run's weights, its own newest checkpoint, or a replica that lives.
         if plan.optim.source is not None and not resumes:
             with progress.spent("restore"):
                 for line in restore.begin_from(plan, engine, batches, mesh, base):
@@ -170,11 +171,13 @@ def _steps(
         if this.step == plan.steps and (folder / "summary.json").is_file():
             near.finish()  # the process that finished may have been killed before it had cleaned up
             energy.complete = True
-            return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            return summary.read(folder)
         if mesh.rank == 0:
             run.claim(plan, folder, this)
             export.keep_tokenizer(corpus.tokenizer(), folder)
             keep_data(corpus, corpus.weights, folder)
+
+        # What watches it, each with a part in the one reduction of a report.
         writes = folder if mesh.rank == 0 else None
         metrics = stack.enter_context(Metrics(plan, writes, device, step=this.step, show=lambda window: display.window(plan, window)))
         metrics.load(kept)
@@ -186,6 +189,8 @@ def _steps(
         budget = Budget(plan, energy, health, times, progress, intervals.left)
         budget.load(power)
         saving = stack.enter_context(Saving(saves, background=asked.background, say=display.line, tell=progress.add, sync=metrics.written))
+
+        # What happens between two steps.
         before = this.elapsed_s
         waits = progress.spent if device.type == "cpu" else lambda what: contextlib.nullcontext()  # a GPU computes meanwhile
 
@@ -220,7 +225,9 @@ def _steps(
             this.elapsed_s = before + time.monotonic() - began
             kept = metrics.state()
             this.tokens = metrics.tokens
-            return {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state(), **named}
+            return {"run": this.state(), "data": batches.state(), "metrics": kept, "power": budget.state()} | (
+                {} if base is None else {"base": base}
+            )
 
         lives.offer = kept_now
 
@@ -246,6 +253,7 @@ def _steps(
                     metrics.validated = this.step
                     metrics.write({"step": this.step} | found)
 
+        # The steps.
         display.advance("train", this.step, plan.steps)
         if resumes or found is not None:
             validate()  # a signal may have come before it
@@ -269,17 +277,19 @@ def _steps(
             rate = schedule.rate(plan.schedule, this.step, plan.steps)
             update = engine.step(rate)
             this.advance()
-            metrics.add(update)
+            metrics.add(update)  # stays on the device
+
             ends = this.step == plan.steps
             reports, due = ends or this.step % plan.report.every == 0, intervals.due(this.step)
             if reports:
-                meet()
+                meet()  # the one reduction in which ranks learn of each other
             if (reports or due or validation.due(plan, this.step)) and numerics.look(this):
                 continue  # steps that were refused, or held behind such a one, are made again
             if ends:
                 numerics.settle(this)  # as before the last save, but a run that goes back by it has its loop yet
                 if this.step < plan.steps:
                     continue
+
             if reports:
                 bad = metrics.report(this.step, rate, engine.bad, lambda tokens: energy.figures(tokens) | numerics.figures())
                 this.tokens = metrics.tokens
@@ -298,6 +308,8 @@ def _steps(
                 save(tier)
                 metrics.clock.restart()
                 budget.stopped()
+
+        # The last checkpoint, of the end or of where a signal came.
         if device.type == "cuda":
             torch.cuda.synchronize()  # a signal may have come within a window, whose steps are saved too
         if unreported := metrics.clock.take_s():
@@ -312,7 +324,7 @@ def _steps(
             progress.why = health.signal or "signal"
             display.line(f"{health.signal}: saved at step {this.step} of {plan.steps}; go on with --resume --run {folder}")
             return None
-        this.elapsed_s, energy.complete = before, True
+        this.elapsed_s, energy.complete = before, True  # `train` adds what this process took, once the export is there
         return summary.of(plan, this, saves, saving, corpus, metrics, mesh) | {"saving": intervals.summary() | near.summary()}
 
 

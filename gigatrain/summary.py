@@ -10,10 +10,23 @@ import torch
 from gigatrain import run
 from gigatrain.checkpoint import Checkpoints, Saving, weights_sha256, write_text
 from gigatrain.data import build, shown
+from gigatrain.errors import RunError
 from gigatrain.observe.display import Display
 from gigatrain.observe.metrics import Metrics, percentile, versions
 from gigatrain.parallel.mesh import Mesh
 from gigatrain.planning.plan import Plan
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """summary.json of a run that finished before. Raises RunError where it is not what a run writes."""
+    path = folder / "summary.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("wall_s"), (int, float)):
+            raise ValueError("it does not say how long the run took")
+        return found
+    except (OSError, ValueError, RecursionError) as failure:
+        raise RunError(f"{path} is not what a run writes ({failure}); remove it, and --resume makes it again") from None
 
 
 def of(plan: Plan, this: run.Run, saves: Checkpoints, saving: Saving, corpus: build.Corpus, metrics: Metrics, mesh: Mesh) -> dict[str, Any]:

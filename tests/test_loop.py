@@ -383,6 +383,15 @@ def test_a_signal_within_a_validation_saves_first_and_the_resume_validates(tiny,
         assert summary[key] == undisturbed[1][key]
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"steps": 12}'])
+def test_a_finished_run_whose_summary_is_damaged_is_refused_by_name(tiny, undisturbed, tmp_path, content):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed[0], folder)
+    (folder / "summary.json").write_text(content)
+    with pytest.raises(RunError, match="summary.json is not what a run writes .*; remove it, and --resume makes it again"):
+        trained(tiny, folder, start="resume")
+
+
 def test_foreign_folders_among_the_checkpoints_disturb_nothing(tiny, undisturbed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed[0], folder)
