@@ -23,7 +23,7 @@ from gigatrain.planning import legs
 from gigatrain.planning.plan import Plan
 
 DYING_S = 3.0  # what the last process in a run folder gets to be gone
-_NAMES = ("id", "name", "created", "identity", "meaning", "corpus")  # without which run.json is nobody's
+_NAMES = ("id", "name", "created", "identity", "meaning")  # without which run.json is nobody's
 Start = Literal["new", "resume", "other-numbers", "auto", "continue"]
 
 
@@ -138,6 +138,8 @@ def identity(folder: Path) -> dict[str, Any]:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in _NAMES):
             raise ValueError(f"it does not say whose folder this is, by {', '.join(_NAMES)}")
+        if not isinstance(record.get("corpus"), str | None):
+            raise ValueError("its corpus is no name")
         told = record.get("legs", [])
         if not isinstance(told, list) or not all(isinstance(leg, dict) for leg in told):
             raise ValueError("its legs are no list of records")
@@ -171,7 +173,7 @@ def newest(root: Path, name: str) -> Path:
 def _continued(plan: Plan, folder: Path, *, other_numbers: bool) -> Run:
     record = identity(folder)
     changes = legs.agree(folder, stored_plan(folder), plan, other_numbers=other_numbers)
-    return Run(id=record["id"], corpus=record["corpus"], changes=changes)
+    return Run(id=record["id"], corpus=record.get("corpus"), changes=changes)
 
 
 def _move_aside(folder: Path) -> None:
