@@ -35,7 +35,7 @@ from gigatrain.kernels import launch
 from gigatrain.models import starting
 from gigatrain.models.decoder import verify
 from gigatrain.objectives import figures, reference, teacher
-from gigatrain.observe import hang, prometheus, stragglers, trace, watch
+from gigatrain.observe import hang, prometheus, reader, stragglers, trace
 from gigatrain.observe.budget import Budget
 from gigatrain.observe.display import Display
 from gigatrain.observe.energy import Energy
@@ -118,7 +118,7 @@ def _train(
         summary["wall_s"] = round(this.elapsed_s + time.monotonic() - began, 3)
         energy.close()
         summary["energy"] = {key: value for key, value in account.account(folder).items() if key != "windows"}
-        drifts = watch.Reader(folder).drift()  # None: the plan expects nothing
+        drifts = reader.Reader(folder).drift()  # None: the plan expects nothing
         summary["drift"] = None if drifts is None else [one["words"] for one in drifts]
         write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         for one in drifts or ():

@@ -520,7 +520,7 @@ def test_progress_survives_a_torn_line(tmp_path):
         file.write('{"time_s": 1, "eve')
     with logs.Progress(logs.Log(tmp_path), tmp_path):
         pass
-    from gigatrain.observe.watch import Tail
+    from gigatrain.observe.tail import Tail
 
     rows, _ = Tail(path).rows()
     assert [row["event"] for row in rows] == ["start", "report", "end", "start", "end"]

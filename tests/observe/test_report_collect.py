@@ -12,9 +12,9 @@ import pytest
 from reported import BEGAN_S, EACH, NODES, STEP_TOKENS, WATTS, figure, made, plan
 
 from gigatrain.errors import RunError
+from gigatrain.observe.goodput import CLASSES
 from gigatrain.observe.report import collect as collecting
 from gigatrain.observe.report.collect import POINTS, collect, planned_watts, thinned
-from gigatrain.observe.watch import CLASSES
 from gigatrain.planning.watts import Watts
 from gigatrain.power.reading import BOUNDARIES
 from gigatrain.site import UNKNOWN

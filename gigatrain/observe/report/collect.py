@@ -17,10 +17,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from gigatrain.errors import GigatrainError, PowerError
-from gigatrain.observe import beside, evals, logs, watch
+from gigatrain.observe import beside, evals, logs
+from gigatrain.observe.goodput import CLASSES
 from gigatrain.observe.legs import place_words
+from gigatrain.observe.reader import Reader
 from gigatrain.observe.report.figures import SLACK, against, finite, known
 from gigatrain.observe.report.ranges import ranged
+from gigatrain.observe.tail import Tail
 from gigatrain.planning.watts import Watts
 from gigatrain.power.reading import BIN_S, BOUNDARIES, PROVENANCES
 from gigatrain.power.schedule import Schedule
@@ -47,7 +50,7 @@ CARRIED_S = 1.0  # a cost of more seconds than its process has stepped was taken
 Point = tuple[float, float | None]
 
 
-class _Quiet(watch.Reader):
+class _Quiet(Reader):
     """A page is of what the folder holds: no scheduler is asked."""
 
     def _asked(self) -> None:
@@ -60,7 +63,7 @@ def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any
     seen, folder = reader.seen(), reader.run
     plan, record, summary = (_object(folder / name) for name in ("plan.json", "run.json", "summary.json"))
     windows, validations = _windows(folder)
-    events = [row for row in watch.Tail(folder / "logs" / "progress.jsonl").rows()[0] if finite(row.get("time_s")) is not None]
+    events = [row for row in Tail(folder / "logs" / "progress.jsonl").rows()[0] if finite(row.get("time_s")) is not None]
     began_s = events[0]["time_s"] if events else None
     last = windows[-1] if windows else {}
     steps, phases = _steps(folder)
@@ -160,7 +163,7 @@ def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any
 
 def _samples(folder: Path) -> list[dict[str, str]]:
     """Prompts of held-out conversations, what was held out and what the model wrote."""
-    rows = watch.Tail(folder / "samples.jsonl").rows()[0][:SAMPLES]
+    rows = Tail(folder / "samples.jsonl").rows()[0][:SAMPLES]
     names = ("prompt", "held_out", "written")
     return [{name: row[name][-SHOWN:] for name in names} for row in rows if all(isinstance(row.get(name), str) for name in names)]
 
@@ -190,7 +193,7 @@ def _windows(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Windows and validations by step; of a step that is there twice, the later one."""
     windows: dict[float, dict[str, Any]] = {}
     validations: dict[float, dict[str, Any]] = {}
-    for row in watch.Tail(folder / "metrics.jsonl").rows()[0]:
+    for row in Tail(folder / "metrics.jsonl").rows()[0]:
         if (step := finite(row.get("step"))) is not None:
             if "val_loss" in row:
                 validations[step] = row
@@ -317,13 +320,13 @@ def _histogram(ordered: Sequence[float]) -> dict[str, Any]:
 
 
 def _goodput(found: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Every second of wall-clock in one class of watch.CLASSES."""
+    """Every second of wall-clock in one of CLASSES."""
     if found is None or found["share"] is None:
         return {"unknown": "logs/progress.jsonl has no events, or no time between them"}
     said = (found["wall_s"], found["share"], *found["seconds"].values())
     if any(finite(one) is None or one < 0 for one in said):
         return {"unknown": "logs/progress.jsonl has times that are no numbers, or below 0"}
-    seconds = {name: found["seconds"][name] for name in watch.CLASSES}
+    seconds = {name: found["seconds"][name] for name in CLASSES}
     rounding_s = max(1e-3 * (len(seconds) + 1), 1e-9 * found["wall_s"])  # each was rounded to a millisecond
     assert abs(sum(seconds.values()) - found["wall_s"]) <= rounding_s, "the classes do not add up to wall-clock"
     return {"wall_s": found["wall_s"], "share": found["share"], "seconds": seconds}
@@ -490,7 +493,7 @@ def _budget(folder: Path, plan: Mapping[str, Any], energy: Mapping[str, Any], be
     """
     power = plan.get("power")
     asked = {name: power.get(name) for name in ASKED if power.get(name)} if isinstance(power, Mapping) else {}
-    rows = [row for row in watch.Tail(folder / "energy.jsonl").rows()[0] if finite(row.get("time_s")) is not None]
+    rows = [row for row in Tail(folder / "energy.jsonl").rows()[0] if finite(row.get("time_s")) is not None]
     if not asked and not any(isinstance(row.get("orders"), dict) and row["orders"] for row in rows):
         return {}
     megawatts, path, unread = finite(asked.get("megawatts")), asked.get("schedule"), ""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from gigatrain.observe import logs, watch
+from gigatrain.observe import legs, logs
 from gigatrain.observe.report.figures import finite
 
 _APART = re.compile(r"(?<=[±<>−]) (?=\d)")  # a sign and its number stay on one line
@@ -81,7 +81,7 @@ def size(count: float) -> str:
 def span(seconds: float) -> str:
     """A duration as people say it, from milliseconds to days."""
     if seconds >= MINUTES_S:
-        return watch.span(seconds)
+        return legs.span(seconds)
     return f"{seconds:.1f} s" if seconds >= 0.9995 or not seconds else f"{seconds * 1e3:.0f} ms"
 
 
