@@ -256,11 +256,11 @@ class Reader:
         for path in (self.run / "checkpoints").glob("step-*/COMMITTED"):
             with contextlib.suppress(OSError, ValueError):
                 found.append((int(path.parent.name.removeprefix("step-")), path.stat().st_mtime))
-        return (
-            {"step": max(found)[0], "age_s": round(max(0.0, now - max(found)[1]), 1), **cost, "not_saved": self._told.not_saved}
-            if found
-            else None
-        )
+        if not found and self._told.not_saved is None:
+            return None
+        step, saved_s = max(found, default=(None, now))
+        age_s = None if step is None else round(max(0.0, now - saved_s), 1)
+        return {"step": step, "age_s": age_s, **cost, "not_saved": self._told.not_saved}
 
     def _moved(self, record: Mapping[str, Any], now: float | None) -> list[dict[str, Any]]:
         """The run's legs; where there are several also what each drew, which is read again when that has cost a fiftieth of the time since."""

@@ -93,41 +93,43 @@ def lines(seen: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         add("DRIFT", one["words"], "bold yellow")
     if seen["drift"] == []:
         add("plan", "no judged window lies beyond what it expects")
-    if seen["goodput"]:
-        parts = ", ".join(
-            f"{what} {span(spent)}" for what, spent in seen["goodput"]["seconds"].items() if spent >= 0.5 or what == "training"
-        )
-        share = seen["goodput"]["share"]
-        add("goodput", f"{'unknown' if share is None else f'{share:.1%}'} of {span(seen['goodput']['wall_s'])}: {parts}")
-        for one in seen["restarts"][-4:]:
-            when = _utc(one["time_s"])
-            begun = "before its first step" if one["step"] is None else f"at step {one['step']:,}"
-            add("restart", f"{when} attempt {one['attempt']}, {begun}; before it: {one['why']}")
-        if len(seen["restarts"]) > 4:
-            add("restarts", f"{len(seen['restarts'])} in all")
-        some = f"; {seen['slowest_why']}" if seen["slowest_why"] else ""
-        shown = ", ".join(f"rank {row['rank']} {row['own_s'] * 1e3:.1f} ms" for row in seen["slowest_ranks"])
-        if (seen["ranks"] or 2) > 1:
-            add("slowest", f"{shown} of data and forward{some}" if shown else seen["slowest_why"])
-    for one in seen["legs"][-4:] if len(seen["legs"]) > 1 else ():
-        add(f"leg {one['number']}", leg_words(one))
-    if seen["checkpoint"]:
-        newest = seen["checkpoint"]
-        cost = (
-            f"; training stood {newest['stall_s']:.3g} s for the last, {newest['stall_share']:.2%}"
-            if newest["stall_share"] is not None
-            else ""
-        )
-        add("checkpoint", f"step {newest['step']:,}, {span(newest['age_s'])} ago{cost}")
-        if newest["not_saved"]:
-            add("NOT SAVED", newest["not_saved"], "bold yellow")
-    if seen["saving"]:
-        add("saves", seen["saving"]["words"])
+    found += _clock_lines(seen)
     for title, text in _power_lines(seen):
         add(title, text)
     if seen["failed_ranks"] and not seen["failure"]:
         add("errors", f"{seen['failed_ranks']} ranks left one in {seen['run']}/logs", "yellow")
     return [(logs.printable(title), logs.printable(text), style) for title, text, style in found]
+
+
+def _clock_lines(seen: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Where the time went, by whom, and what is safe of it."""
+    if seen["goodput"]:
+        parts = ", ".join(
+            f"{what} {span(spent)}" for what, spent in seen["goodput"]["seconds"].items() if spent >= 0.5 or what == "training"
+        )
+        share = seen["goodput"]["share"]
+        yield "goodput", f"{'unknown' if share is None else f'{share:.1%}'} of {span(seen['goodput']['wall_s'])}: {parts}", ""
+        for one in seen["restarts"][-4:]:
+            when = _utc(one["time_s"])
+            begun = "before its first step" if one["step"] is None else f"at step {one['step']:,}"
+            yield "restart", f"{when} attempt {one['attempt']}, {begun}; before it: {one['why']}", ""
+        if len(seen["restarts"]) > 4:
+            yield "restarts", f"{len(seen['restarts'])} in all", ""
+        some = f"; {seen['slowest_why']}" if seen["slowest_why"] else ""
+        shown = ", ".join(f"rank {row['rank']} {row['own_s'] * 1e3:.1f} ms" for row in seen["slowest_ranks"])
+        if (seen["ranks"] or 2) > 1:
+            yield "slowest", f"{shown} of data and forward{some}" if shown else seen["slowest_why"], ""
+    for one in seen["legs"][-4:] if len(seen["legs"]) > 1 else ():
+        yield f"leg {one['number']}", leg_words(one), ""
+    if newest := seen["checkpoint"]:
+        stall_s, share = newest["stall_s"], newest["stall_share"]
+        cost = "" if stall_s is None or share is None else f"; training stood {stall_s:.3g} s for the last, {share:.2%}"
+        where = "none yet" if newest["step"] is None else f"step {newest['step']:,}, {span(newest['age_s'])} ago"
+        yield "checkpoint", where + cost, ""
+        if newest["not_saved"]:
+            yield "NOT SAVED", newest["not_saved"], "bold yellow"
+    if seen["saving"]:
+        yield "saves", seen["saving"]["words"], ""
 
 
 def _power_lines(seen: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

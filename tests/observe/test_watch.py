@@ -12,6 +12,7 @@ import pytest
 from gigatrain.errors import RunError
 from gigatrain.observe import reader, watch
 from gigatrain.observe.legs import span
+from gigatrain.observe.prometheus import exposition
 from gigatrain.observe.reader import Reader
 from gigatrain.observe.watch import lines, spark
 
@@ -215,6 +216,24 @@ def test_classes_are_no_more_than_the_time_when_a_clock_was_set_back(tmp_path):
     goodput = Reader(made(tmp_path / "run", rows, [window(9)]), now=lambda: 1050.0).seen()["goodput"]
     assert sum(goodput["seconds"].values()) == pytest.approx(goodput["wall_s"])
     assert goodput["share"] == pytest.approx(0.95)
+
+
+def test_that_no_save_has_ever_come_about_is_said(tmp_path):
+    """The one who reads it would lose the whole run."""
+    rows = [*KILLED[:3], event("0", 1031, "not saved", why="the disk is full")]
+    seen = Reader(made(tmp_path / "run", rows, [window(20)]), now=lambda: 1040.0).seen()
+    assert ("NOT SAVED", "the disk is full", "bold yellow") in lines(seen)
+    assert "checkpoint none yet" in said(seen)
+    assert "gigatrain_checkpoint_step{" not in exposition(seen)
+    damaged = [*rows, event("0", 1032, "saved", stall_share=0.1)]
+    assert Reader(made(tmp_path / "damaged", damaged, [window(20)]), now=lambda: 1040.0).seen()["checkpoint"] is None
+
+
+def test_a_save_that_told_half_of_its_cost_is_shown_without(tmp_path):
+    folder = made(tmp_path / "run", [*KILLED[:3], event("0", 1032, "saved", stall_share=0.1)], [window(20)])
+    (folder / "checkpoints" / "step-00000020").mkdir(parents=True)
+    (folder / "checkpoints" / "step-00000020" / "COMMITTED").write_text("")
+    assert "checkpoint step 20, " in said(Reader(folder).seen())
 
 
 def test_a_folder_without_a_name_is_named(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from gigatrain.observe.report.figures import finite
 
 _APART = re.compile(r"(?<=[±<>−]) (?=\d)")  # a sign and its number stay on one line
 MINUTES_S = 600.0  # from where on a duration is told in minutes: below, its share beside it would not fit it
+WITHIN = {"device": "device", "node": "node", "it": "IT", "facility": "facility"}
 _HIDDEN = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")  # what turns or hides the words around it
 
 
