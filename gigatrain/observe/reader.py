@@ -7,7 +7,6 @@ guessed.
 
 import contextlib
 import importlib
-import json
 import os
 import time
 from collections import deque
@@ -20,13 +19,14 @@ from pydantic import ValidationError
 
 from gigatrain import load
 from gigatrain.errors import GigatrainError, RunError
-from gigatrain.observe import beside, logs
+from gigatrain.observe import beside, failed, logs
 from gigatrain.observe.goodput import Session, goodput_of, number
 from gigatrain.observe.legs import legs_of
 from gigatrain.observe.tail import Tail, objects
 from gigatrain.observe.told import Told
 from gigatrain.planning.watts import Watts
 from gigatrain.power.live import Live
+from gigatrain.power.spans import one_object
 
 WINDOWS = 120  # of losses that are kept for the line
 QUIET_S = 120.0  # without news a run that has not ended is called silent; longer where its reports are further apart
@@ -65,10 +65,10 @@ class Reader:
 
     def seen(self) -> dict[str, Any]:
         """The run now, as JSON values: what `gigatrain watch --json` prints."""
-        record = _json(self.run / "run.json")
+        record = one_object(self.run / "run.json")
         self._read(record)
-        now, plan = self.now(), _json(self.run / "plan.json")
-        summary = _json(self.run / "summary.json")
+        now, plan = self.now(), one_object(self.run / "plan.json")
+        summary = one_object(self.run / "summary.json")
         window = self._windows[-1] if self._windows else {}
         validation, last, sessions = self._validation, self._told.last, self._told.sessions.all
         news_s = self._news_s(now)
@@ -125,9 +125,9 @@ class Reader:
 
     def drift(self) -> list[dict[str, Any]] | None:
         """`seen()["drift"]` alone, and nothing is asked of a scheduler."""
-        self._read(_json(self.run / "run.json"))
+        self._read(one_object(self.run / "run.json"))
         goodput, slow = goodput_of(self._told.sessions.all, None), _slowest(self.run)[0]
-        return self._drift(_json(self.run / "plan.json"), _json(self.run / "summary.json"), goodput, slow, logs.newest(self.run))
+        return self._drift(one_object(self.run / "plan.json"), one_object(self.run / "summary.json"), goodput, slow, logs.newest(self.run))
 
     def _drift(
         self, plan: Mapping[str, Any], summary: Mapping[str, Any], goodput: Any, slow: list[dict[str, Any]], attempt: int | None
@@ -185,15 +185,15 @@ class Reader:
                     changed.append(path.stat().st_mtime_ns)
         key, now = (attempt, state, *changed), time.monotonic()
         if key != self._left[0] or now - self._left[1] >= KEPT_S:  # the mark at a log's end changes no folder
-            found, hang = logs.failures(self.run, attempt), logs.hangs(self.run, attempt)
+            found, hang = failed.failures(self.run, attempt), failed.hangs(self.run, attempt)
             self._left = (
                 key,
                 now,
                 {
                     "failed_ranks": len(found),
-                    "failure": logs.first_failure(self.run, attempt) if state in ("ended", "silent") and found else None,
+                    "failure": failed.first_failure(self.run, attempt) if state in ("ended", "silent") and found else None,
                     "hung_ranks": len(hang),
-                    "hang": logs.hung(self.run, attempt) if hang else None,
+                    "hang": failed.hung(self.run, attempt) if hang else None,
                 },
             )
         return self._left[2]
@@ -300,7 +300,7 @@ class Reader:
         flops, ranks = number(plan, "flops_per_token"), number(plan, "ranks")
         if speed is None or flops is None or not ranks:
             return None, "no window yet"
-        name = _json(self.run / "launch" / "site.json").get("accelerator")
+        name = one_object(self.run / "launch" / "site.json").get("accelerator")
         if (
             name is None and plan.get("site") in load.sites()
         ):  # a run that nobody launched knows its site by name; one of a file is not known here
@@ -369,18 +369,10 @@ def _slowest(run: Path) -> tuple[list[dict[str, Any]], str]:
 
 def slowest_of(run: Path, slow: list[dict[str, Any]], attempt: int | None) -> dict[str, Any] | None:
     """The slowest rank that records, with its node; None where only one does."""
-    return {**slow[0], "node": logs.node_of(run, attempt, slow[0]["rank"])} if slow else None
+    return {**slow[0], "node": failed.node_of(run, attempt, slow[0]["rank"])} if slow else None
 
 
 def _stragglers(run: Path) -> list[dict[str, Any]]:
     """Ranks that observe/stragglers.py has named, as of the last report that changed them."""
-    found = _json(run / "stragglers.json").get("ranks")
+    found = one_object(run / "stragglers.json").get("ranks")
     return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object, or nothing."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        if isinstance(found := json.loads(path.read_text(encoding="utf-8")), dict):
-            return found
-    return {}

@@ -186,7 +186,7 @@ def test_what_ranks_left_is_read_when_their_folders_change(tmp_path, monkeypatch
     errors = folder / "logs" / "attempt-000" / "errors"
     errors.mkdir(parents=True)
     calls = []
-    monkeypatch.setattr(reader.logs, "failures", lambda *given: calls.append(given) or [])
+    monkeypatch.setattr(reader.failed, "failures", lambda *given: calls.append(given) or [])
     run = Reader(folder, now=lambda: 1130.0)
     for _ in range(3):
         run.seen()

@@ -4,8 +4,6 @@ A figure is {"value": number, "note": words} or {"value": null, "unknown": why}:
 thinned to about 600 points, of which each stretch keeps its lowest and its highest, so that a spike of one window in 100,000 is still there.
 """
 
-import contextlib
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +23,7 @@ from gigatrain.observe.report.thinning import thinned
 from gigatrain.observe.tail import Tail
 from gigatrain.planning.watts import Watts
 from gigatrain.power.reading import BOUNDARIES
+from gigatrain.power.spans import one_object
 from gigatrain.site import Figure
 
 POWERED = ("power budget", "power schedule", "power ramp", "power follows", "power limits")  # settings of a run without any:
@@ -45,7 +44,7 @@ def collect(run: Path, *, now: Callable[[], float] = time.time) -> dict[str, Any
     """Everything that a report says of one run. Raises RunError where `run` is no run's folder; what is missing in it is named in `missing`."""
     reader = _Quiet(run, now)
     seen, folder = reader.seen(), reader.run
-    plan, record, summary = (_object(folder / name) for name in ("plan.json", "run.json", "summary.json"))
+    plan, record, summary = (one_object(folder / name) for name in ("plan.json", "run.json", "summary.json"))
     windows, validations = _windows(folder)
     events = [row for row in Tail(folder / "logs" / "progress.jsonl").rows()[0] if finite(row.get("time_s")) is not None]
     began_s = events[0]["time_s"] if events else None
@@ -435,14 +434,6 @@ def _missing(folder: Path) -> list[str]:
         "summary.json": "not finished, so no versions and no final sums",
     }
     return [f"{name}: {why}" for name, why in told.items() if not (folder / name).exists()]
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object of the folder, or an empty one where there is none, or half of one."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        if isinstance(found := json.loads(path.read_text(encoding="utf-8")), dict):
-            return found
-    return {}
 
 
 def _clean(value: Any) -> Any:
