@@ -245,9 +245,9 @@ def judged(lab: Lab, calm: Ran, ran: Ran, steps: int) -> Iterator[Check]:
     yield "/dev/shm", f"{early:.0f} KiB a step, then {late:.0f}, {len(left)} left", "not 10 % more, none left", well
     most = 512 + 2 * steps + 64 * (again + 1)
     yield "run folder but checkpoints", f"{rest:.0f} KiB", f"{most} KiB: 512, 2 a step, 64 a start", rest <= most
-    sessions = goodput.sessions_of(ran.subject.events())  # to the end of the one that finished it: a rank may be killed as it leaves
-    events = [event for session in sessions for event in session]
-    classes, wall_s = goodput.classes(events), events[-1]["time_s"] - events[0]["time_s"]
+    events = ran.subject.events()
+    sessions = goodput.sessions_of(events).all  # to the end of the one that finished it: a rank may be killed as it leaves
+    classes, wall_s = goodput.classes(events), sessions[-1].last["time_s"] - sessions[0].first["time_s"]
     off, other = abs(sum(classes.values()) / wall_s - 1), classes["other"] / wall_s
     words = ", ".join(f"{name} {100 * spent / wall_s:.1f} %" for name, spent in classes.items() if spent > 0.0005 * wall_s)
     well = off <= 1e-3 and other <= MOST_OTHER

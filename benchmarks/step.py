@@ -435,15 +435,10 @@ def _processor() -> str:
 
 
 def _versions() -> dict[str, str]:
-    from importlib import metadata
-
+    from gigatrain import installed
     from gigatrain.observe.metrics import versions
 
-    found = versions()
-    for name in ("liger-kernel", "litgpt", "lightning"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    return versions() | installed.versions("liger-kernel", "litgpt", "lightning")
 
 
 def _say(pipe: Any, answer: dict[str, Any]) -> None:

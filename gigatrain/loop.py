@@ -22,7 +22,7 @@ from gigatrain.errors import RunError
 from gigatrain.exporting.card import keep_data
 from gigatrain.models import starting
 from gigatrain.objectives import reference
-from gigatrain.observe import hang, prometheus, stragglers, trace, watch
+from gigatrain.observe import hang, prometheus, reader, stragglers, trace
 from gigatrain.observe.budget import Budget
 from gigatrain.observe.display import Display
 from gigatrain.observe.energy import Energy
@@ -103,7 +103,7 @@ def _train(
         found["wall_s"] = round(this.elapsed_s + time.monotonic() - began, 3)
         energy.close()
         found["energy"] = {key: value for key, value in account.account(folder).items() if key != "windows"}
-        drifts = watch.Reader(folder).drift()  # None: the plan expects nothing
+        drifts = reader.Reader(folder).drift()  # None: the plan expects nothing
         found["drift"] = None if drifts is None else [one["words"] for one in drifts]
         write_text(folder / "summary.json", json.dumps(found, indent=1) + "\n")
         for one in drifts or ():

@@ -20,7 +20,7 @@ from distributed import together
 
 from gigatrain import config
 from gigatrain.checkpoint import Checkpoints, Saving, Writer, fill
-from gigatrain.observe import watch
+from gigatrain.observe import reader, watch
 from gigatrain.parallel.mesh import Mesh
 from gigatrain.parallel.places import Piece, Place
 
@@ -465,7 +465,7 @@ def test_a_run_says_what_its_saves_cost_and_ends_with_the_same_weights(tiny, tmp
         assert {path.name for path in (folder / "checkpoints").iterdir()} == {f"step-{step:08d}" for step in (4, 8, 10, 12)}
         assert summary["checkpoint"]["saves"] == (5 if background == "true" else 0)
     assert found["true"]["weights_sha256"] == found["false"]["weights_sha256"]
-    seen = watch.Reader(tmp_path / "true").seen()
+    seen = reader.Reader(tmp_path / "true").seen()
     assert seen["checkpoint"]["stall_share"] > 0
     assert any(title == "checkpoint" and "training stood" in text for title, text, _ in watch.lines(seen))
     told = found["true"]["checkpoint"]

@@ -26,7 +26,7 @@ from gigatrain.data import build, sources, tokenizer
 from gigatrain.errors import GigatrainError
 from gigatrain.launching import hosts, job, pilots, restart
 from gigatrain.models import hf
-from gigatrain.observe import logs, trace, watch
+from gigatrain.observe import failed, trace, watch
 from gigatrain.observe.report import report
 from gigatrain.planning import calibrate
 from gigatrain.power import account, restore
@@ -144,7 +144,7 @@ def readers(folder: Path) -> dict[str, tuple[Callable[[], object], ...]]:
         "summary.json": (watched, reported),
         "energy.jsonl": (lambda: account.account(folder), watched, reported),
         "logs/progress.jsonl": (watched, reported),
-        "logs/attempt-000/errors/rank-00000.json": (lambda: logs.failures(folder), lambda: restart.failure(folder, 0), watched, reported),
+        "logs/attempt-000/errors/rank-00000.json": (lambda: failed.failures(folder), lambda: restart.failure(folder, 0), watched, reported),
         "trace/rank-00000.jsonl": (lambda: trace.read(folder), reported),
         "launch/history.jsonl": (lambda: job.history(folder), watched, reported),
         "launch/job.json": (lambda: job.load(folder),),

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "gigatrain"
 # Lowest first; a module may import its own level and those below, with the exceptions that follow.
 LEVELS = [
     ["errors"],
-    ["architectures", "catalog", "floors", "foreign", "leaving", "published", "twin"],
+    ["architectures", "catalog", "floors", "foreign", "installed", "leaving", "published", "twin"],
     ["config"],
     ["site"],
     ["load", "planning"],
@@ -41,6 +41,7 @@ TORCH_FREE = {
     "twin",
     "floors",
     "foreign",
+    "installed",
     "leaving",
     "config",
     "site",

@@ -15,7 +15,7 @@ from commands import training
 
 from gigatrain import run as runs
 from gigatrain.launching import hosts
-from gigatrain.observe import watch
+from gigatrain.observe import reader, watch
 from gigatrain.observe.report.collect import collect
 from gigatrain.observe.report.page import page
 
@@ -189,7 +189,7 @@ def test_a_run_goes_over_two_sites_and_three_engines(recipe, sites, tmp_path):
     assert "optim.moments: bf16 -> fp32" in legs[2]["changed"]
     text = page([collect(folder)])
     assert "1. north, native, 2 ranks (shard 2), fp32" in text
-    seen = watch.Reader(folder).seen()
+    seen = reader.Reader(folder).seen()
     said = [text for title, text, _ in watch.lines(seen) if title.startswith("leg ")]
     assert said[0].startswith(f"north, native, 2 ranks (shard 2), fp32: steps 0 to {first}, ")
     assert said[2].startswith(f"south, deepspeed zero=2, 2 ranks (shard 2), fp32: steps {second} to {last}, ")

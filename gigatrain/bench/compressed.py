@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gigatrain.bench.subject import Broken, Engine, Lab, Subject, jsonl
-from gigatrain.observe import watch
+from gigatrain.observe.goodput import classes
 from gigatrain.planning.estimate.goodput_simulation import Fault, Saves, poisson, replay
 
 DRAWS = 200
@@ -129,7 +129,7 @@ def compared(folder: Path, kills: list[float], began: float, over: float, *, eng
 
 def _kept(events: list[dict[str, Any]], began: float) -> tuple[dict[str, float], int]:
     """Seconds by class from `began` on, by the one reader that watch and report have, and steps that were kept."""
-    whole, head = (watch.classes(part) for part in (events, [event for event in events if event["time_s"] <= began]))
+    whole, head = (classes(part) for part in (events, [event for event in events if event["time_s"] <= began]))
     last = next((event["step"] for event in reversed(events) if event["event"] == "report"), 0)
     first = next((event["step"] for event in reversed(events) if event["event"] == "report" and event["time_s"] <= began), 0)
     return {name: max(0.0, spent - head.get(name, 0.0)) for name, spent in whole.items()}, last - first

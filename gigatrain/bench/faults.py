@@ -17,14 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from gigatrain import __version__
+from gigatrain import __version__, installed
 from gigatrain.bench.inject import FAULTS, Case, Fault, Harm, Skipped
 from gigatrain.bench.subject import ENGINES, Broken, Engine, Lab, Subject
 from gigatrain.errors import HealthError, RecipeError
@@ -107,22 +106,13 @@ def provenance() -> dict[str, str]:
     if (root / "pyproject.toml").is_file():
         found = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
         commit = found.stdout.strip()
-    versions = {"gigatrain": __version__, "python": platform.python_version()} | {
-        name: metadata.version(name) for name in ("torch", "deepspeed") if _installed(name)
-    }
+    versions = {"gigatrain": __version__} | installed.versions("torch", "deepspeed")
     return {
         "commit": commit,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": f"{len(os.sched_getaffinity(0))} x {platform.processor() or platform.machine()}",
         "versions": json.dumps(versions),
     }
-
-
-def _installed(name: str) -> bool:
-    try:
-        return bool(metadata.version(name))
-    except metadata.PackageNotFoundError:
-        return False
 
 
 def write(path: Path, rows: Iterable[Row], beside: dict[str, str]) -> None:
@@ -199,7 +189,7 @@ def run(
 ) -> list[Row]:
     """The command. `one`: only the row of that seed, which needs one fault and one engine. Raises HealthError where a promise was broken."""
     faults, machines = _chosen(FAULTS, only, "fault"), _chosen(ENGINES, engines or "native-1,native-2,zero2-2", "engine")
-    if not _installed("deepspeed"):
+    if "deepspeed" not in installed.versions("deepspeed"):
         machines = [engine for engine in machines if not engine.name.startswith("zero")]
     copies = ENGINES["ddp-2"] if engines is None else None  # for the one fault that needs copies of weights
     if one is not None and (len(faults) != 1 or len(machines) != 1):

@@ -5,20 +5,19 @@ import hashlib
 import io
 import math
 import os
-import platform
 import re
 import subprocess
 import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from gigatrain import installed
 from gigatrain.errors import RunError
 
 PACKAGE = Path(__file__).parent.parent
@@ -72,13 +71,7 @@ def commit(*folders: str) -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and of what is measured, where it is installed."""
-    found = {"python": platform.python_version()}
-    for name in MEASURED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return installed.versions(*MEASURED)
 
 
 def identity(device: str, threads: int, settings: str) -> Row:

@@ -24,7 +24,7 @@ from typing import Any
 
 from gigatrain.bench import within
 from gigatrain.errors import RunError
-from gigatrain.observe.watch import Tail
+from gigatrain.observe.tail import Tail
 
 POLL_S = 0.002
 FILES = 40  # of the standard library: some 160 kB of text

@@ -231,9 +231,9 @@ def _logs(options: argparse.Namespace) -> None:
 
 
 def _failure(run: Path, number: int | None) -> str | None:
-    from gigatrain.observe import logs
+    from gigatrain.observe import failed
 
-    return logs.first_failure(run, number)
+    return failed.first_failure(run, number)
 
 
 LOGS = Command(
@@ -330,7 +330,7 @@ def _job_after_arguments(made: argparse.ArgumentParser) -> None:
 def _job_after(options: argparse.Namespace) -> None:
     from gigatrain import load
     from gigatrain.launching import restart
-    from gigatrain.observe import logs
+    from gigatrain.observe import failed, logs
 
     verdict = restart.after(
         Path(options.run_folder),
@@ -344,7 +344,7 @@ def _job_after(options: argparse.Namespace) -> None:
     )
     for text in verdict.screen(options.run_folder):
         print(text, file=sys.stderr)
-    if verdict.word in ("again", "stop") and (why := logs.first_failure(Path(options.run_folder), logs.attempt())):
+    if verdict.word in ("again", "stop") and (why := failed.first_failure(Path(options.run_folder), logs.attempt())):
         print(why, file=sys.stderr)
     bad = restart.excluded_nodes(Path(options.excluded)) if options.excluded else []
     print(verdict.word, verdict.pause_s if verdict.word == "again" else verdict.code, ",".join(bad))

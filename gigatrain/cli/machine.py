@@ -113,14 +113,11 @@ def _version_arguments(made: argparse.ArgumentParser) -> None:
 
 
 def _version(options: argparse.Namespace) -> None:
-    from importlib import metadata
+    from gigatrain import installed
 
-    found: dict[str, str | None] = {"gigatrain": __version__, "python": sys.version.split()[0]}
-    for name in ("torch", "triton", "transformers", "accelerate", "deepspeed"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
+    names = ("torch", "triton", "transformers", "accelerate", "deepspeed")
+    there = installed.versions(*names)
+    found: dict[str, str | None] = {"gigatrain": __version__} | {name: there.get(name) for name in ("python", *names)}
     if options.json:
         print(json.dumps(found, indent=2))
         return

@@ -55,12 +55,12 @@ def _run_of(options: argparse.Namespace) -> None:
         sys.exit(groups.run(chosen, folder, arguments))
     chosen, folder = groups.part(chosen, folder)
     if started is None and (chosen.recovery.supervised or chosen.ranks > 1):
-        from gigatrain.observe import logs
+        from gigatrain.observe import failed, logs
         from gigatrain.recovery.start import orders
         from gigatrain.recovery.supervisor import supervise
 
         first = orders(recipe, site, chosen, folder, arguments, start, measure=given.measured)
-        sys.exit(supervise(first, lambda since: logs.first_failure(folder, logs.attempt(), since=since)))
+        sys.exit(supervise(first, lambda since: failed.first_failure(folder, logs.attempt(), since=since)))
     start = os.environ.get("GIGATRAIN_START", start)  # a supervisor's word, which starts ranks more than once
     from gigatrain.observe.display import Display
     from gigatrain.observe.logs import Log

@@ -3,7 +3,7 @@
 The loop and the engines mark their phases anyway (observe/trace.py); each mark also counts a `Pulse` on, which costs two assignments and waits for nothing. A
 thread looks at the count ten times a limit. On a GPU the host runs ahead, so the phase is where the host waits. It only reports: `Watch` ends nothing.
 A rank that is stopped, or whose thread holds Python's lock, cannot report by this thread: of the second Python's own watchdog writes the stacks into the
-log; the first is found by the others, which wait for it and report (logs.hung).
+log; the first is found by the others, which wait for it and report (failed.hung).
 """
 
 import contextlib

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gigatrain.observe.goodput import began_of, goodput_of, number
+from gigatrain.observe.goodput import Session, Sessions, goodput_of, number
 from gigatrain.power import legs as power
 from gigatrain.power.reading import BOUNDARIES
 
@@ -12,32 +12,43 @@ NAMED = {"device": "devices", "node": "nodes", "it": "IT"}
 KEPT = 40  # changes that are told of a leg
 
 
-def legs_of(run: Path, record: Mapping[str, Any], sessions: list[list[dict[str, Any]]], now: float | None) -> list[dict[str, Any]]:
-    """Each stretch of the run under one plan: where and how it was computed, what it did, and what share of its time was kept."""
+def passed(record: Mapping[str, Any], sessions: Sessions) -> list[float]:
+    """The steps at which `legs_of` needs tokens that no report told yet."""
+    steps = [step for one in _known(record) if (step := number(one, "step")) is not None]
+    told = [one for one in (sessions.stands, *(session.report for session in sessions.all)) if one is not None]
+    return steps + [one["step"] for one in told if one["event"] != "report" or number(one, "tokens") is None]
+
+
+def _known(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     said = record.get("legs")
-    known = [one for one in said if isinstance(one, dict)] if isinstance(said, list) else []
+    return [one for one in said if isinstance(one, dict)] if isinstance(said, list) else []
+
+
+def legs_of(run: Path, record: Mapping[str, Any], sessions: Sessions, now: float | None) -> list[dict[str, Any]]:
+    """Each stretch of the run under one plan: where and how it was computed, what it did, and what share of its time was kept.
+
+    `sessions` have been asked for what is `passed`.
+    """
+    known = _known(record)
     if not known:
         return []
-    parts: list[list[list[dict[str, Any]]]] = [[] for _ in known]
+    parts: list[list[Session]] = [[] for _ in known]
     begins, least = power.began(run), 0
-    for session in sessions:
-        least = max(least, min(len(known) - 1, power.at(begins, session[-1]["time_s"])))
+    for session in sessions.all:
+        least = max(least, min(len(known) - 1, power.at(begins, session.last["time_s"])))
         parts[least].append(session)
-    counted = _counted(sessions)
-    ends = [number(one, "step") for one in known[1:]] + [_stands(sessions)]
+    stands = sessions.stands
+    ends = [number(one, "step") for one in known[1:]] + [None if stands is None else stands["step"]]
     found, stood_from = [], None
     for index, (one, part, end) in enumerate(zip(known, parts, ends, strict=True)):
         last = index == len(known) - 1
-        goodput = goodput_of(part, now if last else None, [session for later in parts[index + 1 :] for session in later])
         begin, tokens, seconds = max(0, number(one, "step") or 0), 0.0, 0.0
         for session in part:
-            opened = began_of(session)
-            reports = [event for event in session if event["event"] == "report" and number(event, "step") is not None]
-            if opened is not None and reports:
-                tokens += max(0.0, _at(counted, reports[-1]["step"], reports[-1]) - _at(counted, opened["step"]))
-                spent = [event["seconds"] for event in reports if isinstance(event.get("seconds"), dict)]
-                seconds += sum((number(row, "training") or 0.0) + (number(row, "data") or 0.0) for row in spent)
+            if session.began is not None and session.report is not None:
+                tokens += max(0.0, sessions.told(session.report) - sessions.tokens(session.began["step"]))
+                seconds += session.stepping_s
         mesh = one.get("mesh")
+        until = None if end is None else sessions.told(stands) if last and stands is not None else sessions.tokens(end)
         found.append(
             {
                 key: one[key] if isinstance(one.get(key), str) else None
@@ -49,48 +60,19 @@ def legs_of(run: Path, record: Mapping[str, Any], sessions: list[list[dict[str, 
                 "number": index + 1,
                 "step": begin,
                 "until": None if end is None else max(begin, end),
-                "tokens": None if end is None else round(max(0.0, _at(counted, end) - _at(counted, begin))),
+                "tokens": None if until is None else round(max(0.0, until - sessions.tokens(begin))),
                 "tokens_per_s": tokens / seconds if seconds else None,
-                "goodput": goodput,
-                "stood_s": None if stood_from is None or not part else round(max(0.0, part[0][0]["time_s"] - stood_from), 3),
+                "goodput": goodput_of(part, now if last else None),
+                "stood_s": None if stood_from is None or not part else round(max(0.0, part[0].first["time_s"] - stood_from), 3),
                 "processes": len(part),
             }
         )
-        stood_from = part[-1][-1]["time_s"] if part else stood_from
+        stood_from = part[-1].last["time_s"] if part else stood_from
     return found
 
 
 def _texts(said: Any) -> list[str]:
     return [text for text in said if isinstance(text, str)][:KEPT] if isinstance(said, list) else []
-
-
-def _stands(sessions: list[list[dict[str, Any]]]) -> float | None:
-    """The step that the run is at: of the newest report, or where its newest process began."""
-    for event in (event for session in reversed(sessions) for event in reversed(session)):
-        if event["event"] in ("report", "steps") and (step := number(event, "step")) is not None:
-            return step
-    return None
-
-
-def _counted(sessions: list[list[dict[str, Any]]]) -> dict[float, float]:
-    """Tokens by step, as reports told them."""
-    found: dict[float, float] = {0: 0.0}
-    for event in (event for session in sessions for event in session if event["event"] == "report"):
-        step, tokens = number(event, "step"), number(event, "tokens")
-        if step is not None and tokens is not None:
-            found[step] = tokens
-    return found
-
-
-def _at(counted: Mapping[float, float], step: float, told: Mapping[str, Any] | None = None) -> float:
-    """Tokens at a step: as its own report said, else in a straight line between the reports around it."""
-    step = max(0, step)  # a smaller one is damage
-    said = number(told, "tokens") if told is not None else counted.get(step)
-    if said is not None:
-        return said
-    below, above = max((one for one in counted if one <= step), default=0), min((one for one in counted if one > step), default=None)
-    share = 0.0 if above is None else (step - below) / (above - below)
-    return counted.get(below, 0.0) + share * ((counted[above] if above is not None else 0.0) - counted.get(below, 0.0))
 
 
 def place_words(leg: Mapping[str, Any]) -> str:

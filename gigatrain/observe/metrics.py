@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, distributed
 
+from gigatrain import installed
 from gigatrain.checkpoint import write_text
 from gigatrain.errors import RunError
 from gigatrain.objectives import figures
@@ -283,15 +284,6 @@ def percentile(values: array, share: float) -> float | None:
 
 
 def versions() -> dict[str, str]:
-    """What decides numbers and speed: versions of the packages and of Python; no environment, no paths."""
-    from importlib import metadata
-    from platform import python_version
-
-    names = ("gigatrain", "torch", "triton", "transformers", "accelerate", "tokenizers", "safetensors")
-    found = {"python": python_version(), "threads": str(torch.get_num_threads()), "cores": str(os.cpu_count())}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    """What decides a run's numbers and its speed: versions of Python and of the packages, threads and cores."""
+    found = installed.versions("gigatrain", "torch", "triton", "transformers", "accelerate", "tokenizers", "safetensors")
+    return {"python": found["python"], "threads": str(torch.get_num_threads()), "cores": str(os.cpu_count())} | found

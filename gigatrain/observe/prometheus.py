@@ -1,6 +1,6 @@
 """Metrics of a run for Prometheus, from its folder: text exposition format 0.0.4, behind a token. Free of torch.
 
-What is unknown has no sample. One reader serves all: observe/watch.py; scrapes within a second share what it read.
+What is unknown has no sample. One reader serves all: observe/reader.py; scrapes within a second share what it read.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gigatrain.errors import RunError
-from gigatrain.observe.watch import Reader
+from gigatrain.observe.reader import Reader
 
 CONTENT = "text/plain; version=0.0.4; charset=utf-8"
 STATES = ("not begun", "running", "silent", "ended", "finished")

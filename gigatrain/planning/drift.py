@@ -34,7 +34,7 @@ SLOW_RANK = 1.15  # of the ranks' median
 PART = 0.35  # of what a step takes too long, that one phase must have taken to be named
 TRAINED = 0.90  # of a window's time: with saves and validations in it, its watts are not those of training
 FRAGMENTED = 1.20  # bytes taken from the device over bytes allocated
-LOST = {  # a plan's words for lost time, of watch.CLASSES
+LOST = {  # a plan's words for lost time, of observe/goodput.py
     "checkpoint": ("checkpoint",),
     "redone": ("redone", "rework", "lost_work"),
     "starting": ("restart", "start", "starting"),

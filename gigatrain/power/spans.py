@@ -86,7 +86,7 @@ class Session:
 
 
 def sessions_of(events: Iterable[Mapping[str, Any]], rows: Iterable[Mapping[str, Any]]) -> list[Session]:
-    """By process, in the order in which they had the run; who came after the one that finished it is no part of it (observe/watch.py cuts the same)."""
+    """By process, in the order in which they had the run; who came after the one that finished it is no part of it (observe/goodput.py cuts the same)."""
     found: dict[str, Session] = {}
     finished, late = False, set[str]()
     for event in events:

@@ -11,10 +11,9 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
-from gigatrain import __version__
+from gigatrain import __version__, installed
 from gigatrain.preflight.findings import Check, Finding, worst
 
 OPEN_FILES = 4096
@@ -67,12 +66,8 @@ def source_sha256() -> str:
 
 def versions(root: Path = Path("/")) -> dict[str, str]:
     """What must be equal on all nodes of a run, by name; free of torch's import, which a broken driver may hang."""
-    found = {"python": platform.python_version(), "gigatrain": f"{__version__} {source_sha256()}", "kernel": platform.release()}
-    for name in ("torch", "triton", "nvidia-nccl-cu13", "nvidia-nccl-cu12", "deepspeed"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    there = installed.versions("torch", "triton", "nvidia-nccl-cu13", "nvidia-nccl-cu12", "deepspeed")
+    found = {"python": there["python"], "gigatrain": f"{__version__} {source_sha256()}", "kernel": platform.release()} | there
     for module in MODULES:
         folder = root / "sys/module" / module
         if folder.is_dir():

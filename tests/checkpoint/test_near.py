@@ -25,7 +25,7 @@ from gigatrain.checkpoint.folder import Folder
 from gigatrain.checkpoint.travel import destinations, sources
 from gigatrain.errors import CheckpointError
 from gigatrain.observe.display import Display
-from gigatrain.observe.watch import Reader
+from gigatrain.observe.reader import Reader
 from gigatrain.planning.plan import plan
 
 SETS = ("train.batch=8", "report.every=2", "validation.every=0", "checkpoint.every=6", "checkpoint.near_every=1", "export=false")

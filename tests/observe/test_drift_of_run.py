@@ -14,9 +14,10 @@ from gigatrain.data.loader import Batches
 from gigatrain.observe import beside
 from gigatrain.observe.display import Display
 from gigatrain.observe.prometheus import exposition
+from gigatrain.observe.reader import Reader
 from gigatrain.observe.report.collect import collect
 from gigatrain.observe.report.page import page
-from gigatrain.observe.watch import Reader, lines
+from gigatrain.observe.watch import lines
 from gigatrain.planning.expected import Expected, Range
 from gigatrain.planning.plan import plan
 

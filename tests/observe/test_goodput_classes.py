@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from gigatrain.observe import watch
-from gigatrain.observe.watch import CLASSES, classes
+from gigatrain.observe.goodput import CLASSES, classes, goodput_of, sessions_of
+from gigatrain.observe.reader import Reader
+from gigatrain.observe.tail import Tail
 
 
 def row(time_s, event, process="a", **more):
@@ -67,7 +68,7 @@ def test_what_a_killed_process_did_after_its_last_report_is_stopped_whoever_tell
 @pytest.mark.parametrize("set_s", [-3600, 3600])
 def test_they_add_up_where_a_clock_was_set(set_s):
     rows = [one | {"time_s": one["time_s"] + set_s * (index > 2)} for index, one in enumerate(ROWS)]
-    found = watch._goodput(watch._sessions(rows), None)
+    found = goodput_of(sessions_of(rows).all, None)
     assert found is not None
     assert sum(found["seconds"].values()) == pytest.approx(found["wall_s"], rel=1e-3, abs=0.02)
 
@@ -85,7 +86,7 @@ def test_of_a_run_that_was_killed_and_resumed(tiny, tmp_path):
     progress = folder / "logs" / "progress.jsonl"
 
     def reported():
-        rows = watch.Tail(progress).rows()[0]
+        rows = Tail(progress).rows()[0]
         return max((one["step"] for one in rows if one["event"] == "report"), default=0)
 
     with subprocess.Popen([*training(tiny, folder, *sets), "--continue"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
@@ -95,10 +96,10 @@ def test_of_a_run_that_was_killed_and_resumed(tiny, tmp_path):
         run.send_signal(signal.SIGKILL)
     with subprocess.Popen([*training(tiny, folder, *sets), "--continue"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         assert run.wait(120) == 0
-    rows = watch.Tail(progress).rows()[0]
+    rows = Tail(progress).rows()[0]
     found, wall_s = classes(rows), rows[-1]["time_s"] - rows[0]["time_s"]
     assert len({one["process"] for one in rows}) == 2
     assert sum(found.values()) == pytest.approx(wall_s, rel=1e-3)
     assert all(found[name] > 0 for name in ("training", "data", "checkpoint", "restore", "starting", "stopped"))
-    assert watch.Reader(folder).seen()["goodput"]["seconds"] == found  # watch and report read the same function
+    assert Reader(folder).seen()["goodput"]["seconds"] == found  # watch and report read the same function
     assert json.loads((folder / "summary.json").read_text())["steps"] == 300

@@ -13,7 +13,7 @@ import pytest
 from commands import training
 
 from gigatrain.errors import REQUEUE
-from gigatrain.observe import hang, logs
+from gigatrain.observe import failed, hang, logs
 
 
 def until(true, limit_s=30.0):
@@ -41,11 +41,11 @@ def test_a_rank_without_progress_writes_where_it_stands_and_that_it_goes_on(log,
         assert (record["rank"], record["step"], record["phase"]) == (0, 41, "backward")
         assert record["seconds"] >= 0.3
         assert any("test_hang.py" in line for line in rest)  # where this very thread waits
-        assert "no progress for" in str(logs.hung(tmp_path))
-        assert "in backward, after step 41" in str(logs.hung(tmp_path))
+        assert "no progress for" in str(failed.hung(tmp_path))
+        assert "in backward, after step 41" in str(failed.hung(tmp_path))
         log.pulse.mark("reduce")
         until(lambda: not log.stuck.exists())
-    assert logs.hung(tmp_path) is None
+    assert failed.hung(tmp_path) is None
     kept = log.path.read_text()
     assert "HANG: rank 0 of 1" in kept
     assert "goes on after" in kept
@@ -135,14 +135,14 @@ def test_of_two_ranks_the_one_that_was_stopped_is_found_by_the_other(tiny, tmp_p
         ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
         stopped = next(pid for pid in ranks if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
         os.kill(int(stopped), signal.SIGSTOP)
-        until(lambda: logs.hangs(folder), 60)
-        said = str(logs.hung(folder))
+        until(lambda: failed.hangs(folder), 60)
+        said = str(failed.hung(folder))
         assert said.startswith("rank 0: no progress for ")
         assert "rank 1: no report of a hang: at work, stopped, or lost; look there first" in said
         collectives = json.loads((folder / "logs" / "attempt-000" / "errors" / "rank-00000-collectives.json").read_text())
         assert collectives["entries"][-1]["profiling_name"].startswith("gloo:")
         os.kill(int(stopped), signal.SIGCONT)
-        until(lambda: not logs.hangs(folder), 60)
+        until(lambda: not failed.hangs(folder), 60)
         assert not (folder / "logs" / "attempt-000" / "errors" / "rank-00001-hang.txt").exists()
     finally:
         if stopped is not None:

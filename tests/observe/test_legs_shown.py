@@ -8,6 +8,7 @@ import reported
 from reported import BEGAN_S, STEP_TOKENS
 
 from gigatrain.observe import watch
+from gigatrain.observe.reader import Reader
 from gigatrain.observe.report.collect import collect
 from gigatrain.observe.report.page import page
 from gigatrain.power.account import account
@@ -83,7 +84,7 @@ def test_the_report_shows_both_legs(moved):
     assert "1. west, native, 32 ranks (shard 32), bf16" in text
     assert "2. east, deepspeed zero=2, 32 ranks (shard 32), bf16" in text
     assert "engine.name: native -&gt; deepspeed" in text
-    said = {title: words for title, words, _ in watch.lines(watch.Reader(moved).seen())}
+    said = {title: words for title, words, _ in watch.lines(Reader(moved).seen())}
     assert said["leg 1"].startswith("west, native, 32 ranks (shard 32), bf16: steps 0 to 680, 26")
     assert "kWh (facility)" in said["leg 2"]
 
@@ -94,7 +95,7 @@ def test_without_meters_a_leg_says_not_measured(moved):
     for one in (west, east):
         assert one["watts"]["value"] is None
         assert one["watts"]["unknown"].startswith("not measured")
-    assert "watts not measured" in {title: text for title, text, _ in watch.lines(watch.Reader(moved).seen())}["leg 1"]
+    assert "watts not measured" in {title: text for title, text, _ in watch.lines(Reader(moved).seen())}["leg 1"]
 
 
 @pytest.mark.parametrize(
@@ -104,4 +105,4 @@ def test_a_record_that_is_damaged_costs_no_report(moved, legs):
     record = json.loads((moved / "run.json").read_text())
     (moved / "run.json").write_text(json.dumps(record | {"legs": legs}))
     page([collect(moved)])
-    watch.lines(watch.Reader(moved).seen())
+    watch.lines(Reader(moved).seen())

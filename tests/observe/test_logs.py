@@ -1,6 +1,5 @@
 """Each rank's words in its own file, whatever printed them, and the failure that came first above all others."""
 
-import datetime
 import errno
 import json
 import os
@@ -16,7 +15,7 @@ import pytest
 from commands import training
 
 from gigatrain.errors import DataError, GigatrainError, RunError
-from gigatrain.observe import logs
+from gigatrain.observe import failed, logs
 
 SPEAK = """
 import ctypes, os, sys
@@ -58,8 +57,8 @@ def test_rank_0_is_in_its_file_and_on_the_screen_byte_by_byte(tmp_path):
     kept = text(tmp_path)
     for words in (b"before\n", b"python\n", b"python's errors\n", b"from C\n", b"\x1b[31mred\x1b[0m \xff\xfe\x00 half a line"):
         assert words in kept
-    assert not logs.silent(tmp_path)  # it ended, even behind half a line
-    assert logs.first_failure(tmp_path) is None
+    assert not failed.silent(tmp_path)  # it ended, even behind half a line
+    assert failed.first_failure(tmp_path) is None
 
 
 def test_other_ranks_are_in_their_files_only_and_a_new_start_is_appended(tmp_path):
@@ -90,8 +89,8 @@ def test_the_last_words_of_a_crash_reach_screen_and_file(tmp_path):
     while b"half a line" not in text(tmp_path):
         assert time.monotonic() < deadline
     assert b"Fatal Python error: Aborted" in text(tmp_path)  # faulthandler's stacks
-    assert logs.silent(tmp_path)[0][0] == 0
-    assert "rank 0 left no word" in str(logs.first_failure(tmp_path))
+    assert failed.silent(tmp_path)[0][0] == 0
+    assert "rank 0 left no word" in str(failed.first_failure(tmp_path))
 
 
 def test_a_screen_that_is_full_costs_the_screen_only(tmp_path):
@@ -157,7 +156,7 @@ with Log(Path(sys.argv[1])) as log:
         kept = text(tmp_path / when).decode()
         assert "a line 19999\n" in (kept if when == "late" else ended.stdout)
         assert "the last line\n" in kept
-        assert not logs.silent(tmp_path / when)
+        assert not failed.silent(tmp_path / when)
 
 
 def test_nobody_waits_for_children_that_live_on(tmp_path):
@@ -188,11 +187,11 @@ def test_a_library_that_leaves_is_recorded(tmp_path):
 
     with pytest.raises(SystemExit):
         leaving(0)
-    assert logs.failures(tmp_path) == []
+    assert failed.failures(tmp_path) == []
     with pytest.raises(SystemExit):
         leaving(3)
-    assert "SystemExit" in str(logs.first_failure(tmp_path))
-    assert "in leaving" in str(logs.first_failure(tmp_path))
+    assert "SystemExit" in str(failed.first_failure(tmp_path))
+    assert "in leaving" in str(failed.first_failure(tmp_path))
 
 
 def test_an_attempt_that_is_no_number_is_refused(monkeypatch, tmp_path):
@@ -291,120 +290,6 @@ if os.environ.get("RANK") == "1":
 """
 
 
-def record(folder, rank, at, *, ranks=4, secondary=False, ours=False, node="a", message="why", offset=0.0):
-    errors = logs.folder_of(folder, 0) / "errors"
-    errors.mkdir(parents=True, exist_ok=True)
-    row = {
-        "time": "T",
-        "time_s": 100.0 + at,
-        "monotonic_s": at + offset,
-        "rank": rank,
-        "ranks": ranks,
-        "node": node,
-        "step": 7,
-        "phase": "forward",
-    }
-    row |= {"type": "DataError", "message": message, "traceback": "Traceback\n  at home\n", "ours": ours, "secondary": secondary}
-    (errors / f"rank-{rank:05d}.json").write_text(json.dumps(row))
-
-
-def marked(folder, rank, ended, *, node="a", ranks=4, more=""):
-    path = logs.folder_of(folder, 0) / f"rank-{rank:05d}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(f"[gigatrain] rank {rank} of {ranks} on {node}, pid 1, begins T\n{more}")
-        if ended:
-            file.write(f"[gigatrain] rank {rank} of {ranks} on {node}, pid 1, ends T: code 1\n")
-
-
-def test_the_first_primary_failure_is_above_all_others(tmp_path):
-    for rank in range(4):
-        marked(tmp_path, rank, True)
-    record(tmp_path, 0, 1.0, secondary=True)  # heard of it first, and is still no cause
-    record(tmp_path, 2, 3.0, message="a shard is torn\x1b[2J")
-    record(tmp_path, 3, 4.0)
-    record(tmp_path, 1, 5.0, secondary=True)
-    said = str(logs.first_failure(tmp_path)).splitlines()
-    assert said[0] == "rank 2 of 4 on a failed first (T, at step 7): DataError"
-    assert said[1] == "a shard is torn"
-    assert said[2:4] == ["rank 3 failed too", "ranks 0-1 stopped because of another"]
-    assert said[-1].endswith("attempt-000/rank-00002.log")
-    assert logs.first_failure(tmp_path, since=200.0) is None
-
-
-def test_within_a_node_time_is_its_monotonic_clock(tmp_path):
-    record(tmp_path, 0, 1.0)
-    record(tmp_path, 1, 2.0)
-    path = logs.folder_of(tmp_path, 0) / "errors" / "rank-00001.json"
-    row = json.loads(path.read_text())
-    path.write_text(json.dumps(row | {"time_s": row["time_s"] - 60}))  # the wall clock was set back in between
-    assert [row["rank"] for row in logs.failures(tmp_path)] == [0, 1]
-
-
-def test_a_rank_that_was_killed_is_told_by_what_its_log_lacks(tmp_path):
-    for rank in range(4):
-        marked(tmp_path, rank, rank not in (1, 2), node="bc"[rank > 1], more="words\n" * 50_000)
-    record(tmp_path, 0, 1.0, secondary=True)
-    record(tmp_path, 3, 1.0, secondary=True)
-    said = str(logs.first_failure(tmp_path))
-    assert said.startswith("ranks 1-2 left no word: killed (out of memory?), or the node was lost (b, c)")
-    assert "ranks 0, 3 stopped because of another" in said
-
-
-def began(folder, rank, time_s, *, ranks, ended=False, more=""):
-    at = datetime.datetime.fromtimestamp(time_s, datetime.UTC).isoformat()
-    path = logs.folder_of(folder, 0) / f"rank-{rank:05d}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        for what in ("begins", "ends")[: 1 + ended]:
-            file.write(f"[gigatrain] rank {rank} of {ranks} on a, pid 1, {what} {at}{': code 0' * (what == 'ends')}\n{more}")
-
-
-def test_ranks_of_another_start_are_not_called_dead(tmp_path):
-    for rank in range(2):
-        began(tmp_path, rank, 100.0, ranks=2)  # a healthy run, and a second start that is refused at 150
-    assert "ranks 0-1 left no word" in str(logs.first_failure(tmp_path))
-    assert logs.first_failure(tmp_path, since=150.0) is None
-    for rank in range(2):
-        began(tmp_path, rank, 200.0, ranks=2, more="words\n" * 50_000)  # the same logs, and killed far behind its mark
-    assert "ranks 0-1 left no word" in str(logs.first_failure(tmp_path, since=150.0))
-
-
-def test_ranks_that_a_smaller_resume_has_no_more_are_not_told_of(tmp_path):
-    for rank in range(4):
-        began(tmp_path, rank, 100.0, ranks=4)
-    record(tmp_path, 3, 0.0)  # of time 100
-    stuck(tmp_path, 3, 100.0)
-    for rank in range(2):
-        began(tmp_path, rank, 200.0, ranks=2, ended=True)
-    assert logs.first_failure(tmp_path) is None
-    assert logs.hung(tmp_path) is None
-
-
-def stuck(folder, rank, time_s, ranks=4):
-    errors = logs.folder_of(folder, 0) / "errors"
-    errors.mkdir(parents=True, exist_ok=True)
-    at = datetime.datetime.fromtimestamp(time_s, datetime.UTC).isoformat()
-    row = {"time": at, "rank": rank, "ranks": ranks, "node": "a", "step": 7, "phase": "reduce", "seconds": 300.0}
-    (errors / f"rank-{rank:05d}-hang.txt").write_text(f"{json.dumps(row)}\nstacks\n")
-
-
-def test_a_hang_comes_before_what_it_led_to(tmp_path):
-    """NCCL's watchdog ends who waits too long, without a word."""
-    for rank in range(4):
-        began(tmp_path, rank, 100.0, ranks=4)
-        if rank != 2:
-            stuck(tmp_path, rank, 400.0)
-    record(tmp_path, 1, 1000.0, secondary=True)
-    said = str(logs.first_failure(tmp_path)).splitlines()
-    assert said[0] == "ranks 0-1, 3: no progress for 300 s in reduce, after step 7"
-    assert said[1].startswith("rank 2: no report of a hang")
-    assert "left no word: ended by the time limit of a collective, killed, or the node" in said[3]
-    assert "out of memory" not in "".join(said)
-    record(tmp_path, 3, 900.0)  # a failure of its own is the reason, whatever waited for it
-    assert str(logs.first_failure(tmp_path)).startswith("rank 3 of 4 on a failed first")
-
-
 def test_a_full_disk_is_not_told_as_a_lack_of_memory(tmp_path):
     """The record and the end mark do not fit: the failure is on the screen, although our starter would tell it, and nothing half written stays."""
     program = """
@@ -422,20 +307,6 @@ with Log(Path(sys.argv[1])) as log:
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
     assert "DataError: mend it" in ended.stderr
     assert list((logs.folder_of(tmp_path, 0) / "errors").iterdir()) == []
-
-
-def test_a_disk_that_is_full_is_named_beside_a_rank_without_words(tmp_path, monkeypatch):
-    began(tmp_path, 0, 100.0, ranks=1)
-    monkeypatch.setattr(logs, "FULL_BYTES", 1 << 62)
-    assert "rank 0 left no word: its disk, which is full, could not keep one" in str(logs.first_failure(tmp_path))
-
-
-def test_torn_and_hostile_records_are_left_out(tmp_path):
-    record(tmp_path, 2, 3.0)
-    errors = logs.folder_of(tmp_path, 0) / "errors"
-    for rank, data in enumerate((b'{"time_s": 1', b"\xff\xfe", b"[]", b'{"time_s": 1, "message": 3, "traceback": ""}'), start=3):
-        (errors / f"rank-{rank:05d}.json").write_bytes(data)
-    assert [row["rank"] for row in logs.failures(tmp_path)] == [2]
 
 
 FAILS = """
@@ -477,7 +348,7 @@ def test_of_two_real_ranks_the_one_that_fails_is_named(tiny, tmp_path, kind, cod
     said = [process.communicate(timeout=120) for process in running]
     assert running[0].returncode == 7, said
     assert code is None or running[1].returncode == code
-    found = str(logs.first_failure(folder))
+    found = str(failed.first_failure(folder))
     assert "rank 0 stopped because of another" in found
     if code:
         assert found.startswith("rank 1 of 2 on ")
@@ -520,7 +391,7 @@ def test_progress_survives_a_torn_line(tmp_path):
         file.write('{"time_s": 1, "eve')
     with logs.Progress(logs.Log(tmp_path), tmp_path):
         pass
-    from gigatrain.observe.watch import Tail
+    from gigatrain.observe.tail import Tail
 
     rows, _ = Tail(path).rows()
     assert [row["event"] for row in rows] == ["start", "report", "end", "start", "end"]

@@ -16,7 +16,7 @@ from gigatrain import load, loop
 from gigatrain.data.loader import Batches
 from gigatrain.engines.native import Native
 from gigatrain.errors import RunError
-from gigatrain.observe import prometheus, watch
+from gigatrain.observe import prometheus, reader, watch
 from gigatrain.observe.display import Display
 from gigatrain.observe.numerics import _blamed
 from gigatrain.observe.stragglers import BINS, LEAST_S, Stragglers, _bin, median
@@ -347,7 +347,7 @@ def compared(rank, recipe, folder):
         named.append([(one["rank"], one["section"]) for one in ours.named])
         if report[0] == 7 and rank == 0:
             (folder / "metrics.jsonl").touch()
-            seen = watch.Reader(folder).seen()
+            seen = reader.Reader(folder).seen()
             shown = [line for line in prometheus.exposition(seen).splitlines() if "straggler_ratio{" in line]
             one = json.loads((folder / "stragglers.json").read_text())["ranks"][0]
             assert one["times"] == pytest.approx(4.0, rel=0.1)

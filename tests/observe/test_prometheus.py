@@ -18,7 +18,7 @@ from test_watch import KILLED, made, window
 from gigatrain import load
 from gigatrain.errors import RunError
 from gigatrain.observe import prometheus
-from gigatrain.observe.watch import Reader
+from gigatrain.observe.reader import Reader
 
 SECRET = "a-secret-of-enough-letters"
 NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"

@@ -12,9 +12,10 @@ import pytest
 from reported import BEGAN_S, EACH, NODES, STEP_TOKENS, WATTS, figure, made, plan
 
 from gigatrain.errors import RunError
-from gigatrain.observe.report import collect as collecting
-from gigatrain.observe.report.collect import POINTS, collect, planned_watts, thinned
-from gigatrain.observe.watch import CLASSES
+from gigatrain.observe.goodput import CLASSES
+from gigatrain.observe.report import steps
+from gigatrain.observe.report.collect import collect, planned_watts
+from gigatrain.observe.report.thinning import POINTS, thinned
 from gigatrain.planning.watts import Watts
 from gigatrain.power.reading import BOUNDARIES
 from gigatrain.site import UNKNOWN
@@ -293,5 +294,5 @@ def test_the_real_account_of_a_whole_run(tmp_path):
 def test_a_long_trace_is_read_from_its_end(run, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
-    monkeypatch.setattr(collecting, "TRACE_BYTES", 20_000)
+    monkeypatch.setattr(steps, "TRACE_BYTES", 20_000)
     assert 50 < collect(folder)["step_s"]["steps"] < 200

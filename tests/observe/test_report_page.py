@@ -15,11 +15,13 @@ from test_report_collect import accounted, windows
 
 from gigatrain import cli
 from gigatrain.observe.prometheus import exposition
+from gigatrain.observe.reader import Reader
 from gigatrain.observe.report.collect import collect, compare
 from gigatrain.observe.report.curves import DASHES, TONES, apart, ticks
-from gigatrain.observe.report.page import PALETTE, POLICY, page
+from gigatrain.observe.report.page import POLICY, page
+from gigatrain.observe.report.palette import PALETTE
 from gigatrain.observe.report.words import escaped, exact, number, provenance, scaled, signed, span
-from gigatrain.observe.watch import Reader, lines
+from gigatrain.observe.watch import lines
 from gigatrain.power.reading import BOUNDARIES
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> & \x1b[31m\x07\u202e\ud800</style><style>*{display:none}"

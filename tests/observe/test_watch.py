@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from gigatrain.errors import RunError
-from gigatrain.observe import watch
-from gigatrain.observe.watch import Reader, Tail, lines, spark
+from gigatrain.observe import reader, watch
+from gigatrain.observe.legs import span
+from gigatrain.observe.prometheus import exposition
+from gigatrain.observe.reader import Reader
+from gigatrain.observe.watch import lines, spark
 
 
 def train(tiny, folder, *overrides, more=()):
@@ -183,15 +186,15 @@ def test_what_ranks_left_is_read_when_their_folders_change(tmp_path, monkeypatch
     errors = folder / "logs" / "attempt-000" / "errors"
     errors.mkdir(parents=True)
     calls = []
-    monkeypatch.setattr(watch.logs, "failures", lambda *given: calls.append(given) or [])
-    reader = Reader(folder, now=lambda: 1130.0)
+    monkeypatch.setattr(reader.failed, "failures", lambda *given: calls.append(given) or [])
+    run = Reader(folder, now=lambda: 1130.0)
     for _ in range(3):
-        reader.seen()
+        run.seen()
     assert len(calls) == 1
     (errors / "rank-00001-hang.txt").write_text(
         '{"time": "T", "rank": 1, "ranks": 2, "node": "n", "step": 5, "phase": "x", "seconds": 3}\n'
     )
-    assert reader.seen()["hung_ranks"] == 1
+    assert run.seen()["hung_ranks"] == 1
     assert len(calls) == 2
 
 
@@ -200,7 +203,7 @@ def test_that_only_some_ranks_are_looked_at_is_said(tmp_path, monkeypatch):
     (folder / "trace").mkdir()
     for rank in range(3):
         (folder / "trace" / f"rank-{rank:05d}.jsonl").write_text('{"phases": {"data": 0.1}}\n')
-    monkeypatch.setattr(watch, "TRACED", 2)
+    monkeypatch.setattr(reader, "TRACED", 2)
     assert "only the first 2 of 3 ranks that record are looked at" in said(Reader(folder).seen())
 
 
@@ -213,6 +216,24 @@ def test_classes_are_no_more_than_the_time_when_a_clock_was_set_back(tmp_path):
     goodput = Reader(made(tmp_path / "run", rows, [window(9)]), now=lambda: 1050.0).seen()["goodput"]
     assert sum(goodput["seconds"].values()) == pytest.approx(goodput["wall_s"])
     assert goodput["share"] == pytest.approx(0.95)
+
+
+def test_that_no_save_has_ever_come_about_is_said(tmp_path):
+    """The one who reads it would lose the whole run."""
+    rows = [*KILLED[:3], event("0", 1031, "not saved", why="the disk is full")]
+    seen = Reader(made(tmp_path / "run", rows, [window(20)]), now=lambda: 1040.0).seen()
+    assert ("NOT SAVED", "the disk is full", "bold yellow") in lines(seen)
+    assert "checkpoint none yet" in said(seen)
+    assert "gigatrain_checkpoint_step{" not in exposition(seen)
+    damaged = [*rows, event("0", 1032, "saved", stall_share=0.1)]
+    assert Reader(made(tmp_path / "damaged", damaged, [window(20)]), now=lambda: 1040.0).seen()["checkpoint"] is None
+
+
+def test_a_save_that_told_half_of_its_cost_is_shown_without(tmp_path):
+    folder = made(tmp_path / "run", [*KILLED[:3], event("0", 1032, "saved", stall_share=0.1)], [window(20)])
+    (folder / "checkpoints" / "step-00000020").mkdir(parents=True)
+    (folder / "checkpoints" / "step-00000020" / "COMMITTED").write_text("")
+    assert "checkpoint step 20, " in said(Reader(folder).seen())
 
 
 def test_a_folder_without_a_name_is_named(tmp_path, monkeypatch):
@@ -231,24 +252,6 @@ def test_a_look_at_a_finished_run_is_no_restart(tmp_path):
     seen = Reader(made(tmp_path / "run", ended, [window(100)]), now=lambda: 9100.0).seen()
     assert seen["goodput"]["wall_s"] == 140
     assert len(seen["restarts"]) == 1
-
-
-def test_files_that_grow_are_torn_or_are_replaced(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    tail = Tail(path)
-    assert tail.rows() == ([], False)
-    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')
-    assert tail.rows()[0] == [{"step": 1}, {"step": 2}]
-    assert tail.rows() == ([], False)
-    with path.open("ab") as file:
-        file.write(b'ep": 3}\nno json\n[1]\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"step": 4}\n')
-    assert tail.rows() == ([{"step": 3}, {"step": 4}], False)
-    other = tmp_path / "other"
-    other.write_bytes(b'{"step": 1}\n')
-    other.replace(path)  # as a resume does
-    assert tail.rows() == ([{"step": 1}], True)
-    path.unlink()
-    assert tail.rows() == ([], True)
 
 
 def test_a_resume_takes_the_windows_back(tmp_path):
@@ -345,7 +348,7 @@ def test_sparks_and_spans():
     assert spark([1, 2, 3, None, 8]) == "▁▂▃ █"
     assert spark([3, 3]) == "▁▁"
     assert spark([None]) == ""
-    assert [watch.span(seconds) for seconds in (None, 5, 720, 7200 * 2, 86400 * 3)] == ["unknown", "5 s", "12 min", "4.0 h", "3.0 days"]
+    assert [span(seconds) for seconds in (None, 5, 720, 7200 * 2, 86400 * 3)] == ["unknown", "5 s", "12 min", "4.0 h", "3.0 days"]
 
 
 def test_orders_are_shown_where_the_draw_is_not_known(tmp_path):

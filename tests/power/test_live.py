@@ -5,7 +5,9 @@ import json
 import pytest
 
 from gigatrain.observe import prometheus
-from gigatrain.observe.watch import Reader, lines, si
+from gigatrain.observe.legs import si
+from gigatrain.observe.reader import Reader
+from gigatrain.observe.watch import lines
 from gigatrain.planning.watts import Watts
 from gigatrain.power.live import Live
 from gigatrain.power.reading import FIELDS, Taken

@@ -1,10 +1,14 @@
 """Figures of a report: a number with its note, or none with the reason; and a plan's beside what came of it."""
 
+import contextlib
+import datetime
 from typing import Any
 
+from gigatrain.observe import logs
 from gigatrain.observe.goodput import LARGEST
 
 SLACK = 0.005  # above a limit, before it is pointed at: a counter's edge may be off by one in a hundred
+SHOWN = 4000  # characters of a text that a file gave
 DRIFT = 0.10  # a difference from the plan that is pointed at
 
 
@@ -40,3 +44,14 @@ def against(
         "open": open,
         "most": most,
     }
+
+
+def word(value: Any) -> str | None:
+    """A text that a file gave, without what moves a cursor, and no longer than is read."""
+    return None if value is None else logs.printable(str(value))[:SHOWN]
+
+
+def utc(time_s: Any) -> str | None:
+    with contextlib.suppress(OverflowError, ValueError, OSError, TypeError):
+        return datetime.datetime.fromtimestamp(time_s, datetime.UTC).isoformat(timespec="seconds")
+    return None

@@ -12,7 +12,7 @@ from typing import Any
 
 from gigatrain.errors import RunError
 from gigatrain.observe.report import planned_cards, whatif, words
-from gigatrain.observe.report.page import style
+from gigatrain.observe.report.palette import style
 from gigatrain.observe.report.parts import card, cell, column, head, pairs, table, unknown
 from gigatrain.observe.report.words import escaped, number, per_cent
 from gigatrain.planning.expected import Expected, Range

@@ -6,8 +6,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gigatrain.observe import beside, watch
+from gigatrain.observe import beside
+from gigatrain.observe.reader import slowest_of
 from gigatrain.observe.report.figures import against, finite, known
+from gigatrain.observe.tail import Tail
 from gigatrain.planning.drift import FIRST, Drift, planned_phases
 from gigatrain.planning.expected import Expected, Range
 from gigatrain.planning.watts import Watts
@@ -34,8 +36,8 @@ def ranged(
     except ValidationError:
         watts = None
     found = beside.windows(
-        windows[-JUDGED:], events, watch.Tail(folder / "energy.jsonl").rows()[0], beside.traced(folder, TRACE_BYTES), watts,
-        goodput=seen["goodput"], slowest=watch.slowest_of(folder, seen["slowest_ranks"], seen["attempt"]),
+        windows[-JUDGED:], events, Tail(folder / "energy.jsonl").rows()[0], beside.traced(folder, TRACE_BYTES), watts,
+        goodput=seen["goodput"], slowest=slowest_of(folder, seen["slowest_ranks"], seen["attempt"]),
         peak_bytes=finite(summary.get("peak_bytes")),
     )  # fmt: skip
     drifts, judged = beside.drifts(expected, found, past=True), found[FIRST:]

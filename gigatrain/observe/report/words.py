@@ -6,11 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from gigatrain.observe import logs, watch
+from gigatrain.observe import legs, logs
 from gigatrain.observe.report.figures import finite
 
 _APART = re.compile(r"(?<=[±<>−]) (?=\d)")  # a sign and its number stay on one line
 MINUTES_S = 600.0  # from where on a duration is told in minutes: below, its share beside it would not fit it
+WITHIN = {"device": "device", "node": "node", "it": "IT", "facility": "facility"}
 _HIDDEN = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")  # what turns or hides the words around it
 
 
@@ -81,7 +82,7 @@ def size(count: float) -> str:
 def span(seconds: float) -> str:
     """A duration as people say it, from milliseconds to days."""
     if seconds >= MINUTES_S:
-        return watch.span(seconds)
+        return legs.span(seconds)
     return f"{seconds:.1f} s" if seconds >= 0.9995 or not seconds else f"{seconds * 1e3:.0f} ms"
 
 
