@@ -63,11 +63,12 @@ if __name__ == "__main__" and (said := lacking()):
 
 import step  # noqa: E402 - this folder's, which need what was just looked for
 from providers import PROVIDERS, VARIANTS, precision, unavailable  # noqa: E402
-from rounds import Peer, noted, revision, rotated, start  # noqa: E402
+from rounds import Peer, noted, revision, start  # noqa: E402
 
 from gigatrain import load  # noqa: E402
-from gigatrain.bench import power, report  # noqa: E402
-from gigatrain.bench.board import WATTS, Board  # noqa: E402
+from gigatrain.bench import report, steady  # noqa: E402
+from gigatrain.bench.board import WATTS, Board, processor  # noqa: E402
+from gigatrain.bench.trials import rotated  # noqa: E402
 from gigatrain.errors import GigatrainError, RunError  # noqa: E402
 from gigatrain.planning.plan import Plan  # noqa: E402
 from gigatrain.power.reading import BOUNDARIES, FIELDS, Taken  # noqa: E402
@@ -171,8 +172,8 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     with Board(most=1) as board, tempfile.TemporaryDirectory(prefix="gigatrain-power-") as temporary:
         folder = Path(temporary)
         tried = step.plan(load.recipe(options.recipe, options.set), options.site)
-        least_s, how = power.looked(tried.power, tried.watts, board.uuids)
-        say(f"meters: {power.pairs(how)}; a window is {least_s:.1f} s or more")
+        least_s, how = steady.looked(tried.power, tried.watts, board.uuids)
+        say(f"meters: {steady.pairs(how)}; a window is {least_s:.1f} s or more")
         need_s = max(least_s, options.seconds or 0.0)
         most = min(20_000, ROW_TOKENS // tried.tokens_per_step) if options.most_steps is None else options.most_steps
         options.set = [*options.set, f"train.steps={most}"]
@@ -202,7 +203,7 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         rows = table(planned, whole, least_s, board, limits, how, (before, after))
     say(f"all in {time.monotonic() - began:.0f} s")
     failed = {name: failed[name] for name in names if name in failed}
-    return {"rows": rows, "failed": failed, "absent": absent(planned, failed, rows, board.name or power.processor())}
+    return {"rows": rows, "failed": failed, "absent": absent(planned, failed, rows, board.name or processor())}
 
 
 def absent(planned: Plan, failed: Mapping[str, str | None], rows: Sequence[Row], device: str) -> list[Row]:
@@ -293,7 +294,7 @@ def rounds(
 
 
 def summed(taken: Sequence[Taken]) -> Taken:
-    return power.added([dict(zip(FIELDS, one.ints(), strict=True)) for one in taken])
+    return steady.added([dict(zip(FIELDS, one.ints(), strict=True)) for one in taken])
 
 
 def table(
@@ -364,8 +365,8 @@ def table(
             "max_loss_difference": None if any(map(math.isnan, differences)) else max(differences),
             "peak_mib": max(turn.peak_bytes for turn in rounds) / 2**20,
             "warmup_s": peer.warmup_s,
-            "meters": power.pairs(how),
-            "unknown": power.pairs(account.unknown(taken, planned.watts, taken.ms / 1e3)),
+            "meters": steady.pairs(how),
+            "unknown": steady.pairs(account.unknown(taken, planned.watts, taken.ms / 1e3)),
         }
         row |= limits
         for name in ("sm_mhz", "mem_mhz", "celsius"):

@@ -8,7 +8,6 @@ import contextlib
 import csv
 import json
 import os
-import platform
 import select
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from gigatrain.bench.board import processor
 from gigatrain.errors import RunError
 
 # ---- In a worker ----
@@ -103,7 +103,8 @@ class Gate:
             "peak_bytes": self.torch.cuda.max_memory_allocated() if cuda else _status("VmHWM") - self.imported_bytes,
         }
         if not self.began:
-            answer |= {"device": self.torch.cuda.get_device_name() if cuda else _processor(), "versions": _versions()}
+            device = self.torch.cuda.get_device_name() if cuda else f"{len(os.sched_getaffinity(0))} cores of {processor()}"
+            answer |= {"device": device, "versions": _versions()}
         if cuda:
             self.torch.cuda.empty_cache()  # all workers share the device; the settling steps take the blocks back
         _say(self.pipe, answer)
@@ -113,12 +114,6 @@ def _status(key: str) -> int:
     """VmRSS or VmHWM of this process in bytes; ru_maxrss would not do, as a child inherits its parent's."""
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith(key))
-
-
-def _processor() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.machine()}"
 
 
 def _versions() -> dict[str, str]:
@@ -240,12 +235,6 @@ def start(program: str, name: str, device: str, job: dict[str, Any], folder: Pat
     with contextlib.suppress(BrokenPipeError):
         peer.tell({**job, "provider": base, "options": options, "folder": str(folder)})
     return peer
-
-
-def rotated(names: list[Any], turn: int) -> list[Any]:
-    """The order of round `turn`: each in turn goes first."""
-    turn %= len(names)
-    return names[turn:] + names[:turn]
 
 
 def ratio(slow: Peer | None, fast: Peer) -> float | None:

@@ -37,9 +37,10 @@ from typing import Any
 
 import numpy as np
 from providers import PROVIDERS, VARIANTS, precision, products, unavailable
-from rounds import Peer, append, noted, ratio, revision, rotated, start, work
+from rounds import Peer, append, noted, ratio, revision, start, work
 
 from gigatrain import load
+from gigatrain.bench.trials import rotated
 from gigatrain.errors import GigatrainError, RunError
 from gigatrain.planning.plan import Plan, plan
 

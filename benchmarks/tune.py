@@ -33,9 +33,10 @@ from typing import Any
 
 import numpy as np
 from providers import precision
-from rounds import Failed, Gate, Peer, append, noted, ratio, revision, rotated, start, work
+from rounds import Failed, Gate, Peer, append, noted, ratio, revision, start, work
 
 from gigatrain import load
+from gigatrain.bench.trials import rotated
 from gigatrain.errors import GigatrainError, RunError
 from gigatrain.planning.plan import Plan, plan
 

@@ -35,8 +35,8 @@ def run(benchmark, capsys, *words):
 
 @pytest.mark.parametrize("providers", ["gigatrain", pytest.param("gigatrain,trainer", marks=pytest.mark.long)])
 def test_providers_are_measured_by_one_meter_and_checked_first(benchmark, tiny, capsys, tmp_path, monkeypatch, providers):
-    monkeypatch.setattr(benchmark.power, "LEAST_S", 0.5)  # ten seconds are for real meters
-    monkeypatch.setattr(benchmark.power, "LEAST_UPDATES", 2)
+    monkeypatch.setattr(benchmark.steady, "LEAST_S", 0.5)  # ten seconds are for real meters
+    monkeypatch.setattr(benchmark.steady, "LEAST_UPDATES", 2)
     monkeypatch.setattr(benchmark, "SETTLE_S", 1.0)
     monkeypatch.setitem(benchmark.PROVIDERS, "broken", None)  # here, but not in its worker
     out = tmp_path / "power.csv"

@@ -1,4 +1,4 @@
-"""Alternating rounds: a gate that holds a training loop and keeps its losses, and whose turn it is."""
+"""Alternating rounds: a gate that holds a training loop and keeps its losses."""
 
 import io
 import json
@@ -34,7 +34,3 @@ def test_a_gate_times_rounds_and_keeps_every_loss(rounds, monkeypatch):
     assert "torch" in ready["versions"]
     assert [answer["losses"] for answer in (ready, *answers)] == [[], [0, 1], [2, 3, 4]]
     assert [len(answer["intervals"]) for answer in answers] == [2, 2]  # of timed steps only
-
-
-def test_each_goes_first_in_turn(rounds):
-    assert [rounds.rotated(list("abc"), turn) for turn in range(4)] == [list("abc"), list("bca"), list("cab"), list("abc")]
