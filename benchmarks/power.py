@@ -62,7 +62,7 @@ if __name__ == "__main__" and (said := lacking()):
     sys.exit(7)
 
 import step  # noqa: E402 - this folder's, which need what was just looked for
-from providers import PROVIDERS, VARIANTS, precision, unavailable  # noqa: E402
+from providers import PROVIDERS, VARIANTS, handicap, precision, unavailable  # noqa: E402
 from rounds import Peer, noted, revision, start  # noqa: E402
 
 from gigatrain import load  # noqa: E402
@@ -180,6 +180,8 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         planned, job = step.prepare(options, folder, most)
         shape = f"{planned.decoder.family} of {planned.decoder.layers} layers, {planned.parameters:,} parameters"
         say(f"{shape}, {planned.batch} x {planned.sequence} tokens a step; {options.why}")
+        if slow := handicap(planned):
+            say(slow)
         failed = {name: reason for name in names if (reason := unavailable(name, planned))}
         with meters.opened(planned.power, planned.watts, board.uuids, whole=True) as meter:
             before = idle(meter, options.idle)

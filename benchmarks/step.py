@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from providers import PROVIDERS, VARIANTS, precision, products, unavailable
+from providers import PROVIDERS, VARIANTS, handicap, precision, products, unavailable
 from rounds import Peer, append, noted, ratio, revision, start, work
 
 from gigatrain import load
@@ -168,6 +168,8 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         planned, job = prepare(options, folder, steps)
         shape = f"{planned.decoder.family}, {planned.parameters:,} parameters"
         say(f"{shape}; {options.why}; {steps} steps of {planned.tokens_per_step:,} tokens")
+        if slow := handicap(planned):
+            say(slow)
         failed = {name: reason for name in names if (reason := unavailable(name, planned))}
         try:
             for name in ("matmul", *(name for name in names if name not in failed)):

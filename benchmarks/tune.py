@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from providers import precision
+from providers import handicap, precision
 from rounds import Failed, Gate, Peer, append, noted, ratio, revision, start, work
 
 from gigatrain import load
@@ -344,6 +344,8 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         folder = Path(temporary)
         planned, job = prepare(options, folder, steps)
         say(f"{planned.decoder.family}, {planned.parameters:,} parameters; {steps} steps of {planned.batch} rows x {planned.sequence}")
+        if slow := handicap(planned):
+            say(slow)
         failed = {name: reason for name in names if (reason := unavailable(name, planned))}
         try:
             for name in (name for name in names if name not in failed):

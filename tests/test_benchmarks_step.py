@@ -84,6 +84,17 @@ def test_random_rows_are_one_document_of_the_whole_vocabulary(step, tiny, tmp_pa
     assert len(tokens.unique()) > 200
 
 
+def test_a_processor_without_bf16_products_is_said(step, tiny, monkeypatch):
+    def planned(precision):
+        return step.plan(step.load.recipe(tiny, [f"train.precision={precision}"]), step.load.site("laptop"))
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert "no bf16 products" in step.handicap(planned("bf16"))
+    assert step.handicap(planned("fp32")) is None
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert step.handicap(planned("bf16")) is None
+
+
 def test_what_the_peers_cannot_share_is_refused(step, tiny, capsys, tmp_path):
     for words, message in (
         (["--providers", "gigatrain,trianer"], "there is no provider 'trianer'; did you mean \"trainer\"?"),
