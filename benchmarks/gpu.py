@@ -7,6 +7,7 @@
 
 Each stage is processes of its own with a limit in seconds; its output is OUT/<stage>.log, and a line says how it ended. Rows go to
 benchmarks/results/, or with --rows to another folder. Stages of `check` run side by side, for nothing is timed there; those of the others one by one.
+Without a GPU nothing is begun: exit code 7, and what a processor can say instead.
 """
 
 import argparse
@@ -164,20 +165,40 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "180"}
 
 
-def main() -> int:
-    """Run a pass; 1 if a stage of it failed."""
+def refusal(which: str) -> str | None:
+    """Why nothing can be begun here, and what a processor can say in its place; None: there is a GPU."""
+    from gigatrain import load
+
+    site, why = load.local_site()
+    if site.device == "cuda":
+        return None
+    step = "`python benchmarks/step.py`, and `gigatrain plan` what a GPU is expected to do"
+    instead = {"check": "`gigatrain doctor`, `gigatrain bench kernels --check`", "kernels": "`gigatrain bench kernels`", "steps": step}[
+        which
+    ]
+    return f"{which} is for a GPU, and there is none ({why}); on a processor: {instead}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a pass; 1 if a stage of it failed, 7 where none can be begun."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0], epilog="Read the head of this file.")
     parser.add_argument("which", choices=("check", "kernels", "steps"))
     parser.add_argument("--only", help="stages whose names begin with one of these, separated by `;`")
     parser.add_argument("--out", type=Path, default=Path("gpu-logs"), help="folder of the logs (default: %(default)s)")
     parser.add_argument("--rows", type=Path, default=RESULTS, help="folder of the rows (default: %(default)s)")
     parser.add_argument("--beside", type=int, default=8, help="stages of `check` that run side by side (default: %(default)s)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    said, every = refusal(options.which), stages(options.which, options.rows.resolve(), options.out.resolve() / "runs")
+    wanted = tuple(options.only.split(";")) if options.only else ("",)
+    chosen = [stage for stage in every if stage.name.startswith(wanted)]
+    for name in wanted:
+        if said is None and not any(stage.name.startswith(name) for stage in every):
+            said = f"no stage of {options.which} begins with {name!r}; there are {'; '.join(stage.name for stage in every)}"
+    if said is not None:
+        print(f"gpu.py: {said}", file=sys.stderr)
+        return 7
     options.out.mkdir(parents=True, exist_ok=True)
     options.rows.mkdir(parents=True, exist_ok=True)
-    chosen = stages(options.which, options.rows.resolve(), options.out.resolve() / "runs")
-    if options.only:
-        chosen = [stage for stage in chosen if stage.name.startswith(tuple(options.only.split(";")))]
     failed = 0
     with ThreadPoolExecutor(options.beside if options.which == "check" else 1) as pool:
         for done in as_completed(pool.submit(run, stage, options.out) for stage in chosen):

@@ -28,7 +28,7 @@ import torch
 
 from gigatrain import config, load
 from gigatrain.bench import report
-from gigatrain.bench.power import looked
+from gigatrain.bench.steady import looked
 from gigatrain.errors import GigatrainError, RunError
 from gigatrain.planning import watts
 from gigatrain.power import meter

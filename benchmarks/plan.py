@@ -436,6 +436,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="intervals, results and PLANNER.md, from the stored folds")
     parser.add_argument("--json", action="store_true", help="scores as JSON")
     asked = parser.parse_args(words)
+    if not (asked.rows or asked.leave_one_out or asked.write):
+        parser.error(
+            "nothing is asked: a file of measurements, `measured` or `further` is scored; --write makes the tables of PLANNER.md again"
+        )
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -61,11 +61,14 @@ if __name__ == "__main__" and (said := lacking()):
     print(said, file=sys.stderr)
     sys.exit(7)
 
-import step  # noqa: E402 - this folder's step.py, which needs what was just looked for
+import step  # noqa: E402 - this folder's, which need what was just looked for
+from providers import PROVIDERS, VARIANTS, handicap, precision, unavailable  # noqa: E402
+from rounds import Peer, noted, revision, start  # noqa: E402
 
 from gigatrain import load  # noqa: E402
-from gigatrain.bench import power, report  # noqa: E402
-from gigatrain.bench.board import WATTS, Board  # noqa: E402
+from gigatrain.bench import report, steady  # noqa: E402
+from gigatrain.bench.board import WATTS, Board, processor  # noqa: E402
+from gigatrain.bench.trials import rotated  # noqa: E402
 from gigatrain.errors import GigatrainError, RunError  # noqa: E402
 from gigatrain.planning.plan import Plan  # noqa: E402
 from gigatrain.power.reading import BOUNDARIES, FIELDS, Taken  # noqa: E402
@@ -125,7 +128,7 @@ class Round:
 class Turns:
     """A provider and its rounds."""
 
-    peer: Any
+    peer: Peer
     step_s: float = 0.0
     rounds: list[Round] = field(default_factory=list)
 
@@ -162,27 +165,29 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     names = list(dict.fromkeys(options.providers.split(",")))
     for name in names:
         base, *extra = name.split("+")
-        if base not in {*step.PROVIDERS} - {"matmul"} or not set(extra) <= {"compile", "liger", *step.VARIANTS}:
+        if base not in {*PROVIDERS} - {"matmul"} or not set(extra) <= {"compile", "liger", *VARIANTS}:
             raise RunError(f"there is no provider {name!r}{load.nearest(name, DEFAULT)} Known: {', '.join(DEFAULT)}, and step.py's.")
     from gigatrain.power import meter as meters
 
     with Board(most=1) as board, tempfile.TemporaryDirectory(prefix="gigatrain-power-") as temporary:
         folder = Path(temporary)
         tried = step.plan(load.recipe(options.recipe, options.set), options.site)
-        least_s, how = power.looked(tried.power, tried.watts, board.uuids)
-        say(f"meters: {power.pairs(how)}; a window is {least_s:.1f} s or more")
+        least_s, how = steady.looked(tried.power, tried.watts, board.uuids)
+        say(f"meters: {steady.pairs(how)}; a window is {least_s:.1f} s or more")
         need_s = max(least_s, options.seconds or 0.0)
         most = min(20_000, ROW_TOKENS // tried.tokens_per_step) if options.most_steps is None else options.most_steps
         options.set = [*options.set, f"train.steps={most}"]
         planned, job = step.prepare(options, folder, most)
         shape = f"{planned.decoder.family} of {planned.decoder.layers} layers, {planned.parameters:,} parameters"
         say(f"{shape}, {planned.batch} x {planned.sequence} tokens a step; {options.why}")
-        failed = {name: reason for name in names if (reason := step.unavailable(name, planned))}
+        if slow := handicap(planned):
+            say(slow)
+        failed = {name: reason for name in names if (reason := unavailable(name, planned))}
         with meters.opened(planned.power, planned.watts, board.uuids, whole=True) as meter:
             before = idle(meter, options.idle)
             everyone: list[Turns] = []
             try:
-                everyone += [Turns(step.start(name, planned.device, job, folder / name)) for name in names if name not in failed]
+                everyone += [Turns(start(step.__file__, name, planned.device, job, folder / name)) for name in names if name not in failed]
                 checked(everyone, options, say)
                 working = [one for one in everyone if one.peer.error is None]
                 if not working:
@@ -200,14 +205,14 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         rows = table(planned, whole, least_s, board, limits, how, (before, after))
     say(f"all in {time.monotonic() - began:.0f} s")
     failed = {name: failed[name] for name in names if name in failed}
-    return {"rows": rows, "failed": failed, "absent": absent(planned, failed, rows, board.name or power.processor())}
+    return {"rows": rows, "failed": failed, "absent": absent(planned, failed, rows, board.name or processor())}
 
 
 def absent(planned: Plan, failed: Mapping[str, str | None], rows: Sequence[Row], device: str) -> list[Row]:
     """Rows of those that gave no figure, with why: who reads the file later is to see that they were tried."""
     alike = ("device", "threads", "versions", "architecture", "parameters", "batch", "microbatch", "sequence", "lr")
     known = {name: rows[0][name] for name in alike} if rows else described(planned) | {"device": device}
-    now = {"commit": step._commit(), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "load": round(os.getloadavg()[0], 2)}
+    now = {"commit": revision(), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "load": round(os.getloadavg()[0], 2)}
     return [dict.fromkeys(COLUMNS) | known | now | {"provider": name, "note": f"no figure: {why}"} for name, why in failed.items()]
 
 
@@ -227,11 +232,11 @@ def described(planned: Plan) -> Row:
 def checked(everyone: Sequence[Turns], options: argparse.Namespace, say: Callable[[str], None]) -> None:
     """Set-up side by side, warm-up one by one with compilation, a first look at the speed; then whether everybody's first loss is ours."""
     for one in everyone:
-        with step._noted(one.peer, say):
+        with noted(one.peer, say):
             one.peer.ready = one.peer.answer(options.timeout)
     for one in everyone:
         if one.peer.error is None:
-            with step._noted(one.peer, say):
+            with noted(one.peer, say):
                 one.peer.warmup_s = one.peer.ask(0, options.warmup, options.timeout)["seconds"]
                 for most in PILOT_STEPS:
                     steps = max(1, min(most, math.ceil(PILOT_S / one.step_s))) if one.step_s else most
@@ -269,9 +274,9 @@ def rounds(
                 f"a window of {need_s:.1f} s takes {steps:,} steps, and {room:,} a round are prepared; fewer --rounds, or more --most-steps"
             )
         at = time.monotonic()
-        for one in power.rotated(list(everyone), number):
+        for one in rotated(list(everyone), number):
             if one.peer.error is None:
-                with step._noted(one.peer, say):
+                with noted(one.peer, say):
                     one.rounds.append(turn(meter, board, one, settle, steps, planned.tokens_per_step, options.timeout))
         working = [one for one in everyone if one.peer.error is None]
         speeds = ", ".join(f"{one.peer.name} {one.rounds[-1].tokens_per_s:,.0f}" for one in working)
@@ -291,7 +296,7 @@ def rounds(
 
 
 def summed(taken: Sequence[Taken]) -> Taken:
-    return power.added([dict(zip(FIELDS, one.ints(), strict=True)) for one in taken])
+    return steady.added([dict(zip(FIELDS, one.ints(), strict=True)) for one in taken])
 
 
 def table(
@@ -333,14 +338,14 @@ def table(
         differences = [abs(a - b) for a, b in zip(peer.losses, ours.peer.losses, strict=False)]
         versions = dict(peer.ready["versions"])
         row: Row = dict.fromkeys(COLUMNS) | {
-            "commit": step._commit(),
+            "commit": revision(),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "device": peer.ready["device"],
             "threads": versions.pop("threads", None),
             "versions": " ".join(f"{name}={version}" for name, version in versions.items()),
             "load": round(os.getloadavg()[0], 2),
             "provider": peer.name,
-            "precision": step._precision(peer.name, planned),
+            "precision": precision(peer.name, planned),
             **described(planned),
             "steps": len(peer.losses),
             "rounds": len(rounds),
@@ -362,8 +367,8 @@ def table(
             "max_loss_difference": None if any(map(math.isnan, differences)) else max(differences),
             "peak_mib": max(turn.peak_bytes for turn in rounds) / 2**20,
             "warmup_s": peer.warmup_s,
-            "meters": power.pairs(how),
-            "unknown": power.pairs(account.unknown(taken, planned.watts, taken.ms / 1e3)),
+            "meters": steady.pairs(how),
+            "unknown": steady.pairs(account.unknown(taken, planned.watts, taken.ms / 1e3)),
         }
         row |= limits
         for name in ("sm_mhz", "mem_mhz", "celsius"):

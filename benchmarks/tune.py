@@ -25,19 +25,18 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import step
-from step import Failed, Gate, Over, Peer
+from providers import handicap, precision
+from rounds import Failed, Gate, Peer, append, noted, ratio, revision, start, work
 
 from gigatrain import load
+from gigatrain.bench.trials import rotated
 from gigatrain.errors import GigatrainError, RunError
 from gigatrain.planning.plan import Plan, plan
 
@@ -249,19 +248,10 @@ def _peers_model(job: dict[str, Any], plan: Plan) -> tuple[Any, Any]:
 PROVIDERS: dict[str, Callable[[dict[str, Any], Plan, Any], None]] = {"gigatrain": gigatrain, "trl": trl, "unsloth": trl}
 
 
-def work() -> None:
-    """A worker's life, as in step.py."""
-    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    job = json.loads(sys.stdin.readline())
-    try:
-        found = load.read_json(Plan, job["plan"], "the job's plan", RunError)
-        PROVIDERS[job["provider"]](job, found, pipe)
-    except Over:
-        return
-    except BaseException as failure:  # whatever it is, it becomes this provider's line in the table
-        traceback.print_exc()
-        step._say(pipe, {"error": f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"})
+def provide(job: dict[str, Any], pipe: Any) -> None:
+    """In a worker: the provider that the job names."""
+    found = load.read_json(Plan, job["plan"], "the job's plan", RunError)
+    PROVIDERS[job["provider"]](job, found, pipe)
 
 
 # ---- In the parent ----
@@ -341,24 +331,6 @@ def prepare(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan
     }
 
 
-def start(name: str, device: str, job: dict[str, Any], folder: Path) -> Peer:
-    """Start a provider's worker and hand it its job."""
-    base, *options = name.split("+")
-    folder.mkdir()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    if device == "cuda":
-        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    log = folder / "log.txt"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, __file__, "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=environment
-        )
-    peer = Peer(name, process, log)
-    with contextlib.suppress(BrokenPipeError):
-        peer.tell({**job, "provider": base, "options": options, "folder": str(folder)})
-    return peer
-
-
 def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Run every provider; returns {"rows", "failed": why by name}."""
     names: list[str] = list(dict.fromkeys(options.providers.split(",")))
@@ -372,22 +344,24 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         folder = Path(temporary)
         planned, job = prepare(options, folder, steps)
         say(f"{planned.decoder.family}, {planned.parameters:,} parameters; {steps} steps of {planned.batch} rows x {planned.sequence}")
+        if slow := handicap(planned):
+            say(slow)
         failed = {name: reason for name in names if (reason := unavailable(name, planned))}
         try:
             for name in (name for name in names if name not in failed):
-                peers.append(start(name, planned.device, job, folder / name))
+                peers.append(start(__file__, name, planned.device, job, folder / name))
             for peer in peers:
-                with step._noted(peer, say):
+                with noted(peer, say):
                     peer.ready = peer.answer(options.timeout)
             for peer in peers:
                 if peer.error is None:
-                    with step._noted(peer, say):
+                    with noted(peer, say):
                         peer.warmup_s = peer.ask(0, options.warmup, options.timeout)["seconds"]
                         say(f"{peer.name}: warm-up took {peer.warmup_s:.1f} s")
             for turn in range(options.rounds):
-                for peer in step.rotated(peers, turn):
+                for peer in rotated(peers, turn):
                     if peer.error is None:
-                        with step._noted(peer, say):
+                        with noted(peer, say):
                             answer = peer.ask(options.settle, options.steps, options.timeout)
                             peer.answers.append(answer)
                             told = json.loads((folder / peer.name / "counts.json").read_text())
@@ -440,7 +414,7 @@ def _table(
     """A row per provider."""
     by_name = {peer.name: peer for peer in peers}
     best = min((peer for peer in peers if peer.name.startswith("trl")), key=lambda peer: float(np.median(peer.seconds)), default=None)
-    arch, commit, now = planned.decoder, step._commit(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    arch, commit, now = planned.decoder, revision(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     rows = []
     for peer in peers:
         low, middle, high = np.percentile([1 / seconds for seconds in peer.seconds], [20, 50, 80]).tolist()
@@ -456,7 +430,7 @@ def _table(
                 "load": round(os.getloadavg()[0], 2),
                 "versions": " ".join(f"{name}={version}" for name, version in (peer.ready["versions"] | _peers_versions()).items()),
                 "provider": peer.name,
-                "precision": step._precision("gigatrain" if peer.name == "gigatrain" else "trainer", planned),
+                "precision": precision("gigatrain" if peer.name == "gigatrain" else "trainer", planned),
                 "architecture": f"{arch.family} {arch.layers}x{arch.hidden} vocab {arch.vocab}",
                 "parameters": planned.parameters,
                 "batch": planned.batch,
@@ -476,8 +450,8 @@ def _table(
                 "loss_first": peer.losses[0],
                 "loss_last": float(np.mean(peer.losses[-10:])),
                 "loss_error": errors[peer.name],
-                "ratio_to_trl": step._ratio(by_name.get("trl"), peer),
-                "ratio_to_best_trl": step._ratio(best, peer),
+                "ratio_to_trl": ratio(by_name.get("trl"), peer),
+                "ratio_to_best_trl": ratio(best, peer),
                 "warmup_s": round(peer.warmup_s, 2),
             }
         )
@@ -542,7 +516,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
-        work()
+        work(provide)
         return 0
     options.site, options.why = load.local_site()
     gpu = options.site.device == "cuda"
@@ -564,7 +538,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(found))
         else:
             show(found)
-        step.append(found["rows"], options.out)
+        append(found["rows"], options.out)
     except GigatrainError as failure:
         print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
         return failure.exit_code

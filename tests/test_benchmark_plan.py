@@ -96,6 +96,13 @@ def test_a_file_of_rows_is_scored_with_predictions_or_without(score, tmp_path, c
     assert "answers 6 of 9 rows not" in capsys.readouterr().err
 
 
+def test_it_is_asked_for_something(score, capsys):
+    with pytest.raises(SystemExit) as ended:
+        score.main([])
+    assert ended.value.code == 2
+    assert "nothing is asked: a file of measurements" in capsys.readouterr().err
+
+
 def test_every_published_row_is_answered_and_none_by_a_fault(score):
     for row in (*score.few(score.measured()), *score.further()):
         answer = predict.predict(row)

@@ -1,9 +1,7 @@
 """The step benchmark: that everybody does the same mathematics, that a failure is a line and not the end, and what it refuses. No timing is asserted."""
 
 import csv
-import io
 import json
-import sys
 
 import pytest
 import torch
@@ -86,6 +84,17 @@ def test_random_rows_are_one_document_of_the_whole_vocabulary(step, tiny, tmp_pa
     assert len(tokens.unique()) > 200
 
 
+def test_a_processor_without_bf16_products_is_said(step, tiny, monkeypatch):
+    def planned(precision):
+        return step.plan(step.load.recipe(tiny, [f"train.precision={precision}"]), step.load.site("laptop"))
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert "no bf16 products" in step.handicap(planned("bf16"))
+    assert step.handicap(planned("fp32")) is None
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert step.handicap(planned("bf16")) is None
+
+
 def test_what_the_peers_cannot_share_is_refused(step, tiny, capsys, tmp_path):
     for words, message in (
         (["--providers", "gigatrain,trianer"], "there is no provider 'trianer'; did you mean \"trainer\"?"),
@@ -99,29 +108,3 @@ def test_what_the_peers_cannot_share_is_refused(step, tiny, capsys, tmp_path):
         assert (status, found) == (7, None)
         assert message in said
     assert not (tmp_path / "none.csv").exists()
-
-
-def test_a_gate_times_rounds_and_keeps_every_loss(step, monkeypatch):
-    orders = [{"skip": 0, "steps": 2}, {"skip": 1, "steps": 2}]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(order) + "\n" for order in orders)))
-    pipe = io.StringIO()
-    gate = step.Gate(pipe, "cpu")
-    lasts = []
-    for number in range(5):
-        gate.begin()
-        lasts.append(gate.last)
-        gate.mark()
-        for half in (0.5, 1.5):  # two microbatches
-            gate.add(torch.tensor(number * half), 0.5)
-    with pytest.raises(step.Over):
-        gate.begin()
-    assert lasts == [False, True, False, False, True]
-    ready, *rounds = [json.loads(line) for line in pipe.getvalue().splitlines()]
-    assert ready["device"]
-    assert "torch" in ready["versions"]
-    assert [answer["losses"] for answer in (ready, *rounds)] == [[], [0, 1], [2, 3, 4]]
-    assert [len(answer["intervals"]) for answer in rounds] == [2, 2]  # of timed steps only
-
-
-def test_each_goes_first_in_turn(step):
-    assert [step.rotated(list("abc"), turn) for turn in range(4)] == [list("abc"), list("bca"), list("cab"), list("abc")]

@@ -69,7 +69,7 @@ HOMES = {
     },
     "accelerate": {"observe.metrics"},
     "lm_eval": {"evaluate.tasks"},
-    "matplotlib": {"bench.report", "bench.power", "observe.report.plots"},
+    "matplotlib": {"bench.report", "bench.chart", "observe.report.plots"},
     **{peer: {"bench.peers"} for peer in ("liger_kernel", "cut_cross_entropy", "flashoptim", "quack")},
 }
 

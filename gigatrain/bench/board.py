@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import statistics
 import threading
 from collections.abc import Callable, Iterator
@@ -104,3 +105,10 @@ class Board:
             if self.handles:
                 thread.join()
             found |= {name: (max if name in ("celsius", "used_mib") else statistics.median)(values) for name, values in seen.items()}
+
+
+def processor() -> str:
+    """Its name as the system has it."""
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return names[0] if names else platform.machine()

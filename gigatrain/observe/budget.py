@@ -17,9 +17,9 @@ from gigatrain.observe.logs import Progress
 from gigatrain.observe.trace import Trace
 from gigatrain.parallel import ranks
 from gigatrain.planning.plan import Plan
-from gigatrain.power.control import BLIND_S, CANNOT, Governor, Seen
+from gigatrain.power.control import BLIND_S, CANNOT, Governor
 from gigatrain.power.pace import MEET_S, NOTHING, Orders, Pace
-from gigatrain.power.reading import BOUNDARIES
+from gigatrain.power.reading import BOUNDARIES, Seen
 from gigatrain.power.schedule import Schedule
 
 OVER = {  # what is told when a notice no longer holds

@@ -8,7 +8,7 @@
     meter.py      one reader per node: samples sources in a thread, counts joules, marks gaps; `Taken` is what it saw since it was last asked
     boundary.py   from those sums to joules at four boundaries (POWER.md), pure
     spans.py account.py    from a run's folder to tokens/s/MW over its whole wall-clock; live.py what it draws now
-    control.py    from what is drawn to what is done (pure); line.py what is believed of a run; pace.py waits
+    control.py    from what is drawn to what is done (pure); line.py what is believed of a run; cost.py what it costs; pace.py waits
     guard.py      sets limits, restore.py puts them back, whatever dies
     schedule.py   megawatts, prices and carbon by time of day
 

@@ -328,7 +328,7 @@ def _costs(chunks: list[_Chunk], watts: Watts, facility: Boundary | None, schedu
                 priced += joules * ((mean or 0.0) * covered + (figure.value or 0.0) * (1 - covered))
             if filled < whole:
                 value, basis, how = priced / whole, "declared", "the schedule, by the time of each window"
-                how += f"; it has none for {filled / whole:.1%} of the joules: {figure.source}".replace("%", " %") if filled else ""
+                how += f"; it has none for {100 * filled / whole:.1f} % of the joules: {figure.source}" if filled else ""
         if value is not None:
             found["words"][attribute] = (value, basis, how)
         if facility is not None and value is not None:

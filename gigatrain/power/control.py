@@ -10,7 +10,7 @@ standard deviations of what is not known yet, and of the noise of a 10-s mean. S
 What it can do, in this order: lower the limits of accelerators (`power.caps`; guard.py), if that is enough; else space the starts of steps; else pause. Limits
 are fed back, not learnt: until a new one was seen to be enough, steps stay spaced as under the one before. Steps are not cut: a step that alone is longer than
 ten seconds' share of the budget is kept within it over its period, not over ten seconds, and `why` says so. Several stops of a run (saves, its end) are met by
-slowing down along the ramp before them and up again after them, which costs time: `cost()` has it.
+slowing down along the ramp before them and up again after them, which costs time (cost.py).
 
 Watts are those of the widest boundary that is known. Where that is not the facility, the budget is held against a lower bound, and the orders say so. Where a
 meter falls silent, what was ordered goes on. A budget of the recipe or its schedule that nothing can be held against ends the run.
@@ -18,15 +18,16 @@ meter falls silent, what was ordered goes on. A budget of the recipe or its sche
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gigatrain.config import Power
 from gigatrain.planning.budget import shown as shown_watts
 from gigatrain.planning.watts import Watts
+from gigatrain.power.cost import Cost, rates
 from gigatrain.power.line import LOW, MEAN_S, SETTLE_S, SURE, Line
 from gigatrain.power.pace import NOTHING, Orders
-from gigatrain.power.reading import BOUNDARIES
+from gigatrain.power.reading import BOUNDARIES, Seen
 from gigatrain.power.schedule import Now, Schedule, shown
 
 NOISY = 3.0  # standard deviations of a 10-s mean's noise
@@ -44,53 +45,12 @@ CANNOT = "give the site's file what would say it (power.node_watts, power.pue), 
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What all ranks know of the time since the last decision: reduced, so the same everywhere. Before the first step: `steps` 0."""
-
-    now_s: float  # one wall-clock for all, seconds since 1970
-    watts: float | None  # mean over `window_s` at `boundary`; None: unknown
-    watts_device: float | None = None
-    step_s: float | None = None  # mean seconds between the starts of two steps, without saves and validations
-    busy_share: float = 1.0  # of `step_s`, what was not waited in Pace
-    devices: int = 0
-    window_s: float = 0.0
-    steps: int = 0
-    tokens: int = 0
-    stops_after: int | None = (
-        None  # steps to the next save that holds them up, or the run's end; one that follows this decision at once is not meant
-    )
-    boundary: str = "facility"  # the widest that is known
-    bins: tuple[tuple[float, float], ...] = ()  # that have closed: when each began, seconds since 1970, and its 10-s mean at `boundary`
-    mixed: bool = False  # a validation, a restart or a compilation is within it: nothing is learnt
-    cap_min_share: float | None = None  # the least limit of its accelerators, over `watts.device_watts`; None: limits cannot be set
-
-    @property
-    def peak_watts(self) -> float | None:
-        """The highest ten-second mean, where one is known."""
-        return max((watts for _, watts in self.bins), default=None)
-
-
-@dataclass(frozen=True, slots=True)
 class _Mean:
     """What windows of together at least ten seconds say."""
 
     watts: float
     device: float | None
     duty: float
-
-
-@dataclass
-class _Cost:
-    seconds: float = 0.0  # of all windows
-    waited_s: float = 0.0
-    paused_s: float = 0.0
-    lost_tokens: float = 0.0
-    reference_tokens_s: float | None = None
-    reference_watts: float | None = None
-    saved: dict[str, float] = field(default_factory=dict)  # at the price of its hour: what full speed would have drawn more
-    spent_rate: dict[str, list[float]] = field(default_factory=dict)  # [sum of rate x seconds, seconds] while it was not slowed
-    over_s: float = 0.0  # of ten-second means above the budget
-    over_watts: float = 0.0  # by how much, at most
 
 
 _NAMED = {"device": "the devices", "node": "the nodes", "it": "the IT", "facility": "the facility"}
@@ -114,7 +74,7 @@ class Governor:
         self.cap: float | None = None
         self.high = 0.0  # watts at full speed under `cap`
         self.extra = 0.0  # watts kept free because ten seconds were above the budget
-        self.spent = _Cost()
+        self.spent = Cost()
         self.orders = NOTHING  # the last
         self.boundary = BOUNDARIES[-1]  # that all watts here are of
         self.blind_s = 0.0  # since there was anything measured
@@ -138,7 +98,8 @@ class Governor:
             return NOTHING
         now = self.schedule.at(seen.now_s) if self.schedule is not None else Now()
         seen = self._alike(seen)
-        self._account(seen, now)
+        self.spent.above(self._over(seen))
+        self.spent.window(seen, self._full(), rates(now, self.watts))
         self._take(seen)
         limit, what = self._budget(now)
         news = not self._pending and not (self.blind_s and self._sure)
@@ -161,28 +122,8 @@ class Governor:
         return replace(orders, brake_after=0), max(0, math.floor(seconds * (orders.share + reached) / 2 / self.busy_s))
 
     def cost(self) -> dict[str, Any]:
-        """What acting has cost so far. `eur` and `kg_co2e`: `not_drawn` is what full speed would have drawn more, at the prices of those hours; `to_catch_up`
-        what the tokens that were not trained cost at full speed at the mean price of the hours in which it was not slowed; `saved` the difference, null
-        while a price is unknown."""
-        cost = self.spent
-        found: dict[str, Any] = {
-            "seconds": round(cost.seconds, 3),
-            "waited_s": round(cost.waited_s, 3),
-            "paused_s": round(cost.paused_s, 3),
-            "tokens_not_trained": None if cost.reference_tokens_s is None else round(max(0.0, cost.lost_tokens)),
-            "over_budget_s": round(cost.over_s, 3),
-            "over_budget_watts": round(cost.over_watts, 3),
-        }
-        for name, unit in (("eur", 1 / 3.6e9), ("kg_co2e", 1 / 3.6e9)):
-            free = cost.saved.get(name)
-            total, seconds = cost.spent_rate.get(name, (0.0, 0.0))
-            catch_up = None
-            if seconds and cost.reference_tokens_s and cost.reference_watts:
-                catch_up = max(0.0, cost.lost_tokens) / cost.reference_tokens_s * cost.reference_watts * total / seconds * unit
-            free = None if free is None else free * unit
-            saved = None if free is None or catch_up is None else free - catch_up
-            found[name] = {"not_drawn": free, "to_catch_up": catch_up, "saved": saved}
-        return found
+        """What acting has cost so far (cost.py)."""
+        return self.spent.told()
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON values: what was learnt and what it cost; a resume that loads it need not learn again."""
@@ -196,7 +137,7 @@ class Governor:
 
     def load(self, state: dict[str, Any]) -> None:
         """The opposite of `state`. Other nodes draw otherwise: what was learnt is believed half as much."""
-        self.spent = _Cost(**state["cost"])
+        self.spent = Cost(**state["cost"])
         if state["line"] is not None and state["sure"]:
             self.line, self.busy_s, self._sure, self.boundary = (
                 Line(**state["line"]),
@@ -415,44 +356,14 @@ class Governor:
     # What is ordered
 
     def _orders(self, seen: Seen, now: Now, limit: float | None, what: str) -> Orders:
-        share = self.share
         why, notices = self._said(now, limit, what)
-        pause, leave = False, ""
-        if limit is not None and (limit <= 0.0 or self._hopeless(limit)):
-            pause = True
-            if limit > 0.0 and self.line is not None:
-                why.append(f"at rest it draws {shown_watts(self.line.rest)}, and {what} allows {shown_watts(limit)}, which cannot be kept")
-            else:
-                why.append(f"{what} allows 0 W")
-            way = f"raise {what}"
-            if what == "the schedule" and self.schedule is not None:
-                way = f"give {self.schedule.source or 'it'} a row that allows more"
-            leave = f"{way}, or take fewer nodes" if limit > 0.0 else f"{way}, or leave power.schedule out"
-        elif limit is not None and self.line is None and self.blind_s >= BLIND_S and self.promised:
-            said = f"{what} allows {shown_watts(limit)}, which cannot be kept: what the run draws is unknown at every boundary; {CANNOT}"
-            return Orders(why=said, share=share, busy_s=self.busy_s, leave=True)
-        slow = self._slow(now)
-        if slow is not None and slow < 1.0:
-            value, unit = (now.price_eur_mwh, "EUR/MWh") if self.power.follow == "price" else (now.carbon_g_kwh, "g CO2e/kWh")
-            why.append(f"{value:g} {unit} are above {self.power.slow_above:g}")
-            wanted = self._slowed(slow)
-            if self._sleeps(slow):
-                pause = True
-                if slow > 0.0 and self.line is not None:
-                    rest = self.line.rest / (self.line.rest + self.line.swing)
-                    why.append(f"at rest it draws {100 * rest:.0f} % of full power, more than the {100 * slow:.0f} % of slow_to")
-            share = min(share, max(LOW if self._sure else FIRST, wanted))
-        slope = self.slope
-        low = LOW if slope is None else min(1.0, max(LOW, slope * MEAN_S))
-        if self.ramp is not None and slope is None:
-            if self.blind_s >= MEAN_S:
-                why.append("the ramp is not kept: what the run draws is unknown at every boundary")
-                notices.append(("ramp", why[-1]))
-            else:
-                share, low = min(share, LOW), LOW
-                why.append("the ramp begins when it is known what the run draws")
-        elif slope is not None and low >= 1.0:
-            slope = None  # from rest to full is no more than ten seconds of the ramp
+        if self._unknown(limit):
+            said = f"{what} allows {shown_watts(limit or 0.0)}, which cannot be kept: what the run draws is unknown at every boundary; {CANNOT}"
+            return Orders(why=said, share=self.share, busy_s=self.busy_s, leave=True)
+        leave = self._too_little(limit, what, why)
+        followed, asleep = self._followed(now, why)
+        pause = bool(leave) or asleep
+        share, slope, low = self._ramped(min(self.share, followed), why, notices)
         until_s = self._wakes(now) if pause else None
         if pause and until_s is None and leave:
             said = "; ".join([*why, leave])
@@ -511,6 +422,51 @@ class Governor:
             then_share=then_share,
             notices=tuple(notices),
         )
+
+    def _unknown(self, limit: float | None) -> bool:
+        """Whether a budget of the recipe can be held against nothing, and it was waited for long enough."""
+        return limit is not None and limit > 0.0 and self.line is None and self.blind_s >= BLIND_S and bool(self.promised)
+
+    def _too_little(self, limit: float | None, what: str, why: list[str]) -> str:
+        """The way out of a budget below what is drawn at rest, which only a pause keeps; empty: it is none. Adds to `why`."""
+        if limit is None or (limit > 0.0 and not self._hopeless(limit)):
+            return ""
+        if limit > 0.0 and self.line is not None:
+            why.append(f"at rest it draws {shown_watts(self.line.rest)}, and {what} allows {shown_watts(limit)}, which cannot be kept")
+        else:
+            why.append(f"{what} allows 0 W")
+        way = f"raise {what}"
+        if what == "the schedule" and self.schedule is not None:
+            way = f"give {self.schedule.source or 'it'} a row that allows more"
+        return f"{way}, or take fewer nodes" if limit > 0.0 else f"{way}, or leave power.schedule out"
+
+    def _followed(self, now: Now, why: list[str]) -> tuple[float, bool]:
+        """The most of full speed while price or carbon is high, and whether only a pause draws so little. Adds to `why`."""
+        slow = self._slow(now)
+        if slow is None or slow >= 1.0:
+            return 1.0, False
+        value, unit = (now.price_eur_mwh, "EUR/MWh") if self.power.follow == "price" else (now.carbon_g_kwh, "g CO2e/kWh")
+        why.append(f"{value:g} {unit} are above {self.power.slow_above:g}")
+        asleep = self._sleeps(slow)
+        if asleep and slow > 0.0 and self.line is not None:
+            rest = self.line.rest / (self.line.rest + self.line.swing)
+            why.append(f"at rest it draws {100 * rest:.0f} % of full power, more than the {100 * slow:.0f} % of slow_to")
+        return max(LOW if self._sure else FIRST, self._slowed(slow)), asleep
+
+    def _ramped(self, share: float, why: list[str], notices: list[tuple[str, str]]) -> tuple[float, float | None, float]:
+        """(share, how fast it may change per second, where a ramp begins and ends). Adds to `why` and `notices`."""
+        slope = self.slope
+        low = LOW if slope is None else min(1.0, max(LOW, slope * MEAN_S))
+        if self.ramp is not None and slope is None:
+            if self.blind_s >= MEAN_S:
+                why.append("the ramp is not kept: what the run draws is unknown at every boundary")
+                notices.append(("ramp", why[-1]))
+            else:
+                share, low = min(share, LOW), LOW
+                why.append("the ramp begins when it is known what the run draws")
+        elif slope is not None and low >= 1.0:
+            slope = None  # from rest to full is no more than ten seconds of the ramp
+        return share, slope, low
 
     def _said(self, now: Now, limit: float | None, what: str) -> tuple[list[str], list[tuple[str, str]]]:
         """What holds of a budget now: for the orders, and what is told to the user when it begins to."""
@@ -619,60 +575,15 @@ class Governor:
 
     # What it cost
 
-    def _account(self, seen: Seen, now: Now) -> None:
-        cost = self.spent
-        over = [watts for watts in self._over(seen) if watts > 0.0]
-        cost.over_s += MEAN_S * len(over)
-        cost.over_watts = max([cost.over_watts, *over])
-        if seen.window_s <= 0 or seen.steps == 0:
-            return
-        cost.seconds += seen.window_s
-        stepping_s = min(seen.window_s, seen.steps * (seen.step_s or 0.0))
-        waited_s = stepping_s * (1.0 - seen.busy_share)
-        cost.waited_s += waited_s
-        busy_s = stepping_s - waited_s
-        if seen.tokens and busy_s > 0 and not seen.mixed:
-            speed = seen.tokens / busy_s
-            cost.reference_tokens_s = (
-                speed if cost.reference_tokens_s is None else cost.reference_tokens_s + 0.2 * (speed - cost.reference_tokens_s)
-            )
-        if cost.reference_tokens_s is not None:
-            cost.lost_tokens += waited_s * cost.reference_tokens_s
-        full = self.line.at(1.0) if self.line is not None and self._sure else None
-        if full is None or seen.watts is None:
-            return
-        cost.reference_watts = full
-        price = now.price_eur_mwh if now.price_eur_mwh is not None else self.watts.price_eur_mwh.value
-        carbon = now.carbon_g_kwh if now.carbon_g_kwh is not None else self.watts.carbon_g_kwh.value
-        slowed = waited_s > 0.01 * seen.window_s
-        for name, rate in (("eur", price), ("kg_co2e", carbon)):
-            if rate is None:
-                continue
-            if slowed:
-                cost.saved[name] = (
-                    cost.saved.get(name, 0.0) + max(0.0, full * stepping_s / seen.window_s - seen.watts) * seen.window_s * rate
-                )
-            else:
-                kept = cost.spent_rate.setdefault(name, [0.0, 0.0])
-                kept[0] += rate * seen.window_s
-                kept[1] += seen.window_s
+    def _full(self) -> float | None:
+        """Watts at full speed, once anything was measured."""
+        return self.line.at(1.0) if self.line is not None and self._sure else None
 
     def paused(self, seconds: float, from_s: float) -> None:
         """A pause is over that began at a wall-clock time: of all ranks alike, for the account."""
-        cost, full = self.spent, self.line
-        cost.seconds += seconds
-        cost.paused_s += seconds
-        if cost.reference_tokens_s is not None:
-            cost.lost_tokens += seconds * cost.reference_tokens_s
-        if full is None or not self._sure:
-            return
+        swing = self.line.swing if self.line is not None and self._sure else None
         stretches = self.schedule.between(from_s, from_s + seconds) if self.schedule is not None else iter([(seconds, Now())])
-        for stretch_s, now in stretches:
-            price = now.price_eur_mwh if now.price_eur_mwh is not None else self.watts.price_eur_mwh.value
-            carbon = now.carbon_g_kwh if now.carbon_g_kwh is not None else self.watts.carbon_g_kwh.value
-            for name, rate in (("eur", price), ("kg_co2e", carbon)):
-                if rate is not None:
-                    cost.saved[name] = cost.saved.get(name, 0.0) + full.swing * stretch_s * rate
+        self.spent.pause(seconds, swing, ((stretch_s, rates(now, self.watts)) for stretch_s, now in stretches))
 
 
 def expected(watts: Watts) -> float | None:

@@ -131,3 +131,24 @@ class Taken:
 
 FIELDS = tuple(one.name for one in fields(Taken) if one.name != "bins")
 BIN_S = 10  # the grid looks at changes over so long
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What all ranks know of the time since the governor's last decision: reduced, so the same everywhere. Before the first step: `steps` 0."""
+
+    now_s: float  # one wall-clock for all, seconds since 1970
+    watts: float | None  # mean over `window_s` at `boundary`; None: unknown
+    watts_device: float | None = None
+    step_s: float | None = None  # mean seconds between the starts of two steps, without saves and validations
+    busy_share: float = 1.0  # of `step_s`, what was not waited in Pace
+    devices: int = 0
+    window_s: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    # Steps to the next save that holds them up, or the run's end; one that follows this decision at once is not meant.
+    stops_after: int | None = None
+    boundary: str = "facility"  # the widest that is known
+    bins: tuple[tuple[float, float], ...] = ()  # that have closed: when each began, seconds since 1970, and its 10-s mean at `boundary`
+    mixed: bool = False  # a validation, a restart or a compilation is within it: nothing is learnt
+    cap_min_share: float | None = None  # the least limit of its accelerators, over `watts.device_watts`; None: limits cannot be set

@@ -17,7 +17,7 @@ import stubs
 from metered import Tree
 
 from gigatrain import cli, load
-from gigatrain.bench import power, report, sweep
+from gigatrain.bench import chart, fleet, power, report, steady, sweep, trials, verdict
 from gigatrain.bench.board import Board
 from gigatrain.errors import PowerError, RunError, SiteError
 from gigatrain.planning.plan import plan
@@ -52,12 +52,12 @@ def record(folder, *, windows=12, each_s=1.0, tokens=1000, device_mj=0, node_mj=
 
 
 def told(folder):
-    return power.rows_of(folder / "energy.jsonl"), power.rows_of(folder / "logs" / "progress.jsonl")
+    return steady.rows_of(folder / "energy.jsonl"), steady.rows_of(folder / "logs" / "progress.jsonl")
 
 
 def row(variant: str, speed=1000.0, watts=500.0, *, at="facility", loss=2.0, val_loss: float | None = 2.5, accelerators=1, **more):
     """A measured run's row."""
-    found = dict.fromkeys(power.COLUMNS) | {"variant": variant, "status": "ok", "round": "1", "rounds": 1, "accelerators": accelerators}
+    found = dict.fromkeys(verdict.COLUMNS) | {"variant": variant, "status": "ok", "round": "1", "rounds": 1, "accelerators": accelerators}
     found |= {
         "commit": "c",
         "date": "d",
@@ -75,36 +75,36 @@ def row(variant: str, speed=1000.0, watts=500.0, *, at="facility", loss=2.0, val
 
 def test_what_counts_begins_after_settling_and_ends_with_the_last_report(tmp_path):
     rows, progress = told(record(tmp_path / "run"))
-    found = power.stretch(rows, progress, 1.5)  # the second window is the first edge that lies 1.5 s after the steps began
+    found = steady.stretch(rows, progress, 1.5)  # the second window is the first edge that lies 1.5 s after the steps began
     assert (found.seconds, found.tokens, found.settle_s, found.startup_s) == (10.0, 10_000, 2.0, 3.0)
     assert (found.taken.node_measured_mj, found.taken.nodes, found.taken.ms) == (4_000_000, 1, 10_000)  # without validation and save
-    assert power.stretch(rows, progress, 0.0).tokens == 11_000  # what is before the first edge holds the start
+    assert steady.stretch(rows, progress, 0.0).tokens == 11_000  # what is before the first edge holds the start
     with pytest.raises(RunError, match=r"windows end 12.0 s after its first step, and what counts begins with the first that ends 12.0 s"):
-        power.stretch(rows, progress, 12.0)
+        steady.stretch(rows, progress, 12.0)
     with pytest.raises(RunError, match="told no window"):
-        power.stretch(rows[:1], progress, 0.0)
+        steady.stretch(rows[:1], progress, 0.0)
     with pytest.raises(RunError, match=r"power.measure must be true"):
-        power.rows_of(tmp_path / "energy.jsonl")
+        steady.rows_of(tmp_path / "energy.jsonl")
 
 
 def test_figures_are_tokens_over_joules_of_the_steady_stretch(tiny, tmp_path):
     made = plan(load.recipe(tiny), load.site("laptop"))
-    found = power.figures(record(tmp_path / "run"), made, settle_s=1.5, least_s=10.0)
+    found = steady.figures(record(tmp_path / "run"), made, settle_s=1.5, least_s=10.0)
     assert (found["status"], found["tokens_per_s"], found["watts_node"], found["watts_facility"]) == ("ok", 1000.0, 400.0, 400.0)
     assert math.isclose(found["tokens_per_joule_facility"], 2.5)
     assert math.isclose(found["joules_per_token_node"], 0.4)
     assert "watts_device" not in found
     assert "device" in found["unknown"]
     assert "node: nodes 100 % measured" in found["provenance"]
-    assert power.losses(tmp_path / "run") == {"loss": 2.0, "val_loss": 2.5, "steps_s": 12.0}
-    short = power.figures(record(tmp_path / "short", windows=6), made, settle_s=1.5, least_s=10.0)
+    assert steady.losses(tmp_path / "run") == {"loss": 2.0, "val_loss": 2.5, "steps_s": 12.0}
+    short = steady.figures(record(tmp_path / "short", windows=6), made, settle_s=1.5, least_s=10.0)
     assert "steady window of 4.0 s is below the 10.0 s that its meters need: no figure" in short["status"]
     assert "tokens_per_s" not in short
     gpu = {"devices": 1, "device_ms": 1000, "counter_mj": 300_000, "integral_mj": 306_000, "power_capped_ms": 340}
-    found = power.figures(record(tmp_path / "gpu", device_mj=300_000, **gpu), made, settle_s=1.5, least_s=10.0)
+    found = steady.figures(record(tmp_path / "gpu", device_mj=300_000, **gpu), made, settle_s=1.5, least_s=10.0)
     assert (found["watts_device"], found["capped_share"], round(found["disagreement"], 4)) == (300.0, 0.34, 0.02)
     with pytest.raises(PowerError, match="no meter counted a joule"):
-        power.figures(record(tmp_path / "none", node_mj=0, device_nameplate_mj=700_000), made, settle_s=2.5, least_s=1.0)
+        steady.figures(record(tmp_path / "none", node_mj=0, device_nameplate_mj=700_000), made, settle_s=2.5, least_s=1.0)
 
 
 def test_losses_are_judged_by_the_baselines_own_spread():
@@ -115,8 +115,8 @@ def test_losses_are_judged_by_the_baselines_own_spread():
         "far": [row("far", val_loss=2.52)],
         "lost": [row("lost", val_loss=None)],
     }
-    rows = [power.summarised(one) for one in runs.values()]
-    power.judge(rows, runs)
+    rows = [verdict.summarised(one) for one in runs.values()]
+    verdict.judge(rows, runs)
     by_name = {one["variant"]: one for one in rows}
     assert math.isclose(by_name["near"]["val_loss_tolerance"], 0.005)
     assert math.isclose(by_name["far"]["val_loss_difference"], 0.019)  # from the median of the baseline's rounds
@@ -124,31 +124,31 @@ def test_losses_are_judged_by_the_baselines_own_spread():
         "baseline": True, "control": True, "near": True, "far": False, "lost": None,
     }  # fmt: skip
     alone = [row("baseline"), row("near")]
-    power.judge(alone, {"baseline": alone[:1]})  # one run has no spread
+    verdict.judge(alone, {"baseline": alone[:1]})  # one run has no spread
     assert [one["loss_neutral"] for one in alone] == [None, None]
     pair = [row("baseline"), row("control", val_loss=2.6), row("near", val_loss=2.55)]
-    power.judge(pair, {"baseline": pair[:1], "control": pair[1:2]})  # nor do two say how far a third one lies: --quick
+    verdict.judge(pair, {"baseline": pair[:1], "control": pair[1:2]})  # nor do two say how far a third one lies: --quick
     assert [one["loss_neutral"] for one in pair] == [None, None, None]
     unheld = [row("baseline", val_loss=None), row("near", val_loss=None)]
-    power.judge(unheld, {"baseline": [row("baseline", val_loss=None)] * 3})  # nothing is held out: judged by the loss alone
+    verdict.judge(unheld, {"baseline": [row("baseline", val_loss=None)] * 3})  # nothing is held out: judged by the loss alone
     assert [one["loss_neutral"] for one in unheld] == [True, True]
 
 
 def test_rounds_become_medians_and_a_spread():
     runs = [row("a", 900.0), row("a", 1000.0), row("a", 1100.0), row("a") | {"status": "its window is too short", "tokens_per_s": None}]
-    found = power.summarised(runs)
+    found = verdict.summarised(runs)
     assert (found["round"], found["rounds"], found["tokens_per_s"], found["tokens_per_joule_facility"]) == ("all", 3, 1000.0, 2.0)
-    assert power.spread([1.8, 2.0, 2.2]) == pytest.approx(20.0)
-    assert power.spread([2.0]) is None
-    assert power.summarised(runs[3:])["rounds"] == 0
-    assert power.boundary([row("a"), row("b", at="node", watts_facility=None)]) is None
-    assert power.boundary([row("a") | {"watts_node": 1.0}, row("b", at="node")]) == "node"
-    assert power.boundary([]) is None
+    assert verdict.spread([1.8, 2.0, 2.2]) == pytest.approx(20.0)
+    assert verdict.spread([2.0]) is None
+    assert verdict.summarised(runs[3:])["rounds"] == 0
+    assert verdict.boundary([row("a"), row("b", at="node", watts_facility=None)]) is None
+    assert verdict.boundary([row("a") | {"watts_node": 1.0}, row("b", at="node")]) == "node"
+    assert verdict.boundary([]) is None
 
 
 def test_nobody_is_better_in_both():
     rows = [row("fast", 1000.0, 700.0), row("slow", 900.0, 500.0), row("worse", 890.0, 600.0), row("twin", 900.0, 500.0)]
-    assert power.pareto(rows, "facility") == {"fast", "slow", "twin"}
+    assert verdict.pareto(rows, "facility") == {"fast", "slow", "twin"}
 
 
 def site(**more):
@@ -157,7 +157,7 @@ def site(**more):
 
 def test_a_megawatt_is_for_more_slower_accelerators_until_there_are_no_more():
     rows = [row("fast", 1000.0, 1000.0), row("slow", 800.0, 600.0)]
-    found = power.fleet(rows, Watts(), site(), 0.01, "facility")
+    found = fleet.fleet(rows, Watts(), site(), 0.01, "facility")
     assert [(one["variant"], one["accelerators"], one["tokens_per_s"]) for one in found["rows"]] == [
         ("fast", 10, 10_000.0),
         ("slow", 16, 12_800.0),
@@ -168,17 +168,17 @@ def test_a_megawatt_is_for_more_slower_accelerators_until_there_are_no_more():
     assert any("does not say what a node holds" in text for text in found["assumes"])
     assert (rows[1]["megawatts"], rows[1]["site_accelerators"], rows[1]["site_tokens_per_s"]) == (0.01, 16, 12_800.0)
 
-    nodes = power.fleet(rows, Watts(per_node=4), site(accelerators=known(64)), 0.01, "facility")  # whole nodes of 4
+    nodes = fleet.fleet(rows, Watts(per_node=4), site(accelerators=known(64)), 0.01, "facility")  # whole nodes of 4
     assert [one["accelerators"] for one in nodes["rows"]] == [8, 16]
-    few = power.fleet(rows, Watts(per_node=4), site(accelerators=known(8)), 0.01, "facility")
+    few = fleet.fleet(rows, Watts(per_node=4), site(accelerators=known(8)), 0.01, "facility")
     assert (few["best"]["variant"], few["best"]["accelerators"]) == ("fast", 8)
     assert "feed all 8 accelerators of s, so the fastest of those wins" in few["why"]
-    device = power.fleet([row("a", at="device")], Watts(), site(), 0.01, "device")
+    device = fleet.fleet([row("a", at="device")], Watts(), site(), 0.01, "device")
     assert any("at the boundary 'device': what lies beyond it" in text for text in device["assumes"])
-    pair = power.fleet([row("pair", 2000.0, 1000.0, accelerators=2)], Watts(), site(), 0.01, "facility")
+    pair = fleet.fleet([row("pair", 2000.0, 1000.0, accelerators=2)], Watts(), site(), 0.01, "facility")
     assert (pair["best"]["accelerators"], pair["best"]["watts_each"], pair["best"]["tokens_per_s"]) == (20, 500.0, 20_000.0)
     with pytest.raises(SiteError, match=r"feeds no node: 2.*kW is the least"):
-        power.fleet([row("a", watts=5000.0)], Watts(per_node=4), site(), 0.002, "facility")
+        fleet.fleet([row("a", watts=5000.0)], Watts(per_node=4), site(), 0.002, "facility")
 
 
 def test_a_sweep_is_of_whole_plans_and_says_what_cannot_be(tiny):
@@ -226,19 +226,23 @@ def test_what_cannot_be_asked_is_refused(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "start it once, without torchrun" in refused()[1]
     with Board() as board:
-        assert "no accelerator here has a limit to set" in (power.no_caps(True, board) or "")
+        assert "no accelerator here has a limit to set" in (trials.no_caps(True, board) or "")
+
+
+def test_each_goes_first_in_turn():
+    assert [trials.rotated("abc", turn) for turn in range(4)] == [list("abc"), list("bca"), list("cab"), list("abc")]
 
 
 def test_a_run_dies_with_the_bench_and_says_why_it_failed(tmp_path):
     log = tmp_path / "run.log"
-    code, peak_bytes = power.ran([sys.executable, "-c", "print('gigatrain: no room; give it more'); raise SystemExit(7)"], log)
-    assert (code, power.why(log, code)) == (7, "ended with code 7: no room; give it more")
+    code, peak_bytes = trials.ran([sys.executable, "-c", "print('gigatrain: no room; give it more'); raise SystemExit(7)"], log)
+    assert (code, trials.why(log, code)) == (7, "ended with code 7: no room; give it more")
     assert peak_bytes > 1 << 20
-    code, _ = power.ran([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], log)
-    assert power.why(log, code) == "was ended by signal 9: it said nothing"
+    code, _ = trials.ran([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], log)
+    assert trials.why(log, code) == "was ended by signal 9: it said nothing"
 
     child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}} '); time.sleep(100)"
-    bench = f"import sys; from pathlib import Path; from gigatrain.bench.power import ran; ran([sys.executable, '-c', {child!r}], Path({str(log)!r}))"
+    bench = f"import sys; from pathlib import Path; from gigatrain.bench.trials import ran; ran([sys.executable, '-c', {child!r}], Path({str(log)!r}))"
     held = subprocess.Popen([sys.executable, "-c", bench])
     try:
         until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text().endswith(" "))
@@ -272,11 +276,11 @@ def boards(tmp_path_factory):
 
 _BOARD = """
 import json, os, signal, sys, time
-from gigatrain.bench import board, power
+from gigatrain.bench import board, trials
 with board.Board() as on:
     print(json.dumps([on.uuids, on.name, on.limits(), on.state(), on.state(1)]))
-    print(json.dumps([power.no_caps(False, on), power.no_caps(True, on)]))
-    with power.capped(on, 500.0, print), on.watched() as seen:
+    print(json.dumps([trials.no_caps(False, on), trials.no_caps(True, on)]))
+    with trials.capped(on, 500.0, print), on.watched() as seen:
         print(json.dumps(on.limits()["limit_watts"]))
         time.sleep(0.7)
         if sys.argv[1] == "die":
@@ -310,19 +314,19 @@ def test_limits_are_found_set_for_a_variant_and_put_back(boards, tmp_path):
 
 def test_rows_are_kept_line_by_line_and_a_torn_one_is_dropped(tmp_path):
     path = tmp_path / "power.csv"
-    report.append(path, [row("a")], power.COLUMNS)
+    report.append(path, [row("a")], verdict.COLUMNS)
     with path.open("a") as file:
         file.write("half a row, of a run that was kil")
-    report.append(path, [row("b", cap_watts=500.0)], power.COLUMNS)
-    held = report.load(path, power.COLUMNS, power.NUMBERS)
+    report.append(path, [row("b", cap_watts=500.0)], verdict.COLUMNS)
+    held = report.load(path, verdict.COLUMNS, verdict.NUMBERS)
     assert [(one["variant"], one["tokens_per_s"], one["cap_watts"]) for one in held] == [("a", 1000.0, None), ("b", 1000.0, 500.0)]
-    assert set(power.NUMBERS) | set(power.MIDDLE) <= set(power.COLUMNS)
-    assert len(set(power.COLUMNS)) == len(power.COLUMNS)
+    assert set(verdict.NUMBERS) | set(verdict.MIDDLE) <= set(verdict.COLUMNS)
+    assert len(set(verdict.COLUMNS)) == len(verdict.COLUMNS)
 
 
 def entries(*runs):
     made = sweep.baseline("quickstart", [], load.site("laptop"))
-    return [power.Entry(dataclasses.replace(made, name=one[0]["variant"]), list(one)) for one in runs]
+    return [trials.Entry(dataclasses.replace(made, name=one[0]["variant"]), list(one)) for one in runs]
 
 
 def test_the_table_shows_losers_refusals_and_what_is_assumed(tmp_path):
@@ -333,17 +337,17 @@ def test_the_table_shows_losers_refusals_and_what_is_assumed(tmp_path):
         [row("control", 1002.0, val_loss=2.501), row("control", 1001.0)],
         [row("cap=350W", 900.0, 350.0, cap_watts=350.0, capped_share=0.9), row("cap=350W", 902.0, 350.0)],
         [row("precision=fp8", 1200.0, 520.0, val_loss=2.9), row("precision=fp8", 1201.0, 520.0, val_loss=2.9)],
-        [dict.fromkeys(power.COLUMNS) | {"variant": "microbatch=8", "status": "ended with code 7: out of memory"}],
+        [dict.fromkeys(verdict.COLUMNS) | {"variant": "microbatch=8", "status": "ended with code 7: out of memory"}],
     )
     found = power.outcome(all_of, {"precision=fp32": "the plan refuses it"}, Watts(), site(), 1.0)
     assert found["pareto"] == ["baseline", "cap=350W"]
     assert list(found["damaged"]) == ["precision=fp8"]
     assert [one["variant"] for one in found["site"]["rows"]] == ["baseline", "cap=350W"]
     assert found["site"]["best"]["variant"] == "cap=350W"
-    made = power.draw(found, tmp_path / "pictures")
+    made = chart.draw(found, tmp_path / "pictures")
     assert made[0].read_bytes()[:4] == b"\x89PNG"
     with (tmp_path / "out.txt").open("w") as file:
-        power.show(found, Console(file=file, width=220))
+        chart.show(found, Console(file=file, width=220))
     shown = (tmp_path / "out.txt").read_text()
     for text in (
         "compared at facility", "NO", "microbatch=8: ended with code 7: out of memory", "precision=fp32: the plan refuses it", "perfect weak scaling",
@@ -352,7 +356,7 @@ def test_the_table_shows_losers_refusals_and_what_is_assumed(tmp_path):
     ):  # fmt: skip
         assert text in shown, text
     assert len({line.split()[0] for line in shown.splitlines()}) > 5
-    one_round = power.outcome([power.Entry(one.variant, one.runs[:1]) for one in all_of], {}, Watts(), site(), 1.0)
+    one_round = power.outcome([trials.Entry(one.variant, one.runs[:1]) for one in all_of], {}, Watts(), site(), 1.0)
     assert one_round["site"]["best"]["variant"] == "cap=350W"  # by joules; that its loss is the baseline's nobody knows
     assert any("that the loss of cap=350W, precision=fp8 is the baseline's: unknown" in text for text in one_round["site"]["assumes"])
     unlimited = power.outcome(all_of, {}, Watts(), site(), None)
@@ -370,6 +374,10 @@ def test_without_a_meter_it_says_what_is_missing(tiny, tmp_path, monkeypatch, ca
     assert (ended.value.code, len(said.splitlines()) < 24) == (10, True)
     assert "no meter counts here" in said
     assert "read rights on" in said
+    assert "`python benchmarks/step.py` tells the speed alone" in said
+    for looked_for in ("no meter of processors: ", "no node meter by pm_counters: ", "no node meter by Redfish: "):
+        assert any(line.strip().startswith(looked_for) for line in said.splitlines()), said  # a line each, to be read one by one
+    assert "looks" not in said
     assert not (tmp_path / "runs").exists()
 
 
@@ -395,7 +403,7 @@ def test_the_whole_command_with_a_tree_of_meters(tiny, tmp_path, monkeypatch, ca
     assert found["boundary"] == "facility"
     assert found["site"]["best"]["accelerators"] == 25  # of 25.5
     assert "round 1 of 1, baseline" in said
-    held = report.load(tmp_path / "power.csv", power.COLUMNS, power.NUMBERS)
+    held = report.load(tmp_path / "power.csv", verdict.COLUMNS, verdict.NUMBERS)
     assert [one["round"] for one in held if one["status"] == "ok"] == [
         "1",
         "1",

@@ -20,8 +20,9 @@ from gigatrain.observe.budget import Budget
 from gigatrain.observe.display import Display
 from gigatrain.planning.plan import plan
 from gigatrain.planning.watts import Watts
-from gigatrain.power.control import Governor, Seen, stagger
+from gigatrain.power.control import Governor, stagger
 from gigatrain.power.pace import Orders, Pace
+from gigatrain.power.reading import Seen
 from gigatrain.site import Figure
 
 

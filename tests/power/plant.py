@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 from gigatrain.config import Power
 from gigatrain.planning.watts import Watts
-from gigatrain.power.control import Governor, Seen
+from gigatrain.power.control import Governor
 from gigatrain.power.pace import Orders, Pace
+from gigatrain.power.reading import Seen
 
 
 @dataclass

@@ -14,9 +14,10 @@ from plant import Plant
 
 from gigatrain.config import Power
 from gigatrain.planning.watts import Watts
-from gigatrain.power.control import Governor, Seen, expected, stagger
+from gigatrain.power.control import Governor, expected, stagger
 from gigatrain.power.line import LOW
 from gigatrain.power.pace import Orders, Pace
+from gigatrain.power.reading import Seen
 from gigatrain.power.schedule import Schedule
 from gigatrain.site import Figure
 
