@@ -145,18 +145,20 @@ class Corpus:
                     text += f", {found['trained']:,} of them trained"
                 lines.append(f"source {source['name']}, {split}: {found['documents']:,} documents, {found['tokens']:,} tokens{text}")
             lines += [f"source {source['name']}, {kind}: {source[kind]}" for kind in ("skipped", "mended") if source[kind]]
-        return [*lines, *self.left_out()]
+        named = self.folder / "skipped.jsonl"
+        return [*lines, *self.left_out()[:1], *([f"skipped documents are named in {named}"] if self.manifest["skipped"] else [])]
 
     def left_out(self) -> list[str]:
-        """How many documents are in no shard, one of them with its reason, and where all are named; [] where there is none."""
-        counts, path = self.manifest["skipped"], self.folder / "skipped.jsonl"
+        """How many documents that hold something are in no shard, one of them with its reason, and where all are named; [] where there is none."""
+        counts = {name: count for name, count in self.manifest["skipped"].items() if name != "empty"}  # which takes nothing from anybody
+        path = self.folder / "skipped.jsonl"
         if not counts:
             return []
         said = f"{sum(counts.values()):,} documents are left out ({', '.join(f'{name} {count:,}' for name, count in counts.items())})"
         if not path.is_file():
             return [said]
         with path.open(encoding="utf-8") as file:
-            row = json.loads(file.readline() or "{}")
+            row = next((row for row in map(json.loads, file) if row["reason"] != "empty"), None)
         such = f", such as {row.get('place', row['document'])}: {row['reason']}" if row else ""
         return [f"{said}{such}", f"skipped documents are named in {path}"]
 
