@@ -79,6 +79,10 @@ def _train(
             f"  data     {train_on['documents']:,} documents, {train_on['tokens']:,} tokens, read {plan.tokens / train_on['tokens']:.2f} times; "
             f"{held['documents']:,} documents held out"
         )
+        for line in corpus.left_out():
+            display.line(f"  data     {line}")
+        for line in [] if resumes else ranks.first(mesh, lambda: starting.other_tokens(plan.source, corpus.folder / "tokenizer")):
+            display.line(line)
         try:
             found = _steps(plan, folder, this, resumes, corpus, mesh, device, display, began, log, progress, energy)
         except (torch.OutOfMemoryError, MemoryError) as failure:

@@ -32,6 +32,22 @@ def test_a_user_sees_what_is_trained(recipe):
     assert shown.count("⟪") == shown.count("<|im_end|>⟫") + 1  # the first explains the mark
 
 
+def test_a_run_says_what_it_leaves_out_and_that_its_tokenizer_is_not_the_weights_own(tmp_path):
+    """On a DPO-like second run: weights of the first, and a tokenizer that is trained anew on fewer conversations."""
+    recipe, chats = tinychat.recipe(tmp_path / "second"), tmp_path / "second" / "chats.jsonl"
+    first = command("train", recipe, "--run", tmp_path / "first", "--set", "train.steps=1")
+    assert "left out" not in first
+    assert "WEIGHTS" not in first
+    lines = chats.read_text().splitlines()[:60]
+    chats.write_text("\n".join([*lines[:3], '{"messages": [', *(line.replace("What is", "Please sum") for line in lines[3:])]))
+    weights = tmp_path / "first" / "export"
+    second = command("train", recipe, "--run", tmp_path / "run", "--set", "train.steps=1", "--set", f"model.from={weights}")
+    assert (
+        f"1 documents are left out (unparsable 1), such as line 4 of {chats}: unparsable: no JSON: Expecting value at character" in second
+    )
+    assert f'another id in this run\'s tokenizer, or none: its embedding is of other words; set tokenizer.from = "{weights}"' in second
+
+
 @pytest.mark.long
 def test_a_run_from_conversations_to_answers(recipe, tmp_path):
     """Learns a rule of a few tokens; stopped half way and gone on it ends with the same weights; the report has its answers."""

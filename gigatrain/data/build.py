@@ -44,6 +44,7 @@ FORMAT = 1  # raise it when the same inputs would give other tokens
 RECORDS = 2  # the same of records that are no plain text, so that corpora of text keep their names. 2: keys stay in their order; turns may be context
 SPLITS: tuple[Literal["train"], Literal["validation"]] = ("train", "validation")
 NAMED = 10_000  # skipped documents that are named; all are counted
+PLACED, PLACED_BYTES = 20, 1 << 26  # and so many of them by the number of their line, which is counted in at most so many bytes of a file
 XZ_BYTES = 64_000_000  # of held-out text that is compressed for comparison: xz -9 takes about a second a megabyte
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 1 << 20, 512  # encoded together; an encoding costs some 100 bytes a token while it lives
 INLINE_BYTES = 4 << 20  # below this, starting processes (0.4 s) costs more than they save
@@ -145,7 +146,21 @@ class Corpus:
                 lines.append(f"source {source['name']}, {split}: {found['documents']:,} documents, {found['tokens']:,} tokens{text}")
             lines += [f"source {source['name']}, {kind}: {source[kind]}" for kind in ("skipped", "mended") if source[kind]]
         named = self.folder / "skipped.jsonl"
-        return [*lines, f"skipped documents are named in {named}"] if self.manifest["skipped"] else lines
+        return [*lines, *self.left_out()[:1], *([f"skipped documents are named in {named}"] if self.manifest["skipped"] else [])]
+
+    def left_out(self) -> list[str]:
+        """How many documents that hold something are in no shard, one of them with its reason, and where all are named; [] where there is none."""
+        counts = {name: count for name, count in self.manifest["skipped"].items() if name != "empty"}  # which takes nothing from anybody
+        path = self.folder / "skipped.jsonl"
+        if not counts:
+            return []
+        said = f"{sum(counts.values()):,} documents are left out ({', '.join(f'{name} {count:,}' for name, count in counts.items())})"
+        if not path.is_file():
+            return [said]
+        with path.open(encoding="utf-8") as file:
+            row = next((row for row in map(json.loads, file) if row["reason"] != "empty"), None)
+        such = f", such as {row.get('place', row['document'])}: {row['reason']}" if row else ""
+        return [f"{said}{such}", f"skipped documents are named in {path}"]
 
     def shards(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         """(prefix, record) of every shard."""
@@ -817,7 +832,8 @@ def _finish(job: Job, ready: tokenizer.Tokenizer, records: list[dict[str, Any]],
         text = b"".join(_heldout(job.folder, name).read_bytes() for name in held)
         totals["validation"]["xz_bytes"] = len(lzma.compress(text, preset=9))
         job.report("compress held-out text", 1, 1)
-    named = [row for record in records for row in record["named"]][:NAMED]
+    found_at = [(part, row) for part, record in zip(job.parts, records, strict=True) for row in record["named"]][:NAMED]
+    named = [row | (_placed(job, part, row["document"]) if number < PLACED else {}) for number, (part, row) in enumerate(found_at)]
     shards.write_atomically(job.folder / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in named).encode())
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -845,6 +861,14 @@ def _finish(job: Job, ready: tokenizer.Tokenizer, records: list[dict[str, Any]],
     shards.write_atomically(job.folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
     for path in (job.folder / "parts").glob("*.heldout"):
         path.unlink()
+
+
+def _placed(job: Job, part: sources.Part, where: str) -> dict[str, str]:
+    """{"place": the file and line of a record of JSON lines}, which is otherwise known by the byte at which its line begins; {} far into a file."""
+    at = where.rpartition(":")[2]
+    source = job.data.sources[part.source]
+    near = source.kind == "jsonl" and at.isdecimal() and int(at) < PLACED_BYTES
+    return {"place": sources.place(source, part, where)} if near else {}
 
 
 def _refuse_unvalidated(data: config.Data, totals: dict[str, Any]) -> None:

@@ -279,6 +279,8 @@ def _record(source: Source, where: str, line: bytes) -> Raw:
         if not isinstance(text, str):
             return _textless(source, where, value)
         return Raw(where, b"".join(c.encode("utf-8", "surrogateescape" if "\udc80" <= c <= "\udcff" else "surrogatepass") for c in text))
+    except json.JSONDecodeError as error:  # whose own text counts lines within this one
+        return Raw(where, None, bad=f"unparsable: no JSON: {error.msg} at character {error.pos + 1}")
     except (ValueError, RecursionError) as error:
         return Raw(where, None, bad=f"unparsable: {error}")
     if source.format != "text":

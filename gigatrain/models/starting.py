@@ -61,6 +61,30 @@ def check(plan: Plan) -> list[str]:
     return said
 
 
+def other_tokens(weights: str | None, tokenizer: Path) -> list[str]:
+    """A line that says how many tokens of the weights' own tokenizer.json (of `model.from`, a folder) another id stands for in the folder of the run's
+    `tokenizer`: an embedding is by id, and no shape shows it. [] where all are as they were, or the weights lie beside no tokenizer."""
+    if weights is None or not (theirs := Path(weights).expanduser() / "tokenizer.json").is_file():
+        return []
+    ours = tokenizer / "tokenizer.json"
+    if not ours.is_file() or ours.read_bytes() == theirs.read_bytes():
+        return []
+    import tokenizers
+
+    try:
+        own = tokenizers.Tokenizer.from_file(str(theirs)).get_vocab()
+    except Exception as failure:  # tokenizers raises nothing more particular
+        return [f"  weights  {theirs} cannot be read ({failure}): that its ids are this run's cannot be seen"]
+    mine = tokenizers.Tokenizer.from_file(str(ours)).get_vocab()
+    moved = sum(mine.get(token) != number for token, number in own.items())
+    if not moved:
+        return []
+    return [
+        f"  WEIGHTS  {moved:,} of the {len(own):,} tokens that {weights} was trained with have another id in this run's tokenizer, or none: its embedding is "
+        f'of other words; set tokenizer.from = "{weights}", unless that is meant'
+    ]
+
+
 def differences(ours: Architecture, theirs: Architecture) -> Iterator[tuple[str, Any, Any]]:
     """(dotted key, ours, theirs) of every number that differs."""
     first, second = _plain(ours), _plain(theirs)

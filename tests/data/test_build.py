@@ -200,6 +200,9 @@ def test_bad_documents_are_skipped_counted_and_named(tmp_path: Path) -> None:
         "f-long.txt:0": "long",
     }
     assert any("{'empty': 2" in line for line in corpus.describe())
+    assert corpus.left_out()[0] == "3 documents are left out (long 1, short 1, undecodable 1), such as d-latin.txt:0: " + next(
+        row["reason"] for row in named if row["document"] == "d-latin.txt:0"
+    )
 
 
 def test_bad_documents_are_mended_where_that_is_asked(tmp_path: Path) -> None:

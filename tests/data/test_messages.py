@@ -175,6 +175,16 @@ def test_policies(tmp_path: Path, own: config.Tokenizer) -> None:
     corpus = build(data(tmp_path, source(path)), own)
     assert corpus.manifest["skipped"] == {"unmarkable": 1, "unparsable": 1}
     assert "special token '<|im_end|>'" in (corpus.folder / "skipped.jsonl").read_text()
+    said, named = corpus.left_out()
+    assert said.startswith(
+        f"2 documents are left out (unmarkable 1, unparsable 1), such as line 41 of {path}: unmarkable: a message holds the special"
+    )
+    assert named == f"skipped documents are named in {corpus.folder / 'skipped.jsonl'}"
+    rows = [json.loads(line) for line in (corpus.folder / "skipped.jsonl").read_text().splitlines()]
+    assert [row["place"] for row in rows] == [f"line 41 of {path}", f"line 42 of {path}"]
+    (corpus.folder / "skipped.jsonl").unlink()
+    assert corpus.left_out() == ["2 documents are left out (unmarkable 1, unparsable 1)"]
+    assert build(data(tmp_path, source(jsonl(tmp_path / "b.jsonl", [{"messages": chat} for chat in CHATS]))), own).left_out() == []
     refusing = config.BadDocuments(unmarkable="refuse")
     with pytest.raises(DataError, match=r"special token .* set `data\.bad\.unmarkable` to 'skip'"):
         build(data(tmp_path, source(path), bad=refusing), own)
@@ -492,7 +502,9 @@ def test_reasons_where_no_column_is_missing(tmp_path: Path, own: config.Tokenize
     rows = (json.dumps({"messages": [{"role": "narrator", "content": "x"}]}) + "\n") * 3
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(('{"messages": [\n' + rows).encode()))
-    with pytest.raises(DataError, match=rf"4 were skipped .*; the first, line 1 of {path}, is unparsable: Expecting value"):
+    with pytest.raises(
+        DataError, match=rf"4 were skipped .*; the first, line 1 of {path}, is unparsable: no JSON: Expecting value at character 1"
+    ):
         build(data(tmp_path, source(path)), own)
     path.write_bytes(gzip.compress(("\n" + rows).encode()))
     with pytest.raises(

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tokenizers
 import torch
 from families import build
 from safetensors.torch import load_file
@@ -159,3 +160,27 @@ def test_the_language_model_of_a_config_that_leaves_its_class_s_defaults_out():
     theirs = from_hf_config(architectures.language({"model_type": "gemma3", "text_config": text}) or {})
     ours = Architecture.model_validate_json(json.dumps(architectures.resolve("gemma-3-4b")))
     assert list(starting.differences(ours, theirs)) == []
+
+
+def test_a_tokenizer_of_other_ids_than_the_weights_own_is_said(tmp_path):
+    def kept(name, *words):
+        (tmp_path / name).mkdir()
+        ids = {word: number for number, word in enumerate(words)}
+        path = tmp_path / name / "tokenizer.json"
+        tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=words[0])).save(str(path))
+        return tmp_path / name
+
+    own, same, more, other = (
+        kept("own", "u", "a", "b"),
+        kept("same", "u", "a", "b"),
+        kept("more", "u", "a", "b", "c"),
+        kept("other", "u", "b", "c"),
+    )
+    assert starting.other_tokens(None, own) == starting.other_tokens(str(tmp_path / "bare"), own) == []
+    assert starting.other_tokens(str(own), same) == starting.other_tokens(str(own), more) == []
+    (said,) = starting.other_tokens(str(own), other)
+    assert "2 of the 3 tokens" in said
+    assert f'set tokenizer.from = "{own}"' in said
+    (own / "tokenizer.json").write_text("{")
+    (said,) = starting.other_tokens(str(own), other)
+    assert f"{own / 'tokenizer.json'} cannot be read" in said
