@@ -72,6 +72,16 @@ def test_every_command_has_help_that_teaches(capsys, command):
     assert len(capsys.readouterr().out) > 150
 
 
+@pytest.mark.parametrize("arguments", [["begin"], ["after", "--code", "1"]])
+def test_a_job_that_was_never_launched_leaves_no_history(tmp_path, capsys, arguments):
+    word, *more = arguments
+    code, said = refused(capsys, "job", word, tmp_path / "nowhere", *more)
+    assert code == 7
+    assert "is the run folder of no job" in said
+    assert "gigatrain launch" in said
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_the_whole_way_as_a_user_walks_it(tiny, tmp_path, capsys):
     """train, a look at the folder, export, generate, and transformers loads the result and agrees with our decoder."""
     folder = tmp_path / "run"

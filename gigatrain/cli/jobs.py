@@ -10,6 +10,7 @@ from typing import Any
 
 from gigatrain.cli import given
 from gigatrain.cli.command import Command
+from gigatrain.errors import RunError
 
 
 def _duration(text: str) -> int:
@@ -306,6 +307,14 @@ Start the job of a run again, from its newest checkpoint: one that runs saves an
 )
 
 
+def _launched(text: str) -> Path:
+    """The run folder of a job, untouched; RunError if none was launched there: a history begun by a wrong path would look like a run."""
+    run = Path(text)
+    if not (run / "launch").is_dir():
+        raise RunError(f"{text} is the run folder of no job: it has no folder launch; `gigatrain launch` makes it")
+    return run
+
+
 def _job_begin_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("run_folder", metavar="RUN", help="the run folder")
 
@@ -313,7 +322,7 @@ def _job_begin_arguments(made: argparse.ArgumentParser) -> None:
 def _job_begin(options: argparse.Namespace) -> None:
     from gigatrain.launching import restart
 
-    print(restart.begin(Path(options.run_folder), dict(os.environ)))
+    print(restart.begin(_launched(options.run_folder), dict(os.environ)))
 
 
 def _job_after_arguments(made: argparse.ArgumentParser) -> None:
@@ -333,7 +342,7 @@ def _job_after(options: argparse.Namespace) -> None:
     from gigatrain.observe import failed, logs
 
     verdict = restart.after(
-        Path(options.run_folder),
+        _launched(options.run_folder),
         options.code,
         signal=None if options.signal == "none" else options.signal,
         held=load.names(options.held),
