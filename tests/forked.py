@@ -6,19 +6,21 @@ the whole of Inductor, in 3.6 s.
 
 import gc
 import os
-
-import accelerate
-import torch.distributed.checkpoint
-import transformers.generation.utils
-import transformers.modeling_utils
-import transformers.models.auto.modeling_auto
+from importlib import import_module
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # or it says on which device it has decided
-import deepspeed
-import deepspeed.runtime.zero.muon.muon_optimizer
-import deepspeed.runtime.zero.stage3
-import deepspeed.runtime.zero.stage_1_and_2
-
+for name in (
+    "torch.distributed.checkpoint",
+    "accelerate",
+    "transformers.generation.utils",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.stage_1_and_2",
+):
+    import_module(name)
 del os.environ["DS_ACCELERATOR"]
 gc.collect()
 gc.freeze()  # a collection in a rank would write to, and so copy, every page that it shares with the server: 1.6 s of ZeRO-3's start
