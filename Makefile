@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 TABLE ?= benchmarks/results/compiled.csv
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# Tests start hundreds of processes, each of which would compile gigatrain anew in 2 s where this is set.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: train test long slurm compiled check lint types docs install clean
 
 train: $(VENV)/installed

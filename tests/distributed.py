@@ -17,6 +17,7 @@ _PRELOAD = [
     "torch.distributed.tensor",
     "torch.distributed.pipelining",
     "gigatrain.loop",
+    "forked",
 ]
 
 

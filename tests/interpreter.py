@@ -15,6 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -116,31 +117,58 @@ def _get_np_dtype(type_):
 assert hasattr(interpreter.interpreter_semantic, "binary_op_sanitize_overflow_impl")
 interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = lambda lhs, rhs, binary_op: None
 
-_plain_block = tl.block_type.__init__
-_blocks: dict[tuple[int, tuple], dict] = {}  # what a type of a block is made of; holds its element's type, so that the key stays its own
-_shapes: dict[tuple[int, ...], tuple] = {}
+_plain_block, _plain_cast_to, _plain_broadcast = tl.block_type.__init__, TritonSemantic.cast, TritonSemantic.broadcast_impl_value
+_plain_unwrap, _plain_equal = tl.core._unwrap_if_constexpr, tl.core.tuple.__eq__
+_blocks: dict[tuple[Any, ...], dict] = {}  # what a type of a block is made of; holds its element's type, so that the key stays its own
+_shapes: dict[tuple[int, ...], Any] = {}  # one object for each shape, so that `is` can tell
+_SCALAR = (tl.core.tuple([]), tl.constexpr(1))
+_AS_THEY_ARE = frozenset({int, float, bool, str, type(None), tl.tensor, tl.dtype, tl.block_type, tl.pointer_type})
 
 
 def block_type(self, element_ty, shape):
-    key = (id(element_ty), tuple(shape))
+    key = (id(element_ty), id(shape)) if type(shape) is tl.core.tuple else (id(element_ty), tuple(shape))
     found = _blocks.get(key)
     if found is None:
         _plain_block(self, element_ty, shape)
-        _blocks[key] = dict(vars(self))
+        sizes = tuple(self.shape)
+        self.shape = _shapes.setdefault(sizes, self.shape)
+        self.told = tl.core.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
+        _blocks[key] = {**vars(self), "key": (element_ty, shape)}
     else:
         vars(self).update(found)
 
 
 def tensor(self, handle, type):
     """As triton's, whose shape and count of elements are made once for each shape."""
-    shape = type.shape if type.is_block() else ()
-    found = _shapes.get(shape)
-    if found is None:
-        found = _shapes[shape] = (tl.core.tuple([tl.constexpr(size) for size in shape]), tl.constexpr(math.prod(shape)))
     self.handle, self.type, self.dtype = handle, type, type.scalar
-    self.shape, self.numel = found
+    self.shape, self.numel = type.told if type.is_block() else _SCALAR
 
 
+def cast(self, input, dst_ty, fp_downcast_rounding=None):
+    return (
+        input if input.type.scalar is dst_ty and fp_downcast_rounding is None else _plain_cast_to(self, input, dst_ty, fp_downcast_rounding)
+    )
+
+
+def broadcast_impl_value(self, lhs, rhs):
+    one, other = lhs.type, rhs.type
+    alike = type(one) is type(other) is tl.block_type and one.shape is other.shape
+    return (lhs, rhs) if alike else _plain_broadcast(self, lhs, rhs)
+
+
+def unwrap(value):
+    kind = type(value)
+    return value if kind in _AS_THEY_ARE else value.value if kind is tl.constexpr else _plain_unwrap(value)
+
+
+def equal(self, other):
+    return tl.constexpr(True) if self is other else _plain_equal(self, other)
+
+
+TritonSemantic.cast = cast  # type: ignore[method-assign]
+TritonSemantic.broadcast_impl_value = broadcast_impl_value  # type: ignore[method-assign]
+tl.core._unwrap_if_constexpr = unwrap
+tl.core.tuple.__eq__ = equal  # type: ignore[method-assign]
 tl.block_type.__init__ = block_type  # type: ignore[method-assign]
 tl.tensor.__init__ = tensor  # type: ignore[method-assign]
 
