@@ -129,7 +129,7 @@ def block_type(self, element_ty, shape):
     key = (id(element_ty), id(shape)) if type(shape) is tl.core.tuple else (id(element_ty), tuple(shape))
     found = _blocks.get(key)
     if found is None:
-        _plain_block(self, element_ty, shape)
+        _plain_block(self, element_ty, shape)  # type: ignore[arg-type]
         sizes = tuple(self.shape)
         self.shape = _shapes.setdefault(sizes, self.shape)
         self.told = tl.core.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))

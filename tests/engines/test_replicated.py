@@ -280,8 +280,11 @@ def test_a_step_that_another_made_is_reported_as_it_was_there():
         healed = json.loads(json.dumps(Replicated._given(ahead, 12)))  # type: ignore[arg-type]
         found = Replicated._taken(behind, healed)  # type: ignore[arg-type]
         for mine, theirs in zip(found, last, strict=True):
-            assert (mine is None) == (theirs is None)
-            assert mine is None or (mine.dtype == theirs.dtype and torch.equal(mine, theirs))
+            if mine is None or theirs is None:
+                assert mine is theirs
+            else:
+                assert mine.dtype == theirs.dtype
+                assert torch.equal(mine, theirs)
         assert healed["kept"]["data"]["position"] == 12
 
 
