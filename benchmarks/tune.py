@@ -123,9 +123,8 @@ class Counted(Gate):
 
 def gigatrain(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
     """What loop.train does in a step."""
-    from gigatrain import engines
+    from gigatrain import engines, feed
     from gigatrain.data.build import Corpus
-    from gigatrain.data.loader import Batches
     from gigatrain.observe.display import Display
     from gigatrain.observe.metrics import Metrics
     from gigatrain.optim import schedule
@@ -134,16 +133,9 @@ def gigatrain(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
     gate = Counted(pipe, plan.device, Path(job["folder"]))
     device = gate.device
     corpus = Corpus.open(Path(job["corpus"]))
-    engine = engines.make(plan, alone(device), device, fresh=True)
-    batches = Batches(
-        corpus,
-        sequence=plan.sequence,
-        packing=plan.data.packing,
-        batch=plan.batch,
-        microbatch=plan.microbatch,
-        seed=plan.seed,
-        device=device,
-    )
+    mesh = alone(device)
+    engine = engines.make(plan, mesh, device, fresh=True)
+    batches = feed.batches(plan, corpus, mesh, device)
     with Display() as display, Metrics(plan, Path(job["folder"]), device, step=0, show=lambda w: display.window(plan, w)) as metrics:
         for number in range(plan.steps):
             gate.begin()

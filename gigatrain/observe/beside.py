@@ -4,7 +4,6 @@ The row of metrics.jsonl is joined by its step with the report of logs/progress.
 absent from the window, never 0.
 """
 
-import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from gigatrain.observe.tail import ending
 from gigatrain.planning.drift import Drift, drift
 from gigatrain.planning.expected import Expected
 from gigatrain.planning.watts import Watts
@@ -99,27 +99,13 @@ def _drawn(row: Mapping[str, Any], watts: Watts) -> dict[str, Any]:
 def traced(run: Path, most: int = TRACE_BYTES) -> dict[int, dict[str, float]]:
     """Phases of the steps at the end of rank 0's trace, those that a profiler slowed and what lies between steps left out."""
     found: dict[int, dict[str, float]] = {}
-    with contextlib.suppress(OSError), (run / "trace" / "rank-00000.jsonl").open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - most))
-        if size > most:
-            file.readline()  # the rest of a line
-        for line in file:
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if (
-                    isinstance(row, dict)
-                    and _whole(row.get("step"))
-                    and isinstance(said := row.get("phases"), dict)
-                    and not row.get("profiled")
-                ):
-                    found[row["step"]] = {
-                        name: seconds
-                        for name, seconds in said.items()
-                        if name not in ("validation", "checkpoint", "paced", "profile")
-                        and isinstance(seconds, (int, float))
-                        and 0 <= seconds < 1e9
-                    }
+    for row in ending(run / "trace" / "rank-00000.jsonl", most):
+        if _whole(row.get("step")) and isinstance(said := row.get("phases"), dict) and not row.get("profiled"):
+            found[row["step"]] = {
+                name: seconds
+                for name, seconds in said.items()
+                if name not in ("validation", "checkpoint", "paced", "profile") and isinstance(seconds, (int, float)) and 0 <= seconds < 1e9
+            }
     return found
 
 

@@ -66,3 +66,16 @@ def objects(data: bytes) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(ValueError, RecursionError):
             if isinstance(row := json.loads(line), dict):
                 yield row
+
+
+def ending(path: Path, most: int) -> Iterator[dict[str, Any]]:
+    """The objects among the whole lines of a JSONL file's last `most` bytes; a line that is no JSON object is left out, a file that is not there has none."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - most))
+        if size > most:
+            file.readline()  # the rest of a line
+        for line in file:
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(row := json.loads(line), dict):
+                    yield row

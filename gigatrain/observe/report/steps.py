@@ -1,12 +1,11 @@
 """The steps that ranks recorded: how long they took, and where rank 0's time went."""
 
-import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from gigatrain.observe.report.figures import finite, known
+from gigatrain.observe.tail import ending
 
 BINS = 40  # of the histogram of step times
 TRACE_BYTES = 64 << 20  # of the first rank's trace, its end: some 350,000 steps; of the others' a sixteenth
@@ -18,20 +17,11 @@ LONGEST_S = 1e9  # of a phase of a step: thirty years
 
 def _traced(path: Path, most: int) -> Iterator[tuple[dict[str, float], bool]]:
     """Phases of each whole step in the last `most` bytes of a rank's trace, and whether it was profiled."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - most))
-        if size > most:
-            file.readline()  # the rest of a line
-        for line in file:
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(said := row.get("phases"), dict):
-                    found = {
-                        name: number for name, spent in said.items() if (number := finite(spent)) is not None and 0 <= number < LONGEST_S
-                    }
-                    if found:
-                        yield found, bool(row.get("profiled"))
+    for row in ending(path, most):
+        if isinstance(said := row.get("phases"), dict):
+            found = {name: number for name, spent in said.items() if (number := finite(spent)) is not None and 0 <= number < LONGEST_S}
+            if found:
+                yield found, bool(row.get("profiled"))
 
 
 def steps_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
