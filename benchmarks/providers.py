@@ -316,12 +316,10 @@ def unavailable(name: str, plan: Plan) -> str | None:
 
 def handicap(plan: Plan) -> str | None:
     """What makes everybody slow on this processor, and the way out; None: nothing that is known."""
-    import torch
+    from gigatrain.engines import ready
 
-    if plan.device == "cuda" or plan.compute != "bf16" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
-    # An EPYC with AVX2 alone: a product of 1,024 at 0.9 GFLOP/s in bf16 and 69 in fp32, torch 2.13.
-    return "this processor has no bf16 products (AVX-512, AMX), and torch's own may take fifty times as long as fp32; --precision fp32"
+    said = ready.handicap(plan)
+    return None if said is None else f"{said}; --precision fp32"
 
 
 def precision(name: str, plan: Plan) -> str:
