@@ -3,7 +3,7 @@
 import json
 
 from gigatrain.observe import tail as tailing
-from gigatrain.observe.tail import Tail
+from gigatrain.observe.tail import Tail, ending
 
 
 def test_files_that_grow_are_torn_or_are_replaced(tmp_path):
@@ -60,3 +60,12 @@ def test_a_long_file_comes_in_parts(tmp_path, monkeypatch):
     assert sum(len(rows) for rows, afresh in tail.parts() if not afresh) == 201
     path.unlink()
     assert list(tail.parts()) == [([], True)]
+
+
+def test_the_last_lines_of_a_long_file_are_its_whole_objects(tmp_path):
+    path = tmp_path / "rank-00000.jsonl"
+    assert list(ending(path, 100)) == []
+    path.write_text('{"step": 1}\n{"step": 2}\n[3]\n{"step": \n{"step": 5}\n' + "[" * 5000 + '\n{"step": 7}')
+    assert [row["step"] for row in ending(path, 1 << 20)] == [1, 2, 5, 7]
+    assert [row["step"] for row in ending(path, path.stat().st_size)] == [1, 2, 5, 7]
+    assert [row["step"] for row in ending(path, path.stat().st_size - 3)] == [2, 5, 7]  # the rest of a line is no line
