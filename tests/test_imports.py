@@ -142,6 +142,32 @@ def test_light_commands_load_nothing_heavy(command):
     assert time.perf_counter() - begin < 10  # the figure itself is in the README; this catches a torch import on any machine
 
 
+def test_one_process_trains_without_the_compiler_and_sharding(tmp_path):
+    command = [
+        "-m",
+        "gigatrain",
+        "train",
+        "quickstart-tiny",
+        "--set",
+        "train.steps=1",
+        "--set",
+        "validation.every=0",
+        "--run",
+        f"{tmp_path}/run",
+    ]
+    ended = subprocess.run([sys.executable, "-X", "importtime", *command], capture_output=True, text=True, check=True, cwd=tmp_path)
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")}
+    assert "torch" in loaded
+    assert not loaded & {
+        "torch._dynamo",
+        "torch._inductor",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
+        "transformers",
+        "deepspeed",
+    }
+
+
 FORBIDDEN = {  # modules that unpickle or run what they read
     "pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "dbm", "code", "runpy", "imp",
 }  # fmt: skip

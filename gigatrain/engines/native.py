@@ -10,7 +10,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
@@ -38,10 +38,13 @@ from gigatrain.optim.adamw import AdamW, Flat, views
 from gigatrain.optim.muon import Muon, Versions
 from gigatrain.parallel import context, shard, tensor
 from gigatrain.parallel.mesh import AXES, DATA, WEIGHTS, Mesh
-from gigatrain.parallel.pipeline import Pipeline, Tied
 from gigatrain.parallel.places import Piece, Replica, State
 from gigatrain.parallel.replicate import Copies
+from gigatrain.parallel.tied import Tied
 from gigatrain.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from gigatrain.parallel.pipeline import Pipeline
 
 EMBEDDING, HEAD = Tied.EMBEDDING, Tied.HEAD
 
@@ -138,7 +141,9 @@ class Native:
         (model,) = self.stages.values()
         return model
 
-    def _pipeline(self, count: int) -> Pipeline:
+    def _pipeline(self, count: int) -> "Pipeline":
+        from gigatrain.parallel.pipeline import Pipeline  # torch's schedules bring Dynamo: a second of every start that has no use for them
+
         sums = {name: total for name, total in self.grads.items() if name not in self._sums}
         sums |= {HEAD: self.grads[EMBEDDING]} if self.alias else {}
         return Pipeline(

@@ -18,7 +18,10 @@ def prepare(plan: Plan) -> None:
     if plan.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     torch.manual_seed(plan.seed)  # nothing of ours draws from it, but a checkpoint keeps it: two runs are equal in all that they keep
-    torch.use_deterministic_algorithms(plan.deterministic)
+    if plan.compile:
+        torch.use_deterministic_algorithms(plan.deterministic)
+    else:  # the same switch without Inductor, which that call imports in 2 s to tell it too
+        torch.set_deterministic_debug_mode("error" if plan.deterministic else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] (every kernel writes all of its outputs: NaNs first cost a pass)
     if plan.device == "cpu":
         return

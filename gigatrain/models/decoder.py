@@ -356,7 +356,8 @@ class Stack(nn.Module):
     def __init__(self, arch: Architecture, ops: Ops, part: Part, watched: bool) -> None:
         super().__init__()
         if part.first:
-            self.embed_tokens = nn.Embedding(arch.vocab, arch.hidden)
+            # Unfilled: weights come later, and on meta torch's own start of an embedding, unlike a linear layer's, imports Dynamo in 2 s.
+            self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(arch.vocab, arch.hidden), freeze=False)
         self.layers = nn.ModuleDict({str(i): Layer(arch, ops, sparse=arch.sparse_of(i), watched=watched) for i in part.layers})
         if part.last:
             self.norm = Norm(arch.hidden)

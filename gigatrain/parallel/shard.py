@@ -4,6 +4,8 @@ Each layer is one unit, its experts another (over fewer ranks, since ranks of `e
 with the loss) the root's. A rank keeps rows chunk by chunk of every parameter, or, where a layer's experts are too few to share out, some of each one's
 outputs (`cut_along`); a layer's weights are gathered before its forward and again before its
 backward, and its gradient is reduce-scattered behind the backward of the layer before it. HSDP then sums the shards over the copies.
+
+FSDP2 is imported where weights are sharded: it takes a second, which one process alone need not wait for.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,15 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import Shard
 
 from gigatrain import config
 from gigatrain.parallel.mesh import WEIGHTS, Mesh
@@ -39,6 +32,16 @@ def apply(model: nn.Module, mesh: Mesh, places: Places, engine: config.Engine, *
 
     model: on meta, with `layers` and a method `loss`, already cut by the other parallelisms. Gradients are summed over the ranks, never averaged.
     """
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FSDPModule,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+    from torch.distributed.tensor import Shard
+
     policy = MixedPrecisionPolicy(
         param_dtype=compute if compute != stored else None,
         reduce_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[engine.reduce] if compute != torch.float32 else None,
@@ -111,9 +114,9 @@ def units(model: nn.Module) -> Iterator[Unit]:
     """Every sharded parameter of a model."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
-        if not isinstance(module, FSDPModule):
+        if not hasattr(module, "_get_fsdp_state"):
             continue
-        state: Any = module._get_fsdp_state()
+        state: Any = module._get_fsdp_state()  # type: ignore[operator]
         groups = getattr(state, "_fsdp_param_groups", None)
         for group in [state._fsdp_param_group] if groups is None else groups:
             for one in [] if group is None else group.fsdp_params:

@@ -17,8 +17,9 @@ from gigatrain.kernels.ops import choose
 from gigatrain.models.decoder import LAYOUT, Decoder, Part
 from gigatrain.parallel import shard, tensor
 from gigatrain.parallel.mesh import Mesh, alone
-from gigatrain.parallel.pipeline import Pipeline, Tied
+from gigatrain.parallel.pipeline import Pipeline
 from gigatrain.parallel.places import whole
+from gigatrain.parallel.tied import Tied
 from gigatrain.planning import layout
 
 SMALL: dict[str, Any] = {
