@@ -14,6 +14,7 @@ from typing import Any
 
 from rounds import Gate
 
+from gigatrain.kernels import widened
 from gigatrain.planning.plan import Plan
 
 # Ours with other keys of the recipe, by the provider's name after `gigatrain`: the compiler, plain torch for every operation, the smallest state, and each
@@ -315,11 +316,10 @@ def unavailable(name: str, plan: Plan) -> str | None:
 
 
 def handicap(plan: Plan) -> str | None:
-    """What makes everybody slow on this processor, and the way out; None: nothing that is known."""
-    from gigatrain.engines import ready
-
-    said = ready.handicap(plan)
-    return None if said is None else f"{said}; --precision fp32"
+    """What makes peers slow on this processor, and the way out; None: nothing that is known."""
+    if plan.device == "cuda" or plan.compute != "bf16" or not widened.needed():
+        return None
+    return "this processor has no bf16 products (AVX-512, AMX): gigatrain's are widened, and its peers', torch's own, take many times as long; --precision fp32"
 
 
 def precision(name: str, plan: Plan) -> str:

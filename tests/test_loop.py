@@ -667,15 +667,12 @@ def test_continue_begins_where_nothing_is_and_goes_on_where_a_checkpoint_is(tiny
     assert windows(folder) == windows(undisturbed[0])
 
 
-@pytest.mark.parametrize(("precision", "multiplies", "said"), [("bf16", False, 1), ("bf16", True, 0), ("fp32", False, 0)])
-def test_a_processor_that_multiplies_no_bf16_is_said_at_the_start_with_the_way_out(
-    tiny, tmp_path, capsys, monkeypatch, precision, multiplies, said
-):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: multiplies)
-    planned = plan(load.recipe(tiny, [f"train.precision={precision}", "train.steps=1", "validation.every=0"]), load.site("laptop"))
-    with Display(Console(width=400)) as display:
-        loop.train(planned, tmp_path / "run", display=display)
-    lines = capsys.readouterr().out.splitlines()
-    found = [line for line in lines if "no bf16 products" in line]
-    assert len(found) == said
-    assert all(line.endswith("--set train.precision=fp32") and lines.index(line) < 5 for line in found)
+@pytest.mark.parametrize(
+    ("settings", "registers"), [("optim.name=muon", True), ("train.precision=bf16", True), ("train.precision=fp32", False)]
+)
+def test_a_processor_that_multiplies_no_bf16_gets_widened_products_where_the_run_has_any(tiny, tmp_path, monkeypatch, settings, registers):
+    called = []
+    monkeypatch.setattr("gigatrain.kernels.widened.needed", lambda: True)
+    monkeypatch.setattr("gigatrain.kernels.widened.register", lambda: called.append(1))
+    trained(tiny, tmp_path / "run", settings, "train.steps=1", "validation.every=0")
+    assert bool(called) == registers

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gigatrain.data.loader import Batch, Microbatch
 from gigatrain.engines.judge import Judge
+from gigatrain.kernels import widened
 from gigatrain.observe.metrics import Update
 from gigatrain.observe.trace import Trace
 from gigatrain.parallel.mesh import Mesh
@@ -63,7 +64,12 @@ class Engine(Protocol):
 
 
 def make(plan: Plan, mesh: Mesh, device: torch.device, *, fresh: bool) -> Engine:
-    """The engine that the plan names, with its model; `fresh` weights come from the seed or `model.from`, else a checkpoint will fill them."""
+    """The engine that the plan names, with its model; `fresh` weights come from the seed or `model.from`, else a checkpoint will fill them.
+
+    On a processor without products in bf16, those of the whole process are widened from here on (kernels/widened.py).
+    """
+    if device.type == "cpu" and (plan.compute == "bf16" or plan.optim.name == "muon") and widened.needed():  # Muon orthogonalises in bf16
+        widened.register()
     if plan.engine.name == "deepspeed":
         from gigatrain.engines.deepspeed import DeepSpeed
 

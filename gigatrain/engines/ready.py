@@ -38,17 +38,6 @@ def prepare(plan: Plan) -> None:
         )
 
 
-def handicap(plan: Plan) -> str | None:
-    """What makes every step slow on this processor; None: nothing that is known.
-
-    An EPYC with AVX2 alone, torch 2.13, two cores otherwise idle: the quickstart's step of 2,048 tokens takes 11.3 s in bf16 and 3.1 s in fp32, and a product
-    of 1,024 by one thread runs at 0.9 and 69 GFLOP/s.
-    """
-    if plan.device == "cuda" or plan.compute != "bf16" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
-    return "this processor has no bf16 products (AVX-512, AMX), and torch's own take several times as long as fp32's"
-
-
 def verify(plan: Plan, device: torch.device, say: Callable[[str], None]) -> None:
     """Compile the run's fused kernels, and judge each on this device against fp64 before the run trusts it."""
     launch.cache_on_this_node()
