@@ -4,6 +4,7 @@ import datetime
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from gigatrain import load, loop
 from gigatrain.config import Power
-from gigatrain.errors import PowerError
+from gigatrain.errors import REQUEUE, PowerError
 from gigatrain.observe.budget import Budget
 from gigatrain.observe.display import Display
 from gigatrain.planning.plan import plan
@@ -147,12 +148,14 @@ def test_two_ranks_are_kept_under_a_budget_that_full_speed_would_break(tmp_path)
         command = [
             sys.executable, "-m", "gigatrain", "train", "quickstart", "--run", str(tmp_path / "run"),
             *(word for override in (
-                "train.steps=200", "train.nproc=2", "train.batch=4", "report.every=4", "report.trackers=[]", "export=false", "validation.max_samples=8",
+                "train.steps=100000", "train.nproc=2", "train.batch=4", "report.every=4", "report.trackers=[]", "export=false", "validation.max_samples=8",
                 f"power.sysfs={tmp_path}/sys", f"power.megawatts={budget / 1e6}", f"data.folder={tmp_path}/data",
             ) for word in ("--set", override)),
         ]  # fmt: skip
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while process.poll() is None:
+            if len(means) == 5:  # so many of any machine, however slow its steps are
+                process.send_signal(signal.SIGTERM)
             ranks[:] = children(process.pid)
             before, began = tree.joules(), time.monotonic()
             while process.poll() is None and time.monotonic() < began + 10:
@@ -161,9 +164,9 @@ def test_two_ranks_are_kept_under_a_budget_that_full_speed_would_break(tmp_path)
             stepped = (tmp_path / "run" / "energy.jsonl").is_file() and any(
                 row["step"] for row in rows(tmp_path / "run") if row["event"] == "window"
             )
-            if process.poll() is None and stepped:  # a start is not paced
+            if process.poll() is None and stepped and len(means) < 5:  # a start is not paced, nor is the last save
                 means.append((tree.joules() - before) / (time.monotonic() - began))
-    assert process.returncode == 0
+    assert process.returncode == REQUEUE
     orders = [row["orders"] for row in rows(tmp_path / "run") if "orders" in row]
     assert any(one["share"] < 0.9 for one in orders)
     told = [
@@ -171,7 +174,7 @@ def test_two_ranks_are_kept_under_a_budget_that_full_speed_would_break(tmp_path)
         for row in rows(tmp_path / "run")
         if row["event"] == "window" and row["taken"]["ms"] > 9000
     ]
-    assert len(means) >= 3
+    assert len(means) == 5
     assert sorted(means)[len(means) // 2] <= budget
     assert sum(one > 1.1 * budget for one in means) <= len(means) // 4  # neighbours of this machine come and go
     assert len(told) >= 3
