@@ -1,6 +1,7 @@
 """Who may import whom: only downwards, with absolute names, and heavy packages only where they belong."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -79,9 +80,18 @@ def modules():
         yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"), path
 
 
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path, *, top=False):
     """(module, inside a function) of every import; with `top` those that run at import time."""
-    tree = ast.parse(path.read_text())
+    return list(_imports(parsed(path), top))
+
+
+def _imports(tree, top):
     lazy = {
         id(node)
         for scope in ast.walk(tree)
@@ -181,7 +191,7 @@ OBJECTS = re.compile(r"\.(all_gather|gather|scatter|broadcast|send|recv)_object(
 
 def unsafe(path):
     """What a file of Python does that runs what it reads, line by line."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {alias.name.split(".")[0] for alias in node.names if isinstance(node, ast.Import)} | {
                 (getattr(node, "module", "") or "").split(".")[0]
@@ -239,4 +249,5 @@ def test_the_gate_sees_each_of_them(tmp_path):
         "distributed.all_gather_object(a, b)", "eval(x)", "torch.load(p, weights_only=False)", "f(trust_remote_code=flag)",
     ):  # fmt: skip
         wrong.write_text(line)
+        parsed.cache_clear()
         assert list(unsafe(wrong)), line

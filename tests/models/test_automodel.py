@@ -428,7 +428,10 @@ def sharded(rank, kind, cut):
     return loss.item(), {name: cast(Any, parameter.grad).full_tensor() for name, parameter in auto.named_parameters()}
 
 
-@pytest.mark.parametrize(("kind", "cut"), [("gpt_neox", False), ("mamba", True), ("phi", False)])
+@pytest.mark.parametrize(
+    ("kind", "cut"),
+    [("gpt_neox", False), pytest.param("mamba", True, marks=pytest.mark.long), pytest.param("phi", False, marks=pytest.mark.long)],
+)
 def test_two_ranks_with_fsdp_are_one(kind, cut):
     auto = ours(theirs(config(kind)), config(kind))
     loss, _ = auto.loss(*drawn(rows=4))
@@ -470,7 +473,9 @@ def partitioned(rank, kind, stage):
     return losses
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("gpt_neox", 2), ("phi", 3), ("mamba", 3)])
+@pytest.mark.parametrize(
+    ("kind", "stage"), [pytest.param("gpt_neox", 2, marks=pytest.mark.long), ("phi", 3), pytest.param("mamba", 3, marks=pytest.mark.long)]
+)
 def test_two_ranks_with_zero_are_one(kind, stage):
     pytest.importorskip("deepspeed")
     auto = ours(theirs(config(kind)), config(kind))

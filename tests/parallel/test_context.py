@@ -206,7 +206,8 @@ def _decoders(rank: int, ranks: int, exchange: context.Exchange, dtype: torch.dt
     """Errors over what is allowed: of losses 1e-6 of one process's, of gradients twice what one process errs; in fp64 1e-12 of both."""
     mesh, found = mesh_of(rank, ranks), {}
     kernels = {"attention": "sdpa", "linear_cross_entropy": "chunked"}
-    modes: tuple[Recompute, ...] = ("none", "lean", "selective", "full")
+    # What is made again is told apart exactly in fp64, on two ranks; on four, one that makes some of it again.
+    modes: tuple[Recompute, ...] = ("none", "lean", "selective", "full") if ranks == 2 else ("lean",)
     for (name, numbers), packed in product({"plain": PLAIN, "gemma": GEMMA, "qwen": QWEN}.items(), (False, True)):
         # The last microbatch is smaller, as at the end of a batch.
         batches = [microbatch_of(packed, 4, 3), microbatch_of(packed, 1, 5)]
@@ -231,7 +232,7 @@ def _decoders(rank: int, ranks: int, exchange: context.Exchange, dtype: torch.dt
 @pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float64), (4, torch.float32)])
 def test_a_decoder_has_the_loss_and_gradients_of_one_process(ranks: int, dtype: torch.dtype, exchange: context.Exchange) -> None:
     for found in together(ranks, _decoders, ranks, exchange, dtype):
-        assert len(found) == 54
+        assert len(found) == (54 if ranks == 2 else 18)
         assert max(found.values()) <= 1.0, {key: value for key, value in found.items() if value > 1.0}
 
 
