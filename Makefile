@@ -16,9 +16,9 @@ train: $(VENV)/installed
 test: $(VENV)/tested
 	$(PYTEST) -m "not long and not slurm"
 
-# In the order of the files: by their number of tests, as xdist would, the one of four minutes begins last and the other process waits for it.
+# All of them, or one share: make long SHARE=1/2. In the order of the files: by their number of tests, as xdist would, the one of four minutes begins last and the other process waits for it.
 long: $(VENV)/tested
-	$(PYTEST) --no-loadscope-reorder -m "long and not slurm"
+	$(PYTEST) --no-loadscope-reorder -m "long and not slurm" $(if $(SHARE),--share $(SHARE))
 
 # Jobs on a real Slurm on loopback, started by the tests; one process, since they share its nodes. Needs: apt-get install slurm-wlm munge shellcheck
 slurm: $(VENV)/tested

@@ -2,6 +2,7 @@
 
 import os
 import sysconfig
+import zlib
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and pytest -n 2 fills both cores
@@ -11,6 +12,22 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import interpreter  # noqa: F401 (kernels run in Triton's interpreter, corrected; before anything imports triton)
 import pytest
 from tinyrecipe import TINY
+from works import OTHER_DAY
+
+
+def pytest_addoption(parser):
+    parser.addoption("--share", metavar="K/N", help="of the long tests, only the Kth of N shares; each test is in the same one every time")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The long tests outside of the asked share are skipped and say so; the table of what works does not miss them."""
+    if (asked := config.getoption("--share")) is None:
+        return
+    mine, shares = (int(one) for one in asked.split("/"))
+    assert 1 <= mine <= shares, f"--share {asked}: K is 1 to N"
+    for item in items:
+        if item.get_closest_marker("long") and zlib.crc32(item.nodeid.encode()) % shares != mine - 1:
+            item.add_marker(pytest.mark.skip(reason=OTHER_DAY))
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+OTHER_DAY = "in the share of another day"  # why a long test was left out (tests/conftest.py)
 BEGIN, END = "<!-- works: made by tests/works.py -->\n", "<!-- /works -->\n"
 
 
@@ -78,16 +79,20 @@ def outcomes(folder: Path) -> dict[str, set[str]]:
             module = case.get("classname", "").replace(".", "/")
             name = f"{module}.py::{case.get('name', '').partition('[')[0]}"
             ends = {child.tag for child in case} & {"failure", "error", "skipped"}
+            if any(child.get("message") == OTHER_DAY for child in case):
+                ends = {OTHER_DAY}
             found.setdefault(name, set()).update(ends or {"passed"})
     return found
 
 
 def unkept(row: Row, seen: Mapping[str, set[str]]) -> list[str]:
-    """What a row says and these results do not: a case failed, or none passed."""
+    """What a row says and these results do not: a case failed, or none passed, unless all are left for another day."""
     found = []
     for test in row.tests:
         ends = [end for name, end in seen.items() if name == test or name.startswith(f"{test}::")]
         together: set[str] = set().union(*ends)
+        if together == {OTHER_DAY}:
+            continue
         if not ends or together & {"failure", "error"} or "passed" not in together:
             found.append(f"{test}: {', '.join(sorted(together)) or 'did not run'}")
     return found

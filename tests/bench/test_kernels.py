@@ -245,6 +245,7 @@ def test_its_data_is_random_again_before_every_slice(operations):
         assert torch.equal(shared[0][0], tensors[0])
 
 
+@pytest.mark.long
 def test_a_failure_in_the_midst_of_the_rounds_is_a_row(operations):
     calls = []
 
@@ -333,6 +334,7 @@ def timed(path, names=("relu",), chosen=("torch",), **options):
     return rows, said
 
 
+@pytest.mark.long
 def test_a_run_goes_on_where_it_was(operations, tmp_path):
     path = tmp_path / "kernels.csv"
     operations(one=made(), two=made())
@@ -351,6 +353,7 @@ def test_a_run_goes_on_where_it_was(operations, tmp_path):
     assert len(report.load(path)) == 9 + 6
 
 
+@pytest.mark.long
 def test_a_size_that_had_no_time_is_measured_by_the_next_run(operations, tmp_path, monkeypatch):
     path = tmp_path / "kernels.csv"
     operations(one=made())
@@ -366,6 +369,7 @@ def test_a_size_that_had_no_time_is_measured_by_the_next_run(operations, tmp_pat
     assert not any("there already" in text for text in said)
 
 
+@pytest.mark.long
 def test_a_peer_that_was_not_in_the_rounds_makes_the_operation_new(operations, adapters, tmp_path):
     path = tmp_path / "kernels.csv"
     operations(relu=made())
@@ -379,6 +383,7 @@ def test_a_peer_that_was_not_in_the_rounds_makes_the_operation_new(operations, a
     assert rows
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_leaves_whole_rows_and_the_next_one_mends_the_file(operations, tmp_path):
     path = tmp_path / "kernels.csv"
     operations(one=made(), two=made())
@@ -428,6 +433,7 @@ def test_a_peer_that_hangs_is_killed_and_costs_its_own_row_only(operations, adap
     assert row["status"] == "it hung and was killed during relu 256 float32"
 
 
+@pytest.mark.long
 def test_a_device_that_breaks_costs_the_peer_that_broke_it(operations, adapters, tmp_path, monkeypatch):
     sound = []
     monkeypatch.setattr(Cpu, "sound", lambda self: not sound)
@@ -444,6 +450,7 @@ def test_a_device_that_breaks_costs_the_peer_that_broke_it(operations, adapters,
     assert row["status"] == "it broke the device: RuntimeError: CUDA error: an illegal memory access was encountered"
 
 
+@pytest.mark.long
 def test_an_operation_whose_own_sample_fails_is_a_row_and_the_others_go_on(operations, tmp_path):
     def broken(case, device):
         raise ValueError("no such case")

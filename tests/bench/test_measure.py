@@ -98,6 +98,7 @@ class Small(Cpu):
         return 64 << 20
 
 
+@pytest.mark.long
 def test_ceilings_are_rates_of_this_device():
     bytes_per_s, flops_per_s = measure.ceilings(Small())
     assert bytes_per_s > 1e7

@@ -271,6 +271,7 @@ def _compiled(rank: int) -> list[float]:
     return found
 
 
+@pytest.mark.long
 def test_a_layer_compiles_as_one_graph() -> None:
     assert max(max(found) for found in together(2, _compiled)) <= 1e-6
 
