@@ -34,6 +34,7 @@ def run(benchmark, capsys, *words):
 
 
 @pytest.mark.parametrize("providers", ["gigatrain", pytest.param("gigatrain,trainer", marks=pytest.mark.long)])
+@pytest.mark.long
 def test_providers_are_measured_by_one_meter_and_checked_first(benchmark, tiny, capsys, tmp_path, monkeypatch, providers):
     monkeypatch.setattr(benchmark.steady, "LEAST_S", 0.5)  # ten seconds are for real meters
     monkeypatch.setattr(benchmark.steady, "LEAST_UPDATES", 2)

@@ -34,6 +34,7 @@ HARD = [
 ]
 
 
+@pytest.mark.long
 def test_trainer_in_fp32_has_the_losses_of_gigatrain_and_a_failure_is_a_line(step, tiny, capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(step.PROVIDERS, "broken", None)  # here, but not in its worker
     sets = [word for key in HARD for word in ("--set", key)]

@@ -59,6 +59,7 @@ def test_a_run_is_exported_and_generates(tiny, tmp_path, family):
         assert generate(tmp_path / "model", "def", tokens=3, temperature=0.0).startswith("def")
 
 
+@pytest.mark.long
 def test_files_straight_from_boxes_are_the_same_however_they_are_cut_and_by_however_many_written(tiny, tmp_path):
     """Of experts and of a tied model whose checkpoint two ranks saved; and no piece of a file is larger than it may be."""
     sizes = ["family=mixtral", "experts=4", "experts_per_token=2", "tied=false"]

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from matrix import long_but
 
 from gigatrain import run
 from gigatrain.errors import REQUEUE
@@ -45,6 +46,7 @@ def alone(tiny, tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_two_processes_make_the_run_of_one_and_another_mesh_goes_on(tiny, alone, tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen(command(tiny, folder, "train.nproc=2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -94,7 +96,7 @@ def started(recipe, folder):
     return process, children(process.pid)
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", long_but([1], [0, 1]))
 def test_a_killed_rank_is_named_in_a_few_lines_and_the_run_goes_on(tiny, tmp_path, lost):
     folder = tmp_path / "run"
     process, ranks = started(tiny, folder)
@@ -152,6 +154,7 @@ def test_what_all_ranks_of_a_node_read_alike_is_said_once(tiny, tmp_path):
         assert ended.stderr.count("is 4 ranks, and 2 are there") == (rank == "0")
 
 
+@pytest.mark.long
 def test_zero_works_on_one_process_too(tiny, tmp_path):
     ended = train(tiny, tmp_path / "run", "engine.name=deepspeed", "engine.zero=3", "optim.name=adamw")
     assert ended.returncode == 0, ended.stderr

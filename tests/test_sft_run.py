@@ -32,6 +32,7 @@ def test_a_user_sees_what_is_trained(recipe):
     assert shown.count("⟪") == shown.count("<|im_end|>⟫") + 1  # the first explains the mark
 
 
+@pytest.mark.long
 def test_a_run_says_what_it_leaves_out_and_that_its_tokenizer_is_not_the_weights_own(tmp_path):
     """On a DPO-like second run: weights of the first, and a tokenizer that is trained anew on fewer conversations."""
     recipe, chats = tinychat.recipe(tmp_path / "second"), tmp_path / "second" / "chats.jsonl"

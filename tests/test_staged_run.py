@@ -36,6 +36,7 @@ def trained(rank, recipe, folder, start, last):
             return None
 
 
+@pytest.mark.long
 def test_a_pipeline_that_was_cut_short_goes_on_bitwise(tiny, tmp_path):
     whole = together(2, trained, str(tiny), tmp_path / "whole", "new", None)[0]
     assert together(2, trained, str(tiny), tmp_path / "cut", "new", 8) == [None, None]

@@ -423,8 +423,9 @@ def test_a_peer_that_ends_its_process_costs_its_own_row_only(operations, adapter
     assert any("its process ended with code 9" in text for text in said)
 
 
+@pytest.mark.long
 def test_a_peer_that_hangs_is_killed_and_costs_its_own_row_only(operations, adapters, tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "SILENCE_S", 4.0)
+    monkeypatch.setattr(kernels, "SILENCE_S", 12.0)  # a busy machine starts a process in 5 s
     operations(relu=made())
     adapters(peers.Adapter("liger", "relu", lambda: hangs, gpu=False))
     rows, _ = timed(tmp_path / "kernels.csv", chosen=("torch", "liger"))
@@ -470,6 +471,7 @@ def shown(op, rows):
     return console.export_text()
 
 
+@pytest.mark.long
 def test_the_table_shows_losers_reasons_and_what_awaits_a_gpu(operations, adapters):
     operations(relu=made(copied=copied, refuses=refuses, fused=copied))
     adapters(peers.Adapter("liger", "relu", lambda: copied), peers.Adapter("quack", "relu", lambda: breaks, gpu=False))
@@ -495,6 +497,7 @@ def test_a_fused_kernel_that_refuses_what_is_trained_with_is_an_error(operations
         kernels.verdict([{"op": "relu", "provider": "gigatrain fused", "status": "refuses: too wide"}])
 
 
+@pytest.mark.long
 def test_pictures_come_from_the_file_alone(operations, adapters, tmp_path):
     path = tmp_path / "kernels.csv"
     operations(one=made(copied=copied))
@@ -561,6 +564,7 @@ def refused(capsys, *words):
     return ended.value.code, capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_the_command_measures_in_a_process_of_its_own(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(kernels, "QUICK", kernels.replace(kernels.QUICK, rounds=3, call_s=0.002, limit_s=0.05))
     path = tmp_path / "kernels.csv"

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from distributed import together
+from matrix import long_but
 from test_meshes import BASE, batch
 
 from gigatrain import engines, load
@@ -68,7 +69,7 @@ def leaving(rank, recipe, zero, folder):
     return [key for key in before if before[key] != after[key]], text
 
 
-@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("zero", long_but([1], [1, 3]))
 def test_it_changes_nothing_around_it_and_says_nothing(tiny, zero, tmp_path):
     for changed, text in together(2, leaving, tiny, zero, str(tmp_path)):
         assert changed == []
@@ -86,6 +87,7 @@ def norms(rank, recipe, name, zero):
     return found
 
 
+@pytest.mark.long
 def test_bf16_gradients_have_their_size(tiny):
     """DeepSpeed PR #7839: bf16 gradients were divided by 65,536 where nothing said so, which AdamW hides but clipping does not."""
     expected = together(2, norms, tiny, "native", 3)[0]
@@ -109,7 +111,7 @@ def poisoned(rank, recipe, zero):
     return moved, engine.bad.tolist(), torch.isfinite(update.grad_norm).item()
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", long_but([2], [1, 2, 3]))
 def test_a_loss_that_is_not_finite_on_one_rank_moves_nothing_on_any(tiny, zero):
     for moved, bad, finite in together(2, poisoned, tiny, zero):
         assert moved == []
@@ -148,7 +150,7 @@ def switching(rank, recipe, zero, folder):
     return losses
 
 
-@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("zero", long_but([1], [1, 3]))
 def test_one_run_goes_from_fsdp_to_zero_and_back(tiny, zero, tmp_path):
     for losses in together(2, switching, tiny, zero, str(tmp_path)):
         assert losses[1::2] == pytest.approx(losses[0::2], rel=1e-6)

@@ -90,6 +90,7 @@ def test_no_more_gradients_exist_than_are_planned(tiny, overrides, options, monk
     )  # a quarter is the vocabulary's already
 
 
+@pytest.mark.long
 def test_an_engine_that_releases_holds_no_gradients(tiny):
     def held(*overrides):
         """Bytes of all storages that came with an engine."""

@@ -65,6 +65,7 @@ def test_a_state_dict_becomes_a_model_by_the_command(begun, tmp_path, capsys):
     assert not (tmp_path / "out2").exists()
 
 
+@pytest.mark.long
 def test_a_recipe_gives_the_numbers_and_starts_from_what_was_imported(tiny, begun, tmp_path):
     _, module = begun
     torch.save(module.state_dict(), tmp_path / "last.pt")
@@ -170,7 +171,7 @@ class _Held:
         pytest.param(1, "fp32", marks=pytest.mark.long),
         pytest.param(1, "bf16", marks=pytest.mark.long),
         pytest.param(2, "fp32", marks=pytest.mark.long),
-        (3, "fp32"),
+        pytest.param(3, "fp32", marks=pytest.mark.long),
     ],
 )
 def test_deepspeed_checkpoints_give_the_masters_that_deepspeed_says_it_holds(begun, tmp_path, zero, precision):

@@ -34,6 +34,7 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
+@pytest.mark.long
 def test_one_machine_and_two_end_with_the_same_weights(tiny, tmp_path):
     subprocess.run(
         [sys.executable, "-m", "gigatrain", "train", tiny, "--site", "laptop", "--set", "train.nproc=2", "--run", tmp_path / "spawned"],

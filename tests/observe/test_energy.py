@@ -67,6 +67,7 @@ def test_a_run_counts_what_the_meter_counted_from_its_first_second_to_its_last(t
     assert sum(told["phases"].values()) == pytest.approx(told["joules"]["device"], rel=0.1)
 
 
+@pytest.mark.long
 def test_two_ranks_on_one_machine_read_its_meter_once(tiny, tmp_path):
     with Rapl(tmp_path / "sys", watts=50, packages=2) as tree:
         ended = subprocess.run(

@@ -73,6 +73,7 @@ def test_they_add_up_where_a_clock_was_set(set_s):
     assert sum(found["seconds"].values()) == pytest.approx(found["wall_s"], rel=1e-3, abs=0.02)
 
 
+@pytest.mark.long
 def test_of_a_run_that_was_killed_and_resumed(tiny, tmp_path):
     """A real run, ended by SIGKILL at its ninth step and resumed: restored, redone and stopped are all seen, and all adds up."""
     import signal

@@ -115,6 +115,7 @@ with logs.Log(Path(sys.argv[1])) as log:
     assert "Timeout" in (tmp_path / "logs" / "attempt-000" / "rank-00000.log").read_text()
 
 
+@pytest.mark.long
 def test_of_two_ranks_the_one_that_was_stopped_is_found_by_the_other(tiny, tmp_path):
     folder = tmp_path / "run"
     sets = [

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from commands import training
+from matrix import long_but
 
 from gigatrain.errors import DataError, GigatrainError, RunError
 from gigatrain.observe import failed, logs
@@ -263,6 +264,7 @@ def test_a_second_train_into_the_folder_is_refused_and_leaves_it_alone(tiny, tmp
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.long
 def test_our_own_starter_shows_the_first_failure_last_and_nothing_else(tiny, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(_PATCH)
     folder = tmp_path / "run"
@@ -324,7 +326,7 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize(("kind", "code"), [("raise AssertionError('our own mistake')", 1), ("os.abort()", None)])
+@pytest.mark.parametrize(("kind", "code"), long_but([0], [("raise AssertionError('our own mistake')", 1), ("os.abort()", None)]))
 def test_of_two_real_ranks_the_one_that_fails_is_named(tiny, tmp_path, kind, code):
     """Under torchrun's environment, each rank started by hand; the other loses it and says so in its file, not on the screen."""
     import socket

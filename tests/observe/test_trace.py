@@ -51,7 +51,9 @@ def test_phases_of_a_step_add_up_to_it_and_microbatches_are_summed(tmp_path):
         assert row["phases"]["data"] >= 0.002
     assert rows[2]["phases"]["checkpoint"] >= 0.002 > rows[2]["phases"]["validation"]
     total = sum(sum(row["phases"].values()) for row in rows)
-    assert 0.98 * wall < total <= wall + 1e-4  # nothing twice, nothing lost
+    assert (
+        0.9 * wall < total <= wall + 1e-4
+    )  # nothing twice, nothing lost but what passes before the first step and after the last, on a busy machine too
     assert rows[1]["start"] - rows[0]["start"] == pytest.approx(sum(rows[0]["phases"].values()), abs=2e-3)
     assert said == []
 

@@ -36,6 +36,7 @@ def said(seen):
     return "\n".join(f"{title} {text}" for title, text, _ in lines(seen))
 
 
+@pytest.mark.long
 def test_a_finished_run_of_two_real_ranks(finished):
     seen = Reader(finished).seen()
     summary = json.loads((finished / "summary.json").read_text())

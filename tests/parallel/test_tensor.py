@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import together
+from matrix import long_but
 from torch import Tensor, distributed
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -130,7 +131,7 @@ def _gradients(rank: int, ranks: int, names: list[str], dtype: torch.dtype, opti
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", long_but([0], [2, 4]))
 def test_loss_and_every_gradient_are_those_of_the_uncut_decoder(ranks: int) -> None:
     for found in together(ranks, _gradients, ranks, list(FAMILIES), torch.float64, {}):
         assert len({name for name, _ in found}) > 200
@@ -283,11 +284,12 @@ def _compiled(rank: int, name: str, recompute: str, backend: str) -> float:
     ("name", "recompute", "backend"),
     [
         ("qwen3", "none", "aot_eager"),
-        pytest.param("olmo2", "full", "aot_eager", marks=pytest.mark.long),
-        pytest.param("llama-biases", "selective", "aot_eager", marks=pytest.mark.long),
-        pytest.param("gemma2", "none", "inductor", marks=pytest.mark.long),
+        ("olmo2", "full", "aot_eager"),
+        ("llama-biases", "selective", "aot_eager"),
+        ("gemma2", "none", "inductor"),
     ],
 )
+@pytest.mark.long
 def test_layers_compile_as_one_graph(name: str, recompute: str, backend: str) -> None:
     assert max(together(2, _compiled, name, recompute, backend)) <= 1e-12
 

@@ -41,6 +41,7 @@ def test_released_gradients_are_counted_as_if_kept():
     assert [role.whole for role in found.roles] == [found.plan.parameters]
 
 
+@pytest.mark.long
 def test_ranks_share_experts_that_are_fewer_than_they_are():
     """2 experts of each rank of `expert` over 4 ranks: cut whole, two of those would have one each and two none."""
     moe = ("family=mixtral", "experts=4", "experts_per_token=2", "tied=false")
@@ -50,6 +51,7 @@ def test_ranks_share_experts_that_are_fewer_than_they_are():
     assert first.weights == pytest.approx(found.plan.memory.weights, rel=0.02)
 
 
+@pytest.mark.long
 def test_layers_that_are_alike_are_built_thrice_and_multiplied():
     shallow, deep = (made(f"model.architecture.layers={n}", "train.batch=64", "train.microbatch=1", ranks=64) for n in (3, 9))
     small, large = dry_run(shallow), dry_run(deep)
@@ -59,6 +61,7 @@ def test_layers_that_are_alike_are_built_thrice_and_multiplied():
     assert large.roles[0].layers == 9
 
 
+@pytest.mark.long
 def test_stages_of_a_pipeline_are_roles_of_their_own():
     found = dry_run(made("mesh.pipeline=2", "train.batch=64", "train.microbatch=1", "mesh.shard=16", ranks=32))
     assert {role.name for role in found.roles} >= {"pipeline 0, shards 0 to 14", "pipeline 1, last shard"}
