@@ -6,6 +6,7 @@ import datetime
 import errno
 import fcntl
 import json
+import math
 import os
 import time
 import uuid
@@ -162,12 +163,30 @@ def checkpoints(folder: Path) -> Checkpoints:
 
 
 def newest(root: Path, name: str) -> Path:
-    """The run of recipe `name` under `root` that was created last; CheckpointError if there is none."""
-    known = [(identity(path.parent), path.parent) for path in root.glob("*/run.json")]
-    found = [(record["created"], str(folder)) for record, folder in known if record.get("name") == name]
-    if not found:
+    """The run of recipe `name` under `root` that was created last; CheckpointError if there is none.
+
+    A run.json that cannot be read is passed over where it was written before the run that is found, which it is then not; else RunError, since it may be
+    the one that is meant.
+    """
+    found, unread = [], []
+    for path in root.glob("*/run.json"):
+        try:
+            record = identity(path.parent)
+            created = datetime.datetime.fromisoformat(record["created"]).timestamp()
+        except (RunError, ValueError) as failure:
+            unread.append((path, failure))
+            continue
+        if record["name"] == name:
+            found.append((created, str(path.parent)))
+    last, folder = max(found, default=(-math.inf, ""))
+    for path, failure in unread:
+        if not path.is_file() or path.stat().st_mtime >= last:
+            raise RunError(
+                f"{failure}; whether {path.parent} is the newest run of {name} cannot be told: name the one that is meant with --run"
+            )
+    if not folder:
         raise CheckpointError(f"{root.absolute()} holds no run of {name}, so there is nothing to resume; name its folder with --run")
-    return Path(max(found)[1])
+    return Path(folder)
 
 
 def _continued(plan: Plan, folder: Path, *, other_numbers: bool) -> Run:

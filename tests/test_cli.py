@@ -220,6 +220,20 @@ def test_a_plan_on_a_site_says_what_it_takes_and_refuses_what_is_not_there(capsy
         assert (code, said in message) == (3, True), message
 
 
+def test_a_word_where_a_number_belongs_is_refused_with_its_bounds(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "quickstart", "--nodes", "many"])
+    assert "--nodes: 'many' is no whole number; give one from 1 to 1048576" in capsys.readouterr().err
+
+
+def test_the_best_layout_is_told_as_keys_that_plan_it_again(capsys):
+    asked = ("plan", "quickstart", "--site", "dgx-h100", "--gpus", "4")
+    out = printed(capsys, *asked, "--top", "1")
+    (told,) = [line for line in out.splitlines() if line.startswith("the first, planned here, is: ")]
+    again = json.loads(printed(capsys, *asked, "--json", *told.partition("is: ")[2].split()))
+    assert again["sha256"] in out
+
+
 def test_a_plan_for_people_and_programs(capsys):
     out = printed(capsys, "plan", "quickstart", "--site", "laptop")
     assert "kernel   attention" in out

@@ -13,7 +13,6 @@ they differ by from the baseline's is noise.
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from gigatrain.bench.sweep import CONTROL
 from gigatrain.bench.trials import SETTLE_S, Entry, Measurement, Settings, no_caps, room
 from gigatrain.bench.verdict import COLUMNS, NUMBERS, boundary, damaging, judge, pareto, spread, summarised
 from gigatrain.errors import RunError, SiteError
+from gigatrain.launching import job
 from gigatrain.planning.watts import Watts
 from gigatrain.site import Site
 
@@ -83,7 +83,7 @@ def run(
             measure=measure,
         )
         settings = Settings(rounds or (1 if quick else Settings.rounds), steps, seconds, min(SETTLE_S, 2.0) if quick else SETTLE_S)
-        folder = Path("runs") / f"bench-power-{first.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = job.new_folder(Path("runs"), f"bench-power-{first.recipe.name}")
         folder.mkdir(parents=True)
         room(first.plan, folder)
         device = board.name or processor()

@@ -11,7 +11,10 @@ def between(kind: Callable[[str], Any], name: str, low: int, high: int, why: str
     """A number of the command line within bounds, both of which it may be; `name` is what argparse calls one that is no number."""
 
     def parsed(text: str) -> Any:
-        number = kind(text)
+        try:
+            number = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number; give one from {low} to {high}") from None
         if not low <= number <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}{why}")
         return number

@@ -149,6 +149,8 @@ def _planned(options: argparse.Namespace) -> None:
     display = Display()
     for line in candidates.table(found) if found else ():
         display.line(line)
+    if found:
+        display.line("the first, planned here, is: " + " ".join(f"--set {text}" for text in candidates.overrides(found.candidates[0])))
     display.plan(chosen, why)
     for line in sites.on_site(site, sized):
         display.line(line)

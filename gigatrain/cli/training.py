@@ -1,7 +1,6 @@
 """train, watch, report: a run from its start to a page on it."""
 
 import argparse
-import datetime
 import os
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from gigatrain.cli import given
 from gigatrain.cli.command import Command
-from gigatrain.errors import REQUEUE, RunError
+from gigatrain.errors import REQUEUE
 
 
 def _train_arguments(made: argparse.ArgumentParser) -> None:
@@ -40,13 +39,10 @@ def _run_of(options: argparse.Namespace) -> None:
         os.environ.update(slurm.rank_environment(os.environ))
     recipe = given.scheduled(load.recipe(options.recipe, options.set))
     site, why = given.site(options.site)
-    started = os.environ.get("WORLD_SIZE")  # torchrun's, or our own
-    if started and not started.isdecimal():
-        raise RunError(f"the environment's WORLD_SIZE is {started!r} and no count of ranks; torchrun and train.nproc set it, or unset it")
     from gigatrain.parallel import groups
 
-    here = groups.place()  # None: of no replica
-    chosen = plan(recipe, site, int(started) * (here.replicas if here else 1) if started else None, measure=given.measured)
+    here, started = groups.place(), groups.started()  # None: of no replica; by nobody, so that it starts its ranks itself
+    chosen = plan(recipe, site, started, measure=given.measured)
     resume = "other-numbers" if options.other_numbers else "resume"
     start: Any = "new" if options.new else resume if options.resume else "continue" if options.go_on else "auto"
     folder = _run_folder(options, recipe.name)
@@ -88,7 +84,9 @@ def _run_folder(options: argparse.Namespace, name: str) -> Path:
         from gigatrain import run
 
         return run.newest(Path("runs"), name)
-    return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    from gigatrain.launching import job
+
+    return job.new_folder(Path("runs"), name)
 
 
 TRAIN = Command(

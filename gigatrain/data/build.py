@@ -219,7 +219,8 @@ def build(data: config.Data, spec: config.Tokenizer, *, progress: Progress | Non
 
 def missing(data: config.Data, spec: config.Tokenizer) -> str | None:
     """Why a run that begins now would tokenise first, in one line; None where its corpus is there. Builds and downloads nothing."""
-    if any(source.kind == "hub" for source in data.sources) or (spec.source and not Path(spec.source).expanduser().exists()):
+    on_hub = spec.source and not spec.source.startswith(("/", ".", "~")) and not Path(spec.source).exists()
+    if on_hub or any(source.kind == "hub" for source in data.sources):
         return f"whether it is in {data.folder} is not looked up, since its sources or tokenizer are on the hub"
     try:
         folder = Path(data.folder).expanduser().absolute() / _named(data, spec)[3]

@@ -186,7 +186,7 @@ def requeue(run: Path) -> dict[str, Any]:
 def log(run: Path, *, rank: int = 0, attempt: int | None = None) -> tuple[Path | None, int | None]:
     """The file of what a rank printed, and its attempt: the newest unless one is named. None where nothing was printed yet."""
     if not _is_run(run):
-        raise RunError(f"{run} is not a run folder")
+        raise RunError(f"{run} is not a run folder; `gigatrain ps DIR` lists those in DIR")
     found = sorted(int(path.name[8:]) for path in (run / "logs").glob("attempt-*") if path.name[8:].isdecimal())
     if attempt is not None and attempt not in found:
         raise RunError(f"{run} has no logs of attempt {attempt}; it has {', '.join(map(str, found)) or 'none'}")
@@ -268,7 +268,7 @@ def _launched(run: Path) -> Job:
 def _one(run: Path) -> State:
     states, notes = ps(run)
     if not states:
-        raise RunError(f"{run} is not a run folder")
+        raise RunError(f"{run} is not a run folder; `gigatrain ps DIR` lists those in DIR")
     if states[0].state == "unknown":
         raise RunError(f"what became of {run} is unknown: {'; '.join(notes) or states[0].reason}")
     return states[0]

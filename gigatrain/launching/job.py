@@ -67,6 +67,11 @@ class Job(Section):
         return (Path(self.excluded_in) if self.excluded_in else Path(self.run).parent) / f"excluded-{self.site.name}.jsonl"
 
 
+def new_folder(root: Path, name: str, now: datetime.datetime | None = None) -> Path:
+    """The folder of a run that begins now and was given none: `root`/NAME-DATE-TIME, by the local clock."""
+    return root / f"{name}-{now or datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
 def load(run: Path) -> Job:
     """The job of a run folder; RunError if it was never launched."""
     from gigatrain.load import read_json

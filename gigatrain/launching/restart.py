@@ -78,6 +78,11 @@ def judge(outcome: Outcome, *, may_requeue: bool = True, restarts: int = RESTART
         kind = getattr(errors, str(outcome.failure.get("type")), None)
         said, code = str(outcome.failure.get("message", "")), getattr(kind, "exit_code", 1)
         passes = bool(outcome.failure.get("transient") or outcome.failure.get("secondary"))
+        if outcome.failure.get("secondary"):  # the earliest that is there is another's consequence: whoever failed first left no word
+            said = (
+                "no rank left word of a failure of its own: one was killed, or a node or the network was lost "
+                f"(gigatrain logs RUN --errors tells more); what came of it: {said}"
+            )
     if outcome.finished:
         return Verdict("done", "the run is finished")
     if outcome.cancelled:

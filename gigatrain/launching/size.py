@@ -38,8 +38,13 @@ def size(site: Site, nodes: int | None = None, gpus: int | None = None, megawatt
 
     Raises SiteError where a figure is needed that the site does not have, for more than the site has, and for GPUs that fill no whole number of nodes.
     """
-    if (megawatts is not None and (nodes, gpus) != (None, None)) or (nodes, gpus, megawatts) == (None, None, None):
+    if (nodes, gpus, megawatts) == (None, None, None):
         raise SiteError("how large: give --nodes, --gpus (or both: then a node holds their quotient), or --megawatts")
+    if megawatts is not None and (nodes, gpus) != (None, None):
+        other = f"--gpus {gpus}" if nodes is None else f"--nodes {nodes}"
+        raise SiteError(
+            f"{other} and --megawatts {megawatts:g} both say how large; give one of them, or {other} and --set power.megawatts={megawatts:g} as a limit"
+        )
     assumes: list[str] = []
     share, notes, lacking = node_watts(site)
     if megawatts is not None:
@@ -47,12 +52,14 @@ def size(site: Site, nodes: int | None = None, gpus: int | None = None, megawatt
             raise SiteError(f"{megawatts:g} MW is not between 0 and 1,000,000")
         cap = site.power.cap_watts.value
         if cap is not None and megawatts * 1e6 > cap:
-            raise SiteError(f"{site.name} may draw {shown(cap)} at most (power.cap_watts), and {megawatts:g} MW are asked for")
+            raise SiteError(
+                f"{site.name} may draw {shown(cap)} at most (power.cap_watts), and {megawatts:g} MW are asked for; give --megawatts {cap / 1e6:g} or less"
+            )
         if share is None:
             raise SiteError(f"{site.name} does not say what a node draws, so {megawatts:g} MW are no number of nodes: {lacking}")
         nodes = math.floor(megawatts * 1e6 / share)
         if nodes == 0:
-            raise SiteError(f"{megawatts:g} MW is less than one node of {site.name} draws, {shown(share)}")
+            raise SiteError(f"{megawatts:g} MW is less than one node of {site.name} draws, {shown(share)}; give more, or --nodes 1")
         if (has := whole(site)) is not None and nodes > has:
             raise SiteError(
                 f"{megawatts:g} MW would feed {nodes:,} nodes, and {site.name} has {has:,}, which draw {shown(has * share)}; give --nodes {has}"
@@ -82,13 +89,29 @@ def size(site: Site, nodes: int | None = None, gpus: int | None = None, megawatt
         assumes += assumed(site, "node.accelerators") if site.node.ranks is None else ()
     assert gpus is not None
     _fits(site, nodes, gpus)
-    most = site.scheduler.max_nodes
-    if most.value is not None and nodes is not None and nodes > most.value:
-        assumes.append(
-            f"{nodes:,} nodes in one job, where its partition or qos gives {most.value:,.0f} ({most.source}): another, or an agreement"
-        )
+    assumes += beyond(site, nodes or 0)
     watts = None if share is None or nodes is None else nodes * share
     return Size(nodes, gpus, watts, tuple(dict.fromkeys([*assumes, *(notes if watts is not None else ())])))
+
+
+def spared(size: Size, site: Site, spares: int) -> Size:
+    """The size with what `spares` beside its nodes assume. Raises SiteError where the site has not so many nodes."""
+    if not spares or size.nodes is None:
+        return size
+    has = whole(site)
+    if has is not None and size.nodes + spares > has:
+        raise SiteError(f"{site.name} has {has:,} nodes, and {size.nodes:,} with {spares:,} spares are asked for; give fewer of either")
+    alone = beyond(site, size.nodes)
+    return replace(size, assumes=(*beyond(site, size.nodes, spares), *(note for note in size.assumes if note not in alone)))
+
+
+def beyond(site: Site, nodes: int, spares: int = 0) -> list[str]:
+    """What is taken for a job of so many nodes where its partition or qos gives fewer; empty where it does not."""
+    most = site.scheduler.max_nodes
+    if most.value is None or nodes + spares <= most.value:
+        return []
+    asked = f"{nodes:,} nodes" + (f" and {spares:,} spare" if spares else "")
+    return [f"{asked} in one job, where its partition or qos gives {most.value:,.0f} ({most.source}): another, or an agreement"]
 
 
 def by_budget(site: Site, recipe: Recipe) -> int | None:

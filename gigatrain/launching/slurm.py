@@ -40,6 +40,10 @@ _WAYS_OUT = (  # what Slurm says -> what to do about it
         r"unable to contact|connection refused|communication connection",
         "the controller does not answer; `scontrol ping` says whether it is up",
     ),
+    (
+        r"configuration source|fetch_config",
+        "this machine is of no Slurm cluster: launch on a login node, or look at the script here with --dry-run",
+    ),
     (r"access/permission denied|permission denied", "this is another user's job, or the site does not allow it"),
     (r"invalid job id", "Slurm has forgotten that job or never had it; `gigatrain ps` shows what is known of the run"),
 )

@@ -24,7 +24,7 @@ from gigatrain.launching import hosts as ssh
 from gigatrain.launching import job as jobs
 from gigatrain.launching import kubernetes, restart, script, slurm
 from gigatrain.launching.job import Job
-from gigatrain.launching.size import Size, kept, shown, size, size_of
+from gigatrain.launching.size import Size, kept, shown, size, size_of, spared
 from gigatrain.planning import cost, legs
 from gigatrain.planning.plan import Plan, plan
 from gigatrain.recovery import meeting
@@ -119,6 +119,7 @@ def prepare(request: Request, *, measure: Callable[[Any], Any] | None = None, to
     name = recipes[0].name
     nodes, gpus = _here(request, site, recipes[0], hosts) if site.scheduler.kind in ("none", "ssh") else (request.nodes, request.gpus)
     large = size_of(site, recipes[0], nodes, gpus, request.megawatts) or size(site)  # which says how to ask
+    large = spared(large, site, request.spares)
     sized, recipes = recipes, tuple(kept(recipe, request.megawatts) for recipe in recipes)
     notes = tuple(
         f"--megawatts {one.power.megawatts:g} is also power.megawatts of the run, which keeps to it"
@@ -375,7 +376,7 @@ def _folder(request: Request, site: Site, name: str, now: datetime.datetime) -> 
         return Path(os.path.abspath(os.path.expanduser(request.folder)))
     if request.resume:
         raise RunError("--resume goes on with the run of a folder; name it with --run")
-    return Path(os.path.abspath(site.paths.runs)) / f"{name}-{now:%Y%m%d-%H%M%S}"
+    return jobs.new_folder(Path(os.path.abspath(site.paths.runs)), name, now)
 
 
 def _time(request: Request, site: Site) -> int | None:
@@ -542,6 +543,12 @@ def summary(prepared: Prepared) -> list[str]:
     draws = f", {shown(large.watts)} at the facility" if large.watts is not None else ""
     lines = [f"{made.name} on {made.site.name}, {made.nodes} x {made.ranks_per_node} ranks{spares}{limit}{draws}"]
     lines += [f"  assumes  {text}" for text in large.assumes]
+    if made.site.scheduler.kind == "slurm" and not (made.account or made.site.scheduler.account):
+        lines.append(
+            f"  account  {billed}, of SBATCH_ACCOUNT"
+            if (billed := os.environ.get("SBATCH_ACCOUNT"))
+            else "  account  none is named: Slurm bills your default one, and refuses where it knows none; --account A names it"
+        )
     lines += [
         f"  power    {text}" for text in dict.fromkeys(one.draw.text() for one in prepared.plans if one.draw.budget_watts is not None)
     ]

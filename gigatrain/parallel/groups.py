@@ -63,6 +63,20 @@ def place(environment: Mapping[str, str] = os.environ) -> Place | None:
     return Place(int(found[1]), int(found[2]), environment[QUORUM], Path(environment[TOKEN]))
 
 
+def started(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Ranks of the whole run, all replicas together, as whoever started this process says (torchrun, srun, our own starter); None: nobody did.
+
+    RunError where WORLD_SIZE is no count.
+    """
+    said = environment.get("WORLD_SIZE")
+    if not said:
+        return None
+    if not (said.isascii() and said.isdecimal() and int(said) > 0):
+        raise RunError(f"the environment's WORLD_SIZE is {said[:40]!r} and no count of ranks; torchrun and train.nproc set it, or unset it")
+    here = place(environment)
+    return int(said) * (here.replicas if here else 1)
+
+
 def part(plan: Plan, folder: Path) -> tuple[Plan, Path]:
     """The plan and the run folder of this process's replica: a world without `replicate`. RunError where plan and environment disagree."""
     here, wanted = place(), plan.recovery.replicas != "none"

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 from gigatrain.errors import RunError
-from gigatrain.parallel.quorum import address, check_open, sign
+from gigatrain.parallel.quorum import address, check_open, seconds, sign, spelt
 
 INSTALL = "pip install torchft"
 BEAT_S = 0.1
@@ -102,9 +102,10 @@ class LighthouseSeat:
 
 def main(arguments: list[str]) -> int:
     """`python -m gigatrain.parallel.lighthouse HOST:PORT LEASE_S WAIT_S [open]`: torchft's lighthouse, until it is ended."""
+    spelt(arguments, "python -m gigatrain.parallel.lighthouse HOST:PORT LEASE_S WAIT_S [open]", least=3)
     host, port = address(arguments[0])
     check_open(host, "open" in arguments[3:])
-    lease_ms, wait_ms = (int(float(text) * 1000) for text in arguments[1:3])
+    lease_ms, wait_ms = (int(seconds(text, what) * 1000) for text, what in zip(arguments[1:3], ("LEASE_S", "WAIT_S"), strict=True))
     served = _torchft().LighthouseServer(
         bind=f"{host}:{port}" if ":" not in host else f"[{host}]:{port}",
         min_replicas=1,

@@ -16,6 +16,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import math
 import os
 import secrets
 import socket
@@ -398,10 +399,30 @@ def _end(link: socket.socket) -> None:
     link.close()
 
 
+def seconds(text: str, what: str) -> float:
+    """A duration of the command line. RunError if it is none."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < 1e6:
+        raise RunError(f"{what} is {text[:40]!r}; write seconds above 0 and below 1,000,000, for instance 5")
+    return found
+
+
+def spelt(arguments: list[str], command: str, least: int) -> list[str]:
+    """The arguments of a command without options. RunError for fewer than `least` or more than `command`'s line of words names."""
+    most = len(command.split()) - 3  # without `python -m MODULE`
+    if not least <= len(arguments) <= most or (len(arguments) == most and arguments[-1] != "open"):
+        raise RunError(f"{' '.join(arguments) or 'nothing'!r} is not what this command reads; write {command}")
+    return arguments
+
+
 def main(arguments: list[str]) -> int:
-    """`python -m gigatrain.parallel.quorum HOST:PORT TOKEN_FILE [lease_s] [open]`: a quorum for replicas on several nodes, until it is ended."""
+    """`python -m gigatrain.parallel.quorum HOST:PORT TOKEN_FILE [LEASE_S] [open]`: a quorum for replicas on several nodes, until it is ended."""
+    spelt(arguments, "python -m gigatrain.parallel.quorum HOST:PORT TOKEN_FILE [LEASE_S] [open]", least=2)
     host, port = address(arguments[0])
-    lease_s = float(arguments[2]) if len(arguments) > 2 else 5.0
+    lease_s = seconds(arguments[2], "LEASE_S") if len(arguments) > 2 else 5.0
     quorum = Quorum(
         host, port, token(Path(arguments[1])), lease_s=lease_s, accepted="open" in arguments[3:], say=lambda text: print(text, flush=True)
     )

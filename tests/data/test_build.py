@@ -70,6 +70,14 @@ def test_held_out_share_is_what_was_asked() -> None:
     assert not held_out("anything", 0.0)
 
 
+def test_a_job_is_told_of_paths_that_are_not_there(tmp_path: Path) -> None:
+    """A path that is mistyped is nothing on the hub: the job would find out in its queue's own time."""
+    (tmp_path / "a.txt").write_text("some text")
+    data = config.Data(sources=(Source(kind="text", path=str(tmp_path), pattern="*.txt"),), folder=str(tmp_path / "data"))
+    assert "the hub" in str(building.missing(data, config.Tokenizer.model_validate({"from": "someone/something"})))
+    assert f"tokenizer.from is '{tmp_path}/tok', and there is no such file" in str(building.missing(data, existing(tmp_path / "tok")))
+
+
 def test_nothing_held_out_is_refused(tmp_path: Path) -> None:
     """Also where an older version left a manifest, and for a Megatron source whose tail rounds to nothing."""
     source = Source(kind="text", path=str(write_files(tmp_path / "texts", 8)))

@@ -1,5 +1,6 @@
 """What a job is, as data, and the history of its attempts."""
 
+import datetime
 import json
 
 import pytest
@@ -42,3 +43,8 @@ def test_a_line_after_a_torn_one_is_not_lost(tmp_path):
         file.write('{"time": "2026-11-26", "ev')
     jobs.record(tmp_path, "started", attempt=0)
     assert [event["event"] for event in jobs.history(tmp_path)] == ["submitted", "started"]
+
+
+def test_a_run_that_is_given_no_folder_has_its_name_and_time(tmp_path):
+    now = datetime.datetime(2026, 11, 27, 6, 5, 4)
+    assert jobs.new_folder(tmp_path, "mine", now) == tmp_path / "mine-20261127-060504"

@@ -243,6 +243,13 @@ def test_the_first_failure_is_the_earliest_that_is_no_consequence(tmp_path):
     assert restart.failure(tmp_path, 1) is None
 
 
+def test_a_consequence_is_not_told_as_the_cause():
+    """Who was killed left no word, and what is there is another rank's that lost it."""
+    verdict = judge(Outcome(137, failure=LOST, before=0, step=60))
+    assert "(SIGKILL), and it is at step 60; no rank left word of a failure of its own: one was killed" in verdict.why
+    assert f"what came of it: {LOST['message']}" in verdict.why
+
+
 def test_a_port_that_is_taken_is_passed_over():
     number = restart.port(41, 0)
     with socket.socket() as taken:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from gigatrain.errors import SiteError
-from gigatrain.launching.size import shown, size
+from gigatrain.launching.size import shown, size, spared
 from gigatrain.site import Basis, Figure, Node, Power, Scheduler, Site
 
 
@@ -52,7 +52,7 @@ def test_the_best_known_watts_are_taken():
     ("site", "asked", "message"),
     [
         (BOOSTER, {}, "give --nodes, --gpus"),
-        (BOOSTER, {"nodes": 1, "megawatts": 1}, "or --megawatts"),
+        (BOOSTER, {"nodes": 1, "megawatts": 1}, "--nodes 1 and --megawatts 1 both say how large; give one of them"),
         (BOOSTER, {"nodes": 101}, "made has 100 nodes, and 101 are asked for"),
         (BOOSTER, {"gpus": 404}, "made has 100 nodes, and 101 are asked for"),
         (BOOSTER, {"gpus": 42}, "which hold 4; take 40 or 44"),
@@ -100,6 +100,15 @@ def test_more_nodes_than_a_job_may_have_are_said():
     assert size(site, nodes=2).assumes == ()
     (line,) = size(site, nodes=3).assumes
     assert line == "3 nodes in one job, where its partition or qos gives 2 (the user guide): another, or an agreement"
+
+
+def test_spares_count_as_nodes_of_the_job():
+    site = made(nodes=said(5), node=Node(accelerators=said(4)), scheduler=Scheduler(max_nodes=said(2, source="the user guide")))
+    (line,) = spared(size(site, nodes=2), site, 1).assumes
+    assert line == "2 nodes and 1 spare in one job, where its partition or qos gives 2 (the user guide): another, or an agreement"
+    assert len(spared(size(site, nodes=3), site, 1).assumes) == 1
+    with pytest.raises(SiteError, match="has 5 nodes, and 4 with 2 spares are asked for; give fewer of either"):
+        spared(size(site, nodes=4), site, 2)
 
 
 @pytest.mark.parametrize(

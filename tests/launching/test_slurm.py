@@ -34,6 +34,7 @@ def test_a_machine_without_slurm_says_so(monkeypatch):
     ("said", "way"),
     [
         ("sbatch: error: invalid partition specified: gpu", "`sinfo` lists them"),
+        ("sbatch: fatal: Could not establish a configuration source", "this machine is of no Slurm cluster: launch on a login node"),
         ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified", "--account"),
         ("sbatch: error: Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)", "--time"),
     ],

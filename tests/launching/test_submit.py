@@ -121,6 +121,17 @@ def test_a_run_goes_on_at_another_site_and_with_other_numbers_only_where_told(ti
         launched("optim.lr=1e-4", other_numbers=True)
 
 
+def test_a_summary_says_what_is_billed(tiny, site, monkeypatch):
+    def billed(**more):
+        return [line for line in submit.summary(prepared(tiny, site(), **more)) if line.startswith("  account")]
+
+    monkeypatch.delenv("SBATCH_ACCOUNT", raising=False)
+    assert "none is named" in billed()[0]
+    assert billed(account="mine") == []
+    monkeypatch.setenv("SBATCH_ACCOUNT", "ours")
+    assert billed() == ["  account  ours, of SBATCH_ACCOUNT"]
+
+
 def test_a_scheduler_that_refuses_leaves_nothing(tiny, site, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(RunError, match="sbatch is not found"):

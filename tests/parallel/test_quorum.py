@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 import pytest
 
 from gigatrain.errors import RunError
-from gigatrain.parallel import quorum
+from gigatrain.parallel import lighthouse, quorum
 from gigatrain.parallel.quorum import OwnSeat, Quorum
 
 KEY = b"0123456789abcdef0123456789abcdef"
@@ -166,6 +167,22 @@ def test_no_quorum_listens_on_all_interfaces_unless_it_is_accepted(host, tmp_pat
         assert "every interface" in ended.stderr
         assert "Traceback" not in ended.stderr
         Quorum(host, 0, KEY, accepted=True).close()
+
+
+@pytest.mark.parametrize(
+    ("serve", "arguments", "said"),
+    [
+        (quorum.main, [], "'nothing' is not what this command reads; write python -m gigatrain.parallel.quorum HOST:PORT"),
+        (quorum.main, ["127.0.0.1:0", "token", "soon"], "LEASE_S is 'soon'; write seconds above 0"),
+        (quorum.main, ["127.0.0.1:0", "token", "nan"], "LEASE_S is 'nan'"),
+        (quorum.main, ["127.0.0.1:0", "token", "5", "opn"], "write python -m"),
+        (lighthouse.main, ["127.0.0.1:0", "5"], "is not what this command reads; write python -m gigatrain.parallel.lighthouse"),
+        (lighthouse.main, ["127.0.0.1:0", "5", "-1"], "WAIT_S is '-1'"),
+    ],
+)
+def test_the_commands_that_serve_refuse_what_they_cannot_read(serve, arguments, said):
+    with pytest.raises(RunError, match=re.escape(said)):
+        serve(arguments)
 
 
 def test_a_token_is_its_owners_alone(tmp_path):
