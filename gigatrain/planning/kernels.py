@@ -163,30 +163,37 @@ def _experts(recipe: Recipe, site: Site, architecture: Architecture) -> _Reason:
         if odd := _odd(architecture, size):
             return "reference", f"plain torch: rows of {odd} elements are not multiples of 16 bytes, as torch's grouped product needs them"
         return "grouped", "torch's grouped product, which reads the counts on the device"
-    if recipe.adapter is not None and not _odd(architecture, 2):
+    on_device = _grouped_on_device(site, size) and not _odd(architecture, size)
+    if on_device and recipe.adapter is not None:
         return "grouped", "[adapter]: experts are frozen, and of torch's grouped product their gradients are not made"
-    if _glues(recipe, site, architecture):
+    if on_device and _architecture(site) == "sm_90":  # where it was measured
         return "glued", (
             "torch's grouped products with one Triton launch between two: on an H200 1.47 times as fast as Triton's own products (Qwen3-30B-A3B, "
             "8,192 tokens, forward and backward)"
         )
     spared = _spared(architecture.hidden, architecture.expert_width)
     slower = "" if spared >= _BEHIND else ': in bf16 "glued" may be faster, measure it'
+    frozen = "" if recipe.adapter is None else "; [adapter]: gradients of the frozen experts are made and thrown away"
     return "fused", (
         f"spares passes over memory worth {100 * spared:.0f} % of its products' time on an H200, by bytes and FLOPs; "
-        f"Triton's products are taken to be 3 to 15 % slower than torch's{slower}"
+        f"Triton's products are taken to be 3 to 15 % slower than torch's{slower}{frozen}"
     )
+
+
+def _architecture(site: Site) -> str | None:
+    return None if site.accelerator is None else hardware.ARCHITECTURES[site.accelerator]
+
+
+def _grouped_on_device(site: Site, size: int) -> bool:
+    """Whether torch's grouped product of elements of `size` bytes is known to leave the counts on the device, without which a run refuses it
+    (kernels/moe.py's `supports`): in bf16 on compute capability 9 and 10, and on AMD."""
+    architecture = _architecture(site) or ""
+    return architecture.startswith("gfx") or (size == 2 and architecture.startswith(("sm_9", "sm_10")))
 
 
 def _odd(architecture: Architecture, size: int) -> int | None:
     """The first length of the experts' rows that is no multiple of 16 bytes, of `size` an element, as torch's grouped product needs them; None: all are."""
     return next((n for n in (architecture.hidden, architecture.expert_width) if n * size % 16), None)
-
-
-def _glues(recipe: Recipe, site: Site, architecture: Architecture) -> bool:
-    """Experts' products are torch's on Hopper in bf16, where it was measured and where torch reads no counts on the host (kernels/moe.py)."""
-    hopper = site.accelerator is not None and hardware.ARCHITECTURES[site.accelerator] == "sm_90"
-    return hopper and recipe.train.compute == "bf16" and not _odd(architecture, 2)
 
 
 _BEHIND = 0.15  # of the time of a product, what Triton's dense products are at most behind cuBLAS's on Hopper
@@ -236,5 +243,5 @@ def _attended(recipe: Recipe, site: Site, architecture: Architecture) -> attenti
         sequence=train.sequence,
         asks=frozenset(name for name, asked in asks.items() if asked),
         deterministic=train.deterministic,
-        architecture=None if site.accelerator is None else hardware.ARCHITECTURES[site.accelerator],
+        architecture=_architecture(site),
     )
