@@ -36,7 +36,7 @@ def tree(recipe: Mapping[str, Any], data: Path) -> dict[str, Any]:
             "sources": sources, "validation": 0.2, "workers": 1,
         },
         "train": {**kept, "sequence": sequence, "batch": 4, "steps": 4, "precision": "fp32", "nproc": 1},
-        "optim": optim | {"lr": min(1e-3, 10 * optim["lr"])},
+        "optim": optim | {"lr": _rounded(min(1e-3, 10 * optim["lr"]))},
         "schedule": recipe.get("schedule", {}) | {"warmup": 1},
         "validation": {"max_samples": 4},
         "checkpoint": {"every": 2, "keep": 2},
@@ -109,6 +109,11 @@ def _rope(rope: Mapping[str, Any], channels: int) -> dict[str, Any]:
     pairs = int(channels * rope.get("partial", 1.0)) // 2
     short = {"original_positions": _POSITIONS} if rope.get("original_positions") else {}
     return {key: list(value[:pairs]) if key in ("short_factor", "long_factor") else value for key, value in rope.items()} | short
+
+
+def _rounded(value: float) -> float:
+    """To three digits, as a reader would write it: ten times 5e-7 is 4.9999999999999996e-06."""
+    return float(f"{value:.3g}")
 
 
 def _multiple(value: float, of: int) -> int:

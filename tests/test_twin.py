@@ -63,6 +63,7 @@ def test_a_twin_keeps_what_the_task_is():
         assert small.model.source is None
         assert (small.data.sources[0].format == "text") == (whole.data.sources[0].format == "text")
     assert load.recipe("deepseek-v3/pretrain-tiny").loss.router_bias_rate == 1e-3
+    assert load.recipe("qwen3-0.6b/dpo-tiny").optim.lr == 5e-6  # and not 4.9999999999999996e-06
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from gigatrain.errors import RunError
 from gigatrain.foreign import Foreign
 from gigatrain.kernels import launch
 from gigatrain.models.decoder import verify as verified
-from gigatrain.planning.plan import NARROW, Plan
+from gigatrain.planning.kernels import NARROW
+from gigatrain.planning.plan import Plan
 
 
 def prepare(plan: Plan) -> None:

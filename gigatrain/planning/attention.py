@@ -8,9 +8,6 @@ site names none, the accelerator. Whatever is chosen, a run compares it with pla
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from gigatrain.planning import hardware
-
-ACCELERATORS = hardware.ARCHITECTURES  # accelerators that a site may name, and their architecture; None: not known
 # What each of torch's kernels takes, as kernels/attention_torch.py's `LIMITS` has it (a test holds them equal): widest head, what it is a multiple of, and
 # what else it can.
 LIMITS: Mapping[str, tuple[int, int, frozenset[str]]] = {

@@ -24,7 +24,8 @@ from typing import Any
 from gigatrain.architectures import Architecture
 from gigatrain.errors import PlanError
 from gigatrain.planning import layout
-from gigatrain.planning.plan import IMPLEMENTATIONS, TRITON, Choice, Plan, gib
+from gigatrain.planning.kernels import IMPLEMENTATIONS, TRITON, Choice
+from gigatrain.planning.plan import Plan, gib
 
 ALIKE = 3  # layers of a stage that are built where all are alike
 RING = {"allgather": 1.0, "reducescatter": 1.0, "allreduce": 2.0, "alltoall": 1.0, "send": 1.0, "broadcast": 1.0}

@@ -1,6 +1,5 @@
 """Recipe x Site -> Plan: every number concrete, and what cannot work refused before anything is allocated."""
 
-import difflib
 import functools
 import hashlib
 import json
@@ -36,12 +35,12 @@ from gigatrain.errors import PlanError
 from gigatrain.foreign import Foreign
 from gigatrain.planning import (
     adapting,
-    attention,
     axes,
     budget,
     cost,
     fusions,
     hardware,
+    kernels,
     objective,
     phases,
     products,
@@ -52,44 +51,11 @@ from gigatrain.planning import (
 from gigatrain.planning.expect import expect
 from gigatrain.planning.expected import Expected
 from gigatrain.planning.fusions import Fusion, Name
+from gigatrain.planning.kernels import Choice
 from gigatrain.planning.phases import Stretch
 from gigatrain.planning.watts import Watts
 from gigatrain.site import Site
 
-# Every operation and its implementations, the reference first: kernels/ops.py's, known here without torch (a test holds them equal).
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "embedding": ("reference", "fused"),
-    "rms_norm": ("reference", "lean", "fused"),
-    "add_rms_norm": ("reference", "lean", "fused"),
-    "rope": ("reference", "lean", "fused"),
-    "qk_norm_rope": ("reference", "lean", "fused"),
-    "swiglu": ("reference", "fused"),
-    "geglu": ("reference", "fused"),
-    "relu2": ("reference", "fused"),
-    "xielu": ("reference", "fused"),
-    "dropout_add": ("reference", "fused"),
-    "linear": ("reference",),
-    "quantise": ("reference", "fused"),
-    "router": ("reference", "fused"),
-    "expert_sort": ("reference", "fused"),
-    "moe": ("reference", "grouped", "glued", "fused"),
-    "experts": ("reference", "grouped", "glued", "fused"),
-    "attention": ("reference", "sdpa", "blocked", *attention.ON_GPU),
-    "linear_cross_entropy": ("reference", "chunked", "fused"),
-    "grad_norm": ("reference", "fused"),
-    "adamw": ("reference", "foreach", "fused"),
-    "newton_schulz": ("reference", "fused"),
-    "muon_momentum": ("reference", "fused"),
-    "muon_update": ("reference", "fused"),
-}
-TRITON = ("fused", "glued")  # names of implementations that need a GPU; glued: torch's products with Triton between them
-# Versions that compute other numbers, in low precision: chosen by train.precision = "fp8" and its table, never by kernels.
-NARROW: dict[str, tuple[str, ...]] = {"linear": tuple(products.VERSIONS.values()), "moe": ("fp8_rowwise",), "experts": ("fp8_rowwise",)}
-# Those within a model's layers, which a model of transformers' computes by its own code.
-MODEL = (
-    "embedding", "rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu2", "xielu", "dropout_add", "linear", "router",
-    "expert_sort", "quantise", "moe", "experts", "attention",
-)  # fmt: skip
 # What a resume may change: no tensor of the run depends on it, but for the order in which ranks and microbatches are summed.
 OPERATIONAL = (
     "ranks",
@@ -126,14 +92,6 @@ ARITHMETIC = ("site", "device", "kernels", "compile", "recompute", "deterministi
 NUMBERS = ("precision", "fp8", "optim.master", "optim.moments", "optim.rounding", "numerics")
 # And what lies ahead of its checkpoint: how far the run goes, at which rate, in which phases. Those behind it are the run's past (data/loader.py compares).
 AHEAD = ("steps", "tokens", "schedule", "phases", "sequence", "positions", "batch", "tokens_per_step", "flops_per_token")
-
-
-class Choice(Section):
-    """Which kernel computes an operation, and why that one."""
-
-    op: str
-    kernel: str
-    why: str
 
 
 class Plan(Section):
@@ -286,6 +244,16 @@ class Plan(Section):
         ]
 
 
+# What a plan has as the recipe says it: of the recipe itself, and of its table `train`.
+_OF_RECIPE = (
+    "name", "summary", "engine", "profile", "tokenizer", "data", "adapter", "optim", "schedule", "loss", "objective", "validation", "checkpoint",
+    "recovery", "numerics", "report", "power", "sample", "export",
+)  # fmt: skip
+_OF_TRAIN = (
+    "sequence", "batch", "precision", "seed", "recompute", "dropout", "neftune", "compile", "deterministic", "max_bad_steps",
+)  # fmt: skip
+
+
 def plan(
     recipe: Recipe,
     site: Site,
@@ -321,9 +289,11 @@ def plan(
     steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / tokens_per_step)
     phases.check(recipe.schedule, steps)
     low = products.resolve(recipe, site, architecture, mesh)
-    kernels = _kernels(recipe, site, architecture, low)
-    chosen = fusions.choose(recipe, site, architecture, mesh, microbatch, accumulation, {choice.op: choice.kernel for choice in kernels})
-    replicas.check(recipe, mesh, chosen)
+    choices = kernels.choose(recipe, site, architecture, low)
+    chosen = {choice.op: choice.kernel for choice in choices}
+    fused = fusions.choose(recipe, site, architecture, mesh, microbatch, accumulation, chosen)
+    replicas.check(recipe, mesh, fused)
+    _check(recipe, architecture)
     memory = cost.memory(
         architecture,
         device=site.device,
@@ -335,94 +305,38 @@ def plan(
         optim=recipe.optim,
         mesh=mesh,
         engine=recipe.engine,
-        kernels={choice.op: choice.kernel for choice in kernels},
+        kernels=chosen,
         documents=recipe.documents,
-        fused=frozenset(fusion.name for fusion in chosen if fusion.on),
+        fused=frozenset(fusion.name for fusion in fused if fusion.on),
         adapter=recipe.adapter,
     )
     memory = objective.with_teacher(recipe, memory, microbatch * accumulation)
-    if recipe.tokenizer.train and recipe.tokenizer.train.vocab > architecture.vocab:
-        raise PlanError(
-            f"tokenizer.train.vocab {recipe.tokenizer.train.vocab} is above model.architecture.vocab {architecture.vocab}; "
-            "the model has no embedding for the rest: make them equal"
-        )
-    if recipe.optim.master != "fp32" and train.precision == "fp32":
-        raise PlanError(
-            f'optim.master "{recipe.optim.master}" keeps corrections of bf16 weights, and train.precision is fp32, where the weights are their own master; '
-            'set optim.master = "fp32" or train.precision = "bf16"'
-        )
-    form = f"{recipe.optim.master} master weights with {recipe.optim.moments} moments"
-    if {choice.op: choice.kernel for choice in kernels}.get("adamw") == "foreach" and form != "fp32 master weights with fp32 moments":
-        raise PlanError(f'kernels.adamw "foreach" is torch\'s own AdamW, which has no {form}; set kernels.adamw = "reference"')
-    if train.recompute == "lean" and train.compile:
-        raise PlanError(
-            'train.recompute "lean" and train.compile exclude each other: the compiler decides what it keeps; set recompute = "none" or "selective"'
-        )
-    room, why = hardware.memory_bytes(site)  # as sold, an upper bound: `fits` of a forecast is by the 0.99 of it that torch sees
-    if fits and room is not None and memory.total > room:
-        said = f" ({why})" if site.memory_bytes is None else ""
-        raise PlanError(
-            f"the run needs {gib(memory.total)} on {site.name}, which has {gib(room)}{said}: weights {gib(memory.weights)}, "
-            f"gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}, activations about {gib(memory.activations)}, "
-            f"workspace about {gib(memory.workspace)}; "
-            'lower train.microbatch or train.sequence, or set train.recompute = "full"'
-        )
+    if fits:
+        _check_memory(memory, site)
     found = Plan(
-        name=recipe.name,
-        summary=recipe.summary,
+        **{name: getattr(recipe, name) for name in _OF_RECIPE},
+        **{name: getattr(train, name) for name in _OF_TRAIN},
         site=site.name,
         device=site.device,
         ranks=ranks,
         mesh=mesh,
-        engine=recipe.engine,
-        profile=recipe.profile,
         architecture=architecture,
         source=None if recipe.model.fresh or (recipe.optim.source is not None and recipe.adapter is None) else recipe.model.source,
         roped=recipe.model.rope is not None,
         init=recipe.model.init,
-        tokenizer=recipe.tokenizer,
-        data=recipe.data,
-        sequence=train.sequence,
         positions=max(train.sequence, load.positions(recipe.model)),
-        batch=train.batch,
         microbatch=microbatch,
         accumulation=accumulation,
         steps=steps,
         tokens_per_step=tokens_per_step,
         tokens=steps * tokens_per_step,
-        precision=train.precision,
         fp8=low,
-        adapter=recipe.adapter,
-        seed=train.seed,
-        recompute=train.recompute,
-        dropout=train.dropout,
-        neftune=train.neftune,
-        compile=train.compile,
-        deterministic=train.deterministic,
-        max_bad_steps=train.max_bad_steps,
-        optim=recipe.optim,
-        schedule=recipe.schedule,
-        loss=recipe.loss,
-        objective=recipe.objective,
-        validation=recipe.validation,
-        checkpoint=recipe.checkpoint,
-        recovery=recipe.recovery,
-        numerics=recipe.numerics,
-        report=recipe.report,
-        power=recipe.power,
         watts=watts.of(site, ranks),
         draw=budget.draw(recipe.power, site, ranks),
-        sample=recipe.sample,
-        export=recipe.export,
-        kernels=kernels,
-        fusions=chosen,
+        kernels=choices,
+        fusions=fused,
         parameters=architecture.parameters(),
-        flops_per_token=objective.flops_per_token(recipe.objective, architecture, train.sequence)
-        + (
-            adapting.flops_per_token(architecture, recipe.adapter, train.sequence)
-            if recipe.adapter is not None and isinstance(architecture, Architecture)
-            else architecture.flops_per_token(train.sequence)
-        ),
+        flops_per_token=_flops_per_token(recipe, architecture),
         memory=memory,
     )
     if (why := objective.unknown(recipe)) is not None:
@@ -430,170 +344,50 @@ def plan(
     return found.model_copy(update={"expected": expect(found, site, constants)}) if forecast else found
 
 
+def _check(recipe: Recipe, architecture: Architecture | Foreign) -> None:
+    """Raise PlanError for sections that exclude each other."""
+    train, optim = recipe.train, recipe.optim
+    if recipe.tokenizer.train and recipe.tokenizer.train.vocab > architecture.vocab:
+        raise PlanError(
+            f"tokenizer.train.vocab {recipe.tokenizer.train.vocab} is above model.architecture.vocab {architecture.vocab}; "
+            "the model has no embedding for the rest: make them equal"
+        )
+    if optim.master != "fp32" and train.precision == "fp32":
+        raise PlanError(
+            f'optim.master "{optim.master}" keeps corrections of bf16 weights, and train.precision is fp32, where the weights are their own master; '
+            'set optim.master = "fp32" or train.precision = "bf16"'
+        )
+    if train.recompute == "lean" and train.compile:
+        raise PlanError(
+            'train.recompute "lean" and train.compile exclude each other: the compiler decides what it keeps; set recompute = "none" or "selective"'
+        )
+
+
+def _check_memory(memory: cost.Memory, site: Site) -> None:
+    """Raise PlanError for a need beyond what the site's devices have as they are sold, an upper bound: a forecast's `fits` is by the 0.99 that torch sees."""
+    room, why = hardware.memory_bytes(site)
+    if room is not None and memory.total > room:
+        said = f" ({why})" if site.memory_bytes is None else ""
+        raise PlanError(
+            f"the run needs {gib(memory.total)} on {site.name}, which has {gib(room)}{said}: weights {gib(memory.weights)}, "
+            f"gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}, activations about {gib(memory.activations)}, "
+            f"workspace about {gib(memory.workspace)}; "
+            'lower train.microbatch or train.sequence, or set train.recompute = "full"'
+        )
+
+
+def _flops_per_token(recipe: Recipe, architecture: Architecture | Foreign) -> float:
+    """What a step computes for a token: forward, backward, and what its objective adds."""
+    sequence = recipe.train.sequence
+    beside = objective.flops_per_token(recipe.objective, architecture, sequence)
+    if recipe.adapter is not None and isinstance(architecture, Architecture):
+        return beside + adapting.flops_per_token(architecture, recipe.adapter, sequence)
+    return beside + architecture.flops_per_token(sequence)
+
+
 def gib(count: int) -> str:
     """Bytes for a reader: `12.3 GiB`."""
     return f"{count / 2**30:.2f} GiB"
-
-
-def _kernels(recipe: Recipe, site: Site, architecture: Architecture | Foreign, low: products.Products | None) -> tuple[Choice, ...]:
-    """The implementation of each operation, with the reason: by the recipe, else by rules (benchmarks/LOG.md; those for CUDA await a GPU)."""
-    wanted = recipe.kernels if isinstance(recipe.kernels, dict) else {"default": recipe.kernels}
-    default = wanted.get("default", "auto")
-    if default not in ("auto", "reference"):
-        raise PlanError(f"kernels.default {default!r} is neither auto nor reference")
-    for op, name in wanted.items():
-        if op != "default" and op not in IMPLEMENTATIONS:
-            close = difflib.get_close_matches(op, IMPLEMENTATIONS, 1)
-            known = f"did you mean {close[0]}?" if close else f"there are {', '.join(IMPLEMENTATIONS)}"
-            raise PlanError(f"kernels.{op}: no operation is called so; {known}")
-        if name in NARROW.get(op, ()):
-            raise PlanError(
-                f'kernels.{op} {name!r} computes other numbers, not the same ones faster; set train.precision = "fp8" and fp8.scaling'
-            )
-        if op != "default" and name not in IMPLEMENTATIONS[op]:
-            raise PlanError(f"kernels.{op} {name!r}: choose one of {', '.join(IMPLEMENTATIONS[op])}")
-        on_gpu = {*TRITON, *attention.ON_GPU}
-        if name in on_gpu and site.device == "cpu":
-            others = " or ".join(one for one in IMPLEMENTATIONS[op] if one not in on_gpu)
-            kernels = "Triton kernels need" if name in TRITON else f"{name} needs"
-            raise PlanError(f'kernels.{op} "{name}": {kernels} a GPU, and {site.name} has none; choose {others}')
-    if isinstance(architecture, Architecture) and site.device == "cuda" and (name := wanted.get("attention")):
-        call = _attended(recipe, site, architecture)
-        why = attention.refusal(name, call)
-        if why is not None:
-            raise PlanError(f'kernels.attention "{name}": {why}; choose "{attention.chosen(call)[0]}", or leave it out')
-    chosen = _rules(recipe, site, architecture) if default == "auto" else {}
-    reasons = dict.fromkeys(IMPLEMENTATIONS, ("reference", 'the recipe says kernels = "reference"')) | chosen
-    reasons |= {op: (name, "the recipe says so") for op, name in wanted.items() if op != "default"}
-    if low is not None:
-        how = "train.precision fp8" + (", emulated" if low.emulate else "")
-        lowered: dict[str, tuple[str, str]] = {}
-        if any(name != products.EXPERTS for name in low.low):
-            lowered["linear"] = (products.VERSIONS[low.scaling], f"{how}: {low.scaling}")
-        if products.EXPERTS in low.low:
-            lowered |= dict.fromkeys(("moe", "experts"), ("fp8_rowwise", f"{how}: rowwise, weight gradients bf16"))
-        if twice := [op for op in lowered if op in wanted]:
-            raise PlanError(
-                f'kernels.{twice[0]} "{wanted[twice[0]]}" and train.precision "fp8" both choose these products; leave kernels.{twice[0]} out, and name '
-                "what is to stay in bf16 in fp8.high"
-            )
-        reasons |= lowered
-    return tuple(Choice(op=op, kernel=kernel, why=why) for op, (kernel, why) in reasons.items())
-
-
-_BEHIND = 0.15  # of the time of a product, what Triton's dense products are at most behind cuBLAS's on Hopper
-
-
-def _spared(hidden: int, width: int) -> float:
-    """What `fused` spares `glued` in bf16, as a share of the products' time: passes over memory at 4.3 TB/s, products at 790 TFLOP/s (an H200's).
-
-    Per visit: rows gathered and read again in forward (4 h bytes), twice in backward (8 h), gate and up read again, dh written and read (8 i); 18 h i FLOPs.
-    """
-    return (12 * hidden + 8 * width) / 4.3e12 / (18 * hidden * width / 790e12)
-
-
-def _glues(recipe: Recipe, site: Site, architecture: Architecture) -> bool:
-    """Experts' products are torch's on Hopper in bf16, where it was measured and where torch reads no counts on the host (kernels/moe.py)."""
-    hopper = site.accelerator is not None and attention.ACCELERATORS[site.accelerator] == "sm_90"
-    return hopper and recipe.train.compute == "bf16" and not any(2 * n % 16 for n in (architecture.hidden, architecture.expert_width))
-
-
-def _rules(recipe: Recipe, site: Site, architecture: Architecture | Foreign) -> dict[str, tuple[str, str]]:
-    compiled, gpu = recipe.train.compile, site.device == "cuda"
-    chosen: dict[str, tuple[str, str]] = dict.fromkeys(IMPLEMENTATIONS, ("reference", "plain torch: nothing else runs on this device"))
-    fused = ("fused", "one Triton launch each way")
-    for op in ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "relu2", "xielu", "dropout_add"):
-        if compiled:
-            chosen[op] = ("reference", "train.compile: the compiler fuses plain torch")
-        elif gpu:
-            chosen[op] = fused
-        elif "lean" in IMPLEMENTATIONS[op]:
-            chosen[op] = ("lean", "one backward in few passes, and less is saved for it")
-    chosen["linear"] = ("reference", "torch's product")
-    chosen["quantise"] = ("fused", "codes and transposed codes in one pass") if gpu and not compiled else chosen["quantise"]
-    chosen["embedding"] = ("fused", "its gradient is sorted, summed in fp32 and deterministic") if gpu else chosen["embedding"]
-    if gpu:
-        chosen |= dict.fromkeys(("grad_norm", "adamw", "muon_momentum", "muon_update"), ("fused", "one launch a bucket"))
-        chosen |= dict.fromkeys(
-            ("router", "moe", "experts"), ("fused", "a choice in two launches, products with the activation at their end")
-        )
-        chosen["expert_sort"] = ("fused", "counting sort in three launches")
-        chosen["newton_schulz"] = ("fused", "symmetric products or the Gram form, whichever has fewer FLOPs")
-    elif (recipe.optim.master, recipe.optim.moments) == ("fp32", "fp32"):
-        chosen["adamw"] = ("foreach", "torch's own fused update")
-    chosen["linear_cross_entropy"] = ("fused" if gpu else "chunked", "never holds all logits")
-    if isinstance(architecture, Foreign):
-        within = "the model's own code: transformers' " + architecture.class_name
-        return chosen | dict.fromkeys(MODEL, ("reference", within))
-    odd = [n for n in (architecture.hidden, architecture.expert_width) if n * 2 % 16] if architecture.experts else []
-    if architecture.experts and gpu and recipe.adapter is not None and not odd:
-        why = "[adapter]: experts are frozen, and of torch's grouped product their gradients are not made"
-        chosen |= dict.fromkeys(("moe", "experts"), ("grouped", why))
-    elif architecture.experts and gpu and _glues(recipe, site, architecture):
-        why = (
-            "torch's grouped products with one Triton launch between two: on an H200 1.47 times as fast as Triton's own products (Qwen3-30B-A3B, "
-            "8,192 tokens, forward and backward)"
-        )
-        chosen |= dict.fromkeys(("moe", "experts"), ("glued", why))
-    elif architecture.experts and gpu:
-        spared = _spared(architecture.hidden, architecture.expert_width)
-        why = f"spares passes over memory worth {100 * spared:.0f} % of its products' time on an H200, by bytes and FLOPs; "
-        why += "Triton's products are taken to be 3 to 15 % slower than torch's" + (
-            "" if spared >= _BEHIND else ': in bf16 "glued" may be faster, measure it'
-        )
-        chosen |= dict.fromkeys(("moe", "experts"), ("fused", why))
-    elif architecture.experts:
-        size = 2 if recipe.train.compute == "bf16" else 4
-        why = "torch's grouped product, which reads the counts on the device"
-        if odd := [n for n in (architecture.hidden, architecture.expert_width) if n * size % 16]:
-            why = f"plain torch: rows of {odd[0]} elements are not multiples of 16 bytes, as torch's grouped product needs them"
-        chosen |= dict.fromkeys(("moe", "experts"), ("reference" if odd else "grouped", why))
-    if architecture.experts and recipe.mesh.expert > 1:
-        reads = "no count is read" if recipe.mesh.dispatch == "gather" else "counts are read on the host once per layer and forward"
-        chosen["moe"] = (chosen["moe"][0], f"mesh.dispatch {recipe.mesh.dispatch} between ranks, which runs `experts` on each: {reads}")
-    chosen["attention"] = _attention(recipe, site, architecture)
-    return chosen
-
-
-def _attention(recipe: Recipe, site: Site, architecture: Architecture) -> tuple[str, str]:
-    call = _attended(recipe, site, architecture)
-    lacking = " and no ".join(attention.SAID[one] for one in ("softcap", "sinks") if one in call.asks)
-    if recipe.mesh.context > 1 and recipe.mesh.exchange == "ring":
-        return "sdpa" if not lacking else "reference", "parallel/ring.py's own, block by block of the ranks' keys; this one is not called"
-    if recipe.train.compile:
-        return ("reference", f"train.compile, which has no {lacking}") if lacking else ("sdpa", "train.compile: torch's fused attention")
-    if site.device == "cuda":
-        return attention.chosen(call)
-    if recipe.train.compute == "bf16" and recipe.train.sequence <= 2048:
-        return "blocked", "in bf16 on a CPU twice as fast as torch's, at 256 and 1,024 tokens"
-    if lacking:
-        return "blocked", f"torch's fused attention has no {lacking}"
-    return "sdpa", "torch's fused attention"
-
-
-def _attended(recipe: Recipe, site: Site, architecture: Architecture) -> attention.Call:
-    """What attention is asked for on one rank: tensor parallelism and Ulysses cut its heads."""
-    mesh, train = recipe.mesh, recipe.train
-    shared = mesh.tensor * (mesh.context if mesh.exchange == "ulysses" else 1)
-    values = getattr(architecture, "value_dim", architecture.head_dim)
-    asks = {
-        "values": values != architecture.head_dim,
-        "single": train.precision == "fp32",
-        "documents": recipe.documents,
-        "window": any((window := architecture.window_of(i)) and window < train.sequence for i in range(architecture.layers)),
-        "softcap": architecture.attention_softcap is not None,
-        "sinks": getattr(architecture, "sinks", False),
-    }
-    return attention.Call(
-        heads=max(1, architecture.heads // shared),
-        kv_heads=max(1, architecture.kv_heads // shared),
-        channels=architecture.head_dim,
-        values=values,
-        sequence=train.sequence,
-        asks=frozenset(name for name, asked in asks.items() if asked),
-        deterministic=train.deterministic,
-        architecture=None if site.accelerator is None else attention.ACCELERATORS[site.accelerator],
-    )
 
 
 def _sha256(tree: Any) -> str:

@@ -10,7 +10,8 @@ from rich.console import Console
 from gigatrain import load, loop
 from gigatrain.kernels.ops import OPERATIONS
 from gigatrain.observe.display import Display
-from gigatrain.planning.plan import Choice, plan
+from gigatrain.planning.kernels import Choice
+from gigatrain.planning.plan import plan
 
 STEPS = 200
 

@@ -15,7 +15,8 @@ from gigatrain.models.decoder import Decoder, decays
 from gigatrain.optim.adamw import AdamW
 from gigatrain.parallel.mesh import alone
 from gigatrain.planning import cost
-from gigatrain.planning.plan import Choice, plan
+from gigatrain.planning.kernels import Choice
+from gigatrain.planning.plan import plan
 
 VOCAB, T = 320, 16
 

@@ -6,14 +6,13 @@ import pytest
 
 from gigatrain import load
 from gigatrain.errors import PlanError, SiteError
-from gigatrain.planning import attention, hardware
+from gigatrain.planning import hardware
 from gigatrain.planning.plan import plan
 from gigatrain.site import Accelerator, Figure
 
 
 def test_the_table_has_what_a_site_may_name():
     assert tuple(hardware.CHIPS) == get_args(Accelerator)
-    assert attention.ACCELERATORS is hardware.ARCHITECTURES
     with pytest.raises(SiteError, match='did you mean "mi250x"'):
         hardware.chip("mi250")
 

@@ -7,9 +7,10 @@ import pytest
 
 from gigatrain import load
 from gigatrain.errors import PlanError
-from gigatrain.planning import attention
+from gigatrain.planning import attention, hardware
 from gigatrain.planning.attention import Call
-from gigatrain.planning.plan import IMPLEMENTATIONS, plan
+from gigatrain.planning.kernels import IMPLEMENTATIONS
+from gigatrain.planning.plan import plan
 from gigatrain.site import Accelerator
 
 LLAMA = Call(heads=32, kv_heads=8, channels=128, values=128, sequence=8192, asks=frozenset(), architecture="sm_90")
@@ -32,7 +33,7 @@ def test_limits_are_those_of_the_kernels():
 
 def test_a_site_may_name_the_accelerators_that_are_known():
     known = get_args(Accelerator)
-    assert known == tuple(attention.ACCELERATORS)
+    assert known == tuple(hardware.ARCHITECTURES)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_every_guard_names_its_thread_and_meets_a_call():
         assert set(guard.versions) <= set(IMPLEMENTATIONS["attention"])
         calls = [
             asked(architecture=architecture, kv_heads=kv_heads, sequence=sequence, deterministic=exact, asks=asks)
-            for architecture in (None, *attention.ACCELERATORS.values())
+            for architecture in (None, *hardware.ARCHITECTURES.values())
             for kv_heads in (2, 8)
             for sequence in (8192, 8200)
             for exact in (False, True)

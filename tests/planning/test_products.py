@@ -5,7 +5,8 @@ import pytest
 from gigatrain import load
 from gigatrain.errors import PlanError
 from gigatrain.planning import products
-from gigatrain.planning.plan import IMPLEMENTATIONS, NARROW, plan
+from gigatrain.planning.kernels import IMPLEMENTATIONS, NARROW
+from gigatrain.planning.plan import plan
 
 LOW = ("train.precision=fp8", "fp8.emulate=true", "fp8.least=[16, 16]")
 WIDE = (
