@@ -16,7 +16,7 @@ from typing import Any
 
 from gigatrain.config import Source
 from gigatrain.data import sources, stdlib
-from gigatrain.data.build import held_out
+from gigatrain.data.documents import held_out
 
 
 def questions(share: float) -> list[tuple[str, str]]:

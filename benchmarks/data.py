@@ -23,7 +23,8 @@ from typing import Any
 
 from gigatrain import config
 from gigatrain.data import sources, tokenizer
-from gigatrain.data.build import Corpus, build
+from gigatrain.data.build import build
+from gigatrain.data.corpus import Corpus
 from gigatrain.data.loader import Batches
 
 RESULTS = Path(__file__).parent / "results" / "data.csv"

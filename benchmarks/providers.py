@@ -42,7 +42,7 @@ VARIANTS = {
 def gigatrain(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
     """What loop.train does in a step, with the same parts in the same order."""
     from gigatrain import engines, feed
-    from gigatrain.data.build import Corpus
+    from gigatrain.data.corpus import Corpus
     from gigatrain.observe.display import Display
     from gigatrain.observe.metrics import Metrics
     from gigatrain.optim import schedule

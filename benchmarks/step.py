@@ -104,7 +104,8 @@ def prepare(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan
     from safetensors.torch import save_file
 
     from gigatrain import architectures
-    from gigatrain.data.build import Corpus, build
+    from gigatrain.data.build import build
+    from gigatrain.data.corpus import Corpus
     from gigatrain.data.loader import Batches
     from gigatrain.models import hf
     from gigatrain.models.decoder import Decoder
@@ -143,7 +144,7 @@ def prepare(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan
 
 def _random_corpus(folder: Path, plan: Plan, steps: int) -> Any:
     """One document of uniformly random tokens, as our shards hold it."""
-    from gigatrain.data.build import Corpus
+    from gigatrain.data.corpus import Corpus
     from gigatrain.data.shards import ShardWriter
 
     folder.mkdir()

@@ -124,7 +124,7 @@ class Counted(Gate):
 def gigatrain(job: dict[str, Any], plan: Plan, pipe: Any) -> None:
     """What loop.train does in a step."""
     from gigatrain import engines, feed
-    from gigatrain.data.build import Corpus
+    from gigatrain.data.corpus import Corpus
     from gigatrain.observe.display import Display
     from gigatrain.observe.metrics import Metrics
     from gigatrain.optim import schedule

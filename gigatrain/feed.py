@@ -9,6 +9,7 @@ import torch
 
 from gigatrain import objectives
 from gigatrain.data import build, reach, taught
+from gigatrain.data.corpus import Corpus
 from gigatrain.data.course import Phase
 from gigatrain.data.held import Held
 from gigatrain.data.loader import Batches
@@ -25,7 +26,7 @@ from gigatrain.planning.plan import Plan
 from gigatrain.run import Run
 
 
-def corpus(plan: Plan, this: Run, resumes: bool, mesh: Mesh, display: Display, log: Log) -> build.Corpus:
+def corpus(plan: Plan, this: Run, resumes: bool, mesh: Mesh, display: Display, log: Log) -> Corpus:
     """The corpus that the run began with, if it is still there; else rank 0 builds it and the others open it. A resume then compares its hash."""
 
     def built() -> str:
@@ -33,7 +34,7 @@ def corpus(plan: Plan, this: Run, resumes: bool, mesh: Mesh, display: Display, l
             raise RunError(outside)
         before = Path(plan.data.folder).expanduser().absolute() / this.corpus if this.corpus else None
         if resumes and before is not None and (before / "manifest.json").is_file():
-            found = build.Corpus.open(before, weights, check=True)
+            found = Corpus.open(before, weights, check=True)
         else:
             if before is not None:
                 display.line(f"  corpus   {before} is not there: built again from the recipe's sources, and compared by its hash")
@@ -56,11 +57,11 @@ def corpus(plan: Plan, this: Run, resumes: bool, mesh: Mesh, display: Display, l
     folder = Path(ranks.first(mesh, built))
     this.corpus = folder.name
     with agreed(mesh, DataError, str):
-        found = build.Corpus.open(folder, weights)
+        found = Corpus.open(folder, weights)
     return dataclasses.replace(found, embedded=plan.architecture.vocab)
 
 
-def batches(plan: Plan, corpus: build.Corpus, mesh: Mesh, device: torch.device) -> Batches:
+def batches(plan: Plan, corpus: Corpus, mesh: Mesh, device: torch.device) -> Batches:
     """This rank's share of every step, in the plan's order."""
     reader, readers = mesh.data
     return Batches(
@@ -78,7 +79,7 @@ def batches(plan: Plan, corpus: build.Corpus, mesh: Mesh, device: torch.device) 
     )
 
 
-def teach(plan: Plan, batches: Batches, corpus: build.Corpus, device: torch.device, mesh: Mesh, log: Log) -> None:
+def teach(plan: Plan, batches: Batches, corpus: Corpus, device: torch.device, mesh: Mesh, log: Log) -> None:
     """Let a teacher's words come with every microbatch: its own, or those kept beside the corpus. A resume then compares whose they are."""
     if plan.objective.online:
         compute = torch.bfloat16 if plan.compute == "bf16" else torch.float32

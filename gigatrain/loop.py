@@ -16,7 +16,7 @@ from rich.console import Console
 
 from gigatrain import engines, export, feed, floors, leaving, restore, run, summary, validation
 from gigatrain.checkpoint import Checkpoints, Intervals, Near, Saving, Timed, write_text
-from gigatrain.data import build
+from gigatrain.data.corpus import Corpus
 from gigatrain.engines import ready, replicated, source
 from gigatrain.errors import RunError
 from gigatrain.exporting.card import keep_data
@@ -122,7 +122,7 @@ def _steps(
     folder: Path,
     this: run.Run,
     resumes: bool,
-    corpus: build.Corpus,
+    corpus: Corpus,
     mesh: Mesh,
     device: torch.device,
     display: Display,

@@ -9,7 +9,8 @@ import torch
 
 from gigatrain import run
 from gigatrain.checkpoint import Checkpoints, Saving, weights_sha256, write_text
-from gigatrain.data import build, shown
+from gigatrain.data import shown
+from gigatrain.data.corpus import Corpus
 from gigatrain.errors import RunError
 from gigatrain.observe.display import Display
 from gigatrain.observe.metrics import Metrics, percentile, versions
@@ -29,7 +30,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise RunError(f"{path} is not what a run writes ({failure}); remove it, and --resume makes it again") from None
 
 
-def of(plan: Plan, this: run.Run, saves: Checkpoints, saving: Saving, corpus: build.Corpus, metrics: Metrics, mesh: Mesh) -> dict[str, Any]:
+def of(plan: Plan, this: run.Run, saves: Checkpoints, saving: Saving, corpus: Corpus, metrics: Metrics, mesh: Mesh) -> dict[str, Any]:
     """The numbers that a run is judged by; the README says what each is. Of other ranks than 0 it is empty."""
     if mesh.rank:
         return {}
@@ -61,7 +62,7 @@ def of(plan: Plan, this: run.Run, saves: Checkpoints, saving: Saving, corpus: bu
     }
 
 
-def sample(plan: Plan, folder: Path, display: Display, corpus: build.Corpus) -> None:
+def sample(plan: Plan, folder: Path, display: Display, corpus: Corpus) -> None:
     """A text that goes on from the recipe's prompt, and answers to held-out conversations, which samples.jsonl keeps for the report."""
     held = shown.asked(corpus, plan.sample.held_out)
     if plan.sample.prompt is None and not held:

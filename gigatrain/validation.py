@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gigatrain import objectives
-from gigatrain.data import build
+from gigatrain.data.corpus import Corpus
 from gigatrain.data.held import Held, build_sets
 from gigatrain.data.held import figures as held_figures
 from gigatrain.data.held import held as held_of
@@ -25,7 +25,7 @@ from gigatrain.parallel.mesh import Mesh
 from gigatrain.planning.plan import Plan
 
 
-def held_out(plan: Plan, corpus: build.Corpus, mesh: Mesh, device: torch.device) -> Held | None:
+def held_out(plan: Plan, corpus: Corpus, mesh: Mesh, device: torch.device) -> Held | None:
     """What is validated on; rank 0 tokenises the recipe's further sets, and the others open them."""
 
     def built() -> list[str]:
@@ -35,7 +35,7 @@ def held_out(plan: Plan, corpus: build.Corpus, mesh: Mesh, device: torch.device)
     folders = ranks.first(mesh, built) if names else []
     with agreed(mesh, DataError, str):
         further = {
-            name: dataclasses.replace(build.Corpus.open(Path(folder)), embedded=plan.architecture.vocab)
+            name: dataclasses.replace(Corpus.open(Path(folder)), embedded=plan.architecture.vocab)
             for name, folder in zip(names, folders, strict=True)
         }
     reader, readers = mesh.data

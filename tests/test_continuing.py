@@ -15,7 +15,7 @@ from gigatrain import engines, export, load, restore, run
 from gigatrain.architectures import Architecture
 from gigatrain.config import Schedule
 from gigatrain.data import tokenizer
-from gigatrain.data.build import Corpus
+from gigatrain.data.corpus import Corpus
 from gigatrain.data.loader import Batches
 from gigatrain.errors import CheckpointError, PlanError, RecipeError, RunError
 from gigatrain.optim.schedule import rate

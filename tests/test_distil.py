@@ -12,7 +12,7 @@ from test_loop import planned, same_state, trained
 
 from gigatrain import engines, load, teaching
 from gigatrain.data import taught
-from gigatrain.data.build import Corpus
+from gigatrain.data.corpus import Corpus
 from gigatrain.data.loader import Batches
 from gigatrain.errors import DataError, PlanError, RecipeError, RunError
 from gigatrain.models import autonumbers

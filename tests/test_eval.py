@@ -19,7 +19,7 @@ from rich.console import Console
 
 from gigatrain import cli, config, evaluate, load, loop
 from gigatrain.data import tokenizer
-from gigatrain.data.build import Corpus
+from gigatrain.data.corpus import Corpus
 from gigatrain.errors import RecipeError, RunError
 from gigatrain.evaluate import tasks as harness
 from gigatrain.evaluate import texts

@@ -22,7 +22,8 @@ import pytest
 from commands import training
 
 from gigatrain import config, generate, load, run
-from gigatrain.data import build, sources, tokenizer
+from gigatrain.data import sources, tokenizer
+from gigatrain.data.corpus import Corpus
 from gigatrain.errors import GigatrainError
 from gigatrain.launching import hosts, job, pilots, restart
 from gigatrain.models import hf
@@ -165,7 +166,7 @@ def others(path: Path) -> tuple[Callable[[], object], ...]:
     return (
         lambda: load.recipe(path), lambda: load.site(path), lambda: Schedule.read(path), lambda: calibrate.read(path), lambda: hosts.read(path),
         lambda: verdict.read(path), lambda: restart.excluded_nodes(path), lambda: tokenizer.load(str(path)), lambda: pilots.timed(path.parent),
-        lambda: build.Corpus.open(path.parent), lambda: restore_of(path),
+        lambda: Corpus.open(path.parent), lambda: restore_of(path),
     )  # fmt: skip
 
 

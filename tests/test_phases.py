@@ -10,7 +10,7 @@ from distributed import together
 from test_loop import planned, same_state, trained
 
 from gigatrain import engines, load, run
-from gigatrain.data.build import Corpus
+from gigatrain.data.corpus import Corpus
 from gigatrain.data.course import Course, Phase
 from gigatrain.data.loader import Batches
 from gigatrain.errors import CheckpointError, DataError, PlanError, RecipeError

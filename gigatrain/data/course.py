@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-from gigatrain.data.build import Corpus
+from gigatrain.data.corpus import Corpus
 from gigatrain.data.mixture import Mixture
 from gigatrain.data.pack import Samples
 from gigatrain.data.packs import Packs

@@ -10,7 +10,8 @@ import torch
 
 from gigatrain import config
 from gigatrain.data import build
-from gigatrain.data.build import Corpus, Progress
+from gigatrain.data.corpus import Corpus
+from gigatrain.data.job import Progress
 from gigatrain.data.loader import Packing, Validation
 from gigatrain.data.pairs import Form
 from gigatrain.errors import DataError

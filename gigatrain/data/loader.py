@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gigatrain.data.build import Corpus
+from gigatrain.data.corpus import Corpus
 from gigatrain.data.course import AnySamples, Course, Packing, Phase, samples_of, without
 from gigatrain.data.mixture import Mixture
 from gigatrain.data.pack import IGNORED, Sample

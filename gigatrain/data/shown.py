@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from gigatrain.data.build import Corpus
+from gigatrain.data.corpus import Corpus
 from gigatrain.data.packs import Packs
 from gigatrain.errors import DataError
 

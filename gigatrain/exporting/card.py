@@ -9,7 +9,7 @@ from typing import Any
 import gigatrain
 from gigatrain import catalog, load
 from gigatrain.checkpoint import write_text
-from gigatrain.data.build import Corpus
+from gigatrain.data.corpus import Corpus
 from gigatrain.errors import DataError
 from gigatrain.foreign import Foreign
 from gigatrain.launching import yamltext

@@ -161,7 +161,7 @@ def _product(
             w = tl.load(w_at, mask=(step < inner - start)[:, None] & there, other=0.0)
             total = tl.dot(a, w, total, input_precision=PRECISION)
             a_at += INNER
-            w_at += INNER * w_inner
+            w_at += tl.cast(w_inner, tl.int64) * INNER
         if BIASED:
             total += tl.load(BIAS + expert.to(tl.int64) * columns + column, mask=column < columns, other=0.0).to(tl.float32)[None]
         there &= (row < end)[:, None]
@@ -208,7 +208,7 @@ def _gated_backward(
             w = tl.load(w_at, mask=(step < hidden - start)[:, None] & there, other=0.0)
             dh = tl.dot(dy, w, dh, input_precision=PRECISION)
             dy_at += INNER
-            w_at += INNER * width
+            w_at += tl.cast(width, tl.int64) * INNER
         live = row < end
         weight = tl.zeros([ROWS], tl.float32) + 1.0
         if GATHER:
@@ -394,7 +394,7 @@ def _visit_gradient(
     place = tl.load(PLACE + slot, mask=live, other=0)
     total = tl.zeros([ROWS], tl.float32)
     for block in range(blocks):
-        total += tl.load(PARTS + block * rows + place, mask=live, other=0.0)
+        total += tl.load(PARTS + tl.cast(block, tl.int64) * rows + place, mask=live, other=0.0)
     if BIASED:
         expert = tl.load(CHOSEN + slot, mask=live, other=0)
         sums = tl.zeros([ROWS, COLUMNS], tl.float32)

@@ -186,13 +186,15 @@ def _product(
     row_a, column_b = A + row[:, None].to(tl.int64) * a_row, B + column[None].to(tl.int64) * b_row
     step = tl.arange(0, INNER)
     a_at, b_at = row_a + step[None].to(tl.int64) * a_inner, column_b + step[:, None].to(tl.int64) * b_inner
+    # A step of a tall matrix is INNER of its rows: in 32 bits their product overflows from a stride of 2^31 / INNER on.
+    a_next, b_next = tl.cast(a_inner, tl.int64) * INNER, tl.cast(b_inner, tl.int64) * INNER
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, inner, INNER):
         a = tl.load(a_at, mask=(row < rows)[:, None] & (step < inner - start)[None], other=0.0)
         b = tl.load(b_at, mask=(column < rows)[None] & (step < inner - start)[:, None], other=0.0)
         total = tl.dot(a, b, total)
-        a_at += INNER * a_inner
-        b_at += INNER * b_inner
+        a_at += a_next
+        b_at += b_next
     if ROWS == COLUMNS:
         _stored(
             total, A, B, OUT, tile_row, tile_column, rows, a_row, a_inner, b_row, b_inner, alpha, beta, gamma, identity,

@@ -18,7 +18,7 @@ from gigatrain import foreign
 from gigatrain.architectures import from_hf_config
 from gigatrain.config import Objective
 from gigatrain.data import taught
-from gigatrain.data.build import Corpus
+from gigatrain.data.corpus import Corpus
 from gigatrain.data.course import samples_of
 from gigatrain.data.loader import Microbatch, moved, stack
 from gigatrain.data.shards import file_sha256, write_atomically

@@ -9,7 +9,8 @@ import pytest
 
 from gigatrain import config
 from gigatrain.data import shards
-from gigatrain.data.build import Corpus, build
+from gigatrain.data.build import build
+from gigatrain.data.corpus import Corpus
 
 TRAINED = config.Tokenizer(train=config.TokenizerTraining(vocab=300))
 WORDS = [

@@ -22,8 +22,11 @@ from conftest import TRAINED, data_of, text, write_files
 from gigatrain import config
 from gigatrain.config import BadDocuments, Source
 from gigatrain.data import build as building
-from gigatrain.data import shards, sources, tokenizer
-from gigatrain.data.build import Corpus, build, held_out
+from gigatrain.data import manifest, shards, sources, tokenise, tokenizer, workers
+from gigatrain.data.build import build
+from gigatrain.data.corpus import Corpus
+from gigatrain.data.documents import held_out
+from gigatrain.data.job import Job
 from gigatrain.errors import DataError
 
 ROOT = Path(building.__file__).parents[2]
@@ -87,7 +90,7 @@ def test_nothing_held_out_is_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             build(data_of(tmp_path, source, validation=share), TRAINED)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building, "_refuse_unvalidated", lambda *_: None)
+        patch.setattr(manifest, "refuse_unvalidated", lambda *_: None)
         build(data_of(tmp_path, source, validation=share), TRAINED)
     with pytest.raises(DataError, match=message):
         build(data_of(tmp_path, source, validation=share), TRAINED)
@@ -102,8 +105,8 @@ def test_a_deleted_manifest_comes_back_as_it_was(tmp_path: Path, monkeypatch: py
     data = data_of(tmp_path, Source(kind="text", path=str(write_files(tmp_path / "texts"))), shard_bytes=500)
     first = build(data, TRAINED)
     read: list[str] = []
-    original = building.tokenise
-    monkeypatch.setattr(building, "tokenise", lambda *given: (read.append(given[2].name), original(*given))[1])
+    original = workers.tokenise
+    monkeypatch.setattr(workers, "tokenise", lambda *given: (read.append(given[2].name), original(*given))[1])
     (first.folder / "manifest.json").unlink()
     again = build(data, TRAINED)
     assert again.manifest == first.manifest
@@ -112,7 +115,7 @@ def test_a_deleted_manifest_comes_back_as_it_was(tmp_path: Path, monkeypatch: py
     with_text = {Path(s["prefix"]).name for s in first.manifest["sources"][0]["splits"]["validation"]["shards"]}
     assert {f"{name}.validation" for name in read} == with_text  # the others are finished
     # Where there is too much held-out text to compress, nothing is read again.
-    monkeypatch.setattr(building, "XZ_BYTES", 10)
+    monkeypatch.setattr(tokenise, "XZ_BYTES", 10)
     (first.folder / "manifest.json").unlink()
     read.clear()
     last = build(data, TRAINED)
@@ -355,7 +358,7 @@ def test_megatron_corpus_is_used_where_it_is(tmp_path: Path) -> None:
 
 
 def test_parallel_equals_inline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "INLINE_BYTES", 0)
+    monkeypatch.setattr(workers, "INLINE_BYTES", 0)
     folder = write_files(tmp_path / "texts")
     (folder / "torn.txt").write_bytes(b"\xff")
     source = Source(kind="text", path=str(folder))
@@ -466,13 +469,13 @@ def test_two_builds_at_once(tmp_path: Path) -> None:
 
 def test_inputs_that_change_meanwhile_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_files(tmp_path / "texts", 5)
-    original = building.tokenise
+    original = workers.tokenise
 
     def meddling(*given: object) -> object:
         (folder / "001.txt").write_text(str(time.time()))
         return original(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(building, "tokenise", meddling)
+    monkeypatch.setattr(workers, "tokenise", meddling)
     with pytest.raises(DataError, match="inputs changed while they were read"):
         build(data_of(tmp_path, Source(kind="text", path=str(folder))), TRAINED)
 
@@ -536,7 +539,7 @@ def test_full_disk(tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyP
         build(data, TRAINED)
     # The estimate was fooled (another process filled the disk meanwhile): the write itself fails.
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(building.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DataError, match="no space left while writing .*finished parts are kept"):
         build(data, TRAINED)
     finished = list(small_disk.glob("cache/*/parts/*.json"))
@@ -563,7 +566,7 @@ def test_sample_for_the_tokenizer_is_bounded_and_even(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "texts", 40)
     data = data_of(tmp_path, Source(kind="text", path=str(folder)), validation=0.0)
     parts = sources.parts(0, data.sources[0], data.shard_bytes)
-    job = building.Job(data, TRAINED, None, parts, tmp_path, lambda *_: None)
+    job = Job(data, TRAINED, None, parts, tmp_path, lambda *_: None)
     everything = building._sample(job, 1 << 20)
     assert len(everything) == 40
     some = building._sample(job, 2000)
@@ -574,7 +577,7 @@ def test_sample_for_the_tokenizer_is_bounded_and_even(tmp_path: Path) -> None:
 
 
 def test_a_dead_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "INLINE_BYTES", 0)
+    monkeypatch.setattr(workers, "INLINE_BYTES", 0)
     data = data_of(tmp_path, Source(kind="text", path=str(write_files(tmp_path / "texts"))), workers=2, shard_bytes=200)
     original = subprocess.Popen
 
@@ -583,15 +586,15 @@ def test_a_dead_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             super().__init__(*given, **named)
             threading.Timer(0.05, self.kill).start()
 
-    monkeypatch.setattr(building.subprocess, "Popen", Doomed)
+    monkeypatch.setattr(workers.subprocess, "Popen", Doomed)
     with pytest.raises(DataError, match=r"a tokenising process ended with code -9 at part 0-\d+ .*build again \(finished parts are kept\)"):
         build(data, TRAINED)
-    monkeypatch.setattr(building.subprocess, "Popen", original)
+    monkeypatch.setattr(workers.subprocess, "Popen", original)
     build(data, TRAINED).verify()
 
 
 def test_workers_import_nothing_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "INLINE_BYTES", 0)
+    monkeypatch.setattr(workers, "INLINE_BYTES", 0)
     data = data_of(tmp_path, Source(kind="text", path=str(write_files(tmp_path / "texts"))), workers=2, shard_bytes=2000)
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "lzma.py").write_text("raise SystemExit(7)")
@@ -601,7 +604,7 @@ def test_workers_import_nothing_from_the_current_folder(tmp_path: Path, monkeypa
 
 def test_workers_outlive_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is for the parent to end them, without a traceback of each."""
-    monkeypatch.setattr(building, "INLINE_BYTES", 0)
+    monkeypatch.setattr(workers, "INLINE_BYTES", 0)
     data = data_of(tmp_path, Source(kind="text", path=str(write_files(tmp_path / "texts"))), workers=2, shard_bytes=500)
 
     class Disturbed(subprocess.Popen):
@@ -610,7 +613,7 @@ def test_workers_outlive_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             for delay in (0.02, 0.3, 0.6):
                 threading.Timer(delay, self.send_signal, [signal.SIGINT]).start()
 
-    monkeypatch.setattr(building.subprocess, "Popen", Disturbed)
+    monkeypatch.setattr(workers.subprocess, "Popen", Disturbed)
     build(data, TRAINED).verify()
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
@@ -618,15 +621,15 @@ def test_workers_outlive_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_an_error_in_a_worker_is_told_by_the_parent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(building, "INLINE_BYTES", 0)
+    monkeypatch.setattr(workers, "INLINE_BYTES", 0)
     data = data_of(tmp_path, Source(kind="text", path=str(write_files(tmp_path / "texts"))), workers=2, shard_bytes=2000)
-    code = "import gigatrain.data.build as b\ndef tokenise(*_): raise RuntimeError('no such luck')\nb.tokenise = tokenise; b._worker()"
+    code = "import gigatrain.data.workers as b\ndef tokenise(*_): raise RuntimeError('no such luck')\nb.tokenise = tokenise; b._worker()"
 
     class Broken(subprocess.Popen):
         def __init__(self, _: list[str], **named: Any) -> None:
             super().__init__([sys.executable, "-c", code], **named)
 
-    monkeypatch.setattr(building.subprocess, "Popen", Broken)
+    monkeypatch.setattr(workers.subprocess, "Popen", Broken)
     with pytest.raises(DataError, match=r"failed at part 0-\d+ .* with RuntimeError: no such luck \(.*:2\); .*finished parts are kept"):
         build(data, TRAINED)
     assert "Traceback" not in capfd.readouterr().err

@@ -13,7 +13,8 @@ from conftest import TRAINED, data_of, text, write_files
 
 from gigatrain.config import Source
 from gigatrain.data import shards
-from gigatrain.data.build import Corpus, build
+from gigatrain.data.build import build
+from gigatrain.data.corpus import Corpus
 from gigatrain.data.course import without
 from gigatrain.data.loader import Batch, Batches, Microbatch, Validation
 from gigatrain.data.pack import IGNORED

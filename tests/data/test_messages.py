@@ -9,8 +9,9 @@ import chatshapes
 import pytest
 
 from gigatrain import config
-from gigatrain.data import messages, shown
-from gigatrain.data.build import Corpus, build
+from gigatrain.data import messages, shown, workers
+from gigatrain.data.build import build
+from gigatrain.data.corpus import Corpus
 from gigatrain.data.loader import Batches
 from gigatrain.data.messages import Unparsable
 from gigatrain.errors import DataError
@@ -149,9 +150,7 @@ def test_every_kind_of_file_gives_the_same_tokens(tmp_path: Path, own: config.To
 def test_processes_give_the_same_corpus_and_a_damaged_mask_is_refused(
     tmp_path: Path, own: config.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gigatrain.data import build as module
-
-    monkeypatch.setattr(module, "INLINE_BYTES", 0)
+    monkeypatch.setattr(workers, "INLINE_BYTES", 0)
     path = jsonl(tmp_path / "a.jsonl", [{"messages": chat} for chat in CHATS])
     two = build(data(tmp_path, source(path), shard_bytes=2000, workers=2, validation=0.2), own)
     one = build(data(tmp_path / "other", source(path), shard_bytes=2000, workers=1, validation=0.2), own)

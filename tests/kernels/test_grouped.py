@@ -117,6 +117,17 @@ def test_twice_is_bitwise_the_same_and_a_second_backward_is_too(version: str, dt
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_parts_beyond_32_bits() -> None:
+    """Of the third block of columns, which begins 2^31 + 32 elements behind the first; 2^32 before it lies memory too, which is not to be read."""
+    rows = 2**30 + 16
+    parts = torch.empty(2**31 + 3 * rows, dtype=torch.int8)[2**31 :].view(3, rows)  # only touched pages exist
+    parts[:, :2] = torch.tensor([[1, 2], [10, 20], [100, 50]])
+    out, nothing = torch.empty(2), torch.empty(0)
+    sizes = {"BIASED": False, "ROWS": 2, "COLUMNS": 16}
+    launch.launch(grouped._visit_gradient, (1,), parts, torch.tensor([1, 0]), nothing, nothing, nothing, out, 1, 3, rows, 16, **sizes)
+    assert out.tolist() == [72.0, 111.0]
+
+
 def _distinct(kernel: str) -> list[dict[str, int]]:
     """Warps and stages mean nothing to the interpreter; a tuner checks them too."""
     return list({tuple(v for k, v in c.items() if k not in ("warps", "stages")): c for c in grouped.SPACE[kernel]}.values())

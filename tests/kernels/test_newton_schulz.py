@@ -137,11 +137,11 @@ def test_symmetric_products_take_any_strides() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """Liger 803, 1248 and 1296: program_id times a stride overflowed."""
+    """Liger 803, 1248 and 1296: program_id times a stride overflowed. The last column is a second step, 2^32 + 256 elements behind the first."""
     torch.manual_seed(2)
-    small = torch.randn(2, 3, 24, dtype=torch.float16)
-    for strides in ((24, 2**30 + 8, 1), (2**31 + 8, 24, 1), (1, 2, 2**27 + 8)):
-        wide = torch.empty(2**32 + 64, dtype=torch.float16).as_strided((2, 3, 24), strides)  # only touched pages exist
+    small = torch.randn(2, 3, 33, dtype=torch.float16)
+    for strides in ((33, 2**30 + 8, 1), (2**31 + 8, 33, 1), (1, 2, 2**27 + 8)):
+        wide = torch.empty(2**32 + 512, dtype=torch.float16).as_strided((2, 3, 33), strides)  # only touched pages exist
         wide.copy_(small)
         assert torch.equal(newton_schulz.symmetric(wide, wide), newton_schulz.symmetric(small, small))
         del wide
