@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from gigatrain.kernels import attention_fused, attention_torch, launch, widened
+from gigatrain.kernels import attention_fused, attention_torch, launch
 from gigatrain.kernels.attention_fused import fused
 from gigatrain.kernels.attention_mask import Mask, bias, mask, visible
 from gigatrain.kernels.attention_torch import cudnn, fa3, fa4, flash, flex, varlen
@@ -89,8 +89,6 @@ def sdpa(
     """Attention by `F.scaled_dot_product_attention`, which keeps no scores; with a soft-cap or sinks, which it lacks, `reference`."""
     if softcap is not None or sinks_h is not None:
         return reference(q_bthd, k_btkd, v_btkd, mask, scale=scale, softcap=softcap, sinks_h=sinks_h)
-    if q_bthd.dtype == torch.bfloat16 and q_bthd.device.type == "cpu" and widened.needed():
-        return sdpa(q_bthd.float(), k_btkd.float(), v_btkd.float(), mask, scale=scale).bfloat16()
     # On a GPU a bias leaves torch the memory-efficient kernel, which cannot share key heads, or plain math, which keeps every score.
     hidden = bias(mask, q_bthd.shape[1], q_bthd.dtype, q_bthd.device)
     return _fused(q_bthd, k_btkd, v_btkd, hidden, scale, repeat=q_bthd.is_cuda and hidden is not None)

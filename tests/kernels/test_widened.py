@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gigatrain.kernels import attention, widened
+from gigatrain.kernels import widened
 
 CALLS = {
     "mm": ((33, 65), (65, 17)),
@@ -61,17 +61,3 @@ def test_what_is_added_zero_times_is_not_read_and_vectors_are_spread(register):
     ones = torch.ones(4, 4, dtype=torch.bfloat16)
     assert (torch.addmm(nothing, ones, ones, beta=0) == 4).all()
     assert (torch.nn.functional.linear(ones, ones, ones[0]) == 5).all()
-
-
-def test_attention_of_torch_is_widened_as_its_products_are(monkeypatch):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 37, heads, 16).bfloat16() for heads in (4, 2, 2))
-    given = attention.mask(None, None, 37, torch.bfloat16, q.device)
-    exact = attention.sdpa(q.double(), k.double(), v.double(), given, scale=0.25)
-    errors = []
-    for lacks in (False, True):
-        monkeypatch.setattr(widened, "needed", lambda lacks=lacks: lacks)
-        found = attention.sdpa(q, k, v, given, scale=0.25)
-        assert found.dtype == torch.bfloat16
-        errors.append(float((found - exact).norm()))
-    assert 0 < errors[1] < errors[0]
