@@ -103,7 +103,7 @@ def joined(recipe: Recipe, alone: Callable[[Recipe], Plan]) -> Plan:
 
 
 def check(schedule: Schedule, steps: int) -> None:
-    """Raise PlanError for a schedule that begins behind the run's end. A warm-up may be longer than the run: a short trial of a recipe begins as the long one does."""
+    """Raise PlanError for a schedule that begins behind the run's end. A warm-up may be longer than the run, as in a short trial."""
     if schedule.from_step >= steps:
         raise PlanError(
             f"schedule.from_step {schedule.from_step} is where the schedule begins, and the run ends at step {steps}; raise train.steps"
