@@ -14,6 +14,11 @@ import pytest
 from tinyrecipe import TINY
 from works import OTHER_DAY
 
+from gigatrain.kernels import widened
+
+if widened.needed():  # from the start, as the first engine of a process would: tests do not depend on what ran before them
+    widened.register()
+
 
 def pytest_addoption(parser):
     parser.addoption("--share", metavar="K/N", help="of the long tests, only the Kth of N shares; each test is in the same one every time")

@@ -1,13 +1,17 @@
 """Functions run on several processes with a gloo group: forked from a server that has imported torch and gigatrain once, 0.3 s a call."""
 
+import functools
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 _PRELOAD = [
@@ -21,9 +25,19 @@ _PRELOAD = [
 ]
 
 
+@functools.cache
 def _server() -> Any:
+    """The server, started with this folder on its path: it is given none (CPython 3.11), and passes over what it cannot import in silence."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["interpreter", *_PRELOAD])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join((str(Path(__file__).parent), *([before] if before else [])))
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
     return context
 
 
@@ -31,6 +45,7 @@ def _serve(pipe: Any, function: Callable[..., Any], rank: int, ranks: int, store
     import torch
     from torch import distributed
 
+    assert "forked" in sys.modules, "the server of forks did not find tests/forked.py"
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
     try:
