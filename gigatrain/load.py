@@ -273,7 +273,7 @@ def _toml(path: Path, error: type[GigatrainError]) -> dict[str, Any]:
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
-    """Apply one `dotted.key=value`; the value is TOML, and bare words are strings."""
+    """Apply one `dotted.key=value`; the value is TOML, bare words are strings, and `null`, which TOML lacks, leaves an optional key out."""
     key, equals, raw = text.partition("=")
     keys = [part.strip() for part in key.split(".")]
     if not equals or not all(keys):
@@ -281,7 +281,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
-        value = raw.strip()
+        value = raw.strip() if raw.strip() != "null" else None
     except (ValueError, RecursionError) as failure:  # an integer of thousands of digits, brackets thousands deep
         raise RecipeError(f"--set {text[:60]}…: {failure}") from None
     node: Any = tree

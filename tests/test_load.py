@@ -70,6 +70,8 @@ def test_a_recipe_is_read_with_its_defaults_and_frozen(path):
         ("schedule.kind=wsd", lambda r: r.schedule.kind == "wsd"),
         ("model.architecture.layers=3", lambda r: r.model.architecture.layers == 3),
         ("report.trackers=[]", lambda r: r.report.trackers == ()),
+        ("checkpoint.near=null", lambda r: r.checkpoint.near is None),
+        ('checkpoint.near="null"', lambda r: r.checkpoint.near == "null"),
         ("model.architecture=llama-3.1-8b", lambda r: r.model.architecture.hidden == 4096),
     ],
 )
@@ -100,6 +102,8 @@ def test_a_named_architecture_can_be_changed_in_part(path):
         (["train.batch=2.5"], "train.batch: input should be a valid integer"),
         (["train.batch=true"], "train.batch: input should be a valid integer (it is true)"),
         (['train.batch="4"'], 'train.batch: input should be a valid integer (it is "4")'),
+        (["train.batch=null"], "train.batch: input should be a valid integer (it is null)"),
+        (["train.bath=null"], 'train.bath: unknown key; did you mean "batch"?'),
         (["train.batch=0"], "train.batch: input should be greater than or equal to 1 (it is 0)"),
         (["train.microbatch=5"], "`microbatch` 5 is above `batch` 4"),
         (["train.tokens=100"], "train: needs exactly one of `steps` and `tokens`"),

@@ -30,7 +30,9 @@ ranks = between(int, "ranks", 1, 1 << 20)
 def add_recipe(made: argparse.ArgumentParser) -> None:
     """RECIPE and --set."""
     made.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one (`gigatrain recipes`)")
-    made.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the recipe; may be repeated")
+    made.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the recipe (null leaves it out); may be repeated"
+    )
 
 
 def site(name: str | None) -> tuple[Any, str]:

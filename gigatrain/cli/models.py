@@ -87,7 +87,9 @@ def _import_arguments(made: argparse.ArgumentParser) -> None:
     numbers = made.add_mutually_exclusive_group()
     numbers.add_argument("--recipe", metavar="RECIPE", help="whose model's numbers these are")
     numbers.add_argument("--config", metavar="FILE", help="or the model's config.json (default: the one beside SOURCE)")
-    made.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the recipe; may be repeated")
+    made.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the recipe (null leaves it out); may be repeated"
+    )
     made.add_argument("--dtype", choices=("bf16", "fp32"), help="round to it (default: as they are stored)")
     made.add_argument(
         "--max-shard-size", dest="shard_size", metavar="BYTES", type=_bytes, default=5e9, help="of one file, as 5GB or 500MB (default: 5GB)"

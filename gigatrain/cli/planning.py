@@ -22,7 +22,9 @@ def _megawatts(text: str) -> float:
 
 def _plan_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("recipe", metavar="RECIPE", nargs="?", help="a recipe file, or the name of a shipped one (`gigatrain recipes`)")
-    made.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the recipe; may be repeated")
+    made.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the recipe (null leaves it out); may be repeated"
+    )
     made.add_argument("--site", metavar="SITE", help="where it would run (default: this machine)")
     made.add_argument(
         "--gpus", metavar="N", type=given.ranks, help="ranks that it would run on (default: train.nproc, else what the mesh needs)"
