@@ -70,6 +70,8 @@ def _train(
         energy = stack.enter_context(Energy(plan, mesh, folder, this.id, progress=progress, say=say))
         if not resumes and plan.recovery.replicas == "none":  # a replica may be given the steps of another
             restore.check_ahead(plan, this)
+        if slow := ready.handicap(plan):
+            display.line(f"  slow     {slow}; --set train.precision=fp32")
         for line in [] if resumes else ranks.first(mesh, lambda: starting.check(plan)):
             display.line(line)
         log.pulse.mark("corpus")

@@ -676,3 +676,17 @@ def test_a_processor_that_multiplies_no_bf16_gets_widened_products_where_the_run
     monkeypatch.setattr("gigatrain.kernels.widened.register", lambda: called.append(1))
     trained(tiny, tmp_path / "run", settings, "train.steps=1", "validation.every=0")
     assert bool(called) == registers
+
+
+@pytest.mark.parametrize(("precision", "lacks", "said"), [("bf16", True, 1), ("bf16", False, 0), ("fp32", True, 0)])
+def test_a_processor_that_multiplies_no_bf16_is_said_at_the_start_with_the_way_out(
+    tiny, tmp_path, capsys, monkeypatch, precision, lacks, said
+):
+    monkeypatch.setattr("gigatrain.kernels.widened.needed", lambda: lacks)
+    planned = plan(load.recipe(tiny, [f"train.precision={precision}", "train.steps=1", "validation.every=0"]), load.site("laptop"))
+    with Display(Console(width=400)) as display:
+        loop.train(planned, tmp_path / "run", display=display)
+    lines = capsys.readouterr().out.splitlines()
+    found = [line for line in lines if "no bf16 products" in line]
+    assert len(found) == said
+    assert all(line.endswith("--set train.precision=fp32") and lines.index(line) < 5 for line in found)

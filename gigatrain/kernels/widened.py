@@ -3,8 +3,8 @@
 torch has no product of its own for bf16 there, only loops. One EPYC core, torch 2.13: a product of 1,024 runs at 0.9 GFLOP/s, in fp32 at 69. Both sum in
 fp32 and round each result once, so that results differ by the order of a sum: 7 of 100,000 elements by their last bit, at the same error (1.66e-3 of the
 norm against fp64, [2048, 192] x [192, 512]). Registered for the whole process, products of optimizers, of transformers' models and of DeepSpeed are widened
-too. What Inductor compiles is not, nor torch's own attention (`sdpa`, which a plan takes beyond 2,048 tokens, and transformers):
-widened from around it, it would keep twice the bytes for its backward.
+too. Not yet widened are products into a tensor that is there already (`out=`); nor is what Inductor compiles, nor torch's own attention (`sdpa`, which a plan
+takes beyond 2,048 tokens, and transformers): widened from around it, it would keep twice the bytes for its backward.
 """
 
 import functools
